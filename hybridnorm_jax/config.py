@@ -1,0 +1,173 @@
+"""ModelConfig: everything that decides what a Decoder computes."""
+
+import dataclasses
+import difflib
+import math
+from typing import Any
+
+from hybridnorm_jax.placement import SCHEMES, BlockPlacement, Scheme
+
+ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu")
+NORMS = ("rmsnorm", "layernorm", "crmsnorm")
+ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "splash")
+INITIALIZERS = ("normal", "depth_scaled", "megatron", "deepnorm", "b2t")
+REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
+COMPUTE_DTYPES = ("bfloat16", "float32", "float64")
+
+
+class UserError(ValueError):
+    """What the caller can mend; its message is one line that names the key or file and what would be right."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be."""
+
+
+def key(default: Any, meaning: str) -> Any:
+    """A dataclass field that documents itself in `train.py --help`."""
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata={"meaning": meaning})
+    return dataclasses.field(default=default, metadata={"meaning": meaning})
+
+
+def did_you_mean(word: str, known) -> str:
+    """`; did you mean 'x'?` where a known word is close, otherwise `; known: ...`."""
+    known = sorted(known)
+    close = difflib.get_close_matches(str(word), known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def check(condition: bool, key_name: str, value: Any, right: str) -> None:
+    """Raise ConfigError(`key_name=value: right`) unless the condition holds."""
+    if not condition:
+        raise ConfigError(f"{key_name}={value}: {right}")
+
+
+def check_choice(key_name: str, value: Any, known) -> None:
+    """Raise ConfigError unless value is one of the known words."""
+    if value not in known:
+        raise ConfigError(f"{key_name}={value}: not known{did_you_mean(value, known)}")
+
+
+def check_positive(prefix: str, config: Any, names: tuple[str, ...]) -> None:
+    """Raise ConfigError for the first of these attributes that is set and below 1."""
+    for name in names:
+        value = getattr(config, name)
+        check(value is None or value >= 1, f"{prefix}.{name}", value, "must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A dense decoder. Frozen and hashable; wrong values raise ConfigError on construction."""
+
+    scheme: str = key("hybrid_star", "norm placement, a name in hybridnorm_jax.SCHEMES")
+    d_model: int = key(768, "width of the residual stream")
+    num_layers: int = key(12, "number of blocks (attention + feed-forward)")
+    num_heads: int = key(12, "query heads")
+    num_kv_heads: int | None = key(None, "key and value heads; null: num_heads")
+    head_dim: int | None = key(None, "width of one head; null: d_model / num_heads")
+    mlp_dim: int | None = key(None, "width of the feed-forward layer; null: 4 d_model, or 8/3 d_model for swiglu")
+    vocab_size: int = key(50304, "rows of the token embedding")
+    activation: str = key("swiglu", f"feed-forward: {' | '.join(ACTIVATIONS)} (gelu is the exact one)")
+    norm: str = key("rmsnorm", " | ".join(NORMS))
+    norm_eps: float = key(1e-5, "added to the mean square inside the root, in every norm")
+    norm_scale: bool = key(True, "norms have a learned scale")
+    norm_bias: bool = key(False, "norms have a learned bias")
+    attention_bias: bool = key(False, "q, k, v and output projections have biases")
+    mlp_bias: bool = key(False, "feed-forward projections have biases")
+    tie_embeddings: bool = key(False, "the head is the transposed token embedding")
+    embedding_norm: str = key("auto", "norm after the embedding: auto (as the scheme says) | true | false")
+    positions: str = key("rope", "rope | learned")
+    rope_theta: float = key(10000.0, "base of the rotary wavelengths")
+    rotary_fraction: float = key(1.0, "leading fraction of head_dim that rotates")
+    max_positions: int | None = key(None, "rows of the learned position table; null with rope")
+    dropout: float = key(0.0, "drop probability after the embedding and after every branch")
+    initializer: str = key("auto", f"auto (as the scheme says) | {' | '.join(INITIALIZERS)}")
+    init_std: float | None = key(None, "standard deviation of the initializer; null: 1/sqrt(2.5 d_model)")
+    dtype: str = key("float32", f"compute dtype: {' | '.join(COMPUTE_DTYPES)}")
+    param_dtype: str = key("float32", "dtype of the parameters: float32 | float64")
+    attention: str = key("auto", f"backend: {' | '.join(ATTENTION_BACKENDS)}")
+    remat: str = key("none", f"what the backward pass recomputes: {' | '.join(REMAT_POLICIES)}")
+    scan_unroll: int = key(1, "blocks per iteration of the scan over layers; more is faster and compiles longer")
+
+    def __post_init__(self):
+        # YAML and the command line give true/false; the field holds one of three words.
+        object.__setattr__(self, "embedding_norm", str(self.embedding_norm).lower())
+        check_choice("model.scheme", self.scheme, SCHEMES)
+        for name, known in (
+            ("activation", ACTIVATIONS),
+            ("norm", NORMS),
+            ("attention", ATTENTION_BACKENDS),
+            ("remat", REMAT_POLICIES),
+            ("dtype", COMPUTE_DTYPES),
+            ("param_dtype", ("float32", "float64")),
+            ("initializer", ("auto", *INITIALIZERS)),
+            ("embedding_norm", ("auto", "true", "false")),
+            ("positions", ("rope", "learned")),
+        ):
+            check_choice(f"model.{name}", getattr(self, name), known)
+        sizes = ("d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "vocab_size")
+        check_positive("model", self, (*sizes, "max_positions", "scan_unroll"))
+        self._fill_derived()
+        self._check_shapes()
+
+    def _fill_derived(self):
+        """Replace null by the value it stands for, so that every reader sees plain numbers."""
+        if self.num_kv_heads is None:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.head_dim is None:
+            divides = self.d_model % self.num_heads == 0
+            right = f"must divide model.d_model={self.d_model}, or set model.head_dim"
+            check(divides, "model.num_heads", self.num_heads, right)
+            object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
+        if self.mlp_dim is None:
+            width = 8 * self.d_model / 3 if self.activation == "swiglu" else 4 * self.d_model
+            object.__setattr__(self, "mlp_dim", 16 * math.ceil(width / 16))
+        if self.init_std is None:
+            object.__setattr__(self, "init_std", 1 / math.sqrt(2.5 * self.d_model))
+
+    def _check_shapes(self):
+        divides = self.num_heads % self.num_kv_heads == 0
+        check(divides, "model.num_kv_heads", self.num_kv_heads, f"must divide model.num_heads={self.num_heads}")
+        check(0 < self.rotary_fraction <= 1, "model.rotary_fraction", self.rotary_fraction, "must be in (0, 1]")
+        if self.positions == "rope":
+            even = self.rotary_dim % 2 == 0 and self.rotary_dim > 0
+            right = f"rope rotates pairs, but rotary_fraction * head_dim is {self.rotary_dim}; it must be even"
+            check(even, "model.head_dim", self.head_dim, right)
+            check(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "must be positive")
+            check(self.max_positions is None, "model.max_positions", self.max_positions, "only for positions=learned")
+        else:
+            check(self.max_positions is not None, "model.max_positions", None, "positions=learned needs a number")
+        check(self.norm_eps >= 0, "model.norm_eps", self.norm_eps, "must not be negative")
+        check(self.init_std > 0, "model.init_std", self.init_std, "must be positive")
+        check(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be in [0, 1)")
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of head_dim's leading channels rotate."""
+        return int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def scheme_rule(self) -> Scheme:
+        """The Scheme this model follows."""
+        return SCHEMES[self.scheme]
+
+    @property
+    def placements(self) -> tuple[BlockPlacement, ...]:
+        """The placement of every layer."""
+        return self.scheme_rule.placements(self.num_layers)
+
+    @property
+    def has_embedding_norm(self) -> bool:
+        """Whether a norm follows the embedding."""
+        return self.scheme_rule.embedding_norm if self.embedding_norm == "auto" else self.embedding_norm == "true"
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether a norm precedes the head."""
+        return self.scheme_rule.final_norm
+
+    @property
+    def initializer_name(self) -> str:
+        """The initializer in force."""
+        return self.scheme_rule.initializer if self.initializer == "auto" else self.initializer
