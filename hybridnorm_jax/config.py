@@ -70,6 +70,7 @@ class ModelConfig:
     vocab_size: int = key(50304, "rows of the token embedding")
     activation: str = key("swiglu", f"feed-forward: {' | '.join(ACTIVATIONS)} (gelu is the exact one)")
     norm: str = key("rmsnorm", " | ".join(NORMS))
+    attention_norm: str = key("auto", "norm on q, k, v and context: auto (as norm; rmsnorm for crmsnorm) | rmsnorm | layernorm")
     norm_eps: float = key(1e-5, "added to the mean square inside the root, in every norm")
     norm_scale: bool = key(True, "norms have a learned scale")
     norm_bias: bool = key(False, "norms have a learned bias")
@@ -97,6 +98,7 @@ class ModelConfig:
         for name, known in (
             ("activation", ACTIVATIONS),
             ("norm", NORMS),
+            ("attention_norm", ("auto", "rmsnorm", "layernorm")),
             ("attention", ATTENTION_BACKENDS),
             ("remat", REMAT_POLICIES),
             ("dtype", COMPUTE_DTYPES),
@@ -141,6 +143,12 @@ class ModelConfig:
         check(self.norm_eps >= 0, "model.norm_eps", self.norm_eps, "must not be negative")
         check(self.init_std > 0, "model.init_std", self.init_std, "must be positive")
         check(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be in [0, 1)")
+
+    @property
+    def attention_norm_kind(self) -> str:
+        """The norm on q, k, v and context: a head is no zero-mean vector, so CRMSNorm is not for it."""
+        auto = "layernorm" if self.norm == "layernorm" else "rmsnorm"
+        return auto if self.attention_norm == "auto" else self.attention_norm
 
     @property
     def rotary_dim(self) -> int:

@@ -1,0 +1,153 @@
+"""One transformer block: the formula, applied to attention and to the feed-forward layer as the placement says."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from hybridnorm_jax.attention import Attention, Rotation
+from hybridnorm_jax.config import ModelConfig
+from hybridnorm_jax.feed_forward import FeedForward
+from hybridnorm_jax.initializers import std_factor, truncated_normal
+from hybridnorm_jax.norms import Norm
+from hybridnorm_jax.placement import BlockPlacement, SublayerPlacement
+
+
+@flax.struct.dataclass
+class LayerInputs:
+    """What differs between the layers of a run; scanned over.
+
+    Attributes:
+      layer: number of the layer, from 0.
+      attention, feed_forward: (residual_scale, branch_scale, input_scale), each None where it is 1 in every layer.
+    """
+
+    layer: Int[Array, ""]
+    attention: tuple[Float[Array, ""] | None, ...]
+    feed_forward: tuple[Float[Array, ""] | None, ...]
+
+
+@flax.struct.dataclass
+class SharedInputs:
+    """What is the same for all layers: the rotation of q and k, and the documents' segment ids, or None."""
+
+    rotation: Rotation | None
+    segment_ids: Int[Array, "batch seq"] | None
+
+
+def times(scale: Float[Array, ""] | None, x: Array) -> Array:
+    """scale * x in the dtype of x; a scale of None is 1."""
+    return x if scale is None else scale.astype(x.dtype) * x
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each as post(residual_scale * r + branch_scale * branch(f(input_scale * pre(x)))).
+
+    Parameters: `attention/...`, `feed_forward/...`, and of the norms that the placement has `attention_pre_norm`,
+    `attention_branch_norm`, `attention_post_norm`, `feed_forward_pre_norm`, ... with `scale` and `bias` (embed,).
+
+    Attributes:
+      config: sizes, kinds and dtypes.
+      placement: the structure of this block (its scales come with each layer's inputs).
+      backend: name of the attention backend, "auto" resolved.
+      deterministic: no dropout.
+    """
+
+    config: ModelConfig
+    placement: BlockPlacement
+    backend: str = "xla"
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, stream: Float[Array, "batch seq embed"], layer: LayerInputs, shared: SharedInputs):
+        """Returns (stream after this block, None), as nn.scan wants it."""
+        attention = self._attention(layer.layer)
+        feed_forward = self._feed_forward(layer.layer)
+        block_input = stream
+        stream = self._sublayer(
+            "attention",
+            lambda x: attention(x, shared.rotation, shared.segment_ids),
+            stream,
+            block_input,
+            layer.attention,
+        )
+        stream = self._sublayer("feed_forward", feed_forward, stream, block_input, layer.feed_forward)
+        return nn.with_logical_constraint(stream, ("batch", "seq", None)), None
+
+    def _sublayer(self, name: str, f: Callable, sublayer_input: Array, block_input: Array, scales) -> Array:
+        placement: SublayerPlacement = getattr(self.placement, name)
+        residual_scale, branch_scale, input_scale = scales
+        pre, branch, post = (self._norm_or_identity(name, which) for which in ("pre", "branch", "post"))
+        dropout = nn.Dropout(self.config.dropout, deterministic=self.deterministic)
+
+        x = block_input if placement.reads == "block" else sublayer_input
+        r = block_input if placement.residual == "block" else sublayer_input
+        r = r + block_input if placement.residual == "both" else r
+        return post(times(residual_scale, r) + times(branch_scale, branch(dropout(f(times(input_scale, pre(x)))))))
+
+    def _norm_or_identity(self, sublayer: str, which: str) -> Callable:
+        placement = getattr(self.placement, sublayer)
+        if not getattr(placement, which):
+            return lambda x: x
+        scale_init = placement.branch_norm_init if which == "branch" else 1.0
+        return stream_norm(self.config, name=f"{sublayer}_{which}_norm", scale_init=scale_init)
+
+    def _initializer(self, role: str, layer: Int[Array, ""]) -> Callable:
+        factor = std_factor(self.config.initializer_name, role, layer, self.config.num_layers)
+        return truncated_normal(self.config.init_std * factor)
+
+    def _attention(self, layer: Int[Array, ""]) -> Attention:
+        config, placement = self.config, self.placement
+        norm = partial(make_norm, config, config.attention_norm_kind)
+        return Attention(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            q_norm=placement.q_norm,
+            k_norm=placement.k_norm,
+            v_norm=placement.v_norm,
+            context_norm=placement.context_norm,
+            norm=norm,
+            use_bias=config.attention_bias,
+            backend=self.backend,
+            dtype=jnp.dtype(config.dtype),
+            param_dtype=jnp.dtype(config.param_dtype),
+            input_init=self._initializer("input", layer),
+            value_init=self._initializer("value", layer),
+            output_init=self._initializer("output", layer),
+            name="attention",
+        )
+
+    def _feed_forward(self, layer: Int[Array, ""]) -> FeedForward:
+        config = self.config
+        return FeedForward(
+            mlp_dim=config.mlp_dim,
+            activation=config.activation,
+            use_bias=config.mlp_bias,
+            dtype=jnp.dtype(config.dtype),
+            param_dtype=jnp.dtype(config.param_dtype),
+            input_init=self._initializer("feed_forward", layer),
+            output_init=self._initializer("output", layer),
+            name="feed_forward",
+        )
+
+
+def make_norm(config: ModelConfig, kind: str, **attributes: Any) -> Norm:
+    """A Norm of this kind with the model's eps, affine parameters and parameter dtype."""
+    return Norm(
+        kind=kind,
+        eps=config.norm_eps,
+        use_scale=config.norm_scale,
+        use_bias=config.norm_bias,
+        param_dtype=jnp.dtype(config.param_dtype),
+        **attributes,
+    )
+
+
+def stream_norm(config: ModelConfig, **attributes: Any) -> Norm:
+    """A norm on the residual stream, of the model's kind."""
+    return make_norm(config, config.norm, **attributes)

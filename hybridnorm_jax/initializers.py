@@ -1,0 +1,47 @@
+"""How weights start: one truncated normal, and by what each initializer scales it for each kind of matrix."""
+
+import math
+from collections.abc import Callable
+
+import jax
+from jaxtyping import Array
+
+# "output" writes the residual stream (W_O, FFN-out); "value" is W_V; "feed_forward" reads the stream into the FFN;
+# "input" is every other weight inside a block (W_Q, W_K); "outer" stands outside the blocks (embeddings, head).
+ROLES = ("input", "value", "feed_forward", "output", "outer")
+
+
+def truncated_normal(std: float | Array) -> Callable:
+    """Initializer: N(0, std^2) cut at 3 std, not rescaled (HybridNorm 2503.04598; its code's cutoff factor)."""
+
+    def initialize(key, shape, dtype=float):
+        return jax.random.truncated_normal(key, -3, 3, shape, dtype) * jax.numpy.asarray(std, dtype)
+
+    return initialize
+
+
+def std_factor(initializer: str, role: str, layer: int | Array, num_layers: int) -> float | Array:
+    """What `model.init_std` is multiplied with. `layer` counts from 0 and may be traced: L blocks, l = layer + 1.
+
+    normal        1 everywhere (HybridNorm, "Normal initialization")
+    depth_scaled  output: 1/sqrt(2l) (HybridNorm, "Depth-Scaled")
+    megatron      output: 1/sqrt(2L) (HybridNorm, "Megatron")
+    deepnorm      value, feed_forward and output: (8L)^(-1/4) (DeepNorm 2203.00555, decoder-only)
+    b2t           1/sqrt(L) everywhere (B2T 2206.00330)
+    """
+    if role not in ROLES:
+        raise ValueError(f"role={role!r} must be one of {ROLES}")
+    match initializer, role:
+        case "normal", _:
+            return 1.0
+        case "depth_scaled", "output":
+            return (2.0 * (layer + 1)) ** -0.5
+        case "megatron", "output":
+            return 1 / math.sqrt(2 * num_layers)
+        case "deepnorm", "value" | "feed_forward" | "output":
+            return (8 * num_layers) ** -0.25
+        case "b2t", _:
+            return 1 / math.sqrt(num_layers)
+        case "depth_scaled" | "megatron" | "deepnorm", _:
+            return 1.0
+    raise ValueError(f"initializer={initializer!r} is not known")
