@@ -55,8 +55,10 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", init, (self.rows, self.width), jnp.dtype(self.param_dtype))
 
     def __call__(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
-        """Look the rows up; the gradient is summed in the parameters' dtype."""
-        return jnp.take(self.embedding, ids, axis=0, mode="clip").astype(self.dtype)
+        """Look the rows up; an id outside the table gives NaN. The gradient is summed in the parameters' dtype."""
+        # Gathered along embed before the lookup: XLA cannot get from a result sharded by embed to one sharded by batch.
+        table = nn.with_logical_constraint(self.embedding, ("vocab", None))
+        return jnp.take(table, ids, axis=0).astype(self.dtype)
 
 
 class Head(nn.Module):

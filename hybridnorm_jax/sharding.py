@@ -1,0 +1,137 @@
+"""The device mesh, and which dimension of which array lies on which of its axes."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from hybridnorm_jax.config import ConfigError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes. A dimension that its mesh axes do not divide stays whole.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+}
+
+# Last two parts of a parameter's path -> its logical axes; inside a run "layers" comes first. Norms have no entry of
+# their own: a vector is not worth the communication of sharding it.
+PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
+    "token_embedding/embedding": ("vocab", "embed"),
+    "position_embedding/embedding": (None, "embed"),
+    "head/kernel": ("embed", "vocab"),
+    "query/kernel": ("embed", "heads", "head_dim"),
+    "key/kernel": ("embed", "kv_heads", "head_dim"),
+    "value/kernel": ("embed", "kv_heads", "head_dim"),
+    "out/kernel": ("heads", "head_dim", "embed"),
+    "query/bias": ("heads", "head_dim"),
+    "key/bias": ("kv_heads", "head_dim"),
+    "value/bias": ("kv_heads", "head_dim"),
+    "out/bias": (None,),
+    "gate/kernel": ("embed", "mlp"),
+    "up/kernel": ("embed", "mlp"),
+    "down/kernel": ("mlp", "embed"),
+    "gate/bias": ("mlp",),
+    "up/bias": ("mlp",),
+    "down/bias": (None,),
+}
+
+
+def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh of all devices with axes data, fsdp, tensor.
+
+    Args:
+      sizes: axis -> size; one of them may be -1: all that are left.
+
+    Raises:
+      ConfigError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = [sizes[axis] for axis in MESH_AXES]
+    given = int(np.prod([size for size in shape if size != -1]))
+    shape = [len(devices) // given if size == -1 else size for size in shape]
+    if int(np.prod(shape)) != len(devices):
+        asked = ", ".join(f"mesh.{axis}={sizes[axis]}" for axis in MESH_AXES)
+        raise ConfigError(f"{asked}: must multiply to the {len(devices)} devices there are, one of them may be -1")
+    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+@contextmanager
+def use_mesh(mesh: Mesh):
+    """Trace and run what is inside on this mesh, by RULES."""
+    with ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        stack.enter_context(nn.logical_axis_rules(tuple(RULES.items())))
+        yield
+
+
+def logical_axes(path: tuple[str, ...], ndim: int) -> tuple[str | None, ...]:
+    """The logical axes of the parameter, or optimizer moment, at this path.
+
+    Raises:
+      KeyError: a matrix that PARAMETER_AXES does not name.
+    """
+    layers = ("layers",) if any(part.startswith("run_") for part in path) else ()
+    axes = PARAMETER_AXES.get("/".join(path[-2:]))
+    if axes is None and ndim - len(layers) <= 1:
+        return layers[:ndim] + (None,) * (ndim - len(layers[:ndim]))
+    if axes is None:
+        raise KeyError(f"no logical axes for the parameter {'/'.join(path)}: sharding.PARAMETER_AXES must name it")
+    return layers + axes
+
+
+def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The spec that RULES give these logical axes; a dimension that its mesh axes do not divide stays whole."""
+    spec = []
+    for axis, size in zip(axes, shape, strict=True):
+        mesh_axes = RULES.get(axis, ())
+        divides = size % int(np.prod([mesh.shape[name] for name in mesh_axes])) == 0
+        spec.append((mesh_axes if len(mesh_axes) > 1 else mesh_axes[0]) if mesh_axes and divides else None)
+    return PartitionSpec(*spec)
+
+
+def _parts(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+    """For parameters, or a training state that holds trees like them: the same tree of NamedShardings."""
+
+    def sharding(path, leaf):
+        return NamedSharding(mesh, partition_spec(logical_axes(_parts(path), leaf.ndim), leaf.shape, mesh))
+
+    return jax.tree.map_with_path(sharding, tree)
+
+
+def undivided(params: Any, mesh: Mesh) -> list[str]:
+    """What stays whole because a mesh axis does not divide it, one line each, for the start-up report."""
+    lines = []
+    for path, leaf in jax.tree.leaves_with_path(params):
+        axes = logical_axes(_parts(path), leaf.ndim)
+        spec = partition_spec(axes, leaf.shape, mesh)
+        for axis, size, placed in zip(axes, leaf.shape, spec, strict=True):
+            over = [name for name in RULES.get(axis, ()) if mesh.shape[name] > 1]
+            if over and placed is None:
+                lines.append(f"{axis}={size} stays whole: not divisible by {' x '.join(over)}")
+    return sorted(set(lines))
+
+
+def batch_sharding(mesh: Mesh, leading: int) -> NamedSharding:
+    """Of a batch whose sequences are dimension number `leading`."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * leading, RULES["batch"]))
+
+
+def check_batch(key_name: str, batch_size: int, mesh: Mesh) -> None:
+    """Raise ConfigError unless the mesh can split this many sequences."""
+    parts = int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
+    if batch_size % parts:
+        raise ConfigError(f"{key_name}: {batch_size} sequences at a time, must be a multiple of mesh data x fsdp = {parts}")

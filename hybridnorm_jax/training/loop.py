@@ -1,0 +1,252 @@
+"""A pretraining run from configuration to final evaluation."""
+
+import dataclasses
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from hybridnorm_jax import command_line
+from hybridnorm_jax.config import ConfigError
+from hybridnorm_jax.data import Data, open_data, train_iterator, validation_batches
+from hybridnorm_jax.evaluation import perplexity
+from hybridnorm_jax.evaluation.sampling import generate
+from hybridnorm_jax.run_config import RunConfig
+from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
+from hybridnorm_jax.training.metrics import MetricsWriter
+from hybridnorm_jax.training.program import Program
+from hybridnorm_jax.training.report import start_report
+from hybridnorm_jax.training.state import TrainState
+from hybridnorm_jax.training.throughput import mfu, model_flops_per_token
+
+PROFILED_STEPS = 5
+
+
+def train(config: RunConfig) -> dict[str, perplexity.Score]:
+    """Train, or go on training, the run that `config` describes; returns the final scores of its validation sets.
+
+    Raises:
+      UserError: anything the caller can mend, in one line; what was saved before stays as it is.
+    """
+    program = Program(config)
+    directory = open_run_directory(config)
+    data = open_data(config.data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size)
+    with Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+        state, iterator, first = _start(config, program, data, checkpoints)
+        print(start_report(config, program, data, directory, resumed=first), flush=True)
+        writer = MetricsWriter(
+            directory,
+            resume_step=first,
+            wandb=config.run.wandb,
+            wandb_project=config.run.wandb_project,
+            run_name=config.run.name,
+            config=dataclasses.asdict(config),
+            enabled=jax.process_index() == 0,
+        )
+        try:
+            loop = _Loop(config, program, data, directory, checkpoints, writer)
+            state, scores = loop.run(state, iterator, first)
+        finally:
+            writer.close()
+    print(perplexity.table(scores))
+    if config.train.sample_tokens:
+        print(_sample(config, data, state.params))
+    return scores
+
+
+def open_run_directory(config: RunConfig) -> epath.Path:
+    """The run's directory, made where it is new; one that holds another configuration is refused.
+
+    Raises:
+      ConfigError: names every key that differs and decides the trajectory.
+    """
+    directory = epath.Path(config.run.dir) / config.run.name
+    file = directory / "config.yaml"
+    if file.exists():
+        saved = command_line.from_yaml(file.read_text())
+        if differing := command_line.differences(saved, config):
+            raise ConfigError(f"{directory} holds another run ({'; '.join(differing)}): choose another run.name")
+    if jax.process_index() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = directory / "config.yaml.partial"
+        partial.write_text(command_line.to_yaml(config))
+        partial.rename(file)
+    return directory
+
+
+def evaluate_all(
+    program: Program, params: Any, data: Data, batches: int | None, *, progress: bool = True
+) -> dict[str, perplexity.Score]:
+    """The score of every validation set, or of its first `batches` batches."""
+    scores = {}
+    for name, windows in data.validation.items():
+        stream = validation_batches(
+            windows,
+            batch_size=program.eval_batch_size,
+            batches=batches,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        total = math.ceil(len(windows) / program.eval_batch_size)
+        total = total if batches is None else min(total, batches)
+        bar = tqdm(stream, f"eval {name}", total=total, leave=False, disable=not progress, dynamic_ncols=True)
+        scores[name] = perplexity.evaluate(
+            lambda batch: program.eval_step(params, batch), bar, bytes_per_token=windows.bytes_per_token
+        )
+    return scores
+
+
+def _start(config: RunConfig, program: Program, data: Data, checkpoints: Checkpoints) -> tuple[TrainState, Any, int]:
+    """State, data iterator and number of updates made: from the newest checkpoint, from init_from, or fresh."""
+    iterator = train_iterator(
+        data.train,
+        batch_size=config.train.batch_size,
+        accumulation=config.train.grad_accumulation,
+        seed=config.train.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        read_threads=config.data.read_threads,
+    )
+    step = checkpoints.latest()
+    if step is not None:
+        state, data_state = checkpoints.restore(program.abstract_state, step)
+        iterator.set_state(data_state)
+        return state, iterator, step
+    if config.init_from is None:
+        return program.fresh_state(), iterator, 0
+    source, step = find_checkpoint(config.init_from)
+    with Checkpoints(source, keep=1) as other:
+        params = other.restore_params(program.abstract_state.params, step)
+    return dataclasses.replace(program.fresh_state(), params=params), iterator, 0
+
+
+class _Loop:
+    """The steps between start and end: metrics read one step late, evaluations and checkpoints on the way."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        program: Program,
+        data: Data,
+        directory: epath.Path,
+        checkpoints: Checkpoints,
+        writer: MetricsWriter,
+    ):
+        self.config, self.program, self.data, self.directory = config, program, data, directory
+        self.checkpoints, self.writer = checkpoints, writer
+        self.flops_per_token = model_flops_per_token(config.model, config.train.seq_len)
+        self.config_yaml = command_line.to_yaml(config)
+        self.clock = _Clock()
+
+    def run(self, state: TrainState, iterator: Any, first: int) -> tuple[TrainState, dict[str, perplexity.Score]]:
+        """Train from update `first` to the last, then save and evaluate."""
+        config, steps = self.config, self.config.train.steps
+        scores, late = None, None
+        slow_terminal = 0.2 if sys.stderr.isatty() else 30
+        with tqdm(total=steps, initial=first, unit="step", mininterval=slow_terminal, dynamic_ncols=True) as bar:
+            for step in range(first + 1, steps + 1):
+                self._profile(step - first)
+                state, metrics = self.program.train_step(state, next(iterator))
+                # The device is busy with this step while the one before is read.
+                previous, late = late, (step, metrics)
+                self._record(previous, bar)
+                last = step == steps
+                saves = step % config.checkpoint.every == 0 or last
+                evaluates = step % config.eval.every == 0 or last
+                if saves or evaluates:
+                    self._record(late, bar)
+                    late = None
+                if saves:
+                    self._save(step, state, iterator)
+                if evaluates:
+                    scores = self._evaluate(step, state)
+                if saves or evaluates:
+                    self.clock.restart()
+        if scores is None:
+            scores = self._evaluate(first, state)
+        return state, scores
+
+    def _record(self, item: tuple[int, dict[str, Any]] | None, bar: tqdm) -> None:
+        """Wait for a step's metrics, show them, and write every train.log_every-th."""
+        if item is None:
+            return
+        step, metrics = item[0], {name: float(value) for name, value in item[1].items()}
+        self.clock.tick()
+        bar.update(step - bar.n)
+        rate = self.clock.rate()
+        per_second = None if rate is None else rate * self.config.tokens_per_step
+        bar.set_postfix_str(f"loss {metrics['loss']:.4f}" + ("" if rate is None else f", {per_second:,.0f} tokens/s"))
+        if step % self.config.train.log_every and step != self.config.train.steps:
+            return
+        device = self.program.mesh.devices.flat[0]
+        values = {f"train/{name}": value for name, value in metrics.items()}
+        values["tokens_per_second"] = per_second
+        values["mfu"] = (
+            None
+            if per_second is None
+            else mfu(per_second, self.flops_per_token, device.device_kind, self.program.mesh.size)
+        )
+        self.writer.write(step, values)
+        self.clock.restart(keep_last=True)
+
+    def _save(self, step: int, state: TrainState, iterator: Any) -> None:
+        self.checkpoints.save(
+            step,
+            state,
+            data_state=iterator.get_state(),
+            config_yaml=self.config_yaml,
+            wait=step == self.config.train.steps,
+        )
+
+    def _evaluate(self, step: int, state: TrainState) -> dict[str, perplexity.Score]:
+        scores = evaluate_all(self.program, state.params, self.data, self.config.eval.batches)
+        values = {f"eval/{name}/loss": score.loss for name, score in scores.items()}
+        self.writer.write(step, values)
+        return scores
+
+    def _profile(self, number: int) -> None:
+        """Trace a few steps of this process, after the first two: compilation would drown them."""
+        if self.config.train.profile and number == 3:
+            jax.profiler.start_trace(str(self.directory / "profile"))
+        if self.config.train.profile and number == 3 + PROFILED_STEPS:
+            jax.profiler.stop_trace()
+
+
+class _Clock:
+    """Steps per second since the last restart, counted between moments when a step's result was seen."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self, keep_last: bool = False) -> None:
+        """Forget; with keep_last the last tick starts the next interval, so that no time is lost between intervals."""
+        self.begin = self.end if keep_last else None
+        self.ticks = 0
+
+    def tick(self) -> None:
+        """A step's result has been seen."""
+        self.end = time.perf_counter()
+        if self.begin is None:
+            self.begin = self.end
+        else:
+            self.ticks += 1
+
+    def rate(self) -> float | None:
+        """Steps per second, or None before two moments were seen."""
+        return self.ticks / (self.end - self.begin) if self.ticks else None
+
+
+def _sample(config: RunConfig, data: Data, params: Any) -> str:
+    """A sample of text from the trained model, with a heading."""
+    tokenizer = data.tokenizer
+    prompt = [tokenizer.separator_id] if tokenizer.separator_id is not None else [0]
+    key = jax.random.key(config.train.seed)
+    count = config.train.sample_tokens
+    ids = generate(config.model, params, np.asarray(prompt), num_tokens=count, window=config.train.seq_len, key=key)
+    return f"\nA sample of {count} tokens:\n{tokenizer.decode(ids)}"

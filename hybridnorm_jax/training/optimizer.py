@@ -1,0 +1,61 @@
+"""AdamW as the papers train with it, and its learning-rate schedules."""
+
+import math
+from typing import Any
+
+import jax
+import optax
+
+from hybridnorm_jax.run_config import OptimizerSection
+
+
+def learning_rate_schedule(config: OptimizerSection, steps: int, tokens_per_step: int) -> optax.Schedule:
+    """Learning rate of optimizer update number `count` = 0, 1, ..., steps - 1.
+
+    Linear warm-up to the peak, reached by update `warmup`, then
+      cosine    half a cosine down to final_ratio * peak, reached by the last update
+      linear    a straight line there
+      wsd       the peak, and a straight line there in the last wsd_decay_fraction of all updates
+      constant  the peak
+    The first update already has peak / warmup: a rate of zero would waste it.
+    """
+    peak, final = config.learning_rate, config.learning_rate * config.final_ratio
+    warmup = config.warmup_steps
+    if config.warmup_tokens is not None:
+        warmup = math.ceil(config.warmup_tokens / tokens_per_step)
+    after = max(1, steps - warmup)
+    match config.schedule:
+        case "cosine":
+            decay = optax.cosine_decay_schedule(peak, after, alpha=config.final_ratio)
+        case "linear":
+            decay = optax.linear_schedule(peak, final, after)
+        case "wsd":
+            length = max(1, round(steps * config.wsd_decay_fraction))
+            decay = optax.linear_schedule(peak, final, length, transition_begin=max(0, after - length))
+        case "constant":
+            decay = optax.constant_schedule(peak)
+    schedule = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup]) if warmup else decay
+    return lambda count: schedule(count + 1)
+
+
+def decay_mask(config: OptimizerSection, params: Any) -> Any:
+    """Which parameters decay: kernels always, embeddings and norm scales and biases as configured."""
+
+    def decays(path, _):
+        name = path[-1].key
+        if name == "embedding":
+            return config.decay_embeddings
+        return config.decay_norms_and_biases if name in ("scale", "bias") else True
+
+    return jax.tree.map_with_path(decays, params)
+
+
+def make_optimizer(config: OptimizerSection, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW with decoupled decay: p <- p - rate * (adam(g) + weight_decay * p)."""
+    clip = [] if config.clip is None else [optax.clip_by_global_norm(config.clip)]
+    return optax.chain(
+        *clip,
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(config, params)),
+        optax.scale_by_learning_rate(schedule),
+    )

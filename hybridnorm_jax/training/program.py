@@ -1,0 +1,89 @@
+"""What a RunConfig compiles to: model, optimizer, and the two jitted steps on one mesh."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from hybridnorm_jax.attention_backends import resolve_backend
+from hybridnorm_jax.decoder import Decoder
+from hybridnorm_jax.loss import LossSums
+from hybridnorm_jax.run_config import RunConfig
+from hybridnorm_jax.sharding import MESH_AXES, batch_sharding, check_batch, make_mesh, use_mesh
+from hybridnorm_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from hybridnorm_jax.training.state import TrainState, init_state
+from hybridnorm_jax.training.step import Batch, make_eval_step, make_train_step
+
+
+class Program:
+    """The steps of one run. Building it checks everything that can be checked before compilation.
+
+    Attributes:
+      config, mesh, model: as named; `backend` is the attention backend in force.
+      abstract_state: shapes, dtypes and shardings of the training state.
+
+    Raises:
+      ConfigError: the mesh does not fit the devices or the batch, or the attention backend cannot do what is asked.
+    """
+
+    def __init__(self, config: RunConfig, mesh: Mesh | None = None):
+        self.config = config
+        self.mesh = make_mesh({axis: getattr(config.mesh, axis) for axis in MESH_AXES}) if mesh is None else mesh
+        check_batch("train.batch_size / train.grad_accumulation", config.microbatch_size, self.mesh)
+        check_batch("eval.batch_size", self.eval_batch_size, self.mesh)
+        self.backend = resolve_backend(
+            config.model.attention,
+            platform=self.mesh.devices.flat[0].platform,
+            dtype=config.model.dtype,
+            head_dim=config.model.head_dim,
+            segment_ids=config.data.segment_ids,
+        )
+        self.model = Decoder(dataclasses.replace(config.model, attention=self.backend))
+        train = config.train
+        schedule = learning_rate_schedule(config.optimizer, train.steps, config.tokens_per_step)
+        self._optimizer = make_optimizer(config.optimizer, schedule)
+        self.abstract_state = init_state(config.model, self._optimizer, train.seed, self.mesh, abstract=True)
+        step = make_train_step(
+            self.model, self._optimizer, schedule, seed=train.seed, chunk=train.loss_chunk, z_loss=train.z_loss
+        )
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        self._train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        self._eval_step = jax.jit(make_eval_step(self.model, chunk=train.loss_chunk))
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Sequences per evaluation batch, over all devices."""
+        return self.config.eval.batch_size or self.config.microbatch_size
+
+    def fresh_state(self) -> TrainState:
+        """The state before the first step."""
+        return init_state(self.config.model, self._optimizer, self.config.train.seed, self.mesh)
+
+    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One update; `state` is donated. `batch` is this process's (microbatches, sequences, positions) in NumPy."""
+        with use_mesh(self.mesh):
+            return self._train_step(state, self.put(batch, leading=1))
+
+    def lower_train_step(self) -> jax.stages.Lowered:
+        """The train step lowered for this mesh, from shapes alone."""
+        train = self.config.train
+        shape = (train.grad_accumulation, self.config.microbatch_size, train.seq_len)
+        dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
+        if self.config.data.segment_ids:
+            dtypes |= {"segment_ids": np.int32, "positions": np.int32}
+        place = batch_sharding(self.mesh, 1)
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
+        with use_mesh(self.mesh):
+            return self._train_step.lower(self.abstract_state, batch)
+
+    def eval_step(self, params: Any, batch: Batch) -> LossSums:
+        """Loss sums of one batch; `batch` is this process's (sequences, positions) in NumPy."""
+        with use_mesh(self.mesh):
+            return self._eval_step(params, self.put(batch, leading=0))
+
+    def put(self, batch: dict[str, np.ndarray], leading: int) -> Batch:
+        """This process's rows as global arrays, sequences (dimension `leading`) over the data axes."""
+        sharding = batch_sharding(self.mesh, leading)
+        return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

@@ -1,0 +1,33 @@
+"""The block of lines a run begins with."""
+
+import math
+
+import jax
+from etils import epath
+
+from hybridnorm_jax.data import Data
+from hybridnorm_jax.placement import runs
+from hybridnorm_jax.run_config import RunConfig
+from hybridnorm_jax.sharding import undivided
+from hybridnorm_jax.training.program import Program
+
+
+def start_report(config: RunConfig, program: Program, data: Data, directory: epath.Path, *, resumed: int) -> str:
+    """What will be trained, on what, and where its files go."""
+    model, train, mesh = config.model, config.train, program.mesh
+    params = program.abstract_state.params
+    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    asked = "" if model.attention == program.backend else f" ({model.attention})"
+    parts = len(runs(model.placements))
+    rows = [
+        ("run", f"{directory} ({f'resumed at step {resumed} of' if resumed else 'new,'} {train.steps} steps)"),
+        ("devices", f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {jax.process_count()} process(es)"),
+        ("mesh", ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())),
+        ("parameters", f"{total:,} ({model.param_dtype}; computes in {model.dtype})"),
+        ("scheme", f"{model.scheme}, {model.num_layers} layers in {parts} run{'s' * (parts > 1)}, {model.norm}"),
+        ("attention", f"{program.backend}{asked}"),
+        ("tokens/step", f"{config.tokens_per_step:,} = {train.batch_size} sequences x {train.seq_len}"),
+        ("data", data.description),
+    ]
+    rows += [("sharding", line) for line in undivided(params, mesh)]
+    return "\n".join(f"{name:<12} {text}" for name, text in rows)

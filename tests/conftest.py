@@ -1,0 +1,45 @@
+"""Eight simulated devices for every test, and small shapes that compile once."""
+
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+
+import hybridnorm_jax as hn
+
+SMALL = {"d_model": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 48, "vocab_size": 61}
+
+
+@pytest.fixture
+def small_config():
+    """Makes a ModelConfig of three narrow layers, with the keys given."""
+    return lambda **keys: hn.ModelConfig(**(SMALL | keys))
+
+
+@pytest.fixture
+def random_params():
+    """Parameters of a config, drawn so that no two layers and no norm are alike: every leaf ~ N(0 or 1, 0.3^2)."""
+
+    def draw(config, seed=0):
+        shapes = jax.eval_shape(
+            lambda key: hn.Decoder(config).init(key, np.zeros((1, 2), np.int32)), jax.random.key(0)
+        )["params"]
+        rng = np.random.default_rng(seed)
+
+        def leaf(path, shape):
+            centre = 1.0 if path[-1].key == "scale" else 0.0
+            return (centre + 0.3 * rng.standard_normal(shape.shape)).astype(shape.dtype)
+
+        return jax.tree.map_with_path(leaf, shapes)
+
+    return draw
+
+
+@pytest.fixture
+def tokens():
+    """Two sequences of twelve token ids below 61."""
+    return np.random.default_rng(1).integers(0, 61, (2, 12)).astype(np.int32)

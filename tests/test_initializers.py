@@ -1,0 +1,74 @@
+"""What the weights of each initializer look like, layer by layer."""
+
+import jax
+import numpy as np
+import pytest
+
+import hybridnorm_jax as hn
+
+L = 4
+KEPT = 0.98658  # standard deviation of a standard normal cut at 3, not rescaled: from its density, not from our code
+# (initializer, path in the block) -> factor on init_std, for layers 1..L
+EXPECTED = {
+    ("normal", "attention/out"): [1] * L,
+    ("depth_scaled", "attention/out"): [(2 * depth) ** -0.5 for depth in range(1, L + 1)],
+    ("depth_scaled", "feed_forward/down"): [(2 * depth) ** -0.5 for depth in range(1, L + 1)],
+    ("depth_scaled", "feed_forward/up"): [1] * L,
+    ("megatron", "attention/out"): [(2 * L) ** -0.5] * L,
+    ("megatron", "feed_forward/down"): [(2 * L) ** -0.5] * L,
+    ("megatron", "attention/value"): [1] * L,
+    ("deepnorm", "attention/query"): [1] * L,
+    ("deepnorm", "attention/key"): [1] * L,
+    ("deepnorm", "attention/value"): [(8 * L) ** -0.25] * L,
+    ("deepnorm", "attention/out"): [(8 * L) ** -0.25] * L,
+    ("deepnorm", "feed_forward/gate"): [(8 * L) ** -0.25] * L,
+    ("deepnorm", "feed_forward/down"): [(8 * L) ** -0.25] * L,
+    ("b2t", "attention/query"): [L**-0.5] * L,
+    ("b2t", "feed_forward/down"): [L**-0.5] * L,
+}
+
+
+@pytest.fixture(scope="module")
+def params_of():
+    drawn = {}
+
+    def draw(initializer):
+        if initializer not in drawn:
+            config = hn.ModelConfig(
+                scheme="hybrid_star", d_model=128, num_layers=L, num_heads=4, vocab_size=997, initializer=initializer
+            )
+            drawn[initializer] = config, hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+        return drawn[initializer]
+
+    return draw
+
+
+@pytest.mark.parametrize(("initializer", "path"), EXPECTED)
+def test_standard_deviation_of_every_layer(initializer, path, params_of):
+    config, params = params_of(initializer)
+    sublayer, name = path.split("/")
+    kernels = np.concatenate([params[f"run_{run}"][sublayer][name]["kernel"] for run in (0, 1)])
+    for kernel, factor in zip(kernels, EXPECTED[initializer, path], strict=True):
+        # 16384 samples: the standard deviation is known to 0.55 %; four of those.
+        np.testing.assert_allclose(kernel.std(), KEPT * factor * config.init_std, rtol=0.022)
+        assert np.abs(kernel).max() <= 3 * factor * config.init_std * 1.0001
+
+
+def test_embedding_and_head(params_of):
+    for initializer, factor in (("megatron", 1), ("b2t", L**-0.5)):
+        config, params = params_of(initializer)
+        for leaf in (params["token_embedding"]["embedding"], params["head"]["kernel"]):
+            np.testing.assert_allclose(leaf.std(), KEPT * factor * config.init_std, rtol=0.01)
+    assert config.init_std == pytest.approx((2.5 * 128) ** -0.5)
+
+
+def test_layers_differ_from_each_other(params_of):
+    kernels = params_of("normal")[1]["run_1"]["attention"]["query"]["kernel"]
+    assert not np.array_equal(kernels[0], kernels[1])
+
+
+def test_the_branch_norm_of_the_7b_model_starts_small():
+    config = hn.ModelConfig(scheme="hybrid_output_norm", d_model=16, num_layers=8, num_heads=2, vocab_size=7)
+    params = hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+    np.testing.assert_allclose(params["run_1"]["attention_branch_norm"]["scale"], 0.25)
+    np.testing.assert_allclose(params["run_1"]["attention_post_norm"]["scale"], 1.0)
