@@ -70,7 +70,9 @@ class ModelConfig:
     vocab_size: int = key(50304, "rows of the token embedding")
     activation: str = key("swiglu", f"feed-forward: {' | '.join(ACTIVATIONS)} (gelu is the exact one)")
     norm: str = key("rmsnorm", " | ".join(NORMS))
-    attention_norm: str = key("auto", "norm on q, k, v and context: auto (as norm; rmsnorm for crmsnorm) | rmsnorm | layernorm")
+    attention_norm: str = key(
+        "auto", "norm on q, k, v, context: auto (norm; rmsnorm for crmsnorm) | rmsnorm | layernorm"
+    )
     norm_eps: float = key(1e-5, "added to the mean square inside the root, in every norm")
     norm_scale: bool = key(True, "norms have a learned scale")
     norm_bias: bool = key(False, "norms have a learned bias")

@@ -117,5 +117,7 @@ class Norm(nn.Module):
         if self.kind == "crmsnorm":
             return crms_norm(x, scale, bias, eps=self.eps, width=self.width)
         if self.kind not in ("rmsnorm", "layernorm") or self.width is not None:
-            raise ValueError(f"kind={self.kind!r}, width={self.width}: rmsnorm, layernorm or crmsnorm; only it has a width")
+            raise ValueError(
+                f"kind={self.kind!r}, width={self.width}: must be rmsnorm, layernorm, or crmsnorm with a width"
+            )
         return (rms_norm if self.kind == "rmsnorm" else layer_norm)(x, scale, bias, eps=self.eps)

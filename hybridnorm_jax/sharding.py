@@ -134,4 +134,6 @@ def check_batch(key_name: str, batch_size: int, mesh: Mesh) -> None:
     """Raise ConfigError unless the mesh can split this many sequences."""
     parts = int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
     if batch_size % parts:
-        raise ConfigError(f"{key_name}: {batch_size} sequences at a time, must be a multiple of mesh data x fsdp = {parts}")
+        raise ConfigError(
+            f"{key_name}: {batch_size} sequences at a time, must be a multiple of mesh data x fsdp = {parts}"
+        )

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import hybridnorm_jax as hn
 from hybridnorm_jax.attention import rotation
 from hybridnorm_jax.block import Block, LayerInputs, SharedInputs
 from hybridnorm_jax.decoder import layer_inputs

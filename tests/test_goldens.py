@@ -60,7 +60,7 @@ def test_logits_loss_and_gradients_are_the_authors(name):
 
 
 def test_hybrid_and_its_name_in_the_ablation_are_one_model():
-    config, golden = _case("hybrid")
+    config, _ = _case("hybrid")
     as_ablation = hn.ModelConfig(scheme="qkv_post", d_model=32, num_layers=3, num_heads=4, mlp_dim=48, vocab_size=61)
     assert config.placements == as_ablation.placements
 

@@ -37,7 +37,10 @@ def params_of():
             config = hn.ModelConfig(
                 scheme="hybrid_star", d_model=128, num_layers=L, num_heads=4, vocab_size=997, initializer=initializer
             )
-            drawn[initializer] = config, hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+            drawn[initializer] = (
+                config,
+                hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"],
+            )
         return drawn[initializer]
 
     return draw

@@ -4,6 +4,10 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 
+import jax
+from tqdm import tqdm
+
+from hybridnorm_jax.data import Windows, validation_batches
 from hybridnorm_jax.loss import LossSums
 
 
@@ -39,6 +43,32 @@ def evaluate(
     bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
     # Beyond e^700 a double ends; such a model has no perplexity worth a digit.
     return Score(loss, math.exp(min(loss, 700.0)), bits, round(weight))
+
+
+def evaluate_sets(
+    eval_step: Callable[[dict], LossSums],
+    sets: Mapping[str, Windows],
+    *,
+    batch_size: int,
+    batches: int | None = None,
+    progress: bool = True,
+) -> dict[str, Score]:
+    """The score of every validation set.
+
+    Args:
+      eval_step: loss sums of this process's part of a batch.
+      batch_size: sequences per batch, over all processes.
+      batches: how many of each set, in order; None: all.
+    """
+    scores = {}
+    for name, windows in sets.items():
+        here = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        stream = validation_batches(windows, batch_size=batch_size, batches=batches, **here)
+        total = math.ceil(len(windows) / batch_size)
+        total = total if batches is None else min(total, batches)
+        bar = tqdm(stream, f"eval {name}", total=total, leave=False, disable=not progress, dynamic_ncols=True)
+        scores[name] = evaluate(eval_step, bar, bytes_per_token=windows.bytes_per_token)
+    return scores
 
 
 def table(scores: Mapping[str, Score]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from hybridnorm_jax.config import ModelConfig, UserError
-from hybridnorm_jax.placement import HEAD_NORMS, Run, runs
+from hybridnorm_jax.placement import HEAD_NORMS, runs
 
 _THEIR_HEAD_NORM = {"q_norm": "q_norm", "k_norm": "k_norm", "v_norm": "v_norm", "context_norm": "c_norm"}
 
@@ -42,8 +42,8 @@ def params_from_olmo(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> d
     """The parameters of `Decoder(config)` from a checkpoint of the HybridNorm authors' code.
 
     Their norms stand at the entrance of sublayers: attn_norm and ff_norm normalize what the sublayer reads, and where
-    the residual is taken after the norm, the stream itself. Such a norm is ours of the sublayer before, as `post`, or of
-    the embedding; in their Post-Norm that leaves ln_f as the post norm of the last feed-forward layer. With OLMo 2's
+    the residual is taken after the norm, the stream itself. Such a norm is the `post` norm of our sublayer before, or
+    the embedding's; in their Post-Norm that leaves ln_f as the post norm of the last feed-forward layer. With OLMo 2's
     norm_after the two norms are `branch` norms.
 
     Args:
@@ -80,7 +80,7 @@ def params_from_olmo(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> d
 
 
 def _norms(config: ModelConfig, source: _Arrays) -> dict[Any, dict[str, np.ndarray]]:
-    """Every norm on the stream: (layer, sublayer, "pre" | "branch" | "post") or the name of an outer one -> parameters."""
+    """Parameters of every norm on the stream, by (layer, sublayer, "pre" | "branch" | "post") or an outer one's name."""
     sublayers = [(layer, name) for layer in range(config.num_layers) for name in ("attention", "feed_forward")]
     theirs = {"attention": "attn_norm", "feed_forward": "ff_norm"}
     found: dict[Any, dict[str, np.ndarray]] = {}
@@ -90,7 +90,7 @@ def _norms(config: ModelConfig, source: _Arrays) -> dict[Any, dict[str, np.ndarr
         placement = getattr(config.placements[layer], name)
         entrance = f"transformer.blocks.{layer}.{theirs[name]}"
         if (placement.pre and before) or (placement.branch and (placement.pre or placement.post or before)):
-            raise UserError(f"model.scheme={config.scheme}: two norms meet in layer {layer}, which their code cannot have")
+            raise UserError(f"model.scheme={config.scheme}: two norms meet in layer {layer}; their code has one there")
         if placement.reads == "block" or placement.residual != "input" or set(placement.scales) != {1.0}:
             raise UserError(f"model.scheme={config.scheme}: its residuals or scales are not expressible in their code")
         if before:

@@ -1,10 +1,9 @@
 """A pretraining run from configuration to final evaluation."""
 
+import contextlib
 import dataclasses
-import math
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,9 +11,9 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from hybridnorm_jax import command_line
+from hybridnorm_jax import config_files
 from hybridnorm_jax.config import ConfigError
-from hybridnorm_jax.data import Data, open_data, train_iterator, validation_batches
+from hybridnorm_jax.data import Data, open_data, train_iterator
 from hybridnorm_jax.evaluation import perplexity
 from hybridnorm_jax.evaluation.sampling import generate
 from hybridnorm_jax.run_config import RunConfig
@@ -35,28 +34,19 @@ def train(config: RunConfig) -> dict[str, perplexity.Score]:
       UserError: anything the caller can mend, in one line; what was saved before stays as it is.
     """
     program = Program(config)
-    directory = open_run_directory(config)
     data = open_data(config.data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size)
-    with Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+    directory = open_run_directory(config)
+    with (
+        Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
+        contextlib.closing(_metrics_writer(config, directory, checkpoints.latest())) as writer,
+    ):
         state, iterator, first = _start(config, program, data, checkpoints)
-        print(start_report(config, program, data, directory, resumed=first), flush=True)
-        writer = MetricsWriter(
-            directory,
-            resume_step=first,
-            wandb=config.run.wandb,
-            wandb_project=config.run.wandb_project,
-            run_name=config.run.name,
-            config=dataclasses.asdict(config),
-            enabled=jax.process_index() == 0,
-        )
-        try:
-            loop = _Loop(config, program, data, directory, checkpoints, writer)
-            state, scores = loop.run(state, iterator, first)
-        finally:
-            writer.close()
-    print(perplexity.table(scores))
-    if config.train.sample_tokens:
-        print(_sample(config, data, state.params))
+        _say(start_report(config, program, data, directory, resumed=first))
+        loop = _Loop(config, program, data, directory, checkpoints, writer)
+        state, scores = loop.run(state, iterator, first)
+    _say(f"\nEvaluation at step {config.train.steps}\n{perplexity.table(scores)}")
+    if config.train.sample_tokens and data.tokenizer is not None:
+        _say(_sample(config, data, state.params))
     return scores
 
 
@@ -69,37 +59,15 @@ def open_run_directory(config: RunConfig) -> epath.Path:
     directory = epath.Path(config.run.dir) / config.run.name
     file = directory / "config.yaml"
     if file.exists():
-        saved = command_line.from_yaml(file.read_text())
-        if differing := command_line.differences(saved, config):
+        saved = config_files.from_yaml(file.read_text())
+        if differing := config_files.differences(saved, config):
             raise ConfigError(f"{directory} holds another run ({'; '.join(differing)}): choose another run.name")
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         partial = directory / "config.yaml.partial"
-        partial.write_text(command_line.to_yaml(config))
+        partial.write_text(config_files.to_yaml(config))
         partial.rename(file)
     return directory
-
-
-def evaluate_all(
-    program: Program, params: Any, data: Data, batches: int | None, *, progress: bool = True
-) -> dict[str, perplexity.Score]:
-    """The score of every validation set, or of its first `batches` batches."""
-    scores = {}
-    for name, windows in data.validation.items():
-        stream = validation_batches(
-            windows,
-            batch_size=program.eval_batch_size,
-            batches=batches,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        total = math.ceil(len(windows) / program.eval_batch_size)
-        total = total if batches is None else min(total, batches)
-        bar = tqdm(stream, f"eval {name}", total=total, leave=False, disable=not progress, dynamic_ncols=True)
-        scores[name] = perplexity.evaluate(
-            lambda batch: program.eval_step(params, batch), bar, bytes_per_token=windows.bytes_per_token
-        )
-    return scores
 
 
 def _start(config: RunConfig, program: Program, data: Data, checkpoints: Checkpoints) -> tuple[TrainState, Any, int]:
@@ -116,7 +84,10 @@ def _start(config: RunConfig, program: Program, data: Data, checkpoints: Checkpo
     step = checkpoints.latest()
     if step is not None:
         state, data_state = checkpoints.restore(program.abstract_state, step)
-        iterator.set_state(data_state)
+        if data_state["train_tokens"] != data.train.num_tokens:
+            now = f"checkpoint {step} was trained on {data_state['train_tokens']:,} tokens, there are {data.train.num_tokens:,}"
+            raise ConfigError(f"data: {now} now; restore the data, or start a new run with init_from")
+        iterator.set_state(data_state["iterator"])
         return state, iterator, step
     if config.init_from is None:
         return program.fresh_state(), iterator, 0
@@ -124,6 +95,24 @@ def _start(config: RunConfig, program: Program, data: Data, checkpoints: Checkpo
     with Checkpoints(source, keep=1) as other:
         params = other.restore_params(program.abstract_state.params, step)
     return dataclasses.replace(program.fresh_state(), params=params), iterator, 0
+
+
+def _metrics_writer(config: RunConfig, directory: epath.Path, resume_step: int | None) -> MetricsWriter:
+    return MetricsWriter(
+        directory,
+        resume_step=resume_step,
+        wandb=config.run.wandb,
+        wandb_project=config.run.wandb_project,
+        run_name=config.run.name,
+        config=dataclasses.asdict(config),
+        enabled=jax.process_index() == 0,
+    )
+
+
+def _say(text: str) -> None:
+    """Print on one process of all."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 class _Loop:
@@ -141,7 +130,7 @@ class _Loop:
         self.config, self.program, self.data, self.directory = config, program, data, directory
         self.checkpoints, self.writer = checkpoints, writer
         self.flops_per_token = model_flops_per_token(config.model, config.train.seq_len)
-        self.config_yaml = command_line.to_yaml(config)
+        self.config_yaml = config_files.to_yaml(config)
         self.clock = _Clock()
 
     def run(self, state: TrainState, iterator: Any, first: int) -> tuple[TrainState, dict[str, perplexity.Score]]:
@@ -165,11 +154,12 @@ class _Loop:
                 if saves:
                     self._save(step, state, iterator)
                 if evaluates:
-                    scores = self._evaluate(step, state)
+                    scores = self._score(state)
+                    self.writer.write(step, {f"eval/{name}/loss": score.loss for name, score in scores.items()})
                 if saves or evaluates:
                     self.clock.restart()
-        if scores is None:
-            scores = self._evaluate(first, state)
+        if scores is None:  # the run had ended before
+            scores = self._score(state)
         return state, scores
 
     def _record(self, item: tuple[int, dict[str, Any]] | None, bar: tqdm) -> None:
@@ -181,7 +171,8 @@ class _Loop:
         bar.update(step - bar.n)
         rate = self.clock.rate()
         per_second = None if rate is None else rate * self.config.tokens_per_step
-        bar.set_postfix_str(f"loss {metrics['loss']:.4f}" + ("" if rate is None else f", {per_second:,.0f} tokens/s"))
+        speed = "" if rate is None else f", {per_second:,.0f} tokens/s"
+        bar.set_postfix_str(f"loss {metrics['loss']:.4f}{speed}", refresh=False)
         if step % self.config.train.log_every and step != self.config.train.steps:
             return
         device = self.program.mesh.devices.flat[0]
@@ -199,16 +190,19 @@ class _Loop:
         self.checkpoints.save(
             step,
             state,
-            data_state=iterator.get_state(),
+            data_state={"iterator": iterator.get_state(), "train_tokens": self.data.train.num_tokens},
             config_yaml=self.config_yaml,
             wait=step == self.config.train.steps,
         )
 
-    def _evaluate(self, step: int, state: TrainState) -> dict[str, perplexity.Score]:
-        scores = evaluate_all(self.program, state.params, self.data, self.config.eval.batches)
-        values = {f"eval/{name}/loss": score.loss for name, score in scores.items()}
-        self.writer.write(step, values)
-        return scores
+    def _score(self, state: TrainState) -> dict[str, perplexity.Score]:
+        program = self.program
+        return perplexity.evaluate_sets(
+            lambda batch: program.eval_step(state.params, batch),
+            self.data.validation,
+            batch_size=program.eval_batch_size,
+            batches=self.config.eval.batches,
+        )
 
     def _profile(self, number: int) -> None:
         """Trace a few steps of this process, after the first two: compilation would drown them."""

@@ -15,7 +15,9 @@ from hybridnorm_jax.training.state import TrainState
 Batch = dict[str, Array]  # tokens, targets, weights, and with documents kept apart segment_ids, positions
 
 
-def loss_sums(model: Decoder, params: Any, batch: Batch, chunk: int | None, dropout_key: Array | None = None) -> LossSums:
+def loss_sums(
+    model: Decoder, params: Any, batch: Batch, chunk: int | None, dropout_key: Array | None = None
+) -> LossSums:
     """The loss of one batch (sequences x positions), as sums.
 
     Args:

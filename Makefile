@@ -1,0 +1,50 @@
+# Needs make and a Python >= 3.11; everything else is installed into a virtual environment of its own.
+
+PYTHON ?= python3
+ARGS ?=
+TESTS ?=
+WORKERS ?= 2
+
+# One environment for each interpreter: .venv for python3, .venv-python3.12 for PYTHON=python3.12.
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(subst /,_,$(PYTHON)))
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# The suite compiles hundreds of small programs; JAX by default keeps only those that took a second.
+TEST_ENV := JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.jax_cache" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+
+.PHONY: help train test lint clean
+
+help:
+	@echo "make train [ARGS='FILE.yaml key=value ...']   pretrain (the quickstart without ARGS), then evaluate"
+	@echo "make test  [TESTS=tests/test_x.py] [ARGS=-x]  the tests"
+	@echo "make lint                                     ruff check and ruff format --check"
+	@echo "make clean                                    delete environments and caches, not runs"
+	@echo "Each installs what it needs first. PYTHON=python3.12 chooses the interpreter (now: $(PYTHON), in $(VENV))."
+
+train: $(STAMP)
+	$(BIN)/python train.py $(ARGS)
+
+test: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(TESTS) $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+clean:
+	rm -rf .venv .venv-* .jax_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last, so an interrupted installation is taken up again by the next make.
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c "" 2>/dev/null || \
+	    { echo "$(PYTHON) does not run; choose another with make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+	    { echo "$(PYTHON) is older than Python 3.11; choose another with make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c "import venv, ensurepip" 2>/dev/null || \
+	    { echo "$(PYTHON) cannot make virtual environments; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "Installing into $(VENV); this takes a minute or a few."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	@touch $@

@@ -1,0 +1,83 @@
+"""Batches: the shuffled, endless training stream (Grain) and the validation pass."""
+
+import itertools
+import sys
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from hybridnorm_jax.data.errors import DataError
+from hybridnorm_jax.data.windows import Windows
+
+Batch = dict[str, np.ndarray]
+
+
+def train_iterator(
+    windows: Windows,
+    *,
+    batch_size: int,
+    accumulation: int = 1,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    read_threads: int,
+) -> grain.DatasetIterator:
+    """Endless batches of this process, arrays (accumulation, local microbatch, seq_len).
+
+    The global order is a function of the seed alone: each epoch is another permutation of all windows, computed from
+    the index (nothing is stored), and step s takes rows s B to s B + B - 1 of the epochs' concatenation, B =
+    `batch_size`. Microbatch a is the step's a-th stretch of B / accumulation rows, and process p reads only the p-th
+    of `process_count` equal stretches of each microbatch.
+
+    `get_state()` is {"next_index": steps taken}; `set_state` with it continues bit for bit, on any number of
+    processes and read threads. Raises DataError for a microbatch that the processes cannot share equally.
+    """
+    microbatch = batch_size // accumulation
+    local = _share("train.batch_size", batch_size, microbatch, process_count)
+    rows = np.arange(batch_size).reshape(accumulation, process_count, local)[:, process_index]
+    # Grain takes seed + epoch for an epoch's shuffle: hashed, seeds 0 and 1 do not share their epochs.
+    shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    order = grain.MapDataset.range(len(windows)).shuffle(seed=shuffle_seed).repeat()
+
+    def read_step(step: int) -> Batch:
+        batch = _stack([windows[order[step * batch_size + int(row)]] for row in rows.flat])
+        return {name: values.reshape(accumulation, local, -1) for name, values in batch.items()}
+
+    steps = grain.MapDataset.range(sys.maxsize // batch_size).map(read_step)
+    ahead = grain.ReadOptions(num_threads=read_threads, prefetch_buffer_size=2 * read_threads)
+    return iter(steps.to_iter_dataset(ahead))
+
+
+def validation_batches(
+    windows: Windows,
+    *,
+    batch_size: int,
+    batches: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """All windows once, in order (at most `batches` batches), arrays (local batch, seq_len) of this process.
+
+    The last batch is filled up with rows of zeros, which have weight 0: every process gets the same number of
+    batches. Raises DataError for a batch that the processes cannot share equally.
+    """
+    local = _share("eval.batch_size", batch_size, batch_size, process_count)
+
+    def read(first: int) -> Batch:
+        rows = [windows[index] for index in range(first, min(first + local, len(windows)))]
+        blank = {name: np.zeros_like(values) for name, values in windows[0].items()}
+        return _stack(rows + [blank] * (local - len(rows)))
+
+    starts = range(process_index * local, process_index * local + len(windows), batch_size)
+    return (read(first) for first in itertools.islice(starts, batches))
+
+
+def _share(key: str, value: int, rows: int, process_count: int) -> int:
+    if rows % process_count:
+        raise DataError(f"{key}={value}: {rows} sequences at a time cannot be shared by {process_count} processes")
+    return rows // process_count
+
+
+def _stack(rows: list[Batch]) -> Batch:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

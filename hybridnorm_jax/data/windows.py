@@ -1,0 +1,118 @@
+"""Fixed windows over one long stream of tokens."""
+
+import dataclasses
+
+import numpy as np
+
+from hybridnorm_jax.data.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """Tokens [start, stop) of a (memory-mapped) 1-D array; `name` is the file, for messages."""
+
+    array: np.ndarray
+    name: str
+    start: int
+    stop: int
+
+
+class TokenStream:
+    """The tokens of several extents, one after the other."""
+
+    def __init__(self, extents: tuple[Extent, ...], vocab_size: int):
+        self._extents = extents
+        self._ends = np.cumsum([extent.stop - extent.start for extent in extents], dtype=np.int64)
+        self._vocab_size = vocab_size
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) as int32. Raises DataError for one outside the vocabulary."""
+        pieces = []
+        index = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            extent, end = self._extents[index], int(self._ends[index])
+            first = extent.stop - (end - start)
+            length = min(stop, end) - start
+            pieces.append(self._checked(extent, first, extent.array[first : first + length]))
+            start, index = start + length, index + 1
+        return np.concatenate(pieces)
+
+    def _checked(self, extent: Extent, first: int, tokens: np.ndarray) -> np.ndarray:
+        wrong = (tokens < 0) | (tokens >= self._vocab_size)
+        if wrong.any():
+            place = int(wrong.argmax())
+            raise DataError(
+                f"{extent.name}: token {first + place} is {tokens[place]}, outside model.vocab_size="
+                f"{self._vocab_size}; set model.vocab_size to the tokenizer's, and check data.token_dtype"
+            )
+        return tokens.astype(np.int32)
+
+
+class Windows:
+    """A random-access source of rows of `seq_len` inputs and targets.
+
+    Row i covers tokens [i seq_len, i seq_len + seq_len], so that every token but the very first is a target once, and
+    runs across documents. It is a dict of arrays (seq_len,): `tokens` int32, `targets` int32 (the following token)
+    and `weights` float32; with a `separator_id` also `segment_ids` int32, which count the row's documents from 1, and
+    `positions` int32, which restart at 0 in each. A separator belongs to the document it ends; a target in another
+    document than its input has weight 0.
+
+    Without `tail` the tokens after the last full row are dropped; with it they make one more row, filled up with
+    zeros (weight 0, segment 0).
+
+    Attributes:
+      num_tokens: tokens of the stream, separators included.
+      bytes_per_token: bytes of text per token of the stream; None where unknown.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        *,
+        seq_len: int,
+        tail: bool,
+        separator_id: int | None = None,
+        bytes_per_token: float | None = None,
+    ):
+        self._stream = stream
+        self._seq_len = seq_len
+        self._separator_id = separator_id
+        self.num_tokens = len(stream)
+        self.bytes_per_token = bytes_per_token
+        targets = max(self.num_tokens - 1, 0)
+        self._num_rows = -(-targets // seq_len) if tail else targets // seq_len
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        start = index * self._seq_len
+        tokens = self._stream.read(start, min(start + self._seq_len + 1, self.num_tokens))
+        row = {
+            "tokens": tokens[:-1],
+            "targets": tokens[1:],
+            "weights": np.ones(len(tokens) - 1, np.float32),
+        }
+        if self._separator_id is not None:
+            row |= _documents(tokens, self._separator_id)
+        missing = self._seq_len - len(row["tokens"])
+        return {name: np.pad(values, (0, missing)) for name, values in row.items()} if missing else row
+
+
+def _documents(tokens: np.ndarray, separator_id: int) -> dict[str, np.ndarray]:
+    """Weights, segment ids and positions of a row of inputs and their last target."""
+    ends = tokens == separator_id
+    document = np.cumsum(ends) - ends
+    index = np.arange(len(tokens))
+    begins = np.diff(document, prepend=-1) > 0
+    positions = index - np.maximum.accumulate(np.where(begins, index, 0))
+    return {
+        "weights": (document[1:] == document[:-1]).astype(np.float32),
+        "segment_ids": (document[:-1] + 1).astype(np.int32),
+        "positions": positions[:-1].astype(np.int32),
+    }

@@ -1,0 +1,56 @@
+"""Evaluate a run from what it left on disk."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from hybridnorm_jax.config import ConfigError
+from hybridnorm_jax.config_files import differences, from_yaml
+from hybridnorm_jax.data import open_data
+from hybridnorm_jax.evaluation.perplexity import Score, evaluate_sets
+from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
+from hybridnorm_jax.training.program import Program
+
+# Model keys that may be another in evaluation than in training: the function stays the same up to rounding.
+SAME_FUNCTION = ("model.dtype", "model.dropout", "model.initializer", "model.init_std")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunScores:
+    """The scores of every validation set, and which checkpoint they are of."""
+
+    checkpoint: str
+    step: int
+    scores: Mapping[str, Score]
+
+
+def evaluate_run(path: str, overrides: Sequence[str] = (), *, progress: bool = True) -> RunScores:
+    """Score a run's newest checkpoint, or the one that `path` names, on whatever devices there are.
+
+    Args:
+      path: a run's directory, or one checkpoint's such as runs/quickstart/checkpoints/000500.
+      overrides: key=value, on the configuration saved with the checkpoint.
+
+    Raises:
+      UserError: no checkpoint there, or an override that makes another model of it.
+    """
+    directory, step = find_checkpoint(path)
+    with Checkpoints(directory, keep=1) as checkpoints:
+        step = checkpoints.latest() if step is None else step
+        text = checkpoints.read_config(step)
+        saved, config = from_yaml(text), from_yaml(text, overrides)
+        for line in differences(saved, config):
+            if line.startswith(("model.", "data.tokenizer")) and not line.startswith(SAME_FUNCTION):
+                raise ConfigError(f"{line}: {directory.parent} holds that model and no other")
+        program = Program(config)
+        data = open_data(
+            config.data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size, progress=progress
+        )
+        params = checkpoints.restore_params(program.abstract_state.params, step)
+    scores = evaluate_sets(
+        lambda batch: program.eval_step(params, batch),
+        data.validation,
+        batch_size=program.eval_batch_size,
+        batches=config.eval.batches,
+        progress=progress,
+    )
+    return RunScores(str(directory / f"{step:06d}"), step, scores)

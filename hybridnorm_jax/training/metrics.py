@@ -1,0 +1,161 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard event files and, if asked for, Weights & Biases."""
+
+import json
+import math
+import secrets
+from typing import Any
+
+from etils import epath
+from tensorboardX import SummaryWriter
+
+from hybridnorm_jax.config import ConfigError, UserError
+
+
+class MetricsWriter:
+    """Writes <run>/metrics.jsonl, <run>/tensorboard and a Weights & Biases run.
+
+    metrics.jsonl has one JSON object per line, "step" first. A value that is not a finite number is null, since JSON
+    has neither NaN nor infinities. Every line is on disk when `write` returns. TensorBoard and Weights & Biases get the
+    values that are not null.
+
+    Args:
+      run_dir: exists already; local or gs://. An object store cannot append, so there every `write` uploads the file.
+      resume_step: the step training goes on from: what was recorded of later steps is dropped, and a torn last line.
+        None drops everything.
+      wandb: also log to Weights & Biases; a resumed run goes on in its old Weights & Biases run.
+      wandb_project, run_name, config: what Weights & Biases shows.
+      enabled: False in all processes but one: then nothing is written.
+
+    Raises:
+      ConfigError: Weights & Biases or TensorBoard's access to gs:// is not installed.
+      UserError: metrics.jsonl cannot be written.
+    """
+
+    def __init__(
+        self,
+        run_dir: epath.PathLike,
+        *,
+        resume_step: int | None,
+        wandb: bool,
+        wandb_project: str,
+        run_name: str,
+        config: dict[str, Any],
+        enabled: bool = True,
+    ):
+        self._enabled = enabled
+        if not enabled:
+            return
+        run_dir = epath.Path(run_dir)
+        self._wandb = _start_wandb(run_dir, resume_step, wandb_project, run_name, config) if wandb else None
+        self._file = _JsonLines(run_dir / "metrics.jsonl", resume_step)
+        first = 0 if resume_step is None else resume_step + 1
+        # Without the suffix a run that is resumed within the same second would overwrite its event file.
+        options = {"purge_step": first, "filename_suffix": f".{first}", "flush_secs": 10}
+        try:
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), **options)
+        except ImportError as error:
+            raise ConfigError(f"run.dir={run_dir.parent}: TensorBoard cannot write there: {error}") from error
+
+    def write(self, step: int, values: dict[str, float | None]) -> None:
+        """Record the values of one step; UserError where metrics.jsonl cannot be written."""
+        if not self._enabled:
+            return
+        values = {name: _finite_or_none(value) for name, value in values.items()}
+        self._file.append({"step": step, **values})
+        known = {name: value for name, value in values.items() if value is not None}
+        for name, value in known.items():
+            self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **known})
+
+    def close(self) -> None:
+        """Flush and release everything."""
+        if not self._enabled:
+            return
+        self._file.close()
+        self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+class _JsonLines:
+    """A file of JSON objects, one per line."""
+
+    def __init__(self, path: epath.Path, resume_step: int | None):
+        self._path = path
+        self._kept = "".join(_lines_until(path, resume_step))
+        self._rewrite()
+        self._local = open(path, "a", encoding="utf-8") if _is_local(path) else None  # noqa: SIM115
+
+    def append(self, entry: dict[str, Any]) -> None:
+        line = json.dumps(entry, allow_nan=False) + "\n"
+        if self._local is None:
+            self._kept += line
+            self._rewrite()
+            return
+        try:
+            self._local.write(line)
+            self._local.flush()
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written: {error.strerror}") from error
+
+    def _rewrite(self) -> None:
+        """Replace the file by what is kept, whole or not at all."""
+        partial = self._path.with_name(self._path.name + ".partial")
+        try:
+            partial.write_text(self._kept)
+            partial.replace(self._path)
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written: {error}") from error
+
+    def close(self) -> None:
+        if self._local is not None:
+            self._local.close()
+
+
+def _lines_until(path: epath.Path, resume_step: int | None) -> list[str]:
+    """The lines of steps up to resume_step, up to the first that is torn."""
+    if resume_step is None or not path.exists():
+        return []
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            step = json.loads(line)["step"]
+        except ValueError:
+            break
+        if step <= resume_step:
+            kept.append(line + "\n")
+    return kept
+
+
+def _is_local(path: epath.Path) -> bool:
+    return "://" not in str(path)
+
+
+def _finite_or_none(value: float | None) -> float | None:
+    if value is None or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _start_wandb(run_dir: epath.Path, resume_step: int | None, project: str, name: str, config: dict[str, Any]) -> Any:
+    """A Weights & Biases run with "step" on its axes; the id kept in <run>/wandb_id ties it to this run directory."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError("run.wandb=true: needs the extra: pip install hybridnorm-jax[wandb]") from error
+    id_file = run_dir / "wandb_id"
+    if resume_step is None or not id_file.exists():
+        id_file.write_text(secrets.token_hex(4))
+    run = wandb.init(
+        project=project,
+        name=name,
+        id=id_file.read_text(),
+        resume="allow",
+        dir=str(run_dir) if _is_local(run_dir) else None,
+        config=config,
+    )
+    # wandb's own step must grow, and falls back on resuming; ours is an axis like any other.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run

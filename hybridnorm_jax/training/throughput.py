@@ -1,0 +1,57 @@
+"""Model FLOPs and how much of the hardware's peak they use."""
+
+from hybridnorm_jax.config import ModelConfig
+
+# bfloat16 FLOP/s of dense (not sparse) matrix products per JAX device, by jax.Device.device_kind; from the vendors'
+# data sheets. A TPU7x chip (2307e12) is two devices; on the other TPUs a device is a chip.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bfloat16 FLOP/s of one device, None where unknown (a CPU, for one)."""
+    return PEAK_FLOPS.get(device_kind)
+
+
+def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
+    """FLOPs of the matrix products of one training step, forward and backward, per token.
+
+        6 * weights + 12 * num_layers * num_heads * head_dim * seq_len / 2
+
+    `weights` counts the parameters that enter matrix products: q, k, v and output projections, the feed-forward layer
+    (three matrices for swiglu, otherwise two) and the head, tied or not; not the embedding lookup, norms and biases.
+    The second term is attention's scores and their product with the values, of which the causal mask needs half. The
+    backward pass costs twice the forward pass. What rematerialization computes again is not counted.
+    """
+    head_dim, d_model = model.head_dim, model.d_model
+    attention = d_model * head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
+    feed_forward = d_model * model.mlp_dim * (3 if model.activation == "swiglu" else 2)
+    weights = model.num_layers * (attention + feed_forward) + d_model * model.vocab_size
+    return 6 * weights + 12 * model.num_layers * model.num_heads * head_dim * seq_len / 2
+
+
+def mfu(tokens_per_second: float, flops_per_token: float, device_kind: str, num_devices: int) -> float | None:
+    """Model FLOPs utilization: FLOP/s of the model / bfloat16 peak of all devices; None where the peak is unknown.
+
+    The peak is bfloat16's whatever the model computes in, and the FLOPs are those of model_flops_per_token: causal
+    attention counted by half, no rematerialization (PaLM, 2204.02311, appendix B, counts attention in full).
+    """
+    peak = peak_flops(device_kind)
+    return None if peak is None else tokens_per_second * flops_per_token / (peak * num_devices)
