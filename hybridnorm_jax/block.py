@@ -53,13 +53,11 @@ class Block(nn.Module):
     Attributes:
       config: sizes, kinds and dtypes.
       placement: the structure of this block (its scales come with each layer's inputs).
-      backend: name of the attention backend, "auto" resolved.
       deterministic: no dropout.
     """
 
     config: ModelConfig
     placement: BlockPlacement
-    backend: str = "xla"
     deterministic: bool = True
 
     @nn.compact
@@ -113,7 +111,7 @@ class Block(nn.Module):
             context_norm=placement.context_norm,
             norm=norm,
             use_bias=config.attention_bias,
-            backend=self.backend,
+            backend=config.attention,
             dtype=jnp.dtype(config.dtype),
             param_dtype=jnp.dtype(config.param_dtype),
             input_init=self._initializer("input", layer),

@@ -11,7 +11,7 @@ ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu")
 NORMS = ("rmsnorm", "layernorm", "crmsnorm")
 ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "splash")
 INITIALIZERS = ("normal", "depth_scaled", "megatron", "deepnorm", "b2t")
-REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
+REMAT_POLICIES = ("none", "full", "all_but_attention", "dots", "dots_no_batch")
 COMPUTE_DTYPES = ("bfloat16", "float32", "float64")
 
 

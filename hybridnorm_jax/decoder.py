@@ -25,7 +25,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.attention import rotation
-from hybridnorm_jax.attention_backends import resolve_backend
+from hybridnorm_jax.attention_backends import SAVED
 from hybridnorm_jax.block import Block, LayerInputs, SharedInputs, stream_norm
 from hybridnorm_jax.config import ModelConfig
 from hybridnorm_jax.initializers import std_factor, truncated_normal
@@ -33,6 +33,7 @@ from hybridnorm_jax.placement import Run, runs
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
+    "all_but_attention": jax.checkpoint_policies.save_only_these_names(SAVED),
     "dots": jax.checkpoint_policies.checkpoint_dots,
     "dots_no_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
 }
@@ -143,9 +144,8 @@ class Decoder(nn.Module):
 
         shared = SharedInputs(by, segment_ids)
         for number, run in enumerate(runs(config.placements)):
-            stream, _ = self._scanned(run, f"run_{number}", deterministic, segment_ids)(
-                stream, layer_inputs(run, config.dtype), shared
-            )
+            scanned = self._scanned(run, f"run_{number}", deterministic)
+            stream, _ = scanned(stream, layer_inputs(run, config.dtype), shared)
         return self.final_norm(stream) if config.has_final_norm else stream
 
     def logits(self, hidden: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq vocab"]:
@@ -153,7 +153,7 @@ class Decoder(nn.Module):
         tied = self.token_embedding.embedding if self.config.tie_embeddings else None
         return nn.with_logical_constraint(self.head(hidden, tied), ("batch", "seq", "vocab"))
 
-    def _scanned(self, run: Run, name: str, deterministic: bool, segment_ids) -> nn.Module:
+    def _scanned(self, run: Run, name: str, deterministic: bool) -> nn.Module:
         config = self.config
         block = Block
         if config.remat != "none":
@@ -167,14 +167,7 @@ class Decoder(nn.Module):
             length=run.length,
             unroll=min(config.scan_unroll, run.length),
         )
-        backend = resolve_backend(
-            config.attention,
-            platform=jax.default_backend(),
-            dtype=config.dtype,
-            head_dim=config.head_dim,
-            segment_ids=segment_ids is not None,
-        )
-        return scanned(config, run.structure, backend=backend, deterministic=deterministic, name=name)
+        return scanned(config, run.structure, deterministic=deterministic, name=name)
 
     def _check_length(self, length: int) -> None:
         if length > self.config.max_positions:

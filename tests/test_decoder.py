@@ -70,7 +70,7 @@ def test_scanned_layers_equal_a_loop_over_blocks(scheme, small_config, random_pa
             np.testing.assert_allclose(ours, expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("policy", ["full", "dots", "dots_no_batch"])
+@pytest.mark.parametrize("policy", ["full", "all_but_attention", "dots", "dots_no_batch"])
 def test_rematerialization_changes_no_gradient(policy, small_config, random_params, tokens):
     config = small_config(scheme="hybrid_star")
     params = random_params(config)

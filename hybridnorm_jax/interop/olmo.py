@@ -80,7 +80,7 @@ def params_from_olmo(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> d
 
 
 def _norms(config: ModelConfig, source: _Arrays) -> dict[Any, dict[str, np.ndarray]]:
-    """Parameters of every norm on the stream, by (layer, sublayer, "pre" | "branch" | "post") or an outer one's name."""
+    """Parameters of every norm on the stream, by (layer, sublayer, "pre" | "branch" | "post") or an outer name."""
     sublayers = [(layer, name) for layer in range(config.num_layers) for name in ("attention", "feed_forward")]
     theirs = {"attention": "attn_norm", "feed_forward": "ff_norm"}
     found: dict[Any, dict[str, np.ndarray]] = {}

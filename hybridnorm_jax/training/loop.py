@@ -66,7 +66,7 @@ def open_run_directory(config: RunConfig) -> epath.Path:
         directory.mkdir(parents=True, exist_ok=True)
         partial = directory / "config.yaml.partial"
         partial.write_text(config_files.to_yaml(config))
-        partial.rename(file)
+        partial.replace(file)
     return directory
 
 
@@ -85,8 +85,9 @@ def _start(config: RunConfig, program: Program, data: Data, checkpoints: Checkpo
     if step is not None:
         state, data_state = checkpoints.restore(program.abstract_state, step)
         if data_state["train_tokens"] != data.train.num_tokens:
-            now = f"checkpoint {step} was trained on {data_state['train_tokens']:,} tokens, there are {data.train.num_tokens:,}"
-            raise ConfigError(f"data: {now} now; restore the data, or start a new run with init_from")
+            before, now = data_state["train_tokens"], data.train.num_tokens
+            right = "restore the data as it was, or start a new run with init_from"
+            raise ConfigError(f"data: {now:,} tokens to train on, but {before:,} when step {step} was saved; {right}")
         iterator.set_state(data_state["iterator"])
         return state, iterator, step
     if config.init_from is None:
