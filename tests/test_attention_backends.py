@@ -258,6 +258,6 @@ def test_splash_compiles_for_tpu(tpu_devices, on_mesh, head_dim, segmented):
 
 
 def test_xla_holds_the_scores_of_few_blocks_at_once_on_tpu(tpu_devices):
-    compiled = compile_gradient("xla", None, tpu_devices, (16, 512, 16, 64), 16, False)
-    all_scores = 16 * 16 * 512 * 512 * 4
-    assert compiled.memory_analysis().temp_size_in_bytes < all_scores / 3
+    compiled = compile_gradient("xla", None, tpu_devices, (8, 1024, 16, 64), 16, False)
+    all_scores = 8 * 16 * 1024 * 1024 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < all_scores / 4

@@ -48,7 +48,8 @@ def test_logits_loss_and_gradients_are_the_authors(name):
 
     (loss, logits), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)
     np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(loss, golden["loss"], rtol=0, atol=1e-6)
+    # As near as the logits it is a mean of; a float32 of its size has steps of 5e-7.
+    np.testing.assert_allclose(loss, golden["loss"], rtol=0, atol=1e-5)
 
     gradients = {name.removeprefix("grad/"): array for name, array in _part(golden, "grad/").items()}
     expected = hn.params_from_olmo(config, gradients)
