@@ -228,7 +228,8 @@ def _splash(query: Heads, key: KeyValueHeads, value: KeyValueHeads, segment_ids:
 
 
 def _dividing(mesh: jax.sharding.AbstractMesh, axes: tuple[str, ...], size: int) -> tuple[str, ...]:
-    """The axes where together they divide `size`, otherwise none."""
+    """Those of the axes that the mesh has, where together they divide `size`, otherwise none."""
+    axes = tuple(axis for axis in axes if axis in mesh.shape)
     return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
 
 

@@ -31,10 +31,12 @@ from hybridnorm_jax.config import ModelConfig
 from hybridnorm_jax.initializers import std_factor, truncated_normal
 from hybridnorm_jax.placement import Run, runs
 
+_ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "all_but_attention": jax.checkpoint_policies.save_only_these_names(SAVED),
-    "dots": jax.checkpoint_policies.checkpoint_dots,
+    "all_but_attention": _ATTENTION,
+    # With attention's result kept, the scores it came from, which are products too, need not be.
+    "dots": jax.checkpoint_policies.save_from_both_policies(jax.checkpoint_policies.checkpoint_dots, _ATTENTION),
     "dots_no_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
 }
 
