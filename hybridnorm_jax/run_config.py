@@ -66,7 +66,7 @@ class TrainSection:
     loss_chunk: int | None = key(None, "positions per chunk of the loss, for large vocabularies; null: all at once")
     z_loss: float = key(0.0, "weight of the squared log-partition, added to the training loss")
     log_every: int = key(10, "steps between lines of metrics.jsonl")
-    profile: bool = key(False, "write a JAX profiler trace of a few steps to <run>/profile")
+    profile: bool = key(False, "write a JAX profiler trace of steps 2 to 6 to <run>/profile")
     sample_tokens: int = key(0, "tokens of sample text generated at the end")
 
     def __post_init__(self):

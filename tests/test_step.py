@@ -114,6 +114,15 @@ def test_the_chunked_loss_trains_the_same(small_config):
     assert metrics["z_loss"] > 0
 
 
+def test_a_batch_without_any_target_changes_no_moment(small_config):
+    batch = _batch()
+    batch["weights"] = np.zeros_like(batch["weights"])
+    state, losses, metrics = _run(_config(small_config), _one_device(), 1, batch)
+    assert losses == [0.0]
+    assert metrics["grad_norm"] == 0.0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
 def test_the_step_is_adamw_with_clipping(small_config):
     """Against optax.adamw on the gradient of the mean loss, taken by hand."""
     config = _config(small_config, optimizer={"clip": 0.1, "weight_decay": 0.5})

@@ -24,7 +24,8 @@ from hybridnorm_jax.training.report import start_report
 from hybridnorm_jax.training.state import TrainState
 from hybridnorm_jax.training.throughput import mfu, model_flops_per_token
 
-PROFILED_STEPS = 5
+# The first step compiles, which would drown the others in a trace.
+PROFILE_AFTER, PROFILED_STEPS = 1, 5
 
 
 def train(config: RunConfig) -> dict[str, perplexity.Score]:
@@ -45,7 +46,7 @@ def train(config: RunConfig) -> dict[str, perplexity.Score]:
         loop = _Loop(config, program, data, directory, checkpoints, writer)
         state, scores = loop.run(state, iterator, first)
     _say(f"\nEvaluation at step {config.train.steps}\n{perplexity.table(scores)}")
-    if config.train.sample_tokens and data.tokenizer is not None:
+    if config.train.sample_tokens:
         _say(_sample(config, data, state.params))
     return scores
 
@@ -133,6 +134,7 @@ class _Loop:
         self.flops_per_token = model_flops_per_token(config.model, config.train.seq_len)
         self.config_yaml = config_files.to_yaml(config)
         self.clock = _Clock()
+        self.profiling = False
 
     def run(self, state: TrainState, iterator: Any, first: int) -> tuple[TrainState, dict[str, perplexity.Score]]:
         """Train from update `first` to the last, then save and evaluate."""
@@ -141,12 +143,15 @@ class _Loop:
         slow_terminal = 0.2 if sys.stderr.isatty() else 30
         with tqdm(total=steps, initial=first, unit="step", mininterval=slow_terminal, dynamic_ncols=True) as bar:
             for step in range(first + 1, steps + 1):
-                self._profile(step - first)
+                if config.train.profile and step - first == PROFILE_AFTER + 1:
+                    self._start_profile()
                 state, metrics = self.program.train_step(state, next(iterator))
                 # The device is busy with this step while the one before is read.
                 previous, late = late, (step, metrics)
                 self._record(previous, bar)
                 last = step == steps
+                if config.train.profile and (step - first == PROFILE_AFTER + PROFILED_STEPS or last):
+                    self._stop_profile(state)
                 saves = step % config.checkpoint.every == 0 or last
                 evaluates = step % config.eval.every == 0 or last
                 if saves or evaluates:
@@ -205,12 +210,15 @@ class _Loop:
             batches=self.config.eval.batches,
         )
 
-    def _profile(self, number: int) -> None:
-        """Trace a few steps of this process, after the first two: compilation would drown them."""
-        if self.config.train.profile and number == 3:
-            jax.profiler.start_trace(str(self.directory / "profile"))
-        if self.config.train.profile and number == 3 + PROFILED_STEPS:
+    def _start_profile(self) -> None:
+        jax.profiler.start_trace(str(self.directory / "profile"))
+        self.profiling = True
+
+    def _stop_profile(self, state: TrainState) -> None:
+        if self.profiling:
+            jax.block_until_ready(state)
             jax.profiler.stop_trace()
+            self.profiling = False
 
 
 class _Clock:
@@ -240,6 +248,8 @@ class _Clock:
 def _sample(config: RunConfig, data: Data, params: Any) -> str:
     """A sample of text from the trained model, with a heading."""
     tokenizer = data.tokenizer
+    if tokenizer is None:
+        return "\nNo sample of text: data.tokenizer names no tokenizer for these token files."
     prompt = [tokenizer.separator_id] if tokenizer.separator_id is not None else [0]
     key = jax.random.key(config.train.seed)
     count = config.train.sample_tokens

@@ -50,8 +50,8 @@ def make_train_step(
     The gradient is that of sum(nll + z_loss * log(Z)^2) / sum(weights) over all microbatches: sums are accumulated
     and divided once, so microbatches with unequal numbers of targets give what one large batch gives.
 
-    Metrics: loss (nats per target, without the z-loss), z_loss (its weighted term), grad_norm (before clipping),
-    learning_rate.
+    Metrics: loss (nats per target, without the z-loss), grad_norm (before clipping), learning_rate, and z_loss (its
+    weighted term) where there is one.
     """
     dropout_root = jax.random.key(seed)
 
@@ -78,14 +78,16 @@ def make_train_step(
 
     def train_step(state, batch):
         sums, grads = accumulate(state.params, batch, jax.random.fold_in(dropout_root, state.step))
-        grads = jax.tree.map(lambda grad: grad / sums.weight.astype(grad.dtype), grads)
+        weight = jnp.where(sums.weight > 0, sums.weight, 1)  # no target at all: loss and gradient are zero
+        grads = jax.tree.map(lambda grad: grad / weight.astype(grad.dtype), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {
-            "loss": sums.nll / sums.weight,
-            "z_loss": z_loss * sums.z / sums.weight,
+            "loss": sums.nll / weight,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state.step),
         }
+        if z_loss:
+            metrics["z_loss"] = z_loss * sums.z / weight
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
     return train_step
