@@ -145,7 +145,7 @@ def _wants_help(arguments: Sequence[str]) -> bool:
 
 
 def _exit_status(command: Callable[[], None]) -> int:
-    """0, or 2 after one line on standard error for what the caller can mend."""
+    """0; or after one line on standard error, 2 for what the caller can mend and 130 for an interruption."""
     try:
         command()
     except UserError as error:
@@ -156,6 +156,9 @@ def _exit_status(command: Callable[[], None]) -> int:
             raise
         print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 

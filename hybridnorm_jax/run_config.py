@@ -51,6 +51,8 @@ class DataSection:
         check(only, "data.files", list(self.files), "data.source=stdlib reads no files; use data.source=text")
         fraction = self.validation_fraction
         check(0 <= fraction < 1, "data.validation_fraction", fraction, "must be in [0, 1)")
+        only = self.separator_id is None or self.source == "tokens"
+        check(only, "data.separator_id", self.separator_id, "only for data.source=tokens; text has data.separator")
         check_positive("data", self, ("read_threads",))
 
 
