@@ -112,7 +112,7 @@ Prints loss, perplexity and bits per byte of every validation set of a run, from
 checkpoint, given as RUN_DIR/checkpoints/STEP. Keys are those of train.py; the model and the tokenizer are the run's.
   eval.batches=8                      only so many batches of each set
   data.validation.c4=[c4/*.npy]       one more set
-  mesh.data=1 mesh.fsdp=-1            on whatever devices there are
+  mesh.fsdp=1 mesh.tensor=8           by default all devices are on mesh.fsdp
 --json prints one JSON object and nothing else on standard output."""
 
 

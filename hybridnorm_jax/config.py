@@ -58,7 +58,11 @@ def check_positive(prefix: str, config: Any, names: tuple[str, ...]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A dense decoder. Frozen and hashable; wrong values raise ConfigError on construction."""
+    """A dense decoder. Frozen and hashable; wrong values raise ConfigError on construction.
+
+    Fields left at None take the value they stand for, so `dataclasses.replace(config, d_model=...)` keeps the old
+    head_dim, mlp_dim and init_std unless these are given too (None again makes them follow).
+    """
 
     scheme: str = key("hybrid_star", "norm placement, a name in hybridnorm_jax.SCHEMES")
     d_model: int = key(768, "width of the residual stream")
@@ -114,6 +118,7 @@ class ModelConfig:
         check_positive("model", self, (*sizes, "max_positions", "scan_unroll"))
         self._fill_derived()
         self._check_shapes()
+        self._check_scheme()
 
     def _fill_derived(self):
         """Replace null by the value it stands for, so that every reader sees plain numbers."""
@@ -145,6 +150,15 @@ class ModelConfig:
         check(self.norm_eps >= 0, "model.norm_eps", self.norm_eps, "must not be negative")
         check(self.init_std > 0, "model.init_std", self.init_std, "must be positive")
         check(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be in [0, 1)")
+
+    def _check_scheme(self):
+        check_choice(f"initializer of model.scheme={self.scheme}", self.initializer_name, INITIALIZERS)
+        placements = self.placements
+        whole = all(isinstance(placement, BlockPlacement) for placement in placements)
+        check(whole, "model.scheme", self.scheme, "its function must return a BlockPlacement for every layer")
+        starts = {s.branch_norm_init for p in placements for s in (p.attention, p.feed_forward) if s.branch}
+        right = f"model.scheme={self.scheme} starts a norm's scale at another value than 1, so norms need scales"
+        check(self.norm_scale or starts <= {1.0}, "model.norm_scale", self.norm_scale, right)
 
     @property
     def attention_norm_kind(self) -> str:

@@ -58,7 +58,7 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", init, (self.rows, self.width), jnp.dtype(self.param_dtype))
 
     def __call__(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
-        """Look the rows up; an id outside the table gives NaN. The gradient is summed in the parameters' dtype."""
+        """Look the rows up; an id beyond the table gives NaN. The gradient is summed in the parameters' dtype."""
         # Gathered along embed before the lookup: XLA cannot get from a result sharded by embed to one sharded by batch.
         table = nn.with_logical_constraint(self.embedding, ("vocab", None))
         return jnp.take(table, ids, axis=0).astype(self.dtype)
@@ -159,8 +159,9 @@ class Decoder(nn.Module):
         config = self.config
         block = Block
         if config.remat != "none":
-            # Inside a scan the barrier that keeps XLA from undoing the rematerialization is not needed.
-            block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+            # A loop keeps XLA from merging what is computed again with what was computed first; without one, a barrier.
+            no_loop = config.scan_unroll >= run.length
+            block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=no_loop)
         scanned = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},

@@ -42,6 +42,8 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+        if self.activation not in ("swiglu", *ACTIVATIONS):
+            raise ValueError(f"activation={self.activation!r} must be swiglu or one of {', '.join(ACTIVATIONS)}")
         dense = partial(nn.Dense, use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
         up = dense(self.mlp_dim, kernel_init=self.input_init, name="up")(x)
         if self.activation == "swiglu":

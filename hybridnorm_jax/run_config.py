@@ -1,4 +1,4 @@
-"""RunConfig: a whole pretraining run. YAML files and key=value overrides are merged onto it by command_line.py."""
+"""RunConfig: a whole pretraining run. YAML files and key=value overrides are merged onto it by config_files.py."""
 
 import dataclasses
 
@@ -112,6 +112,8 @@ class OptimizerSection:
             check(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must be in [0, 1)")
         for name in ("warmup_steps", "weight_decay"):
             check(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "must not be negative")
+        tokens = self.warmup_tokens
+        check(tokens is None or tokens >= 0, "optimizer.warmup_tokens", tokens, "must not be negative")
         check(self.eps > 0, "optimizer.eps", self.eps, "must be positive")
         check(self.clip is None or self.clip > 0, "optimizer.clip", self.clip, "must be positive, or null")
         one = self.warmup_tokens is None or self.warmup_steps == 0

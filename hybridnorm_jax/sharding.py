@@ -130,6 +130,19 @@ def batch_sharding(mesh: Mesh, leading: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, RULES["batch"]))
 
 
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """(number, count): which of `count` equal stretches of every batch this process reads.
+
+    Processes whose devices differ only along axes that do not split the batch read the same stretch.
+    """
+    parts = int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
+    held: dict[int, set[int]] = {}
+    for device, (rows,) in batch_sharding(mesh, 0).devices_indices_map((parts,)).items():
+        held.setdefault(device.process_index, set()).add(rows.start or 0)
+    stretches = sorted({tuple(sorted(rows)) for rows in held.values()})
+    return stretches.index(tuple(sorted(held[jax.process_index()]))), len(stretches)
+
+
 def check_batch(key_name: str, batch_size: int, mesh: Mesh) -> None:
     """Raise ConfigError unless the mesh can split this many sequences."""
     parts = int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))

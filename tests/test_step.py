@@ -13,6 +13,7 @@ import hybridnorm_jax as hn
 from hybridnorm_jax.config import ConfigError
 from hybridnorm_jax.run_config import MeshSection, OptimizerSection, RunConfig, TrainSection
 from hybridnorm_jax.sharding import logical_axes, make_mesh, partition_spec, undivided
+from hybridnorm_jax.training.loop import train
 from hybridnorm_jax.training.optimizer import decay_mask, learning_rate_schedule
 from hybridnorm_jax.training.program import Program
 
@@ -87,6 +88,10 @@ def test_documents_kept_apart_train_the_same_on_eight_devices(small_config):
     batch = _batch()
     batch["segment_ids"] = np.broadcast_to(np.arange(SEQ) // 5, (1, BATCH, SEQ)).astype(np.int32)
     batch["positions"] = np.broadcast_to(np.arange(SEQ) % 5, (1, BATCH, SEQ)).astype(np.int32)
+    learned = _config(small_config, model={"positions": "learned", "max_positions": SEQ})
+    _, restarted, _ = _run(learned, _one_device(), 1, batch)
+    _, running, _ = _run(learned, _one_device(), 1, {name: batch[name] for name in batch if name != "positions"})
+    assert abs(restarted[0] - running[0]) > 1e-4
     _, losses, _ = _run(config, _one_device(), 2, batch)
     _, losses_8, _ = _run(config, None, 2, batch)
     np.testing.assert_allclose(losses_8, losses, rtol=1e-6)
@@ -168,6 +173,7 @@ def test_what_decays(small_config, random_params):
         ({"schedule": "linear", "warmup_steps": 4}, [0.25, 0.5, 1.0, 0.55, 0.1]),
         ({"schedule": "constant", "warmup_steps": 4}, [0.25, 0.5, 1.0, 1.0, 1.0]),
         ({"schedule": "wsd", "warmup_steps": 4, "wsd_decay_fraction": 0.25}, [0.25, 0.5, 1.0, 1.0, 0.1]),
+        ({"schedule": "wsd", "warmup_steps": 4, "wsd_decay_fraction": 0.75}, [0.25, 0.5, 1.0, 0.55, 0.1]),
         ({"schedule": "cosine", "warmup_tokens": 400}, [0.25, 0.5, 1.0, 0.55, 0.1]),
     ],
     ids=str,
@@ -186,13 +192,19 @@ def test_dropout_differs_between_steps_and_microbatches(small_config):
     config = _config(small_config, model={"dropout": 0.2}, optimizer={"learning_rate": 1e-12})
     _, losses, _ = _run(config, _one_device(), 3, _batch())
     assert len(set(losses)) == 3
+    # Two microbatches of the same rows drop different units: their mean loss is not that of one.
+    half = {name: array[:, :4] for name, array in _batch().items()}
+    twice = {name: np.concatenate([array, array]) for name, array in half.items()}
+    _, (one,), _ = _run(config, _one_device(), 1, half)
+    _, (two,), _ = _run(config, _one_device(), 1, twice)
+    assert abs(one - two) > 1e-5
     _, again, _ = _run(config, _one_device(), 3, _batch())
     assert losses == again
 
 
 def test_what_a_mesh_cannot_split_is_refused_before_compilation(small_config):
     with pytest.raises(ConfigError, match=r"train\.batch_size.*multiple of mesh data x fsdp = 8"):
-        Program(_config(small_config, train={"batch_size": 12}))
+        train(_config(small_config, train={"batch_size": 12}))
     with pytest.raises(ConfigError, match="must multiply to the 8 devices"):
         Program(_config(small_config, mesh=MeshSection(3, 1, 1)))
     with pytest.raises(ConfigError, match="must multiply to the 8 devices"):

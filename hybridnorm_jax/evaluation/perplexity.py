@@ -4,9 +4,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 
-import jax
 from tqdm import tqdm
 
+from hybridnorm_jax.config import UserError
 from hybridnorm_jax.data import Windows, validation_batches
 from hybridnorm_jax.loss import LossSums
 
@@ -39,6 +39,10 @@ def evaluate(
         if sums is not None:
             nll, weight = nll + float(sums.nll), weight + float(sums.weight)
     nll, weight = nll + float(late.nll), weight + float(late.weight)
+    if not weight:
+        raise UserError(
+            "validation: no target has a weight; with data.segment_ids=true every document is one token long"
+        )
     loss = nll / weight
     bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
     # Beyond e^700 a double ends; such a model has no perplexity worth a digit.
@@ -50,6 +54,7 @@ def evaluate_sets(
     sets: Mapping[str, Windows],
     *,
     batch_size: int,
+    share: tuple[int, int] = (0, 1),
     batches: int | None = None,
     progress: bool = True,
 ) -> dict[str, Score]:
@@ -58,11 +63,12 @@ def evaluate_sets(
     Args:
       eval_step: loss sums of this process's part of a batch.
       batch_size: sequences per batch, over all processes.
+      share: (number, count) of the equal stretches of a batch that this process reads.
       batches: how many of each set, in order; None: all.
     """
     scores = {}
     for name, windows in sets.items():
-        here = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        here = {"process_index": share[0], "process_count": share[1]}
         stream = validation_batches(windows, batch_size=batch_size, batches=batches, **here)
         total = math.ceil(len(windows) / batch_size)
         total = total if batches is None else min(total, batches)

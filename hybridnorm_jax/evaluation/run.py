@@ -7,9 +7,12 @@ from hybridnorm_jax.config import ConfigError
 from hybridnorm_jax.config_files import differences, from_yaml
 from hybridnorm_jax.data import open_data
 from hybridnorm_jax.evaluation.perplexity import Score, evaluate_sets
+from hybridnorm_jax.sharding import batch_share
 from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
 from hybridnorm_jax.training.program import Program
 
+# Where a run trained says nothing of where it is evaluated: by default on all devices there are.
+ANYWHERE = ("mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=1", "model.attention=auto", "eval.batch_size=null")
 # Model keys that may be another in evaluation than in training: the function stays the same up to rounding.
 SAME_FUNCTION = ("model.dtype", "model.dropout", "model.initializer", "model.init_std")
 
@@ -37,7 +40,7 @@ def evaluate_run(path: str, overrides: Sequence[str] = (), *, progress: bool = T
     with Checkpoints(directory, keep=1) as checkpoints:
         step = checkpoints.latest() if step is None else step
         text = checkpoints.read_config(step)
-        saved, config = from_yaml(text), from_yaml(text, overrides)
+        saved, config = from_yaml(text), from_yaml(text, [*ANYWHERE, *overrides])
         for line in differences(saved, config):
             if line.startswith(("model.", "data.tokenizer")) and not line.startswith(SAME_FUNCTION):
                 raise ConfigError(f"{line}: {directory.parent} holds that model and no other")
@@ -45,11 +48,14 @@ def evaluate_run(path: str, overrides: Sequence[str] = (), *, progress: bool = T
         data = open_data(
             config.data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size, progress=progress
         )
+        if not data.validation:
+            raise ConfigError("data.validation={}: the run held nothing out; name a set, data.validation.NAME=[FILE]")
         params = checkpoints.restore_params(program.abstract_state.params, step)
     scores = evaluate_sets(
         lambda batch: program.eval_step(params, batch),
         data.validation,
         batch_size=program.eval_batch_size,
+        share=batch_share(program.mesh),
         batches=config.eval.batches,
         progress=progress,
     )

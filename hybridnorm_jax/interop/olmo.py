@@ -49,7 +49,7 @@ def params_from_olmo(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> d
     Args:
       config: of the model; its scheme must be one that their code has.
       arrays: parameter name -> array in PyTorch's (out, in) layout, with or without the prefix "param/".
-        `att_proj` holds q, k, v stacked, `ff_proj` up and then gate.
+        `att_proj` holds q, k, v stacked, `ff_proj` up and then gate. A head with a bias has no place in our tree.
 
     Returns:
       The tree described in decoder.py, float32 or as the arrays are.

@@ -17,6 +17,7 @@ from hybridnorm_jax.data import Data, open_data, train_iterator
 from hybridnorm_jax.evaluation import perplexity
 from hybridnorm_jax.evaluation.sampling import generate
 from hybridnorm_jax.run_config import RunConfig
+from hybridnorm_jax.sharding import batch_share, check_batch
 from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
 from hybridnorm_jax.training.metrics import MetricsWriter
 from hybridnorm_jax.training.program import Program
@@ -35,7 +36,13 @@ def train(config: RunConfig) -> dict[str, perplexity.Score]:
       UserError: anything the caller can mend, in one line; what was saved before stays as it is.
     """
     program = Program(config)
-    data = open_data(config.data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size)
+    check_batch("train.batch_size / train.grad_accumulation", config.microbatch_size, program.mesh)
+    data = open_data(
+        config.data,
+        seq_len=config.train.seq_len,
+        vocab_size=config.model.vocab_size,
+        progress=jax.process_index() == 0,
+    )
     directory = open_run_directory(config)
     with (
         Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
@@ -45,7 +52,10 @@ def train(config: RunConfig) -> dict[str, perplexity.Score]:
         _say(start_report(config, program, data, directory, resumed=first))
         loop = _Loop(config, program, data, directory, checkpoints, writer)
         state, scores = loop.run(state, iterator, first)
-    _say(f"\nEvaluation at step {config.train.steps}\n{perplexity.table(scores)}")
+    results = (
+        perplexity.table(scores) if scores else "no validation set: data.validation_fraction=0, data.validation={}"
+    )
+    _say(f"\nEvaluation at step {config.train.steps}\n{results}")
     if config.train.sample_tokens:
         _say(_sample(config, data, state.params))
     return scores
@@ -73,13 +83,14 @@ def open_run_directory(config: RunConfig) -> epath.Path:
 
 def _start(config: RunConfig, program: Program, data: Data, checkpoints: Checkpoints) -> tuple[TrainState, Any, int]:
     """State, data iterator and number of updates made: from the newest checkpoint, from init_from, or fresh."""
+    number, count = batch_share(program.mesh)
     iterator = train_iterator(
         data.train,
         batch_size=config.train.batch_size,
         accumulation=config.train.grad_accumulation,
         seed=config.train.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=number,
+        process_count=count,
         read_threads=config.data.read_threads,
     )
     step = checkpoints.latest()
@@ -140,8 +151,9 @@ class _Loop:
         """Train from update `first` to the last, then save and evaluate."""
         config, steps = self.config, self.config.train.steps
         scores, late = None, None
-        slow_terminal = 0.2 if sys.stderr.isatty() else 30
-        with tqdm(total=steps, initial=first, unit="step", mininterval=slow_terminal, dynamic_ncols=True) as bar:
+        # A log file is no terminal: there the bar is a line every half minute.
+        look = {"mininterval": 0.2 if sys.stderr.isatty() else 30, "disable": jax.process_index() != 0}
+        with tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, **look) as bar:
             for step in range(first + 1, steps + 1):
                 if config.train.profile and step - first == PROFILE_AFTER + 1:
                     self._start_profile()
@@ -207,7 +219,9 @@ class _Loop:
             lambda batch: program.eval_step(state.params, batch),
             self.data.validation,
             batch_size=program.eval_batch_size,
+            share=batch_share(program.mesh),
             batches=self.config.eval.batches,
+            progress=jax.process_index() == 0,
         )
 
     def _start_profile(self) -> None:

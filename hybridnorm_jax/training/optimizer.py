@@ -30,8 +30,8 @@ def learning_rate_schedule(config: OptimizerSection, steps: int, tokens_per_step
         case "linear":
             decay = optax.linear_schedule(peak, final, after)
         case "wsd":
-            length = max(1, round(steps * config.wsd_decay_fraction))
-            decay = optax.linear_schedule(peak, final, length, transition_begin=max(0, after - length))
+            length = min(after, max(1, round(steps * config.wsd_decay_fraction)))
+            decay = optax.linear_schedule(peak, final, length, transition_begin=after - length)
         case "constant":
             decay = optax.constant_schedule(peak)
     schedule = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup]) if warmup else decay

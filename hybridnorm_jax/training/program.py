@@ -1,6 +1,7 @@
 """What a RunConfig compiles to: model, optimizer, and the two jitted steps on one mesh."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hybridnorm_jax.attention_backends import resolve_backend
+from hybridnorm_jax.config import check
 from hybridnorm_jax.decoder import Decoder
 from hybridnorm_jax.loss import LossSums
 from hybridnorm_jax.run_config import RunConfig
@@ -25,14 +27,18 @@ class Program:
       abstract_state: shapes, dtypes and shardings of the training state.
 
     Raises:
-      ConfigError: the mesh does not fit the devices or the batch, or the attention backend cannot do what is asked.
+      ConfigError: the mesh does not fit the devices, or the attention backend cannot do what is asked.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh | None = None):
         self.config = config
         self.mesh = make_mesh({axis: getattr(config.mesh, axis) for axis in MESH_AXES}) if mesh is None else mesh
-        check_batch("train.batch_size / train.grad_accumulation", config.microbatch_size, self.mesh)
-        check_batch("eval.batch_size", self.eval_batch_size, self.mesh)
+        wide = "float64" in (config.model.dtype, config.model.param_dtype)
+        check(
+            not wide or jax.config.jax_enable_x64, "model.dtype", "float64", "needs JAX_ENABLE_X64=1 in the environment"
+        )
+        if config.eval.batch_size is not None:
+            check_batch("eval.batch_size", config.eval.batch_size, self.mesh)
         self.backend = resolve_backend(
             config.model.attention,
             platform=self.mesh.devices.flat[0].platform,
@@ -54,8 +60,9 @@ class Program:
 
     @property
     def eval_batch_size(self) -> int:
-        """Sequences per evaluation batch, over all devices."""
-        return self.config.eval.batch_size or self.config.microbatch_size
+        """Sequences per evaluation batch, over all devices; by default a microbatch, made a multiple of its split."""
+        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return self.config.eval.batch_size or math.ceil(self.config.microbatch_size / parts) * parts
 
     def fresh_state(self) -> TrainState:
         """The state before the first step."""

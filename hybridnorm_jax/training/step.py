@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 from jaxtyping import Array
 
 from hybridnorm_jax.decoder import Decoder
@@ -30,6 +31,10 @@ def loss_sums(
     variables = {"params": params}
     if chunk is None:
         return cross_entropy(model.apply(variables, batch["tokens"], **inputs), batch["targets"], batch["weights"])
+    if "head" in params:
+        # Gathered once, and its gradient reduced once, instead of in every chunk.
+        kernel = nn.with_logical_constraint(params["head"]["kernel"], (None, "vocab"))
+        variables = {"params": params | {"head": {"kernel": kernel}}}
     hidden = model.apply(variables, batch["tokens"], method="hidden", **inputs)
     return chunked_cross_entropy(
         lambda piece: model.apply(variables, piece, method="logits"), hidden, batch["targets"], batch["weights"], chunk
@@ -72,7 +77,10 @@ def make_train_step(
             (_, sums), grads = gradient(params, microbatch, jax.random.fold_in(key, number))
             return jax.tree.map(jnp.add, carry, (sums, grads)), None
 
-        zeros = (LossSums.zero(), jax.tree.map(jnp.zeros_like, params))
+        zeros = (
+            LossSums.zero(jnp.promote_types(model.config.dtype, jnp.float32)),
+            jax.tree.map(jnp.zeros_like, params),
+        )
         (sums, grads), _ = jax.lax.scan(body, zeros, (jnp.arange(count), batch))
         return sums, grads
 
