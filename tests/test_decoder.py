@@ -78,6 +78,30 @@ def test_rematerialization_changes_no_gradient(policy, small_config, random_para
     _assert_trees_close(ours, _gradient(config, params, tokens), 1e-6)
 
 
+def test_rematerialization_computes_again_also_without_a_loop(small_config, random_params, tokens):
+    config = small_config(scheme="pre")
+    params = random_params(config)
+
+    def lowered(**keys):
+        changed = dataclasses.replace(config, **keys)
+
+        def loss(params):
+            return jnp.square(_logits(changed, params, tokens)).mean()
+
+        return jax.jit(jax.grad(loss)).lower(params)
+
+    flops = {policy: lowered(remat=policy).compile().cost_analysis()["flops"] for policy in ("none", "full")}
+    assert flops["full"] > 1.1 * flops["none"]
+    # Unrolled, only barriers keep the compiler from merging the second computation with the first: one more a layer.
+    barriers = {
+        (policy, unroll): lowered(remat=policy, scan_unroll=unroll).as_text().count("optimization_barrier")
+        for policy in ("none", "full")
+        for unroll in (1, 3)
+    }
+    assert barriers["full", 3] > barriers["none", 3]
+    assert barriers["full", 1] == barriers["none", 1]
+
+
 @pytest.mark.parametrize("scheme", ["hybrid_star", "span", "post", "reordered"])
 def test_bfloat16_is_close_to_float32(scheme, small_config, tokens):
     config = small_config(scheme=scheme)
