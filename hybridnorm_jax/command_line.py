@@ -5,7 +5,9 @@ import errno
 import hashlib
 import itertools
 import json
+import os
 import re
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -27,12 +29,13 @@ from hybridnorm_jax.config_files import (
 from hybridnorm_jax.run_config import RunConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+DEFAULT_FILE = "configs/quickstart.yaml"
 HELP_WIDTH = 120
 VALUE_WIDTH = 24
 LONGEST_NAME = 120
 
 
-def parse(arguments: Sequence[str], default_file: str = "configs/quickstart.yaml") -> RunConfig:
+def parse(arguments: Sequence[str], default_file: str = DEFAULT_FILE) -> RunConfig:
     """The configuration that `[FILE.yaml ...] [key=value ...]` asks for.
 
     Files are merged first, then overrides; later ones win. Without a file, `default_file` is read, relative to the
@@ -63,8 +66,9 @@ def help_text(arguments: Sequence[str] = ()) -> str:
       ConfigError: the arguments cannot be read, or set an unknown key or a wrong type.
     """
     files, overrides = _split([word for word in arguments if word not in ("-h", "--help")])
-    settings = gather([(file, read_file(file)) for file in files], overrides)
     title = "value" if files or overrides else "default"
+    files = files or [str(REPOSITORY / DEFAULT_FILE)]
+    settings = gather([(file, read_file(file)) for file in files], overrides)
     rows = {
         path: (path, _type_name(field.type), show(settings.get(path, default(field))), field.metadata["meaning"])
         for path, field in FIELDS.items()
@@ -73,7 +77,7 @@ def help_text(arguments: Sequence[str] = ()) -> str:
     widths.append(min(VALUE_WIDTH, max(len(row[2]) for row in rows.values())))
     widths.append(HELP_WIDTH - sum(widths) - 2 * (len(widths) + 1))
     lines = [
-        "usage: [FILE.yaml ...] [key=value ...]",
+        "usage: train.py [FILE.yaml ...] [key=value ...]",
         "",
         "Files are merged in order, then overrides; later ones win. Without a file: configs/quickstart.yaml.",
         "Values are YAML: train.steps=20 optimizer.clip=null data.files=[a.txt,b.txt] data.validation.c4=[c4.npy]",
@@ -100,8 +104,10 @@ def run_train(arguments: Sequence[str]) -> int:
         from hybridnorm_jax.training.loop import train  # after parsing: JAX takes seconds to import
 
         train(config)
-        directory = f"{config.run.dir}/{config.run.name}"
-        print(f"\nNext: python eval.py {directory}   or another placement: {_other_scheme(arguments, config)}")
+        python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else "python"
+        evaluation = shlex.join([python, "eval.py", f"{config.run.dir}/{config.run.name}"])
+        another = shlex.join([python, "train.py", *_other_scheme(arguments, config)])
+        print(f"\nNext: {evaluation}\n  or another placement: {another}")
 
     return _exit_status(command)
 
@@ -152,9 +158,9 @@ def _exit_status(command: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+        if error.strerror is None or (error.filename is None and error.errno != errno.ENOSPC):
             raise
-        print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename or 'writing a file'}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
@@ -162,11 +168,11 @@ def _exit_status(command: Callable[[], None]) -> int:
     return 0
 
 
-def _other_scheme(arguments: Sequence[str], config: RunConfig) -> str:
-    """The same command with another placement."""
+def _other_scheme(arguments: Sequence[str], config: RunConfig) -> list[str]:
+    """The same arguments with another placement."""
     kept = [word for word in arguments if not word.startswith(("model.scheme=", "run.name="))]
     other = "pre" if config.model.scheme != "pre" else "hybrid_star"
-    return " ".join(["python train.py", *kept, f"model.scheme={other}"])
+    return [*kept, f"model.scheme={other}"]
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:

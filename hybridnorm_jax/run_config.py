@@ -19,7 +19,12 @@ class RunSection:
     wandb_project: str = key("hybridnorm_jax", "its project")
 
     def __post_init__(self):
-        check(bool(self.name) and "/" not in self.name, "run.name", self.name, "must be a plain directory name")
+        check(
+            self.name not in ("", ".", "..") and "/" not in self.name,
+            "run.name",
+            self.name,
+            "must be a plain directory name",
+        )
         check(bool(self.dir), "run.dir", self.dir, "must not be empty")
 
 

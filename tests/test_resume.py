@@ -138,10 +138,12 @@ def test_a_finished_run_is_evaluated_again_and_left_as_it_is(config, tmp_path):
 
 
 def test_another_configuration_in_the_same_directory_is_refused_by_key(config, tmp_path):
-    loop.open_run_directory(config)
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1))
+    loop.open_run_directory(other)
+    loop.open_run_directory(config)  # nothing was saved yet, so nothing stands in the way
     file = tmp_path / "runs/resumed/config.yaml"
     before = file.read_text()
-    other = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1))
+    (tmp_path / "runs/resumed/checkpoints").mkdir()
     with pytest.raises(ConfigError, match=r"resumed holds another run \(train\.seed: saved 0, asked 1\)"):
         loop.open_run_directory(other)
     assert file.read_text() == before

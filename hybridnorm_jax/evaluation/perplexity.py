@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 
 from tqdm import tqdm
@@ -58,7 +59,7 @@ def evaluate_sets(
     batches: int | None = None,
     progress: bool = True,
 ) -> dict[str, Score]:
-    """The score of every validation set.
+    """The score of every validation set; on a terminal with a progress bar.
 
     Args:
       eval_step: loss sums of this process's part of a batch.
@@ -72,7 +73,8 @@ def evaluate_sets(
         stream = validation_batches(windows, batch_size=batch_size, batches=batches, **here)
         total = math.ceil(len(windows) / batch_size)
         total = total if batches is None else min(total, batches)
-        bar = tqdm(stream, f"eval {name}", total=total, leave=False, disable=not progress, dynamic_ncols=True)
+        shown = progress and sys.stderr.isatty()
+        bar = tqdm(stream, f"eval {name}", total=total, leave=False, disable=not shown, dynamic_ncols=True)
         scores[name] = evaluate(eval_step, bar, bytes_per_token=windows.bytes_per_token)
     return scores
 

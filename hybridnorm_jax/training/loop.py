@@ -62,14 +62,18 @@ def train(config: RunConfig) -> dict[str, perplexity.Score]:
 
 
 def open_run_directory(config: RunConfig) -> epath.Path:
-    """The run's directory, made where it is new; one that holds another configuration is refused.
+    """The run's directory, made where it is new; one with checkpoints of another configuration is refused.
 
     Raises:
       ConfigError: names every key that differs and decides the trajectory.
     """
     directory = epath.Path(config.run.dir) / config.run.name
     file = directory / "config.yaml"
-    if file.exists():
+    try:
+        has_checkpoints = file.exists() and (directory / "checkpoints").exists()
+    except ImportError as error:  # what etils needs for gs:// is not there
+        raise ConfigError(f"run.dir={config.run.dir}: {str(error).splitlines()[0]}") from error
+    if has_checkpoints:
         saved = config_files.from_yaml(file.read_text())
         if differing := config_files.differences(saved, config):
             raise ConfigError(f"{directory} holds another run ({'; '.join(differing)}): choose another run.name")
@@ -173,7 +177,10 @@ class _Loop:
                     self._save(step, state, iterator)
                 if evaluates:
                     scores = self._score(state)
-                    self.writer.write(step, {f"eval/{name}/loss": score.loss for name, score in scores.items()})
+                    losses = {f"eval/{name}/loss": score.loss for name, score in scores.items()}
+                    self.writer.write(step, losses)
+                    if not last and jax.process_index() == 0:
+                        tqdm.write(f"step {step}: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
                 if saves or evaluates:
                     self.clock.restart()
         if scores is None:  # the run had ended before

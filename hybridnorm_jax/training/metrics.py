@@ -118,10 +118,10 @@ def _lines_until(path: epath.Path, resume_step: int | None) -> list[str]:
     if resume_step is None or not path.exists():
         return []
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().decode(errors="replace").splitlines():
         try:
             step = json.loads(line)["step"]
-        except ValueError:
+        except (ValueError, TypeError, KeyError):
             break
         if step <= resume_step:
             kept.append(line + "\n")
