@@ -100,7 +100,14 @@ class Block(nn.Module):
 
     def _attention(self, layer: Int[Array, ""]) -> Attention:
         config, placement = self.config, self.placement
-        norm = partial(make_norm, config, config.attention_norm_kind)
+        norm = partial(
+            Norm,
+            kind=config.attention_norm_kind,
+            eps=config.norm_eps,
+            use_scale=config.attention_norm_scale,
+            use_bias=config.attention_norm_bias,
+            param_dtype=jnp.dtype(config.param_dtype),
+        )
         return Attention(
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
@@ -134,18 +141,14 @@ class Block(nn.Module):
         )
 
 
-def make_norm(config: ModelConfig, kind: str, **attributes: Any) -> Norm:
-    """A Norm of this kind with the model's eps, affine parameters and parameter dtype."""
+def stream_norm(config: ModelConfig, **attributes: Any) -> Norm:
+    """A norm on the residual stream, with the model's kind, width, eps, affine parameters and parameter dtype."""
     return Norm(
-        kind=kind,
+        kind=config.norm,
         eps=config.norm_eps,
         use_scale=config.norm_scale,
         use_bias=config.norm_bias,
+        width=config.norm_width,
         param_dtype=jnp.dtype(config.param_dtype),
         **attributes,
     )
-
-
-def stream_norm(config: ModelConfig, **attributes: Any) -> Norm:
-    """A norm on the residual stream, of the model's kind."""
-    return make_norm(config, config.norm, **attributes)

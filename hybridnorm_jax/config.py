@@ -13,6 +13,7 @@ ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "splash")
 INITIALIZERS = ("normal", "depth_scaled", "megatron", "deepnorm", "b2t")
 REMAT_POLICIES = ("none", "full", "all_but_attention", "dots", "dots_no_batch")
 COMPUTE_DTYPES = ("bfloat16", "float32", "float64")
+PARAM_DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 class UserError(ValueError):
@@ -80,19 +81,26 @@ class ModelConfig:
     norm_eps: float = key(1e-5, "added to the mean square inside the root, in every norm")
     norm_scale: bool = key(True, "norms have a learned scale")
     norm_bias: bool = key(False, "norms have a learned bias")
+    norm_width: int | None = key(
+        None, "crmsnorm: length of the zero-mean vector whose last element is not stored; null: d_model + 1"
+    )
+    attention_norm_scale: bool | None = key(None, "norm_scale of the norms on q, k, v, context; null: norm_scale")
+    attention_norm_bias: bool | None = key(None, "norm_bias of the norms on q, k, v, context; null: norm_bias")
     attention_bias: bool = key(False, "q, k, v and output projections have biases")
     mlp_bias: bool = key(False, "feed-forward projections have biases")
+    head_bias: bool = key(False, "the head has a bias")
     tie_embeddings: bool = key(False, "the head is the transposed token embedding")
     embedding_norm: str = key("auto", "norm after the embedding: auto (as the scheme says) | true | false")
     positions: str = key("rope", "rope | learned")
     rope_theta: float = key(10000.0, "base of the rotary wavelengths")
     rotary_fraction: float = key(1.0, "leading fraction of head_dim that rotates")
-    max_positions: int | None = key(None, "rows of the learned position table; null with rope")
+    max_positions: int | None = key(None, "learned positions there are; null with rope")
+    position_offset: int = key(0, "rows of the learned position table before position 0 (OPT has 2)")
     dropout: float = key(0.0, "drop probability after the embedding and after every branch")
     initializer: str = key("auto", f"auto (as the scheme says) | {' | '.join(INITIALIZERS)}")
     init_std: float | None = key(None, "standard deviation of the initializer; null: 1/sqrt(2.5 d_model)")
     dtype: str = key("float32", f"compute dtype: {' | '.join(COMPUTE_DTYPES)}")
-    param_dtype: str = key("float32", "dtype of the parameters: float32 | float64")
+    param_dtype: str = key("float32", f"dtype of the parameters: {' | '.join(PARAM_DTYPES)}; training needs 32 bits")
     attention: str = key("auto", f"backend: {' | '.join(ATTENTION_BACKENDS)}")
     remat: str = key("none", f"what the backward pass recomputes: {' | '.join(REMAT_POLICIES)}")
     scan_unroll: int = key(1, "blocks per iteration of the scan over layers; more is faster and compiles longer")
@@ -108,14 +116,14 @@ class ModelConfig:
             ("attention", ATTENTION_BACKENDS),
             ("remat", REMAT_POLICIES),
             ("dtype", COMPUTE_DTYPES),
-            ("param_dtype", ("float32", "float64")),
+            ("param_dtype", PARAM_DTYPES),
             ("initializer", ("auto", *INITIALIZERS)),
             ("embedding_norm", ("auto", "true", "false")),
             ("positions", ("rope", "learned")),
         ):
             check_choice(f"model.{name}", getattr(self, name), known)
         sizes = ("d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "vocab_size")
-        check_positive("model", self, (*sizes, "max_positions", "scan_unroll"))
+        check_positive("model", self, (*sizes, "norm_width", "max_positions", "scan_unroll"))
         self._fill_derived()
         self._check_shapes()
         self._check_scheme()
@@ -132,6 +140,9 @@ class ModelConfig:
         if self.mlp_dim is None:
             width = 8 * self.d_model / 3 if self.activation == "swiglu" else 4 * self.d_model
             object.__setattr__(self, "mlp_dim", 16 * math.ceil(width / 16))
+        for name in ("norm_scale", "norm_bias"):
+            if getattr(self, f"attention_{name}") is None:
+                object.__setattr__(self, f"attention_{name}", getattr(self, name))
         if self.init_std is None:
             object.__setattr__(self, "init_std", 1 / math.sqrt(2.5 * self.d_model))
 
@@ -145,8 +156,16 @@ class ModelConfig:
             check(even, "model.head_dim", self.head_dim, right)
             check(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "must be positive")
             check(self.max_positions is None, "model.max_positions", self.max_positions, "only for positions=learned")
+            check(
+                self.position_offset == 0, "model.position_offset", self.position_offset, "only for positions=learned"
+            )
         else:
+            check(self.position_offset >= 0, "model.position_offset", self.position_offset, "must not be negative")
             check(self.max_positions is not None, "model.max_positions", None, "positions=learned needs a number")
+        width, stored = self.norm_width, self.d_model
+        check(width is None or self.norm == "crmsnorm", "model.norm_width", width, "only for model.norm=crmsnorm")
+        right = f"must be at most model.d_model={stored} and the one element that is not stored"
+        check(width is None or 2 <= width <= stored + 1, "model.norm_width", width, right)
         check(self.norm_eps >= 0, "model.norm_eps", self.norm_eps, "must not be negative")
         check(self.init_std > 0, "model.init_std", self.init_std, "must be positive")
         check(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be in [0, 1)")

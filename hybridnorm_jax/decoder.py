@@ -3,7 +3,7 @@
 The parameter tree is plain nested dicts of arrays:
 
     token_embedding/embedding                    (vocab, embed)
-    position_embedding/embedding                 (positions, embed)        positions="learned" only
+    position_embedding/embedding                 (positions, embed)        positions="learned" only, see position_offset
     embedding_norm/{scale, bias}                 (embed,)                  where the scheme has one
     run_<i>/attention/{query, key, value}/kernel (layers, embed, heads or kv_heads, head_dim)
     run_<i>/attention/out/kernel                 (layers, heads, head_dim, embed)
@@ -13,6 +13,7 @@ The parameter tree is plain nested dicts of arrays:
     run_<i>/{attention, feed_forward}_{pre, branch, post}_norm/scale (layers, embed)
     final_norm/{scale, bias}                     (embed,)                  where the scheme has one
     head/kernel                                  (embed, vocab)            untied only
+    head/bias                                    (vocab,)                  where the model has one
 
 Run i holds `layers` consecutive layers of one structure (placement.runs), first to last; biases stand beside their
 kernels, without the kernel's input axes.
@@ -65,13 +66,14 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """hidden @ kernel, in float32 at least.
+    """hidden @ kernel + bias, in float32 at least.
 
-    Parameters: `kernel` (embed, vocab); none where the head is tied.
+    Parameters: `kernel` (embed, vocab), none where the head is tied; `bias` (vocab,) where asked for.
     """
 
     vocab_size: int
     std: float
+    use_bias: bool
     param_dtype: str
 
     @nn.compact
@@ -79,12 +81,16 @@ class Head(nn.Module):
         self, hidden: Float[Array, "batch seq embed"], tied: Float[Array, "vocab embed"] | None = None
     ) -> Float[Array, "batch seq vocab"]:
         """`tied`: the token embedding, where it is also the head."""
-        accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
+        accumulate, dtype = jnp.promote_types(hidden.dtype, jnp.float32), jnp.dtype(self.param_dtype)
         if tied is not None:
-            return jnp.einsum("bse,ve->bsv", hidden, tied.astype(hidden.dtype), preferred_element_type=accumulate)
-        shape = (hidden.shape[-1], self.vocab_size)
-        kernel = self.param("kernel", truncated_normal(self.std), shape, jnp.dtype(self.param_dtype))
-        return jnp.einsum("bse,ev->bsv", hidden, kernel.astype(hidden.dtype), preferred_element_type=accumulate)
+            logits = jnp.einsum("bse,ve->bsv", hidden, tied.astype(hidden.dtype), preferred_element_type=accumulate)
+        else:
+            shape = (hidden.shape[-1], self.vocab_size)
+            kernel = self.param("kernel", truncated_normal(self.std), shape, dtype).astype(hidden.dtype)
+            logits = jnp.einsum("bse,ev->bsv", hidden, kernel, preferred_element_type=accumulate)
+        if not self.use_bias:
+            return logits
+        return logits + self.param("bias", nn.initializers.zeros, (self.vocab_size,), dtype).astype(accumulate)
 
 
 class Decoder(nn.Module):
@@ -102,12 +108,13 @@ class Decoder(nn.Module):
         table = {"std": config.init_std * factor, "param_dtype": config.param_dtype}
         self.token_embedding = Embedding(config.vocab_size, config.d_model, dtype=config.dtype, **table)
         if config.positions == "learned":
-            self.position_embedding = Embedding(config.max_positions, config.d_model, dtype=config.dtype, **table)
+            rows = config.position_offset + config.max_positions
+            self.position_embedding = Embedding(rows, config.d_model, dtype=config.dtype, **table)
         if config.has_embedding_norm:
             self.embedding_norm = stream_norm(config)
         if config.has_final_norm:
             self.final_norm = stream_norm(config)
-        self.head = Head(config.vocab_size, **table)
+        self.head = Head(config.vocab_size, use_bias=config.head_bias, **table)
         self.dropout = nn.Dropout(config.dropout)
 
     def __call__(self, tokens: Int[Array, "batch seq"], **inputs) -> Float[Array, "batch seq vocab"]:
@@ -137,7 +144,7 @@ class Decoder(nn.Module):
         by = None
         if config.positions == "learned":
             self._check_length(tokens.shape[1])
-            stream = stream + self.position_embedding(positions)
+            stream = stream + self.position_embedding(positions + config.position_offset)
         else:
             by = rotation(positions, config.rotary_dim, config.rope_theta, config.dtype)
         if config.has_embedding_norm:

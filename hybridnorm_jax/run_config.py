@@ -178,6 +178,8 @@ class RunConfig:
     init_from: str | None = key(None, "directory of a run, or of one checkpoint, whose parameters to start from")
 
     def __post_init__(self):
+        wide = self.model.param_dtype in ("float32", "float64")
+        check(wide, "model.param_dtype", self.model.param_dtype, "training needs float32 or float64 parameters")
         limit = self.model.max_positions
         right = f"must be at most model.max_positions={limit}, the rows of the learned position table"
         check(limit is None or self.train.seq_len <= limit, "train.seq_len", self.train.seq_len, right)

@@ -29,6 +29,7 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "token_embedding/embedding": ("vocab", "embed"),
     "position_embedding/embedding": (None, "embed"),
     "head/kernel": ("embed", "vocab"),
+    "head/bias": ("vocab",),
     "query/kernel": ("embed", "heads", "head_dim"),
     "key/kernel": ("embed", "kv_heads", "head_dim"),
     "value/kernel": ("embed", "kv_heads", "head_dim"),

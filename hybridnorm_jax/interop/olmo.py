@@ -49,7 +49,7 @@ def params_from_olmo(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> d
     Args:
       config: of the model; its scheme must be one that their code has.
       arrays: parameter name -> array in PyTorch's (out, in) layout, with or without the prefix "param/".
-        `att_proj` holds q, k, v stacked, `ff_proj` up and then gate. A head with a bias has no place in our tree.
+        `att_proj` holds q, k, v stacked, `ff_proj` up and then gate.
 
     Returns:
       The tree described in decoder.py, float32 or as the arrays are.
@@ -67,6 +67,8 @@ def params_from_olmo(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> d
         params["position_embedding"] = {"embedding": table}
     if not config.tie_embeddings:
         params["head"] = {"kernel": source.take("transformer.ff_out.weight", config.vocab_size, width).T}
+    if config.head_bias:
+        params.setdefault("head", {})["bias"] = source.take("transformer.ff_out.bias", config.vocab_size)
 
     norms = _norms(config, source)
     for name in ("embedding_norm", "final_norm"):
@@ -108,10 +110,13 @@ def _norms(config: ModelConfig, source: _Arrays) -> dict[Any, dict[str, np.ndarr
     return found
 
 
-def _norm(config: ModelConfig, source: _Arrays, name: str, width: int | None = None) -> dict[str, np.ndarray]:
-    width = config.d_model if width is None else width
-    found = {"scale": source.take(f"{name}.weight", width)} if config.norm_scale else {}
-    return found | ({"bias": source.take(f"{name}.bias", width)} if config.norm_bias else {})
+def _norm(config: ModelConfig, source: _Arrays, name: str) -> dict[str, np.ndarray]:
+    return _affine(source, name, config.d_model, config.norm_scale, config.norm_bias)
+
+
+def _affine(source: _Arrays, name: str, width: int, scale: bool, bias: bool) -> dict[str, np.ndarray]:
+    found = {"scale": source.take(f"{name}.weight", width)} if scale else {}
+    return found | ({"bias": source.take(f"{name}.bias", width)} if bias else {})
 
 
 def _block(config: ModelConfig, source: _Arrays, norms: Mapping, layer: int) -> dict[str, Any]:
@@ -148,7 +153,11 @@ def _attention(config: ModelConfig, source: _Arrays, prefix: str, layer: int) ->
         extent = getattr(config.placements[layer], name)
         if extent is not None:
             count = 1 if extent == "head" else (kv_heads if name in ("k_norm", "v_norm") else heads)
-            found[name] = _norm(config, source, f"{prefix}.{_THEIR_HEAD_NORM[name]}", count * head_dim)
+            theirs, flags = (
+                f"{prefix}.{_THEIR_HEAD_NORM[name]}",
+                (config.attention_norm_scale, config.attention_norm_bias),
+            )
+            found[name] = _affine(source, theirs, count * head_dim, *flags)
     return found
 
 

@@ -31,10 +31,10 @@ def loss_sums(
     variables = {"params": params}
     if chunk is None:
         return cross_entropy(model.apply(variables, batch["tokens"], **inputs), batch["targets"], batch["weights"])
-    if "head" in params:
+    if "kernel" in params.get("head", {}):
         # Gathered once, and its gradient reduced once, instead of in every chunk.
         kernel = nn.with_logical_constraint(params["head"]["kernel"], (None, "vocab"))
-        variables = {"params": params | {"head": {"kernel": kernel}}}
+        variables = {"params": params | {"head": params["head"] | {"kernel": kernel}}}
     hidden = model.apply(variables, batch["tokens"], method="hidden", **inputs)
     return chunked_cross_entropy(
         lambda piece: model.apply(variables, piece, method="logits"), hidden, batch["targets"], batch["weights"], chunk
