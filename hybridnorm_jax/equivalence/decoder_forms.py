@@ -1,0 +1,178 @@
+"""Our own Decoder in its three forms: its residual layout, and whole-model conversion."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from hybridnorm_jax.config import ConfigError, ModelConfig
+from hybridnorm_jax.equivalence.layout import (
+    NormBias,
+    NormScale,
+    Reads,
+    ResidualLayout,
+    Role,
+    Untouched,
+    Writes,
+)
+from hybridnorm_jax.equivalence.transforms import compress, fold_affine, recenter, stored_width
+from hybridnorm_jax.placement import HEAD_NORMS, Run, runs
+
+FORMS = ("pre_rmsnorm", "pre_crmsnorm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """How Pre-LN parameters become those of a cheaper form.
+
+    Attributes:
+      config: of the Decoder in that form.
+      centred: parameters of the given config -> those of the Pre-RMSNorm form.
+      convert: parameters of the given config -> those of `config`; linear in everything but norm scales, and pure.
+      layout: of the trees that `centred` and `convert` return.
+    """
+
+    config: ModelConfig
+    centred: Callable[[Any], dict]
+    convert: Callable[[Any], dict]
+    layout: ResidualLayout
+
+
+def to_pre_rmsnorm(config: ModelConfig, params: Any) -> tuple[ModelConfig, dict]:
+    """(config, params) of a Decoder with RMSNorm that computes the logits of this Pre-LN one.
+
+    Norm scales and biases are folded into what reads them, so biases appear where a norm had one; a tied head is
+    untied where its norm has a scale or bias. Norms on q, k, v stay. Dtypes stay; the arithmetic has them, float32 at
+    least, so convert in float64 what is to be compared in float64.
+
+    Raises:
+      ConfigError: not a Pre-LN model: another norm than LayerNorm, a norm after a branch or a sum, one missing.
+
+    Source: 2305.14858, section 3.1.
+    """
+    conversion = conversion_of(config, "pre_rmsnorm")
+    return conversion.config, conversion.convert(params)
+
+
+def to_pre_crmsnorm(config: ModelConfig, params: Any, *, pad_to: int = 1) -> tuple[ModelConfig, dict]:
+    """As to_pre_rmsnorm, with CRMSNorm on a stream that is stored without its last element.
+
+    The new model.d_model is d - 1, filled up with zero channels to a multiple of `pad_to`; model.norm_width is d. A
+    tied head is always untied. Source: 2305.14858, section 3.2.
+    """
+    conversion = conversion_of(config, "pre_crmsnorm", pad_to=pad_to)
+    return conversion.config, conversion.convert(params)
+
+
+def conversion_of(config: ModelConfig, form: str, *, pad_to: int = 1) -> Conversion:
+    """The conversion of a model of this config to `form`, "pre_rmsnorm" or "pre_crmsnorm"; see the functions above."""
+    if form not in FORMS:
+        raise ConfigError(f"form={form}: must be {' or '.join(FORMS)}")
+    if obstacle := obstacle_of(config):
+        raise ConfigError(f"{obstacle}: only LayerNorm at the entrance of every branch and before the head converts")
+    compressed = form == "pre_crmsnorm"
+    untied = config.tie_embeddings and (compressed or config.norm_scale or config.norm_bias)
+    roomy = dataclasses.replace(
+        config,
+        tie_embeddings=config.tie_embeddings and not untied,
+        head_bias=config.head_bias or config.norm_bias,
+        attention_bias=config.attention_bias or config.norm_bias,
+        mlp_bias=config.mlp_bias or config.norm_bias,
+    )
+    plain = dataclasses.replace(
+        roomy, norm="rmsnorm", attention_norm=config.attention_norm_kind, norm_scale=False, norm_bias=False
+    )
+    before, after = decoder_layout(roomy), decoder_layout(plain)
+
+    def centred(params: Any) -> dict:
+        return recenter(fold_affine(_with_room(config, roomy, params), before), after)
+
+    if not compressed:
+        return Conversion(plain, centred, centred, after)
+    stored = stored_width(config.d_model, pad_to)
+    small = dataclasses.replace(plain, norm="crmsnorm", d_model=stored, norm_width=config.d_model)
+    return Conversion(small, centred, lambda params: compress(centred(params), after, pad_to=pad_to), after)
+
+
+def obstacle_of(config: ModelConfig) -> str | None:
+    """`key=value` of what keeps this model from being converted, or None: the theorem covers Pre-LN models."""
+    if config.norm != "layernorm":
+        return f"model.norm={config.norm}"
+    if config.has_embedding_norm:
+        return f"model.scheme={config.scheme} with model.embedding_norm={config.embedding_norm}: a norm on the stream"
+    for layer, placement in enumerate(config.placements):
+        for name in ("attention", "feed_forward"):
+            sublayer = getattr(placement, name)
+            for which in ("post", "branch"):
+                if getattr(sublayer, which):
+                    return f"model.scheme={config.scheme}: layer {layer} has a {which} norm on {name}"
+            if not sublayer.pre:
+                return f"model.scheme={config.scheme}: {name} of layer {layer} reads the stream without a norm"
+    return None if config.has_final_norm else f"model.scheme={config.scheme}: no norm before the head"
+
+
+def decoder_layout(config: ModelConfig) -> ResidualLayout:
+    """The residual layout of Decoder(config), Pre-Norm, whose head is untied or reads a norm without parameters."""
+    rules: dict[str, Role] = {"token_embedding/embedding": Writes()}
+    if config.positions == "learned":
+        rules["position_embedding/embedding"] = Writes()
+    for number, run in enumerate(runs(config.placements)):
+        rules |= _run_rules(config, run, f"run_{number}")
+    rules |= _norm_rules(config, "final_norm")
+    if not config.tie_embeddings:
+        rules["head/kernel"] = Reads("final_norm")
+    elif config.head_bias:
+        rules["head/bias"] = Untouched()
+    return ResidualLayout(rules)
+
+
+def _run_rules(config: ModelConfig, run: Run, name: str) -> dict[str, Role]:
+    """The rules of one run, whose leaves have the layers in front."""
+    rules: dict[str, Role] = {}
+    reading = {"attention": ("query", "key", "value"), "feed_forward": ("up",)}
+    reading["feed_forward"] += ("gate",) if config.activation == "swiglu" else ()
+    writing = {"attention": ("out", config.attention_bias), "feed_forward": ("down", config.mlp_bias)}
+    for sublayer, readers in reading.items():
+        norm, scales = f"{name}/{sublayer}_pre_norm", run.scales(sublayer)[2]
+        rules |= _norm_rules(config, norm)
+        for reader in readers:
+            # (layers, embed, heads, head_dim) or (layers, embed, mlp)
+            rules[f"{name}/{sublayer}/{reader}/kernel"] = Reads(norm, 1, input_scale=1.0 if scales is None else scales)
+        writer, has_bias = writing[sublayer]
+        rules |= {f"{name}/{sublayer}/{writer}/{leaf}": Writes() for leaf in ("kernel", *["bias"] * has_bias)}
+    for norm in HEAD_NORMS:
+        if getattr(run.structure, norm):
+            leaves = ["scale"] * config.attention_norm_scale + ["bias"] * config.attention_norm_bias
+            rules |= {f"{name}/attention/{norm}/{leaf}": Untouched() for leaf in leaves}
+    return rules
+
+
+def _norm_rules(config: ModelConfig, path: str) -> dict[str, Role]:
+    scale = {f"{path}/scale": NormScale()} if config.norm_scale else {}
+    return scale | ({f"{path}/bias": NormBias()} if config.norm_bias else {})
+
+
+def _with_room(config: ModelConfig, roomy: ModelConfig, params: Any) -> dict:
+    """The same function with an untied head and with zero biases, where `roomy` has them and config does not."""
+    params = dict(params)
+    if config.tie_embeddings and not roomy.tie_embeddings:
+        params["head"] = {**params.get("head", {}), "kernel": jnp.asarray(params["token_embedding"]["embedding"]).T}
+    if roomy.head_bias and not config.head_bias:
+        kernel = params["head"]["kernel"]
+        params["head"] = {**params["head"], "bias": jnp.zeros(kernel.shape[1:], kernel.dtype)}
+    for number in range(len(runs(config.placements))):
+        run = params[f"run_{number}"] = dict(params[f"run_{number}"])
+        for sublayer, key in (("attention", "attention_bias"), ("feed_forward", "mlp_bias")):
+            if getattr(roomy, key) and not getattr(config, key):
+                run[sublayer] = {name: _with_bias(name, leaves) for name, leaves in run[sublayer].items()}
+    return params
+
+
+def _with_bias(name: str, leaves: dict) -> dict:
+    """A projection of stacked layers with a bias of zeros: the kernel's shape without its input axes."""
+    if "kernel" not in leaves:  # a norm on q, k, v or context
+        return leaves
+    kernel = leaves["kernel"]
+    inputs = kernel.ndim - 2 if name in ("out", "down") else 1
+    return {**leaves, "bias": jnp.zeros(kernel.shape[:1] + kernel.shape[1 + inputs :], kernel.dtype)}
