@@ -13,7 +13,7 @@ from hybridnorm_jax.attention import Attention, Rotation
 from hybridnorm_jax.config import ModelConfig
 from hybridnorm_jax.feed_forward import FeedForward
 from hybridnorm_jax.initializers import std_factor, truncated_normal
-from hybridnorm_jax.norms import Norm
+from hybridnorm_jax.norms import Norm, zero_mean_defect
 from hybridnorm_jax.placement import BlockPlacement, SublayerPlacement
 
 
@@ -29,6 +29,10 @@ class LayerInputs:
     layer: Int[Array, ""]
     attention: tuple[Float[Array, ""] | None, ...]
     feed_forward: tuple[Float[Array, ""] | None, ...]
+
+
+# Collections that Block and Decoder fill where an invariant check makes them mutable; nothing is computed otherwise.
+STREAM, DEFECT = "stream", "stream_defect"
 
 
 @flax.struct.dataclass
@@ -74,6 +78,7 @@ class Block(nn.Module):
             layer.attention,
         )
         stream = self._sublayer("feed_forward", feed_forward, stream, block_input, layer.feed_forward)
+        watch_stream(self, stream)
         return nn.with_logical_constraint(stream, ("batch", "seq", None)), None
 
     def _sublayer(self, name: str, f: Callable, sublayer_input: Array, block_input: Array, scales) -> Array:
@@ -139,6 +144,16 @@ class Block(nn.Module):
             output_init=self._initializer("output", layer),
             name="feed_forward",
         )
+
+
+def watch_stream(module: nn.Module, stream: Float[Array, "batch seq embed"]) -> None:
+    """Sow the stream into STREAM, and norms.zero_mean_defect of it into DEFECT, each where it is mutable."""
+    if module.is_initializing():  # where every collection is
+        return
+    if module.is_mutable_collection(STREAM):
+        module.sow(STREAM, "value", stream)
+    if module.is_mutable_collection(DEFECT):
+        module.sow(DEFECT, "value", zero_mean_defect(stream, module.config.norm_width))
 
 
 def stream_norm(config: ModelConfig, **attributes: Any) -> Norm:

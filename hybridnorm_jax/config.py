@@ -211,6 +211,27 @@ class ModelConfig:
         return self.scheme_rule.final_norm
 
     @property
+    def pre_layernorm_obstacle(self) -> str | None:
+        """`key=value` of what keeps this from being a Pre-LN model, to which the equivalences apply; None if it is one.
+
+        Pre-LN: LayerNorm at the entrance of every branch and before the head, and no other norm on the stream.
+        """
+        scheme = f"model.scheme={self.scheme}"
+        if self.norm != "layernorm":
+            return f"model.norm={self.norm}"
+        if self.has_embedding_norm:
+            return f"{scheme}, model.embedding_norm={self.embedding_norm}: a norm after the embedding"
+        for layer, placement in enumerate(self.placements):
+            for name in ("attention", "feed_forward"):
+                sublayer = getattr(placement, name)
+                for which in ("post", "branch"):
+                    if getattr(sublayer, which):
+                        return f"{scheme}: a {which} norm at {name} of layer {layer}"
+                if not sublayer.pre:
+                    return f"{scheme}: {name} of layer {layer} reads the stream without a norm"
+        return None if self.has_final_norm else f"{scheme}: no norm before the head"
+
+    @property
     def initializer_name(self) -> str:
         """The initializer in force."""
         return self.scheme_rule.initializer if self.initializer == "auto" else self.initializer

@@ -31,6 +31,7 @@ FREE_KEYS = {
     *("model.attention", "model.remat", "model.scan_unroll"),
     *("data.cache_dir", "data.read_threads", "data.validation"),
     *("train.log_every", "train.profile", "train.sample_tokens"),
+    *("train.equivalent_form", "train.equivalent_pad_to", "train.check_invariants"),
     "init_from",
 }
 FREE_SECTIONS = ("run.", "mesh.", "checkpoint.", "eval.")

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.attention import rotation
 from hybridnorm_jax.attention_backends import SAVED
-from hybridnorm_jax.block import Block, LayerInputs, SharedInputs, stream_norm
+from hybridnorm_jax.block import DEFECT, STREAM, Block, LayerInputs, SharedInputs, stream_norm, watch_stream
 from hybridnorm_jax.config import ModelConfig
 from hybridnorm_jax.initializers import std_factor, truncated_normal
 from hybridnorm_jax.placement import Run, runs
@@ -150,6 +150,7 @@ class Decoder(nn.Module):
         if config.has_embedding_norm:
             stream = self.embedding_norm(stream)
         stream = nn.with_logical_constraint(self.dropout(stream, deterministic=deterministic), ("batch", "seq", None))
+        watch_stream(self, stream)
 
         shared = SharedInputs(by, segment_ids)
         for number, run in enumerate(runs(config.placements)):
@@ -171,7 +172,7 @@ class Decoder(nn.Module):
             block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=no_loop)
         scanned = nn.scan(
             block,
-            variable_axes={"params": 0, "intermediates": 0},
+            variable_axes={"params": 0, "intermediates": 0, STREAM: 0, DEFECT: 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=run.length,

@@ -87,6 +87,23 @@ def crms_norm(
     return _affine(wide * jax.lax.rsqrt(total / width + eps), scale, bias, x.dtype)
 
 
+def zero_mean_defect(x: Float[Array, "*batch stored"], width: int | None = None) -> Float[Array, ""]:
+    """How far x is from what RMSNorm or CRMSNorm takes for granted where it replaces LayerNorm; 0 where it holds.
+
+        max |sum x| / (sqrt(len) * rms(x))            the whole vector has zero mean (width=None)
+        max |x_i|, i >= width - 1, / rms(x)           a stored one has zeros after its width - 1 elements
+
+    The first is about 1 for a random vector, whatever its length, and about one rounding error for a centred one.
+    """
+    wide = _wide(x)
+    rms = jnp.sqrt(jnp.square(wide).mean(-1))
+    if width is None:
+        size = jnp.abs(wide.sum(-1)) / x.shape[-1] ** 0.5
+    else:
+        size = jnp.abs(wide[..., width - 1 :]).max(-1, initial=0.0)
+    return jnp.max(jnp.where(size > 0, size / jnp.where(rms > 0, rms, 1), 0))
+
+
 class Norm(nn.Module):
     """layer_norm, rms_norm or crms_norm over the last axis, with a learned scale and bias.
 

@@ -5,6 +5,7 @@ import dataclasses
 from hybridnorm_jax.config import ModelConfig, check, check_choice, check_positive, key
 
 SOURCES = ("stdlib", "text", "tokens")
+EQUIVALENT_FORMS = ("none", "pre_rmsnorm", "pre_crmsnorm")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
 
@@ -70,6 +71,11 @@ class TrainSection:
     seq_len: int = key(256, "tokens per sequence")
     grad_accumulation: int = key(1, "microbatches per optimizer step")
     seed: int = key(0, "of parameters, data order and dropout")
+    equivalent_form: str = key(
+        "none", f"of a Pre-LN model, what the loss computes: {' | '.join(EQUIVALENT_FORMS)}; the same numbers, cheaper"
+    )
+    equivalent_pad_to: int = key(1, "pre_crmsnorm: fill the stored stream up with zeros to a multiple of this")
+    check_invariants: bool = key(False, "stop where a form's invariants fail (slower; for equivalent_form, crmsnorm)")
     loss_chunk: int | None = key(None, "positions per chunk of the loss, for large vocabularies; null: all at once")
     z_loss: float = key(0.0, "weight of the squared log-partition, added to the training loss")
     log_every: int = key(10, "steps between lines of metrics.jsonl")
@@ -77,7 +83,8 @@ class TrainSection:
     sample_tokens: int = key(0, "tokens of sample text generated at the end")
 
     def __post_init__(self):
-        names = ("steps", "batch_size", "seq_len", "grad_accumulation", "loss_chunk", "log_every")
+        check_choice("train.equivalent_form", self.equivalent_form, EQUIVALENT_FORMS)
+        names = ("steps", "batch_size", "seq_len", "grad_accumulation", "loss_chunk", "log_every", "equivalent_pad_to")
         check_positive("train", self, names)
         divides = self.batch_size % self.grad_accumulation == 0
         right = f"must divide train.batch_size={self.batch_size}"
@@ -183,6 +190,21 @@ class RunConfig:
         limit = self.model.max_positions
         right = f"must be at most model.max_positions={limit}, the rows of the learned position table"
         check(limit is None or self.train.seq_len <= limit, "train.seq_len", self.train.seq_len, right)
+        self._check_forms()
+
+    def _check_forms(self):
+        model, form = self.model, self.train.equivalent_form
+        pad_to = self.train.equivalent_pad_to
+        check(pad_to == 1 or form == "pre_crmsnorm", "train.equivalent_pad_to", pad_to, "only for pre_crmsnorm")
+        obstacle = model.pre_layernorm_obstacle
+        if form != "none":
+            right = "only a Pre-LN model has this form (LayerNorm before every branch and the head, no other norm)"
+            check(obstacle is None, "train.equivalent_form", form, f"{obstacle}; {right}")
+            right = "dropout at the end of a branch undoes the zero mean; needs model.dropout=0"
+            check(model.dropout == 0, "train.equivalent_form", form, f"model.dropout={model.dropout}: {right}")
+        elif self.train.check_invariants and model.norm != "crmsnorm":
+            right = "there are invariants of Pre-LN models and of model.norm=crmsnorm only"
+            check(obstacle is None, "train.check_invariants", "true", f"{obstacle}; {right}")
 
     @property
     def microbatch_size(self) -> int:

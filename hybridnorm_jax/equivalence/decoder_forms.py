@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from hybridnorm_jax.config import ConfigError, ModelConfig
+from hybridnorm_jax.equivalence.invariants import assert_decoder_params
 from hybridnorm_jax.equivalence.layout import (
     NormBias,
     NormScale,
@@ -69,7 +70,7 @@ def conversion_of(config: ModelConfig, form: str, *, pad_to: int = 1) -> Convers
     """The conversion of a model of this config to `form`, "pre_rmsnorm" or "pre_crmsnorm"; see the functions above."""
     if form not in FORMS:
         raise ConfigError(f"form={form}: must be {' or '.join(FORMS)}")
-    if obstacle := obstacle_of(config):
+    if obstacle := config.pre_layernorm_obstacle:
         raise ConfigError(f"{obstacle}: only LayerNorm at the entrance of every branch and before the head converts")
     compressed = form == "pre_crmsnorm"
     untied = config.tie_embeddings and (compressed or config.norm_scale or config.norm_bias)
@@ -86,30 +87,20 @@ def conversion_of(config: ModelConfig, form: str, *, pad_to: int = 1) -> Convers
     before, after = decoder_layout(roomy), decoder_layout(plain)
 
     def centred(params: Any) -> dict:
-        return recenter(fold_affine(_with_room(config, roomy, params), before), after)
+        return _checked(plain, recenter(fold_affine(_with_room(config, roomy, params), before), after))
 
     if not compressed:
         return Conversion(plain, centred, centred, after)
     stored = stored_width(config.d_model, pad_to)
     small = dataclasses.replace(plain, norm="crmsnorm", d_model=stored, norm_width=config.d_model)
-    return Conversion(small, centred, lambda params: compress(centred(params), after, pad_to=pad_to), after)
+    return Conversion(
+        small, centred, lambda params: _checked(small, compress(centred(params), after, pad_to=pad_to)), after
+    )
 
 
-def obstacle_of(config: ModelConfig) -> str | None:
-    """`key=value` of what keeps this model from being converted, or None: the theorem covers Pre-LN models."""
-    if config.norm != "layernorm":
-        return f"model.norm={config.norm}"
-    if config.has_embedding_norm:
-        return f"model.scheme={config.scheme} with model.embedding_norm={config.embedding_norm}: a norm on the stream"
-    for layer, placement in enumerate(config.placements):
-        for name in ("attention", "feed_forward"):
-            sublayer = getattr(placement, name)
-            for which in ("post", "branch"):
-                if getattr(sublayer, which):
-                    return f"model.scheme={config.scheme}: layer {layer} has a {which} norm on {name}"
-            if not sublayer.pre:
-                return f"model.scheme={config.scheme}: {name} of layer {layer} reads the stream without a norm"
-    return None if config.has_final_norm else f"model.scheme={config.scheme}: no norm before the head"
+def _checked(config: ModelConfig, params: dict) -> dict:
+    assert_decoder_params(config, params)
+    return params
 
 
 def decoder_layout(config: ModelConfig) -> ResidualLayout:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,19 +13,23 @@ from jax.sharding import Mesh
 from hybridnorm_jax.attention_backends import resolve_backend
 from hybridnorm_jax.config import check
 from hybridnorm_jax.decoder import Decoder
+from hybridnorm_jax.equivalence.comparison import compare_forms, compare_norm
+from hybridnorm_jax.equivalence.decoder_forms import conversion_of
+from hybridnorm_jax.equivalence.invariants import Measured, assert_measured, tolerances
 from hybridnorm_jax.loss import LossSums
 from hybridnorm_jax.run_config import RunConfig
 from hybridnorm_jax.sharding import MESH_AXES, batch_sharding, check_batch, make_mesh, use_mesh
 from hybridnorm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from hybridnorm_jax.training.state import TrainState, init_state
-from hybridnorm_jax.training.step import Batch, make_eval_step, make_train_step
+from hybridnorm_jax.training.step import Batch, document_inputs, make_eval_step, make_train_step
 
 
 class Program:
     """The steps of one run. Building it checks everything that can be checked before compilation.
 
     Attributes:
-      config, mesh, model: as named; `backend` is the attention backend in force.
+      config, mesh: as named; `backend` is the attention backend in force.
+      model: what the loss computes; `conversion` makes its parameters of the state's, None where they are the same.
       abstract_state: shapes, dtypes and shardings of the training state.
 
     Raises:
@@ -46,17 +52,29 @@ class Program:
             head_dim=config.model.head_dim,
             segment_ids=config.data.segment_ids,
         )
-        self.model = Decoder(dataclasses.replace(config.model, attention=self.backend))
         train = config.train
+        model = dataclasses.replace(config.model, attention=self.backend)
+        self.conversion = None
+        if train.equivalent_form != "none":
+            self.conversion = conversion_of(model, train.equivalent_form, pad_to=train.equivalent_pad_to)
+        convert = None if self.conversion is None else self.conversion.convert
+        self.model = Decoder(model if self.conversion is None else self.conversion.config)
         schedule = learning_rate_schedule(config.optimizer, train.steps, config.tokens_per_step)
         self._optimizer = make_optimizer(config.optimizer, schedule)
         self.abstract_state = init_state(config.model, self._optimizer, train.seed, self.mesh, abstract=True)
         step = make_train_step(
-            self.model, self._optimizer, schedule, seed=train.seed, chunk=train.loss_chunk, z_loss=train.z_loss
+            self.model,
+            self._optimizer,
+            schedule,
+            seed=train.seed,
+            chunk=train.loss_chunk,
+            z_loss=train.z_loss,
+            convert=convert,
+            measure=_measure(config) if train.check_invariants else None,
         )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        self._train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-        self._eval_step = jax.jit(make_eval_step(self.model, chunk=train.loss_chunk))
+        self._train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None, None))
+        self._eval_step = jax.jit(make_eval_step(self.model, chunk=train.loss_chunk, convert=convert))
 
     @property
     def eval_batch_size(self) -> int:
@@ -69,9 +87,16 @@ class Program:
         return init_state(self.config.model, self._optimizer, self.config.train.seed, self.mesh)
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One update; `state` is donated. `batch` is this process's (microbatches, sequences, positions) in NumPy."""
+        """One update; `state` is donated. `batch` is this process's (microbatches, sequences, positions) in NumPy.
+
+        Raises:
+          InvariantError: with train.check_invariants, the first invariant that does not hold.
+        """
         with use_mesh(self.mesh):
-            return self._train_step(state, self.put(batch, leading=1))
+            state, metrics, measured = self._train_step(state, self.put(batch, leading=1))
+        if measured:
+            assert_measured(state.step, measured, tolerances(self.config.model))
+        return state, metrics
 
     def lower_train_step(self) -> jax.stages.Lowered:
         """The train step lowered for this mesh, from shapes alone."""
@@ -94,3 +119,11 @@ class Program:
         """This process's rows as global arrays, sequences (dimension `leading`) over the data axes."""
         sharding = batch_sharding(self.mesh, leading)
         return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+def _measure(config: RunConfig) -> Callable[[Any, Batch], Measured]:
+    """What train.check_invariants measures in every step: (the state's parameters, one sequence) -> Measured."""
+    compare = compare_norm
+    if config.model.norm != "crmsnorm":
+        compare = partial(compare_forms, pad_to=config.train.equivalent_pad_to)
+    return lambda params, batch: compare(config.model, params, batch["tokens"], **document_inputs(batch))

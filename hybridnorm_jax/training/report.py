@@ -25,9 +25,16 @@ def start_report(config: RunConfig, program: Program, data: Data, directory: epa
         ("mesh", ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())),
         ("parameters", f"{total:,} ({model.param_dtype}; computes in {model.dtype})"),
         ("scheme", f"{model.scheme}, {model.num_layers} layers in {parts} run{'s' * (parts > 1)}, {model.norm}"),
+        *([("form", _form(program))] if program.conversion is not None else []),
         ("attention", f"{program.backend}{asked}"),
         ("tokens/step", f"{config.tokens_per_step:,} = {train.batch_size} sequences x {train.seq_len}"),
         ("data", data.description),
     ]
     rows += [("sharding", line) for line in undivided(params, mesh)]
     return "\n".join(f"{name:<12} {text}" for name, text in rows)
+
+
+def _form(program: Program) -> str:
+    """What the loss computes instead of the Pre-LN model that the optimizer holds."""
+    form, width = program.config.train.equivalent_form, program.model.config.d_model
+    return f"{form}, stream {program.config.model.d_model} stored as {width}"

@@ -1,6 +1,7 @@
 """One optimizer step and one evaluation step, as pure functions of state and batch."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,36 +10,52 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array
 
+from hybridnorm_jax.block import DEFECT
 from hybridnorm_jax.decoder import Decoder
+from hybridnorm_jax.equivalence.invariants import Measured, collected
 from hybridnorm_jax.loss import LossSums, chunked_cross_entropy, cross_entropy
 from hybridnorm_jax.training.state import TrainState
 
+Convert = Callable[[Any], Any]
 Batch = dict[str, Array]  # tokens, targets, weights, and with documents kept apart segment_ids, positions
 
 
 def loss_sums(
-    model: Decoder, params: Any, batch: Batch, chunk: int | None, dropout_key: Array | None = None
-) -> LossSums:
-    """The loss of one batch (sequences x positions), as sums.
+    model: Decoder,
+    params: Any,
+    batch: Batch,
+    chunk: int | None,
+    dropout_key: Array | None = None,
+    collect: tuple[str, ...] = (),
+) -> tuple[LossSums, dict[str, Any]]:
+    """The loss of one batch (sequences x positions), as sums, and what the model sows.
 
     Args:
       chunk: positions whose logits are held at a time; None: all.
       dropout_key: None switches dropout off.
+      collect: the collections to return.
     """
-    inputs = {name: batch[name] for name in ("positions", "segment_ids") if name in batch}
+    inputs = document_inputs(batch) | {"mutable": list(collect)}
     if dropout_key is not None and model.config.dropout > 0:
         inputs |= {"deterministic": False, "rngs": {"dropout": dropout_key}}
     variables = {"params": params}
     if chunk is None:
-        return cross_entropy(model.apply(variables, batch["tokens"], **inputs), batch["targets"], batch["weights"])
+        logits, sown = model.apply(variables, batch["tokens"], **inputs)
+        return cross_entropy(logits, batch["targets"], batch["weights"]), sown
     if "kernel" in params.get("head", {}):
         # Gathered once, and its gradient reduced once, instead of in every chunk.
         kernel = nn.with_logical_constraint(params["head"]["kernel"], (None, "vocab"))
         variables = {"params": params | {"head": params["head"] | {"kernel": kernel}}}
-    hidden = model.apply(variables, batch["tokens"], method="hidden", **inputs)
-    return chunked_cross_entropy(
+    hidden, sown = model.apply(variables, batch["tokens"], method="hidden", **inputs)
+    sums = chunked_cross_entropy(
         lambda piece: model.apply(variables, piece, method="logits"), hidden, batch["targets"], batch["weights"], chunk
     )
+    return sums, sown
+
+
+def document_inputs(batch: Batch) -> Batch:
+    """What keeps documents apart, where the batch has it."""
+    return {name: batch[name] for name in ("positions", "segment_ids") if name in batch}
 
 
 def make_train_step(
@@ -49,43 +66,38 @@ def make_train_step(
     seed: int,
     chunk: int | None = None,
     z_loss: float = 0.0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """(state, batch) -> (state after one update, metrics); the batch's arrays are (microbatches, sequences, positions).
+    convert: Convert | None = None,
+    measure: Callable[[Any, Batch], Measured] | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array], Measured]]:
+    """(state, batch) -> (state after one update, metrics, measured invariants).
 
-    The gradient is that of sum(nll + z_loss * log(Z)^2) / sum(weights) over all microbatches: sums are accumulated
-    and divided once, so microbatches with unequal numbers of targets give what one large batch gives.
+    The batch's arrays are (microbatches, sequences, positions). The gradient is that of
+    sum(nll + z_loss * log(Z)^2) / sum(weights) over all microbatches: sums are accumulated and divided once, so
+    microbatches with unequal numbers of targets give what one large batch gives.
 
     Metrics: loss (nats per target, without the z-loss), grad_norm (before clipping), learning_rate, and z_loss (its
     weighted term) where there is one.
+
+    Args:
+      convert: the state's parameters -> those of `model`, for a model that is trained as another form of itself.
+      measure: (the state's parameters, one sequence) -> invariants to return; None: the last result is empty.
     """
     dropout_root = jax.random.key(seed)
+    collect = (DEFECT,) if measure is not None and convert is not None else ()
 
     def objective(params, microbatch, key):
-        sums = loss_sums(model, params, microbatch, chunk, key)
-        return sums.nll + z_loss * sums.z, sums
-
-    gradient = jax.value_and_grad(objective, has_aux=True)
-
-    def accumulate(params, batch, key):
-        count = batch["tokens"].shape[0]
-        if count == 1:
-            (_, sums), grads = gradient(params, jax.tree.map(lambda x: x[0], batch), key)
-            return sums, grads
-
-        def body(carry, piece):
-            number, microbatch = piece
-            (_, sums), grads = gradient(params, microbatch, jax.random.fold_in(key, number))
-            return jax.tree.map(jnp.add, carry, (sums, grads)), None
-
-        zeros = (
-            LossSums.zero(jnp.promote_types(model.config.dtype, jnp.float32)),
-            jax.tree.map(jnp.zeros_like, params),
-        )
-        (sums, grads), _ = jax.lax.scan(body, zeros, (jnp.arange(count), batch))
-        return sums, grads
+        sums, sown = loss_sums(model, params, microbatch, chunk, key, collect)
+        return sums.nll + z_loss * sums.z, (sums, sown)
 
     def train_step(state, batch):
-        sums, grads = accumulate(state.params, batch, jax.random.fold_in(dropout_root, state.step))
+        key = jax.random.fold_in(dropout_root, state.step)
+        if convert is None:
+            sums, sown, grads = _accumulate(objective, state.params, batch, key)
+        else:
+            # Converted once, and the gradient pulled back once, however many microbatches there are.
+            params, pull_back = jax.vjp(convert, state.params)
+            sums, sown, grads = _accumulate(objective, params, batch, key)
+            (grads,) = pull_back(grads)
         weight = jnp.where(sums.weight > 0, sums.weight, 1)  # no target at all: loss and gradient are zero
         grads = jax.tree.map(lambda grad: grad / weight.astype(grad.dtype), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -96,11 +108,36 @@ def make_train_step(
         }
         if z_loss:
             metrics["z_loss"] = z_loss * sums.z / weight
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+        measured = {} if measure is None else measure(state.params, jax.tree.map(lambda x: x[0, :1], batch))
+        if collect:
+            measured |= {"trained": jax.vmap(partial(collected, collection=DEFECT))(sown).max(0)}
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics, measured
 
     return train_step
 
 
-def make_eval_step(model: Decoder, *, chunk: int | None = None) -> Callable[[Any, Batch], LossSums]:
-    """(params, batch) -> loss sums of that batch, without dropout."""
-    return lambda params, batch: loss_sums(model, params, batch, chunk)
+def _accumulate(objective: Callable, params: Any, batch: Batch, key: Array) -> tuple[LossSums, Any, Any]:
+    """(sums, what was sown with the microbatches in front, gradient of the summed objective)."""
+    gradient = jax.value_and_grad(objective, has_aux=True)
+    count = batch["tokens"].shape[0]
+    if count == 1:
+        (_, (sums, sown)), grads = gradient(params, jax.tree.map(lambda x: x[0], batch), key)
+        return sums, jax.tree.map(lambda x: x[None], sown), grads
+
+    def body(carry, piece):
+        number, microbatch = piece
+        (_, (sums, sown)), grads = gradient(params, microbatch, jax.random.fold_in(key, number))
+        return jax.tree.map(jnp.add, carry, (sums, grads)), sown
+
+    first = jax.tree.map(lambda x: x[0], batch)
+    (_, (shapes, _)), _ = jax.eval_shape(gradient, params, first, key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), jax.tree.map(jnp.zeros_like, params)
+    (sums, grads), sown = jax.lax.scan(body, zeros, (jnp.arange(count), batch))
+    return sums, sown, grads
+
+
+def make_eval_step(
+    model: Decoder, *, chunk: int | None = None, convert: Convert | None = None
+) -> Callable[[Any, Batch], LossSums]:
+    """(params, batch) -> loss sums of that batch, without dropout; `convert` as in make_train_step."""
+    return lambda params, batch: loss_sums(model, params if convert is None else convert(params), batch, chunk)[0]

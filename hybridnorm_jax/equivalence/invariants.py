@@ -1,0 +1,207 @@
+"""What must hold of converted parameters and streams, measured in jitted code and asserted through chex.
+
+Measurements are plain arrays: they leave a training step as outputs, and `assert_measured` asserts them outside the
+scan and the gradient, in which checks would vanish without a word. Static properties are asserted while tracing.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+from jax.experimental import checkify
+from jaxtyping import Array, Float, Int
+
+from hybridnorm_jax.block import STREAM
+from hybridnorm_jax.config import ModelConfig, UserError
+from hybridnorm_jax.decoder import Decoder
+from hybridnorm_jax.equivalence.layout import ResidualLayout, resolve
+from hybridnorm_jax.norms import crms_norm, rms_norm
+
+Measured = dict[str, Any]
+
+
+class InvariantError(UserError):
+    """A property that the conversion guarantees does not hold."""
+
+
+def assert_decoder_params(config: ModelConfig, params: Any) -> None:
+    """Assert, from shapes and dtypes alone, that params are those of Decoder(config): every leaf, rank, width, dtype.
+
+    Raises:
+      AssertionError: names the first leaf that is missing, left over (a norm's scale not folded, say) or not as it
+        has to be.
+    """
+    abstract = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    expected, found = flatten_dict(abstract, sep="/"), flatten_dict(params, sep="/")
+    dtype = jnp.asarray(found["token_embedding/embedding"]).dtype
+    for path in sorted(expected.keys() | found.keys()):
+        if path not in found:
+            raise AssertionError(f"{path}: missing")
+        if path not in expected:
+            folded = path.endswith(("scale", "bias")) and "norm/" in path
+            raise AssertionError(f"{path}: {'is left unfolded' if folded else 'has no place in this model'}")
+        chex.assert_rank(found[path], expected[path].ndim, custom_message=path)
+        chex.assert_shape(found[path], expected[path].shape, custom_message=path)
+        chex.assert_type(found[path], dtype, custom_message=path)
+
+
+def centring_defects(centred: Any, layout: ResidualLayout, before: Any | None = None) -> dict[str, Float[Array, ""]]:
+    """For every leaf that writes the stream, how far it is from having zero mean along the axis of the stream.
+
+        max |mean(W, axis)| * sqrt(width) / rms(W before recentring)
+
+    About 1 for a leaf that was not recentred, about one rounding error for one that was.
+
+    Args:
+      centred: the tree to measure; `layout` is its layout.
+      before: the tree before recentring; a leaf that it has not, or all with None, is measured by its own rms.
+    """
+    found = resolve(layout, centred)
+    reference = found.leaves | ({} if before is None else flatten_dict(before, sep="/"))
+    defects = {}
+    for path, axis in found.writers.items():
+        leaf = jnp.asarray(found.leaves[path])
+        wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        rms = jnp.sqrt(jnp.square(jnp.asarray(reference[path]).astype(wide.dtype)).mean())
+        mean = jnp.abs(wide.mean(axis)).max()
+        defects[path] = jnp.where(mean > 0, mean * found.width**0.5 / jnp.where(rms > 0, rms, 1), 0)
+    return defects
+
+
+def collected(sown: Mapping[str, Any], collection: str) -> Array:
+    """What blocks and decoder have sown into a collection: first after the embedding, then after every block."""
+    values = dict(sown[collection])
+    (first,) = values.pop("value")
+    runs = [values[name]["value"][0] for name in sorted(values, key=lambda name: int(name.rpartition("_")[2]))]
+    return jnp.concatenate([first[None], *runs])
+
+
+def forward(
+    config: ModelConfig, params: Any, tokens: Int[Array, "batch seq"], **inputs
+) -> tuple[Float[Array, "batch seq vocab"], Float[Array, "layers_and_1 batch seq embed"]]:
+    """(logits, the stream after the embedding and after every block), in config.dtype, without dropout."""
+    plain = dataclasses.replace(config, attention="xla", remat="none")
+    logits, sown = Decoder(plain).apply({"params": params}, tokens, mutable=[STREAM], **inputs)
+    return logits, collected(sown, STREAM)
+
+
+def stream_defects(
+    full: Float[Array, "layers batch seq width"],
+    stored: Float[Array, "layers batch seq stored"],
+    eps: float,
+) -> Measured:
+    """Per layer, how far a stored stream and its norm are from the full, zero-mean one; all relative to its rms.
+
+    Returns:
+      stored: the first width - 1 elements; padding: what lies behind them; last: the recovered element, -sum(stored);
+      norm: CRMSNorm of the stored stream against RMSNorm of the full one, absolute.
+    """
+    width = full.shape[-1]
+    rms = jnp.sqrt(jnp.square(full).mean(-1, keepdims=True))
+    rms = jnp.where(rms > 0, rms, 1)
+    kept, padding = stored[..., : width - 1], stored[..., width - 1 :]
+    differences = {
+        "stored": (kept - full[..., :-1]) / rms,
+        "last": (-kept.sum(-1, keepdims=True) - full[..., -1:]) / rms,
+        "norm": crms_norm(stored, eps=eps, width=width)[..., : width - 1] - rms_norm(full, eps=eps)[..., :-1],
+    }
+    if padding.shape[-1]:
+        differences["padding"] = padding / rms
+    return {name: jnp.abs(value).max((1, 2, 3)) for name, value in differences.items()}
+
+
+def relative_difference(found: Array, expected: Array) -> Float[Array, ""]:
+    """max |found - expected| / max |expected|."""
+    return jnp.abs(found - expected).max() / jnp.abs(expected).max()
+
+
+def rounding(dtype: Any, depth: int) -> float:
+    """What `depth` roundings in this dtype leave of a mean that should be zero, in units of zero_mean_defect.
+
+    A rounding leaves an error of about eps per element, whose mean over a vector has defect eps; `depth` of them add
+    up as a random walk. 16 covers the largest of many tokens; a tenth of a vector that was never centred is the limit.
+    """
+    return min(16 * float(jnp.finfo(dtype).eps) * math.sqrt(depth), 0.3)
+
+
+def tolerances(config: ModelConfig) -> dict[str, float]:
+    """The largest value of each measurement that rounding explains, for a model of this depth and these dtypes.
+
+    leaves: of parameters; trained: of the stream in the compute dtype; stream: of the stream in float32 or float64;
+    all others: of a comparison of two forward passes in float32 or float64.
+    """
+    depth = 2 * config.num_layers + 2
+    wide = jnp.promote_types(config.dtype, jnp.float32)
+    # Two forward passes differ by what each rounds, grown by the layers behind.
+    same = 1e-3 if wide == jnp.float32 else 1e-9
+    return {
+        "leaves": rounding(config.param_dtype, config.d_model),
+        "trained": rounding(config.dtype, depth),
+        "stream": rounding(wide, depth),
+        **dict.fromkeys(("stored", "last", "norm", "padding", "logits"), same),
+    }
+
+
+def assert_measured(step: Any, measured: Measured, limits: Mapping[str, float]) -> None:
+    """Assert all measurements through chex, outside any scan or gradient.
+
+    Args:
+      step: number of the training step, for the message.
+      measured: {"leaves": {path: value}, "logits": {form: value}, another name: a value for the embedding and each
+        block}.
+      limits: as `tolerances`.
+
+    Raises:
+      InvariantError: one line with step, leaf or layer, and the size of the violation.
+    """
+    names = tuple(sorted(limits.items()))
+    try:
+        _asserted(names)(step, measured)
+    except checkify.JaxRuntimeError as error:
+        raise InvariantError(str(error).partition(" (`check` failed")[0]) from None
+
+
+_CHECKED: dict[tuple, Any] = {}
+
+
+def _asserted(limits: tuple[tuple[str, float], ...]):
+    """The chexified assertion function, one for each set of limits, so that it compiles once."""
+    if limits not in _CHECKED:
+        _CHECKED[limits] = chex.chexify(jax.jit(partial(_assert_all, dict(limits))), async_check=False)
+    return _CHECKED[limits]
+
+
+_PHRASES = {
+    "trained": "the mean, or padding, of the stream in the training forward pass",
+    "stream": "the stream's mean",
+    "stored": "the stored stream's difference from the full one",
+    "last": "the recovered last element's difference from the full stream's",
+    "norm": "CRMSNorm's difference from RMSNorm of the full stream",
+    "padding": "the padding of the stream",
+}
+
+
+def _assert_all(limits: dict[str, float], step: Array, measured: Measured) -> Array:
+    """Leaves first: a leaf that is not centred is the cause of all that follows."""
+    for path, value in measured.get("leaves", {}).items():
+        _check(value, limits["leaves"], f"step {{step}}: {path} writes the stream with a mean of {{size}}", step=step)
+    for name, phrase in _PHRASES.items():
+        if name in measured:
+            values = measured[name]
+            worst = jnp.argmax(jnp.where(jnp.isnan(values), jnp.inf, values))
+            message = f"step {{step}}, after block {{block}} (0: the embedding): {phrase} is {{size}}"
+            _check(values[worst], limits[name], message, step=step, block=worst)
+    for form, value in measured.get("logits", {}).items():
+        _check(value, limits["logits"], f"step {{step}}: logits of {form} differ by {{size}}", step=step)
+    return step
+
+
+def _check(value: Array, limit: float, message: str, **parts: Array) -> None:
+    # Written so that NaN fails.
+    checkify.check(value <= limit, f"{message}, at most {limit:.2g} is rounding", size=value, **parts)

@@ -1,0 +1,272 @@
+"""Which tensor of a Hugging Face checkpoint holds which leaves of our parameter tree, and how.
+
+One table per architecture serves both directions: a Layout gives *views* of their tensor in the shapes of our leaves,
+so loading assigns the views to the leaves and saving assigns the leaves to the views. A new architecture is one more
+entry of TABLES here and one of ARCHITECTURES in architectures.py.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from hybridnorm_jax.config import ModelConfig, UserError
+from hybridnorm_jax.decoder import Decoder
+from hybridnorm_jax.placement import runs
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How one tensor of theirs holds one leaf of ours, or several that differ in their output axes only.
+
+    Our leaf has shape (*inputs, *outputs); in their tensor the inputs are one axis and the outputs of all leaves
+    another: a matrix, or a vector where there are no inputs.
+
+    Attributes:
+      inputs: how many leading axes of our leaf are inputs; 0 for a bias, a scale.
+      transposed: their matrix is (out, in), not (in, out).
+      per_head: head by head the outputs of every leaf in turn, (heads, leaves, head_dim), not one leaf after another.
+    """
+
+    inputs: int = 0
+    transposed: bool = False
+    per_head: bool = False
+
+    def shape(self, leaves: Sequence[Shape]) -> Shape:
+        """The shape of their tensor for leaves of these shapes."""
+        outputs = sum(math.prod(leaf[self.inputs :]) for leaf in leaves)
+        if not self.inputs:
+            return (outputs,)
+        matrix = (math.prod(leaves[0][: self.inputs]), outputs)
+        return matrix[::-1] if self.transposed else matrix
+
+    def views(self, tensor: np.ndarray, leaves: Sequence[Shape]) -> list[np.ndarray]:
+        """Views of their tensor in the shapes of the leaves: together every element once, none copied."""
+        tensor = tensor.T if self.transposed else tensor
+        if self.per_head:
+            heads = leaves[0][self.inputs]
+            grid = tensor.reshape(*leaves[0][: self.inputs], heads, len(leaves), -1)
+            return [grid[..., number, :] for number in range(len(leaves))]
+        ends = np.cumsum([math.prod(leaf[self.inputs :]) for leaf in leaves])
+        parts = np.split(tensor, ends[:-1], axis=-1)
+        return [part.reshape(leaf) for part, leaf in zip(parts, leaves, strict=True)]
+
+
+VECTOR = Layout()
+TABLE = Layout(inputs=1)
+LINEAR = Layout(inputs=1, transposed=True)
+LINEAR_OUT = Layout(inputs=2, transposed=True)  # heads and head_dim go in
+CONV1D = Layout(inputs=1)
+CONV1D_OUT = Layout(inputs=2)
+LINEAR_PER_HEAD = Layout(inputs=1, transposed=True, per_head=True)
+VECTOR_PER_HEAD = Layout(per_head=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Their tensor `name`, the leaves of ours that it holds, in its order, and how it holds them."""
+
+    name: str
+    leaves: tuple[str, ...]
+    layout: Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A Tensor of one model.
+
+    Attributes:
+      name: of their tensor, in full.
+      leaves: of each leaf the path in our tree, "/" between its keys, and the position in its run, None outside runs.
+      leaf_shapes: of each leaf, without the axis of layers.
+      layout: how the tensor holds them.
+    """
+
+    name: str
+    leaves: tuple[tuple[str, int | None], ...]
+    leaf_shapes: tuple[Shape, ...]
+    layout: Layout
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of their tensor."""
+        return self.layout.shape(self.leaf_shapes)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorTable:
+    """The tensors of an architecture.
+
+    Attributes:
+      prefix: of the names of all tensors but the head's; files of the bare model lack it.
+      outer: the tensors outside the blocks, the largest first.
+      block: the tensors of a layer; names without `layer`, leaves without `run_<i>`.
+      layer: what stands before a block's names, with {} for the layer.
+      head: name of the head's matrix, which files of tied models may hold as well.
+      buffers: regular expression of names, without the prefix, that hold no parameters.
+    """
+
+    prefix: str
+    outer: tuple[Tensor, ...]
+    block: tuple[Tensor, ...]
+    layer: str
+    head: str
+    buffers: str
+
+    def places(self, config: ModelConfig) -> Iterator[Place]:
+        """The tensors that a model of this config has.
+
+        Raises:
+          UserError: the model has a leaf that no tensor of this table holds, or half of those that one holds.
+        """
+        shapes = leaf_shapes(config)
+        left = dict(shapes)
+        stacked = [
+            (self.layer.format(run.start + index), f"run_{number}/", index)
+            for number, run in enumerate(runs(config.placements))
+            for index in range(run.length)
+        ]
+        groups = [(self.outer, "", "", None), *((self.block, *names) for names in stacked)]
+        for tensors, theirs, ours, index in groups:
+            for tensor in tensors:
+                leaves = [ours + leaf for leaf in tensor.leaves]
+                if not any(leaf in shapes for leaf in leaves):
+                    continue
+                if not all(leaf in shapes for leaf in leaves):
+                    raise UserError(f"{theirs}{tensor.name}: the model has only part of {', '.join(leaves)}")
+                for leaf in leaves:
+                    left.pop(leaf, None)
+                inner = tuple(shapes[leaf] if index is None else shapes[leaf][1:] for leaf in leaves)
+                yield Place(theirs + tensor.name, tuple((leaf, index) for leaf in leaves), inner, tensor.layout)
+        if left:
+            raise UserError(f"{next(iter(left))}: this architecture has no tensor for this parameter of the model")
+
+
+def leaf_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Shapes of the parameters of `Decoder(config)` by path, "/" between the keys."""
+    # No array is made, so the dtype does not matter; float64 would warn without jax_enable_x64.
+    config = dataclasses.replace(config, param_dtype="float32", dtype="float32")
+    tree = jax.eval_shape(lambda key: Decoder(config).init(key, np.zeros((1, 1), np.int32)), jax.random.key(0))
+    return {path: leaf.shape for path, leaf in flatten_dict(tree["params"], sep="/").items()}
+
+
+def _dense(name: str, *leaves: str, kernel: Layout = LINEAR, bias: Layout = VECTOR) -> tuple[Tensor, ...]:
+    """A linear layer and its bias; which of the two a model has, its config says."""
+    return (
+        Tensor(f"{name}.weight", tuple(f"{leaf}/kernel" for leaf in leaves), kernel),
+        Tensor(f"{name}.bias", tuple(f"{leaf}/bias" for leaf in leaves), bias),
+    )
+
+
+def _norm(name: str, leaf: str) -> tuple[Tensor, ...]:
+    return Tensor(f"{name}.weight", (f"{leaf}/scale",), VECTOR), Tensor(f"{name}.bias", (f"{leaf}/bias",), VECTOR)
+
+
+def _embedding(name: str, leaf: str = "token_embedding") -> tuple[Tensor, ...]:
+    return (Tensor(f"{name}.weight", (f"{leaf}/embedding",), TABLE),)
+
+
+_QKV = ("attention/query", "attention/key", "attention/value")
+_Q_K_V = (
+    *_dense("self_attn.q_proj", _QKV[0]),
+    *_dense("self_attn.k_proj", _QKV[1]),
+    *_dense("self_attn.v_proj", _QKV[2]),
+)
+_Q_K_NORMS = (*_norm("self_attn.q_norm", "attention/q_norm"), *_norm("self_attn.k_norm", "attention/k_norm"))
+_LLAMA_BRANCHES = (
+    *_Q_K_V,
+    *_dense("self_attn.o_proj", "attention/out", kernel=LINEAR_OUT),
+    *_dense("mlp.gate_proj", "feed_forward/gate"),
+    *_dense("mlp.up_proj", "feed_forward/up"),
+    *_dense("mlp.down_proj", "feed_forward/down"),
+)
+_PRE_NORMS = ("attention_pre_norm", "feed_forward_pre_norm")
+_LLAMA_PRE_NORMS = (
+    *_norm("input_layernorm", _PRE_NORMS[0]),
+    *_norm("post_attention_layernorm", _PRE_NORMS[1]),
+)
+_LLAMA = TensorTable(
+    prefix="model.",
+    outer=(*_embedding("model.embed_tokens"), *_dense("lm_head", "head"), *_norm("model.norm", "final_norm")),
+    block=_LLAMA_PRE_NORMS + _LLAMA_BRANCHES,
+    layer="model.layers.{}.",
+    head="lm_head.weight",
+    buffers=r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
+)
+_OLMO2_BRANCH_NORMS = (
+    *_norm("post_attention_layernorm", "attention_branch_norm"),
+    *_norm("post_feedforward_layernorm", "feed_forward_branch_norm"),
+)
+
+_GPT2 = TensorTable(
+    prefix="transformer.",
+    outer=(
+        *_embedding("transformer.wte"),
+        *_embedding("transformer.wpe", "position_embedding"),
+        *_dense("lm_head", "head"),
+        *_norm("transformer.ln_f", "final_norm"),
+    ),
+    block=(
+        *_norm("ln_1", _PRE_NORMS[0]),
+        *_norm("ln_2", _PRE_NORMS[1]),
+        *_dense("attn.c_attn", *_QKV, kernel=CONV1D),
+        *_dense("attn.c_proj", "attention/out", kernel=CONV1D_OUT),
+        *_dense("mlp.c_fc", "feed_forward/up", kernel=CONV1D),
+        *_dense("mlp.c_proj", "feed_forward/down", kernel=CONV1D),
+    ),
+    layer="transformer.h.{}.",
+    head="lm_head.weight",
+    buffers=r"h\.\d+\.attn\.(bias|masked_bias)",
+)
+_GPT_NEOX = TensorTable(
+    prefix="gpt_neox.",
+    outer=(
+        *_embedding("gpt_neox.embed_in"),
+        *_dense("embed_out", "head"),
+        *_norm("gpt_neox.final_layer_norm", "final_norm"),
+    ),
+    block=(
+        *_LLAMA_PRE_NORMS,
+        *_dense("attention.query_key_value", *_QKV, kernel=LINEAR_PER_HEAD, bias=VECTOR_PER_HEAD),
+        *_dense("attention.dense", "attention/out", kernel=LINEAR_OUT),
+        *_dense("mlp.dense_h_to_4h", "feed_forward/up"),
+        *_dense("mlp.dense_4h_to_h", "feed_forward/down"),
+    ),
+    layer="gpt_neox.layers.{}.",
+    head="embed_out.weight",
+    buffers=r"(layers\.\d+\.attention\.)?(bias|masked_bias|rotary_emb\.inv_freq)",
+)
+_OPT = TensorTable(
+    prefix="model.",
+    outer=(
+        *_embedding("model.decoder.embed_tokens"),
+        *_embedding("model.decoder.embed_positions", "position_embedding"),
+        *_dense("lm_head", "head"),
+        *_norm("model.decoder.final_layer_norm", "final_norm"),
+    ),
+    block=(
+        *_norm("self_attn_layer_norm", _PRE_NORMS[0]),
+        *_norm("final_layer_norm", _PRE_NORMS[1]),
+        *_Q_K_V,
+        *_dense("self_attn.out_proj", "attention/out", kernel=LINEAR_OUT),
+        *_dense("fc1", "feed_forward/up"),
+        *_dense("fc2", "feed_forward/down"),
+    ),
+    layer="model.decoder.layers.{}.",
+    head="lm_head.weight",
+    buffers=r"(?!)",
+)
+
+TABLES: Mapping[str, TensorTable] = {
+    "gpt2": _GPT2,
+    "gpt_neox": _GPT_NEOX,
+    "opt": _OPT,
+    "llama": _LLAMA,
+    "qwen3": dataclasses.replace(_LLAMA, block=_LLAMA_PRE_NORMS + _LLAMA_BRANCHES + _Q_K_NORMS),
+    "olmo2": dataclasses.replace(_LLAMA, block=_LLAMA_BRANCHES + _Q_K_NORMS + _OLMO2_BRANCH_NORMS),
+}
