@@ -109,7 +109,7 @@ def run_train(arguments: Sequence[str]) -> int:
         another = shlex.join([python, "train.py", *_other_scheme(arguments, config)])
         print(f"\nNext: {evaluation}\n  or another placement: {another}")
 
-    return _exit_status(command)
+    return exit_status(command)
 
 
 EVAL_USAGE = """usage: eval.py RUN_DIR [key=value ...] [--json]
@@ -143,14 +143,14 @@ def run_eval(arguments: Sequence[str]) -> int:
         else:
             print(f"{result.checkpoint}\n\n{table(result.scores)}")
 
-    return _exit_status(command)
+    return exit_status(command)
 
 
 def _wants_help(arguments: Sequence[str]) -> bool:
     return "-h" in arguments or "--help" in arguments
 
 
-def _exit_status(command: Callable[[], None]) -> int:
+def exit_status(command: Callable[[], None]) -> int:
     """0; or after one line on standard error, 2 for what the caller can mend and 130 for an interruption."""
     try:
         command()

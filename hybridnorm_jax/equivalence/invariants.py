@@ -5,9 +5,10 @@ scan and the gradient, in which checks would vanish without a word. Static prope
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import chex
@@ -167,14 +168,12 @@ def assert_measured(step: Any, measured: Measured, limits: Mapping[str, float]) 
         raise InvariantError(str(error).partition(" (`check` failed")[0]) from None
 
 
-_CHECKED: dict[tuple, Any] = {}
-
-
+@cache
 def _asserted(limits: tuple[tuple[str, float], ...]):
     """The chexified assertion function, one for each set of limits, so that it compiles once."""
-    if limits not in _CHECKED:
-        _CHECKED[limits] = chex.chexify(jax.jit(partial(_assert_all, dict(limits))), async_check=False)
-    return _CHECKED[limits]
+    # At exit chex warns of checks that may be pending, of synchronous ones too.
+    logging.getLogger("absl").addFilter(lambda record: "[Chex] Some of chexify" not in str(record.msg))
+    return chex.chexify(jax.jit(partial(_assert_all, dict(limits))), async_check=False)
 
 
 _PHRASES = {

@@ -1,0 +1,103 @@
+"""Directories in and out of the conversion: Hugging Face checkpoints and runs of ours."""
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from hybridnorm_jax.config import ModelConfig, UserError
+from hybridnorm_jax.config_files import from_yaml, to_yaml
+from hybridnorm_jax.interop.huggingface import load_huggingface
+from hybridnorm_jax.run_config import DataSection, RunConfig, RunSection, TrainSection
+from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
+from hybridnorm_jax.training.state import init_params
+
+TOKENIZER = "tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model read from a directory.
+
+    Attributes:
+      kind: what the directory is, in words.
+      config: how to train or evaluate it; config.model is the model's.
+      params: its parameters.
+      step: the step of the checkpoint, 0 where there is none.
+      tokenizer_file: the tokenizer.json that came with it, None where there is none.
+    """
+
+    kind: str
+    config: RunConfig
+    params: Any
+    step: int
+    tokenizer_file: Path | None = None
+
+
+def read_directory(path: str) -> Source:
+    """A Hugging Face directory (it has a config.json), a run's directory, or one checkpoint of a run.
+
+    Raises:
+      UserError: none of them, or damaged.
+    """
+    if (Path(path) / "config.json").is_file() or not Path(path).is_dir():
+        return _read_huggingface(Path(path))
+    directory, step = find_checkpoint(path)
+    with Checkpoints(directory, keep=1) as checkpoints:
+        step = checkpoints.latest() if step is None else step
+        config = from_yaml(checkpoints.read_config(step))
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = jax.eval_shape(lambda key: init_params(config.model, key), jax.random.key(0))
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
+        params = checkpoints.restore_params(abstract, step)
+    return Source(f"run, step {step}", config, params, step)
+
+
+def _read_huggingface(path: Path) -> Source:
+    model, params = load_huggingface(path)
+    file = path / TOKENIZER if (path / TOKENIZER).is_file() else None
+    wide = dataclasses.replace(model, param_dtype="float32")
+    seq_len = min(TrainSection.seq_len, model.max_positions or TrainSection.seq_len)
+    data = DataSection() if file is None else DataSection(tokenizer=str(file))
+    config = RunConfig(model=wide, data=data, train=TrainSection(seq_len=seq_len))
+    return Source("Hugging Face", config, params, 0, file)
+
+
+def check_free(path: str) -> None:
+    """Raise UserError unless there is nothing at this path, or an empty directory."""
+    target = Path(path)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{path}: exists already; choose a new directory, or remove it")
+
+
+def write_run(path: str, source: Source, model: ModelConfig, params: Any) -> None:
+    """Write `params` as a run of ours: config.yaml, one checkpoint, and the tokenizer where there was one.
+
+    eval.py scores it and train.py starts from it (init_from). Nothing is at `path` until all of it is.
+    """
+    target = Path(path).absolute()
+    data = source.config.data
+    if source.tokenizer_file is not None:
+        data = dataclasses.replace(data, tokenizer=str(target / TOKENIZER))
+    train = dataclasses.replace(
+        source.config.train, equivalent_form="none", equivalent_pad_to=1, check_invariants=False
+    )
+    run = RunSection(name=target.name, dir=str(target.parent), plugins=source.config.run.plugins)
+    text = to_yaml(dataclasses.replace(source.config, run=run, model=model, data=data, train=train, init_from=None))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        (partial / "config.yaml").write_text(text, encoding="utf-8")
+        if source.tokenizer_file is not None:
+            shutil.copy(source.tokenizer_file, partial / TOKENIZER)
+        with Checkpoints(partial / "checkpoints", keep=1) as checkpoints:
+            checkpoints.save(source.step, {"params": params}, data_state={}, config_yaml=text, wait=True)
+        partial.chmod(0o755)
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
