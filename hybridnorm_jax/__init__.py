@@ -1,5 +1,6 @@
 """hybridnorm_jax: where a transformer normalizes, as data. See README.md."""
 
+from hybridnorm_jax import equivalence
 from hybridnorm_jax.attention import Attention
 from hybridnorm_jax.block import Block
 from hybridnorm_jax.config import ConfigError, ModelConfig, UserError
@@ -23,6 +24,7 @@ __all__ = [
     "SublayerPlacement",
     "UserError",
     "crms_norm",
+    "equivalence",
     "layer_norm",
     "params_from_olmo",
     "rms_norm",
