@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 import hybridnorm_jax as hn
 
@@ -92,3 +94,67 @@ def test_a_wrong_kind_or_width_is_refused():
         hn.Norm(kind="batchnorm").init(jax.random.key(0), jnp.ones(3))
     with pytest.raises(ValueError, match="width=9"):
         hn.Norm(kind="rmsnorm", width=9).init(jax.random.key(0), jnp.ones(3))
+
+
+def _crms_norm(x, eps):
+    whole = np.concatenate([x, -x.sum(-1, keepdims=True)], -1)
+    return _rms_norm(whole, eps)[..., :-1]
+
+
+# A few widths, so that only a few programs compile.
+vectors = {
+    "width": st.sampled_from([2, 3, 17, 64, 255]),
+    "eps": st.sampled_from([0.0, 1e-12, 1e-6, 1e-3, 1.0]),
+    "deviation": st.sampled_from([1e-6, 1e-3, 1.0, 1e3, 1e6]),
+    "offset": st.sampled_from([-1e6, -1.0, 0.0, 1e-3, 30.0, 1e6]),
+    "seed": st.integers(0, 2**32 - 1),
+}
+
+
+def _vector(width, deviation, offset, seed):
+    """`offset` counts in deviations."""
+    rng = np.random.default_rng(seed)
+    return deviation * (offset + rng.standard_normal((3, width)))
+
+
+@pytest.mark.parametrize(
+    ("norm", "reference"), [(hn.layer_norm, _layer_norm), (hn.rms_norm, _rms_norm), (hn.crms_norm, _crms_norm)]
+)
+@settings(max_examples=60, deadline=None)
+@given(**vectors)
+def test_any_vector_in_float64(norm, reference, width, eps, deviation, offset, seed):
+    x = _vector(width, deviation, offset, seed)
+    assume(x.std(-1).min() > 0.01 * deviation)  # two draws can be almost equal
+    scale, bias = np.random.default_rng(seed + 1).standard_normal((2, width))
+    expected = reference(x.astype(np.longdouble), eps) * scale + bias
+    with jax.enable_x64(True):
+        ours = jax.jit(norm)(x, scale, bias, eps=eps)
+    # One float64 rounding of numbers up to 16 deviations, times a scale of a few.
+    np.testing.assert_allclose(np.asarray(ours), expected.astype(np.float64), rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(**vectors)
+def test_the_three_norms_are_one_on_centred_vectors(width, eps, deviation, offset, seed):
+    """LayerNorm(x) = RMSNorm(x - mean) = (CRMSNorm(its first elements), and the last from them)."""
+    x = _vector(width, deviation, offset, seed)
+    assume(x.std(-1).min() > 0.01 * deviation)
+    with jax.enable_x64(True):
+        centred = x - x.mean(-1, keepdims=True)
+        centred = jnp.asarray(centred - centred.mean(-1, keepdims=True))
+        layer, rms = hn.layer_norm(jnp.asarray(x), eps=eps), hn.rms_norm(centred, eps=eps)
+        stored = hn.crms_norm(centred[..., :-1], eps=eps)
+    np.testing.assert_allclose(layer, rms, atol=1e-13)
+    np.testing.assert_allclose(stored, rms[..., :-1], atol=1e-13)
+    np.testing.assert_allclose(-np.asarray(stored).sum(-1), rms[..., -1], atol=1e-13 * width)
+
+
+@settings(max_examples=60, deadline=None)
+@given(**vectors)
+def test_layer_norm_in_float32_of_any_offset(width, eps, deviation, offset, seed):
+    """Against float64 on the same float32 numbers, a mean of a million deviations included."""
+    x = _vector(width, deviation, offset, seed).astype(np.float32)
+    expected = _layer_norm(x.astype(np.float64), eps)
+    assume(x.std(-1, dtype=np.float64).min() > 0.01 * deviation)
+    ours = np.asarray(jax.jit(hn.layer_norm)(jnp.asarray(x), eps=eps))
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
