@@ -169,8 +169,9 @@ def exit_status(command: Callable[[], None]) -> int:
 
 
 def _other_scheme(arguments: Sequence[str], config: RunConfig) -> list[str]:
-    """The same arguments with another placement."""
-    kept = [word for word in arguments if not word.startswith(("model.scheme=", "run.name="))]
+    """The same arguments with another placement, which has no equivalent form."""
+    changed = ("model.scheme=", "run.name=", "train.equivalent_", "train.check_invariants=")
+    kept = [word for word in arguments if not word.startswith(changed)]
     other = "pre" if config.model.scheme != "pre" else "hybrid_star"
     return [*kept, f"model.scheme={other}"]
 

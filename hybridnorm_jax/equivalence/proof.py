@@ -101,7 +101,7 @@ def cast(params: Any, dtype: Any) -> Any:
 def table(proof: Proof) -> str:
     """The proof as aligned text."""
     sets = list(dict.fromkeys(name for _, name in proof.logits))
-    lines = ["logits, converted - original", f"{'':12}" + "".join(f"{name:^28}" for name in sets)]
+    lines = ["logits, converted - original", f"{'':12}" + "".join(f"{name:>28}" for name in sets)]
     lines.append(f"{'arithmetic':12}" + f"{'max':>9}{'mean':>9}{'relative':>10}" * len(sets))
     for arithmetic in ARITHMETICS:
         rows = [proof.logits[arithmetic, name] for name in sets]
