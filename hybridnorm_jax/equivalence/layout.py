@@ -20,6 +20,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hybridnorm_jax.config import UserError
@@ -41,7 +44,8 @@ class Reads:
     """Contracts what `norm` makes of the stream along `axis`: query, key, value, FFN-in, router, head.
 
     Attributes:
-      norm: path of the norm, its scale's and bias's path without the last part.
+      norm: path of the norm, its scale's and bias's path without the last part; None where the norm has no parameters
+        while others have.
       axis: the contracted axis; 0 is that of a Flax (in, out) kernel. Where the norm's parameters have leading axes
         (stacked layers), the kernel has them too.
       bias: path of the bias that is added to the result; None: the leaf `bias` beside this one, if there is one. The
@@ -49,7 +53,7 @@ class Reads:
       input_scale: what the norm's result is multiplied with before it is read: a number, or one for each stacked layer.
     """
 
-    norm: str
+    norm: str | None
     axis: int = 0
     bias: str | None = None
     input_scale: float | tuple[float, ...] = 1.0
@@ -94,7 +98,7 @@ class ResidualLayout:
 class Reader:
     """A `Reads` rule applied to one leaf: paths are of this tree, the axis is not negative, `bias` may be None."""
 
-    norm: str
+    norm: str | None
     axis: int
     bias: str | None
     input_scale: float | tuple[float, ...]
@@ -134,11 +138,11 @@ def resolve(layout: ResidualLayout, params: Any) -> Resolved:
       LayoutError: names the first leaf or rule at fault: a leaf that no rule or two rules name, a rule that names no
         leaf (norms may be gone: they are folded first), a norm that nobody reads, widths that do not match.
     """
-    if not isinstance(params, Mapping):
+    if not isinstance(params, dict | FrozenDict):
         raise LayoutError(f"params: nested dicts of arrays are needed, not {type(params).__name__}")
     flat = flatten_dict(params)
     keys = {"/".join(map(str, key)): key for key in flat}
-    leaves = {path: flat[key] for path, key in keys.items()}
+    leaves = {path: _array(path, flat[key]) for path, key in keys.items()}
     found = Resolved(keys, leaves, {}, {}, {}, {}, width=0)
     named_by: dict[str, str] = {}
     for pattern, role in layout.rules:
@@ -200,7 +204,7 @@ def _enter(found: Resolved, path: str, role: Role, captured: dict[str, str]) -> 
             if role.bias is not None and bias not in found.leaves:
                 raise LayoutError(f"{path}: its bias {bias} is no leaf of the tree")
             bias = bias if bias in found.leaves and bias != path else None
-            norm = _fill(role.norm, captured, path)
+            norm = None if role.norm is None else _fill(role.norm, captured, path)
             found.readers[path] = Reader(norm, _axis(path, role.axis, ndim), bias, role.input_scale)
             return bias
     return None
@@ -211,6 +215,16 @@ def _fill(template: str, captured: dict[str, str], path: str) -> str:
         return template.format(**captured)
     except (KeyError, IndexError, ValueError) as error:
         raise LayoutError(f"{path}: {template} uses a name that its pattern does not have") from error
+
+
+def _array(path: str, leaf: Any) -> Any:
+    """The leaf, if it is an array of numbers that JAX keeps as they are."""
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not hasattr(leaf, "ndim"):
+        raise LayoutError(f"{path}: a {type(leaf).__name__}, but every leaf must be an array; unbox it first")
+    if dtype == jnp.float64 and not jax.config.jax_enable_x64:
+        raise LayoutError(f"{path}: float64, which JAX keeps with JAX_ENABLE_X64=1 in the environment only")
+    return leaf
 
 
 def _axis(path: str, axis: int, ndim: int) -> int:
@@ -224,10 +238,17 @@ def _check(found: Resolved) -> None:
     if not found.writers or not found.readers:
         raise LayoutError("the layout has no leaf that writes the stream, or none that reads it")
     read = {reader.norm for reader in found.readers.values()}
-    for norm, path in (found.scales | found.biases).items():
+    norms = found.scales | found.biases
+    for path, reader in found.readers.items():
+        if norms and reader.norm is not None and reader.norm not in norms:
+            raise LayoutError(f"{path}: reads {reader.norm}, without scale or bias in the tree; None if that is right")
+    for norm, path in norms.items():
         if norm not in read:
             raise LayoutError(f"{path}: no rule of the layout says who reads {norm}")
     axes = found.writers | {path: reader.axis for path, reader in found.readers.items()}
+    for path in (*axes, *found.scales.values(), *found.biases.values()):
+        if not jnp.issubdtype(found.leaves[path].dtype, jnp.floating):
+            raise LayoutError(f"{path}: {found.leaves[path].dtype}, but readers and writers must be floating-point")
     widths = {path: found.leaves[path].shape[axis] for path, axis in axes.items()}
     widths |= {path: found.leaves[path].shape[-1] for path in (*found.scales.values(), *found.biases.values())}
     first, found.width = next(iter(widths.items()))

@@ -35,7 +35,7 @@ def fold_affine(params: Any, layout: ResidualLayout) -> dict:
                 need = f"give it a bias of zeros that takes {found.biases[reader.norm]}"
                 raise LayoutError(f"{path}: reads a norm that has a bias, but has none itself: {need}")
             bias, own = _beside(found, found.biases[reader.norm], path, reader), found.leaves[reader.bias]
-            added = _layers_first(reader.input_scale, kernel.ndim - 1) * (bias * kernel).sum(reader.axis)
+            added = _scaled(path, (bias * kernel).sum(reader.axis), reader.input_scale)
             if added.shape != own.shape:
                 raise LayoutError(f"{reader.bias}: has shape {own.shape}, but {path} gives {added.shape}")
             changed[reader.bias] = (_wide(own) + added).astype(own.dtype)
@@ -139,8 +139,13 @@ def _beside(found: Resolved, norm_leaf: str, path: str, reader: Reader) -> Array
     return vector.reshape(*leading, *between, vector.shape[-1], *(1,) * (kernel.ndim - reader.axis - 1))
 
 
-def _layers_first(scale: float | tuple[float, ...], ndim: int) -> Array | float:
-    return jnp.asarray(scale).reshape(-1, *(1,) * (ndim - 1)) if isinstance(scale, tuple) else scale
+def _scaled(path: str, result: Array, scale: float | tuple[float, ...]) -> Array:
+    """A reader's result times its input scale: one number, or one for each of the layers in front."""
+    if not isinstance(scale, tuple):
+        return scale * result
+    if len(scale) != result.shape[0]:
+        raise LayoutError(f"{path}: {len(scale)} input scales for {result.shape[0]} stacked layers")
+    return jnp.asarray(scale, result.dtype).reshape(-1, *(1,) * (result.ndim - 1)) * result
 
 
 def _resize(leaf: Any, axis: int, kept: int, width: int) -> Array:

@@ -7,6 +7,7 @@ entry of TABLES here and one of ARCHITECTURES in architectures.py.
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
@@ -97,6 +98,14 @@ class Place:
         """The shape of their tensor."""
         return self.layout.shape(self.leaf_shapes)
 
+    def views(self, tensor: np.ndarray) -> list[np.ndarray]:
+        """Views of their tensor in the shapes of the leaves."""
+        return self.layout.views(tensor, self.leaf_shapes)
+
+    def targets(self, tree: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Views of the leaves in a tree by path."""
+        return [tree[path] if index is None else tree[path][index] for path, index in self.leaves]
+
 
 @dataclasses.dataclass(frozen=True)
 class TensorTable:
@@ -117,6 +126,14 @@ class TensorTable:
     layer: str
     head: str
     buffers: str
+
+    def full_name(self, name: str) -> str:
+        """A name with the prefix that files of the bare model lack."""
+        return name if name.startswith((self.prefix, self.head.split(".")[0] + ".")) else self.prefix + name
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether the tensor of this full name holds no parameters."""
+        return re.fullmatch(self.buffers, name.removeprefix(self.prefix)) is not None
 
     def places(self, config: ModelConfig) -> Iterator[Place]:
         """The tensors that a model of this config has.
@@ -149,9 +166,10 @@ class TensorTable:
 
 def leaf_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Shapes of the parameters of `Decoder(config)` by path, "/" between the keys."""
-    # No array is made, so the dtype does not matter; float64 would warn without jax_enable_x64.
-    config = dataclasses.replace(config, param_dtype="float32", dtype="float32")
-    tree = jax.eval_shape(lambda key: Decoder(config).init(key, np.zeros((1, 1), np.int32)), jax.random.key(0))
+    # What does not matter for shapes: float64 would warn without jax_enable_x64, and a backend of its own choice would
+    # start the accelerator, which reading a file must not.
+    config = dataclasses.replace(config, param_dtype="float32", dtype="float32", attention="xla", remat="none")
+    tree = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), np.zeros((1, 1), np.int32)))
     return {path: leaf.shape for path, leaf in flatten_dict(tree["params"], sep="/").items()}
 
 

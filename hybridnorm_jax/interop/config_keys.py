@@ -1,0 +1,249 @@
+"""How keys of a Hugging Face config.json are read into a ModelConfig and written from one.
+
+The tables of the architectures, which are made of these, stand in architectures.py.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from hybridnorm_jax.config import ConfigError, ModelConfig, UserError
+from hybridnorm_jax.placement import SCHEMES
+
+Json = Mapping[str, Any]
+
+
+def names(text: str) -> frozenset[str]:
+    """The words of a text."""
+    return frozenset(text.split())
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A key of config.json that is one ModelConfig field, or several of one value.
+
+    Attributes:
+      name: the key.
+      fields: of ModelConfig.
+      default: where the key is absent.
+      null: where it is null, a function of the document; without one null is an error.
+      words: their value -> ours where these differ; the first of several for one of ours is what is written.
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    default: Any
+    null: Callable[[Json], Any] | None = None
+    words: Mapping[Any, Any] | None = None
+
+    def read(self, document: Json, source: str) -> Any:
+        """Our value."""
+        value = document.get(self.name, self.default)
+        if value is None:
+            if self.null is None:
+                raise UserError(f"{source}: {self.name}=null, but a value is needed")
+            return self.null(document)
+        if self.words is not None:
+            if not isinstance(value, (str, bool)) or value not in self.words:
+                known = ", ".join(map(str, self.words))
+                raise UserError(f"{source}: {self.name}={value!r:.80} is not implemented; implemented: {known}")
+            return self.words[value]
+        kind = type(self.default) if self.default is not None else int
+        if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
+            raise UserError(f"{source}: {self.name}={value!r:.80} must be of type {kind.__name__}")
+        return kind(value)
+
+    def write(self, config: ModelConfig) -> Any:
+        """Their value; one of theirs where none means ours, which the comparison in config_to_json then finds."""
+        value = getattr(config, self.fields[0])
+        if self.words is None:
+            return self.default if value is None and self.null is None else value
+        return next((theirs for theirs, ours in self.words.items() if ours == value), next(iter(self.words)))
+
+
+# Where config.json may state the rotation, at the top or in one of ROPE_PLACES, and what it is to us.
+ROPE_KEYS = {
+    "rope_theta": "rope_theta",
+    "rotary_emb_base": "rope_theta",
+    "partial_rotary_factor": "rotary_fraction",
+    "rotary_pct": "rotary_fraction",
+}
+ROPE_PLACES = ("rope_parameters", "rope_scaling")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """The keys that state the rotation.
+
+    Attributes:
+      theta, fraction: the older keys, which are written because every version of transformers reads them; no key for
+        the fraction: whole heads rotate.
+      default_fraction: where none is stated.
+    """
+
+    theta: str = "rope_theta"
+    fraction: str | None = None
+    default_fraction: float = 1.0
+
+    def read(self, document: Json, source: str) -> dict[str, float]:
+        """ModelConfig's rope_theta and rotary_fraction."""
+        found: dict[str, float] = {}
+        for name, value in _rope_statements(document, source):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise UserError(f"{source}: {name}={value!r:.80} must be a number")
+            ours = ROPE_KEYS[name]
+            if found.setdefault(ours, float(value)) != value:
+                raise UserError(f"{source}: {name}={value}, but elsewhere in the file it is {found[ours]}")
+        found = {"rope_theta": 10000.0, "rotary_fraction": self.default_fraction} | found
+        if self.fraction is None and found["rotary_fraction"] != 1:
+            right = "this architecture rotates whole heads"
+            raise UserError(f"{source}: partial_rotary_factor={found['rotary_fraction']}: {right}")
+        return found
+
+    def write(self, config: ModelConfig) -> dict[str, float]:
+        """The keys of a model."""
+        fraction = {} if self.fraction is None else {self.fraction: config.rotary_fraction}
+        return {self.theta: config.rope_theta, **fraction}
+
+
+def _rope_statements(document: Json, source: str) -> Iterator[tuple[str, Any]]:
+    """Every key of ROPE_KEYS that is stated, with its value; anything but the plain rotation is an error."""
+    yield from ((name, document[name]) for name in ROPE_KEYS if document.get(name) is not None)
+    for place in ROPE_PLACES:
+        values = document.get(place) or {}
+        if not isinstance(values, Mapping):
+            raise UserError(f"{source}: {place}={values!r:.80} must be a mapping")
+        for name, value in values.items():
+            if name in ROPE_KEYS:
+                yield name, value
+            elif value is not None and (name, value) not in (("rope_type", "default"), ("type", "default")):
+                raise UserError(f"{source}: {place}.{name}={value!r:.80}: only the plain rotation is implemented")
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """How an architecture states a model.
+
+    Attributes:
+      name: its model_type.
+      class_name: of its language model in transformers.
+      constants: ModelConfig fields that are the same in all its models.
+      keys: what config.json decides.
+      rope: where it states the rotation; None: learned positions.
+      fixed: key -> the one value that is implemented, or a function (value, document) -> whether it is.
+      harmless: keys of this architecture alone that do not touch the computation.
+    """
+
+    name: str
+    class_name: str
+    constants: Mapping[str, Any]
+    keys: tuple[Key, ...]
+    rope: Rope | None = None
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    harmless: Collection[str] = ()
+
+    def read(self, document: Json, source: str) -> ModelConfig:
+        """The ModelConfig of a config.json, in float32."""
+        self._check(document, source)
+        fields = dict(self.constants)
+        for key in self.keys:
+            fields |= dict.fromkeys(key.fields, key.read(document, source))
+        if self.rope is not None:
+            fields |= self.rope.read(document, source)
+        try:
+            return ModelConfig(**fields)
+        except ConfigError as error:
+            raise UserError(f"{source}: {error}") from error
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """The config.json of a model: its meaning only. What the architecture cannot express is lost."""
+        config = _in_schemes(config, self.schemes)
+        document = {"model_type": self.name} | {key.name: key.write(config) for key in self.keys}
+        return document | ({} if self.rope is None else self.rope.write(config))
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """The schemes its models follow."""
+        if "scheme" in self.constants:
+            return (self.constants["scheme"],)
+        return next(tuple(key.words.values()) for key in self.keys if key.fields == ("scheme",))
+
+    def _check(self, document: Json, source: str) -> None:
+        fixed = {name: right for name, right in COMMON_FIXED.items() if name not in self.harmless} | dict(self.fixed)
+        known = {key.name for key in self.keys} | COMMON_HARMLESS | set(self.harmless) | {"model_type"}
+        known |= {*ROPE_KEYS, *ROPE_PLACES} if self.rope is not None else set()
+        for name, value in document.items():
+            if name in fixed:
+                right = fixed[name]
+                if not (right(value, document) if callable(right) else value == right):
+                    raise UserError(f"{source}: {name}={value!r:.80} is not implemented for {self.name}")
+            elif name not in known:
+                right = f"might change what the model computes; if it does not, load with ignore_keys=[{name!r}]"
+                raise UserError(f"{source}: {name}={value!r:.80} is not known for {self.name} and {right}")
+
+
+def _in_schemes(config: ModelConfig, names: Sequence[str]) -> ModelConfig:
+    """The config under whichever of these schemes places the norms as its own does, otherwise as it is."""
+    for name in names:
+        if SCHEMES[name].placements(config.num_layers) == config.placements:
+            return dataclasses.replace(config, scheme=name)
+    return config
+
+
+# ---- Keys that any config.json may hold.
+
+# Bookkeeping, token ids, generation, outputs, training.
+COMMON_HARMLESS = names(
+    """
+    architectures dtype torch_dtype transformers_version _name_or_path name_or_path _commit_hash _from_model_config
+    _attn_implementation attn_implementation _attn_implementation_autoset _flash_attn_2_enabled gradient_checkpointing
+    use_cache output_hidden_states output_attentions return_dict torchscript use_bfloat16 tf_legacy_loss
+    chunk_size_feed_forward is_decoder
+    id2label label2id num_labels _num_labels problem_type finetuning_task tokenizer_class task_specific_params prefix
+    bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id forced_bos_token_id
+    forced_eos_token_id suppress_tokens begin_suppress_tokens bad_words_ids
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences
+    output_scores return_dict_in_generate remove_invalid_values exponential_decay_length_penalty
+    initializer_range attention_dropout hidden_dropout classifier_dropout max_position_embeddings max_sequence_length
+    transformers.js_config unsloth_fixed unsloth_version
+    """
+)
+
+
+def _null_or_false(value: Any, document: Json) -> bool:
+    return value is None or value is False
+
+
+def _none(value: Any, document: Json) -> bool:
+    return value is None
+
+
+def _null_or_empty(value: Any, document: Json) -> bool:
+    return value is None or value == {}
+
+
+def _full_attention(value: Any, document: Json) -> bool:
+    return value is None or (isinstance(value, list) and set(map(str, value)) == {"full_attention"})
+
+
+COMMON_FIXED: Mapping[str, Any] = {
+    "is_causal": True,
+    "layer_types": _full_attention,
+    "pruned_heads": _null_or_empty,
+    "per_layer_config": _null_or_empty,
+    **dict.fromkeys(
+        names(
+            "is_encoder_decoder add_cross_attention tie_encoder_decoder use_sliding_window use_bidirectional_attention "
+            "rope_interleaved use_qk_norm"
+        ),
+        _null_or_false,
+    ),
+    **dict.fromkeys(
+        names(
+            "sliding_window attention_chunk_size cross_attention_hidden_size clip_qkv attn_logit_softcapping "
+            "final_logit_softcapping logit_scale quantization_config compression_config auto_map no_rope_layers"
+        ),
+        _none,
+    ),
+}
