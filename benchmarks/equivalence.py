@@ -216,7 +216,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("--rounds", type=positive, default=8, help="turns of each form (default 8)")
     parser.add_argument("--seq", type=positive, default=512, help="tokens of small and medium (default 512)")
     parser.add_argument("--layers", type=positive, help="in every shape and mode (default: all; fewer on a CPU)")
-    parser.add_argument("--batch", type=positive, help="sequences of a training step (2, vit 4; else 8, vit 64)")
+    parser.add_argument("--batch", type=positive, help="sequences of a training step (16, vit 32; GPU 32, 128)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default float32")
     parser.add_argument("--pad-to", type=positive, default=128, help="of pre_crmsnorm_padded (default 128)")
     parser.add_argument("--unroll", type=positive, help="blocks per iteration of the scan (default: all; 1 on a CPU)")

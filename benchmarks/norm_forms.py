@@ -62,9 +62,9 @@ class Shape:
 
 
 SHAPES = {
-    "small": Shape("decoder", 12, 768, 12, 50257, None, {"forward": 12, "train": 2}, (2, 8)),
-    "medium": Shape("decoder", 24, 1024, 16, 50257, None, {"forward": 8, "train": 2}, (2, 8)),
-    "vit": Shape("vit", 12, 768, 12, 1000, 197, {"forward": 12, "train": 3}, (4, 64)),
+    "small": Shape("decoder", 12, 768, 12, 50257, None, {"forward": 12, "train": 1}, (16, 32)),
+    "medium": Shape("decoder", 24, 1024, 16, 50257, None, {"forward": 8, "train": 1}, (16, 32)),
+    "vit": Shape("vit", 12, 768, 12, 1000, 197, {"forward": 12, "train": 1}, (32, 128)),
     # For the tests.
     "tiny": Shape("decoder", 2, 32, 2, 64, None, {"forward": 2, "train": 1}, (2, 2)),
     "tiny_vit": Shape("vit", 2, 32, 2, 10, 17, {"forward": 2, "train": 1}, (2, 2)),
@@ -251,11 +251,16 @@ def train_step(form: Form, optimizer: optax.GradientTransformation, state: tuple
     """(state after one update, mean loss); the gradient is taken through the conversion."""
     theta, opt_state = state
 
-    def objective(theta):
-        sums = cross_entropy(form.logits(form.own(theta), inputs), targets, jnp.ones(targets.shape, jnp.float32))
+    def objective(params):
+        sums = cross_entropy(form.logits(params, inputs), targets, jnp.ones(targets.shape, jnp.float32))
         return sums.nll / sums.weight
 
-    loss, grads = jax.value_and_grad(objective)(theta)
+    if form.convert is None:
+        loss, grads = jax.value_and_grad(objective)(theta)
+    else:  # as training/step.py does, barriers included
+        params, pull_back = jax.vjp(form.convert, theta)
+        loss, grads = jax.value_and_grad(objective)(jax.lax.optimization_barrier(params))
+        (grads,) = pull_back(jax.lax.optimization_barrier(grads))
     updates, opt_state = optimizer.update(grads, opt_state, theta)
     return (optax.apply_updates(theta, updates), opt_state), loss
 

@@ -34,8 +34,8 @@ def fold_affine(params: Any, layout: ResidualLayout) -> dict:
             if reader.bias is None:
                 need = f"give it a bias of zeros that takes {found.biases[reader.norm]}"
                 raise LayoutError(f"{path}: reads a norm that has a bias, but has none itself: {need}")
-            bias, own = _beside(found, found.biases[reader.norm], path, reader), found.leaves[reader.bias]
-            added = _scaled(path, (bias * kernel).sum(reader.axis), reader.input_scale)
+            own = found.leaves[reader.bias]
+            added = _scaled(path, _read(found, found.biases[reader.norm], path, reader), reader.input_scale)
             if added.shape != own.shape:
                 raise LayoutError(f"{reader.bias}: has shape {own.shape}, but {path} gives {added.shape}")
             changed[reader.bias] = (_wide(own) + added).astype(own.dtype)
@@ -132,11 +132,29 @@ def _centred(leaf: Any, axis: int) -> Array:
 def _beside(found: Resolved, norm_leaf: str, path: str, reader: Reader) -> Array:
     """A norm's vector, shaped to be multiplied with its reader: stacked layers first, the stream on the read axis."""
     vector, kernel = _wide(found.leaves[norm_leaf]), found.leaves[path]
-    leading = vector.shape[:-1]
-    if kernel.shape[: len(leading)] != leading or reader.axis < len(leading):
-        raise LayoutError(f"{path}: has shape {kernel.shape}, but its norm's {norm_leaf} has {vector.shape}")
-    between = (1,) * (reader.axis - len(leading))
-    return vector.reshape(*leading, *between, vector.shape[-1], *(1,) * (kernel.ndim - reader.axis - 1))
+    _check_leading(found, norm_leaf, path, reader)
+    between = (1,) * (reader.axis - vector.ndim + 1)
+    return vector.reshape(*vector.shape[:-1], *between, vector.shape[-1], *(1,) * (kernel.ndim - reader.axis - 1))
+
+
+def _check_leading(found: Resolved, norm_leaf: str, path: str, reader: Reader) -> None:
+    """A norm's stacked layers must stand in front of its reader's axes."""
+    vector, kernel = found.leaves[norm_leaf].shape, found.leaves[path].shape
+    leading = vector[:-1]
+    if kernel[: len(leading)] != leading or reader.axis < len(leading):
+        raise LayoutError(f"{path}: has shape {kernel}, but its norm's {norm_leaf} has {vector}")
+
+
+def _read(found: Resolved, norm_leaf: str, path: str, reader: Reader) -> Array:
+    """What a reader without its own bias makes of a norm's vector."""
+    vector, kernel = _wide(found.leaves[norm_leaf]), _wide(found.leaves[path])
+    _check_leading(found, norm_leaf, path, reader)
+    axes = list(range(kernel.ndim))
+    kept = [axis for axis in axes if axis != reader.axis]
+    # A product, not a multiplication and a sum: fused into the layer's own product, the sum took half a step on a CPU.
+    return jnp.einsum(
+        vector, [*axes[: vector.ndim - 1], reader.axis], kernel, axes, kept, precision=jax.lax.Precision.HIGHEST
+    )
 
 
 def _scaled(path: str, result: Array, scale: float | tuple[float, ...]) -> Array:

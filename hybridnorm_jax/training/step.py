@@ -94,10 +94,11 @@ def make_train_step(
         if convert is None:
             sums, sown, grads = _accumulate(objective, state.params, batch, key)
         else:
-            # Converted once, and the gradient pulled back once, however many microbatches there are.
+            # Converted once, and the gradient pulled back once, however many microbatches there are. The barriers keep
+            # XLA from computing either again where it is read: on a CPU they take a step from 1.11 to 1.02 of Pre-LN's.
             params, pull_back = jax.vjp(convert, state.params)
-            sums, sown, grads = _accumulate(objective, params, batch, key)
-            (grads,) = pull_back(grads)
+            sums, sown, grads = _accumulate(objective, jax.lax.optimization_barrier(params), batch, key)
+            (grads,) = pull_back(jax.lax.optimization_barrier(grads))
         weight = jnp.where(sums.weight > 0, sums.weight, 1)  # no target at all: loss and gradient are zero
         grads = jax.tree.map(lambda grad: grad / weight.astype(grad.dtype), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
