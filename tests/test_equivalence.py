@@ -78,6 +78,14 @@ def test_a_tied_head_stays_tied_where_it_may(small_config, random_params):
     assert not eq.to_pre_rmsnorm(*_model(small_config, random_params, GPT2_LIKE, "float32"))[0].tie_embeddings
 
 
+def test_a_tree_that_is_not_the_models_is_refused_in_one_line(small_config, random_params):
+    config, params = _model(small_config, random_params, {"scheme": "pre"}, "float32")
+    with pytest.raises(eq.LayoutError, match=r"^token_embedding: missing; params must be the tree of Decoder"):
+        eq.to_pre_rmsnorm(config, {"params": params})
+    with pytest.raises(eq.LayoutError, match=r"^run_0: missing"):
+        eq.to_pre_crmsnorm(config, {name: leaf for name, leaf in params.items() if name != "run_0"})
+
+
 def test_norms_inside_heads_stay_what_they_are(small_config, random_params):
     config, params = _model(small_config, random_params, MODELS["norms_in_heads"], "float32")
     form, converted = eq.to_pre_crmsnorm(config, params)
@@ -165,7 +173,7 @@ def test_recentring_along_the_wrong_axis_is_caught_and_named(small_config, rando
 
     monkeypatch.setattr(decoder_forms, "recenter", wrong)
     measured = jax.jit(lambda p: compare_forms(config, p, tokens))(params)
-    with pytest.raises(InvariantError, match=r"step 7: run_0/feed_forward/down/kernel writes the stream with a mean"):
+    with pytest.raises(InvariantError, match=r"step 7: run_0/feed_forward/down/kernel is not centred: "):
         assert_measured(7, measured, limits)
     # Each of the others sees it too.
     for name in ("stream", "stored", "last", "norm"):
@@ -179,13 +187,13 @@ def test_compressing_what_is_not_centred_is_caught(small_config, random_params, 
     config, params = _model(small_config, random_params, {"scheme": "pre"}, "float32")
     monkeypatch.setattr(decoder_forms, "recenter", lambda params, layout: params)
     measured = compare_forms(config, params, tokens)
-    with pytest.raises(InvariantError, match=r"step 1: run_0/attention/out/kernel writes the stream with a mean"):
+    with pytest.raises(InvariantError, match=r"step 1: run_0/attention/out/kernel is not centred: "):
         assert_measured(1, measured, tolerances(config))
 
 
 def test_nan_is_a_violation_of_the_block_it_is_in():
     limits = tolerances(hn.ModelConfig())
-    with pytest.raises(InvariantError, match=r"step 3, after block 2 .*: the stream's mean is nan"):
+    with pytest.raises(InvariantError, match=r"step 3, after block 2 .*: the stream is not centred: .* is nan"):
         assert_measured(3, {"stream": jnp.array([0.0, 0.0, jnp.nan, 1.0])}, limits)
 
 

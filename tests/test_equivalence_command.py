@@ -1,6 +1,7 @@
 """python -m hybridnorm_jax.equivalence, on Hugging Face directories and on a run's."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -11,9 +12,8 @@ import pytest
 import hybridnorm_jax as hn
 from hybridnorm_jax import command_line
 from hybridnorm_jax.equivalence import __main__ as command
-from hybridnorm_jax.equivalence import decoder_forms
+from hybridnorm_jax.equivalence import decoder_forms, proof
 from hybridnorm_jax.equivalence.directories import read_directory
-from hybridnorm_jax.equivalence.proof import LARGEST_RELATIVE
 
 GOLDENS = Path(__file__).parent / "goldens"
 PRE_LN_RUN = [
@@ -42,8 +42,8 @@ def trained(tmp_path):
 
 def _rows(output):
     """arithmetic -> its numbers in the table of logits."""
-    lines = output.partition("arithmetic")[2].splitlines()[1:4]
-    return {line.split()[0]: [float(word) for word in line.split()[1:]] for line in lines}
+    lines = output.partition("arithmetic")[2].splitlines()[1:5]
+    return {line[:12].strip(): [float(word) for word in line[12:].split()] for line in lines}
 
 
 @pytest.mark.parametrize("name", ["hf_gpt2", "hf_gpt_neox", "hf_gpt_neox_old_config", "hf_opt"])
@@ -54,6 +54,7 @@ def test_a_hugging_face_directory(name, form, tmp_path, capsys):
     assert command.main([*words, "--pad-to", "24"] if form == "pre_crmsnorm" else words) == 0
     rows = _rows(capsys.readouterr().out)
     assert rows["float64"][0] < 1e-13 < rows["float32"][0] < 1e-5 < rows["bfloat16"][0] < 0.2
+    assert rows["float64"][0] < 1e-9 < rows["as written"][0] < 1e-5
     jax.config.update("jax_enable_x64", False)
 
     source = read_directory(str(out))
@@ -79,6 +80,10 @@ def test_a_run_and_its_conversion_score_the_same(trained, capsys, tmp_path):
     words = [f"run.dir={tmp_path}/runs", "run.name=further", f"init_from={tmp_path}/stored", "train.steps=1"]
     config = str(tmp_path / "stored" / "config.yaml")
     assert command_line.run_train([config, *words]) == 0
+    # The converted directory itself has no optimizer state to go on with.
+    capsys.readouterr()
+    assert command_line.run_train([config]) == 2
+    assert "start a new run from it: init_from=" in capsys.readouterr().err
 
 
 def test_float64_parameters(tmp_path, capsys):
@@ -103,11 +108,44 @@ def test_a_tokenizer_comes_along(tmp_path, capsys):
     assert read_directory(str(tmp_path / "o")).config.data.tokenizer == str(tmp_path / "o" / "tokenizer.json")
 
 
+def test_zero_logits_are_equal_logits(tmp_path, capsys):
+    directory = tmp_path / "hf"
+    config, params = hn.load_huggingface(GOLDENS / "hf_gpt2")
+    params["token_embedding"]["embedding"][:] = 0
+    hn.save_huggingface(directory, config, params)
+    assert command.main([str(directory), str(tmp_path / "o"), "--form", "pre_crmsnorm"]) == 0
+    assert _rows(capsys.readouterr().out)["float64"] == [0.0] * 6
+
+
+def test_rounding_that_spoils_what_is_written_is_seen(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(proof, "LARGEST_WRITTEN", 1e-9)
+    assert command.main([str(GOLDENS / "hf_gpt2"), str(tmp_path / "o"), "--form", "pre_rmsnorm"]) == 2
+    assert "as written, relative; nothing is written" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_printed_next_commands_run(tmp_path, capsys):
+    """Of a directory without a tokenizer, on a file of tokens."""
+    tokens = tmp_path / "F.npy"
+    np.save(tokens, np.random.default_rng(0).integers(0, 61, 4000).astype(np.uint16))
+    out = tmp_path / "o"
+    assert command.main([str(GOLDENS / "hf_gpt2"), str(out), "--form", "pre_rmsnorm"]) == 0
+    first, second = [line.partition("python ")[2] for line in capsys.readouterr().out.splitlines()[-2:]]
+    jax.config.update("jax_enable_x64", False)
+    for line in (first, second):
+        script, *words = shlex.split(line.replace("F.npy", str(tokens)).replace("NAME", "further"))
+        if script == "eval.py":
+            assert command_line.run_eval(words) == 0
+        else:
+            assert command_line.run_train([*words, "train.steps=1", "train.batch_size=8"]) == 0
+
+
 def test_a_wrong_conversion_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(decoder_forms, "recenter", lambda params, layout: params)
     assert command.main([str(GOLDENS / "hf_gpt2"), str(tmp_path / "o"), "--form", "pre_rmsnorm"]) == 2
     captured = capsys.readouterr()
-    assert f"more than {LARGEST_RELATIVE}; nothing written" in captured.err
+    assert "in float64" in captured.err
+    assert "nothing is written" in captured.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -117,17 +155,25 @@ def test_a_wrong_conversion_writes_nothing(tmp_path, capsys, monkeypatch):
         (["hf_llama", "OUT", "--form", "pre_rmsnorm"], "model.norm=rmsnorm: only LayerNorm"),
         (["hf_olmo2", "OUT", "--form", "pre_crmsnorm"], "model.norm=rmsnorm"),
         (["hf_gpt2", "OUT", "--form", "pre_rmsnorm", "--pad-to", "8"], "--pad-to 8: only for --form pre_crmsnorm"),
-        (["hf_gpt2", "OUT", "--form", "pre_crmsnorm", "--pad-to", "0"], "pad_to=0: must be at least 1"),
+        (["hf_gpt2", "OUT", "--form", "pre_crmsnorm", "--pad-to", "0"], "--pad-to 0: must be at least 1"),
         (["hf_gpt2", ".", "--form", "pre_rmsnorm"], ".: exists already"),
         (["hf_nothing", "OUT", "--form", "pre_rmsnorm"], "hf_nothing"),
         (["hf_gpt2", "OUT", "--form", "pre_rmsnorm", "--text", "/nowhere"], "--text /nowhere: cannot be read"),
         ([".", "OUT", "--form", "pre_rmsnorm"], "no complete checkpoint there"),
+        (
+            ["EMPTY", "OUT", "--form", "pre_rmsnorm"],
+            "holds neither a config.json (Hugging Face) nor checkpoints (a run)",
+        ),
+        (["README.md", "OUT", "--form", "pre_rmsnorm"], "README.md: not a directory"),
+        (["hf_gpt2", "README.md/o", "--form", "pre_rmsnorm"], "README.md/o: cannot be made"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_cannot_be_converted_ends_in_one_line(words, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(GOLDENS)
-    words = [str(tmp_path / "o") if word == "OUT" else word for word in words]
+    empty = tmp_path.parent / f"{tmp_path.name}-empty"
+    empty.mkdir()
+    words = [{"OUT": str(tmp_path / "o"), "EMPTY": str(empty)}.get(word, word) for word in words]
     assert command.main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from hybridnorm_jax.config import ConfigError, ModelConfig
 from hybridnorm_jax.equivalence.invariants import assert_decoder_params
 from hybridnorm_jax.equivalence.layout import (
+    LayoutError,
     NormBias,
     NormScale,
     Reads,
@@ -147,17 +148,24 @@ def _norm_rules(config: ModelConfig, path: str) -> dict[str, Role]:
 def _with_room(config: ModelConfig, roomy: ModelConfig, params: Any) -> dict:
     """The same function with an untied head and with zero biases, where `roomy` has them and config does not."""
     params = dict(params)
+    for name in ("token_embedding", *_run_names(config), *([] if config.tie_embeddings else ["head"])):
+        if name not in params:
+            raise LayoutError(f"{name}: missing; params must be the tree of Decoder(config), variables['params']")
     if config.tie_embeddings and not roomy.tie_embeddings:
         params["head"] = {**params.get("head", {}), "kernel": jnp.asarray(params["token_embedding"]["embedding"]).T}
     if roomy.head_bias and not config.head_bias:
         kernel = params["head"]["kernel"]
         params["head"] = {**params["head"], "bias": jnp.zeros(kernel.shape[1:], kernel.dtype)}
-    for number in range(len(runs(config.placements))):
-        run = params[f"run_{number}"] = dict(params[f"run_{number}"])
+    for name in _run_names(config):
+        run = params[name] = dict(params[name])
         for sublayer, key in (("attention", "attention_bias"), ("feed_forward", "mlp_bias")):
             if getattr(roomy, key) and not getattr(config, key):
                 run[sublayer] = {name: _with_bias(name, leaves) for name, leaves in run[sublayer].items()}
     return params
+
+
+def _run_names(config: ModelConfig) -> list[str]:
+    return [f"run_{number}" for number in range(len(runs(config.placements)))]
 
 
 def _with_bias(name: str, leaves: dict) -> dict:

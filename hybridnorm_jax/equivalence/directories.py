@@ -4,17 +4,16 @@ import dataclasses
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from hybridnorm_jax.config import ModelConfig, UserError
-from hybridnorm_jax.config_files import from_yaml, to_yaml
+from hybridnorm_jax.config_files import to_yaml
 from hybridnorm_jax.interop.huggingface import load_huggingface
 from hybridnorm_jax.run_config import DataSection, RunConfig, RunSection, TrainSection
-from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
-from hybridnorm_jax.training.state import init_params
+from hybridnorm_jax.training.checkpoints import Checkpoints
+from hybridnorm_jax.training.restore import load_run
 
 TOKENIZER = "tokenizer.json"
 
@@ -38,27 +37,28 @@ class Source:
     tokenizer_file: Path | None = None
 
 
-def read_directory(path: str) -> Source:
+def read_directory(path: str, ignore_keys: Sequence[str] = ()) -> Source:
     """A Hugging Face directory (it has a config.json), a run's directory, or one checkpoint of a run.
+
+    Args:
+      ignore_keys: of config.json, see load_huggingface.
 
     Raises:
       UserError: none of them, or damaged.
     """
-    if (Path(path) / "config.json").is_file() or not Path(path).is_dir():
-        return _read_huggingface(Path(path))
-    directory, step = find_checkpoint(path)
-    with Checkpoints(directory, keep=1) as checkpoints:
-        step = checkpoints.latest() if step is None else step
-        config = from_yaml(checkpoints.read_config(step))
-        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shapes = jax.eval_shape(lambda key: init_params(config.model, key), jax.random.key(0))
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
-        params = checkpoints.restore_params(abstract, step)
+    directory = Path(path)
+    if not directory.is_dir():
+        raise UserError(f"{path}: {'not a directory' if directory.exists() else 'no such directory'}")
+    if (directory / "config.json").is_file():
+        return _read_huggingface(directory, ignore_keys)
+    if any(directory.glob("*.safetensors")) or not any(directory.iterdir()):
+        raise UserError(f"{path}: holds neither a config.json (Hugging Face) nor checkpoints (a run)")
+    config, params, step = load_run(path)
     return Source(f"run, step {step}", config, params, step)
 
 
-def _read_huggingface(path: Path) -> Source:
-    model, params = load_huggingface(path)
+def _read_huggingface(path: Path, ignore_keys: Sequence[str]) -> Source:
+    model, params = load_huggingface(path, ignore_keys=ignore_keys)
     file = path / TOKENIZER if (path / TOKENIZER).is_file() else None
     wide = dataclasses.replace(model, param_dtype="float32")
     seq_len = min(TrainSection.seq_len, model.max_positions or TrainSection.seq_len)
@@ -68,10 +68,13 @@ def _read_huggingface(path: Path) -> Source:
 
 
 def check_free(path: str) -> None:
-    """Raise UserError unless there is nothing at this path, or an empty directory."""
-    target = Path(path)
+    """Raise UserError unless a directory can be made at this path: nothing is there, or an empty directory."""
+    target = Path(path).absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{path}: exists already; choose a new directory, or remove it")
+    parent = next(parent for parent in target.parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{path}: cannot be made, {parent} is no directory that can be written to")
 
 
 def write_run(path: str, source: Source, model: ModelConfig, params: Any) -> None:

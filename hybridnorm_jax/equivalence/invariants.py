@@ -120,8 +120,9 @@ def stream_defects(
 
 
 def relative_difference(found: Array, expected: Array) -> Float[Array, ""]:
-    """max |found - expected| / max |expected|."""
-    return jnp.abs(found - expected).max() / jnp.abs(expected).max()
+    """max |found - expected| / max |expected|; absolute where all that is expected is 0."""
+    largest = jnp.abs(expected).max()
+    return jnp.abs(found - expected).max() / jnp.where(largest > 0, largest, 1)
 
 
 def rounding(dtype: Any, depth: int) -> float:
@@ -179,9 +180,10 @@ def _asserted(limits: tuple[tuple[str, float], ...]):
     return chex.chexify(jax.jit(partial(_assert_all, dict(limits))), async_check=False)
 
 
+_UNIT = "|mean| * sqrt(width) / rms"
 _PHRASES = {
-    "trained": "the mean, or padding, of the stream in the training forward pass",
-    "stream": "the stream's mean",
+    "trained": f"the stream of the training forward pass is not centred (or its padding not zero): {_UNIT}",
+    "stream": f"the stream is not centred: {_UNIT}",
     "stored": "the stored stream's difference from the full one",
     "last": "the recovered last element's difference from the full stream's",
     "norm": "CRMSNorm's difference from RMSNorm of the full stream",
@@ -192,7 +194,7 @@ _PHRASES = {
 def _assert_all(limits: dict[str, float], step: Array, measured: Measured) -> Array:
     """Leaves first: a leaf that is not centred is the cause of all that follows."""
     for path, value in measured.get("leaves", {}).items():
-        _check(value, limits["leaves"], f"step {{step}}: {path} writes the stream with a mean of {{size}}", step=step)
+        _check(value, limits["leaves"], f"step {{step}}: {path} is not centred: {_UNIT} is {{size}}", step=step)
     for name, phrase in _PHRASES.items():
         if name in measured:
             values = measured[name]

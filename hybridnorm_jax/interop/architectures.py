@@ -73,7 +73,9 @@ def _lost(config: ModelConfig, architecture: Architecture, document: Json) -> li
     try:
         back = mathematics(architecture.read(document, "config.json"))
     except UserError as error:
-        return [f"the model ({error})"]
+        # A compressed stream has sizes that no other norm's has, which would be named instead.
+        other_norm = config.norm != architecture.constants["norm"]
+        return [f"model.norm={config.norm}" if other_norm else f"the model ({error})"]
     ours = mathematics(config)
     # A key with an effect in one of the two only follows from another that differs: the scheme, or the positions.
     lost = [name for name in ours if name in back and ours[name] != back[name]]

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ def load_huggingface(
         check_choice("dtype", dtype, PARAM_DTYPES)
     directory = Path(path)
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory")
+        raise UserError(f"{directory}: {'not a directory' if directory.exists() else 'no such directory'}")
     file = directory / CONFIG
     name, config = config_from_json(_read_json(file), str(file), ignore_keys)
     table = TABLES[name]
@@ -105,7 +106,12 @@ def save_huggingface(
     text = _config_text(name, decided, config, extra or {})
     leaves = _host_leaves(config, params)
     shards = _shards(TABLES[name].places(config), jnp.dtype(config.param_dtype).itemsize, max_shard_bytes)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made: {error.strerror}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: cannot be made, {path.parent} cannot be written to")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         directory = Path(scratch) / "checkpoint"
         directory.mkdir()

@@ -119,6 +119,9 @@ class Checkpoints:
           CheckpointError: no such checkpoint, one of another model, or a damaged one.
         """
         step, metadata = self._metadata(step)
+        if list(metadata.metadata) == ["params"]:
+            right = "start a new run from it: init_from=THIS_RUN run.name=ANOTHER"
+            raise CheckpointError(f"{self._path(step)}: holds parameters alone, no optimizer state; {right}")
         self._check_same_leaves(step, metadata.metadata, abstract_state)
         return self._load(step, abstract_state), metadata.custom_metadata["data_state"]
 

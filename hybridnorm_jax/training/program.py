@@ -39,10 +39,9 @@ class Program:
     def __init__(self, config: RunConfig, mesh: Mesh | None = None):
         self.config = config
         self.mesh = make_mesh({axis: getattr(config.mesh, axis) for axis in MESH_AXES}) if mesh is None else mesh
-        wide = "float64" in (config.model.dtype, config.model.param_dtype)
-        check(
-            not wide or jax.config.jax_enable_x64, "model.dtype", "float64", "needs JAX_ENABLE_X64=1 in the environment"
-        )
+        for name in ("dtype", "param_dtype"):
+            narrow = getattr(config.model, name) != "float64" or jax.config.jax_enable_x64
+            check(narrow, f"model.{name}", "float64", "needs JAX_ENABLE_X64=1 in the environment")
         if config.eval.batch_size is not None:
             check_batch("eval.batch_size", config.eval.batch_size, self.mesh)
         self.backend = resolve_backend(
