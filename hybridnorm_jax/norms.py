@@ -101,7 +101,8 @@ def zero_mean_defect(x: Float[Array, "*batch stored"], width: int | None = None)
         size = jnp.abs(wide.sum(-1)) / x.shape[-1] ** 0.5
     else:
         size = jnp.abs(wide[..., width - 1 :]).max(-1, initial=0.0)
-    return jnp.max(jnp.where(size > 0, size / jnp.where(rms > 0, rms, 1), 0))
+    # NaN is no zero: it stays NaN.
+    return jnp.max(jnp.where(size == 0, 0, size / jnp.where(rms > 0, rms, 1)))
 
 
 class Norm(nn.Module):

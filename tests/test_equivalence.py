@@ -18,6 +18,7 @@ from hybridnorm_jax.equivalence.invariants import (
     centring_defects,
     tolerances,
 )
+from hybridnorm_jax.norms import zero_mean_defect
 
 GPT2_LIKE = {
     "scheme": "pre",
@@ -80,10 +81,26 @@ def test_a_tied_head_stays_tied_where_it_may(small_config, random_params):
 
 def test_a_tree_that_is_not_the_models_is_refused_in_one_line(small_config, random_params):
     config, params = _model(small_config, random_params, {"scheme": "pre"}, "float32")
-    with pytest.raises(eq.LayoutError, match=r"^token_embedding: missing; params must be the tree of Decoder"):
+    with pytest.raises(
+        eq.LayoutError, match=r": missing; params must be the tree of Decoder\(config\), variables\['params'\]$"
+    ):
         eq.to_pre_rmsnorm(config, {"params": params})
-    with pytest.raises(eq.LayoutError, match=r"^run_0: missing"):
-        eq.to_pre_crmsnorm(config, {name: leaf for name, leaf in params.items() if name != "run_0"})
+    for change, message in (
+        ({"run_0": params["run_0"] | {"feed_forward": {}}}, r"^run_0/feed_forward/\w+/kernel: missing"),
+        (
+            {"head": {"kernel": np.ones((32, 60), np.float32)}},
+            r"^head/kernel: has shape \(32, 60\), but .* \(32, 61\)$",
+        ),
+        (
+            {"head": {"kernel": np.ones((32, 61), np.float16)}},
+            r"^head/kernel: is float16, but the embedding is float32$",
+        ),
+        ({"stranger": np.ones(3, np.float32)}, r"^stranger: Decoder\(config\) has no such parameter$"),
+    ):
+        with pytest.raises(eq.LayoutError, match=message):
+            eq.to_pre_crmsnorm(config, params | change)
+    with pytest.raises(eq.LayoutError, match=r"^params: must be the tree of Decoder"):
+        eq.to_pre_rmsnorm(config, None)
 
 
 def test_norms_inside_heads_stay_what_they_are(small_config, random_params):
@@ -195,6 +212,23 @@ def test_nan_is_a_violation_of_the_block_it_is_in():
     limits = tolerances(hn.ModelConfig())
     with pytest.raises(InvariantError, match=r"step 3, after block 2 .*: the stream is not centred: .* is nan"):
         assert_measured(3, {"stream": jnp.array([0.0, 0.0, jnp.nan, 1.0])}, limits)
+
+
+def test_nan_is_measured_as_nan_everywhere(small_config, random_params, tokens):
+    config, params = _model(small_config, random_params, {"scheme": "pre"}, "float32")
+    assert np.isnan(zero_mean_defect(jnp.array([np.nan, 1.0, 2.0])))
+    assert np.isnan(zero_mean_defect(jnp.array([1.0, 2.0, np.nan]), 3))
+    params["run_0"]["attention"]["out"]["kernel"][1, 0, 0, 0] = np.nan
+    measured = compare_forms(config, params, tokens)
+    with pytest.raises(InvariantError, match=r"step 1: run_0/attention/out/kernel is not centred: .* is nan"):
+        assert_measured(1, measured, tolerances(config))
+
+
+@pytest.mark.parametrize(("dtype", "param_dtype"), [("float64", "float32"), ("float32", "float64")])
+def test_no_false_alarm_where_dtypes_are_mixed(dtype, param_dtype, small_config, random_params, tokens):
+    with jax.enable_x64(True):
+        config = small_config(scheme="pre", norm="layernorm", dtype=dtype, param_dtype=param_dtype)
+        assert_measured(1, compare_forms(config, random_params(config), tokens), tolerances(config))
 
 
 def test_defects_of_a_bfloat16_model_stay_apart_from_bugs(small_config, random_params, tokens):

@@ -123,6 +123,20 @@ def test_the_training_forward_pass_itself_is_measured(small_config, monkeypatch)
         _run(_config(small_config, "pre_rmsnorm", check_invariants=True, grad_accumulation=2), 1, microbatches=2)
 
 
+def test_nan_in_any_sequence_stops_the_run(small_config, monkeypatch):
+    """The comparison of forms reads the first sequence alone; the training forward pass reads all."""
+    batch = _batch()
+    batch["tokens"][0] %= 60
+    batch["tokens"][0, 5, 3] = 60
+    config = _config(small_config, "pre_rmsnorm", model={"tie_embeddings": False}, check_invariants=True)
+    program = Program(config, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
+    state = program.fresh_state()
+    table = state.params["token_embedding"]["embedding"].at[60].set(jnp.nan)
+    state = dataclasses.replace(state, params=state.params | {"token_embedding": {"embedding": table}})
+    with pytest.raises(InvariantError, match=r"step 1: token_embedding/embedding is not centred: .* is nan"):
+        program.train_step(state, batch)
+
+
 def test_padding_that_is_not_zero_stops_the_run(small_config, monkeypatch):
     def noisy(params, layout, *, pad_to):
         stored = transforms.compress(params, layout, pad_to=pad_to)

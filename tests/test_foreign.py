@@ -329,6 +329,7 @@ def test_a_layout_that_does_not_fit_names_the_rule_or_the_leaf(rules, message):
             r"^extra/kernel: float64, which JAX keeps with JAX_ENABLE_X64",
         ),
         (lambda: _with_leaf("head/kernel", 1.0), r"^head/kernel: a float, but every leaf must be an array"),
+        (lambda: {"a": {1: np.ones(3, np.float32), "1": np.ones(3, np.float32)}}, r"^a/1: two leaves of the tree have"),
         (lambda: nnx.State({"kernel": np.ones(3)}), r"^params: nested dicts of arrays are needed, not State$"),
         (lambda: [np.ones(3)], r"^params: nested dicts of arrays are needed, not list$"),
         (lambda: np.ones(3), r"^params: nested dicts of arrays are needed, not ndarray$"),

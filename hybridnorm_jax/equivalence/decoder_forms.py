@@ -5,9 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+from flax.core import FrozenDict
+from flax.traverse_util import flatten_dict
 
 from hybridnorm_jax.config import ConfigError, ModelConfig
-from hybridnorm_jax.equivalence.invariants import assert_decoder_params
+from hybridnorm_jax.equivalence.invariants import abstract_params, assert_decoder_params
 from hybridnorm_jax.equivalence.layout import (
     LayoutError,
     NormBias,
@@ -147,25 +149,37 @@ def _norm_rules(config: ModelConfig, path: str) -> dict[str, Role]:
 
 def _with_room(config: ModelConfig, roomy: ModelConfig, params: Any) -> dict:
     """The same function with an untied head and with zero biases, where `roomy` has them and config does not."""
+    _check_input(config, params)
     params = dict(params)
-    for name in ("token_embedding", *_run_names(config), *([] if config.tie_embeddings else ["head"])):
-        if name not in params:
-            raise LayoutError(f"{name}: missing; params must be the tree of Decoder(config), variables['params']")
     if config.tie_embeddings and not roomy.tie_embeddings:
         params["head"] = {**params.get("head", {}), "kernel": jnp.asarray(params["token_embedding"]["embedding"]).T}
     if roomy.head_bias and not config.head_bias:
         kernel = params["head"]["kernel"]
         params["head"] = {**params["head"], "bias": jnp.zeros(kernel.shape[1:], kernel.dtype)}
-    for name in _run_names(config):
-        run = params[name] = dict(params[name])
+    for number in range(len(runs(config.placements))):
+        run = params[f"run_{number}"] = dict(params[f"run_{number}"])
         for sublayer, key in (("attention", "attention_bias"), ("feed_forward", "mlp_bias")):
             if getattr(roomy, key) and not getattr(config, key):
                 run[sublayer] = {name: _with_bias(name, leaves) for name, leaves in run[sublayer].items()}
     return params
 
 
-def _run_names(config: ModelConfig) -> list[str]:
-    return [f"run_{number}" for number in range(len(runs(config.placements)))]
+def _check_input(config: ModelConfig, params: Any) -> None:
+    """Raise LayoutError unless params are the tree of Decoder(config), in one dtype."""
+    if not isinstance(params, dict | FrozenDict):
+        raise LayoutError(f"params: must be the tree of Decoder(config), not {type(params).__name__}")
+    expected, found = flatten_dict(abstract_params(config), sep="/"), flatten_dict(params, sep="/")
+    for path in (*expected, *found):
+        if path not in found:
+            raise LayoutError(f"{path}: missing; params must be the tree of Decoder(config), variables['params']")
+        if path not in expected:
+            raise LayoutError(f"{path}: Decoder(config) has no such parameter")
+    for path in expected:
+        shape, dtype = getattr(found[path], "shape", None), getattr(found[path], "dtype", None)
+        if shape != expected[path].shape:
+            raise LayoutError(f"{path}: has shape {shape}, but Decoder(config) has {expected[path].shape}")
+        if dtype != found["token_embedding/embedding"].dtype:
+            raise LayoutError(f"{path}: is {dtype}, but the embedding is {found['token_embedding/embedding'].dtype}")
 
 
 def _with_bias(name: str, leaves: dict) -> dict:

@@ -31,6 +31,11 @@ class InvariantError(UserError):
     """A property that the conversion guarantees does not hold."""
 
 
+def abstract_params(config: ModelConfig) -> dict:
+    """Shapes and dtypes of the parameters of Decoder(config)."""
+    return jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
 def assert_decoder_params(config: ModelConfig, params: Any) -> None:
     """Assert, from shapes and dtypes alone, that params are those of Decoder(config): every leaf, rank, width, dtype.
 
@@ -38,8 +43,7 @@ def assert_decoder_params(config: ModelConfig, params: Any) -> None:
       AssertionError: names the first leaf that is missing, left over (a norm's scale not folded, say) or not as it
         has to be.
     """
-    abstract = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    expected, found = flatten_dict(abstract, sep="/"), flatten_dict(params, sep="/")
+    expected, found = flatten_dict(abstract_params(config), sep="/"), flatten_dict(params, sep="/")
     dtype = jnp.asarray(found["token_embedding/embedding"]).dtype
     for path in sorted(expected.keys() | found.keys()):
         if path not in found:
@@ -71,7 +75,8 @@ def centring_defects(centred: Any, layout: ResidualLayout, before: Any | None = 
         wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
         rms = jnp.sqrt(jnp.square(jnp.asarray(reference[path]).astype(wide.dtype)).mean())
         mean = jnp.abs(wide.mean(axis)).max()
-        defects[path] = jnp.where(mean > 0, mean * found.width**0.5 / jnp.where(rms > 0, rms, 1), 0)
+        # NaN is no zero: it stays NaN.
+        defects[path] = jnp.where(mean == 0, 0, mean * found.width**0.5 / jnp.where(rms > 0, rms, 1))
     return defects
 
 
@@ -141,13 +146,15 @@ def tolerances(config: ModelConfig, platform: str = "cpu") -> dict[str, float]:
     all others: of a comparison of two forward passes in float32 or float64.
     """
     depth = 2 * config.num_layers + 2
-    wide = jnp.promote_types(config.dtype, jnp.float32)
+    # Converted parameters have been rounded, whatever arithmetic they are used in.
+    both = (config.dtype, config.param_dtype) == ("float64", "float64")
+    wide = jnp.dtype(jnp.float64 if both else jnp.float32)
     # Two forward passes differ by what each rounds, grown by the layers behind.
-    same = 1e-3 if wide == jnp.float32 else 1e-9
+    same = 1e-9 if both else 1e-3
     return {
         "leaves": rounding(config.param_dtype, config.d_model),
         # Elsewhere than on a CPU a float32 product may round its factors to bfloat16.
-        "trained": rounding(config.dtype if platform == "cpu" else jnp.bfloat16, depth),
+        "trained": rounding(jnp.bfloat16 if config.dtype == "bfloat16" or platform != "cpu" else wide, depth),
         "stream": rounding(wide, depth),
         **dict.fromkeys(("stored", "last", "norm", "padding", "logits"), same),
     }

@@ -58,6 +58,10 @@ class Reads:
     bias: str | None = None
     input_scale: float | tuple[float, ...] = 1.0
 
+    def __post_init__(self):
+        if isinstance(self.input_scale, list):
+            object.__setattr__(self, "input_scale", tuple(self.input_scale))
+
 
 @dataclasses.dataclass(frozen=True)
 class NormScale:
@@ -132,7 +136,7 @@ class Resolved:
 
 
 def resolve(layout: ResidualLayout, params: Any) -> Resolved:
-    """Apply a layout to a tree of nested dicts and check that they fit.
+    """Apply a layout to a tree of nested dicts and check that they fit. Empty dicts are dropped.
 
     Raises:
       LayoutError: names the first leaf or rule at fault: a leaf that no rule or two rules name, a rule that names no
@@ -141,7 +145,12 @@ def resolve(layout: ResidualLayout, params: Any) -> Resolved:
     if not isinstance(params, dict | FrozenDict):
         raise LayoutError(f"params: nested dicts of arrays are needed, not {type(params).__name__}")
     flat = flatten_dict(params)
-    keys = {"/".join(map(str, key)): key for key in flat}
+    keys: dict[str, tuple] = {}
+    for key in flat:
+        path = "/".join(map(str, key))
+        if path in keys:
+            raise LayoutError(f"{path}: two leaves of the tree have this path, {keys[path]} and {key}")
+        keys[path] = key
     leaves = {path: _array(path, flat[key]) for path, key in keys.items()}
     found = Resolved(keys, leaves, {}, {}, {}, {}, width=0)
     named_by: dict[str, str] = {}

@@ -51,6 +51,8 @@ class Key:
         kind = type(self.default) if self.default is not None else int
         if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
             raise UserError(f"{source}: {self.name}={value!r:.80} must be of type {kind.__name__}")
+        if kind in (int, float) and not -(2**31) < value < 2**31:  # NaN and Infinity, too
+            raise UserError(f"{source}: {self.name}={value!r:.80} is out of range")
         return kind(value)
 
     def write(self, config: ModelConfig) -> Any:
@@ -91,6 +93,8 @@ class Rope:
         for name, value in _rope_statements(document, source):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise UserError(f"{source}: {name}={value!r:.80} must be a number")
+            if not 0 < value < 2**63:
+                raise UserError(f"{source}: {name}={value!r:.80} is out of range")
             ours = ROPE_KEYS[name]
             if found.setdefault(ours, float(value)) != value:
                 raise UserError(f"{source}: {name}={value}, but elsewhere in the file it is {found[ours]}")

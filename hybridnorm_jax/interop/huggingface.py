@@ -128,7 +128,7 @@ def _read_json(file: Path) -> Any:
         return json.loads(file.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such file") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON: {_one_line(error)}") from error
 
 
@@ -279,6 +279,9 @@ def _config_text(name: str, decided: Mapping[str, Any], config: ModelConfig, ext
     for key, value in extra.items():
         if key in decided and value != decided[key]:
             raise UserError(f"extra: {key}={value}, but the model has {key}={decided[key]}")
+    for key in ("dtype", "torch_dtype"):
+        if extra.get(key, config.param_dtype) != config.param_dtype:
+            raise UserError(f"extra: {key}={extra[key]}, but the parameters are {config.param_dtype}")
     # Null where unknown: an absent token id would be read as that of the class's own vocabulary.
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     bookkeeping = {"architectures": [ARCHITECTURES[name].class_name], "torch_dtype": config.param_dtype, **tokens}
