@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[1]
 FORMS = {
     *("pre_ln", "pre_ln_one_pass", "pre_ln_plain", "pre_rmsnorm", "pre_crmsnorm", "pre_crmsnorm_padded"),
@@ -49,6 +51,7 @@ def test_forward_has_a_ratio_for_every_form():
     assert all(0 < difference < 1e-5 for difference in result["agreement"]["tiny"].values())
 
 
+@pytest.mark.slow
 def test_a_training_step_times_the_conversion_too():
     result = _run("--shapes", "tiny_vit", "--modes", "train", "--forms", "pre_crmsnorm_padded", "--rounds", "2")
     contest = result["contests"]["tiny_vit train"]
