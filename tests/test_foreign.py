@@ -1,4 +1,4 @@
-"""Other people's Pre-LN models, Linen and NNX, converted by a layout of a dozen lines; and our modules inside NNX."""
+"""Other people's Pre-LN models, Linen and NNX, converted by a layout of a dozen lines."""
 
 import contextlib
 import dataclasses
@@ -350,50 +350,6 @@ def test_what_comes_too_early_or_asks_too_much_is_refused():
         compress(folded, GPT_LAYOUT, pad_to=0)
     with pytest.raises(LayoutError, match=r"^width=21: the tree stores 19 channels, so it can be at most one more$"):
         decompress(compress(folded, GPT_LAYOUT), GPT_LAYOUT, width=21)
-
-
-class Scorer(nnx.Module):
-    """An NNX model around our Linen modules: Decoder, Norm, then a linear score per position."""
-
-    def __init__(self, config, rngs):
-        self.decoder = nnx.bridge.ToNNX(hn.Decoder(config), rngs=rngs)
-        self.norm = nnx.bridge.ToNNX(hn.Norm(kind="layernorm", use_bias=True), rngs=rngs)
-        self.score = nnx.Linear(config.vocab_size, 1, rngs=rngs)
-
-    def __call__(self, tokens):
-        return self.score(self.norm(self.decoder(tokens)))[..., 0]
-
-
-def test_decoder_and_norm_inside_an_nnx_model_are_those_of_linen(small_config, random_params, tokens):
-    config = small_config(scheme="hybrid_star", dtype="float64", param_dtype="float64")
-    with jax.enable_x64(True):
-        rng = np.random.default_rng(2)
-        params = {
-            "decoder": random_params(config),
-            "norm": {"scale": rng.standard_normal(61), "bias": rng.standard_normal(61)},
-            "score": {"kernel": rng.standard_normal((61, 1)), "bias": rng.standard_normal(1)},
-        }
-        model = nnx.bridge.lazy_init(Scorer(config, nnx.Rngs(0)), tokens)
-        state = nnx.state(model, nnx.Param)
-        assert _shapes(nnx.to_pure_dict(state)) == _shapes(params)
-        nnx.replace_by_pure_dict(state, params)
-        nnx.update(model, state)
-
-        def linen(params):
-            logits = hn.Decoder(config).apply({"params": params["decoder"]}, tokens)
-            normed = hn.Norm(kind="layernorm", use_bias=True).apply({"params": params["norm"]}, logits)
-            return (normed @ params["score"]["kernel"] + params["score"]["bias"])[..., 0]
-
-        def loss(scores):
-            return jnp.square(scores).mean()
-
-        assert _error(model(tokens), linen(params)) < 1e-12
-        ours = nnx.to_pure_dict(nnx.jit(nnx.grad(lambda model: loss(model(tokens))))(model))
-        expected = jax.jit(jax.grad(lambda params: loss(linen(params))))(params)
-        assert _shapes(ours) == _shapes(expected)
-        for path, leaf in flatten_dict(expected).items():
-            assert np.linalg.norm(leaf) > 0, path
-            assert _error(flatten_dict(ours)[path], leaf) < 1e-10, path
 
 
 def _run_document():
