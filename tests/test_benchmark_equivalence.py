@@ -36,6 +36,7 @@ def _check(contest):
     assert contest["forms"]["pre_ln"]["ratio"] == 1
 
 
+@pytest.mark.slow
 def test_forward_has_a_ratio_for_every_form():
     result = _run("--shapes", "tiny", "--modes", "forward", "--layers", "1", "--seq", "8", "--rounds", "2")
     assert result.keys() == KEYS
