@@ -32,13 +32,11 @@ class Conversion:
 
     Attributes:
       config: of the Decoder in that form.
-      centred: parameters of the given config -> those of the Pre-RMSNorm form.
-      convert: parameters of the given config -> those of `config`; linear in everything but norm scales, and pure.
-      layout: of the trees that `centred` and `convert` return.
+      convert: parameters of the given config -> those of `config`; pure and differentiable.
+      layout: of the trees that `convert` returns.
     """
 
     config: ModelConfig
-    centred: Callable[[Any], dict]
     convert: Callable[[Any], dict]
     layout: ResidualLayout
 
@@ -93,12 +91,10 @@ def conversion_of(config: ModelConfig, form: str, *, pad_to: int = 1) -> Convers
         return _checked(plain, recenter(fold_affine(_with_room(config, roomy, params), before), after))
 
     if not compressed:
-        return Conversion(plain, centred, centred, after)
+        return Conversion(plain, centred, after)
     stored = stored_width(config.d_model, pad_to)
     small = dataclasses.replace(plain, norm="crmsnorm", d_model=stored, norm_width=config.d_model)
-    return Conversion(
-        small, centred, lambda params: _checked(small, compress(centred(params), after, pad_to=pad_to)), after
-    )
+    return Conversion(small, lambda params: _checked(small, compress(centred(params), after, pad_to=pad_to)), after)
 
 
 def _checked(config: ModelConfig, params: dict) -> dict:

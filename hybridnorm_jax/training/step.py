@@ -95,7 +95,7 @@ def make_train_step(
             sums, sown, grads = _accumulate(objective, state.params, batch, key)
         else:
             # Converted once, and the gradient pulled back once, however many microbatches there are. The barriers keep
-            # XLA from computing either again where it is read: on a CPU they take a step from 1.11 to 1.02 of Pre-LN's.
+            # XLA from computing either again where it is read (1,024 tokens on a CPU: 1.5 times Pre-LN, with them 1.1).
             params, pull_back = jax.vjp(convert, state.params)
             sums, sown, grads = _accumulate(objective, jax.lax.optimization_barrier(params), batch, key)
             (grads,) = pull_back(jax.lax.optimization_barrier(grads))
