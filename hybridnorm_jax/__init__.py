@@ -8,6 +8,7 @@ from hybridnorm_jax.decoder import Decoder
 from hybridnorm_jax.feed_forward import FeedForward
 from hybridnorm_jax.interop.huggingface import load_huggingface, save_huggingface
 from hybridnorm_jax.interop.olmo import params_from_olmo
+from hybridnorm_jax.moe import MoE
 from hybridnorm_jax.norms import Norm, crms_norm, layer_norm, rms_norm
 from hybridnorm_jax.placement import SCHEMES, BlockPlacement, Scheme, SublayerPlacement, scheme
 
@@ -19,6 +20,7 @@ __all__ = [
     "ConfigError",
     "Decoder",
     "FeedForward",
+    "MoE",
     "ModelConfig",
     "Norm",
     "Scheme",

@@ -13,6 +13,7 @@ from hybridnorm_jax.attention import Attention, Rotation
 from hybridnorm_jax.config import ModelConfig
 from hybridnorm_jax.feed_forward import FeedForward
 from hybridnorm_jax.initializers import std_factor, truncated_normal
+from hybridnorm_jax.moe import MoE
 from hybridnorm_jax.norms import Norm, zero_mean_defect
 from hybridnorm_jax.placement import BlockPlacement, SublayerPlacement
 
@@ -132,17 +133,28 @@ class Block(nn.Module):
             name="attention",
         )
 
-    def _feed_forward(self, layer: Int[Array, ""]) -> FeedForward:
+    def _feed_forward(self, layer: Int[Array, ""]) -> FeedForward | MoE:
         config = self.config
-        return FeedForward(
-            mlp_dim=config.mlp_dim,
-            activation=config.activation,
-            use_bias=config.mlp_bias,
-            dtype=jnp.dtype(config.dtype),
-            param_dtype=jnp.dtype(config.param_dtype),
-            input_init=self._initializer("feed_forward", layer),
-            output_init=self._initializer("output", layer),
-            name="feed_forward",
+        both = {
+            "mlp_dim": config.mlp_dim,
+            "use_bias": config.mlp_bias,
+            "dtype": jnp.dtype(config.dtype),
+            "param_dtype": jnp.dtype(config.param_dtype),
+            "input_init": self._initializer("feed_forward", layer),
+            "output_init": self._initializer("output", layer),
+            "name": "feed_forward",
+        }
+        if config.num_experts == 0:
+            return FeedForward(activation=config.activation, **both)
+        return MoE(
+            num_experts=config.num_experts,
+            experts_per_token=config.experts_per_token,
+            normalize_weights=config.normalize_expert_weights,
+            shared_experts=config.shared_experts,
+            balance_bias=config.balance_bias,
+            dispatch=config.expert_dispatch,
+            router_init=self._initializer("input", layer),
+            **both,
         )
 
 

@@ -10,6 +10,7 @@ from hybridnorm_jax.placement import SCHEMES, BlockPlacement, Scheme
 ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu")
 NORMS = ("rmsnorm", "layernorm", "crmsnorm")
 ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "splash")
+EXPERT_DISPATCHES = ("auto", "dense", "blocked", "ragged", "gmm")
 INITIALIZERS = ("normal", "depth_scaled", "megatron", "deepnorm", "b2t")
 REMAT_POLICIES = ("none", "full", "all_but_attention", "dots", "dots_no_batch")
 COMPUTE_DTYPES = ("bfloat16", "float32", "float64")
@@ -59,7 +60,7 @@ def check_positive(prefix: str, config: Any, names: tuple[str, ...]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A dense decoder. Frozen and hashable; wrong values raise ConfigError on construction.
+    """A decoder, dense or mixture of experts. Frozen and hashable; wrong values raise ConfigError on construction.
 
     Fields left at None take the value they stand for, so `dataclasses.replace(config, d_model=...)` keeps the old
     head_dim, mlp_dim and init_std unless these are given too (None again makes them follow).
@@ -71,9 +72,16 @@ class ModelConfig:
     num_heads: int = key(12, "query heads")
     num_kv_heads: int | None = key(None, "key and value heads; null: num_heads")
     head_dim: int | None = key(None, "width of one head; null: d_model / num_heads")
-    mlp_dim: int | None = key(None, "width of the feed-forward layer; null: 4 d_model, or 8/3 d_model for swiglu")
+    mlp_dim: int | None = key(
+        None, "width of the feed-forward layer, of one expert; null: 4 d_model, or 8/3 d_model for swiglu"
+    )
     vocab_size: int = key(50304, "rows of the token embedding")
     activation: str = key("swiglu", f"feed-forward: {' | '.join(ACTIVATIONS)} (gelu is the exact one)")
+    num_experts: int = key(0, "experts of every feed-forward layer, each a swiglu of mlp_dim; 0: a dense layer")
+    experts_per_token: int | None = key(None, "experts that each token is sent to; none is dropped")
+    normalize_expert_weights: bool = key(False, "a token's weights of its experts are divided by their sum")
+    shared_experts: int = key(0, "experts that every token passes besides, as one swiglu of so many mlp_dim")
+    balance_bias: bool = key(False, "balance the experts by a bias on their selection; see optimizer.balance_bias_rate")
     norm: str = key("rmsnorm", " | ".join(NORMS))
     attention_norm: str = key(
         "auto", "norm on q, k, v, context: auto (norm; rmsnorm for crmsnorm) | rmsnorm | layernorm"
@@ -87,7 +95,7 @@ class ModelConfig:
     attention_norm_scale: bool | None = key(None, "norm_scale of the norms on q, k, v, context; null: norm_scale")
     attention_norm_bias: bool | None = key(None, "norm_bias of the norms on q, k, v, context; null: norm_bias")
     attention_bias: bool = key(False, "q, k, v and output projections have biases")
-    mlp_bias: bool = key(False, "feed-forward projections have biases")
+    mlp_bias: bool = key(False, "feed-forward projections, routers too, have biases")
     head_bias: bool = key(False, "the head has a bias")
     tie_embeddings: bool = key(False, "the head is the transposed token embedding")
     embedding_norm: str = key("auto", "norm after the embedding: auto (as the scheme says) | true | false")
@@ -102,6 +110,7 @@ class ModelConfig:
     dtype: str = key("float32", f"compute dtype: {' | '.join(COMPUTE_DTYPES)}")
     param_dtype: str = key("float32", f"dtype of the parameters: {' | '.join(PARAM_DTYPES)}; training needs 32 bits")
     attention: str = key("auto", f"backend: {' | '.join(ATTENTION_BACKENDS)}")
+    expert_dispatch: str = key("auto", f"what computes the experts: {' | '.join(EXPERT_DISPATCHES)}")
     remat: str = key("none", f"what the backward pass recomputes: {' | '.join(REMAT_POLICIES)}")
     scan_unroll: int = key(1, "blocks per iteration of the scan over layers; more is faster and compiles longer")
 
@@ -114,6 +123,7 @@ class ModelConfig:
             ("norm", NORMS),
             ("attention_norm", ("auto", "rmsnorm", "layernorm")),
             ("attention", ATTENTION_BACKENDS),
+            ("expert_dispatch", EXPERT_DISPATCHES),
             ("remat", REMAT_POLICIES),
             ("dtype", COMPUTE_DTYPES),
             ("param_dtype", PARAM_DTYPES),
@@ -126,6 +136,7 @@ class ModelConfig:
         check_positive("model", self, (*sizes, "norm_width", "max_positions", "scan_unroll"))
         self._fill_derived()
         self._check_shapes()
+        self._check_experts()
         self._check_scheme()
 
     def _fill_derived(self):
@@ -169,6 +180,21 @@ class ModelConfig:
         check(self.norm_eps >= 0, "model.norm_eps", self.norm_eps, "must not be negative")
         check(self.init_std > 0, "model.init_std", self.init_std, "must be positive")
         check(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be in [0, 1)")
+
+    def _check_experts(self):
+        experts, chosen = self.num_experts, self.experts_per_token
+        check(experts >= 0, "model.num_experts", experts, "must not be negative")
+        if experts == 0:
+            absent = {"experts_per_token": None, "normalize_expert_weights": False, "shared_experts": 0}
+            for name, none in (absent | {"balance_bias": False}).items():
+                value = getattr(self, name)
+                check(value == none, f"model.{name}", value, "there are no experts; set model.num_experts")
+            return
+        right = f"must be between 1 and model.num_experts={experts}"
+        check(chosen is not None and 1 <= chosen <= experts, "model.experts_per_token", chosen, right)
+        check(self.shared_experts >= 0, "model.shared_experts", self.shared_experts, "must not be negative")
+        right = f"experts (model.num_experts={experts}) are swiglu"
+        check(self.activation == "swiglu", "model.activation", self.activation, right)
 
     def _check_scheme(self):
         check_choice(f"initializer of model.scheme={self.scheme}", self.initializer_name, INITIALIZERS)

@@ -28,7 +28,7 @@ from hybridnorm_jax.run_config import RunConfig
 # Keys that may change between two stretches of one run: they decide where it runs and what is reported, not
 # which parameters it arrives at.
 FREE_KEYS = {
-    *("model.attention", "model.remat", "model.scan_unroll"),
+    *("model.attention", "model.expert_dispatch", "model.remat", "model.scan_unroll"),
     *("data.cache_dir", "data.read_threads", "data.validation"),
     *("train.log_every", "train.profile", "train.sample_tokens"),
     *("train.equivalent_form", "train.equivalent_pad_to", "train.check_invariants"),

@@ -10,6 +10,12 @@ The parameter tree is plain nested dicts of arrays:
     run_<i>/attention/{q_norm, k_norm, v_norm, context_norm}/scale   (layers, head_dim or heads * head_dim)
     run_<i>/feed_forward/{gate, up}/kernel       (layers, embed, mlp)      gate for swiglu only
     run_<i>/feed_forward/down/kernel             (layers, mlp, embed)
+    of a mixture of experts instead:
+    run_<i>/feed_forward/router/kernel           (layers, embed, experts)
+    run_<i>/feed_forward/expert_{gate, up}/kernel (layers, experts, embed, mlp)
+    run_<i>/feed_forward/expert_down/kernel      (layers, experts, mlp, embed)
+    run_<i>/feed_forward/balance_bias            (layers, experts)         where the model has one
+    run_<i>/feed_forward/shared/{gate, up, down}/kernel                    as a dense layer's, of the shared experts
     run_<i>/{attention, feed_forward}_{pre, branch, post}_norm/scale (layers, embed)
     final_norm/{scale, bias}                     (embed,)                  where the scheme has one
     head/kernel                                  (embed, vocab)            untied only
@@ -30,6 +36,7 @@ from hybridnorm_jax.attention_backends import SAVED
 from hybridnorm_jax.block import DEFECT, STREAM, Block, LayerInputs, SharedInputs, stream_norm, watch_stream
 from hybridnorm_jax.config import ModelConfig
 from hybridnorm_jax.initializers import std_factor, truncated_normal
+from hybridnorm_jax.moe import CHOSEN, ROUTER
 from hybridnorm_jax.placement import Run, runs
 
 _ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)
@@ -172,7 +179,7 @@ class Decoder(nn.Module):
             block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=no_loop)
         scanned = nn.scan(
             block,
-            variable_axes={"params": 0, "intermediates": 0, STREAM: 0, DEFECT: 0},
+            variable_axes=dict.fromkeys(("params", "intermediates", STREAM, DEFECT, ROUTER, CHOSEN), 0),
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=run.length,

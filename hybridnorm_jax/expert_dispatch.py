@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox import gmm
 from jaxtyping import Array, Float, Int
 
-from hybridnorm_jax.config import check, check_choice
+from hybridnorm_jax.config import EXPERT_DISPATCHES, check, check_choice
+from hybridnorm_jax.expert_blocks import blocked, dot, pad_rows, swiglu, wide_dtype
 
-DISPATCHES = ("auto", "dense", "blocked", "ragged", "gmm")
 KEY = "model.expert_dispatch"
 
 Tokens = Float[Array, "tokens embed"]
@@ -38,7 +38,7 @@ def resolve_dispatch(name: str, *, platform: str | None, dtype: Any) -> str:
     Raises:
       ConfigError: the named dispatch cannot do this; the message says why.
     """
-    check_choice(KEY, name, DISPATCHES)
+    check_choice(KEY, name, EXPERT_DISPATCHES)
     if name == "auto":
         return "gmm" if platform == "tpu" and _obstacle("gmm", platform, dtype) is None else "blocked"
     reason = _obstacle(name, platform, dtype)
@@ -66,6 +66,7 @@ def apply_experts(
     chosen: Int[Array, "tokens k"],
     *,
     dispatch: str,
+    elsewhere: bool = False,
 ) -> Tokens:
     """y_t = sum_j weights[t, j] down[e](silu(x_t gate[e]) * (x_t up[e])), e = chosen[t, j]; no token is dropped.
 
@@ -78,6 +79,8 @@ def apply_experts(
       chosen: expert ids below `experts`, different ones for one token.
       dispatch: as in resolve_dispatch. "auto" asks for the default platform; a named dispatch is taken at its word, so
         that one can compile for a platform that is not here.
+      elsewhere: ids from 0 to experts - 1 are these experts, all others are not here and add nothing: what one device
+        of several computes that share the experts. It needs what apply_grouped_experts needs of jax.shard_map.
 
     Raises:
       ConfigError: the named dispatch cannot do this.
@@ -88,15 +91,17 @@ def apply_experts(
     _check_rank("chosen", chosen, 2)
     _check_shape("chosen", chosen, (len(x), chosen.shape[1]))
     _check_shape("weights", weights, chosen.shape)
-    if not 1 <= chosen.shape[1] <= experts:
+    if not elsewhere and not 1 <= chosen.shape[1] <= experts:
         raise ValueError(f"chosen: k={chosen.shape[1]} must be between 1 and the number of experts, {experts}")
     dispatch = _resolve_here(dispatch, x.dtype)
-    if dispatch == "dense":
+    if dispatch == "dense":  # compares ids, so that others have no weight
         return _dense(x, gate, up, down, weights, chosen)
-    order, slots, sizes = sort_by_expert(chosen, experts)
-    row_weights = weights.reshape(-1)[order]
-    outputs = _GROUPED[dispatch](spread(x, order, slots), row_weights, sizes, gate, up, down)
-    return collect(outputs, order, slots)
+    if elsewhere:  # one more group, behind those that are here
+        chosen = jnp.where((chosen >= 0) & (chosen < experts), chosen, experts)
+    order, slots, sizes = sort_by_expert(chosen, experts + elsewhere)
+    apply_rows = functools.partial(apply_grouped_experts, dispatch=dispatch) if elsewhere else _GROUPED[dispatch]
+    rows, row_weights = spread(x, order, slots), weights.reshape(-1)[order]
+    return collect(apply_rows(rows, row_weights, sizes[:experts], gate, up, down), order, slots)
 
 
 def apply_grouped_experts(
@@ -112,10 +117,9 @@ def apply_grouped_experts(
     """row_weights_i down[e](silu(rows_i gate[e]) * (rows_i up[e])) for rows sorted by expert e, sizes[e] for each.
 
     The sizes may cover fewer rows than there are: rows past the last group are zero in the result, and so are their
-    gradients, whatever these rows, their weights and their cotangents hold, NaN included. This is what one shard of
-    the experts computes on a buffer that is long enough for any imbalance; jax.shard_map needs check_vma=False around
-    it, as around every loop or kernel with a gradient of its own. Dtypes, memory, `dispatch` and errors: as in
-    apply_experts.
+    gradients, whatever these rows, their weights and their cotangents hold, NaN included. jax.shard_map needs
+    check_vma=False around it, as around every loop or kernel with a gradient of its own. Dtypes, memory, `dispatch`
+    and errors: as in apply_experts.
     """
     _check_kernels("rows", rows, gate, up, down)
     _check_shape("row_weights", row_weights, rows.shape[:1])
@@ -154,27 +158,6 @@ def _check_kernels(name: str, x: Array, gate: Array, up: Array, down: Array) -> 
             raise ValueError(f"{argument}: dtype {kernels.dtype} must be that of {name}, {x.dtype}")
 
 
-def _wide(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def _dot(spec: str, a: Array, b: Array) -> Array:
-    """einsum, accumulated and returned in float32 at least."""
-    return jnp.einsum(spec, a, b, preferred_element_type=_wide(a.dtype))
-
-
-def _swiglu(gated: Array, upped: Array, weights: Array) -> Array:
-    """silu(gated) * upped, weighted, computed in float32 at least and in the dtype of `gated`."""
-    wide = _wide(gated.dtype)
-    hidden = jax.nn.silu(gated.astype(wide)) * upped.astype(wide)
-    return (weights.astype(wide)[..., None] * hidden).astype(gated.dtype)
-
-
-def _pad(array: Array, count: int) -> Array:
-    """`count` more rows of zeros at the end."""
-    return jnp.pad(array, ((0, count), *((0, 0),) * (array.ndim - 1)))
-
-
 # ---- Sorting by expert. spread and collect are each other's transpose, so that both gradients gather, too: the
 # ---- scatter-add that JAX would derive adds one row after the other on a CPU.
 
@@ -201,7 +184,7 @@ def spread(x: Tokens, order: Int[Array, " rows"], slots: Int[Array, "tokens k"])
 @jax.custom_vjp
 def collect(rows: Rows, order: Int[Array, " rows"], slots: Int[Array, "tokens k"]) -> Tokens:
     """Each token's k rows summed, in float32 at least; order and slots from sort_by_expert."""
-    return rows[slots].sum(1, dtype=_wide(rows.dtype)).astype(rows.dtype)
+    return rows[slots].sum(1, dtype=wide_dtype(rows.dtype)).astype(rows.dtype)
 
 
 spread.defvjp(lambda x, *places: (spread(x, *places), places), lambda places, d: (collect(d, *places), None, None))
@@ -214,8 +197,8 @@ collect.defvjp(lambda x, *places: (collect(x, *places), places), lambda places, 
 def _dense(x, gate, up, down, weights, chosen):
     one_hot = chosen[..., None] == jnp.arange(len(gate))
     weights = jnp.where(one_hot, weights[..., None], 0).sum(1)
-    gated, upped = (_dot("td,edm->tem", x, kernels).astype(x.dtype) for kernels in (gate, up))
-    return _dot("tem,emd->td", _swiglu(gated, upped, weights), down).astype(x.dtype)
+    gated, upped = (dot("td,edm->tem", x, kernels).astype(x.dtype) for kernels in (gate, up))
+    return dot("tem,emd->td", swiglu(gated, upped, weights), down).astype(x.dtype)
 
 
 def _dense_grouped(rows, row_weights, sizes, gate, up, down):
@@ -229,7 +212,7 @@ def _dense_grouped(rows, row_weights, sizes, gate, up, down):
 @jax.custom_vjp
 def _ragged_product(rows: Rows, kernels: InputKernels, sizes: GroupSizes) -> Float[Array, "rows mlp"]:
     """rows_i kernels[e] in the dtype of rows, as are the gradient's operands, where JAX's own would be float32."""
-    return jax.lax.ragged_dot(rows, kernels, sizes, preferred_element_type=_wide(rows.dtype)).astype(rows.dtype)
+    return jax.lax.ragged_dot(rows, kernels, sizes, preferred_element_type=wide_dtype(rows.dtype)).astype(rows.dtype)
 
 
 def _ragged_product_backward(residuals, d_out):
@@ -241,7 +224,9 @@ def _ragged_product_backward(residuals, d_out):
             lhs_ragged_dimensions=[ragged_dimension],
             rhs_group_dimensions=group_dimensions,
         )
-        return jax.lax.ragged_dot_general(a, b, sizes, numbers, preferred_element_type=_wide(a.dtype)).astype(a.dtype)
+        return jax.lax.ragged_dot_general(a, b, sizes, numbers, preferred_element_type=wide_dtype(a.dtype)).astype(
+            a.dtype
+        )
 
     d_rows = general(d_out, kernels, ([1], [2]), 0, [0])
     return d_rows, general(rows, d_out, ([0], [0]), 0, []), None
@@ -257,7 +242,7 @@ def _gmm_product(rows: Rows, kernels: InputKernels, sizes: GroupSizes) -> Float[
     tile_rows = next((size for size in (512, 256) if 4 * size * len(kernels) <= len(rows)), 128)
     largest = 1024 if rows.dtype.itemsize == 2 else 512
     inner = min(largest, *(128 * -(-size // 128) for size in kernels.shape[1:]))
-    padded, tiling = _pad(rows, -len(rows) % tile_rows), (tile_rows, inner, inner)
+    padded, tiling = pad_rows(rows, -len(rows) % tile_rows), (tile_rows, inner, inner)
     return gmm(padded, kernels, sizes, preferred_element_type=rows.dtype, tiling=tiling)[: len(rows)]
 
 
@@ -269,131 +254,13 @@ def _by_products(product: Callable, rows, row_weights, sizes, gate, up, down):
     def covered_product(array, kernels):
         return jnp.where(covered, product(array, kernels, sizes), 0)
 
-    hidden = _swiglu(covered_product(rows, gate), covered_product(rows, up), row_weights)
+    hidden = swiglu(covered_product(rows, gate), covered_product(rows, up), row_weights)
     return covered_product(hidden, down)
 
 
-# ---- blocked: one product per kernel and block of a group's rows. A block that ends past its group's end overlaps
-# ---- the next one, which starts where the group ends and overwrites the rest.
-
-# Rows of a block. Preliminary, on 2 shared CPU cores in float32, 64 experts top 8, 2048 tokens, embed 512, mlp 256:
-# forward and backward take 0.83, 0.75, 0.66 and 0.80 s with 32, 64, 128 and 256 rows (dense: 7.8 s). Short blocks
-# multiply more slowly, long ones fill up more of each group's end.
-BLOCK = 128
-
-
-def _block_size(rows: int, experts: int) -> int:
-    """The power of two above the mean group, from 8 to BLOCK."""
-    return min(BLOCK, max(8, 1 << (-(-rows // experts) - 1).bit_length()))
-
-
-def _for_each_group(sizes: GroupSizes, visit: Callable, carry):
-    """carry = visit(expert, first row, rows, carry) for every expert that has rows."""
-    starts = jnp.cumsum(sizes) - sizes
-    present = jnp.argsort(sizes == 0, stable=True)
-
-    def body(i, carry):
-        expert = present[i]
-        return visit(expert, starts[expert], sizes[expert], carry)
-
-    return jax.lax.fori_loop(0, jnp.count_nonzero(sizes), body, carry)
-
-
-def _for_each_block(start: Array, size: Array, block: int, visit: Callable, carry):
-    """carry = visit(read, write, carry) for every block of a group.
-
-    read(array) is the block's rows of the array, zero past the group's end; write(array, rows) the array with them
-    replaced.
-    """
-
-    def body(i, carry):
-        first = start + i * block
-        inside = jnp.arange(block) < size - i * block
-
-        def read(array):
-            rows = jax.lax.dynamic_slice_in_dim(array, first, block)
-            return jnp.where(inside.reshape(-1, *(1,) * (array.ndim - 1)), rows, 0)
-
-        def write(array, rows):
-            return jax.lax.dynamic_update_slice_in_dim(array, rows.astype(array.dtype), first, 0)
-
-        return visit(read, write, carry)
-
-    return jax.lax.fori_loop(0, -(-size // block), body, carry)
-
-
-@jax.custom_vjp
-def _blocked(rows, row_weights, sizes, gate, up, down):
-    return _blocked_forward(rows, row_weights, sizes, gate, up, down)[0]
-
-
-def _blocked_forward(rows, row_weights, sizes, gate, up, down):
-    block = _block_size(len(rows), len(sizes))
-    padded, padded_weights = (_pad(array, block) for array in (rows, row_weights))
-
-    def group(expert, start, size, carry):
-        gate_kernel, up_kernel, down_kernel = (kernels[expert] for kernels in (gate, up, down))
-
-        def visit(read, write, carry):
-            x = read(padded)
-            gated, upped = (_dot("bd,dm->bm", x, kernel).astype(x.dtype) for kernel in (gate_kernel, up_kernel))
-            output = _dot("bm,md->bd", _swiglu(gated, upped, read(padded_weights)), down_kernel)
-            return tuple(map(write, carry, (gated, upped, output)))
-
-        return _for_each_block(start, size, block, visit, carry)
-
-    hidden = jnp.zeros((len(padded), gate.shape[2]), rows.dtype)
-    gated, upped, outputs = _for_each_group(sizes, group, (hidden, hidden, jnp.zeros_like(padded)))
-    return outputs[: len(rows)], (rows, row_weights, sizes, gate, up, down, gated, upped)
-
-
-def _blocked_backward(residuals, d_outputs):
-    rows, row_weights, sizes, gate, up, down, gated, upped = residuals
-    block, wide = _block_size(len(rows), len(sizes)), _wide(rows.dtype)
-    arrays = *(_pad(array, block) for array in (rows, row_weights, d_outputs)), gated, upped
-
-    def group(expert, start, size, carry):
-        kernels = [stack[expert] for stack in (gate, up, down)]
-
-        def visit(read, write, carry):
-            d_rows, d_weights, *totals = carry
-            d_x, d_weight, d_kernels = _block_gradients(*map(read, arrays), *kernels)
-            totals = (total + gradient for total, gradient in zip(totals, d_kernels, strict=True))
-            return write(d_rows, d_x), write(d_weights, d_weight), *totals
-
-        zeros = (jnp.zeros(kernel.shape, wide) for kernel in kernels)
-        d_rows, d_weights, *totals = _for_each_block(start, size, block, visit, (*carry[:2], *zeros))
-        stacks = (
-            stack.at[expert].set(total.astype(stack.dtype)) for stack, total in zip(carry[2:], totals, strict=True)
-        )
-        return d_rows, d_weights, *stacks
-
-    zeros = tuple(jnp.zeros_like(array) for array in (*arrays[:2], gate, up, down))
-    d_rows, d_weights, *d_kernels = _for_each_group(sizes, group, zeros)
-    return d_rows[: len(rows)], d_weights[: len(rows)], None, *d_kernels
-
-
-def _block_gradients(x, weights, d_output, gated, upped, gate, up, down):
-    """(d_x, d_weights, (d_gate, d_up, d_down)) of one block, in float32 at least."""
-    wide, dtype = _wide(x.dtype), x.dtype
-    weights, gated, upped = weights.astype(wide)[:, None], gated.astype(wide), upped.astype(wide)
-    sigmoid = jax.nn.sigmoid(gated)
-    hidden = gated * sigmoid * upped
-    d_weighted = _dot("bd,md->bm", d_output, down)
-    d_hidden = weights * d_weighted
-    d_upped = (d_hidden * gated * sigmoid).astype(dtype)
-    d_gated = (d_hidden * upped * sigmoid * (1 + gated * (1 - sigmoid))).astype(dtype)
-    d_x = _dot("bm,dm->bd", d_gated, gate) + _dot("bm,dm->bd", d_upped, up)
-    d_down = _dot("bm,bd->md", (weights * hidden).astype(dtype), d_output)
-    d_gate, d_up = (_dot("bd,bm->dm", x, d_hidden) for d_hidden in (d_gated, d_upped))
-    return d_x, (d_weighted * hidden).sum(1), (d_gate, d_up, d_down)
-
-
-_blocked.defvjp(_blocked_forward, _blocked_backward)
-
 _GROUPED = {
     "dense": _dense_grouped,
-    "blocked": _blocked,
+    "blocked": blocked,
     "ragged": functools.partial(_by_products, _ragged_product),
     "gmm": functools.partial(_by_products, _gmm_product),
 }

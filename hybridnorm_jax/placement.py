@@ -288,6 +288,12 @@ def reordered(layer, num_layers):
     return BlockPlacement(BRANCH, BRANCH, q_norm="projection", k_norm="projection")
 
 
+@scheme("pre_qk_projection")
+def pre_qk_projection(layer, num_layers):
+    """As pre, q and k normalized over the projection. OLMoE (2409.02060)."""
+    return BlockPlacement(PRE, PRE, q_norm="projection", k_norm="projection")
+
+
 @scheme("deepnorm", final_norm=False, initializer="deepnorm")
 def deepnorm(layer, num_layers):
     """Y = N(aX + Attn(X)); X' = N(aY + FFN(Y)), a = (2L)^(1/4). DeepNorm (2203.00555), decoder-only."""

@@ -78,6 +78,8 @@ class TrainSection:
     check_invariants: bool = key(False, "stop where a form's invariants fail (slower; for equivalent_form, crmsnorm)")
     loss_chunk: int | None = key(None, "positions per chunk of the loss, for large vocabularies; null: all at once")
     z_loss: float = key(0.0, "weight of the squared log-partition, added to the training loss")
+    balance_loss: float = key(0.01, "weight of the experts' load-balancing loss, summed over layers")
+    router_z_loss: float = key(0.001, "weight of the routers' squared log-partition, summed over layers")
     log_every: int = key(10, "steps between lines of metrics.jsonl")
     profile: bool = key(False, "write a JAX profiler trace of steps 2 to 6 to <run>/profile")
     sample_tokens: int = key(0, "tokens of sample text generated at the end")
@@ -92,7 +94,8 @@ class TrainSection:
         if self.loss_chunk is not None:
             right = f"must divide train.seq_len={self.seq_len}"
             check(self.seq_len % self.loss_chunk == 0, "train.loss_chunk", self.loss_chunk, right)
-        check(self.z_loss >= 0, "train.z_loss", self.z_loss, "must not be negative")
+        for name in ("z_loss", "balance_loss", "router_z_loss"):
+            check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative")
         check(self.sample_tokens >= 0, "train.sample_tokens", self.sample_tokens, "must not be negative")
         check(0 <= self.seed < 2**32, "train.seed", self.seed, "must be in [0, 2**32)")
 
@@ -111,6 +114,7 @@ class OptimizerSection:
     b2: float = key(0.95, "decay of the second moment")
     eps: float = key(1e-8, "added to the root of the second moment")
     weight_decay: float = key(0.1, "decoupled weight decay, times the learning rate")
+    balance_bias_rate: float = key(1e-3, "model.balance_bias: what a step adds to, or takes from, each expert's bias")
     decay_embeddings: bool = key(False, "token and position embeddings decay too")
     decay_norms_and_biases: bool = key(True, "norm scales and biases decay too")
     clip: float | None = key(1.0, "largest global norm of the gradient; null: no clipping")
@@ -122,7 +126,7 @@ class OptimizerSection:
             check(0 <= getattr(self, name) <= 1, f"optimizer.{name}", getattr(self, name), "must be in [0, 1]")
         for name in ("b1", "b2"):
             check(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must be in [0, 1)")
-        for name in ("warmup_steps", "weight_decay"):
+        for name in ("warmup_steps", "weight_decay", "balance_bias_rate"):
             check(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "must not be negative")
         tokens = self.warmup_tokens
         check(tokens is None or tokens >= 0, "optimizer.warmup_tokens", tokens, "must not be negative")
@@ -139,12 +143,13 @@ class MeshSection:
     data: int = key(-1, "data parallel: every device holds all parameters")
     fsdp: int = key(1, "data parallel with parameters and optimizer state sharded")
     tensor: int = key(1, "tensor parallel: heads, feed-forward and vocabulary are split")
+    expert: int = key(1, "data parallel with the experts split: every device holds a share of them")
 
     def __post_init__(self):
-        sizes = (self.data, self.fsdp, self.tensor)
-        for name, size in zip(("data", "fsdp", "tensor"), sizes, strict=True):
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
             check(size == -1 or size >= 1, f"mesh.{name}", size, "must be at least 1, or -1 for all that are left")
-        check(sizes.count(-1) <= 1, "mesh", dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)), "only one -1")
+        check(list(sizes.values()).count(-1) <= 1, "mesh", sizes, "only one -1")
 
 
 @dataclasses.dataclass(frozen=True)

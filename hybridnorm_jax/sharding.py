@@ -11,12 +11,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hybridnorm_jax.config import ConfigError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 # Logical axis -> mesh axes. A dimension that its mesh axes do not divide stays whole.
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "embed": ("fsdp",),
+    "experts": ("expert",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
@@ -44,11 +45,20 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "gate/bias": ("mlp",),
     "up/bias": ("mlp",),
     "down/bias": (None,),
+    # The router's result is needed whole by every token.
+    "router/kernel": ("embed", None),
+    "router/bias": (None,),
+    "expert_gate/kernel": ("experts", "embed", "mlp"),
+    "expert_up/kernel": ("experts", "embed", "mlp"),
+    "expert_down/kernel": ("experts", "mlp", "embed"),
+    "expert_gate/bias": ("experts", "mlp"),
+    "expert_up/bias": ("experts", "mlp"),
+    "expert_down/bias": ("experts", None),
 }
 
 
 def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh of all devices with axes data, fsdp, tensor.
+    """A mesh of all devices with the axes MESH_AXES.
 
     Args:
       sizes: axis -> size; one of them may be -1: all that are left.
@@ -131,12 +141,17 @@ def batch_sharding(mesh: Mesh, leading: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, RULES["batch"]))
 
 
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many equal parts the mesh splits a batch."""
+    return int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
+
+
 def batch_share(mesh: Mesh) -> tuple[int, int]:
     """(number, count): which of `count` equal stretches of every batch this process reads.
 
     Processes whose devices differ only along axes that do not split the batch read the same stretch.
     """
-    parts = int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
+    parts = batch_parts(mesh)
     held: dict[int, set[int]] = {}
     for device, (rows,) in batch_sharding(mesh, 0).devices_indices_map((parts,)).items():
         held.setdefault(device.process_index, set()).add(rows.start or 0)
@@ -146,8 +161,15 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
 
 def check_batch(key_name: str, batch_size: int, mesh: Mesh) -> None:
     """Raise ConfigError unless the mesh can split this many sequences."""
-    parts = int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
+    parts = batch_parts(mesh)
     if batch_size % parts:
-        raise ConfigError(
-            f"{key_name}: {batch_size} sequences at a time, must be a multiple of mesh data x fsdp = {parts}"
-        )
+        right = f"must be a multiple of mesh {' x '.join(RULES['batch'])} = {parts}"
+        raise ConfigError(f"{key_name}: {batch_size} sequences at a time, {right}")
+
+
+def check_experts(num_experts: int, mesh: Mesh) -> None:
+    """Raise ConfigError unless the mesh's expert axis can split this many experts."""
+    size = mesh.shape["expert"]
+    if size > 1 and (num_experts == 0 or num_experts % size):
+        right = "a dense model has no experts to split" if num_experts == 0 else "must divide the number of experts"
+        raise ConfigError(f"mesh.expert={size}: {right}, model.num_experts={num_experts}")

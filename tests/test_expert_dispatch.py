@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
-from hybridnorm_jax import expert_dispatch
+from hybridnorm_jax import expert_blocks, expert_dispatch
 from hybridnorm_jax.config import ConfigError
 from hybridnorm_jax.expert_dispatch import apply_experts, apply_grouped_experts, resolve_dispatch
 
@@ -124,7 +124,7 @@ def compiled(dispatch, block, tokens, experts, k):
         return value, *pull(d_out)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(expert_dispatch, "_block_size", lambda rows, experts: block)
+        patch.setattr(expert_blocks, "block_size", lambda rows, experts: block)
         shapes = jax.eval_shape(lambda: (draw(tokens, experts, k), choose(tokens, experts, k)))
         return jax.jit(both).lower(*shapes, shapes[0][0]).compile()
 
@@ -276,14 +276,14 @@ def test_only_experts_with_rows_are_visited_each_once():
         place, visits = carry
         return place + 1, visits.at[place].set(jnp.stack([expert, start, size]))
 
-    places, visits = expert_dispatch._for_each_group(sizes, note, (0, jnp.zeros((6, 3), jnp.int32)))
+    places, visits = expert_blocks.for_each_group(sizes, note, (0, jnp.zeros((6, 3), jnp.int32)))
     assert places == 3
     np.testing.assert_array_equal(visits[:3], [[1, 0, 5], [3, 5, 17], [5, 22, 8]])
 
 
 @pytest.mark.parametrize(("rows", "experts", "expected"), [(1, 1, 8), (100, 8, 16), (128, 8, 16), (10**6, 8, 128)])
 def test_blocks_are_no_longer_than_the_mean_group_needs(rows, experts, expected):
-    assert expert_dispatch._block_size(rows, experts) == expected
+    assert expert_blocks.block_size(rows, experts) == expected
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ PAPER = {
     "mix_ln": ("x + Attn(N(x))", "x + FFN(N(x))"),
     "sandwich": ("x + N(Attn(N(x)))", "x + N(FFN(N(x)))"),
     "peri": ("x + N(Attn(N(x)))", "x + N(FFN(N(x)))"),
+    "pre_qk_projection": ("x + Attn(N(x))", "x + FFN(N(x))"),
     "reordered": ("x + N(Attn(x))", "x + N(FFN(x))"),
     "deepnorm": ("N(1.682 x + Attn(x))", "N(1.682 x + FFN(x))"),
     "layernorm_scaling": ("x + Attn(0.5 N(x))", "x + FFN(0.5 N(x))"),

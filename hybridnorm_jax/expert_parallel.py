@@ -1,0 +1,77 @@
+"""The experts of one layer on all devices of a mesh.
+
+Every device holds a share of the experts (logical axis "experts") and, of each, a share of the hidden layer ("mlp").
+Devices that differ along the experts' mesh axes gather their tokens, each computes what its own experts make of all of
+them, and the results are summed and scattered back. No capacity bounds what an expert takes, so nothing is dropped at
+any imbalance. With n devices along these axes a device receives n - 1 times its tokens, where sending every token to
+its k experts, the usual all-to-all, would take k (n - 1) / n times as much: no more traffic up to n = k.
+"""
+
+from functools import partial
+
+import jax
+from flax import linen as nn
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from hybridnorm_jax.expert_dispatch import InputKernels, OutputKernels, apply_experts
+
+Axes = tuple[str, ...]
+
+
+def apply_experts_on_mesh(
+    x: Float[Array, "batch seq embed"],
+    gate: InputKernels,
+    up: InputKernels,
+    down: OutputKernels,
+    weights: Float[Array, "batch seq k"],
+    chosen: Int[Array, "batch seq k"],
+    *,
+    dispatch: str,
+) -> Float[Array, "batch seq embed"]:
+    """expert_dispatch.apply_experts on global arrays, computed where the mesh in force and Flax's logical rules say.
+
+    Mesh and rules are those of jax.set_mesh and flax.linen.logical_axis_rules; without them, or where nothing is split,
+    it is apply_experts. A dimension that its mesh axes do not divide stays whole. Memory of one device:
+    O(n tokens k) rows for its own `tokens` and n devices along the experts' axes, which holds any imbalance.
+    """
+    batch, experts, mlp = (
+        _mesh_axes(name, size)
+        for name, size in (("batch", x.shape[0]), ("experts", gate.shape[0]), ("mlp", gate.shape[2]))
+    )
+    if not (batch or experts or mlp):
+        return _local(x, gate, up, down, weights, chosen, dispatch=dispatch)
+    tokens = PartitionSpec(batch)
+    inputs, outputs = PartitionSpec(experts, None, mlp), PartitionSpec(experts, mlp)
+    local = partial(_local, dispatch=dispatch, batch=batch, experts=experts, mlp=mlp)
+    specs = (tokens, inputs, inputs, outputs, tokens, tokens)
+    return jax.shard_map(local, in_specs=specs, out_specs=tokens, check_vma=False)(x, gate, up, down, weights, chosen)
+
+
+def _mesh_axes(name: str, size: int) -> Axes:
+    """The axes, longer than 1, of the mesh in force that split this logical axis; none where they do not divide it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    (assigned,) = nn.logical_to_mesh_axes((name,)) or (None,)
+    assigned = (assigned,) if isinstance(assigned, str) else assigned or ()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    axes = tuple(axis for axis in assigned if types.get(axis) == AxisType.Auto and mesh.shape[axis] > 1)
+    parts = 1
+    for axis in axes:
+        parts *= mesh.shape[axis]
+    return axes if size % parts == 0 else ()
+
+
+def _local(x, gate, up, down, weights, chosen, *, dispatch, batch: Axes = (), experts: Axes = (), mlp: Axes = ()):
+    """One device's part: its own experts on the tokens of all devices that share the experts with it."""
+    gathered = tuple(axis for axis in experts if axis in batch)
+    if gathered:
+        x, weights, chosen = (jax.lax.all_gather(array, gathered, tiled=True) for array in (x, weights, chosen))
+    if experts:
+        chosen = chosen - len(gate) * jax.lax.axis_index(experts)
+    rows = (array.reshape(-1, array.shape[-1]) for array in (x, weights, chosen))
+    x_rows, weight_rows, chosen_rows = rows
+    y = apply_experts(x_rows, gate, up, down, weight_rows, chosen_rows, dispatch=dispatch, elsewhere=bool(experts))
+    y = y.reshape(x.shape)
+    if summed := tuple(axis for axis in (*experts, *mlp) if axis not in gathered):
+        y = jax.lax.psum(y, summed)
+    return jax.lax.psum_scatter(y, gathered, tiled=True) if gathered else y
