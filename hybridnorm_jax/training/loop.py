@@ -191,7 +191,7 @@ class _Loop:
         """Wait for a step's metrics, show them, and write every train.log_every-th."""
         if item is None:
             return
-        step, metrics = item[0], {name: float(value) for name, value in item[1].items()}
+        step, metrics = item[0], {name: np.asarray(value) for name, value in item[1].items()}
         self.clock.tick()
         bar.update(step - bar.n)
         rate = self.clock.rate()

@@ -5,6 +5,7 @@ import math
 import secrets
 from typing import Any
 
+import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 
@@ -15,8 +16,8 @@ class MetricsWriter:
     """Writes <run>/metrics.jsonl, <run>/tensorboard and a Weights & Biases run.
 
     metrics.jsonl has one JSON object per line, "step" first. A value that is not a finite number is null, since JSON
-    has neither NaN nor infinities. Every line is on disk when `write` returns. TensorBoard and Weights & Biases get the
-    values that are not null.
+    has neither NaN nor infinities; an array becomes nested lists. Every line is on disk when `write` returns.
+    TensorBoard and Weights & Biases get the single values that are not null.
 
     Args:
       run_dir: exists already; local or gs://. An object store cannot append, so there every `write` uploads the file.
@@ -56,13 +57,13 @@ class MetricsWriter:
         except ImportError as error:
             raise ConfigError(f"run.dir={run_dir.parent}: TensorBoard cannot write there: {error}") from error
 
-    def write(self, step: int, values: dict[str, float | None]) -> None:
+    def write(self, step: int, values: dict[str, float | np.ndarray | None]) -> None:
         """Record the values of one step; UserError where metrics.jsonl cannot be written."""
         if not self._enabled:
             return
         values = {name: _finite_or_none(value) for name, value in values.items()}
         self._file.append({"step": step, **values})
-        known = {name: value for name, value in values.items() if value is not None}
+        known = {name: value for name, value in values.items() if isinstance(value, float)}
         for name, value in known.items():
             self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
@@ -132,7 +133,9 @@ def _is_local(path: epath.Path) -> bool:
     return "://" not in str(path)
 
 
-def _finite_or_none(value: float | None) -> float | None:
+def _finite_or_none(value: float | np.ndarray | None) -> float | list | None:
+    if isinstance(value, np.ndarray) and value.ndim:
+        return [_finite_or_none(part) for part in value]
     if value is None or not math.isfinite(value):
         return None
     return float(value)

@@ -39,10 +39,15 @@ def learning_rate_schedule(config: OptimizerSection, steps: int, tokens_per_step
 
 
 def decay_mask(config: OptimizerSection, params: Any) -> Any:
-    """Which parameters decay: kernels always, embeddings and norm scales and biases as configured."""
+    """Which parameters decay: kernels always, embeddings and norm scales and biases as configured.
+
+    The biases that balance experts never do: no gradient holds against it.
+    """
 
     def decays(path, _):
         name = path[-1].key
+        if name == "balance_bias":
+            return False
         if name == "embedding":
             return config.decay_embeddings
         return config.decay_norms_and_biases if name in ("scale", "bias") else True

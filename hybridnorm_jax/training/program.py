@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybridnorm_jax.attention_backends import resolve_backend
 from hybridnorm_jax.config import check
@@ -16,9 +16,18 @@ from hybridnorm_jax.decoder import Decoder
 from hybridnorm_jax.equivalence.comparison import compare_forms, compare_norm
 from hybridnorm_jax.equivalence.decoder_forms import conversion_of
 from hybridnorm_jax.equivalence.invariants import Measured, assert_measured, tolerances
+from hybridnorm_jax.expert_dispatch import resolve_dispatch
 from hybridnorm_jax.loss import LossSums
 from hybridnorm_jax.run_config import RunConfig
-from hybridnorm_jax.sharding import MESH_AXES, batch_sharding, check_batch, make_mesh, use_mesh
+from hybridnorm_jax.sharding import (
+    MESH_AXES,
+    batch_parts,
+    batch_sharding,
+    check_batch,
+    check_experts,
+    make_mesh,
+    use_mesh,
+)
 from hybridnorm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from hybridnorm_jax.training.state import TrainState, init_state
 from hybridnorm_jax.training.step import Batch, document_inputs, make_eval_step, make_train_step
@@ -28,12 +37,13 @@ class Program:
     """The steps of one run. Building it checks everything that can be checked before compilation.
 
     Attributes:
-      config, mesh: as named; `backend` is the attention backend in force.
+      config, mesh: as named; `backend` is the attention backend in force, `dispatch` the experts', None without any.
       model: what the loss computes; `conversion` makes its parameters of the state's, None where they are the same.
       abstract_state: shapes, dtypes and shardings of the training state.
 
     Raises:
-      ConfigError: the mesh does not fit the devices, or the attention backend cannot do what is asked.
+      ConfigError: the mesh does not fit the devices or the experts, or the attention backend or the dispatch of the
+        experts cannot do what is asked.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh | None = None):
@@ -44,15 +54,21 @@ class Program:
             check(narrow, f"model.{name}", "float64", "needs JAX_ENABLE_X64=1 in the environment")
         if config.eval.batch_size is not None:
             check_batch("eval.batch_size", config.eval.batch_size, self.mesh)
+        check_experts(config.model.num_experts, self.mesh)
+        platform = self.mesh.devices.flat[0].platform
+        self.dispatch = None
+        if config.model.num_experts:
+            asked = config.model.expert_dispatch
+            self.dispatch = resolve_dispatch(asked, platform=platform, dtype=config.model.dtype)
         self.backend = resolve_backend(
             config.model.attention,
-            platform=self.mesh.devices.flat[0].platform,
+            platform=platform,
             dtype=config.model.dtype,
             head_dim=config.model.head_dim,
             segment_ids=config.data.segment_ids,
         )
         train = config.train
-        model = dataclasses.replace(config.model, attention=self.backend)
+        model = dataclasses.replace(config.model, attention=self.backend, expert_dispatch=self.dispatch or "auto")
         self.conversion = None
         if train.equivalent_form != "none":
             self.conversion = conversion_of(model, train.equivalent_form, pad_to=train.equivalent_pad_to)
@@ -68,17 +84,21 @@ class Program:
             seed=train.seed,
             chunk=train.loss_chunk,
             z_loss=train.z_loss,
+            balance_loss=train.balance_loss,
+            router_z_loss=train.router_z_loss,
+            balance_bias_rate=config.optimizer.balance_bias_rate,
             convert=convert,
             measure=_measure(config) if train.check_invariants else None,
         )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        self._train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None, None))
+        whole = NamedSharding(self.mesh, PartitionSpec())  # so that any process can read the metrics
+        self._train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole, None))
         self._eval_step = jax.jit(make_eval_step(self.model, chunk=train.loss_chunk, convert=convert))
 
     @property
     def eval_batch_size(self) -> int:
         """Sequences per evaluation batch, over all devices; by default a microbatch, made a multiple of its split."""
-        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        parts = batch_parts(self.mesh)
         return self.config.eval.batch_size or math.ceil(self.config.microbatch_size / parts) * parts
 
     def fresh_state(self) -> TrainState:

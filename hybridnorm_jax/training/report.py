@@ -24,6 +24,7 @@ def start_report(config: RunConfig, program: Program, data: Data, directory: epa
         ("devices", f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {jax.process_count()} process(es)"),
         ("mesh", ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())),
         ("parameters", f"{total:,} ({model.param_dtype}; computes in {model.dtype})"),
+        *([("experts", _experts(program, total))] if model.num_experts else []),
         ("scheme", f"{model.scheme}, {model.num_layers} layers in {parts} run{'s' * (parts > 1)}, {model.norm}"),
         *([("form", _form(program))] if program.conversion is not None else []),
         ("attention", f"{program.backend}{asked}"),
@@ -32,6 +33,17 @@ def start_report(config: RunConfig, program: Program, data: Data, directory: epa
     ]
     rows += [("sharding", line) for line in undivided(params, mesh)]
     return "\n".join(f"{name:<12} {text}" for name, text in rows)
+
+
+def _experts(program: Program, total: int) -> str:
+    """How many there are, what a token passes, and what computes them."""
+    model = program.config.model
+    absent = model.num_experts - model.experts_per_token
+    active = total - absent * 3 * model.num_layers * model.d_model * model.mlp_dim
+    shared = f" and {model.shared_experts} shared" if model.shared_experts else ""
+    asked = "" if model.expert_dispatch == program.dispatch else f" ({model.expert_dispatch})"
+    each = f"{model.num_experts}, {model.experts_per_token} per token{shared}, width {model.mlp_dim}"
+    return f"{each}; {active:,} parameters active; dispatch {program.dispatch}{asked}"
 
 
 def _form(program: Program) -> str:

@@ -14,9 +14,12 @@ from hybridnorm_jax.block import DEFECT
 from hybridnorm_jax.decoder import Decoder
 from hybridnorm_jax.equivalence.invariants import Measured, collected
 from hybridnorm_jax.loss import LossSums, chunked_cross_entropy, cross_entropy
+from hybridnorm_jax.moe import ROUTER, RouterStatistics
+from hybridnorm_jax.training import routing
 from hybridnorm_jax.training.state import TrainState
 
 Convert = Callable[[Any], Any]
+Sums = tuple[LossSums, RouterStatistics | None]
 Batch = dict[str, Array]  # tokens, targets, weights, and with documents kept apart segment_ids, positions
 
 
@@ -66,6 +69,9 @@ def make_train_step(
     seed: int,
     chunk: int | None = None,
     z_loss: float = 0.0,
+    balance_loss: float = 0.0,
+    router_z_loss: float = 0.0,
+    balance_bias_rate: float = 0.0,
     convert: Convert | None = None,
     measure: Callable[[Any, Batch], Measured] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array], Measured]]:
@@ -75,33 +81,46 @@ def make_train_step(
     sum(nll + z_loss * log(Z)^2) / sum(weights) over all microbatches: sums are accumulated and divided once, so
     microbatches with unequal numbers of targets give what one large batch gives.
 
-    Metrics: loss (nats per target, without the z-loss), grad_norm (before clipping), learning_rate, and z_loss (its
-    weighted term) where there is one.
+    With experts, balance_loss and router_z_loss weigh the routers' losses, summed over the layers (routing.py). A
+    microbatch's are taken over all its tokens on all devices and weighted by its number of targets. The balance loss
+    is no sum over tokens: that of a large batch is not the mean of its microbatches', so accumulation changes it.
+
+    Metrics: loss (nats per target, without any other term), grad_norm (before clipping), learning_rate, z_loss (its
+    weighted term) where there is one, and with experts those of routing.router_metrics.
 
     Args:
+      balance_bias_rate: of routing.move_balance_biases, after the optimizer's update; for model.balance_bias.
       convert: the state's parameters -> those of `model`, for a model that is trained as another form of itself.
       measure: (the state's parameters, one sequence) -> invariants to return; None: the last result is empty.
     """
     dropout_root = jax.random.key(seed)
-    collect = (DEFECT,) if measure is not None and convert is not None else ()
+    defects = (DEFECT,) if measure is not None and convert is not None else ()
+    routed = model.config.num_experts > 0
+    weights = {"balance": balance_loss, "z": router_z_loss}
 
     def objective(params, microbatch, key):
-        sums, sown = loss_sums(model, params, microbatch, chunk, key, collect)
-        return sums.nll + z_loss * sums.z, (sums, sown)
+        sums, sown = loss_sums(model, params, microbatch, chunk, key, (*defects, *[ROUTER] * routed))
+        total = sums.nll + z_loss * sums.z
+        if not routed:
+            return total, ((sums, None), sown)
+        routers = jax.tree.map(lambda mean: sums.weight.astype(mean.dtype) * mean, routing.all_layers(sown))
+        total += routing.router_loss(routers, **weights)
+        return total, ((sums, routers), {name: sown[name] for name in defects})
 
     def train_step(state, batch):
         key = jax.random.fold_in(dropout_root, state.step)
         if convert is None:
-            sums, sown, grads = _accumulate(objective, state.params, batch, key)
+            (sums, routers), sown, grads = _accumulate(objective, state.params, batch, key)
         else:
             # Converted once, and the gradient pulled back once, however many microbatches there are. The barriers keep
             # XLA from computing either again where it is read (1,024 tokens on a CPU: 1.5 times Pre-LN, with them 1.1).
             params, pull_back = jax.vjp(convert, state.params)
-            sums, sown, grads = _accumulate(objective, jax.lax.optimization_barrier(params), batch, key)
+            (sums, routers), sown, grads = _accumulate(objective, jax.lax.optimization_barrier(params), batch, key)
             (grads,) = pull_back(jax.lax.optimization_barrier(grads))
         weight = jnp.where(sums.weight > 0, sums.weight, 1)  # no target at all: loss and gradient are zero
         grads = jax.tree.map(lambda grad: grad / weight.astype(grad.dtype), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": sums.nll / weight,
             "grad_norm": optax.tree.norm(grads),
@@ -109,15 +128,20 @@ def make_train_step(
         }
         if z_loss:
             metrics["z_loss"] = z_loss * sums.z / weight
+        if routed:
+            routers = jax.tree.map(lambda total: total / weight.astype(total.dtype), routers)
+            metrics |= routing.router_metrics(routers, **weights)
+        if model.config.balance_bias:
+            params = routing.move_balance_biases(params, routers.fraction, balance_bias_rate)
         measured = {} if measure is None else measure(state.params, jax.tree.map(lambda x: x[0, :1], batch))
-        if collect:
+        if defects:
             measured |= {"trained": jax.vmap(partial(collected, collection=DEFECT))(sown).max(0)}
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics, measured
+        return TrainState(state.step + 1, params, opt_state), metrics, measured
 
     return train_step
 
 
-def _accumulate(objective: Callable, params: Any, batch: Batch, key: Array) -> tuple[LossSums, Any, Any]:
+def _accumulate(objective: Callable, params: Any, batch: Batch, key: Array) -> tuple[Sums, Any, Any]:
     """(sums, what was sown with the microbatches in front, gradient of the summed objective)."""
     gradient = jax.value_and_grad(objective, has_aux=True)
     count = batch["tokens"].shape[0]
