@@ -35,15 +35,14 @@ def apply_experts_on_mesh(
     it is apply_experts. A dimension that its mesh axes do not divide stays whole. Memory of one device:
     O(n tokens k) rows for its own `tokens` and n devices along the experts' axes, which holds any imbalance.
     """
-    batch, experts, mlp = (
-        _mesh_axes(name, size)
-        for name, size in (("batch", x.shape[0]), ("experts", gate.shape[0]), ("mlp", gate.shape[2]))
-    )
-    if not (batch or experts or mlp):
+    sizes = {"batch": x.shape[0], **dict(zip(("experts", "embed", "mlp"), gate.shape, strict=True))}
+    axes = {name: _mesh_axes(name, size) for name, size in sizes.items()}
+    if not any(axes.values()):
         return _local(x, gate, up, down, weights, chosen, dispatch=dispatch)
-    tokens = PartitionSpec(batch)
-    inputs, outputs = PartitionSpec(experts, None, mlp), PartitionSpec(experts, mlp)
-    local = partial(_local, dispatch=dispatch, batch=batch, experts=experts, mlp=mlp)
+    tokens = PartitionSpec(axes["batch"])
+    inputs = PartitionSpec(axes["experts"], axes["embed"], axes["mlp"])
+    outputs = PartitionSpec(axes["experts"], axes["mlp"], axes["embed"])
+    local = partial(_local, dispatch=dispatch, **axes)
     specs = (tokens, inputs, inputs, outputs, tokens, tokens)
     return jax.shard_map(local, in_specs=specs, out_specs=tokens, check_vma=False)(x, gate, up, down, weights, chosen)
 
@@ -61,15 +60,30 @@ def _mesh_axes(name: str, size: int) -> Axes:
     return axes if size % parts == 0 else ()
 
 
-def _local(x, gate, up, down, weights, chosen, *, dispatch, batch: Axes = (), experts: Axes = (), mlp: Axes = ()):
+def _local(
+    x,
+    gate,
+    up,
+    down,
+    weights,
+    chosen,
+    *,
+    dispatch,
+    batch: Axes = (),
+    experts: Axes = (),
+    embed: Axes = (),
+    mlp: Axes = (),
+):
     """One device's part: its own experts on the tokens of all devices that share the experts with it."""
+    if embed:  # gathered here and not on the way in, so that the gradients are scattered while they are summed
+        gate, up = (jax.lax.all_gather(kernels, embed, axis=1, tiled=True) for kernels in (gate, up))
+        down = jax.lax.all_gather(down, embed, axis=2, tiled=True)
     gathered = tuple(axis for axis in experts if axis in batch)
     if gathered:
         x, weights, chosen = (jax.lax.all_gather(array, gathered, tiled=True) for array in (x, weights, chosen))
     if experts:
         chosen = chosen - len(gate) * jax.lax.axis_index(experts)
-    rows = (array.reshape(-1, array.shape[-1]) for array in (x, weights, chosen))
-    x_rows, weight_rows, chosen_rows = rows
+    x_rows, weight_rows, chosen_rows = (array.reshape(-1, array.shape[-1]) for array in (x, weights, chosen))
     y = apply_experts(x_rows, gate, up, down, weight_rows, chosen_rows, dispatch=dispatch, elsewhere=bool(experts))
     y = y.reshape(x.shape)
     if summed := tuple(axis for axis in (*experts, *mlp) if axis not in gathered):

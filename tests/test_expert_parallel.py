@@ -160,3 +160,42 @@ def test_experts_that_the_mesh_cannot_divide_are_refused(small_config):
     dense = {"num_experts": 0, "experts_per_token": None}
     with pytest.raises(ConfigError, match=r"mesh\.expert=2: a dense model has no experts to split, model\.num_experts"):
         Program(_config(small_config, (4, 1, 2, 1), **dense))
+
+
+def _lowered(devices, shape, dispatch, dtype=jnp.bfloat16, platforms=None):
+    """Value and gradients on a mesh of these devices, lowered from shapes alone."""
+    mesh = make_mesh(dict(zip(MESH_AXES, shape, strict=True)), devices)
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shapes = (8, 128, 256), (8, 256, 128), (8, 256, 128), (8, 128, 256), (8, 128, 2)
+    inputs = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape in shapes]
+    chosen = jax.ShapeDtypeStruct((8, 128, 2), jnp.int32, sharding=place)
+
+    def both(inputs, chosen, cotangent):
+        value, pull = jax.vjp(lambda *inputs: apply_experts_on_mesh(*inputs, chosen, dispatch=dispatch), *inputs)
+        return value, *pull(cotangent)
+
+    with use_mesh(mesh):
+        traced = jax.jit(both).trace(inputs, chosen, inputs[0])
+        return traced.lower(lowering_platforms=platforms)
+
+
+@pytest.mark.parametrize(("dispatch", "kernels"), [("gmm", 9), ("blocked", 0)])
+def test_compiles_for_eight_tpu_chips(dispatch, kernels):
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TPU_SKIP_MDS_QUERY", "1")
+        environment.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        devices = list(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices)
+        text = _lowered(devices, (1, 2, 2, 2), dispatch).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == kernels
+    assert " all-gather" in text
+    assert " reduce-scatter" in text
+
+
+@pytest.mark.parametrize("dispatch", ["dense", "blocked", "ragged"])
+def test_lowers_for_gpu(dispatch):
+    text = _lowered(jax.devices(), (1, 2, 2, 2), dispatch, platforms=("cuda",)).as_text()
+    assert "all_gather" in text
+    assert "reduce_scatter" in text

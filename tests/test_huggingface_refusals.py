@@ -80,6 +80,7 @@ NOT_IMPLEMENTED = {
     },
     "hf_qwen3": {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
     "hf_olmo2": {"clip_qkv": 8.0},
+    "hf_olmoe": {"clip_qkv": 8.0, "hidden_act": "gelu", "quantization_config": {"bits": 4}},
 }
 
 
@@ -118,13 +119,14 @@ def test_the_plain_rotation_may_be_spelled_out(copy, scaling):
     assert config == load_huggingface(GOLDENS / "hf_llama")[0]
 
 
-SUPPORTED = "supported: gpt2, gpt_neox, opt, llama, qwen3, olmo2"
+SUPPORTED = "supported: gpt2, gpt_neox, opt, llama, qwen3, olmo2, olmoe"
 
 
 @pytest.mark.parametrize(
     ("config", "match"),
     [
         ({"model_type": "mixtral"}, f"model_type='mixtral' is not supported; {SUPPORTED}"),
+        ({"model_type": "qwen3_moe"}, f"model_type='qwen3_moe' is not supported; {SUPPORTED}"),
         ({"model_type": None}, f"model_type=None is not supported; {SUPPORTED}"),
         ({"alibi": True, "n": "a\nb"}, "alibi=True is not known for llama and might change what the model computes"),
         ({"chat": "line\nline"}, r"chat='line\\nline' is not known"),
@@ -139,11 +141,6 @@ SUPPORTED = "supported: gpt2, gpt_neox, opt, llama, qwen3, olmo2"
 def test_a_config_that_cannot_be_is_refused(copy, refused, config, match):
     copy("hf_llama", **config)
     refused("hf_llama", re.escape(match) if "\\" not in match else match)
-
-
-def test_olmoe_is_refused_by_name(copy, refused):
-    copy("hf_olmoe")
-    refused("hf_olmoe", f"model_type='olmoe' is not supported; {SUPPORTED}")
 
 
 @pytest.mark.parametrize(
