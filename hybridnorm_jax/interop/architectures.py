@@ -25,6 +25,10 @@ def mathematics(config: ModelConfig) -> dict[str, Any]:
     if any((p.q_norm, p.k_norm, p.v_norm, p.context_norm) != (None,) * 4 for p in config.placements):
         found["attention_norm"] = config.attention_norm_kind
         found |= {name: getattr(config, name) for name in ("attention_norm_scale", "attention_norm_bias")}
+    found["num_experts"] = config.num_experts
+    if config.num_experts:
+        keys = ("experts_per_token", "normalize_expert_weights", "shared_experts", "balance_bias")
+        found |= {key: getattr(config, key) for key in keys}
     return found
 
 
@@ -97,14 +101,23 @@ _LAYER_NORM = {"norm": "layernorm", "norm_bias": True}
 _RMS_NORM = {"norm": "rmsnorm", "norm_bias": False, "mlp_bias": False, "positions": "rope"}
 
 
-def _llama_keys(vocab_size: int, intermediate_size: int, eps: float, *more: Key, kv_heads: int | None = None):
+def _llama_keys(
+    vocab_size: int,
+    intermediate_size: int,
+    eps: float,
+    *more: Key,
+    hidden_size: int = 4096,
+    layers: int = 32,
+    heads: int = 32,
+    kv_heads: int | None = None,
+) -> tuple[Key, ...]:
     """The keys that Llama and those after it have in common."""
     return (
         Key("vocab_size", ("vocab_size",), vocab_size),
-        Key("hidden_size", ("d_model",), 4096),
+        Key("hidden_size", ("d_model",), hidden_size),
         Key("intermediate_size", ("mlp_dim",), intermediate_size),
-        Key("num_hidden_layers", ("num_layers",), 32),
-        Key("num_attention_heads", ("num_heads",), 32),
+        Key("num_hidden_layers", ("num_layers",), layers),
+        Key("num_attention_heads", ("num_heads",), heads),
         Key("num_key_value_heads", ("num_kv_heads",), kv_heads, null=_none_of),
         Key("hidden_act", ("activation",), "silu", words={"silu": "swiglu", "swish": "swiglu"}),
         Key("rms_norm_eps", ("norm_eps",), eps),
@@ -222,7 +235,26 @@ _OLMO2 = Architecture(
     keys=_llama_keys(50304, 11008, 1e-5),
     rope=Rope(),
 )
+_OLMOE = Architecture(
+    name="olmoe",
+    class_name="OlmoeForCausalLM",
+    constants={**_RMS_NORM, "scheme": "pre_qk_projection"},
+    keys=_llama_keys(
+        50304,
+        2048,
+        1e-5,
+        Key("num_experts", ("num_experts",), 64, least=1, alias="num_local_experts"),
+        Key("num_experts_per_tok", ("experts_per_token",), 8),
+        Key("norm_topk_prob", ("normalize_expert_weights",), False),
+        hidden_size=2048,
+        layers=16,
+        heads=16,
+    ),
+    rope=Rope(),
+    # The loss in training alone reads them.
+    harmless=names("output_router_logits router_aux_loss_coef"),
+)
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    entry.name: entry for entry in (_GPT2, _GPT_NEOX, _OPT, _LLAMA, _QWEN3, _OLMO2)
+    entry.name: entry for entry in (_GPT2, _GPT_NEOX, _OPT, _LLAMA, _QWEN3, _OLMO2, _OLMOE)
 }

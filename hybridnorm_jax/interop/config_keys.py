@@ -28,6 +28,8 @@ class Key:
       default: where the key is absent.
       null: where it is null, a function of the document; without one null is an error.
       words: their value -> ours where these differ; the first of several for one of ours is what is written.
+      least: their smallest number; any without one, as far as ModelConfig allows it.
+      alias: another name that the architecture's class reads as this one; it is never written.
     """
 
     name: str
@@ -35,31 +37,45 @@ class Key:
     default: Any
     null: Callable[[Json], Any] | None = None
     words: Mapping[Any, Any] | None = None
+    least: int | None = None
+    alias: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those by which a config.json may state it."""
+        return (self.name,) if self.alias is None else (self.name, self.alias)
 
     def read(self, document: Json, source: str) -> Any:
         """Our value."""
-        value = document.get(self.name, self.default)
+        stated = [(name, document[name]) for name in self.names if name in document]
+        name, value = stated[0] if stated else (self.name, self.default)
+        if len(stated) == 2 and stated[1][1] != value:
+            right = f"but {self.alias}, another name of it, is {stated[1][1]!r:.80}"
+            raise UserError(f"{source}: {name}={value!r:.80}, {right}")
         if value is None:
             if self.null is None:
-                raise UserError(f"{source}: {self.name}=null, but a value is needed")
+                raise UserError(f"{source}: {name}=null, but a value is needed")
             return self.null(document)
         if self.words is not None:
             if not isinstance(value, (str, bool)) or value not in self.words:
                 known = ", ".join(map(str, self.words))
-                raise UserError(f"{source}: {self.name}={value!r:.80} is not implemented; implemented: {known}")
+                raise UserError(f"{source}: {name}={value!r:.80} is not implemented; implemented: {known}")
             return self.words[value]
         kind = type(self.default) if self.default is not None else int
         if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
-            raise UserError(f"{source}: {self.name}={value!r:.80} must be of type {kind.__name__}")
+            raise UserError(f"{source}: {name}={value!r:.80} must be of type {kind.__name__}")
         if kind in (int, float) and not -(2**31) < value < 2**31:  # NaN and Infinity, too
-            raise UserError(f"{source}: {self.name}={value!r:.80} is out of range")
+            raise UserError(f"{source}: {name}={value!r:.80} is out of range")
+        if self.least is not None and value < self.least:
+            raise UserError(f"{source}: {name}={value}: must be at least {self.least}")
         return kind(value)
 
     def write(self, config: ModelConfig) -> Any:
         """Their value; one of theirs where none means ours, which the comparison in config_to_json then finds."""
         value = getattr(config, self.fields[0])
         if self.words is None:
-            return self.default if value is None and self.null is None else value
+            none_of_theirs = value < self.least if self.least is not None else value is None and self.null is None
+            return self.default if none_of_theirs else value
         return next((theirs for theirs, ours in self.words.items() if ours == value), next(iter(self.words)))
 
 
@@ -174,7 +190,8 @@ class Architecture:
 
     def _check(self, document: Json, source: str) -> None:
         fixed = {name: right for name, right in COMMON_FIXED.items() if name not in self.harmless} | dict(self.fixed)
-        known = {key.name for key in self.keys} | COMMON_HARMLESS | set(self.harmless) | {"model_type"}
+        known = {name for key in self.keys for name in key.names}
+        known |= {"model_type", *COMMON_HARMLESS, *self.harmless}
         known |= {*ROPE_KEYS, *ROPE_PLACES} if self.rope is not None else set()
         for name, value in document.items():
             if name in fixed:

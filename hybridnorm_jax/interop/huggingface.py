@@ -34,8 +34,9 @@ def load_huggingface(
     """The model of a Hugging Face directory: `Decoder(config).apply({"params": params}, tokens)` gives its logits.
 
     Architectures: GPT-2, GPT-NeoX (sequential and parallel residual), OPT (with norms before the sublayers), Llama,
-    Qwen3, OLMo 2. Tensors are read one at a time into the stacked leaves: beyond the parameters themselves, host
-    memory is needed for one tensor, or for two while a tied model's own copy of the head is compared.
+    Qwen3, OLMo 2, OLMoE (every expert is a tensor of its own in the files). Tensors are read one at a time into the
+    stacked leaves: beyond the parameters themselves, host memory is needed for one tensor, or for two while a tied
+    model's own copy of the head is compared.
 
     Args:
       path: directory with config.json and model.safetensors, or shards and model.safetensors.index.json.
@@ -60,10 +61,9 @@ def load_huggingface(
     file = directory / CONFIG
     name, config = config_from_json(_read_json(file), str(file), ignore_keys)
     table = TABLES[name]
-    places = list(table.places(config))
     with contextlib.ExitStack() as stack:
         tensors = _Tensors(directory, table, stack)
-        stored = tensors.check(places, beside=(table.head,) if config.tie_embeddings else ())
+        places, stored = tensors.check(table.places(config), beside=(table.head,) if config.tie_embeddings else ())
         dtype = dtype or _stored_dtype(stored, directory)
         if config.tie_embeddings:
             _check_tied_head(tensors, table, places[0])
@@ -164,21 +164,23 @@ class _Tensors:
         file, raw, _ = self.found[name]
         return f"{file}: {raw}"
 
-    def check(self, places: Sequence[Place], beside: Sequence[str]) -> set[str]:
-        """The dtypes of the places' tensors; raises for one missing, left over, of another shape or not of floats.
+    def check(self, places: Iterable[Place], beside: Sequence[str]) -> tuple[list[Place], set[str]]:
+        """The places, and their tensors' dtypes; raises for one missing, left over, of another shape or not of floats.
 
-        `beside` names tensors that may be there without a place.
+        `beside` names tensors that may be there without a place. Places are taken one by one: the first that is
+        missing ends it, however many experts config.json claims.
         """
-        dtypes = set()
+        checked, dtypes = [], set()
         for place in places:
             if place.name not in self.found:
                 raise UserError(f"{self.directory}: {place.name} is in no file, but {CONFIG} asks for it")
             dtypes.add(self.check_tensor(place.name, place.shape))
-        known = {place.name for place in places}.union(beside)
+            checked.append(place)
+        known = {place.name for place in checked}.union(beside)
         for name in self.found:
             if name not in known:
                 raise UserError(f"{self.where(name)}: a model of this {CONFIG} has no place for it")
-        return dtypes
+        return checked, dtypes
 
     def check_tensor(self, name: str, shape: tuple[int, ...]) -> str:
         """The dtype of a tensor of this shape."""

@@ -70,11 +70,22 @@ VECTOR_PER_HEAD = Layout(per_head=True)
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Their tensor `name`, the leaves of ours that it holds, in its order, and how it holds them."""
+    """Their tensor `name`, the leaves of ours that it holds, in its order, and how it holds them.
+
+    A name with {} is that of one tensor per expert, {} being the expert: each holds its expert's slice of the leaves.
+    """
 
     name: str
     leaves: tuple[str, ...]
     layout: Layout
+
+    def names(self, experts: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(name, index) of each tensor: the index is (expert,), or () of a tensor that is no expert's."""
+        if "{}" not in self.name:
+            yield self.name, ()
+            return
+        for expert in range(experts):
+            yield self.name.format(expert), (expert,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +94,14 @@ class Place:
 
     Attributes:
       name: of their tensor, in full.
-      leaves: of each leaf the path in our tree, "/" between its keys, and the position in its run, None outside runs.
-      leaf_shapes: of each leaf, without the axis of layers.
+      leaves: of each leaf the path in our tree, "/" between its keys, and the index in the stacked leaf of what the
+        tensor holds: () outside runs, (layer of the run,), or (layer of the run, expert).
+      leaf_shapes: of each leaf, without the axes of the index: layers, and experts.
       layout: how the tensor holds them.
     """
 
     name: str
-    leaves: tuple[tuple[str, int | None], ...]
+    leaves: tuple[tuple[str, tuple[int, ...]], ...]
     leaf_shapes: tuple[Shape, ...]
     layout: Layout
 
@@ -103,8 +115,8 @@ class Place:
         return self.layout.views(tensor, self.leaf_shapes)
 
     def targets(self, tree: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """Views of the leaves in a tree by path."""
-        return [tree[path] if index is None else tree[path][index] for path, index in self.leaves]
+        """Views of what the tensor holds of the leaves in a tree by path."""
+        return [tree[path][index] for path, index in self.leaves]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,12 +156,12 @@ class TensorTable:
         shapes = leaf_shapes(config)
         left = dict(shapes)
         stacked = [
-            (self.layer.format(run.start + index), f"run_{number}/", index)
+            (self.layer.format(run.start + layer), f"run_{number}/", (layer,))
             for number, run in enumerate(runs(config.placements))
-            for index in range(run.length)
+            for layer in range(run.length)
         ]
-        groups = [(self.outer, "", "", None), *((self.block, *names) for names in stacked)]
-        for tensors, theirs, ours, index in groups:
+        groups = [(self.outer, "", "", ()), *((self.block, *names) for names in stacked)]
+        for tensors, theirs, ours, layer in groups:
             for tensor in tensors:
                 leaves = [ours + leaf for leaf in tensor.leaves]
                 if not any(leaf in shapes for leaf in leaves):
@@ -158,8 +170,10 @@ class TensorTable:
                     raise UserError(f"{theirs}{tensor.name}: the model has only part of {', '.join(leaves)}")
                 for leaf in leaves:
                     left.pop(leaf, None)
-                inner = tuple(shapes[leaf] if index is None else shapes[leaf][1:] for leaf in leaves)
-                yield Place(theirs + tensor.name, tuple((leaf, index) for leaf in leaves), inner, tensor.layout)
+                for name, expert in tensor.names(config.num_experts):
+                    index = layer + expert
+                    inner = tuple(shapes[leaf][len(index) :] for leaf in leaves)
+                    yield Place(theirs + name, tuple((leaf, index) for leaf in leaves), inner, tensor.layout)
         if left:
             raise UserError(f"{next(iter(left))}: this architecture has no tensor for this parameter of the model")
 
@@ -168,7 +182,8 @@ def leaf_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Shapes of the parameters of `Decoder(config)` by path, "/" between the keys."""
     # What does not matter for shapes: float64 would warn without jax_enable_x64, and a backend of its own choice would
     # start the accelerator, which reading a file must not.
-    config = dataclasses.replace(config, param_dtype="float32", dtype="float32", attention="xla", remat="none")
+    cheap = {"param_dtype": "float32", "dtype": "float32", "attention": "xla", "expert_dispatch": "dense"}
+    config = dataclasses.replace(config, remat="none", **cheap)
     tree = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), np.zeros((1, 1), np.int32)))
     return {path: leaf.shape for path, leaf in flatten_dict(tree["params"], sep="/").items()}
 
@@ -196,9 +211,9 @@ _Q_K_V = (
     *_dense("self_attn.v_proj", _QKV[2]),
 )
 _Q_K_NORMS = (*_norm("self_attn.q_norm", "attention/q_norm"), *_norm("self_attn.k_norm", "attention/k_norm"))
+_LLAMA_ATTENTION = (*_Q_K_V, *_dense("self_attn.o_proj", "attention/out", kernel=LINEAR_OUT))
 _LLAMA_BRANCHES = (
-    *_Q_K_V,
-    *_dense("self_attn.o_proj", "attention/out", kernel=LINEAR_OUT),
+    *_LLAMA_ATTENTION,
     *_dense("mlp.gate_proj", "feed_forward/gate"),
     *_dense("mlp.up_proj", "feed_forward/up"),
     *_dense("mlp.down_proj", "feed_forward/down"),
@@ -219,6 +234,12 @@ _LLAMA = TensorTable(
 _OLMO2_BRANCH_NORMS = (
     *_norm("post_attention_layernorm", "attention_branch_norm"),
     *_norm("post_feedforward_layernorm", "feed_forward_branch_norm"),
+)
+_OLMOE_EXPERTS = (
+    *_dense("mlp.gate", "feed_forward/router"),
+    *_dense("mlp.experts.{}.gate_proj", "feed_forward/expert_gate"),
+    *_dense("mlp.experts.{}.up_proj", "feed_forward/expert_up"),
+    *_dense("mlp.experts.{}.down_proj", "feed_forward/expert_down"),
 )
 
 _GPT2 = TensorTable(
@@ -287,4 +308,5 @@ TABLES: Mapping[str, TensorTable] = {
     "llama": _LLAMA,
     "qwen3": dataclasses.replace(_LLAMA, block=_LLAMA_PRE_NORMS + _LLAMA_BRANCHES + _Q_K_NORMS),
     "olmo2": dataclasses.replace(_LLAMA, block=_LLAMA_BRANCHES + _Q_K_NORMS + _OLMO2_BRANCH_NORMS),
+    "olmoe": dataclasses.replace(_LLAMA, block=_LLAMA_PRE_NORMS + _LLAMA_ATTENTION + _Q_K_NORMS + _OLMOE_EXPERTS),
 }
