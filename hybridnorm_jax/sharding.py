@@ -61,17 +61,17 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     """A mesh of all devices with the axes MESH_AXES.
 
     Args:
-      sizes: axis -> size; one of them may be -1: all that are left.
+      sizes: axis -> size, 1 where it is not named; one of them may be -1: all that are left.
 
     Raises:
       ConfigError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = [sizes[axis] for axis in MESH_AXES]
+    shape = [sizes.get(axis, 1) for axis in MESH_AXES]
     given = int(np.prod([size for size in shape if size != -1]))
     shape = [len(devices) // given if size == -1 else size for size in shape]
     if int(np.prod(shape)) != len(devices):
-        asked = ", ".join(f"mesh.{axis}={sizes[axis]}" for axis in MESH_AXES)
+        asked = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
         raise ConfigError(f"{asked}: must multiply to the {len(devices)} devices there are, one of them may be -1")
     return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 

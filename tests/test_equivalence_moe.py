@@ -290,7 +290,14 @@ def _program(small_config, form, *, dtype="float64", **train):
     return Program(RunConfig(model=model, train=section, optimizer=optimizer), mesh)
 
 
-MODELS_TRAINED = {"scheme": "pre", "norm_bias": True, "tie_embeddings": True, "num_layers": 2, "shared_experts": 1}
+MODELS_TRAINED = {
+    "scheme": "pre",
+    "norm_bias": True,
+    "tie_embeddings": True,
+    "num_layers": 2,
+    "shared_experts": 1,
+    "balance_bias": True,
+}
 
 
 def _batch():
@@ -355,7 +362,7 @@ def test_the_command_converts_a_run_with_experts_and_says_how_many_choices_diffe
     for name in ("float64", "as written"):
         assert rows[name][3:5] == ["0.00%", "0.0%"]
         assert float(rows[name][0]) == float(rows[name][5]) < 1e-5
-    # 16 positions of 2^-8 each: eight bits do decide some of 512 choices otherwise.
+    # Eight bits decide some of the 2 x 128 x 2 choices otherwise.
     assert float(rows["bfloat16"][3].rstrip("%")) > 0
     assert float(rows["bfloat16"][4].rstrip("%")) > 0
     assert "where experts' scores tie, rounding decides" in printed

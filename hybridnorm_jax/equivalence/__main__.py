@@ -107,7 +107,8 @@ def describe(model: ModelConfig) -> str:
     width = f"width {model.d_model}"
     if model.norm_width is not None:
         width = f"stream of {model.norm_width} stored as {model.d_model}"
-    return f"{model.scheme}, {model.num_layers} layers, {width}, {model.norm}"
+    experts = f", {model.experts_per_token} of {model.num_experts} experts" if model.num_experts else ""
+    return f"{model.scheme}, {model.num_layers} layers, {width}, {model.norm}{experts}"
 
 
 if __name__ == "__main__":

@@ -120,22 +120,35 @@ def decoder_layout(config: ModelConfig) -> ResidualLayout:
 def _run_rules(config: ModelConfig, run: Run, name: str) -> dict[str, Role]:
     """The rules of one run, whose leaves have the layers in front."""
     rules: dict[str, Role] = {}
-    reading = {"attention": ("query", "key", "value"), "feed_forward": ("up",)}
-    reading["feed_forward"] += ("gate",) if config.activation == "swiglu" else ()
-    writing = {"attention": ("out", config.attention_bias), "feed_forward": ("down", config.mlp_bias)}
-    for sublayer, readers in reading.items():
+    branches = {
+        "attention": (dict.fromkeys(("query", "key", "value"), 1), ("out",), config.attention_bias),
+        "feed_forward": (*_feed_forward_projections(config), config.mlp_bias),
+    }
+    for sublayer, (readers, writers, has_bias) in branches.items():
         norm, scales = f"{name}/{sublayer}_pre_norm", run.scales(sublayer)[2]
         rules |= _norm_rules(config, norm)
-        for reader in readers:
-            # (layers, embed, heads, head_dim) or (layers, embed, mlp)
-            rules[f"{name}/{sublayer}/{reader}/kernel"] = Reads(norm, 1, input_scale=1.0 if scales is None else scales)
-        writer, has_bias = writing[sublayer]
-        rules |= {f"{name}/{sublayer}/{writer}/{leaf}": Writes() for leaf in ("kernel", *["bias"] * has_bias)}
+        for reader, axis in readers.items():
+            role = Reads(norm, axis, input_scale=1.0 if scales is None else scales)
+            rules[f"{name}/{sublayer}/{reader}/kernel"] = role
+        leaves = ["kernel"] + ["bias"] * has_bias
+        rules |= {f"{name}/{sublayer}/{writer}/{leaf}": Writes() for writer in writers for leaf in leaves}
+    if config.balance_bias:
+        rules[f"{name}/feed_forward/balance_bias"] = Untouched()
     for norm in HEAD_NORMS:
         if getattr(run.structure, norm):
             leaves = ["scale"] * config.attention_norm_scale + ["bias"] * config.attention_norm_bias
             rules |= {f"{name}/attention/{norm}/{leaf}": Untouched() for leaf in leaves}
     return rules
+
+
+def _feed_forward_projections(config: ModelConfig) -> tuple[dict[str, int], tuple[str, ...]]:
+    """({reader: the stream's axis in its kernel}, writers); layers come first in a kernel, then experts."""
+    if config.num_experts == 0:
+        return dict.fromkeys(("up", "gate") if config.activation == "swiglu" else ("up",), 1), ("down",)
+    readers, writers = {"router": 1, "expert_gate": 2, "expert_up": 2}, ("expert_down",)
+    if config.shared_experts == 0:
+        return readers, writers
+    return readers | {"shared/gate": 1, "shared/up": 1}, (*writers, "shared/down")
 
 
 def _norm_rules(config: ModelConfig, path: str) -> dict[str, Role]:
@@ -156,7 +169,7 @@ def _with_room(config: ModelConfig, roomy: ModelConfig, params: Any) -> dict:
         run = params[f"run_{number}"] = dict(params[f"run_{number}"])
         for sublayer, key in (("attention", "attention_bias"), ("feed_forward", "mlp_bias")):
             if getattr(roomy, key) and not getattr(config, key):
-                run[sublayer] = {name: _with_bias(name, leaves) for name, leaves in run[sublayer].items()}
+                run[sublayer] = _with_biases(sublayer, run[sublayer])
     return params
 
 
@@ -178,10 +191,13 @@ def _check_input(config: ModelConfig, params: Any) -> None:
             raise LayoutError(f"{path}: is {dtype}, but the embedding is {found['token_embedding/embedding'].dtype}")
 
 
-def _with_bias(name: str, leaves: dict) -> dict:
-    """A projection of stacked layers with a bias of zeros: the kernel's shape without its input axes."""
-    if "kernel" not in leaves:  # a norm on q, k, v or context
-        return leaves
-    kernel = leaves["kernel"]
+def _with_biases(name: str, tree: Any) -> Any:
+    """Stacked layers of a branch, each projection with a bias of zeros: a kernel's shape without its input axes."""
+    if not isinstance(tree, dict | FrozenDict):  # a leaf that belongs to no projection
+        return tree
+    if "kernel" not in tree:
+        return {key: _with_biases(key, branch) for key, branch in tree.items()}
+    kernel = tree["kernel"]
+    stacked = 2 if name.startswith("expert_") else 1  # layers, experts
     inputs = kernel.ndim - 2 if name in ("out", "down") else 1
-    return {**leaves, "bias": jnp.zeros(kernel.shape[:1] + kernel.shape[1 + inputs :], kernel.dtype)}
+    return {**tree, "bias": jnp.zeros(kernel.shape[:stacked] + kernel.shape[stacked + inputs :], kernel.dtype)}

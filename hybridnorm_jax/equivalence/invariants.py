@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.experimental import checkify
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from hybridnorm_jax.block import STREAM
 from hybridnorm_jax.config import ModelConfig, UserError
 from hybridnorm_jax.decoder import Decoder
 from hybridnorm_jax.equivalence.layout import ResidualLayout, resolve
+from hybridnorm_jax.equivalence.routing import ROUTED, TIE, Routing, is_router, routing_of
 from hybridnorm_jax.norms import crms_norm, rms_norm
 
 Measured = dict[str, Any]
@@ -90,21 +91,32 @@ def collected(sown: Mapping[str, Any], collection: str) -> Array:
 
 def forward(
     config: ModelConfig, params: Any, tokens: Int[Array, "batch seq"], **inputs
-) -> tuple[Float[Array, "batch seq vocab"], Float[Array, "layers_and_1 batch seq embed"]]:
-    """(logits, the stream after the embedding and after every block), in config.dtype, without dropout."""
-    plain = dataclasses.replace(config, attention="xla", remat="none")
+) -> tuple[Float[Array, "batch seq vocab"], Float[Array, "layers_and_1 batch seq embed"], Routing | None]:
+    """(logits, the stream after the embedding and after every block, routing), in config.dtype, without dropout.
+
+    The routing is None for a model without experts.
+    """
+    plain = dataclasses.replace(config, attention="xla", expert_dispatch="blocked", remat="none")
+    variables, collections = {"params": params}, [STREAM]
+    if config.num_experts:
+        collections += ROUTED
+        inputs |= {"capture_intermediates": is_router}
     # By default TPUs and GPUs take float32 products in fewer bits, which would be compared here.
     with jax.default_matmul_precision("highest"):
-        logits, sown = Decoder(plain).apply({"params": params}, tokens, mutable=[STREAM], **inputs)
-    return logits, collected(sown, STREAM)
+        logits, sown = Decoder(plain).apply(variables, tokens, mutable=collections, **inputs)
+    return logits, collected(sown, STREAM), routing_of(config, params, sown) if config.num_experts else None
 
 
 def stream_defects(
     full: Float[Array, "layers batch seq width"],
     stored: Float[Array, "layers batch seq stored"],
     eps: float,
+    left_out: Bool[Array, "layers batch seq"] | None = None,
 ) -> Measured:
     """Per layer, how far a stored stream and its norm are from the full, zero-mean one; all relative to its rms.
+
+    Args:
+      left_out: where the streams are not compared, see routing; the padding is measured everywhere.
 
     Returns:
       stored: the first width - 1 elements; padding: what lies behind them; last: the recovered element, -sum(stored);
@@ -119,15 +131,27 @@ def stream_defects(
         "last": (-kept.sum(-1, keepdims=True) - full[..., -1:]) / rms,
         "norm": crms_norm(stored, eps=eps, width=width)[..., : width - 1] - rms_norm(full, eps=eps)[..., :-1],
     }
+    if left_out is not None:
+        differences = {name: jnp.where(left_out[..., None], 0, value) for name, value in differences.items()}
     if padding.shape[-1]:
         differences["padding"] = padding / rms
     return {name: jnp.abs(value).max((1, 2, 3)) for name, value in differences.items()}
 
 
-def relative_difference(found: Array, expected: Array) -> Float[Array, ""]:
-    """max |found - expected| / max |expected|; absolute where all that is expected is 0."""
-    largest = jnp.abs(expected).max()
-    return jnp.abs(found - expected).max() / jnp.where(largest > 0, largest, 1)
+def relative_difference(
+    found: Float[Array, "batch seq width"],
+    expected: Float[Array, "batch seq width"],
+    left_out: Bool[Array, "batch seq"] | None = None,
+) -> Float[Array, ""]:
+    """max |found - expected| / max |expected|; absolute where all that is expected is 0.
+
+    Args:
+      left_out: where the two are not compared, see routing.
+    """
+    largest, difference = jnp.abs(expected).max(), jnp.abs(found - expected)
+    if left_out is not None:
+        difference = jnp.where(left_out[..., None], 0, difference)
+    return difference.max() / jnp.where(largest > 0, largest, 1)
 
 
 def rounding(dtype: Any, depth: int) -> float:
@@ -143,7 +167,8 @@ def tolerances(config: ModelConfig, platform: str = "cpu") -> dict[str, float]:
     """The largest value of each measurement that rounding explains, for a model of this depth and these dtypes.
 
     leaves: of parameters; trained: of the stream in the compute dtype; stream: of the stream in float32 or float64;
-    all others: of a comparison of two forward passes in float32 or float64.
+    ties: of experts' scores, see routing.RoutingDifference; all others: of a comparison of two forward passes in
+    float32 or float64.
     """
     depth = 2 * config.num_layers + 2
     # Converted parameters have been rounded, whatever arithmetic they are used in.
@@ -156,7 +181,8 @@ def tolerances(config: ModelConfig, platform: str = "cpu") -> dict[str, float]:
         # Elsewhere than on a CPU a float32 product may round its factors to bfloat16.
         "trained": rounding(jnp.bfloat16 if config.dtype == "bfloat16" or platform != "cpu" else wide, depth),
         "stream": rounding(wide, depth),
-        **dict.fromkeys(("stored", "last", "norm", "padding", "logits"), same),
+        **dict.fromkeys(("stored", "last", "norm", "padding", "logits", "routers"), same),
+        "ties": TIE * same,
     }
 
 
@@ -165,8 +191,8 @@ def assert_measured(step: Any, measured: Measured, limits: Mapping[str, float]) 
 
     Args:
       step: number of the training step, for the message.
-      measured: {"leaves": {path: value}, "logits": {form: value}, another name: a value for the embedding and each
-        block}.
+      measured: {"leaves": {path: value}, "logits": {form: value}, "routers" and "ties": a value for each block,
+        another name: a value for the embedding and each block}; names that are none of these are not asserted.
       limits: as `tolerances`.
 
     Raises:
@@ -196,6 +222,10 @@ _PHRASES = {
     "norm": "CRMSNorm's difference from RMSNorm of the full stream",
     "padding": "the padding of the stream",
 }
+_ROUTER_PHRASES = {
+    "routers": "the forms' router logits, of tokens that they have sent the same way so far, differ by",
+    "ties": "the forms chose different experts whose scores do not tie: their gap is",
+}
 
 
 def _assert_all(limits: dict[str, float], step: Array, measured: Measured) -> Array:
@@ -205,12 +235,21 @@ def _assert_all(limits: dict[str, float], step: Array, measured: Measured) -> Ar
     for name, phrase in _PHRASES.items():
         if name in measured:
             values = measured[name]
-            worst = jnp.argmax(jnp.where(jnp.isnan(values), jnp.inf, values))
+            worst = _worst(values)
             message = f"step {{step}}, after block {{block}} (0: the embedding): {phrase} is {{size}}"
             _check(values[worst], limits[name], message, step=step, block=worst)
+    for name, phrase in _ROUTER_PHRASES.items():
+        if name in measured:
+            worst = _worst(measured[name])
+            message = f"step {{step}}, in block {{block}}: {phrase} {{size}}"
+            _check(measured[name][worst], limits[name], message, step=step, block=worst + 1)
     for form, value in measured.get("logits", {}).items():
         _check(value, limits["logits"], f"step {{step}}: logits of {form} differ by {{size}}", step=step)
     return step
+
+
+def _worst(values: Float[Array, " blocks"]) -> Int[Array, ""]:
+    return jnp.argmax(jnp.where(jnp.isnan(values), jnp.inf, values))
 
 
 def _check(value: Array, limit: float, message: str, **parts: Array) -> None:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Int
 from hybridnorm_jax.config import ModelConfig
 from hybridnorm_jax.equivalence.decoder_forms import Conversion, conversion_of
 from hybridnorm_jax.equivalence.invariants import forward
+from hybridnorm_jax.equivalence.routing import TIE, Routing, compare_routing
 from hybridnorm_jax.norms import zero_mean_defect
 
 ARITHMETICS = ("float64", "float32", "bfloat16")
@@ -25,17 +26,58 @@ LARGEST_WRITTEN = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
+class Choices:
+    """How two mixtures of experts chose on the same tokens; see routing.
+
+    Attributes:
+      differ: share of the choices, one for each token and layer, that differ.
+      left_out: share of the tokens that such a choice has reached.
+      rest: largest absolute difference of the other tokens' logits.
+      routers, ties: as RoutingDifference's, the largest of all layers.
+    """
+
+    differ: float
+    left_out: float
+    rest: float
+    routers: float
+    ties: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Difference:
-    """Of the logits of two models on the same tokens: largest and mean absolute difference, and the largest logit."""
+    """Of the logits of two models on the same tokens: largest and mean absolute difference, and the largest logit.
+
+    `choices` is None for models without experts.
+    """
 
     largest: float
     mean: float
     logit: float
+    choices: Choices | None = None
 
     @property
     def relative(self) -> float:
         """The largest difference over the largest logit; 0 where nothing differs."""
-        return self.largest / self.logit if self.logit else (math.inf if self.largest else 0.0)
+        return self._over_logit(self.largest)
+
+    @property
+    def unexplained(self) -> float:
+        """`relative`, less what experts that tie explain.
+
+        With experts, the largest of: the difference of logits that no different choice has reached, over the largest
+        logit; the difference of routers; the gap of scores that should tie, in units of what that difference explains.
+        Infinite where every token was reached, so that no logits were compared.
+        """
+        choices = self.choices
+        if choices is None:
+            return self.relative
+        if choices.left_out == 1:
+            return math.inf
+        # np.max, unlike max, keeps NaN.
+        return float(np.max([self._over_logit(choices.rest), choices.routers, choices.ties / TIE]))
+
+    def _over_logit(self, difference: float) -> float:
+        return difference / self.logit if self.logit else (math.inf if difference else 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +100,16 @@ class Proof:
     @property
     def holds(self) -> bool:
         """Whether the conversion agrees to LARGEST_RELATIVE, and what is written to LARGEST_WRITTEN, on all tokens."""
-        limits = {"float64": LARGEST_RELATIVE, WRITTEN: LARGEST_WRITTEN}
         # Written so that NaN fails.
-        return all(row.relative <= limits[name] for (name, _), row in self.logits.items() if name in limits)
+        return self.worst("float64") <= LARGEST_RELATIVE and self.worst(WRITTEN) <= LARGEST_WRITTEN
 
     def worst(self, name: str) -> float:
-        """The largest relative difference in this row."""
-        return max(row.relative for (row_name, _), row in self.logits.items() if row_name == name)
+        """The largest relative difference in this row; "as written", experts that tie may excuse one (`unexplained`).
+
+        Rounding parameters to float32 moves scores far enough to meet a tie among thousands; float64 arithmetic is not.
+        """
+        rows = [row for (row_name, _), row in self.logits.items() if row_name == name]
+        return float(np.max([row.unexplained if name == WRITTEN else row.relative for row in rows]))
 
 
 def prove(
@@ -90,16 +135,16 @@ def prove(
     for name, ids in tokens.items():
         for arithmetic in ARITHMETICS:
             ours, theirs = (exact, exact_form) if arithmetic == "float64" else (params, written)
-            expected, stream = _run(dataclasses.replace(config, dtype=arithmetic), ours, ids)
-            found, _ = _run(dataclasses.replace(conversion.config, dtype=arithmetic), theirs, ids)
+            expected = _run(dataclasses.replace(config, dtype=arithmetic), ours, ids)
+            found = _run(dataclasses.replace(conversion.config, dtype=arithmetic), theirs, ids)
             logits[arithmetic, name] = _difference(found, expected)
             if arithmetic == "float64":
                 wide = cast(written, jnp.float64)
-                rounded, _ = _run(dataclasses.replace(conversion.config, dtype=arithmetic), wide, ids)
+                rounded = _run(dataclasses.replace(conversion.config, dtype=arithmetic), wide, ids)
                 logits[WRITTEN, name] = _difference(rounded, expected)
-                means.setdefault("Pre-LN", []).append(_means(stream))
+                means.setdefault("Pre-LN", []).append(_means(expected[1]))
             narrow = centred if arithmetic == "float64" else cast(centred, jnp.float32)
-            _, stream = _run(dataclasses.replace(full.config, dtype=arithmetic), narrow, ids)
+            _, stream, _ = _run(dataclasses.replace(full.config, dtype=arithmetic), narrow, ids)
             means.setdefault(arithmetic, []).append(_means(stream))
     sizes = tuple(sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for tree in (params, written))
     return Proof(logits, {name: np.max(columns, axis=0) for name, columns in means.items()}, sizes)
@@ -112,16 +157,7 @@ def cast(params: Any, dtype: Any) -> Any:
 
 def table(proof: Proof) -> str:
     """The proof as aligned text."""
-    sets = list(dict.fromkeys(name for _, name in proof.logits))
-    lines = [
-        "logits, converted - original (absolute; relative: largest over the largest logit)",
-        f"{'':12}" + "".join(f"{name:>28}" for name in sets),
-    ]
-    lines.append(f"{'arithmetic':12}" + f"{'max':>9}{'mean':>9}{'relative':>10}" * len(sets))
-    for arithmetic in ("float64", WRITTEN, "float32", "bfloat16"):
-        rows = [proof.logits[arithmetic, name] for name in sets]
-        cells = [f"{row.largest:9.1e}{row.mean:9.1e}{row.relative:10.1e}" for row in rows]
-        lines.append(f"{arithmetic:12}" + "".join(cells))
+    lines = _logits_table(proof)
     lines += [
         "",
         "largest |mean| / rms of the full stream: the original's, and in Pre-RMSNorm form",
@@ -135,14 +171,54 @@ def table(proof: Proof) -> str:
     return "\n".join(lines)
 
 
+def _logits_table(proof: Proof) -> list[str]:
+    sets = list(dict.fromkeys(name for _, name in proof.logits))
+    routed = any(row.choices for row in proof.logits.values())
+    columns = f"{'max':>9}{'mean':>9}{'relative':>10}" + (f"{'choices':>9}{'tokens':>8}{'rest':>9}" if routed else "")
+    lines = [
+        "logits, converted - original (absolute; relative: largest over the largest logit)",
+        f"{'':12}" + "".join(f"{name:>{len(columns)}}" for name in sets),
+        f"{'arithmetic':12}" + columns * len(sets),
+    ]
+    for arithmetic in ("float64", WRITTEN, "float32", "bfloat16"):
+        lines.append(f"{arithmetic:12}" + "".join(_cells(proof.logits[arithmetic, name]) for name in sets))
+    if routed:
+        lines += [
+            "choices: how many differ, of all tokens in all layers; where experts' scores tie, rounding decides, and",
+            "what follows differs by more. tokens: how many that reaches; rest: max of all others, - if none is left",
+        ]
+    return lines
+
+
+def _cells(row: Difference) -> str:
+    cells = f"{row.largest:9.1e}{row.mean:9.1e}{row.relative:10.1e}"
+    if row.choices is None:
+        return cells
+    rest = "-" if row.choices.left_out == 1 else f"{row.choices.rest:.1e}"
+    return cells + f"{row.choices.differ:9.2%}{row.choices.left_out:8.1%}{rest:>9}"
+
+
 @partial(jax.jit, static_argnums=0)
-def _run(config: ModelConfig, params: Any, tokens: Array) -> tuple[Array, Array]:
+def _run(config: ModelConfig, params: Any, tokens: Array) -> tuple[Array, Array, Routing | None]:
     return forward(config, params, tokens)
 
 
-def _difference(found: Array, expected: Array) -> Difference:
+def _difference(found: tuple, expected: tuple) -> Difference:
+    """Of two results of _run."""
+    (found, _, found_routing), (expected, _, routing) = found, expected
     gap = jnp.abs(found.astype(jnp.float64) - expected.astype(jnp.float64))
-    return Difference(float(gap.max()), float(gap.mean()), float(jnp.abs(expected).max()))
+    choices = None
+    if routing is not None:
+        compared = compare_routing(found_routing, routing)
+        left_out = compared.left_out[-1]
+        choices = Choices(
+            differ=float(compared.chosen.mean()),
+            left_out=float(left_out.mean()),
+            rest=float(jnp.where(left_out[..., None], 0, gap).max()),
+            routers=float(compared.routers.max()),
+            ties=float(compared.ties.max()),
+        )
+    return Difference(float(gap.max()), float(gap.mean()), float(jnp.abs(expected).max()), choices)
 
 
 def _means(streams: Array) -> np.ndarray:
