@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.config import ATTENTION_BACKENDS, check, check_choice
+from hybridnorm_jax.logical_axes import parts, split_axes
 
 # jax.checkpoint_policies.save_only_these_names(SAVED) keeps what the backward pass of xla and splash needs besides
 # q, k and v: the context and, per query, the logarithm of the softmax's denominator.
@@ -211,26 +212,17 @@ _SPLASH_BLOCKS += ("block_q_dq", "block_kv_dq")
 
 
 def _splash(query: Heads, key: KeyValueHeads, value: KeyValueHeads, segment_ids: SegmentIds) -> Heads:
-    """The kernel, on a mesh once per device: sequences over data and fsdp, heads over tensor, where these divide."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    """The kernel, on a mesh once per device: sequences and heads split as the logical rules say, where these divide."""
+    if jax.sharding.get_abstract_mesh().empty:
         return _splash_local(query, key, value, segment_ids)
-    rows = _dividing(mesh, ("data", "fsdp"), query.shape[0])
-    columns = _dividing(mesh, ("tensor",), query.shape[2])
-    if columns:
-        # As many key heads as the axis divides; query head h still reads the same values.
-        copies = mesh.shape["tensor"] // math.gcd(mesh.shape["tensor"], key.shape[2])
-        key, value = jnp.repeat(key, copies, axis=2), jnp.repeat(value, copies, axis=2)
+    rows, columns = split_axes("batch", query.shape[0]), split_axes("heads", query.shape[2])
+    # As many key heads as the axes divide; query head h still reads the same values.
+    copies = parts(columns) // math.gcd(parts(columns), key.shape[2])
+    key, value = jnp.repeat(key, copies, axis=2), jnp.repeat(value, copies, axis=2)
     spec, ids = PartitionSpec(rows, None, columns), PartitionSpec(rows)
     # check_vma: the kernel does not say over which axes its results vary.
     local = jax.shard_map(_splash_local, in_specs=(spec, spec, spec, ids), out_specs=spec, check_vma=False)
     return local(query, key, value, segment_ids)
-
-
-def _dividing(mesh: jax.sharding.AbstractMesh, axes: tuple[str, ...], size: int) -> tuple[str, ...]:
-    """Those of the axes that the mesh has, where together they divide `size`, otherwise none."""
-    axes = tuple(axis for axis in axes if axis in mesh.shape)
-    return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
 
 
 def _splash_local(query: Heads, key: KeyValueHeads, value: KeyValueHeads, segment_ids: SegmentIds) -> Heads:

@@ -10,11 +10,11 @@ its k experts, the usual all-to-all, would take k (n - 1) / n times as much: no 
 from functools import partial
 
 import jax
-from flax import linen as nn
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.expert_dispatch import InputKernels, OutputKernels, apply_experts
+from hybridnorm_jax.logical_axes import split_axes
 
 Axes = tuple[str, ...]
 
@@ -31,12 +31,12 @@ def apply_experts_on_mesh(
 ) -> Float[Array, "batch seq embed"]:
     """expert_dispatch.apply_experts on global arrays, computed where the mesh in force and Flax's logical rules say.
 
-    Mesh and rules are those of jax.set_mesh and flax.linen.logical_axis_rules; without them, or where nothing is split,
-    it is apply_experts. A dimension that its mesh axes do not divide stays whole. Memory of one device:
-    O(n tokens k) rows for its own `tokens` and n devices along the experts' axes, which holds any imbalance.
+    Mesh and rules: see logical_axes.split_axes; where nothing is split, it is apply_experts. A dimension that its mesh
+    axes do not divide stays whole. Memory of one device: O(n tokens k) rows for its own `tokens` and n devices along
+    the experts' axes, which holds any imbalance.
     """
     sizes = {"batch": x.shape[0], **dict(zip(("experts", "embed", "mlp"), gate.shape, strict=True))}
-    axes = {name: _mesh_axes(name, size) for name, size in sizes.items()}
+    axes = {name: split_axes(name, size) for name, size in sizes.items()}
     if not any(axes.values()):
         return _local(x, gate, up, down, weights, chosen, dispatch=dispatch)
     tokens = PartitionSpec(axes["batch"])
@@ -45,19 +45,6 @@ def apply_experts_on_mesh(
     local = partial(_local, dispatch=dispatch, **axes)
     specs = (tokens, inputs, inputs, outputs, tokens, tokens)
     return jax.shard_map(local, in_specs=specs, out_specs=tokens, check_vma=False)(x, gate, up, down, weights, chosen)
-
-
-def _mesh_axes(name: str, size: int) -> Axes:
-    """The axes, longer than 1, of the mesh in force that split this logical axis; none where they do not divide it."""
-    mesh = jax.sharding.get_abstract_mesh()
-    (assigned,) = nn.logical_to_mesh_axes((name,)) or (None,)
-    assigned = (assigned,) if isinstance(assigned, str) else assigned or ()
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    axes = tuple(axis for axis in assigned if types.get(axis) == AxisType.Auto and mesh.shape[axis] > 1)
-    parts = 1
-    for axis in axes:
-        parts *= mesh.shape[axis]
-    return axes if size % parts == 0 else ()
 
 
 def _local(

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from hybridnorm_jax import attention_backends
 from hybridnorm_jax.attention_backends import SAVED, causal_attention, resolve_backend
 from hybridnorm_jax.config import ConfigError
+from hybridnorm_jax.sharding import use_mesh
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -141,7 +142,7 @@ def test_sequences_and_heads_on_different_devices_never_talk():
         return context_and_gradients(attention, query, key, value, d_context)
 
     expected = both(*inputs, segment_ids)
-    with jax.set_mesh(mesh):
+    with use_mesh(mesh):
         placed = [jax.device_put(array, place) for array in inputs]
         compiled = jax.jit(both).lower(*placed, jax.device_put(segment_ids, ids)).compile()
         got = compiled(*placed, jax.device_put(segment_ids, ids))
@@ -201,7 +202,7 @@ def test_splash_equals_xla(monkeypatch, shape, batch, seq, heads, kv_heads):
     if shape is None:
         got = context_and_gradients(attention, *inputs)
     else:
-        with jax.set_mesh(jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)):
+        with use_mesh(jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)):
             got = context_and_gradients(attention, *inputs)
     assert_equal_to(expected, got, 5e-6)
 
@@ -248,7 +249,7 @@ def test_splash_compiles_for_tpu(tpu_devices, on_mesh, head_dim, segmented):
     arguments = (tpu_devices, (8, 512, 8, head_dim), 2, segmented)
     if on_mesh:
         mesh = Mesh(np.reshape(tpu_devices, (2, 2, 2)), AXES, axis_types=(AxisType.Auto,) * 3)
-        with jax.set_mesh(mesh):
+        with use_mesh(mesh):
             text = compile_gradient("splash", mesh, *arguments).as_text()
     else:
         text = compile_gradient("splash", None, *arguments).as_text()
