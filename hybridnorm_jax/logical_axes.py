@@ -10,8 +10,8 @@ from jax.sharding import AxisType
 def split_axes(name: str, size: int) -> tuple[str, ...]:
     """The axes of the mesh in force that split the logical axis `name` of this size; none where they do not divide.
 
-    Mesh and rules are those of jax.set_mesh and flax.linen.logical_axis_rules. Axes of size 1, and those that are manual
-    already (inside a jax.shard_map), are left out.
+    Mesh and rules are those of jax.set_mesh and flax.linen.logical_axis_rules. Axes of size 1 and manual ones (inside a
+    jax.shard_map) are left out.
     """
     mesh = jax.sharding.get_abstract_mesh()
     (assigned,) = nn.logical_to_mesh_axes((name,)) or (None,)
