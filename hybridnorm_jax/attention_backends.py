@@ -1,7 +1,4 @@
-"""Causal attention over grouped heads, and the choice of what computes it: xla (ours), cudnn (GPU), splash (TPU).
-
-The kernel of splash is the one in jax.experimental.pallas.ops.tpu.splash_attention.
-"""
+"""Causal attention over grouped heads, and the choice of what computes it: xla (ours), cudnn (GPU), splash (TPU)."""
 
 import dataclasses
 import functools
@@ -12,12 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from hybridnorm_jax.attention_splash import splash_attention
 from hybridnorm_jax.config import ATTENTION_BACKENDS, check, check_choice
-from hybridnorm_jax.logical_axes import parts, split_axes
+from hybridnorm_jax.sequence_parallel import on_mesh, sequence_axes, zigzag_attention
 
 # jax.checkpoint_policies.save_only_these_names(SAVED) keeps what the backward pass of xla and splash needs besides
 # q, k and v: the context and, per query, the logarithm of the softmax's denominator.
@@ -90,7 +86,8 @@ def causal_attention(
     """softmax(q k^T / sqrt(head_dim) + mask) v, in the query's dtype; the softmax in float32 at least.
 
     Query head h reads key and value head h // (heads / kv_heads). A token sees itself and earlier tokens, of its own
-    segment only where segment_ids are given. Reverse-mode differentiable.
+    segment only where segment_ids are given. Reverse-mode differentiable. On a mesh that splits the sequence, xla and
+    splash compute it in shares of equal work (sequence_parallel.py); cudnn gathers the sequence.
 
     Args:
       backend: as in resolve_backend. "auto" asks for the default platform; a named backend is taken at its word, so
@@ -108,11 +105,14 @@ def causal_attention(
     )
     match backend:
         case "xla":
+            if axes := sequence_axes(query.shape[1]):
+                local = functools.partial(zigzag_attention, axes=axes, saved_as=SAVED)
+                return on_mesh(local, query, key, value, segment_ids, sequence=axes)
             return _blockwise(query, key, value, segment_ids)
         case "cudnn":
             return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
         case "splash":
-            return _splash(query, key, value, segment_ids)
+            return splash_attention(query, key, value, segment_ids, saved_as=SAVED)
 
 
 # ---- xla: queries in blocks, each against the keys up to its end. The backward pass recomputes the weights from the
@@ -203,45 +203,3 @@ def _sum_readers(blocks: list[Float[Array, "batch heads block head_dim"]], like:
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
-
-
-# ---- splash
-
-_SPLASH_BLOCKS = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
-_SPLASH_BLOCKS += ("block_q_dq", "block_kv_dq")
-
-
-def _splash(query: Heads, key: KeyValueHeads, value: KeyValueHeads, segment_ids: SegmentIds) -> Heads:
-    """The kernel, on a mesh once per device: sequences and heads split as the logical rules say, where these divide."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return _splash_local(query, key, value, segment_ids)
-    rows, columns = split_axes("batch", query.shape[0]), split_axes("heads", query.shape[2])
-    # As many key heads as the axes divide; query head h still reads the same values.
-    copies = parts(columns) // math.gcd(parts(columns), key.shape[2])
-    key, value = jnp.repeat(key, copies, axis=2), jnp.repeat(value, copies, axis=2)
-    spec, ids = PartitionSpec(rows, None, columns), PartitionSpec(rows)
-    # check_vma: the kernel does not say over which axes its results vary.
-    local = jax.shard_map(_splash_local, in_specs=(spec, spec, spec, ids), out_specs=spec, check_vma=False)
-    return local(query, key, value, segment_ids)
-
-
-def _splash_local(query: Heads, key: KeyValueHeads, value: KeyValueHeads, segment_ids: SegmentIds) -> Heads:
-    """The kernel on one device. Positions are filled up to a multiple of 128 at the end, which no token sees."""
-    seq, heads, head_dim = query.shape[1:]
-    query = (query * jnp.float32(head_dim**-0.5)).astype(query.dtype)
-    padding = -seq % 128
-    q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (query, key, value))
-    block = next(size for size in (512, 256, 128) if (seq + padding) % size == 0)
-    kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([splash.CausalMask((seq + padding,) * 2)] * heads),
-        block_sizes=splash.BlockSizes(**dict.fromkeys(_SPLASH_BLOCKS, block)),
-        head_shards=1,
-        q_seq_shards=1,
-        residual_checkpoint_name=SAVED,
-    )
-    if segment_ids is None:
-        context = jax.vmap(kernel)(q, k, v)
-    else:
-        ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
-        context = jax.vmap(kernel)(q, k, v, splash.SegmentIds(ids, ids))
-    return context.swapaxes(1, 2)[:, :seq]

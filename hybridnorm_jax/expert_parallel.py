@@ -35,11 +35,11 @@ def apply_experts_on_mesh(
     axes do not divide stays whole. Memory of one device: O(n tokens k) rows for its own `tokens` and n devices along
     the experts' axes, which holds any imbalance.
     """
-    sizes = {"batch": x.shape[0], **dict(zip(("experts", "embed", "mlp"), gate.shape, strict=True))}
+    sizes = {"batch": x.shape[0], "seq": x.shape[1], **dict(zip(("experts", "embed", "mlp"), gate.shape, strict=True))}
     axes = {name: split_axes(name, size) for name, size in sizes.items()}
     if not any(axes.values()):
         return _local(x, gate, up, down, weights, chosen, dispatch=dispatch)
-    tokens = PartitionSpec(axes["batch"])
+    tokens = PartitionSpec(axes["batch"], axes.pop("seq"))
     inputs = PartitionSpec(axes["experts"], axes["embed"], axes["mlp"])
     outputs = PartitionSpec(axes["experts"], axes["mlp"], axes["embed"])
     local = partial(_local, dispatch=dispatch, **axes)

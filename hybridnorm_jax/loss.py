@@ -50,6 +50,7 @@ def chunked_cross_entropy(
     targets: Int[Array, "batch seq"],
     weights: Float[Array, "batch seq"],
     chunk: int,
+    stretches: int = 1,
 ) -> LossSums:
     """cross_entropy(logits_of(hidden), ...) that holds the logits of `chunk` positions at a time.
 
@@ -58,10 +59,12 @@ def chunked_cross_entropy(
 
     Args:
       chunk: positions per chunk; divides seq.
+      stretches: into how many stretches devices split the sequence; every chunk takes an equal piece of each, so that
+        all devices work on every chunk. Divides chunk.
     """
     batch, seq = targets.shape
-    if seq % chunk:
-        raise ValueError(f"chunk={chunk} must divide the sequence length {seq}")
+    if seq % chunk or chunk % stretches:
+        raise ValueError(f"chunk={chunk} must divide the sequence length {seq}, stretches={stretches} the chunk")
 
     @jax.checkpoint
     def body(sums, piece):
@@ -69,7 +72,8 @@ def chunked_cross_entropy(
         return sums + cross_entropy(logits_of(hidden), targets, weights), None
 
     def split(x):
-        return jnp.moveaxis(x.reshape(batch, seq // chunk, chunk, *x.shape[2:]), 1, 0)
+        pieces = jnp.moveaxis(x.reshape(batch, stretches, seq // chunk, chunk // stretches, *x.shape[2:]), 2, 0)
+        return pieces.reshape(seq // chunk, batch, chunk, *x.shape[2:])
 
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     sums, _ = jax.lax.scan(body, LossSums.zero(dtype), (split(hidden), split(targets), split(weights)))

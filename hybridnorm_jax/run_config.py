@@ -3,6 +3,7 @@
 import dataclasses
 
 from hybridnorm_jax.config import ModelConfig, check, check_choice, check_positive, key
+from hybridnorm_jax.mesh_rules import MESH_AXES, resolve_rules
 
 SOURCES = ("stdlib", "text", "tokens")
 EQUIVALENT_FORMS = ("none", "pre_rmsnorm", "pre_crmsnorm")
@@ -144,12 +145,23 @@ class MeshSection:
     fsdp: int = key(1, "data parallel with parameters and optimizer state sharded")
     tensor: int = key(1, "tensor parallel: heads, feed-forward and vocabulary are split")
     expert: int = key(1, "data parallel with the experts split: every device holds a share of them")
+    context: int = key(1, "sequence parallel: every sequence is split, attention sees all of it")
+    replica: int = key(1, "data parallel across slices or nodes, between which the network is slow")
+    rules: dict[str, tuple[str, ...]] = key(
+        {}, "logical axis -> mesh axes, best first, such as {vocab: [tensor, fsdp]}"
+    )
 
     def __post_init__(self):
-        sizes = dataclasses.asdict(self)
+        resolve_rules(self.rules)
+        sizes = self.sizes
         for name, size in sizes.items():
             check(size == -1 or size >= 1, f"mesh.{name}", size, "must be at least 1, or -1 for all that are left")
         check(list(sizes.values()).count(-1) <= 1, "mesh", sizes, "only one -1")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Mesh axis -> size."""
+        return {axis: getattr(self, axis) for axis in MESH_AXES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +170,7 @@ class CheckpointSection:
 
     every: int = key(1000, "steps between checkpoints; one is always saved at the end")
     keep: int = key(2, "how many of the newest are kept")
+    allow_fallback: bool = key(False, "where the newest is damaged: true goes on from the one before it, false stops")
 
     def __post_init__(self):
         check_positive("checkpoint", self, ("every", "keep"))

@@ -7,22 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hybridnorm_jax.config import ConfigError
+from hybridnorm_jax.mesh_rules import MESH_AXES, Rules, resolve_rules
 
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
-
-# Logical axis -> mesh axes. A dimension that its mesh axes do not divide stays whole.
-RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp", "expert"),
-    "embed": ("fsdp",),
-    "experts": ("expert",),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "mlp": ("tensor",),
-    "vocab": ("tensor",),
-}
+RULES = resolve_rules()
 
 # Last two parts of a parameter's path -> its logical axes; inside a run "layers" comes first. Norms have no entry of
 # their own: a vector is not worth the communication of sharding it.
@@ -58,13 +49,13 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
 
 
 def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh of all devices with the axes MESH_AXES.
+    """A mesh of all devices with the axes MESH_AXES; on TPUs of several slices `replica` lies across the slices.
 
     Args:
       sizes: axis -> size, 1 where it is not named; one of them may be -1: all that are left.
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices.
+      ConfigError: the sizes do not multiply to the number of devices, or replica is no multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [sizes.get(axis, 1) for axis in MESH_AXES]
@@ -73,15 +64,23 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     if int(np.prod(shape)) != len(devices):
         asked = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
         raise ConfigError(f"{asked}: must multiply to the {len(devices)} devices there are, one of them may be -1")
-    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=types, devices=devices)
+    if shape[0] % slices:
+        right = f"must be a multiple of the {slices} slices, between which the network is slow"
+        raise ConfigError(f"mesh.replica={shape[0]}: {right}")
+    within, across = [shape[0] // slices, *shape[1:]], [slices, *[1] * (len(shape) - 1)]
+    return Mesh(create_hybrid_device_mesh(within, across, devices), MESH_AXES, axis_types=types)
 
 
 @contextmanager
-def use_mesh(mesh: Mesh):
-    """Trace and run what is inside on this mesh, by RULES."""
+def use_mesh(mesh: Mesh, rules: Rules = RULES):
+    """Trace and run what is inside on this mesh, by the first entries of these rules."""
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        stack.enter_context(nn.logical_axis_rules(tuple(RULES.items())))
+        stack.enter_context(nn.logical_axis_rules([(name, entries[0]) for name, entries in rules.items() if entries]))
         yield
 
 
@@ -100,71 +99,93 @@ def logical_axes(path: tuple[str, ...], ndim: int) -> tuple[str | None, ...]:
     return layers + axes
 
 
-def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The spec that RULES give these logical axes; a dimension that its mesh axes do not divide stays whole."""
+def partition_spec(
+    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULES
+) -> PartitionSpec:
+    """The spec that the rules give these logical axes, see mesh_rules.DEFAULT_RULES."""
+    taken: set[str] = set()
     spec = []
     for axis, size in zip(axes, shape, strict=True):
-        mesh_axes = RULES.get(axis, ())
-        divides = size % int(np.prod([mesh.shape[name] for name in mesh_axes])) == 0
-        spec.append((mesh_axes if len(mesh_axes) > 1 else mesh_axes[0]) if mesh_axes and divides else None)
+        free = (entry for entry in rules.get(axis, ()) if not taken.intersection(entry))
+        entry = next((entry for entry in free if size % _parts_of(entry, mesh) == 0), None)
+        taken.update(entry or ())
+        spec.append(entry[0] if entry is not None and len(entry) == 1 else entry)
     return PartitionSpec(*spec)
+
+
+def _parts_of(axes: tuple[str, ...], mesh: Mesh) -> int:
+    return int(np.prod([mesh.shape[axis] for axis in axes]))
 
 
 def _parts(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
 
 
-def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     """For parameters, or a training state that holds trees like them: the same tree of NamedShardings."""
 
     def sharding(path, leaf):
-        return NamedSharding(mesh, partition_spec(logical_axes(_parts(path), leaf.ndim), leaf.shape, mesh))
+        return NamedSharding(mesh, partition_spec(logical_axes(_parts(path), leaf.ndim), leaf.shape, mesh, rules))
 
     return jax.tree.map_with_path(sharding, tree)
 
 
-def undivided(params: Any, mesh: Mesh) -> list[str]:
-    """What stays whole because a mesh axis does not divide it, one line each, for the start-up report."""
+def undivided(params: Any, mesh: Mesh, rules: Rules = RULES) -> list[str]:
+    """What does not lie where its first rule says, because an axis does not divide it; for the start-up report."""
     lines = []
     for path, leaf in jax.tree.leaves_with_path(params):
         axes = logical_axes(_parts(path), leaf.ndim)
-        spec = partition_spec(axes, leaf.shape, mesh)
+        spec = partition_spec(axes, leaf.shape, mesh, rules)
         for axis, size, placed in zip(axes, leaf.shape, spec, strict=True):
-            over = [name for name in RULES.get(axis, ()) if mesh.shape[name] > 1]
-            if over and placed is None:
-                lines.append(f"{axis}={size} stays whole: not divisible by {' x '.join(over)}")
+            first = rules.get(axis, ((),))[0] if rules.get(axis) else ()
+            if size % _parts_of(first, mesh) == 0:
+                continue
+            over = " x ".join(name for name in first if mesh.shape[name] > 1)
+            placed = (placed,) if isinstance(placed, str) else placed or ()
+            instead = " x ".join(name for name in placed if mesh.shape[name] > 1)
+            where = f"is split by {instead} alone" if instead else "stays whole"
+            lines.append(f"{axis}={size} {where}: not divisible by {over}")
     return sorted(set(lines))
 
 
-def batch_sharding(mesh: Mesh, leading: int) -> NamedSharding:
+def batch_sharding(mesh: Mesh, leading: int, rules: Rules = RULES) -> NamedSharding:
     """Of a batch whose sequences are dimension number `leading`."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * leading, RULES["batch"]))
+    return NamedSharding(mesh, PartitionSpec(*[None] * leading, rules["batch"][0]))
 
 
-def batch_parts(mesh: Mesh) -> int:
+def batch_parts(mesh: Mesh, rules: Rules = RULES) -> int:
     """Into how many equal parts the mesh splits a batch."""
-    return int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
+    return _parts_of(rules["batch"][0], mesh)
 
 
-def batch_share(mesh: Mesh) -> tuple[int, int]:
+def batch_share(mesh: Mesh, rules: Rules = RULES) -> tuple[int, int]:
     """(number, count): which of `count` equal stretches of every batch this process reads.
 
     Processes whose devices differ only along axes that do not split the batch read the same stretch.
     """
-    parts = batch_parts(mesh)
+    parts = batch_parts(mesh, rules)
     held: dict[int, set[int]] = {}
-    for device, (rows,) in batch_sharding(mesh, 0).devices_indices_map((parts,)).items():
+    for device, (rows,) in batch_sharding(mesh, 0, rules).devices_indices_map((parts,)).items():
         held.setdefault(device.process_index, set()).add(rows.start or 0)
     stretches = sorted({tuple(sorted(rows)) for rows in held.values()})
     return stretches.index(tuple(sorted(held[jax.process_index()]))), len(stretches)
 
 
-def check_batch(key_name: str, batch_size: int, mesh: Mesh) -> None:
+def check_batch(key_name: str, batch_size: int, mesh: Mesh, rules: Rules = RULES) -> None:
     """Raise ConfigError unless the mesh can split this many sequences."""
-    parts = batch_parts(mesh)
+    parts = batch_parts(mesh, rules)
     if batch_size % parts:
-        right = f"must be a multiple of mesh {' x '.join(RULES['batch'])} = {parts}"
+        right = f"must be a multiple of mesh {' x '.join(rules['batch'][0])} = {parts}"
         raise ConfigError(f"{key_name}: {batch_size} sequences at a time, {right}")
+
+
+def check_sequence(seq_len: int, mesh: Mesh, tile: int, rules: Rules = RULES) -> None:
+    """Raise ConfigError unless the mesh can split sequences of this length, in multiples of `tile` positions."""
+    axes = rules["seq"][0] if rules["seq"] else ()
+    shards = _parts_of(axes, mesh)
+    if shards > 1 and seq_len % (2 * shards * tile):
+        right = f"must be a multiple of 2 x {' x '.join(axes)}" + f" x {tile}" * (tile > 1)
+        raise ConfigError(f"train.seq_len={seq_len}: {right} = {2 * shards * tile}, to be split among {shards} devices")
 
 
 def check_experts(num_experts: int, mesh: Mesh) -> None:

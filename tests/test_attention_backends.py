@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from hybridnorm_jax import attention_backends
+from hybridnorm_jax import attention_splash
 from hybridnorm_jax.attention_backends import SAVED, causal_attention, resolve_backend
 from hybridnorm_jax.config import ConfigError
 from hybridnorm_jax.sharding import use_mesh
@@ -194,8 +194,8 @@ def test_attention_refuses_what_the_named_backend_cannot_do():
 @pytest.mark.parametrize("shape", [None, (2, 2, 2), (1, 2, 4)])
 @pytest.mark.parametrize(("batch", "seq", "heads", "kv_heads"), [(4, 130, 4, 1), (1, 5, 3, 1)])
 def test_splash_equals_xla(monkeypatch, shape, batch, seq, heads, kv_heads):
-    interpreted = functools.partial(attention_backends.splash.make_splash_mha, interpret=True)
-    monkeypatch.setattr(attention_backends.splash, "make_splash_mha", interpreted)
+    interpreted = functools.partial(attention_splash.splash.make_splash_mha, interpret=True)
+    monkeypatch.setattr(attention_splash.splash, "make_splash_mha", interpreted)
     inputs, segment_ids = draw(batch, seq, heads, kv_heads, 8), documents(batch, seq)
     expected = context_and_gradients(functools.partial(causal_attention, segment_ids=segment_ids), *inputs)
     attention = functools.partial(causal_attention, segment_ids=segment_ids, backend="splash")

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybridnorm_jax.attention_backends import resolve_backend
+from hybridnorm_jax.attention_splash import TILE
 from hybridnorm_jax.config import check
 from hybridnorm_jax.decoder import Decoder
 from hybridnorm_jax.equivalence.comparison import compare_forms, compare_norm
@@ -18,13 +19,15 @@ from hybridnorm_jax.equivalence.decoder_forms import conversion_of
 from hybridnorm_jax.equivalence.invariants import Measured, assert_measured, tolerances
 from hybridnorm_jax.expert_dispatch import resolve_dispatch
 from hybridnorm_jax.loss import LossSums
+from hybridnorm_jax.mesh_rules import resolve_rules
 from hybridnorm_jax.run_config import RunConfig
 from hybridnorm_jax.sharding import (
-    MESH_AXES,
     batch_parts,
     batch_sharding,
+    batch_share,
     check_batch,
     check_experts,
+    check_sequence,
     make_mesh,
     use_mesh,
 )
@@ -37,7 +40,8 @@ class Program:
     """The steps of one run. Building it checks everything that can be checked before compilation.
 
     Attributes:
-      config, mesh: as named; `backend` is the attention backend in force, `dispatch` the experts', None without any.
+      config, mesh: as named; `rules` say what lies on which axis of the mesh.
+      backend, dispatch: what computes attention, and the experts (None without any).
       model: what the loss computes; `conversion` makes its parameters of the state's, None where they are the same.
       abstract_state: shapes, dtypes and shardings of the training state.
 
@@ -48,12 +52,13 @@ class Program:
 
     def __init__(self, config: RunConfig, mesh: Mesh | None = None):
         self.config = config
-        self.mesh = make_mesh({axis: getattr(config.mesh, axis) for axis in MESH_AXES}) if mesh is None else mesh
+        self.mesh = make_mesh(config.mesh.sizes) if mesh is None else mesh
+        self.rules = resolve_rules(config.mesh.rules)
         for name in ("dtype", "param_dtype"):
             narrow = getattr(config.model, name) != "float64" or jax.config.jax_enable_x64
             check(narrow, f"model.{name}", "float64", "needs JAX_ENABLE_X64=1 in the environment")
         if config.eval.batch_size is not None:
-            check_batch("eval.batch_size", config.eval.batch_size, self.mesh)
+            check_batch("eval.batch_size", config.eval.batch_size, self.mesh, self.rules)
         check_experts(config.model.num_experts, self.mesh)
         platform = self.mesh.devices.flat[0].platform
         self.dispatch = None
@@ -67,6 +72,7 @@ class Program:
             head_dim=config.model.head_dim,
             segment_ids=config.data.segment_ids,
         )
+        check_sequence(config.train.seq_len, self.mesh, TILE if self.backend == "splash" else 1, self.rules)
         train = config.train
         model = dataclasses.replace(config.model, attention=self.backend, expert_dispatch=self.dispatch or "auto")
         self.conversion = None
@@ -76,7 +82,9 @@ class Program:
         self.model = Decoder(model if self.conversion is None else self.conversion.config)
         schedule = learning_rate_schedule(config.optimizer, train.steps, config.tokens_per_step)
         self._optimizer = make_optimizer(config.optimizer, schedule)
-        self.abstract_state = init_state(config.model, self._optimizer, train.seed, self.mesh, abstract=True)
+        self.abstract_state = init_state(
+            config.model, self._optimizer, train.seed, self.mesh, self.rules, abstract=True
+        )
         step = make_train_step(
             self.model,
             self._optimizer,
@@ -96,14 +104,19 @@ class Program:
         self._eval_step = jax.jit(make_eval_step(self.model, chunk=train.loss_chunk, convert=convert))
 
     @property
+    def share(self) -> tuple[int, int]:
+        """(number, count) of the equal stretches of every batch that this process reads."""
+        return batch_share(self.mesh, self.rules)
+
+    @property
     def eval_batch_size(self) -> int:
         """Sequences per evaluation batch, over all devices; by default a microbatch, made a multiple of its split."""
-        parts = batch_parts(self.mesh)
+        parts = batch_parts(self.mesh, self.rules)
         return self.config.eval.batch_size or math.ceil(self.config.microbatch_size / parts) * parts
 
     def fresh_state(self) -> TrainState:
         """The state before the first step."""
-        return init_state(self.config.model, self._optimizer, self.config.train.seed, self.mesh)
+        return init_state(self.config.model, self._optimizer, self.config.train.seed, self.mesh, self.rules)
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update; `state` is donated. `batch` is this process's (microbatches, sequences, positions) in NumPy.
@@ -111,7 +124,7 @@ class Program:
         Raises:
           InvariantError: with train.check_invariants, the first invariant that does not hold.
         """
-        with use_mesh(self.mesh):
+        with use_mesh(self.mesh, self.rules):
             state, metrics, measured = self._train_step(state, self.put(batch, leading=1))
         if measured:
             limits = tolerances(self.config.model, self.mesh.devices.flat[0].platform)
@@ -125,19 +138,19 @@ class Program:
         dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
         if self.config.data.segment_ids:
             dtypes |= {"segment_ids": np.int32, "positions": np.int32}
-        place = batch_sharding(self.mesh, 1)
+        place = batch_sharding(self.mesh, 1, self.rules)
         batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
-        with use_mesh(self.mesh):
+        with use_mesh(self.mesh, self.rules):
             return self._train_step.lower(self.abstract_state, batch)
 
     def eval_step(self, params: Any, batch: Batch) -> LossSums:
         """Loss sums of one batch; `batch` is this process's (sequences, positions) in NumPy."""
-        with use_mesh(self.mesh):
+        with use_mesh(self.mesh, self.rules):
             return self._eval_step(params, self.put(batch, leading=0))
 
     def put(self, batch: dict[str, np.ndarray], leading: int) -> Batch:
         """This process's rows as global arrays, sequences (dimension `leading`) over the data axes."""
-        sharding = batch_sharding(self.mesh, leading)
+        sharding = batch_sharding(self.mesh, leading, self.rules)
         return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 

@@ -31,7 +31,7 @@ def start_report(config: RunConfig, program: Program, data: Data, directory: epa
         ("tokens/step", f"{config.tokens_per_step:,} = {train.batch_size} sequences x {train.seq_len}"),
         ("data", data.description),
     ]
-    rows += [("sharding", line) for line in undivided(params, mesh)]
+    rows += [("sharding", line) for line in undivided(params, mesh, program.rules)]
     return "\n".join(f"{name:<12} {text}" for name, text in rows)
 
 

@@ -12,7 +12,8 @@ from jaxtyping import Array, Int
 
 from hybridnorm_jax.config import ModelConfig
 from hybridnorm_jax.decoder import Decoder
-from hybridnorm_jax.sharding import tree_shardings
+from hybridnorm_jax.mesh_rules import Rules
+from hybridnorm_jax.sharding import RULES, tree_shardings
 
 
 @flax.struct.dataclass
@@ -31,7 +32,13 @@ def init_params(config: ModelConfig, key: Array) -> Any:
 
 
 def init_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh, *, abstract: bool = False
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+    rules: Rules = RULES,
+    *,
+    abstract: bool = False,
 ) -> TrainState:
     """The state before the first step; every device computes only its own shards.
 
@@ -45,7 +52,7 @@ def init_state(
 
     key = jax.random.key(seed)
     shapes = jax.eval_shape(initialize, key)
-    shardings = tree_shardings(shapes, mesh)
+    shardings = tree_shardings(shapes, mesh, rules)
     if abstract:
         return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, shardings)
     return jax.jit(initialize, out_shardings=shardings)(key)

@@ -13,6 +13,7 @@ from jaxtyping import Array
 from hybridnorm_jax.block import DEFECT
 from hybridnorm_jax.decoder import Decoder
 from hybridnorm_jax.equivalence.invariants import Measured, collected
+from hybridnorm_jax.logical_axes import parts, split_axes
 from hybridnorm_jax.loss import LossSums, chunked_cross_entropy, cross_entropy
 from hybridnorm_jax.moe import ROUTER, RouterStatistics
 from hybridnorm_jax.training import routing
@@ -50,8 +51,14 @@ def loss_sums(
         kernel = nn.with_logical_constraint(params["head"]["kernel"], (None, "vocab"))
         variables = {"params": params | {"head": params["head"] | {"kernel": kernel}}}
     hidden, sown = model.apply(variables, batch["tokens"], method="hidden", **inputs)
+    shards = parts(split_axes("seq", hidden.shape[1]))
     sums = chunked_cross_entropy(
-        lambda piece: model.apply(variables, piece, method="logits"), hidden, batch["targets"], batch["weights"], chunk
+        lambda piece: model.apply(variables, piece, method="logits"),
+        hidden,
+        batch["targets"],
+        batch["weights"],
+        chunk,
+        stretches=shards if chunk % shards == 0 else 1,
     )
     return sums, sown
 
