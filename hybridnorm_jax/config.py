@@ -73,14 +73,18 @@ class ModelConfig:
     num_kv_heads: int | None = key(None, "key and value heads; null: num_heads")
     head_dim: int | None = key(None, "width of one head; null: d_model / num_heads")
     mlp_dim: int | None = key(
-        None, "width of the feed-forward layer, of one expert; null: 4 d_model, or 8/3 d_model for swiglu"
+        None, "width of the feed-forward layer, or of each expert; null: 4 d_model, or 8/3 d_model for swiglu"
     )
     vocab_size: int = key(50304, "rows of the token embedding")
     activation: str = key("swiglu", f"feed-forward: {' | '.join(ACTIVATIONS)} (gelu is the exact one)")
     num_experts: int = key(0, "experts of every feed-forward layer, each a swiglu of mlp_dim; 0: a dense layer")
-    experts_per_token: int | None = key(None, "experts that each token is sent to; none is dropped")
+    experts_per_token: int | None = key(
+        None, "experts that each token is sent to; none is dropped; needed with num_experts"
+    )
     normalize_expert_weights: bool = key(False, "a token's weights of its experts are divided by their sum")
-    shared_experts: int = key(0, "experts that every token passes besides, as one swiglu of so many mlp_dim")
+    shared_experts: int = key(
+        0, "experts that every token passes besides, as one swiglu of width shared_experts * mlp_dim"
+    )
     balance_bias: bool = key(False, "balance the experts by a bias on their selection; see optimizer.balance_bias_rate")
     norm: str = key("rmsnorm", " | ".join(NORMS))
     attention_norm: str = key(

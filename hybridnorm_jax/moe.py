@@ -23,7 +23,7 @@ class RouterStatistics:
     """What one layer's router did with a batch of tokens; means over the tokens, in float32 at least.
 
     Attributes:
-      balance_loss: num_experts * sum_e fraction_e * mean(p_e), p the router's softmax; 1 where both are uniform. The
+      balance_loss: num_experts * sum_e fraction_e * mean(p_e), p the router's softmax; 1 where either is uniform. The
         gradient flows through p. Switch Transformers (2101.03961), eq. 4, with the k choices of a token counted each;
         transformers' OLMoE has k times this.
       z_loss: mean(log(sum_e exp(logit_e))^2). ST-MoE (2202.08906), eq. 5.
@@ -138,6 +138,8 @@ class MoE(nn.Module):
         if not 1 <= self.experts_per_token <= self.num_experts:
             right = f"must be between 1 and num_experts={self.num_experts}"
             raise ValueError(f"experts_per_token={self.experts_per_token} {right}")
+        if x.ndim != 3:
+            raise ValueError(f"x: shape {x.shape} must be (batch, seq, embed)")
         logits = nn.Dense(
             self.num_experts,
             use_bias=self.use_bias,

@@ -244,6 +244,8 @@ def test_what_cannot_be_is_refused_by_name(keys, message, small_config):
         small_config(**(MOE | keys))
 
 
-def test_the_module_alone_refuses_more_choices_than_experts():
+def test_the_module_alone_refuses_what_cannot_be():
     with pytest.raises(ValueError, match="experts_per_token=7 must be between 1 and num_experts=6"):
         _layer(experts_per_token=7).init(jax.random.key(0), jnp.zeros((1, 1, EMBED)))
+    with pytest.raises(ValueError, match=r"x: shape \(5, 12\) must be \(batch, seq, embed\)"):
+        _layer().init(jax.random.key(0), jnp.zeros((5, EMBED)))

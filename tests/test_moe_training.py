@@ -100,6 +100,7 @@ def test_the_gradient_is_that_of_the_loss_as_documented(microbatches, small_conf
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], means["nll"], rtol=1e-6)
     np.testing.assert_allclose(metrics["balance_loss"], 0.3 * means["balance"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["router_balance"], means["balance"] / 4, rtol=1e-6)
     np.testing.assert_allclose(metrics["router_z_loss"], 0.2 * means["router_z"], rtol=1e-6)
 
 

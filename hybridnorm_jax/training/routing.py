@@ -29,6 +29,7 @@ def router_metrics(routers: RouterStatistics, *, balance: float, z: float) -> di
     """What is reported of a step: the two weighted losses, and how the tokens fall on the experts.
 
     balance_loss, router_z_loss: weighted, summed over the layers, as they stand in the training loss.
+    router_balance: the balance loss, not weighted, mean over the layers; 1 is balance.
     router_entropy: mean over the layers, in nats.
     largest_load: the fullest expert of all layers, its tokens over the mean of its layer; 1 is balance, num_experts / k
       the worst there can be.
@@ -37,6 +38,7 @@ def router_metrics(routers: RouterStatistics, *, balance: float, z: float) -> di
     return {
         "balance_loss": balance * routers.balance_loss.sum(),
         "router_z_loss": z * routers.z_loss.sum(),
+        "router_balance": routers.balance_loss.mean(),
         "router_entropy": routers.entropy.mean(),
         "largest_load": routers.fraction.max() * routers.fraction.shape[-1],
         "expert_fraction": routers.fraction,
