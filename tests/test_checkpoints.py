@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import json
 import logging
 import os
 import shutil
@@ -269,6 +270,15 @@ def test_a_deletion_that_was_killed_leaves_no_step_behind(saved, monkeypatch):
     assert [path.name for path in directory.iterdir()] == ["000004"]
 
 
+def as_older_version(step):
+    """Make of a step what the version without manifests would have saved."""
+    shutil.rmtree(step / "manifest")
+    file = step / "_CHECKPOINT_METADATA"
+    metadata = json.loads(file.read_text())
+    del metadata["custom_metadata"]["manifest_parts"]
+    file.write_text(json.dumps(metadata))
+
+
 def largest_file(directory):
     return max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
@@ -286,8 +296,9 @@ def largest_file(directory):
     ],
     ids=["data", "index", "tree", "metadata", "everything"],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_usable(saved, damage):
+def test_a_damaged_checkpoint_without_digests_is_named_and_the_one_before_it_is_usable(saved, damage):
     directory, state = saved
+    as_older_version(directory / "000002")
     damage(directory / "000002")
     checkpoints = Checkpoints(directory, keep=1)
     with pytest.raises(
@@ -295,6 +306,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_usable(saved, da
     ):
         checkpoints.restore(abstract(state))
     assert_same(checkpoints.restore(abstract(state), step=1)[0], make_state(1))
+
+
+def test_a_checkpoint_without_digests_is_used_with_a_warning_and_counts_as_any_other(saved, capfd):
+    directory, state = saved
+    for step in (1, 2):
+        as_older_version(directory / f"{step:06d}")
+    with Checkpoints(directory, keep=2) as checkpoints:
+        assert checkpoints.usable() == 2
+        assert_same(checkpoints.restore(abstract(state))[0], state)
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith(f"{directory}/000002: saved by a version that wrote no digests; used without knowing")
+        save(checkpoints, 3, make_state(3), wait=True)
+        assert checkpoints.steps() == [2, 3]
+        checkpoints.restore(abstract(state))
+        assert capfd.readouterr().err == ""
 
 
 def test_orbaxs_log_is_quiet_and_everybody_elses_is_not(saved, full_disk, caplog):

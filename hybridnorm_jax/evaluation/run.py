@@ -7,13 +7,13 @@ from hybridnorm_jax.config import ConfigError
 from hybridnorm_jax.config_files import differences, from_yaml
 from hybridnorm_jax.data import open_data
 from hybridnorm_jax.evaluation.perplexity import Score, evaluate_sets
-from hybridnorm_jax.sharding import batch_share
 from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
 from hybridnorm_jax.training.program import Program
 
 # Where a run trained says nothing of where it is evaluated: by default on all devices there are.
 ANYWHERE = (
-    *("mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=1", "mesh.expert=1"),
+    *("mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=1", "mesh.expert=1", "mesh.context=1"),
+    "mesh.replica=1",
     *("model.attention=auto", "model.expert_dispatch=auto", "eval.batch_size=null"),
 )
 # Model keys that may be another in evaluation than in training: the function stays the same up to rounding.
@@ -34,14 +34,16 @@ def evaluate_run(path: str, overrides: Sequence[str] = (), *, progress: bool = T
 
     Args:
       path: a run's directory, or one checkpoint's such as runs/quickstart/checkpoints/000500.
-      overrides: key=value, on the configuration saved with the checkpoint.
+      overrides: key=value, on the configuration saved with the checkpoint; with checkpoint.allow_fallback=true the
+        checkpoint before a damaged newest one is scored, never one before the one that `path` names.
 
     Raises:
       UserError: no checkpoint there, or an override that makes another model of it.
     """
     directory, step = find_checkpoint(path)
     with Checkpoints(directory, keep=1) as checkpoints:
-        step = checkpoints.latest() if step is None else step
+        if step is None:
+            step = checkpoints.usable(allow_fallback=_allows_fallback(overrides))
         text = checkpoints.read_config(step)
         saved, config = from_yaml(text), from_yaml(text, [*ANYWHERE, *overrides])
         for line in differences(saved, config):
@@ -58,8 +60,14 @@ def evaluate_run(path: str, overrides: Sequence[str] = (), *, progress: bool = T
         lambda batch: program.eval_step(params, batch),
         data.validation,
         batch_size=program.eval_batch_size,
-        share=batch_share(program.mesh),
+        share=program.share,
         batches=config.eval.batches,
         progress=progress,
     )
     return RunScores(str(directory / f"{step:06d}"), step, scores)
+
+
+def _allows_fallback(overrides: Sequence[str]) -> bool:
+    """What is asked here; whether the run itself was allowed to is its own affair."""
+    asked = [override for override in overrides if override.startswith("checkpoint.")]
+    return from_yaml("{}", asked).checkpoint.allow_fallback

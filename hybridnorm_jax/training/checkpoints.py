@@ -1,14 +1,20 @@
 """Checkpoints of a run. The only file that knows Orbax, whose names still move.
 
-A step is a directory such as <run>/checkpoints/000500, complete once commit_success.txt is in it. Its `state` holds
-the arrays; the data iterator's state and the configuration are Orbax's custom metadata. A save that is running, or
-was killed, is 000500.orbax-checkpoint-tmp on a file system and lacks commit_success.txt on an object store.
+A step is a directory such as <run>/checkpoints/000500. Its `state` holds the arrays; the data iterator's state and the
+configuration are Orbax's custom metadata. Orbax marks what it has committed with commit_success.txt; then follows a
+manifest of digests (manifest.py), and only with all of its parts is the step complete. A save that is running, or was
+killed, lacks one of them, and is 000500.orbax-checkpoint-tmp on a file system until it is committed. The metadata
+promise the manifest, so that a step of a version that wrote none, which is used with a warning, is told from a killed
+save. A damaged step that was passed over is kept as 000500.damaged.
 """
 
 import contextlib
 import errno
+import json
 import logging
 import re
+import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -19,10 +25,14 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from hybridnorm_jax.config import UserError
+from hybridnorm_jax.training import manifest
 
 STATE = "state"
 # Written last by Orbax, before the rename on a file system and instead of it on an object store.
 COMMITTED = "commit_success.txt"
+METADATA = "_CHECKPOINT_METADATA"
+# The key in Orbax's custom metadata that promises a manifest; its value is the number of parts.
+PARTS = "manifest_parts"
 STEP_NAME = re.compile(r"(\d{6,})(\.orbax-checkpoint-tmp)?")
 
 
@@ -38,12 +48,18 @@ class Checkpoints:
     Args:
       directory: made by the first save; reading never changes it.
       keep: how many of the newest steps are kept, at least 1.
+
+    Attributes:
+      blocked_seconds: how long the last `save` kept its caller; None before the first.
     """
 
     def __init__(self, directory: epath.PathLike, *, keep: int):
         self.directory = _absolute(directory)
         self._keep = keep
+        self.blocked_seconds: float | None = None
         self._running: Future | None = None
+        self._verified: set[int] = set()  # by this object, or written by a version without manifests
+        self._damaged: set[int] = set()  # passed over by `usable`
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
 
     def __enter__(self) -> "Checkpoints":
@@ -58,13 +74,42 @@ class Checkpoints:
             error.add_note(str(failed))
 
     def steps(self) -> list[int]:
-        """The complete steps, ascending."""
+        """The complete steps, ascending, without those that `usable` passed over."""
         found = self.directory.iterdir() if self.directory.exists() else ()
-        return sorted(step for path in found if (step := _complete_step(path)) is not None)
+        steps = {step for path in found if (step := _complete_step(path)) is not None}
+        return sorted(steps - self._damaged)
 
     def latest(self) -> int | None:
         """The newest complete step, None if there is none."""
         return max(self.steps(), default=None)
+
+    def usable(self, *, allow_fallback: bool = False) -> int | None:
+        """The newest complete step, its files compared with its manifest; None if there is no complete step.
+
+        Args:
+          allow_fallback: go on to the step before where one is damaged, and print a line for each that is passed over.
+            The next `save` renames these to such as 000500.damaged, which nothing deletes or reads.
+
+        Raises:
+          CheckpointError: the newest is damaged; with allow_fallback, all are.
+        """
+        self.wait()
+        steps = self.steps()
+        for path in self._leftovers():
+            _say(f"{path}: a save that is running, or was killed; not used")
+        for step in reversed(steps):
+            damage = self._find_damage(step)
+            if damage is None:
+                return step
+            if not allow_fallback:
+                remedy = "checkpoint.allow_fallback=true uses the one before it"
+                raise CheckpointError(f"{damage}; {remedy if step != steps[0] else 'there is none before it'}")
+            self._damaged.add(step)
+            _say(f"{damage}; passed over, and kept as {step:06d}.damaged from the next save on")
+        if steps:
+            right = "start a new run under another run.name, or from another checkpoint with init_from"
+            raise CheckpointError(f"{self.directory}: all of its checkpoints are damaged ({steps}); {right}")
+        return None
 
     def save(self, step: int, state: Any, *, data_state: dict, config_yaml: str, wait: bool = False) -> None:
         """Save asynchronously, then delete all but the `keep` newest steps; nothing if `step` is complete already.
@@ -72,7 +117,6 @@ class Checkpoints:
         The arrays may be donated as soon as this returns. A save still running is waited for first, so none is dropped.
 
         Args:
-          step: at least 0.
           state: pytree of jax.Array; with several processes none of them on one device only.
           data_state: JSON, the same in every process.
           config_yaml: the resolved configuration.
@@ -81,25 +125,33 @@ class Checkpoints:
         Raises:
           CheckpointError: this save, or the one before it, failed; what was complete stays so.
         """
-        self.wait()
-        if step not in self.steps():
-            with contextlib.ExitStack() as quiet, self._saving(step):
-                quiet.enter_context(_quiet())
-                self._delete_leftovers()
-                pending = ocp.save_checkpointables_async(
-                    self._path(step),
-                    {STATE: state},
-                    custom_metadata={"data_state": data_state, "config_yaml": config_yaml},
-                )
-                self._running = self._thread.submit(self._finish, step, pending, quiet.pop_all())
-        if wait:
+        begin = time.perf_counter()
+        try:
             self.wait()
+            if step not in self.steps():
+                metadata = {"data_state": data_state, "config_yaml": config_yaml, PARTS: jax.process_count()}
+                with contextlib.ExitStack() as quiet, self._saving(step):
+                    quiet.enter_context(_quiet())
+                    self._set_damaged_aside()
+                    self._delete_leftovers()
+                    path = self._path(step)
+                    pending = ocp.save_checkpointables_async(path, {STATE: state}, custom_metadata=metadata)
+                    self._running = self._thread.submit(self._finish, step, pending, quiet.pop_all())
+            if wait:
+                self.wait()
+        finally:
+            self.blocked_seconds = time.perf_counter() - begin
 
     def wait(self) -> None:
         """Until no save is running; raises CheckpointError if it failed."""
         running, self._running = self._running, None
         if running is not None:
             running.result()
+
+    def raise_if_failed(self) -> None:
+        """Raise the CheckpointError of a save that has failed by now; never waits."""
+        if self._running is not None and self._running.done():
+            self.wait()
 
     def close(self) -> None:
         """wait(), and release the thread."""
@@ -109,7 +161,7 @@ class Checkpoints:
             self._thread.shutdown()
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
-        """(state, data_state) of `step`, bit for bit; None: of the newest.
+        """(state, data_state) of `step`, bit for bit; None: of the newest. Verified first, once by one object.
 
         Args:
           abstract_state: the state's pytree with a jax.ShapeDtypeStruct, sharding included, for every array. The
@@ -126,13 +178,16 @@ class Checkpoints:
         return self._load(step, abstract_state), metadata.custom_metadata["data_state"]
 
     def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:
-        """The state's "params" alone, as `restore`; nothing else is read."""
+        """The state's "params" alone, as `restore`; nothing else is loaded.
+
+        Every file is verified nevertheless: parameters and optimizer state share Orbax's data files.
+        """
         step, metadata = self._metadata(step)
         self._check_same_leaves(step, {"params": metadata.metadata["params"]}, {"params": abstract_params})
         return self._load(step, {"params": abstract_params})["params"]
 
     def read_config(self, step: int | None = None) -> str:
-        """The configuration that was saved with `step`, as YAML; None: with the newest."""
+        """The configuration that was saved with `step`, as YAML; None: with the newest. Verified as `restore` does."""
         return self._metadata(step)[1].custom_metadata["config_yaml"]
 
     def _path(self, step: int) -> epath.Path:
@@ -141,19 +196,33 @@ class Checkpoints:
     def _finish(self, step: int, pending: Any, quiet: contextlib.ExitStack) -> None:
         """In the background: complete a save, then delete what is too old."""
         with quiet, self._saving(step):
-            pending.result()
+            pending.result()  # after Orbax's barrier, so that all processes see one and the same list of files
+            manifest.write_part(self._path(step), index=jax.process_index(), count=jax.process_count())
+            # Otherwise this process might take for a leftover what another one has yet to finish.
+            manifest.wait_for_parts(self._path(step), count=jax.process_count())
             if jax.process_index() == 0:
                 for old in self.steps()[: -self._keep]:
-                    # Unmarked first, so that a deletion that is killed leaves a leftover and no damaged checkpoint.
-                    (self._path(old) / COMMITTED).unlink()
-                    self._path(old).rmtree()
+                    _delete(self._path(old))
+
+    def _set_damaged_aside(self) -> None:
+        """Make room for steps that were passed over to be saved again."""
+        for step in sorted(self._damaged):
+            path, number = self._path(step), 1
+            if jax.process_index() == 0 and path.exists():
+                while (target := self.directory / f"{path.name}.damaged{'' if number == 1 else f'-{number}'}").exists():
+                    number += 1
+                path.rename(target)
+        self._damaged.clear()
 
     def _delete_leftovers(self) -> None:
         """Remove what killed saves and deletions left. Never while reading: a save that is running looks the same."""
-        if jax.process_index() == 0 and self.directory.exists():
-            for path in self.directory.iterdir():
-                if STEP_NAME.fullmatch(path.name) and _complete_step(path) is None:
-                    path.rmtree()
+        if jax.process_index() == 0:
+            for path in self._leftovers():
+                _delete(path)
+
+    def _leftovers(self) -> list[epath.Path]:
+        found = self.directory.iterdir() if self.directory.exists() else ()
+        return sorted(path for path in found if STEP_NAME.fullmatch(path.name) and _complete_step(path) is None)
 
     @contextlib.contextmanager
     def _saving(self, step: int) -> Iterator[None]:
@@ -177,12 +246,34 @@ class Checkpoints:
         step = complete[-1] if step is None else step
         if step not in complete:
             raise CheckpointError(f"{self.directory}: no complete checkpoint of step {step}; there are {complete}")
+        if damage := self._find_damage(step):
+            raise CheckpointError(
+                f"{damage}; with checkpoint.allow_fallback=true the run gives its newest undamaged one"
+            )
         with self._reading(step):
             metadata = ocp.metadata(self._path(step), STATE)
             # Orbax logs unreadable metadata and goes on without it.
             if metadata.metadata is None or not metadata.custom_metadata:
                 raise ValueError("its metadata or its index is unreadable")
         return step, metadata
+
+    def _find_damage(self, step: int) -> str | None:
+        """The first file that is not as the manifest says, in one line and the same in every process; None: all are.
+
+        A step of a version without manifests is warned of instead, and a step is looked at once.
+        """
+        path = self._path(step)
+        if step in self._verified:
+            return None
+        if manifest.is_complete(path):
+            line = manifest.find_damage(path, index=jax.process_index(), count=jax.process_count())
+        else:
+            line = None
+            _say(f"{path}: saved by a version that wrote no digests; used without knowing whether it is damaged")
+        if line := manifest.agree(line):
+            return f"{path}/{line}"
+        self._verified.add(step)
+        return None
 
     def _load(self, step: int, abstract: Any) -> Any:
         context = ocp.Context()
@@ -237,9 +328,33 @@ def _absolute(path: epath.PathLike) -> epath.Path:
 def _complete_step(path: epath.Path) -> int | None:
     """The step whose complete checkpoint this directory is, or None."""
     match = STEP_NAME.fullmatch(path.name)
-    if match is None or match[2] or not (path / COMMITTED).exists():
+    if match is None or match[2]:
         return None
-    return int(match[1])
+    # A manifest is complete only after Orbax has committed: without its mark the step is damaged, and is named so when
+    # it is verified. Only a step of a version without manifests may lack one.
+    # Orbax's mark is looked for last, since a deletion that is going on takes it before the metadata.
+    complete = manifest.is_complete(path) or (not _promises_manifest(path) and (path / COMMITTED).exists())
+    return int(match[1]) if complete else None
+
+
+def _promises_manifest(path: epath.Path) -> bool:
+    try:
+        return PARTS in json.loads((path / METADATA).read_bytes())["custom_metadata"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # damaged; `_metadata` says so to who wants to read it
+        return False
+
+
+def _delete(path: epath.Path) -> None:
+    # Unmarked first, so that a deletion that is killed leaves a leftover and no damaged checkpoint. The manifest before
+    # Orbax's mark: a step that has lost its mark alone is damaged.
+    manifest.remove(path)
+    (path / COMMITTED).unlink(missing_ok=True)
+    path.rmtree()
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _describe(tree: Any) -> dict[str, str]:

@@ -17,7 +17,7 @@ from hybridnorm_jax.data import Data, open_data, train_iterator
 from hybridnorm_jax.evaluation import perplexity
 from hybridnorm_jax.evaluation.sampling import generate
 from hybridnorm_jax.run_config import RunConfig
-from hybridnorm_jax.sharding import batch_share, check_batch
+from hybridnorm_jax.sharding import check_batch
 from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
 from hybridnorm_jax.training.metrics import MetricsWriter
 from hybridnorm_jax.training.program import Program
@@ -36,7 +36,7 @@ def train(config: RunConfig) -> dict[str, perplexity.Score]:
       UserError: anything the caller can mend, in one line; what was saved before stays as it is.
     """
     program = Program(config)
-    check_batch("train.batch_size / train.grad_accumulation", config.microbatch_size, program.mesh)
+    check_batch("train.batch_size / train.grad_accumulation", config.microbatch_size, program.mesh, program.rules)
     data = open_data(
         config.data,
         seq_len=config.train.seq_len,
@@ -46,9 +46,11 @@ def train(config: RunConfig) -> dict[str, perplexity.Score]:
     directory = open_run_directory(config)
     with (
         Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
-        contextlib.closing(_metrics_writer(config, directory, checkpoints.latest())) as writer,
+        contextlib.ExitStack() as stack,
     ):
-        state, iterator, first = _start(config, program, data, checkpoints)
+        step = checkpoints.usable(allow_fallback=config.checkpoint.allow_fallback)
+        writer = stack.enter_context(contextlib.closing(_metrics_writer(config, directory, step)))
+        state, iterator, first = _start(config, program, data, checkpoints, step)
         _say(start_report(config, program, data, directory, resumed=first))
         loop = _Loop(config, program, data, directory, checkpoints, writer)
         state, scores = loop.run(state, iterator, first)
@@ -85,9 +87,11 @@ def open_run_directory(config: RunConfig) -> epath.Path:
     return directory
 
 
-def _start(config: RunConfig, program: Program, data: Data, checkpoints: Checkpoints) -> tuple[TrainState, Any, int]:
-    """State, data iterator and number of updates made: from the newest checkpoint, from init_from, or fresh."""
-    number, count = batch_share(program.mesh)
+def _start(
+    config: RunConfig, program: Program, data: Data, checkpoints: Checkpoints, step: int | None
+) -> tuple[TrainState, Any, int]:
+    """State, data iterator and number of updates made: from the checkpoint of `step`, from init_from, or fresh."""
+    number, count = program.share
     iterator = train_iterator(
         data.train,
         batch_size=config.train.batch_size,
@@ -97,7 +101,6 @@ def _start(config: RunConfig, program: Program, data: Data, checkpoints: Checkpo
         process_count=count,
         read_threads=config.data.read_threads,
     )
-    step = checkpoints.latest()
     if step is not None:
         state, data_state = checkpoints.restore(program.abstract_state, step)
         if data_state["train_tokens"] != data.train.num_tokens:
@@ -110,6 +113,8 @@ def _start(config: RunConfig, program: Program, data: Data, checkpoints: Checkpo
         return program.fresh_state(), iterator, 0
     source, step = find_checkpoint(config.init_from)
     with Checkpoints(source, keep=1) as other:
+        if step is None:
+            step = other.usable(allow_fallback=config.checkpoint.allow_fallback)
         params = other.restore_params(program.abstract_state.params, step)
     return dataclasses.replace(program.fresh_state(), params=params), iterator, 0
 
@@ -161,6 +166,7 @@ class _Loop:
             for step in range(first + 1, steps + 1):
                 if config.train.profile and step - first == PROFILE_AFTER + 1:
                     self._start_profile()
+                self.checkpoints.raise_if_failed()
                 state, metrics = self.program.train_step(state, next(iterator))
                 # The device is busy with this step while the one before is read.
                 previous, late = late, (step, metrics)
@@ -226,7 +232,7 @@ class _Loop:
             lambda batch: program.eval_step(state.params, batch),
             self.data.validation,
             batch_size=program.eval_batch_size,
-            share=batch_share(program.mesh),
+            share=program.share,
             batches=self.config.eval.batches,
             progress=jax.process_index() == 0,
         )

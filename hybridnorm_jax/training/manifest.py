@@ -1,0 +1,206 @@
+"""A manifest of digests: the last thing written into a checkpoint, and what its files are compared with before use.
+
+DIRECTORY/manifest/P-of-N.json is the part of process P of N: size and SHA-256 of every N-th file of the sorted list,
+from the P-th on, and a digest of the part itself. The manifest is complete once all N parts are there; no process
+waits for another to write its own. Restoring may divide the files differently. Nothing here knows Orbax.
+"""
+
+import functools
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+FOLDER = "manifest"
+PART = re.compile(r"(\d+)-of-(\d+)\.json")
+# hashlib releases the GIL, so the threads of one process share its cores; together they hold 32 MiB.
+THREADS, CHUNK_BYTES = 8, 2**22
+# How long a process that has written its part waits for those of the others.
+PARTS_TIMEOUT_SECONDS = 1800
+# What `agree` sends of a line, in bytes.
+LINE_BYTES = 512
+
+
+def write_part(directory: epath.PathLike, *, index: int, count: int) -> None:
+    """Hash process `index`'s share of all files in `directory` and write its part, whole or not at all.
+
+    Args:
+      directory: what is in it must not change any more, apart from its manifest.
+      index, count: this process's number and how many there are.
+
+    Raises:
+      OSError: a file cannot be read, or the part cannot be written.
+    """
+    directory = epath.Path(directory)
+    names = _files(directory)[index::count]
+    with ThreadPoolExecutor(THREADS) as pool:
+        entries = dict(zip(names, pool.map(lambda name: _entry(directory / name), names), strict=True))
+    (directory / FOLDER).mkdir(exist_ok=True)
+    part = part_path(directory, index, count)
+    partial = part.with_name(part.name + ".partial")
+    partial.write_text(json.dumps({"digest": _digest_of(entries), "files": entries}))
+    partial.replace(part)
+
+
+def part_path(directory: epath.PathLike, index: int, count: int) -> epath.Path:
+    """Where process `index` of `count` writes its part."""
+    return epath.Path(directory) / FOLDER / f"{index}-of-{count}.json"
+
+
+def wait_for_parts(directory: epath.PathLike, *, count: int, seconds: float = PARTS_TIMEOUT_SECONDS) -> None:
+    """Until the parts of all `count` processes are there; TimeoutError names the first that is not."""
+    pause, give_up = 0.01, time.monotonic() + seconds
+    missing = list(range(count))
+    while missing := [index for index in missing if not part_path(directory, index, count).exists()]:
+        if time.monotonic() > give_up:
+            raise TimeoutError(f"process {missing[0]} wrote no digests within {seconds} seconds")
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
+
+
+def remove(directory: epath.PathLike) -> None:
+    """Delete every part, if there are any: without them the directory is no checkpoint."""
+    directory = epath.Path(directory)
+    for name in sorted(_part_names(directory)):
+        (directory / FOLDER / name).unlink(missing_ok=True)
+
+
+def is_complete(directory: epath.PathLike) -> bool:
+    """Whether every part of the manifest is there, by name."""
+    directory = epath.Path(directory)
+    present = _part_names(directory)
+    counts = {int(match[2]) for name in present if (match := PART.fullmatch(name))}
+
+    def has(index: int, count: int) -> bool:
+        path = part_path(directory, index, count)
+        # A listing of an object store may be older than the part.
+        return path.name in present or path.exists()
+
+    return any(all(has(index, count) for index in range(count)) for count in counts)
+
+
+def find_damage(directory: epath.PathLike, *, index: int, count: int) -> str | None:
+    """The first difference between files and manifest in process `index`'s share of `count`, or None.
+
+    Every process compares the names of all files, and sizes and digests of its share.
+
+    Returns:
+      "FILE: what is wrong with it", the file relative to `directory`; one line.
+    """
+    directory = epath.Path(directory)
+    try:
+        expected, present = _read_parts(directory), set(_files(directory))
+    except _DamagedPartError as error:
+        return str(error)
+    except OSError as error:
+        return f"cannot be listed: {error.strerror or type(error).__name__}"
+    for name in sorted(expected.keys() ^ present):
+        return f"{name}: is missing" if name in expected else f"{name}: is not in the manifest, an unknown file"
+    names = sorted(expected)[index::count]
+    with ThreadPoolExecutor(THREADS) as pool:
+        compare = functools.partial(_difference, directory)
+        try:
+            found = pool.map(compare, names, (expected[name] for name in names))
+            return next((line for line in found if line is not None), None)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def agree(line: str | None) -> str | None:
+    """The line of the first process that has one, in every process; None if none has. All processes call it."""
+    if jax.process_count() == 1:
+        return line
+    mine = np.zeros(LINE_BYTES, np.uint8)
+    text = (line or "").encode()[:LINE_BYTES]
+    mine[: len(text)] = np.frombuffer(text, np.uint8)
+    return first_line(multihost_utils.process_allgather(mine))
+
+
+def first_line(gathered: np.ndarray) -> str | None:
+    """The first row of (processes, LINE_BYTES) bytes that is not all zero, as text; None if there is none."""
+    rows = (bytes(row).rstrip(b"\0") for row in np.asarray(gathered, np.uint8))
+    return next((row.decode(errors="replace") for row in rows if row), None)
+
+
+class _DamagedPartError(Exception):
+    """A part that is not as it was written; says which and why."""
+
+
+def _files(directory: epath.Path) -> list[str]:
+    """Every file below `directory` but the manifest's, relative to it, sorted."""
+    return sorted(name for name in _walk(directory, "") if not name.startswith(f"{FOLDER}/"))
+
+
+def _walk(directory: epath.Path, prefix: str) -> Iterator[str]:
+    # epath's own walk() loses "gs://" where fsspec reads the bucket.
+    for path in directory.iterdir():
+        if path == directory:  # the placeholder that stands for a directory on an object store
+            continue
+        if path.is_dir():
+            yield from _walk(path, f"{prefix}{path.name}/")
+        else:
+            yield prefix + path.name
+
+
+def _part_names(directory: epath.Path) -> set[str]:
+    try:
+        return {path.name for path in (directory / FOLDER).iterdir()}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+
+
+def _entry(path: epath.Path) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _difference(directory: epath.Path, name: str, expected: dict[str, Any]) -> str | None:
+    """What is wrong with one file that is there, or None."""
+    try:
+        size = (directory / name).stat().length
+        if size != expected["bytes"]:
+            kind = "truncated" if size < expected["bytes"] else "damaged"
+            return f"{name}: has {size:,} bytes, but {expected['bytes']:,} in the manifest: {kind}"
+        if _entry(directory / name) != expected:
+            return f"{name}: its digest is not the manifest's: damaged"
+    except OSError as error:
+        return f"{name}: cannot be read: {error.strerror or type(error).__name__}"
+    return None
+
+
+def _read_parts(directory: epath.Path) -> dict[str, dict[str, Any]]:
+    """{file: its size and digest} of all parts; raises _DamagedPartError."""
+    files: dict[str, dict[str, Any]] = {}
+    present = _part_names(directory)
+    count = max((int(match[2]) for name in present if (match := PART.fullmatch(name))), default=0)
+    wanted = {part_path(directory, index, count).name for index in range(count)}
+    for name in sorted(wanted | present):
+        if name not in wanted:
+            raise _DamagedPartError(f"{FOLDER}/{name}: is no part of the manifest, an unknown file")
+        try:
+            part = json.loads((directory / FOLDER / name).read_bytes())
+            if part["digest"] != _digest_of(part["files"]):
+                raise ValueError
+            files |= part["files"]
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise _DamagedPartError(f"{FOLDER}/{name}: cannot be read: {reason}") from error
+        except (ValueError, TypeError, KeyError) as error:  # no UTF-8, no JSON, or another digest
+            raise _DamagedPartError(f"{FOLDER}/{name}: is not as it was written: damaged") from error
+    return files
+
+
+def _digest_of(entries: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
