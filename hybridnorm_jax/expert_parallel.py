@@ -36,7 +36,7 @@ def apply_experts_on_mesh(
     the experts' axes, which holds any imbalance.
     """
     sizes = {"batch": x.shape[0], "seq": x.shape[1], **dict(zip(("experts", "embed", "mlp"), gate.shape, strict=True))}
-    axes = {name: split_axes(name, size) for name, size in sizes.items()}
+    axes = _without_sharing({name: split_axes(name, size) for name, size in sizes.items()})
     if not any(axes.values()):
         return _local(x, gate, up, down, weights, chosen, dispatch=dispatch)
     tokens = PartitionSpec(axes["batch"], axes.pop("seq"))
@@ -45,6 +45,20 @@ def apply_experts_on_mesh(
     local = partial(_local, dispatch=dispatch, **axes)
     specs = (tokens, inputs, inputs, outputs, tokens, tokens)
     return jax.shard_map(local, in_specs=specs, out_specs=tokens, check_vma=False)(x, gate, up, down, weights, chosen)
+
+
+def _without_sharing(axes: dict[str, Axes]) -> dict[str, Axes]:
+    """Of dimensions that would share a mesh axis, in the kernels or among tokens, the later ones stay whole.
+
+    `batch` may share axes with the kernels: its tokens are gathered along these.
+    """
+    taken = set()
+    for name in ("experts", "mlp", "embed"):
+        axes[name] = axes[name] if taken.isdisjoint(axes[name]) else ()
+        taken.update(axes[name])
+    if not {*axes["batch"], *axes["experts"], *axes["mlp"]}.isdisjoint(axes["seq"]):
+        axes["seq"] = ()
+    return axes
 
 
 def _local(
@@ -65,7 +79,8 @@ def _local(
     if embed:  # gathered here and not on the way in, so that the gradients are scattered while they are summed
         gate, up = (jax.lax.all_gather(kernels, embed, axis=1, tiled=True) for kernels in (gate, up))
         down = jax.lax.all_gather(down, embed, axis=2, tiled=True)
-    gathered = tuple(axis for axis in experts if axis in batch)
+    # Tokens of all devices whose results are summed.
+    gathered = tuple(axis for axis in (*experts, *mlp) if axis in batch)
     if gathered:
         x, weights, chosen = (jax.lax.all_gather(array, gathered, tiled=True) for array in (x, weights, chosen))
     if experts:

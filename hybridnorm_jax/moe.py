@@ -53,8 +53,9 @@ def choose_experts(
     p = jax.nn.softmax(logits)
     scores = p if balance_bias is None else p + jax.lax.stop_gradient(balance_bias).astype(p.dtype)
     _, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores), k)
-    weights = jnp.take_along_axis(p, chosen, axis=-1)
-    return weights / weights.sum(-1, keepdims=True) if normalize else weights, chosen
+    if normalize:  # p / sum of p over the chosen, which a balance bias may choose although p is 0 in this dtype
+        return jax.nn.softmax(jnp.take_along_axis(logits, chosen, axis=-1)), chosen
+    return jnp.take_along_axis(p, chosen, axis=-1), chosen
 
 
 def router_statistics(logits: Float[Array, "batch seq experts"], chosen: Int[Array, "batch seq k"]) -> RouterStatistics:
@@ -102,6 +103,8 @@ class MoE(nn.Module):
     Parameters: `router/kernel` (embed, experts), `expert_gate/kernel` and `expert_up/kernel` (experts, embed, mlp),
     `expert_down/kernel` (experts, mlp, embed), their `bias` where asked for, `balance_bias` (experts,) where asked for,
     and of the shared experts `shared/{gate, up, down}`, as FeedForward's of width shared_experts * mlp.
+
+    Reverse-mode differentiable, once. Inside a jax.shard_map of yours it needs check_vma=False.
 
     Sown, where the collection is mutable: the layer's RouterStatistics as "statistics" into "router", the chosen
     experts (batch, seq, k) as "value" into "chosen".

@@ -1,6 +1,5 @@
 """Experts on eight devices compute what they compute on one, gradients included, however the tokens fall on them."""
 
-import dataclasses
 import math
 
 import jax
@@ -11,12 +10,13 @@ import pytest
 from hybridnorm_jax.config import ConfigError
 from hybridnorm_jax.expert_dispatch import apply_experts
 from hybridnorm_jax.expert_parallel import apply_experts_on_mesh
+from hybridnorm_jax.mesh_rules import resolve_rules
 from hybridnorm_jax.run_config import MeshSection, OptimizerSection, RunConfig, TrainSection
-from hybridnorm_jax.sharding import MESH_AXES, make_mesh, use_mesh
+from hybridnorm_jax.sharding import make_mesh, use_mesh
 from hybridnorm_jax.training.program import Program
 
 BATCH, SEQ, EMBED, MLP, EXPERTS, K = 8, 6, 8, 12, 8, 3
-# data, fsdp, expert, tensor
+AXES = ("data", "fsdp", "expert", "tensor")
 MESHES = [(1, 1, 8, 1), (2, 1, 2, 2), (1, 2, 4, 1), (1, 1, 2, 4), (2, 2, 1, 2), (1, 4, 2, 1)]
 ROUTINGS = {
     "any": 0.0,
@@ -26,7 +26,7 @@ ROUTINGS = {
 
 
 def _mesh(shape):
-    return make_mesh(dict(zip(MESH_AXES, shape, strict=True)), jax.devices()[: math.prod(shape)])
+    return make_mesh(dict(zip(AXES, shape, strict=True)), jax.devices()[: math.prod(shape)])
 
 
 def _inputs(scores, batch=BATCH):
@@ -86,6 +86,31 @@ def test_every_dispatch_runs_on_a_mesh(dispatch):
     _assert_equal(got, expected)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch": ("data+tensor",), "embed": ("data",), "mlp": ("tensor",)},
+        {"batch": ("data+expert+tensor",)},
+        {"batch": ("data",), "mlp": ("data",)},
+        {"batch": ("data",), "embed": ("tensor",), "mlp": ("tensor",)},
+        {"seq": ("tensor",)},
+        {"experts": ("expert+tensor",), "mlp": ("fsdp",), "embed": ("fsdp",)},
+    ],
+    ids=str,
+)
+def test_rules_by_which_dimensions_share_an_axis(changes):
+    """Tokens of devices whose results are summed have to be the same ones."""
+    with jax.enable_x64(True):
+        inputs, chosen = _inputs(ROUTINGS["skewed"])
+        cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(inputs[0].shape))
+        expected = _expected(inputs, chosen, cotangent)
+        with use_mesh(_mesh((2, 1, 2, 2)), resolve_rules(changes)):
+            got = _value_and_gradients(
+                lambda *arrays: apply_experts_on_mesh(*arrays, dispatch="blocked"), inputs, chosen, cotangent
+            )
+    _assert_equal(got, expected)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_batch_that_the_mesh_does_not_divide_is_computed_whole(batch):
     """One sequence, as a check of invariants or a sample of text takes it: the experts are split all the same."""
@@ -101,7 +126,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_computed_whole(batch):
 
 
 def _config(small_config, mesh=(1, 1, 1, 1), **model):
-    axes = dict(zip(MESH_AXES, mesh, strict=True))
+    axes = dict(zip(AXES, mesh, strict=True))
     keys = {"num_experts": 8, "experts_per_token": 3, "num_kv_heads": 4} | model
     return RunConfig(
         model=small_config(**keys),
@@ -119,7 +144,7 @@ def _train(config, devices, steps=3):
         "targets": rng.integers(0, 61, shape).astype(np.int32),
         "weights": np.ones(shape, np.float32),
     }
-    program = Program(config, make_mesh(dataclasses.asdict(config.mesh), jax.devices()[:devices]))
+    program = Program(config, make_mesh(config.mesh.sizes, jax.devices()[:devices]))
     state, history = program.fresh_state(), []
     for _ in range(steps):
         state, metrics = program.train_step(state, batch)
@@ -164,7 +189,7 @@ def test_experts_that_the_mesh_cannot_divide_are_refused(small_config):
 
 def _lowered(devices, shape, dispatch, dtype=jnp.bfloat16, platforms=None):
     """Value and gradients on a mesh of these devices, lowered from shapes alone."""
-    mesh = make_mesh(dict(zip(MESH_AXES, shape, strict=True)), devices)
+    mesh = make_mesh(dict(zip(AXES, shape, strict=True)), devices)
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     shapes = (8, 128, 256), (8, 256, 128), (8, 256, 128), (8, 128, 256), (8, 128, 2)
     inputs = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape in shapes]

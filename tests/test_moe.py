@@ -10,7 +10,7 @@ import pytest
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.config import ConfigError
-from hybridnorm_jax.moe import CHOSEN, ROUTER, MoE, choose_experts, router_statistics
+from hybridnorm_jax.moe import CHOSEN, ROUTER, MoE, RouterStatistics, choose_experts, router_statistics
 from hybridnorm_jax.training.routing import all_layers
 
 EMBED, MLP, EXPERTS, K = 12, 20, 6, 2
@@ -148,8 +148,10 @@ def test_nothing_sown_is_lost_under_scan_and_remat(remat, small_config, random_p
     model = hn.Decoder(config)
     _, sown = jax.jit(lambda p: model.apply({"params": p}, tokens, mutable=[ROUTER, CHOSEN]))(params)
     layers = all_layers(sown)
-    assert layers.fraction.shape == (3, 8)
-    np.testing.assert_allclose(layers.fraction.sum(1), 1, rtol=1e-6)
+    chosen = np.concatenate([sown[CHOSEN][run]["feed_forward"]["value"][0] for run in ("run_0", "run_1")])
+    counts = np.stack([np.bincount(choices.reshape(-1), minlength=8) for choices in chosen])
+    assert len({tuple(row) for row in counts}) == 3
+    np.testing.assert_allclose(layers.fraction, counts / counts.sum(1, keepdims=True), atol=1e-7)
     for run in ("run_0", "run_1"):
         chosen = np.asarray(sown[CHOSEN][run]["feed_forward"]["value"][0])
         statistics = sown[ROUTER][run]["feed_forward"]["statistics"][0]
@@ -180,6 +182,38 @@ def test_router_losses_have_the_gradient_of_an_unrolled_model(small_config, rand
     for (path, left), right in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(left, right, rtol=0, atol=1e-11, err_msg=jax.tree_util.keystr(path))
     assert np.abs(got["run_0"]["feed_forward"]["router"]["kernel"]).min(axis=(1, 2)).min() > 0
+
+
+def test_layers_of_many_runs_come_in_order():
+    """More than ten runs: run_10 comes after run_9."""
+    statistics = {}
+    for number in range(12):
+        layers = jnp.asarray([2.0 * number, 2.0 * number + 1])
+        fields = {field.name: layers for field in dataclasses.fields(RouterStatistics)}
+        statistics[f"run_{number}"] = {"feed_forward": {"statistics": (RouterStatistics(**fields),)}}
+    np.testing.assert_array_equal(all_layers({ROUTER: statistics}).z_loss, np.arange(24.0))
+
+
+def test_a_bias_may_choose_experts_of_no_probability():
+    logits = jnp.asarray([[[200.0, 0.0, 1.0, 0.0]]])
+    bias = jnp.asarray([-1.1, 0.0, 0.0, 0.0])
+
+    def weigh(logits):
+        return choose_experts(logits, 2, normalize=True, balance_bias=bias)[0]
+
+    np.testing.assert_allclose(weigh(logits)[0, 0], np.exp([0, 1]) / np.exp([0, 1]).sum(), rtol=1e-6)  # of 1 and 2
+    assert np.isfinite(jax.grad(lambda logits: weigh(logits)[0, 0, 0])(logits)).all()
+
+
+def test_sizes_and_starting_values_of_a_model(small_config):
+    config = small_config(**MOE, shared_experts=2, initializer="megatron", init_std=0.02, d_model=64, mlp_dim=32)
+    params = hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    layer = params["run_1"]["feed_forward"]
+    assert layer["shared"]["up"]["kernel"].shape == (2, 64, 64)
+    assert layer["shared"]["down"]["kernel"].shape == (2, 64, 64)
+    for name, std in (("router", 0.02), ("expert_gate", 0.02), ("expert_up", 0.02), ("expert_down", 0.02 / 6**0.5)):
+        # Cut at 3 standard deviations, a normal's is 0.9866.
+        np.testing.assert_allclose(layer[name]["kernel"].std(), 0.9866 * std, rtol=0.06, err_msg=name)
 
 
 @pytest.mark.parametrize("scheme", ["hybrid_star", "span", "parallel", "deepnorm"])

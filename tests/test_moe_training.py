@@ -10,12 +10,14 @@ import optax
 import pytest
 
 import hybridnorm_jax as hn
-from hybridnorm_jax.moe import ROUTER
+from hybridnorm_jax.evaluation.run import evaluate_run
+from hybridnorm_jax.moe import ROUTER, RouterStatistics
 from hybridnorm_jax.run_config import MeshSection, OptimizerSection, RunConfig, RunSection, TrainSection
 from hybridnorm_jax.sharding import make_mesh
 from hybridnorm_jax.training import loop, routing
 from hybridnorm_jax.training.optimizer import decay_mask
 from hybridnorm_jax.training.program import Program
+from hybridnorm_jax.training.throughput import model_flops_per_token
 
 BATCH, SEQ = 8, 16
 MOE = {"num_experts": 8, "experts_per_token": 2, "mlp_dim": 16}
@@ -43,7 +45,7 @@ def _batch(microbatches=1):
 
 
 def _program(config):
-    return Program(config, make_mesh(dataclasses.asdict(config.mesh), jax.devices()[:1]))
+    return Program(config, make_mesh(config.mesh.sizes, jax.devices()[:1]))
 
 
 def _run(config, steps, batch, change=lambda state: state):
@@ -155,12 +157,31 @@ def test_biases_of_many_runs_meet_the_fractions_of_their_layers():
         np.testing.assert_array_equal(moved[f"run_{number}"]["feed_forward"]["balance_bias"], expected)
 
 
+def test_metrics_of_two_layers_by_hand():
+    fraction = jnp.asarray([[0.5, 0.5, 0.0, 0.0], [0.1, 0.2, 0.3, 0.4]])
+    routers = RouterStatistics(jnp.asarray([2.0, 1.0]), jnp.asarray([3.0, 5.0]), jnp.asarray([0.2, 0.6]), fraction)
+    metrics = routing.router_metrics(routers, balance=0.1, z=0.01)
+    expected = {"balance_loss": 0.3, "router_z_loss": 0.08, "router_balance": 1.5, "router_entropy": 0.4}
+    expected["largest_load"] = 2.0
+    assert metrics.pop("expert_fraction") is fraction
+    assert {name: pytest.approx(float(value)) for name, value in metrics.items()} == expected
+
+
+def test_flops_are_those_of_what_a_token_passes(small_config):
+    config = small_config(**MOE, shared_experts=1, num_kv_heads=4)
+    attention = 4 * 32 * 32
+    feed_forward = 32 * 8 + (2 + 1) * 3 * 32 * 16
+    weights = 3 * (attention + feed_forward) + 32 * 61
+    assert model_flops_per_token(config, 10) == 6 * weights + 12 * 3 * 32 * 10 / 2
+
+
 def test_a_batch_without_any_target_keeps_everything_finite(small_config):
     batch = _batch()
     batch["weights"] = np.zeros_like(batch["weights"])
     state, history = _run(_config(small_config, model={"balance_bias": True}), 1, batch)
     assert history[0]["loss"] == 0
     assert history[0]["grad_norm"] == 0
+    assert not np.any(state.params["run_1"]["feed_forward"]["balance_bias"])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
@@ -174,7 +195,7 @@ def text_config(tmp_path, small_config):
     data = {"source": "text", "files": (str(tmp_path / "*.txt"),), "cache_dir": str(tmp_path / "cache")}
     config = _config(
         small_config,
-        model={"vocab_size": 257, "balance_bias": True, "shared_experts": 1},
+        model={"vocab_size": 257, "balance_bias": True, "shared_experts": 1, "mlp_bias": True},
         train={"steps": 6, "grad_accumulation": 2, "log_every": 1},
         run=RunSection(name="moe", dir=str(tmp_path / "runs")),
         data=dataclasses.replace(default.data, validation_fraction=0.2, **data),
@@ -191,7 +212,11 @@ class _KilledError(Exception):
 def test_resumes_bit_for_bit(text_config, tmp_path, monkeypatch, capsys):
     whole = dataclasses.replace(text_config, run=dataclasses.replace(text_config.run, name="whole"))
     loop.train(whole)
-    assert "experts      8, 2 per token and 1 shared, width 16;" in capsys.readouterr().out
+    params = Program(text_config).abstract_state.params
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    active = total - 3 * 6 * (3 * 32 * 16 + 2 * 16 + 32)  # layers, absent experts, their kernels and biases
+    line = f"experts      8, 2 per token and 1 shared, width 16; {active:,} parameters active; dispatch blocked (auto)"
+    assert line in capsys.readouterr().out
     step, taken = Program.train_step, []
 
     def dies_in_step_four(self, state, batch):
@@ -213,9 +238,16 @@ def test_resumes_bit_for_bit(text_config, tmp_path, monkeypatch, capsys):
         np.testing.assert_array_equal(leaf, reference, err_msg=jax.tree_util.keystr(path))
     assert np.any(left[0].params["run_1"]["feed_forward"]["balance_bias"])
 
+    # Elsewhere than where it was trained: mesh.expert is not kept.
+    scores = evaluate_run(
+        str(tmp_path / "runs/moe"), ["mesh.fsdp=4", "mesh.tensor=2", "eval.batches=1"], progress=False
+    )
+    assert np.isfinite(scores.scores["validation"].loss)
+
     def records(name):
         lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if k not in ("tokens_per_second", "mfu")} for line in lines]
+        timing = ("tokens_per_second", "mfu", "time/")
+        return [{k: v for k, v in json.loads(line).items() if not k.startswith(timing)} for line in lines]
 
     assert records("moe") == records("whole")
     logged = records("moe")[0]

@@ -31,8 +31,9 @@ def generate(
       prompt: one token at least; its last `window` tokens are read.
       temperature: above 0.
     """
-    # The window is padded behind the tokens, which a causal model does not see; plain attention takes any length.
-    model = Decoder(dataclasses.replace(config, attention="xla"))
+    # The window is padded behind the tokens, which a causal model does not see; plain attention takes any length. The
+    # parameters may lie on many devices, between which XLA cannot divide a kernel of Pallas by itself.
+    model = Decoder(dataclasses.replace(config, attention="xla", expert_dispatch="blocked"))
     prompt = np.asarray(prompt, np.int32)[-window:]
     buffer = np.zeros((1, window), np.int32)
     buffer[0, : len(prompt)] = prompt

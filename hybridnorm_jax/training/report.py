@@ -38,8 +38,9 @@ def start_report(config: RunConfig, program: Program, data: Data, directory: epa
 def _experts(program: Program, total: int) -> str:
     """How many there are, what a token passes, and what computes them."""
     model = program.config.model
-    absent = model.num_experts - model.experts_per_token
-    active = total - absent * 3 * model.num_layers * model.d_model * model.mlp_dim
+    params = jax.tree.leaves_with_path(program.abstract_state.params)
+    experts = sum(math.prod(leaf.shape) for path, leaf in params if "expert_" in jax.tree_util.keystr(path))
+    active = total - experts * (model.num_experts - model.experts_per_token) // model.num_experts
     shared = f" and {model.shared_experts} shared" if model.shared_experts else ""
     asked = "" if model.expert_dispatch == program.dispatch else f" ({model.expert_dispatch})"
     each = f"{model.num_experts}, {model.experts_per_token} per token{shared}, width {model.mlp_dim}"

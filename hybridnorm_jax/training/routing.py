@@ -46,7 +46,7 @@ def router_metrics(routers: RouterStatistics, *, balance: float, z: float) -> di
 
 
 def move_balance_biases(params: Any, fraction: Float[Array, "layers experts"], rate: float) -> Any:
-    """bias_e <- bias_e + rate * sign(1 / num_experts - fraction_e) in every layer; all other parameters stay.
+    """bias_e <- bias_e + rate * sign(mean of fraction - fraction_e) in every layer; all other parameters stay.
 
     An expert that got fewer tokens than the mean becomes more eligible, by the same step whatever it lacks. Auxiliary-
     loss-free balancing (2408.15664), algorithm 1.
@@ -56,6 +56,6 @@ def move_balance_biases(params: Any, fraction: Float[Array, "layers experts"], r
     first = 0
     for path in biases:
         layers = slice(first, first + len(flat[path]))
-        step = rate * jnp.sign(1 / fraction.shape[1] - fraction[layers])
+        step = rate * jnp.sign(fraction[layers].mean(1, keepdims=True) - fraction[layers])
         flat[path], first = flat[path] + step.astype(flat[path].dtype), layers.stop
     return unflatten_dict(flat)
