@@ -1,0 +1,92 @@
+"""Say whether a run fits on devices that are not here, by compiling its train step for them.
+
+  python -m hybridnorm_jax.planning CONFIG.yaml [key=value ...] [--topology v5p:4x4x4] [--json]
+  python -m hybridnorm_jax.planning --table docs/planning.md [CONFIG.yaml ...]
+
+A topology is v5e:4x8, v6e:16x16, v5p:4x4x8, 2xv6e:16x16 (two slices; set mesh.replica) or gpu:8x80GB. A TPU's needs
+`pip install libtpu`, no TPU. Without --topology it is the one in the file's line `# Topology: v5p:4x4x4`. Data is not
+read, so data.files may be missing. A GPU's step is compiled for simulated CPU devices: whether it fits stays unknown.
+
+Exit status: 0 it fits, 3 it does not fit, 4 that cannot be known, 2 after one line on standard error for wrong input.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from hybridnorm_jax.command_line import REPOSITORY, exit_status
+from hybridnorm_jax.config import UserError
+
+FITS, DOES_NOT_FIT, UNKNOWN = 0, 3, 4
+
+
+def main(words: list[str]) -> int:
+    """The command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hybridnorm_jax.planning",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,
+    )
+    parser.add_argument("words", metavar="CONFIG.yaml key=value", nargs="*", help="as for train.py")
+    parser.add_argument("--topology", metavar="TOPOLOGY", help="the devices to compile for")
+    parser.add_argument("--json", action="store_true", help="one JSON object, and nothing else on standard output")
+    table = "write a row into this file's table for each of the files named, by default all of configs/"
+    parser.add_argument("--table", metavar="FILE.md", help=table)
+    options = parser.parse_intermixed_args(words)
+    found = []
+    status = exit_status(lambda: found.append(_table(options) if options.table else _one(options)))
+    return status or found[0]
+
+
+def _one(options: argparse.Namespace) -> int:
+    from hybridnorm_jax.planning import report
+    from hybridnorm_jax.planning.compilation import plan, read_config
+    from hybridnorm_jax.planning.topologies import parse_topology
+
+    files = [word for word in options.words if word.endswith((".yaml", ".yml")) and "=" not in Path(word).name]
+    if not files:
+        raise UserError("name a configuration, such as configs/151m.yaml; --help says more")
+    config = read_config(options.words)
+    result = plan(config, parse_topology(options.topology or meant_for(Path(files[-1]))))
+    print(json.dumps(report.as_json(result), indent=2) if options.json else report.text(result))
+    return {True: FITS, False: DOES_NOT_FIT, None: UNKNOWN}[result.fits]
+
+
+def meant_for(file: Path) -> str:
+    """The topology that a configuration's line `# Topology: ...` names.
+
+    Raises:
+      UserError: there is no such line.
+    """
+    line = re.search(r"^# Topology: (\S+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    if line is None:
+        raise UserError(f"{file}: has no line such as `# Topology: v5p:4x4x4`; give --topology")
+    return line[1]
+
+
+def _table(options: argparse.Namespace) -> int:
+    from hybridnorm_jax.planning import report
+    from hybridnorm_jax.planning.compilation import plan, read_config
+    from hybridnorm_jax.planning.topologies import parse_topology
+
+    wrong = [word for word in options.words if not word.endswith((".yaml", ".yml")) or "=" in word]
+    if wrong or options.topology or options.json:
+        raise UserError("--table takes configurations as they are: no key=value, --topology or --json")
+    file = Path(options.table)
+    files = [Path(word) for word in options.words] or sorted((REPOSITORY / "configs").glob("*.yaml"))
+    worst = FITS
+    for config in files:
+        result = plan(read_config([str(config)]), parse_topology(meant_for(config)))
+        _, rows = report.read_table(file)
+        rows[config.stem] = report.table_row(config.stem, result)
+        report.write_table(file, rows)
+        print(" | ".join(rows[config.stem].values()), flush=True)
+        worst = worst if result.fits else max(worst, DOES_NOT_FIT)
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
