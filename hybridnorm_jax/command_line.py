@@ -26,10 +26,14 @@ from hybridnorm_jax.config_files import (
     show,
     without_none,
 )
-from hybridnorm_jax.run_config import RunConfig
+from hybridnorm_jax.distributed import Processes
+from hybridnorm_jax.run_config import DistributedSection, RunConfig
+from hybridnorm_jax.training.goodput import process_began
+from hybridnorm_jax.training.stopping import RunStopped
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_FILE = "configs/quickstart.yaml"
+DRY_RUN = "--dry-run"
 HELP_WIDTH = 120
 VALUE_WIDTH = 24
 LONGEST_NAME = 120
@@ -40,7 +44,7 @@ def parse(arguments: Sequence[str], default_file: str = DEFAULT_FILE) -> RunConf
 
     Files are merged first, then overrides; later ones win. Without a file, `default_file` is read, relative to the
     repository. Plugins (run.plugins) are imported. run.name=auto becomes the last file's stem followed by
-    -key=value for each override outside run.*, so the same command names the same run.
+    -key=value for each override outside run.* and distributed.*, so the same command names the same run.
 
     Raises:
       ConfigError: one line that names the file or the override and says what would be right.
@@ -77,10 +81,15 @@ def help_text(arguments: Sequence[str] = ()) -> str:
     widths.append(min(VALUE_WIDTH, max(len(row[2]) for row in rows.values())))
     widths.append(HELP_WIDTH - sum(widths) - 2 * (len(widths) + 1))
     lines = [
-        "usage: train.py [FILE.yaml ...] [key=value ...]",
+        "usage: train.py [FILE.yaml ...] [key=value ...] [--dry-run]",
         "",
         "Files are merged in order, then overrides; later ones win. Without a file: configs/quickstart.yaml.",
         "Values are YAML: train.steps=20 optimizer.clip=null data.files=[a.txt,b.txt] data.validation.c4=[c4.npy]",
+        "",
+        "--dry-run compiles the step for the devices at hand, prints mesh, batches and memory, and ends there.",
+        "",
+        "Status: 0 done; 2 an error, in one line; 75 told to stop (SIGTERM) and saved, run it again; 130 the same by",
+        "Ctrl-C; 76 stalled (train.stall_exit). docs/faults.md says more.",
         "",
         *_table_row(("key", "type", title, "meaning"), widths),
     ]
@@ -94,22 +103,35 @@ def help_text(arguments: Sequence[str] = ()) -> str:
 
 
 def run_train(arguments: Sequence[str]) -> int:
-    """`python train.py [FILE.yaml ...] [key=value ...]`; returns the exit status."""
+    """`python train.py [FILE.yaml ...] [key=value ...] [--dry-run]`; returns the exit status."""
+    words = [word for word in arguments if word != DRY_RUN]
+    processes = Processes(words)
 
     def command() -> None:
-        if _wants_help(arguments):
-            print(help_text(arguments))
+        if _wants_help(words):
+            print(help_text(words))
             return
-        config = parse(arguments)
-        from hybridnorm_jax.training.loop import train  # after parsing: JAX takes seconds to import
+        config = parse(words)
+        with processes.running(config.distributed):
+            if DRY_RUN in arguments:
+                from hybridnorm_jax.training.dry_run import dry_run
 
-        train(config)
-        python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else "python"
-        evaluation = shlex.join([python, "eval.py", f"{config.run.dir}/{config.run.name}"])
-        another = shlex.join([python, "train.py", *_other_scheme(arguments, config)])
-        print(f"\nNext: {evaluation}\n  or another placement: {another}")
+                dry_run(config)
+                return
+            from hybridnorm_jax.training.loop import train  # after parsing: JAX takes seconds to import
 
-    return exit_status(command)
+            train(config, began=process_began())
+        if processes.number == 0:
+            _say_next(words, config)
+
+    return processes.supervise(lambda: exit_status(command, processes))
+
+
+def _say_next(arguments: Sequence[str], config: RunConfig) -> None:
+    python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else "python"
+    evaluation = shlex.join([python, "eval.py", f"{config.run.dir}/{config.run.name}"])
+    another = shlex.join([python, "train.py", *_other_scheme(arguments, config)])
+    print(f"\nNext: {evaluation}\n  or another placement: {another}")
 
 
 EVAL_USAGE = """usage: eval.py RUN_DIR [key=value ...] [--json]
@@ -119,11 +141,13 @@ checkpoint, given as RUN_DIR/checkpoints/STEP. Keys are those of train.py; the m
   eval.batches=8                      only so many batches of each set
   data.validation.c4=[c4/*.npy]       one more set
   mesh.fsdp=1 mesh.tensor=8           by default all devices are on mesh.fsdp
+  distributed.coordinator=HOST:PORT   several processes where no cluster is found: see docs/clusters.md
 --json prints one JSON object and nothing else on standard output."""
 
 
 def run_eval(arguments: Sequence[str]) -> int:
     """`python eval.py RUN_DIR [key=value ...] [--json]`; returns the exit status."""
+    processes = Processes(arguments)
 
     def command() -> None:
         words = [word for word in arguments if word != "--json"]
@@ -132,35 +156,59 @@ def run_eval(arguments: Sequence[str]) -> int:
             return
         if not words or ("=" in Path(words[0]).name and not Path(words[0]).exists()):
             raise ConfigError("eval.py needs a run's directory first, such as runs/quickstart; --help says more")
-        from hybridnorm_jax.evaluation.perplexity import table
-        from hybridnorm_jax.evaluation.run import evaluate_run
+        with processes.running(_distributed_of(words[1:])):
+            from hybridnorm_jax.evaluation.perplexity import table
+            from hybridnorm_jax.evaluation.run import evaluate_run
 
-        as_json = "--json" in arguments
-        result = evaluate_run(words[0], words[1:], progress=not as_json)
+            as_json = "--json" in arguments
+            result = evaluate_run(words[0], words[1:], progress=not as_json and processes.number == 0)
+        if processes.number != 0:
+            return
         if as_json:
             sets = {name: dataclasses.asdict(score) for name, score in result.scores.items()}
             print(json.dumps({"checkpoint": result.checkpoint, "step": result.step, "sets": sets}, indent=2))
         else:
             print(f"{result.checkpoint}\n\n{table(result.scores)}")
 
-    return exit_status(command)
+    return processes.supervise(lambda: exit_status(command, processes))
+
+
+def _distributed_of(overrides: Sequence[str]) -> DistributedSection:
+    """What is asked here: the run's configuration, which says nothing of these processes, is read when they are up."""
+    settings = gather([], overrides)
+    return DistributedSection(
+        **{path.partition(".")[2]: value for path, value in settings.items() if path.startswith("distributed.")}
+    )
 
 
 def _wants_help(arguments: Sequence[str]) -> bool:
     return "-h" in arguments or "--help" in arguments
 
 
-def exit_status(command: Callable[[], None]) -> int:
-    """0; or after one line on standard error, 2 for what the caller can mend and 130 for an interruption."""
+def exit_status(command: Callable[[], None], processes: Processes | None = None) -> int:
+    """0; or after one line on standard error, 2 for what the caller can mend, and stopping.py's for a stopped run.
+
+    Args:
+      processes: of several, only those that Processes.speaks lets speak print the line.
+    """
+    processes = processes or Processes()
+
+    def say(error: BaseException, line: str) -> None:
+        if processes.speaks(error):
+            print(processes.label(line), file=sys.stderr)
+
     try:
         command()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(error, f"error: {error}")
         return 2
+    except RunStopped as stopped:
+        say(stopped, str(stopped))
+        return stopped.exit_code
     except OSError as error:
         if error.strerror is None or (error.filename is None and error.errno != errno.ENOSPC):
             raise
-        print(f"error: {error.filename or 'writing a file'}: {error.strerror}", file=sys.stderr)
+        say(error, f"error: {error.filename or 'writing a file'}: {error.strerror}")
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
@@ -170,7 +218,7 @@ def exit_status(command: Callable[[], None]) -> int:
 
 def _other_scheme(arguments: Sequence[str], config: RunConfig) -> list[str]:
     """The same arguments with another placement, which has no equivalent form."""
-    changed = ("model.scheme=", "run.name=", "train.equivalent_", "train.check_invariants=")
+    changed = ("model.scheme=", "run.name=", "train.equivalent_", "train.check_invariants=", "distributed.")
     kept = [word for word in arguments if not word.startswith(changed)]
     other = "pre" if config.model.scheme != "pre" else "hybrid_star"
     return [*kept, f"model.scheme={other}"]
@@ -196,7 +244,7 @@ def _run_name(stem: str, overrides: Sequence[str]) -> str:
     for path, text in sorted(chosen.items()):
         # checkpoint.every and eval.every would give one name to two runs.
         word = path.rpartition(".")[2]
-        if not path.startswith("run."):
+        if path.partition(".")[0] not in ("run", "distributed"):
             name += f"-{path if last_words.count(word) > 1 else word}={text}"
     plain = re.sub(r"[^A-Za-z0-9._=+-]", "_", name)
     if len(plain) <= LONGEST_NAME:

@@ -32,9 +32,10 @@ FREE_KEYS = {
     *("data.cache_dir", "data.read_threads", "data.validation"),
     *("train.log_every", "train.profile", "train.sample_tokens"),
     *("train.equivalent_form", "train.equivalent_pad_to", "train.check_invariants"),
+    *("train.max_bad_steps", "train.stall_seconds", "train.stall_exit"),
     "init_from",
 }
-FREE_SECTIONS = ("run.", "mesh.", "checkpoint.", "eval.")
+FREE_SECTIONS = ("run.", "mesh.", "checkpoint.", "eval.", "distributed.")
 
 # The name in --help and the phrase in an error, by annotation.
 TYPE_WORDS = {

@@ -1,6 +1,7 @@
 """RunConfig: a whole pretraining run. YAML files and key=value overrides are merged onto it by config_files.py."""
 
 import dataclasses
+import re
 
 from hybridnorm_jax.config import ModelConfig, check, check_choice, check_positive, key
 from hybridnorm_jax.mesh_rules import MESH_AXES, resolve_rules
@@ -81,6 +82,11 @@ class TrainSection:
     z_loss: float = key(0.0, "weight of the squared log-partition, added to the training loss")
     balance_loss: float = key(0.01, "weight of the experts' load-balancing loss, summed over layers")
     router_z_loss: float = key(0.001, "weight of the routers' squared log-partition, summed over layers")
+    max_bad_steps: int = key(10, "so many skipped steps in a row (NaN, infinity, spikes) stop the run")
+    skip_spikes_sigma: float | None = key(None, "skip steps whose loss is so many deviations above the last ones' mean")
+    spike_window: int = key(128, "losses that mean and deviation are taken over")
+    stall_seconds: float | None = key(None, "report with all stacks what one wait takes longer for; null: never")
+    stall_exit: bool = key(False, "end the process after such a report, with status 76")
     log_every: int = key(10, "steps between lines of metrics.jsonl")
     profile: bool = key(False, "write a JAX profiler trace of steps 2 to 6 to <run>/profile")
     sample_tokens: int = key(0, "tokens of sample text generated at the end")
@@ -88,7 +94,13 @@ class TrainSection:
     def __post_init__(self):
         check_choice("train.equivalent_form", self.equivalent_form, EQUIVALENT_FORMS)
         names = ("steps", "batch_size", "seq_len", "grad_accumulation", "loss_chunk", "log_every", "equivalent_pad_to")
-        check_positive("train", self, names)
+        check_positive("train", self, (*names, "max_bad_steps"))
+        for name in ("skip_spikes_sigma", "stall_seconds"):
+            value = getattr(self, name)
+            check(value is None or value > 0, f"train.{name}", value, "must be positive, or null")
+        check(self.spike_window >= 2, "train.spike_window", self.spike_window, "must be at least 2")
+        needs = not self.stall_exit or self.stall_seconds is not None
+        check(needs, "train.stall_exit", "true", "needs train.stall_seconds")
         divides = self.batch_size % self.grad_accumulation == 0
         right = f"must divide train.batch_size={self.batch_size}"
         check(divides, "train.grad_accumulation", self.grad_accumulation, right)
@@ -189,6 +201,32 @@ class EvalSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistributedSection:
+    """The processes of a run on several hosts, which Cloud TPU, GKE, SLURM and Open MPI give; docs/clusters.md."""
+
+    initialize: str = key("auto", "auto: where there are several processes | true | false: this process is alone")
+    coordinator: str | None = key(None, "host:port where process 0 is to listen; null: found, see docs/clusters.md")
+    num_processes: int | None = key(None, "how many there are on all hosts; null: found")
+    process_id: int | None = key(None, "this one's number, from 0; null: found")
+    timeout_seconds: int = key(300, "how long processes wait for each other at the start")
+    heartbeat_seconds: int = key(
+        100, "a process that is silent for so long counts as dead, and the others are ended"
+    )
+
+    def __post_init__(self):
+        check_choice("distributed.initialize", self.initialize, ("auto", "true", "false"))
+        check_positive("distributed", self, ("num_processes", "timeout_seconds", "heartbeat_seconds"))
+        count, number = self.num_processes, self.process_id
+        right = "must be host:port, such as 10.0.0.2:8476"
+        fits = self.coordinator is None or re.fullmatch(r"\S+:\d{1,5}", self.coordinator) is not None
+        check(fits, "distributed.coordinator", self.coordinator, right)
+        check(number is None or count is not None, "distributed.process_id", number, "needs distributed.num_processes")
+        check(count is None or number is not None, "distributed.num_processes", count, "needs distributed.process_id")
+        right = f"must be in [0, distributed.num_processes={count})"
+        check(number is None or 0 <= number < count, "distributed.process_id", number, right)
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything `train.py` needs, checked as a whole."""
 
@@ -200,6 +238,7 @@ class RunConfig:
     mesh: MeshSection = dataclasses.field(default_factory=MeshSection)
     checkpoint: CheckpointSection = dataclasses.field(default_factory=CheckpointSection)
     eval: EvalSection = dataclasses.field(default_factory=EvalSection)
+    distributed: DistributedSection = dataclasses.field(default_factory=DistributedSection)
     init_from: str | None = key(None, "directory of a run, or of one checkpoint, whose parameters to start from")
 
     def __post_init__(self):

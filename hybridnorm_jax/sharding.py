@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hybridnorm_jax.config import ConfigError
@@ -67,7 +67,11 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     types = (AxisType.Auto,) * len(MESH_AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=types, devices=devices)
+        try:
+            return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=types, devices=devices)
+        except NotImplementedError:  # no axis of the torus has such a size: one has to be split
+            split = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            return Mesh(split, MESH_AXES, axis_types=types)
     if shape[0] % slices:
         right = f"must be a multiple of the {slices} slices, between which the network is slow"
         raise ConfigError(f"mesh.replica={shape[0]}: {right}")
@@ -162,12 +166,18 @@ def batch_share(mesh: Mesh, rules: Rules = RULES) -> tuple[int, int]:
     """(number, count): which of `count` equal stretches of every batch this process reads.
 
     Processes whose devices differ only along axes that do not split the batch read the same stretch.
+
+    Raises:
+      ConfigError: two processes would hold a part of the batch in common and another one each for itself.
     """
     parts = batch_parts(mesh, rules)
     held: dict[int, set[int]] = {}
     for device, (rows,) in batch_sharding(mesh, 0, rules).devices_indices_map((parts,)).items():
         held.setdefault(device.process_index, set()).add(rows.start or 0)
     stretches = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, stretches)) != parts or len(set(map(len, stretches))) != 1:
+        wrong = f"splits a batch into {parts} parts, which {len(held)} processes cannot share equally"
+        raise ConfigError(f"mesh: {wrong}; let tensor x context divide a process's devices, or be a multiple of them")
     return stretches.index(tuple(sorted(held[jax.process_index()]))), len(stretches)
 
 

@@ -53,7 +53,8 @@ def _records(config, tmp_path):
     file = tmp_path / "runs" / config.run.name / "metrics.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()]
     timing = ("tokens_per_second", "mfu")
-    return [{key: value for key, value in record.items() if key not in timing} for record in records]
+    timed = {key for record in records for key in record if key in timing or key.startswith("time/")}
+    return [{key: value for key, value in record.items() if key not in timed} for record in records]
 
 
 def _final_state(config, tmp_path):

@@ -11,7 +11,6 @@ save. A damaged step that was passed over is kept as 000500.damaged.
 import contextlib
 import errno
 import json
-import logging
 import re
 import sys
 import time
@@ -26,6 +25,7 @@ from orbax.checkpoint import v1 as ocp
 
 from hybridnorm_jax.config import UserError
 from hybridnorm_jax.training import manifest
+from hybridnorm_jax.training.orbax_log import quiet_orbax
 
 STATE = "state"
 # Written last by Orbax, before the rename on a file system and instead of it on an object store.
@@ -131,7 +131,7 @@ class Checkpoints:
             if step not in self.steps():
                 metadata = {"data_state": data_state, "config_yaml": config_yaml, PARTS: jax.process_count()}
                 with contextlib.ExitStack() as quiet, self._saving(step):
-                    quiet.enter_context(_quiet())
+                    quiet.enter_context(quiet_orbax())
                     self._set_damaged_aside()
                     self._delete_leftovers()
                     path = self._path(step)
@@ -176,6 +176,10 @@ class Checkpoints:
             raise CheckpointError(f"{self._path(step)}: holds parameters alone, no optimizer state; {right}")
         self._check_same_leaves(step, metadata.metadata, abstract_state)
         return self._load(step, abstract_state), metadata.custom_metadata["data_state"]
+
+    def fields(self, step: int) -> set[str]:
+        """The names of the parts of the state that was saved as `step`. Verified first, as `restore` does."""
+        return set(self._metadata(step)[1].metadata)
 
     def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:
         """The state's "params" alone, as `restore`; nothing else is loaded.
@@ -285,7 +289,7 @@ class Checkpoints:
     def _reading(self, step: int) -> Iterator[None]:
         """Turn what goes wrong while `step` is read into one line."""
         try:
-            with _quiet():
+            with quiet_orbax():
                 yield
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
@@ -376,24 +380,3 @@ def _reason(error: BaseException) -> str:
 def _is_no_space(error: BaseException) -> bool:
     # TensorStore gives the text only.
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
-
-
-class _OrbaxRecords(logging.Filter):
-    """Drops log records that come from Orbax or TensorStore."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "/orbax/checkpoint/" not in record.pathname and "tensorstore" not in record.getMessage()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Orbax's log: its threads write a page of traceback for each error that is raised here as well."""
-    records = _OrbaxRecords()
-    loggers = [logging.getLogger("absl"), logging.getLogger("asyncio")]
-    for logger in loggers:
-        logger.addFilter(records)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(records)

@@ -2,39 +2,80 @@
 
 import contextlib
 import dataclasses
+import json
+import math
 import sys
-import time
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from hybridnorm_jax import config_files
-from hybridnorm_jax.config import ConfigError
+from hybridnorm_jax.config import ConfigError, UserError
 from hybridnorm_jax.data import Data, open_data, train_iterator
 from hybridnorm_jax.evaluation import perplexity
 from hybridnorm_jax.evaluation.sampling import generate
 from hybridnorm_jax.run_config import RunConfig
 from hybridnorm_jax.sharding import check_batch
+from hybridnorm_jax.training.anomalies import no_anomalies
 from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
+from hybridnorm_jax.training.goodput import StepClock, TimeLedger, TimeMetrics
 from hybridnorm_jax.training.metrics import MetricsWriter
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.report import start_report
 from hybridnorm_jax.training.state import TrainState
+from hybridnorm_jax.training.stopping import RunStopped, StopSignals
 from hybridnorm_jax.training.throughput import mfu, model_flops_per_token
+from hybridnorm_jax.training.watchdog import Watchdog
 
 # The first step compiles, which would drown the others in a trace.
 PROFILE_AFTER, PROFILED_STEPS = 1, 5
+# Words for the metrics that must be finite.
+SKIPPED_FOR = {"loss": "loss", "gradient norm": "grad_norm"}
 
 
-def train(config: RunConfig) -> dict[str, perplexity.Score]:
+def train(config: RunConfig, *, began: float | None = None) -> dict[str, perplexity.Score]:
     """Train, or go on training, the run that `config` describes; returns the final scores of its validation sets.
+
+    Args:
+      began: time.perf_counter() when the process began, for its goodput; None: now.
 
     Raises:
       UserError: anything the caller can mend, in one line; what was saved before stays as it is.
+      RunStopped: by SIGTERM, SIGINT or a preemption notice; every step that was made is saved.
     """
+    ledger = TimeLedger(began)
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(StopSignals())
+        with signals.interruptible():
+            program, data = _prepare(config)
+            # JAX's coordination service, which starts with the devices, has a handler of its own for SIGTERM.
+            signals.install()
+        directory = open_run_directory(config)
+        checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep))
+        step = checkpoints.usable(allow_fallback=config.checkpoint.allow_fallback)
+        writer = stack.enter_context(contextlib.closing(_metrics_writer(config, directory, step)))
+        state, iterator, first = _start(config, program, data, checkpoints, step)
+        _say(start_report(config, program, data, directory, resumed=first))
+        loop = _Loop(config, program, data, directory, checkpoints, writer, signals, ledger)
+        try:
+            state, scores = loop.run(state, iterator, first)
+        finally:
+            _say("\n" + ledger.table())
+    results = (
+        perplexity.table(scores) if scores else "no validation set: data.validation_fraction=0, data.validation={}"
+    )
+    _say(f"\nEvaluation at step {config.train.steps}\n{results}")
+    if config.train.sample_tokens:
+        _say(_sample(config, data, state.params))
+    return scores
+
+
+def _prepare(config: RunConfig) -> tuple[Program, Data]:
+    """What needs no run directory: the program, checked, and the data, tokenized where they are not yet."""
     program = Program(config)
     check_batch("train.batch_size / train.grad_accumulation", config.microbatch_size, program.mesh, program.rules)
     data = open_data(
@@ -43,24 +84,7 @@ def train(config: RunConfig) -> dict[str, perplexity.Score]:
         vocab_size=config.model.vocab_size,
         progress=jax.process_index() == 0,
     )
-    directory = open_run_directory(config)
-    with (
-        Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
-        contextlib.ExitStack() as stack,
-    ):
-        step = checkpoints.usable(allow_fallback=config.checkpoint.allow_fallback)
-        writer = stack.enter_context(contextlib.closing(_metrics_writer(config, directory, step)))
-        state, iterator, first = _start(config, program, data, checkpoints, step)
-        _say(start_report(config, program, data, directory, resumed=first))
-        loop = _Loop(config, program, data, directory, checkpoints, writer)
-        state, scores = loop.run(state, iterator, first)
-    results = (
-        perplexity.table(scores) if scores else "no validation set: data.validation_fraction=0, data.validation={}"
-    )
-    _say(f"\nEvaluation at step {config.train.steps}\n{results}")
-    if config.train.sample_tokens:
-        _say(_sample(config, data, state.params))
-    return scores
+    return program, data
 
 
 def open_run_directory(config: RunConfig) -> epath.Path:
@@ -102,7 +126,7 @@ def _start(
         read_threads=config.data.read_threads,
     )
     if step is not None:
-        state, data_state = checkpoints.restore(program.abstract_state, step)
+        state, data_state = _restore(program, checkpoints, step)
         if data_state["train_tokens"] != data.train.num_tokens:
             before, now = data_state["train_tokens"], data.train.num_tokens
             right = "restore the data as it was, or start a new run with init_from"
@@ -148,128 +172,211 @@ class _Loop:
         directory: epath.Path,
         checkpoints: Checkpoints,
         writer: MetricsWriter,
+        signals: StopSignals,
+        ledger: TimeLedger,
     ):
         self.config, self.program, self.data, self.directory = config, program, data, directory
-        self.checkpoints, self.writer = checkpoints, writer
+        self.checkpoints, self.writer, self.signals, self.ledger = checkpoints, writer, signals, ledger
         self.flops_per_token = model_flops_per_token(config.model, config.train.seq_len)
         self.config_yaml = config_files.to_yaml(config)
-        self.clock = _Clock()
+        self.clock = StepClock()
+        here = [device for device in program.mesh.devices.flat if device.process_index == jax.process_index()]
+        self.times = TimeMetrics(ledger, self.clock, here)
         self.profiling = False
+        self.evaluation_compiled = False
 
     def run(self, state: TrainState, iterator: Any, first: int) -> tuple[TrainState, dict[str, perplexity.Score]]:
-        """Train from update `first` to the last, then save and evaluate."""
-        config, steps = self.config, self.config.train.steps
-        scores, late = None, None
+        """Train from step `first` to the last, then save and evaluate."""
+        self.state, self.iterator, self.first, self.step = state, iterator, first, first
+        self.late: tuple[int, dict[str, Any]] | None = None  # the step that the device may still be busy with
+        scores, steps, train = None, self.config.train.steps, self.config.train
         # A log file is no terminal: there the bar is a line every half minute.
         look = {"mininterval": 0.2 if sys.stderr.isatty() else 30, "disable": jax.process_index() != 0}
-        with tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, **look) as bar:
-            for step in range(first + 1, steps + 1):
-                if config.train.profile and step - first == PROFILE_AFTER + 1:
-                    self._start_profile()
-                self.checkpoints.raise_if_failed()
-                state, metrics = self.program.train_step(state, next(iterator))
-                # The device is busy with this step while the one before is read.
-                previous, late = late, (step, metrics)
-                self._record(previous, bar)
-                last = step == steps
-                if config.train.profile and (step - first == PROFILE_AFTER + PROFILED_STEPS or last):
-                    self._stop_profile(state)
-                saves = step % config.checkpoint.every == 0 or last
-                evaluates = step % config.eval.every == 0 or last
-                if saves or evaluates:
-                    self._record(late, bar)
-                    late = None
-                if saves:
-                    self._save(step, state, iterator)
-                if evaluates:
-                    scores = self._score(state)
-                    losses = {f"eval/{name}/loss": score.loss for name, score in scores.items()}
-                    self.writer.write(step, losses)
-                    if not last and jax.process_index() == 0:
-                        tqdm.write(f"step {step}: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
-                if saves or evaluates:
-                    self.clock.restart()
-        if scores is None:  # the run had ended before
-            scores = self._score(state)
-        return state, scores
+        watchdog = Watchdog(
+            *(self.ledger, train.stall_seconds, self.directory),
+            where=lambda: f"after step {self.step}",
+            end=train.stall_exit,
+        )
+        bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, **look)
+        with watchdog, bar as self.bar:
+            try:
+                if self._owes_evaluation():
+                    scores = self._evaluate()
+                while self.step < steps:
+                    scores = self._next_step()
+                if scores is None:  # the run had ended before
+                    scores = self._score()
+            except RunStopped as stopped:
+                raise RunStopped(stopped.exit_code, self._save_stopped()) from None
+        self.ledger.enter("other")
+        return self.state, scores
 
-    def _record(self, item: tuple[int, dict[str, Any]] | None, bar: tqdm) -> None:
-        """Wait for a step's metrics, show them, and write every train.log_every-th."""
+    def _next_step(self) -> dict[str, perplexity.Score] | None:
+        """One step and what is due after it; the scores where that was an evaluation."""
+        config, step = self.config, self.step + 1
+        if config.train.profile and step - self.first == PROFILE_AFTER + 1:
+            self._start_profile()
+        self.checkpoints.raise_if_failed()
+        self.signals.poll()
+        batch = self._next_batch()
+        with self.ledger.phase("compilation" if self.step == self.first else "steps"):
+            self.state, metrics = self.program.train_step(self.state, batch)
+        self.step = step
+        # The device is busy with this step while the one before is read.
+        previous, self.late = self.late, (step, metrics)
+        self._record(previous)
+        last = step == config.train.steps
+        if config.train.profile and (step - self.first == PROFILE_AFTER + PROFILED_STEPS or last):
+            self._stop_profile()
+        saves = step % config.checkpoint.every == 0 or last
+        evaluates = step % config.eval.every == 0 or last
+        if saves or evaluates:
+            self._record_late()
+        if saves:
+            self._save(wait=last)
+        return self._evaluate() if evaluates else None
+
+    def _next_batch(self) -> Any:
+        """The next batch. Waiting for it is a step's time if the device was busy all the while."""
+        self.ledger.enter("input")
+        batch = next(self.iterator)
+        waited = self.ledger.enter("steps")
+        if self.late is not None and not self.late[1]["loss"].is_ready():
+            self.ledger.move(waited, "input", "steps")
+        return batch
+
+    def _record_late(self) -> None:
+        late, self.late = self.late, None
+        self._record(late)
+
+    def _record(self, item: tuple[int, dict[str, Any]] | None) -> None:
+        """Wait for a step's metrics, show them, and write every train.log_every-th and those of skipped steps."""
         if item is None:
             return
         step, metrics = item[0], {name: np.asarray(value) for name, value in item[1].items()}
-        self.clock.tick()
-        bar.update(step - bar.n)
+        seconds = self.clock.tick()
+        self.bar.update(step - self.bar.n)
         rate = self.clock.rate()
         per_second = None if rate is None else rate * self.config.tokens_per_step
         speed = "" if rate is None else f", {per_second:,.0f} tokens/s"
-        bar.set_postfix_str(f"loss {metrics['loss']:.4f}{speed}", refresh=False)
-        if step % self.config.train.log_every and step != self.config.train.steps:
+        self.bar.set_postfix_str(f"loss {metrics['loss']:.4f}{speed}", refresh=False)
+        skipped = metrics["skipped_in_a_row"] > 0
+        if skipped:
+            self.ledger.move(seconds or 0.0, "steps", "skipped")
+        if skipped or step % self.config.train.log_every == 0 or step == self.config.train.steps:
+            device = self.program.mesh.devices.flat[0]
+            values = {f"train/{name}": value for name, value in metrics.items()} | {"tokens_per_second": per_second}
+            values["mfu"] = (
+                None
+                if per_second is None
+                else mfu(per_second, self.flops_per_token, device.device_kind, self.program.mesh.size)
+            )
+            self.writer.write(step, values | self.times.line())
+            self.clock.begin_line()
+        if skipped:
+            self._tell_skipped(step, metrics)
+
+    def _tell_skipped(self, step: int, metrics: dict[str, np.ndarray]) -> None:
+        """A line for each skipped step; UserError after train.max_bad_steps of them in a row."""
+        odd = [f"{name} is {metrics[key]}" for name, key in SKIPPED_FOR.items() if not math.isfinite(metrics[key])]
+        reason = " and ".join(odd) or f"loss {metrics['loss']:.4f} is a spike"
+        if jax.process_index() == 0:
+            tqdm.write(f"step {step}: skipped, {reason}", file=sys.stderr)
+        if metrics["skipped_in_a_row"] < self.config.train.max_bad_steps:
             return
-        device = self.program.mesh.devices.flat[0]
-        values = {f"train/{name}": value for name, value in metrics.items()}
-        values["tokens_per_second"] = per_second
-        values["mfu"] = (
-            None
-            if per_second is None
-            else mfu(per_second, self.flops_per_token, device.device_kind, self.program.mesh.size)
-        )
-        self.writer.write(step, values)
-        self.clock.restart(keep_last=True)
+        self.checkpoints.wait()
+        newest = self.checkpoints.latest()
+        good = "no checkpoint was saved" if newest is None else f"the last good checkpoint is that of step {newest}"
+        limit = f"{metrics['skipped_in_a_row']} steps in a row were skipped (train.max_bad_steps)"
+        raise UserError(f"step {step}: {reason}; {limit}; {good}, in {self.checkpoints.directory}")
 
-    def _save(self, step: int, state: TrainState, iterator: Any) -> None:
-        self.checkpoints.save(
-            step,
-            state,
-            data_state={"iterator": iterator.get_state(), "train_tokens": self.data.train.num_tokens},
-            config_yaml=self.config_yaml,
-            wait=step == self.config.train.steps,
-        )
+    def _save(self, *, wait: bool) -> None:
+        with self.ledger.phase("checkpoint"):
+            self.checkpoints.save(
+                self.step,
+                self.state,
+                data_state={"iterator": self.iterator.get_state(), "train_tokens": self.data.train.num_tokens},
+                config_yaml=self.config_yaml,
+                wait=wait,
+            )
+        self.clock.pause()
 
-    def _score(self, state: TrainState) -> dict[str, perplexity.Score]:
-        program = self.program
-        return perplexity.evaluate_sets(
-            lambda batch: program.eval_step(state.params, batch),
-            self.data.validation,
-            batch_size=program.eval_batch_size,
-            share=program.share,
-            batches=self.config.eval.batches,
-            progress=jax.process_index() == 0,
-        )
+    def _save_stopped(self) -> str:
+        """Save a run that is told to stop, unless this step is saved already; what became of it, in words."""
+        self._stop_profile()
+        self._record_late()
+        if self.step == self.first:
+            return "no step was made, nothing was to be saved"
+        self._save(wait=True)
+        return f"step {self.step} is saved"
+
+    def _owes_evaluation(self) -> bool:
+        """Whether the run was stopped after the step it begins with, and before that step's evaluation was recorded."""
+        config, step = self.config, self.step
+        due = step > 0 and (step % config.eval.every == 0 or step == config.train.steps)
+        if not due or not self.data.validation:
+            return False
+        owes = jax.process_index() == 0 and not _is_evaluated(self.directory / "metrics.jsonl", step)
+        return owes if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.asarray(owes)))
+
+    def _evaluate(self) -> dict[str, perplexity.Score]:
+        """Score and record."""
+        step, scores = self.step, self._score()
+        losses = {f"eval/{name}/loss": score.loss for name, score in scores.items()}
+        if losses:
+            self.writer.write(step, losses)
+        if losses and step != self.config.train.steps and jax.process_index() == 0:
+            tqdm.write(f"step {step}: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+        return scores
+
+    def _score(self) -> dict[str, perplexity.Score]:
+        with self.ledger.phase("evaluation"):
+            scores = perplexity.evaluate_sets(
+                self._eval_step,
+                self.data.validation,
+                batch_size=self.program.eval_batch_size,
+                share=self.program.share,
+                batches=self.config.eval.batches,
+                progress=jax.process_index() == 0,
+            )
+        self.clock.pause()
+        return scores
+
+    def _eval_step(self, batch: Any) -> Any:
+        self.signals.poll()
+        # Entered anew for every batch: that is what the watchdog takes for a sign of life.
+        self.ledger.enter("evaluation")
+        with self.ledger.phase("evaluation" if self.evaluation_compiled else "compilation"):
+            sums = self.program.eval_step(self.state.params, batch)
+        self.evaluation_compiled = True
+        return sums
 
     def _start_profile(self) -> None:
         jax.profiler.start_trace(str(self.directory / "profile"))
         self.profiling = True
 
-    def _stop_profile(self, state: TrainState) -> None:
+    def _stop_profile(self) -> None:
         if self.profiling:
-            jax.block_until_ready(state)
+            jax.block_until_ready(self.state)
             jax.profiler.stop_trace()
             self.profiling = False
 
 
-class _Clock:
-    """Steps per second since the last restart, counted between moments when a step's result was seen."""
+def _restore(program: Program, checkpoints: Checkpoints, step: int) -> tuple[TrainState, dict]:
+    """(state, data state); where a version that skipped no steps saved them, none has been skipped."""
+    abstract = program.abstract_state
+    if "anomalies" in checkpoints.fields(step):
+        return checkpoints.restore(abstract, step)
+    state, data_state = checkpoints.restore(dataclasses.replace(abstract, anomalies=None), step)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract.anomalies)
+    fresh = jax.jit(no_anomalies, static_argnums=0, out_shardings=places)(program.config.train.spike_window)
+    return dataclasses.replace(state, anomalies=fresh), data_state
 
-    def __init__(self):
-        self.restart()
 
-    def restart(self, keep_last: bool = False) -> None:
-        """Forget; with keep_last the last tick starts the next interval, so that no time is lost between intervals."""
-        self.begin = self.end if keep_last else None
-        self.ticks = 0
-
-    def tick(self) -> None:
-        """A step's result has been seen."""
-        self.end = time.perf_counter()
-        if self.begin is None:
-            self.begin = self.end
-        else:
-            self.ticks += 1
-
-    def rate(self) -> float | None:
-        """Steps per second, or None before two moments were seen."""
-        return self.ticks / (self.end - self.begin) if self.ticks else None
+def _is_evaluated(file: epath.Path, step: int) -> bool:
+    """Whether metrics.jsonl, which MetricsWriter has mended, holds an evaluation of this step."""
+    records = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+    return any(record["step"] == step and any(key.startswith("eval/") for key in record) for record in records)
 
 
 def _sample(config: RunConfig, data: Data, params: Any) -> str:

@@ -82,9 +82,7 @@ class Program:
         self.model = Decoder(model if self.conversion is None else self.conversion.config)
         schedule = learning_rate_schedule(config.optimizer, train.steps, config.tokens_per_step)
         self._optimizer = make_optimizer(config.optimizer, schedule)
-        self.abstract_state = init_state(
-            config.model, self._optimizer, train.seed, self.mesh, self.rules, abstract=True
-        )
+        self.abstract_state = self._init_state(abstract=True)
         step = make_train_step(
             self.model,
             self._optimizer,
@@ -95,6 +93,7 @@ class Program:
             balance_loss=train.balance_loss,
             router_z_loss=train.router_z_loss,
             balance_bias_rate=config.optimizer.balance_bias_rate,
+            skip_spikes_sigma=train.skip_spikes_sigma,
             convert=convert,
             measure=_measure(config) if train.check_invariants else None,
         )
@@ -116,7 +115,15 @@ class Program:
 
     def fresh_state(self) -> TrainState:
         """The state before the first step."""
-        return init_state(self.config.model, self._optimizer, self.config.train.seed, self.mesh, self.rules)
+        return self._init_state(abstract=False)
+
+    def _init_state(self, abstract: bool) -> TrainState:
+        train = self.config.train
+        return init_state(
+            *(self.config.model, self._optimizer, train.seed, self.mesh, self.rules),
+            spike_window=train.spike_window,
+            abstract=abstract,
+        )
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update; `state` is donated. `batch` is this process's (microbatches, sequences, positions) in NumPy.

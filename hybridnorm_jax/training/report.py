@@ -1,6 +1,7 @@
 """The block of lines a run begins with."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 from etils import epath
@@ -14,13 +15,24 @@ from hybridnorm_jax.training.program import Program
 
 def start_report(config: RunConfig, program: Program, data: Data, directory: epath.Path, *, resumed: int) -> str:
     """What will be trained, on what, and where its files go."""
+    state = f"resumed at step {resumed} of" if resumed else "new,"
+    return table(run_rows(config, program, f"{directory} ({state} {config.train.steps} steps)", data.description))
+
+
+def table(rows: Sequence[tuple[str, str]]) -> str:
+    """(name, text) pairs as lines."""
+    return "\n".join(f"{name:<12} {text}" for name, text in rows)
+
+
+def run_rows(config: RunConfig, program: Program, run: str, data: str) -> list[tuple[str, str]]:
+    """(name, text) of all that is known before the first step; `run` and `data` are the texts of these two."""
     model, train, mesh = config.model, config.train, program.mesh
     params = program.abstract_state.params
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     asked = "" if model.attention == program.backend else f" ({model.attention})"
     parts = len(runs(model.placements))
-    rows = [
-        ("run", f"{directory} ({f'resumed at step {resumed} of' if resumed else 'new,'} {train.steps} steps)"),
+    return [
+        ("run", run),
         ("devices", f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {jax.process_count()} process(es)"),
         ("mesh", ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())),
         ("parameters", f"{total:,} ({model.param_dtype}; computes in {model.dtype})"),
@@ -29,10 +41,9 @@ def start_report(config: RunConfig, program: Program, data: Data, directory: epa
         *([("form", _form(program))] if program.conversion is not None else []),
         ("attention", f"{program.backend}{asked}"),
         ("tokens/step", f"{config.tokens_per_step:,} = {train.batch_size} sequences x {train.seq_len}"),
-        ("data", data.description),
+        ("data", data),
+        *(("sharding", line) for line in undivided(params, mesh, program.rules)),
     ]
-    rows += [("sharding", line) for line in undivided(params, mesh, program.rules)]
-    return "\n".join(f"{name:<12} {text}" for name, text in rows)
 
 
 def _experts(program: Program, total: int) -> str:

@@ -14,15 +14,17 @@ from hybridnorm_jax.config import ModelConfig
 from hybridnorm_jax.decoder import Decoder
 from hybridnorm_jax.mesh_rules import Rules
 from hybridnorm_jax.sharding import RULES, tree_shardings
+from hybridnorm_jax.training.anomalies import Anomalies, no_anomalies
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Number of updates made, parameters and optimizer state; all global arrays on one mesh."""
+    """Number of steps, parameters, optimizer state and what is remembered of skipped steps; all on one mesh."""
 
     step: Int[Array, ""]
     params: Any
     opt_state: optax.OptState
+    anomalies: Anomalies
 
 
 def init_params(config: ModelConfig, key: Array) -> Any:
@@ -38,17 +40,19 @@ def init_state(
     mesh: Mesh,
     rules: Rules = RULES,
     *,
+    spike_window: int,
     abstract: bool = False,
 ) -> TrainState:
     """The state before the first step; every device computes only its own shards.
 
     Args:
+      spike_window: losses that are remembered, see anomalies.judge.
       abstract: return shapes, dtypes and shardings (jax.ShapeDtypeStruct) instead, to restore a checkpoint into.
     """
 
     def initialize(key):
         params = init_params(config, key)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), no_anomalies(spike_window))
 
     key = jax.random.key(seed)
     shapes = jax.eval_shape(initialize, key)

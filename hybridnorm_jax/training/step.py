@@ -17,6 +17,7 @@ from hybridnorm_jax.logical_axes import parts, split_axes
 from hybridnorm_jax.loss import LossSums, chunked_cross_entropy, cross_entropy
 from hybridnorm_jax.moe import ROUTER, RouterStatistics
 from hybridnorm_jax.training import routing
+from hybridnorm_jax.training.anomalies import anomaly_metrics, judge, keep_where
 from hybridnorm_jax.training.state import TrainState
 
 Convert = Callable[[Any], Any]
@@ -79,10 +80,11 @@ def make_train_step(
     balance_loss: float = 0.0,
     router_z_loss: float = 0.0,
     balance_bias_rate: float = 0.0,
+    skip_spikes_sigma: float | None = None,
     convert: Convert | None = None,
     measure: Callable[[Any, Batch], Measured] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array], Measured]]:
-    """(state, batch) -> (state after one update, metrics, measured invariants).
+    """(state, batch) -> (state after one step, metrics, measured invariants).
 
     The batch's arrays are (microbatches, sequences, positions). The gradient is that of
     sum(nll + z_loss * log(Z)^2) / sum(weights) over all microbatches: sums are accumulated and divided once, so
@@ -92,11 +94,16 @@ def make_train_step(
     microbatch's are taken over all its tokens on all devices and weighted by its number of targets. The balance loss
     is no sum over tokens: that of a large batch is not the mean of its microbatches', so accumulation changes it.
 
+    Where the loss or the gradient is NaN or infinite, whichever microbatch it came from, or the loss is a spike
+    (anomalies.judge), parameters, moments and balance biases stay bit for bit as they are; the step counts.
+
     Metrics: loss (nats per target, without any other term), grad_norm (before clipping), learning_rate, z_loss (its
-    weighted term) where there is one, and with experts those of routing.router_metrics.
+    weighted term) where there is one, those of anomalies.anomaly_metrics, and with experts those of
+    routing.router_metrics.
 
     Args:
       balance_bias_rate: of routing.move_balance_biases, after the optimizer's update; for model.balance_bias.
+      skip_spikes_sigma: see anomalies.judge; None: only what is not finite is skipped.
       convert: the state's parameters -> those of `model`, for a model that is trained as another form of itself.
       measure: (the state's parameters, one sequence) -> invariants to return; None: the last result is empty.
     """
@@ -140,10 +147,13 @@ def make_train_step(
             metrics |= routing.router_metrics(routers, **weights)
         if model.config.balance_bias:
             params = routing.move_balance_biases(params, routers.fraction, balance_bias_rate)
+        skip, anomalies = judge(state.anomalies, metrics["loss"], metrics["grad_norm"], sigma=skip_spikes_sigma)
+        metrics |= anomaly_metrics(anomalies)
+        params, opt_state = keep_where(skip, (state.params, state.opt_state), (params, opt_state))
         measured = {} if measure is None else measure(state.params, jax.tree.map(lambda x: x[0, :1], batch))
         if defects:
             measured |= {"trained": jax.vmap(partial(collected, collection=DEFECT))(sown).max(0)}
-        return TrainState(state.step + 1, params, opt_state), metrics, measured
+        return TrainState(state.step + 1, params, opt_state, anomalies), metrics, measured
 
     return train_step
 

@@ -1,0 +1,296 @@
+"""The processes of one run: how they find each other, who speaks, and how they end together.
+
+JAX's runtime is started at most once, before any backend, and only where there are others to wait for. What the
+environment variables of Open MPI, SLURM and GKE mean is JAX's definition (jax._src.clusters, 0.10.2). Where a start or
+an end cannot succeed, JAX's C++ runtime aborts the process with a stack trace and status 134, so both are watched from
+here and given up a moment earlier. docs/clusters.md has the user's side.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import re
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import jax
+from jax.experimental import multihost_utils
+
+from hybridnorm_jax.config import ConfigError, UserError
+from hybridnorm_jax.run_config import DistributedSection
+from hybridnorm_jax.training.stopping import RunStopped
+
+# A process that fails waits so long for the others to fail alike, such as at a mesh that does not fit the devices.
+ALIKE_SECONDS = 5
+# And after so long the coordinator ends those that did not. Larger, so that the failing one keeps its own exit status.
+SHUTDOWN_SECONDS = 15
+# A run that is told to stop gives its processes so long to close their files; where one was not told, no longer.
+STOPPED_SECONDS = 30
+# JAX aborts at its own limit, so it is given a later one.
+LATER_SECONDS = 60
+COORDINATOR_VARIABLE = "JAX_COORDINATOR_ADDRESS"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """What a launcher says about this process.
+
+    Attributes:
+      name: of the launcher, for messages.
+      num_processes, process_id: None where only the cluster's own service knows.
+      has_coordinator: whether JAX can find out where process 0 is.
+      local_id: this process's number on its host, where every process has one GPU.
+    """
+
+    name: str
+    num_processes: int | None
+    process_id: int | None
+    has_coordinator: bool = True
+    local_id: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The arguments of jax.distributed.initialize; None: JAX finds them."""
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    local_id: int | None = None
+
+
+def find_cluster(environ: Mapping[str, str], *, tpu: bool) -> Cluster | None:
+    """The launcher that started this process, None where it was started by hand.
+
+    Args:
+      tpu: whether JAX will use TPUs here.
+
+    Raises:
+      ConfigError: in an indexed Kubernetes job without TPUs, where the package for asking Kubernetes is missing.
+    """
+    if "OMPI_COMM_WORLD_SIZE" in environ:
+        return Cluster(
+            "Open MPI",
+            *(int(environ["OMPI_COMM_WORLD_SIZE"]), int(environ["OMPI_COMM_WORLD_RANK"])),
+            # Open MPI 5 no longer sets it.
+            has_coordinator="OMPI_MCA_orte_hnp_uri" in environ,
+            local_id=int(environ["OMPI_COMM_WORLD_LOCAL_RANK"]),
+        )
+    if all(f"SLURM_{name}" in environ for name in ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")):
+        # In the shell of `salloc --ntasks=4` SLURM_NTASKS is 4, but the step is that one shell.
+        tasks = int(environ.get("SLURM_STEP_NUM_TASKS", environ["SLURM_NTASKS"]))
+        return Cluster("SLURM", tasks, int(environ["SLURM_PROCID"]), local_id=int(environ["SLURM_LOCALID"]))
+    hosts = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES"))
+    if tpu and hosts:
+        count, slices = len(hosts.split(",")), int(environ.get("MEGASCALE_NUM_SLICES") or 1)
+        first = int(environ.get("MEGASCALE_SLICE_ID") or 0) * count
+        return Cluster("GKE", slices * count, first + int(environ.get("TPU_WORKER_ID") or 0))
+    if tpu and "TPU_SKIP_MDS_QUERY" not in environ:  # JAX sets it where there is no TPU
+        return Cluster("Cloud TPU", None, None)
+    if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
+        if importlib.util.find_spec("kubernetes") is None:
+            right = "pip install 'jax[k8s]' lets JAX find the others, distributed.initialize=false trains alone"
+            raise ConfigError(f"distributed.initialize=auto: this is a pod of an indexed Kubernetes job; {right}")
+        return Cluster("Kubernetes", None, int(environ["JOB_COMPLETION_INDEX"]))
+    return None
+
+
+def resolve(section: DistributedSection, environ: Mapping[str, str], *, tpu: bool) -> Start | None:
+    """What to start JAX's runtime with; None where this process is alone.
+
+    Raises:
+      ConfigError: something is given, but not enough to start with.
+    """
+    if section.initialize == "false":
+        return None
+    coordinator, source = section.coordinator, f"distributed.coordinator={section.coordinator}"
+    if coordinator is None and environ.get(COORDINATOR_VARIABLE):
+        coordinator = environ[COORDINATOR_VARIABLE]
+        source = f"{COORDINATOR_VARIABLE}={coordinator}"
+    if section.num_processes is not None:
+        if coordinator is None:
+            right = "needs distributed.coordinator=HOST:PORT, where process 0 is to listen"
+            raise ConfigError(f"distributed.num_processes={section.num_processes}: {right}")
+        return Start(coordinator, section.num_processes, section.process_id)
+    cluster = find_cluster(environ, tpu=tpu)
+    if coordinator is not None:
+        if cluster is None or cluster.num_processes is None:
+            right = "needs distributed.num_processes and distributed.process_id too, no SLURM or Open MPI gives them"
+            raise ConfigError(f"{source}: {right}")
+        return Start(coordinator, cluster.num_processes, cluster.process_id, cluster.local_id)
+    if cluster is None:
+        if section.initialize == "true":
+            right = "found no Open MPI, SLURM, GKE, Cloud TPU or Kubernetes job; give distributed.coordinator=HOST:PORT"
+            raise ConfigError(f"distributed.initialize=true: {right}")
+        return None
+    if cluster.num_processes == 1 and section.initialize == "auto":
+        return None
+    if not cluster.has_coordinator:
+        right = "give distributed.coordinator=HOST:PORT, with the host of rank 0"
+        raise ConfigError(f"distributed: Open MPI 5 does not tell its {cluster.num_processes} processes; {right}")
+    return Start()
+
+
+class Processes:
+    """This process among those of its run; one object for each command.
+
+    Attributes:
+      number: 0 where it is alone, and while nobody knows.
+      count: how many there are, None before they have met.
+    """
+
+    def __init__(self, arguments: Sequence[str] = ()):
+        self.number, self.count = _early_number(arguments), None
+        self._runs = False  # JAX's runtime, started here
+        self._alike = True  # whether all processes ended together, or this one has not started
+
+    @contextlib.contextmanager
+    def running(self, section: DistributedSection) -> Iterator[None]:
+        """JAX's runtime, where there is more than this process; at the end they part together.
+
+        Raises:
+          ConfigError: see `resolve`.
+          UserError: the others were not there in time.
+        """
+        start = resolve(section, os.environ, tpu=_has_tpu())
+        if start is not None:
+            self._start(section, start)
+            self.number, self.count = jax.process_index(), jax.process_count()
+        try:
+            yield
+            if self._runs:
+                # Without a limit: process 0 may still be handing its metrics to a service.
+                multihost_utils.sync_global_devices("end of the run")
+        except RunStopped:
+            if self._runs:
+                _within(STOPPED_SECONDS, lambda: multihost_utils.sync_global_devices("end of the stopped run"))
+            raise
+        finally:
+            if self._runs:
+                self._part()
+
+    def speaks(self, error: BaseException) -> bool:
+        """Whether this process prints the line of an error.
+
+        Process 0 speaks for all, but not for what may be one host's alone: an error of a file, or one that the others
+        did not have.
+        """
+        return self.number == 0 or error.__cause__ is not None or isinstance(error, OSError) or not self._alike
+
+    def supervise(self, command: Callable[[], int]) -> int:
+        """The exit status that `command` returns; where the others have not ended, ends this process with it at once.
+
+        Otherwise Python's own end would wait for the others and then be aborted, its status lost.
+        """
+        try:
+            status = command()
+        except BaseException:
+            if self._runs:
+                traceback.print_exc()
+                _leave(1)
+            raise
+        if self._runs:
+            _leave(status)
+        return status
+
+    def label(self, line: str) -> str:
+        """A line of this process, with its number where it does not speak for all."""
+        return line if self.number == 0 else f"process {self.number}: {line}"
+
+    def _start(self, section: DistributedSection, start: Start) -> None:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        self._runs = True
+        self._alike = False
+        local = None if start.local_id is None or "JAX_LOCAL_DEVICE_IDS" in os.environ else [start.local_id]
+        arguments = {
+            "coordinator_address": start.coordinator,
+            "num_processes": start.num_processes,
+            "process_id": start.process_id,
+            "local_device_ids": local,
+            # Numbers that were given are not to be completed by a cluster's.
+            "cluster_detection_method": None if start.coordinator is None else "deactivate",
+            "initialization_timeout": section.timeout_seconds + LATER_SECONDS,
+            "heartbeat_timeout_seconds": section.heartbeat_seconds,
+            "shutdown_timeout_seconds": SHUTDOWN_SECONDS,
+        }
+        with _handler_kept(signal.SIGTERM):
+            failed = _within(section.timeout_seconds, lambda: jax.distributed.initialize(**arguments))
+        if failed is None:
+            return
+        who = "this process" if start.process_id is None else f"process {start.process_id} of {start.num_processes}"
+        where = "the coordinator" if start.coordinator is None else start.coordinator
+        if isinstance(failed, TimeoutError):
+            limit = f"within {section.timeout_seconds} seconds (distributed.timeout_seconds)"
+            if start.process_id == 0:
+                raise UserError(f"distributed: {who}, at {where}, was not joined by all others {limit}")
+            right = "is process 0 running, is its port reachable, do all agree on their number?"
+            raise UserError(f"distributed: {who} did not meet the others at {where} {limit}: {right}")
+        reason = (str(failed).splitlines() or [""])[0] or type(failed).__name__
+        right = "distributed.initialize=false trains on this process alone"
+        raise UserError(f"distributed: {who} cannot start at {where}: {reason}; {right}") from failed
+
+    def _part(self) -> None:
+        """Shut JAX's runtime down, which waits for all processes, but not longer than it takes if they end alike."""
+        if not jax.distributed.is_initialized():
+            return
+        self._alike = _within(ALIKE_SECONDS, jax.distributed.shutdown) is None
+        self._runs = not self._alike
+
+
+def _early_number(arguments: Sequence[str]) -> int:
+    """This process's number as far as words and environment tell it before anything is parsed."""
+    for word in arguments:
+        if re.fullmatch(r"distributed\.process_id=\d+", word):
+            return int(word.partition("=")[2])
+    try:
+        cluster = find_cluster(os.environ, tpu=_has_tpu())
+    except ConfigError:
+        return 0
+    return cluster.process_id or 0 if cluster is not None else 0
+
+
+def _has_tpu() -> bool:
+    """Importing JAX on a machine with TPUs sets this, unless JAX_PLATFORMS does."""
+    return "tpu" in (jax.config.jax_platforms or "").split(",")
+
+
+@contextlib.contextmanager
+def _handler_kept(number: int) -> Iterator[None]:
+    """Take a signal back from JAX, whose preemption service only notes it down: eval.py would never end."""
+    before = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(number, before)
+
+
+def _within(seconds: float, action: Callable[[], None]) -> BaseException | None:
+    """None where `action` ends in time, else its exception, or a TimeoutError while it goes on.
+
+    In a thread of its own: the main thread of one that waits in C++ would see no signal.
+    """
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            action()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        return TimeoutError()
+    return raised[0] if raised else None
+
+
+def _leave(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

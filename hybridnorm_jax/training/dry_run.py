@@ -1,0 +1,97 @@
+"""`train.py --dry-run`: everything up to the first step, for the devices at hand, and nothing left behind."""
+
+import math
+import re
+from typing import Any
+
+import jax
+from etils import epath
+
+from hybridnorm_jax.config import UserError
+from hybridnorm_jax.planning.compilation import Memory, memory_of
+from hybridnorm_jax.planning.topologies import GIB
+from hybridnorm_jax.run_config import RunConfig
+from hybridnorm_jax.sharding import batch_parts, check_batch
+from hybridnorm_jax.training.program import Program
+from hybridnorm_jax.training.report import run_rows, table
+
+
+def dry_run(config: RunConfig) -> None:
+    """Compile the train step and print the start-up report with batches and memory, on process 0.
+
+    No file is written and no data is read, so what is wrong with the data stays unknown.
+
+    Raises:
+      UserError: as in training, up to the first step; or the compiler finds no room for the step, after the report.
+    """
+    program = Program(config)
+    check_batch("train.batch_size / train.grad_accumulation", config.microbatch_size, program.mesh, program.rules)
+    compiled, refusal = compile_step(program)
+    directory = epath.Path(config.run.dir) / config.run.name
+    source = f"not read: {config.data.source} {', '.join(config.data.files)}".rstrip()
+    rows = run_rows(config, program, f"{directory} (dry run of {config.train.steps} steps, nothing is written)", source)
+    rows += _batch_rows(program) + _state_rows(program)
+    if compiled is not None:
+        rows += memory_rows(memory_of(compiled), _limit(program))
+    if jax.process_index() == 0:
+        print(table(rows), flush=True)
+    if refusal is not None:
+        right = "raise train.grad_accumulation, model.remat or the mesh axes that split parameters"
+        raise UserError(f"the train step does not fit these devices: {refusal}; {right}")
+
+
+def compile_step(program: Program) -> tuple[jax.stages.Compiled | None, str | None]:
+    """(the compiled train step, None), or (None, what the compiler says of the memory it lacks)."""
+    try:
+        return program.lower_train_step().compile(), None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None, re.sub(r"^RESOURCE_EXHAUSTED: ", "", str(error).splitlines()[0])
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Of abstract arrays with shardings; where devices hold shares of different size, the largest."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def memory_rows(memory: Memory, limit: int | None) -> list[tuple[str, str]]:
+    """What the compiler says of one device; `limit` is what the device has, None where it does not say."""
+    room = "" if limit is None else f" of {_size(limit)}"
+    return [
+        ("memory", f"per device, as the compiler says: {_size(memory.peak)}{room} at the peak, the sum of"),
+        ("", f"{_size(memory.arguments)} of arguments (parameters, optimizer state, batch)"),
+        ("", f"{_size(memory.outputs - memory.aliased)} of outputs that replace no argument"),
+        ("", f"{_size(memory.temporaries)} of temporaries (activations, gradients)"),
+        ("", f"{_size(memory.generated_code)} of code"),
+    ]
+
+
+def _batch_rows(program: Program) -> list[tuple[str, str]]:
+    config, (number, count) = program.config, program.share
+    microbatch, accumulation = config.microbatch_size, config.train.grad_accumulation
+    times = f"{accumulation} x " if accumulation > 1 else ""
+    per_device = microbatch // batch_parts(program.mesh, program.rules)
+    alone = "" if count == jax.process_count() else ", the same for processes that split sequences or layers"
+    share = f"process {jax.process_index()} reads share {number + 1} of {count}{alone}"
+    return [
+        ("per process", f"{times}{microbatch // count} sequences; {share}"),
+        ("per device", f"{times}{per_device} sequences of {config.train.seq_len}"),
+    ]
+
+
+def _state_rows(program: Program) -> list[tuple[str, str]]:
+    state = program.abstract_state
+    params = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params))
+    held = f"{params:,} parameters, {_size(bytes_per_device(state.params))}"
+    return [("", f"{held}; optimizer state {_size(bytes_per_device(state.opt_state))}")]
+
+
+def _limit(program: Program) -> int | None:
+    device = next(device for device in program.mesh.devices.flat if device.process_index == jax.process_index())
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def _size(number: float) -> str:
+    return f"{number / GIB:.4g} GiB" if number >= GIB / 10 else f"{number / 2**20:,.1f} MiB"
