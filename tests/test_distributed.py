@@ -106,10 +106,16 @@ def test_two_processes_are_one_and_their_checkpoint_is_its(words, one, tmp_path)
     two, ended = _train(2, words, tmp_path / "two", DATA)
     _assert_same(words, two, one)
     (_, first, _), (_, second, second_errors) = ended
-    for line in ("8 x cpu, 2 process(es)", "Evaluation at step 6", "A sample of 3 tokens", "Next: "):
-        assert line in first
-    gloo = [line for line in second.splitlines() if line.startswith("[Gloo]")]
-    assert [line for line in second.splitlines() if line] == gloo
+    # Gloo's own lines are C++'s, on both, and not always whole.
+    for told in (
+        "8 x cpu, 2 process(es)",
+        "Time of this process",
+        "Evaluation at step 6",
+        "A sample of 3 tok",
+        "Next: ",
+    ):
+        assert told in first
+        assert told not in second
     assert "step" not in second_errors
     assert "distributed." not in first.partition("Next: ")[2]
 
