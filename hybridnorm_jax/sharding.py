@@ -112,8 +112,9 @@ def partition_spec(
     for axis, size in zip(axes, shape, strict=True):
         free = (entry for entry in rules.get(axis, ()) if not taken.intersection(entry))
         entry = next((entry for entry in free if size % _parts_of(entry, mesh) == 0), None)
-        taken.update(entry or ())
-        spec.append(entry[0] if entry is not None and len(entry) == 1 else entry)
+        split = tuple(axis for axis in entry or () if mesh.shape[axis] > 1)
+        taken.update(split)
+        spec.append(split if len(split) > 1 else split[0] if split else None)
     return PartitionSpec(*spec)
 
 
