@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 
 
 def wide_dtype(dtype: Any) -> Any:
+    """The dtype that sums run in: float32 at least."""
     return jnp.promote_types(dtype, jnp.float32)
 
 

@@ -209,9 +209,7 @@ class DistributedSection:
     num_processes: int | None = key(None, "how many there are on all hosts; null: found")
     process_id: int | None = key(None, "this one's number, from 0; null: found")
     timeout_seconds: int = key(300, "how long processes wait for each other at the start")
-    heartbeat_seconds: int = key(
-        100, "a process that is silent for so long counts as dead, and the others are ended"
-    )
+    heartbeat_seconds: int = key(100, "a process that is silent for so long counts as dead, and the others are ended")
 
     def __post_init__(self):
         check_choice("distributed.initialize", self.initialize, ("auto", "true", "false"))
