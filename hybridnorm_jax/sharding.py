@@ -190,13 +190,16 @@ def check_batch(key_name: str, batch_size: int, mesh: Mesh, rules: Rules = RULES
         raise ConfigError(f"{key_name}: {batch_size} sequences at a time, {right}")
 
 
-def check_sequence(seq_len: int, mesh: Mesh, tile: int, rules: Rules = RULES) -> None:
-    """Raise ConfigError unless the mesh can split sequences of this length, in multiples of `tile` positions."""
+def check_sequence(seq_len: int, chunk: int | None, mesh: Mesh, tile: int, rules: Rules = RULES) -> None:
+    """Raise ConfigError unless the mesh can split sequences of this length, in multiples of `tile` positions, and every
+    chunk of the loss."""
     axes = rules["seq"][0] if rules["seq"] else ()
     shards = _parts_of(axes, mesh)
     if shards > 1 and seq_len % (2 * shards * tile):
         right = f"must be a multiple of 2 x {' x '.join(axes)}" + f" x {tile}" * (tile > 1)
         raise ConfigError(f"train.seq_len={seq_len}: {right} = {2 * shards * tile}, to be split among {shards} devices")
+    if chunk is not None and chunk % shards:
+        raise ConfigError(f"train.loss_chunk={chunk}: must be a multiple of {' x '.join(axes)} = {shards}")
 
 
 def check_experts(num_experts: int, mesh: Mesh) -> None:

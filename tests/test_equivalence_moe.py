@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_equivalence import _logits
 
 import hybridnorm_jax as hn
 from hybridnorm_jax import command_line
@@ -45,10 +46,6 @@ FORMS = (("pre_rmsnorm", 1), ("pre_crmsnorm", 1), ("pre_crmsnorm", 24))
 def _model(small_config, random_params, keys, dtype="float64"):
     config = small_config(**(EXPERTS | keys), dtype=dtype, param_dtype=dtype)
     return config, random_params(config)
-
-
-def _logits(config, params, tokens):
-    return jax.jit(hn.Decoder(config).apply)({"params": params}, tokens)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,5 +1,6 @@
 """Attention over a sequence that eight devices share is that of one device, whatever computes it."""
 
+import dataclasses
 import functools
 import math
 
@@ -120,6 +121,9 @@ def test_a_length_that_the_mesh_cannot_share_is_refused_before_compilation(small
     )
     with pytest.raises(ConfigError, match=r"train\.seq_len=36: must be a multiple of 2 x context = 8, to be split"):
         Program(config)
+    train = dataclasses.replace(config.train, seq_len=48, loss_chunk=6)
+    with pytest.raises(ConfigError, match=r"train\.loss_chunk=6: must be a multiple of context = 4"):
+        Program(dataclasses.replace(config, train=train))
 
 
 def test_splash_compiles_for_eight_tpu_chips():

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
-import re
 import tempfile
 import time
 from collections.abc import Sequence
@@ -11,32 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from hybridnorm_jax.command_line import parse
-from hybridnorm_jax.config import ConfigError, UserError
+from hybridnorm_jax.config import ConfigError
 from hybridnorm_jax.planning.collectives import Collectives, kernels, read_collectives
 from hybridnorm_jax.planning.topologies import Topology, devices_of
 from hybridnorm_jax.run_config import RunConfig
 from hybridnorm_jax.sharding import batch_parts, check_batch, make_mesh
+from hybridnorm_jax.training.memory import (
+    Memory,
+    bytes_per_device,
+    compile_within_memory,
+    elements_per_device,
+    memory_of,
+)
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.throughput import model_flops_per_token
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes on one device, as XLA counts them; `aliased` are outputs that take the place of (donated) arguments."""
-
-    arguments: int
-    outputs: int
-    aliased: int
-    temporaries: int
-    generated_code: int
-
-    @property
-    def peak(self) -> int:
-        """All that a step needs at once."""
-        return self.arguments + self.outputs - self.aliased + self.temporaries + self.generated_code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +97,10 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
     Raises:
       UserError: libtpu is missing, or the run does not go on this many devices.
     """
-    program = Program(config, _mesh(config, topology))
+    program = Program(config, make_mesh(config.mesh.sizes, devices_of(topology)))
     mesh, rules = program.mesh, program.rules
     check_batch("train.batch_size / train.grad_accumulation", config.microbatch_size, mesh, rules)
-    params = jax.tree.leaves(program.abstract_state.params)
+    state = program.abstract_state
     lowered = program.lower_train_step()
     start = time.monotonic()
     compiled, text, refusal = _compile(lowered)
@@ -123,15 +111,13 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
         device_kind=mesh.devices.flat[0].device_kind,
         mesh=dict(mesh.shape),
         microbatch=config.microbatch_size // batch_parts(mesh, rules),
-        parameters=sum(math.prod(leaf.shape) for leaf in params),
-        parameters_per_device=sum(math.prod(_share(leaf)) for leaf in params),
-        state_bytes=sum(
-            math.prod(_share(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract_state)
-        ),
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        parameters_per_device=elements_per_device(state.params),
+        state_bytes=bytes_per_device(state),
         attention=program.backend,
         dispatch=program.dispatch,
         kernels=kernels(text) if text else [],
-        memory=memory_of(compiled),
+        memory=None if compiled is None else memory_of(compiled),
         refusal=refusal,
         compiler_flops=_flops(compiled),
         collectives=read_collectives(text) if text else None,
@@ -139,32 +125,13 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
     )
 
 
-def _mesh(config: RunConfig, topology: Topology) -> Mesh:
-    devices = devices_of(topology)
-    try:
-        return make_mesh(config.mesh.sizes, devices)
-    except NotImplementedError as error:  # JAX's word for a torus that cannot be cut like this
-        asked = ", ".join(f"mesh.{axis}={size}" for axis, size in config.mesh.sizes.items() if size != 1)
-        right = "the size of each axis must be a product of sides of the slice"
-        raise UserError(f"{asked} on {topology}: {right}") from error
-
-
-def _share(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    return leaf.sharding.shard_shape(leaf.shape)
-
-
 def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, str | None, str | None]:
     """(executable, text of the compiled program, why there is no executable)."""
     # as_text() fails for a v5p ("async-update instruction should have 1 operands"), and there is none where memory does
     # not suffice: what the compiler itself writes down is there in both cases.
     with tempfile.TemporaryDirectory() as directory, _no_cache():
-        refusal = compiled = None
-        try:
-            compiled = lowered.compile(compiler_options={"xla_dump_to": directory, "xla_dump_hlo_as_text": True})
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            refusal = re.sub(r"^RESOURCE_EXHAUSTED: (\w+: \w+: )?", "", str(error).splitlines()[0])
+        options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
+        compiled, refusal = compile_within_memory(lowered, compiler_options=options)
         written = sorted(Path(directory).glob("module_*jit_train_step*after_optimizations.txt"))
         return compiled, written[-1].read_text() if written else None, refusal
 
@@ -178,26 +145,6 @@ def _no_cache():
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
-
-
-def memory_of(compiled: Any) -> Memory | None:
-    """What the compiler says of an executable, None where there is none.
-
-    Raises:
-      UserError: it says nothing.
-    """
-    if compiled is None:
-        return None
-    found = compiled.memory_analysis()
-    if found is None:
-        raise UserError("the compiler gives no memory analysis; another version of jaxlib or libtpu may")
-    return Memory(
-        arguments=found.argument_size_in_bytes,
-        outputs=found.output_size_in_bytes,
-        aliased=found.alias_size_in_bytes,
-        temporaries=found.temp_size_in_bytes,
-        generated_code=found.generated_code_size_in_bytes,
-    )
 
 
 def _flops(compiled: Any) -> float | None:

@@ -1,17 +1,18 @@
 """`train.py --dry-run`: everything up to the first step, for the devices at hand, and nothing left behind."""
 
-import math
-import re
-from typing import Any
-
 import jax
 from etils import epath
 
 from hybridnorm_jax.config import UserError
-from hybridnorm_jax.planning.compilation import Memory, memory_of
-from hybridnorm_jax.planning.topologies import GIB
 from hybridnorm_jax.run_config import RunConfig
 from hybridnorm_jax.sharding import batch_parts, check_batch
+from hybridnorm_jax.training.memory import (
+    Memory,
+    bytes_per_device,
+    compile_within_memory,
+    elements_per_device,
+    memory_of,
+)
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.report import run_rows, table
 
@@ -26,7 +27,7 @@ def dry_run(config: RunConfig) -> None:
     """
     program = Program(config)
     check_batch("train.batch_size / train.grad_accumulation", config.microbatch_size, program.mesh, program.rules)
-    compiled, refusal = compile_step(program)
+    compiled, refusal = compile_within_memory(program.lower_train_step())
     directory = epath.Path(config.run.dir) / config.run.name
     source = f"not read: {config.data.source} {', '.join(config.data.files)}".rstrip()
     rows = run_rows(config, program, f"{directory} (dry run of {config.train.steps} steps, nothing is written)", source)
@@ -38,22 +39,6 @@ def dry_run(config: RunConfig) -> None:
     if refusal is not None:
         right = "raise train.grad_accumulation, model.remat or the mesh axes that split parameters"
         raise UserError(f"the train step does not fit these devices: {refusal}; {right}")
-
-
-def compile_step(program: Program) -> tuple[jax.stages.Compiled | None, str | None]:
-    """(the compiled train step, None), or (None, what the compiler says of the memory it lacks)."""
-    try:
-        return program.lower_train_step().compile(), None
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return None, re.sub(r"^RESOURCE_EXHAUSTED: ", "", str(error).splitlines()[0])
-
-
-def bytes_per_device(tree: Any) -> int:
-    """Of abstract arrays with shardings; where devices hold shares of different size, the largest."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def memory_rows(memory: Memory, limit: int | None) -> list[tuple[str, str]]:
@@ -83,8 +68,7 @@ def _batch_rows(program: Program) -> list[tuple[str, str]]:
 
 def _state_rows(program: Program) -> list[tuple[str, str]]:
     state = program.abstract_state
-    params = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params))
-    held = f"{params:,} parameters, {_size(bytes_per_device(state.params))}"
+    held = f"{elements_per_device(state.params):,} parameters, {_size(bytes_per_device(state.params))}"
     return [("", f"{held}; optimizer state {_size(bytes_per_device(state.opt_state))}")]
 
 
@@ -94,4 +78,4 @@ def _limit(program: Program) -> int | None:
 
 
 def _size(number: float) -> str:
-    return f"{number / GIB:.4g} GiB" if number >= GIB / 10 else f"{number / 2**20:,.1f} MiB"
+    return f"{number / 2**30:.4g} GiB" if number >= 2**30 / 10 else f"{number / 2**20:,.1f} MiB"

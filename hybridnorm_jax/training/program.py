@@ -72,7 +72,8 @@ class Program:
             head_dim=config.model.head_dim,
             segment_ids=config.data.segment_ids,
         )
-        check_sequence(config.train.seq_len, self.mesh, TILE if self.backend == "splash" else 1, self.rules)
+        tile = TILE if self.backend == "splash" else 1
+        check_sequence(config.train.seq_len, config.train.loss_chunk, self.mesh, tile, self.rules)
         train = config.train
         model = dataclasses.replace(config.model, attention=self.backend, expert_dispatch=self.dispatch or "auto")
         self.conversion = None

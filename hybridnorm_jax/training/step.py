@@ -52,14 +52,13 @@ def loss_sums(
         kernel = nn.with_logical_constraint(params["head"]["kernel"], (None, "vocab"))
         variables = {"params": params | {"head": params["head"] | {"kernel": kernel}}}
     hidden, sown = model.apply(variables, batch["tokens"], method="hidden", **inputs)
-    shards = parts(split_axes("seq", hidden.shape[1]))
     sums = chunked_cross_entropy(
         lambda piece: model.apply(variables, piece, method="logits"),
         hidden,
         batch["targets"],
         batch["weights"],
         chunk,
-        stretches=shards if chunk % shards == 0 else 1,
+        stretches=parts(split_axes("seq", hidden.shape[1])),
     )
     return sums, sown
 
@@ -123,14 +122,7 @@ def make_train_step(
 
     def train_step(state, batch):
         key = jax.random.fold_in(dropout_root, state.step)
-        if convert is None:
-            (sums, routers), sown, grads = _accumulate(objective, state.params, batch, key)
-        else:
-            # Converted once, and the gradient pulled back once, however many microbatches there are. The barriers keep
-            # XLA from computing either again where it is read (1,024 tokens on a CPU: 1.5 times Pre-LN, with them 1.1).
-            params, pull_back = jax.vjp(convert, state.params)
-            (sums, routers), sown, grads = _accumulate(objective, jax.lax.optimization_barrier(params), batch, key)
-            (grads,) = pull_back(jax.lax.optimization_barrier(grads))
+        (sums, routers), sown, grads = _gradient(objective, convert, state.params, batch, key)
         weight = jnp.where(sums.weight > 0, sums.weight, 1)  # no target at all: loss and gradient are zero
         grads = jax.tree.map(lambda grad: grad / weight.astype(grad.dtype), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -156,6 +148,19 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, anomalies), metrics, measured
 
     return train_step
+
+
+def _gradient(
+    objective: Callable, convert: Convert | None, params: Any, batch: Batch, key: Array
+) -> tuple[Sums, Any, Any]:
+    """As _accumulate, of objective(convert(params), ...)."""
+    if convert is None:
+        return _accumulate(objective, params, batch, key)
+    # Converted once, and the gradient pulled back once, however many microbatches there are. The barriers keep XLA from
+    # computing either again where it is read (1,024 tokens on a CPU: 1.5 times Pre-LN, with them 1.1).
+    converted, pull_back = jax.vjp(convert, params)
+    sums, sown, grads = _accumulate(objective, jax.lax.optimization_barrier(converted), batch, key)
+    return sums, sown, pull_back(jax.lax.optimization_barrier(grads))[0]
 
 
 def _accumulate(objective: Callable, params: Any, batch: Batch, key: Array) -> tuple[Sums, Any, Any]:
