@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from hybridnorm_jax.attention_backends import causal_attention
+from hybridnorm_jax.attention_backends import attention_statistics, causal_attention
 from hybridnorm_jax.initializers import truncated_normal
 from hybridnorm_jax.norms import Norm
 from hybridnorm_jax.placement import HeadNorm
+from hybridnorm_jax.signal_measures import SIGNAL
 
 Rotation = tuple[Float[Array, "batch seq 1 half"], Float[Array, "batch seq 1 half"]]
 
@@ -86,9 +87,16 @@ class Attention(nn.Module):
         q, k, v = self._normalize("q_norm", q), self._normalize("k_norm", k), self._normalize("v_norm", v)
         if by is not None:
             q, k = rotate(q, by), rotate(k, by)
+        self._watch(q, k, segment_ids)
         context = causal_attention(q, k, v, segment_ids=segment_ids, backend=self.backend)
         context = self._normalize("context_norm", context)
         return dense(x.shape[-1], axis=(-2, -1), kernel_init=self.output_init, name="out")(context)
+
+    def _watch(self, q, k, segment_ids) -> None:
+        if self.is_mutable_collection(SIGNAL) and not self.is_initializing():
+            entropy, largest = attention_statistics(q, k, segment_ids)
+            self.sow(SIGNAL, "attention_entropy", entropy)
+            self.sow(SIGNAL, "largest_logit", largest)
 
     def _normalize(self, name: str, heads: Float[Array, "batch seq heads head_dim"]):
         match getattr(self, name):

@@ -145,6 +145,30 @@ def _mask(scores, segment_ids: SegmentIds, rows: tuple[int, int], columns: tuple
     return jnp.where(visible, scores, -jnp.inf)
 
 
+def attention_statistics(
+    query: Heads, key: KeyValueHeads, segment_ids: SegmentIds = None
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(entropy, largest logit) of the weights that causal_attention computes, in float32 at least; no gradient.
+
+    With logits z = q k^T / sqrt(head_dim) and weights p = softmax(z) over the keys that a query sees: the entropy
+    -sum_k p log p in nats, mean over batch, heads and queries, and the largest z of all. Where every weight is alike
+    the entropy of query i (from 0), without segments, is log(i + 1).
+    """
+    query, key = jax.lax.stop_gradient((query, key))
+    einsum, scale = _einsum(query.dtype), query.shape[-1] ** -0.5
+    q, k = (_heads_first(x, query.shape[2]) for x in (query, key))
+    entropies, largest = [], []
+    for start, stop in _blocks(q.shape[2]):
+        scores = scale * einsum("bhqd,bhkd->bhqk", q[:, :, start:stop], k[:, :, :stop])
+        scores = _mask(scores, segment_ids, (start, stop), (0, stop), operator.ge)
+        log_weights = jax.nn.log_softmax(scores)
+        seen = jnp.where(jnp.isneginf(scores), 0, log_weights)  # 0 log 0 is 0
+        entropies.append(-(jnp.exp(log_weights) * seen).sum((0, 1, 3)))
+        largest.append(scores.max())
+    rows = q.shape[0] * q.shape[1] * q.shape[2]
+    return jnp.concatenate(entropies).sum() / rows, jnp.stack(largest).max()
+
+
 @jax.custom_vjp
 def _blockwise(query: Heads, key: KeyValueHeads, value: KeyValueHeads, segment_ids: SegmentIds) -> Heads:
     return _blockwise_forward(query, key, value, segment_ids)[0]

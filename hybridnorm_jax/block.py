@@ -16,6 +16,7 @@ from hybridnorm_jax.initializers import std_factor, truncated_normal
 from hybridnorm_jax.moe import MoE
 from hybridnorm_jax.norms import Norm, zero_mean_defect
 from hybridnorm_jax.placement import BlockPlacement, SublayerPlacement
+from hybridnorm_jax.signal_measures import PROBE, SIGNAL, gradient_probe, stream_rms, token_similarity
 
 
 @flax.struct.dataclass
@@ -33,6 +34,7 @@ class LayerInputs:
 
 
 # Collections that Block and Decoder fill where an invariant check makes them mutable; nothing is computed otherwise.
+# So it is with SIGNAL and PROBE, of signal_measures.py.
 STREAM, DEFECT = "stream", "stream_defect"
 
 
@@ -79,7 +81,7 @@ class Block(nn.Module):
             layer.attention,
         )
         stream = self._sublayer("feed_forward", feed_forward, stream, block_input, layer.feed_forward)
-        watch_stream(self, stream)
+        stream = watch_stream(self, stream)
         return nn.with_logical_constraint(stream, ("batch", "seq", None)), None
 
     def _sublayer(self, name: str, f: Callable, sublayer_input: Array, block_input: Array, scales) -> Array:
@@ -158,14 +160,21 @@ class Block(nn.Module):
         )
 
 
-def watch_stream(module: nn.Module, stream: Float[Array, "batch seq embed"]) -> None:
-    """Sow the stream into STREAM, and norms.zero_mean_defect of it into DEFECT, each where it is mutable."""
+def watch_stream(module: nn.Module, stream: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+    """Sow the stream into STREAM, norms.zero_mean_defect of it into DEFECT, and what signal_measures says of it into
+    SIGNAL, each where it is mutable. Returns the stream, whose gradient is measured where PROBE has a place for it."""
     if module.is_initializing():  # where every collection is
-        return
+        return stream
     if module.is_mutable_collection(STREAM):
         module.sow(STREAM, "value", stream)
     if module.is_mutable_collection(DEFECT):
         module.sow(DEFECT, "value", zero_mean_defect(stream, module.config.norm_width))
+    if module.is_mutable_collection(SIGNAL):
+        module.sow(SIGNAL, "stream_rms", stream_rms(stream))
+        module.sow(SIGNAL, "token_similarity", token_similarity(stream))
+    if module.has_variable(PROBE, "square"):
+        stream = gradient_probe(stream, module.get_variable(PROBE, "square"))
+    return stream
 
 
 def stream_norm(config: ModelConfig, **attributes: Any) -> Norm:

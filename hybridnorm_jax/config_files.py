@@ -30,7 +30,7 @@ from hybridnorm_jax.run_config import RunConfig
 FREE_KEYS = {
     *("model.attention", "model.expert_dispatch", "model.remat", "model.scan_unroll"),
     *("data.cache_dir", "data.read_threads", "data.validation"),
-    *("train.log_every", "train.profile", "train.sample_tokens"),
+    *("train.log_every", "train.profile", "train.sample_tokens", "train.watch_every", "train.watch_sequences"),
     *("train.equivalent_form", "train.equivalent_pad_to", "train.check_invariants"),
     *("train.max_bad_steps", "train.stall_seconds", "train.stall_exit"),
     "init_from",

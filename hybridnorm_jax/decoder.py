@@ -38,8 +38,11 @@ from hybridnorm_jax.config import ModelConfig
 from hybridnorm_jax.initializers import std_factor, truncated_normal
 from hybridnorm_jax.moe import CHOSEN, ROUTER
 from hybridnorm_jax.placement import Run, runs
+from hybridnorm_jax.signal_measures import PROBE, SIGNAL
 
 _ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)
+# Of every layer its own.
+COLLECTIONS = ("params", "intermediates", STREAM, DEFECT, ROUTER, CHOSEN, SIGNAL, PROBE)
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "all_but_attention": _ATTENTION,
@@ -157,7 +160,7 @@ class Decoder(nn.Module):
         if config.has_embedding_norm:
             stream = self.embedding_norm(stream)
         stream = nn.with_logical_constraint(self.dropout(stream, deterministic=deterministic), ("batch", "seq", None))
-        watch_stream(self, stream)
+        stream = watch_stream(self, stream)
 
         shared = SharedInputs(by, segment_ids)
         for number, run in enumerate(runs(config.placements)):
@@ -179,7 +182,7 @@ class Decoder(nn.Module):
             block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=no_loop)
         scanned = nn.scan(
             block,
-            variable_axes=dict.fromkeys(("params", "intermediates", STREAM, DEFECT, ROUTER, CHOSEN), 0),
+            variable_axes=dict.fromkeys(COLLECTIONS, 0),
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=run.length,

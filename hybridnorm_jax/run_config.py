@@ -73,6 +73,7 @@ class TrainSection:
     seq_len: int = key(256, "tokens per sequence")
     grad_accumulation: int = key(1, "microbatches per optimizer step")
     seed: int = key(0, "of parameters, data order and dropout")
+    data_seed: int | None = key(None, "of the data order; null: train.seed")
     equivalent_form: str = key(
         "none", f"of a Pre-LN model, what the loss computes: {' | '.join(EQUIVALENT_FORMS)}; the same numbers, cheaper"
     )
@@ -88,13 +89,17 @@ class TrainSection:
     stall_seconds: float | None = key(None, "report with all stacks what one wait takes longer for; null: never")
     stall_exit: bool = key(False, "end the process after such a report, with status 76")
     log_every: int = key(10, "steps between lines of metrics.jsonl")
+    watch_every: int | None = key(
+        None, "steps between measures of every layer (docs/lab.md), the first too; null: none"
+    )
+    watch_sequences: int = key(1, "sequences that these are taken over, of each device's share of a microbatch")
     profile: bool = key(False, "write a JAX profiler trace of steps 2 to 6 to <run>/profile")
     sample_tokens: int = key(0, "tokens of sample text generated at the end")
 
     def __post_init__(self):
         check_choice("train.equivalent_form", self.equivalent_form, EQUIVALENT_FORMS)
         names = ("steps", "batch_size", "seq_len", "grad_accumulation", "loss_chunk", "log_every", "equivalent_pad_to")
-        check_positive("train", self, (*names, "max_bad_steps"))
+        check_positive("train", self, (*names, "max_bad_steps", "watch_every", "watch_sequences"))
         for name in ("skip_spikes_sigma", "stall_seconds"):
             value = getattr(self, name)
             check(value is None or value > 0, f"train.{name}", value, "must be positive, or null")
@@ -110,7 +115,9 @@ class TrainSection:
         for name in ("z_loss", "balance_loss", "router_z_loss"):
             check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative")
         check(self.sample_tokens >= 0, "train.sample_tokens", self.sample_tokens, "must not be negative")
-        check(0 <= self.seed < 2**32, "train.seed", self.seed, "must be in [0, 2**32)")
+        for name in ("seed", "data_seed"):
+            value = getattr(self, name)
+            check(value is None or 0 <= value < 2**32, f"train.{name}", value, "must be in [0, 2**32)")
 
 
 @dataclasses.dataclass(frozen=True)

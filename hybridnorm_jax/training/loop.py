@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import math
 import sys
 from typing import Any
 
@@ -14,7 +13,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from hybridnorm_jax import config_files
-from hybridnorm_jax.config import ConfigError, UserError
+from hybridnorm_jax.config import ConfigError
 from hybridnorm_jax.data import Data, open_data, train_iterator
 from hybridnorm_jax.evaluation import perplexity
 from hybridnorm_jax.evaluation.sampling import generate
@@ -22,19 +21,20 @@ from hybridnorm_jax.run_config import RunConfig
 from hybridnorm_jax.sharding import check_batch
 from hybridnorm_jax.training.anomalies import no_anomalies
 from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
-from hybridnorm_jax.training.goodput import StepClock, TimeLedger, TimeMetrics
+from hybridnorm_jax.training.goodput import TimeLedger
 from hybridnorm_jax.training.metrics import MetricsWriter
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.report import start_report
 from hybridnorm_jax.training.state import TrainState
+from hybridnorm_jax.training.step_log import StepLog
 from hybridnorm_jax.training.stopping import RunStopped, StopSignals
-from hybridnorm_jax.training.throughput import mfu, model_flops_per_token
+from hybridnorm_jax.training.watch import Measures
 from hybridnorm_jax.training.watchdog import Watchdog
 
 # The first step compiles, which would drown the others in a trace.
 PROFILE_AFTER, PROFILED_STEPS = 1, 5
-# Words for the metrics that must be finite.
-SKIPPED_FOR = {"loss": "loss", "gradient norm": "grad_norm"}
+# Number, metrics and what was watched, on the device.
+Step = tuple[int, dict[str, jax.Array], Measures | None]
 
 
 def train(config: RunConfig, *, began: float | None = None) -> dict[str, perplexity.Score]:
@@ -120,7 +120,7 @@ def _start(
         data.train,
         batch_size=config.train.batch_size,
         accumulation=config.train.grad_accumulation,
-        seed=config.train.seed,
+        seed=config.train.seed if config.train.data_seed is None else config.train.data_seed,
         process_index=number,
         process_count=count,
         read_threads=config.data.read_threads,
@@ -177,18 +177,15 @@ class _Loop:
     ):
         self.config, self.program, self.data, self.directory = config, program, data, directory
         self.checkpoints, self.writer, self.signals, self.ledger = checkpoints, writer, signals, ledger
-        self.flops_per_token = model_flops_per_token(config.model, config.train.seq_len)
         self.config_yaml = config_files.to_yaml(config)
-        self.clock = StepClock()
-        here = [device for device in program.mesh.devices.flat if device.process_index == jax.process_index()]
-        self.times = TimeMetrics(ledger, self.clock, here)
+        self.log = StepLog(config, program, directory, writer, ledger, checkpoints)
         self.profiling = False
-        self.evaluation_compiled = False
+        self.evaluation_compiled = self.watch_compiled = False
 
     def run(self, state: TrainState, iterator: Any, first: int) -> tuple[TrainState, dict[str, perplexity.Score]]:
         """Train from step `first` to the last, then save and evaluate."""
         self.state, self.iterator, self.first, self.step = state, iterator, first, first
-        self.late: tuple[int, dict[str, Any]] | None = None  # the step that the device may still be busy with
+        self.late: Step | None = None  # the step that the device may still be busy with
         scores, steps, train = None, self.config.train.steps, self.config.train
         # A log file is no terminal: there the bar is a line every half minute.
         look = {"mininterval": 0.2 if sys.stderr.isatty() else 30, "disable": jax.process_index() != 0}
@@ -219,11 +216,12 @@ class _Loop:
         self.checkpoints.raise_if_failed()
         self.signals.poll()
         batch = self._next_batch()
+        watched = self._watch(step, batch)
         with self.ledger.phase("compilation" if self.step == self.first else "steps"):
             self.state, metrics = self.program.train_step(self.state, batch)
         self.step = step
         # The device is busy with this step while the one before is read.
-        previous, self.late = self.late, (step, metrics)
+        previous, self.late = self.late, (step, metrics, watched)
         self._record(previous)
         last = step == config.train.steps
         if config.train.profile and (step - self.first == PROFILE_AFTER + PROFILED_STEPS or last):
@@ -249,48 +247,22 @@ class _Loop:
         late, self.late = self.late, None
         self._record(late)
 
-    def _record(self, item: tuple[int, dict[str, Any]] | None) -> None:
-        """Wait for a step's metrics, show them, and write every train.log_every-th and those of skipped steps."""
-        if item is None:
-            return
-        step, metrics = item[0], {name: np.asarray(value) for name, value in item[1].items()}
-        seconds = self.clock.tick()
-        self.bar.update(step - self.bar.n)
-        rate = self.clock.rate()
-        per_second = None if rate is None else rate * self.config.tokens_per_step
-        speed = "" if rate is None else f", {per_second:,.0f} tokens/s"
-        self.bar.set_postfix_str(f"loss {metrics['loss']:.4f}{speed}", refresh=False)
-        skipped = metrics["skipped_in_a_row"] > 0
-        if skipped:
-            self.ledger.move(seconds or 0.0, "steps", "skipped")
-        if skipped or step % self.config.train.log_every == 0 or step == self.config.train.steps:
-            device = self.program.mesh.devices.flat[0]
-            values = {f"train/{name}": value for name, value in metrics.items()} | {"tokens_per_second": per_second}
-            values["mfu"] = (
-                None
-                if per_second is None
-                else mfu(per_second, self.flops_per_token, device.device_kind, self.program.mesh.size)
-            )
-            self.writer.write(step, values | self.times.line())
-            self.clock.begin_line()
-        if skipped:
-            self._tell_skipped(step, metrics)
+    def _record(self, item: Step | None) -> None:
+        if item is not None:
+            self.log.record(*item, self.bar)
 
-    def _tell_skipped(self, step: int, metrics: dict[str, np.ndarray]) -> None:
-        """A line for each skipped step; UserError after train.max_bad_steps of them in a row."""
-        odd = [f"{name} is {metrics[key]}" for name, key in SKIPPED_FOR.items() if not math.isfinite(metrics[key])]
-        reason = " and ".join(odd) or f"loss {metrics['loss']:.4f} is a spike"
-        if jax.process_index() == 0:
-            tqdm.write(f"step {step}: skipped, {reason}", file=sys.stderr)
-        if metrics["skipped_in_a_row"] < self.config.train.max_bad_steps:
-            return
-        self.checkpoints.wait()
-        newest = self.checkpoints.latest()
-        good = "no checkpoint was saved" if newest is None else f"the last good checkpoint is that of step {newest}"
-        limit = f"{metrics['skipped_in_a_row']} steps in a row were skipped (train.max_bad_steps)"
-        raise UserError(f"step {step}: {reason}; {limit}; {good}, in {self.checkpoints.directory}")
+    def _watch(self, step: int, batch: Any) -> Measures | None:
+        """Measures of every layer in the first step and every train.watch_every-th."""
+        every = self.config.train.watch_every
+        if every is None or (step > 1 and step % every):
+            return None
+        with self.ledger.phase("steps" if self.watch_compiled else "compilation"):
+            watched = self.program.watch(self.state, batch)
+        self.watch_compiled = True
+        return watched
 
     def _save(self, *, wait: bool) -> None:
+        self.log.before_save(self.step)
         with self.ledger.phase("checkpoint"):
             self.checkpoints.save(
                 self.step,
@@ -299,7 +271,7 @@ class _Loop:
                 config_yaml=self.config_yaml,
                 wait=wait,
             )
-        self.clock.pause()
+        self.log.clock.pause()
 
     def _save_stopped(self) -> str:
         """Save a run that is told to stop, unless this step is saved already; what became of it, in words."""
@@ -339,7 +311,7 @@ class _Loop:
                 batches=self.config.eval.batches,
                 progress=jax.process_index() == 0,
             )
-        self.clock.pause()
+        self.log.clock.pause()
         return scores
 
     def _eval_step(self, batch: Any) -> Any:

@@ -57,12 +57,18 @@ class MetricsWriter:
         except ImportError as error:
             raise ConfigError(f"run.dir={run_dir.parent}: TensorBoard cannot write there: {error}") from error
 
-    def write(self, step: int, values: dict[str, float | np.ndarray | None]) -> None:
-        """Record the values of one step; UserError where metrics.jsonl cannot be written."""
+    def write(self, step: int, values: dict[str, float | np.ndarray | None], *, by_layer: bool = False) -> None:
+        """Record the values of one step; UserError where metrics.jsonl cannot be written.
+
+        Args:
+          by_layer: arrays have one value for each layer: TensorBoard and Weights & Biases get them too, as name/00, ...
+        """
         if not self._enabled:
             return
         values = {name: _finite_or_none(value) for name, value in values.items()}
         self._file.append({"step": step, **values})
+        if by_layer:
+            values = _single_values(values)
         known = {name: value for name, value in values.items() if isinstance(value, float)}
         for name, value in known.items():
             self._tensorboard.add_scalar(name, value, step)
@@ -139,6 +145,15 @@ def _finite_or_none(value: float | np.ndarray | None) -> float | list | None:
     if value is None or not math.isfinite(value):
         return None
     return float(value)
+
+
+def _single_values(values: dict[str, Any]) -> dict[str, float | None]:
+    """Lists by their elements."""
+    single = {}
+    for name, value in values.items():
+        parts = {f"{name}/{i:02d}": part for i, part in enumerate(value)} if isinstance(value, list) else {name: value}
+        single |= parts
+    return single
 
 
 def _start_wandb(run_dir: epath.Path, resume_step: int | None, project: str, name: str, config: dict[str, Any]) -> Any:

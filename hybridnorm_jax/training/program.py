@@ -34,6 +34,7 @@ from hybridnorm_jax.sharding import (
 from hybridnorm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from hybridnorm_jax.training.state import TrainState, init_state
 from hybridnorm_jax.training.step import Batch, document_inputs, make_eval_step, make_train_step
+from hybridnorm_jax.training.watch import Measures, make_watch
 
 
 class Program:
@@ -74,6 +75,7 @@ class Program:
         )
         tile = TILE if self.backend == "splash" else 1
         check_sequence(config.train.seq_len, config.train.loss_chunk, self.mesh, tile, self.rules)
+        self._check_watch()
         train = config.train
         model = dataclasses.replace(config.model, attention=self.backend, expert_dispatch=self.dispatch or "auto")
         self.conversion = None
@@ -102,6 +104,20 @@ class Program:
         whole = NamedSharding(self.mesh, PartitionSpec())  # so that any process can read the metrics
         self._train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole, None))
         self._eval_step = jax.jit(make_eval_step(self.model, chunk=train.loss_chunk, convert=convert))
+        watch = make_watch(
+            *(self.model, self._optimizer),
+            shares=batch_parts(self.mesh, self.rules),
+            sequences=train.watch_sequences,
+            chunk=train.loss_chunk,
+            convert=convert,
+        )
+        self._watch = jax.jit(watch, out_shardings=whole)
+
+    def _check_watch(self) -> None:
+        train, share = self.config.train, self.config.microbatch_size // batch_parts(self.mesh, self.rules)
+        if train.watch_every is not None:
+            right = f"must be at most {share}, a device's share of a microbatch"
+            check(train.watch_sequences <= share, "train.watch_sequences", train.watch_sequences, right)
 
     @property
     def share(self) -> tuple[int, int]:
@@ -138,6 +154,11 @@ class Program:
             limits = tolerances(self.config.model, self.mesh.devices.flat[0].platform)
             assert_measured(state.step, measured, limits)
         return state, metrics
+
+    def watch(self, state: TrainState, batch: Batch) -> Measures:
+        """Measures of every layer for a batch as train_step takes it, before that step; `state` stays."""
+        with use_mesh(self.mesh, self.rules):
+            return self._watch(state, self.put(batch, leading=1))
 
     def lower_train_step(self) -> jax.stages.Lowered:
         """The train step lowered for this mesh, from shapes alone."""

@@ -16,6 +16,7 @@ from hybridnorm_jax.equivalence.invariants import Measured, collected
 from hybridnorm_jax.logical_axes import parts, split_axes
 from hybridnorm_jax.loss import LossSums, chunked_cross_entropy, cross_entropy
 from hybridnorm_jax.moe import ROUTER, RouterStatistics
+from hybridnorm_jax.signal_measures import PROBE
 from hybridnorm_jax.training import routing
 from hybridnorm_jax.training.anomalies import anomaly_metrics, judge, keep_where
 from hybridnorm_jax.training.state import TrainState
@@ -32,6 +33,7 @@ def loss_sums(
     chunk: int | None,
     dropout_key: Array | None = None,
     collect: tuple[str, ...] = (),
+    probes: Any | None = None,
 ) -> tuple[LossSums, dict[str, Any]]:
     """The loss of one batch (sequences x positions), as sums, and what the model sows.
 
@@ -39,19 +41,21 @@ def loss_sums(
       chunk: positions whose logits are held at a time; None: all.
       dropout_key: None switches dropout off.
       collect: the collections to return.
+      probes: the collection PROBE of signal_measures.py, to take gradients with respect to.
     """
     inputs = document_inputs(batch) | {"mutable": list(collect)}
     if dropout_key is not None and model.config.dropout > 0:
         inputs |= {"deterministic": False, "rngs": {"dropout": dropout_key}}
     variables = {"params": params}
+    probed = {} if probes is None else {PROBE: probes}
     if chunk is None:
-        logits, sown = model.apply(variables, batch["tokens"], **inputs)
+        logits, sown = model.apply(variables | probed, batch["tokens"], **inputs)
         return cross_entropy(logits, batch["targets"], batch["weights"]), sown
     if "kernel" in params.get("head", {}):
         # Gathered once, and its gradient reduced once, instead of in every chunk.
         kernel = nn.with_logical_constraint(params["head"]["kernel"], (None, "vocab"))
         variables = {"params": params | {"head": params["head"] | {"kernel": kernel}}}
-    hidden, sown = model.apply(variables, batch["tokens"], method="hidden", **inputs)
+    hidden, sown = model.apply(variables | probed, batch["tokens"], method="hidden", **inputs)
     sums = chunked_cross_entropy(
         lambda piece: model.apply(variables, piece, method="logits"),
         hidden,
