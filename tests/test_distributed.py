@@ -319,10 +319,11 @@ def test_a_dry_run_refuses_what_training_would(words, tmp_path, capsys):
 
 
 def test_a_step_without_room_is_said_after_the_report(words, tmp_path, capsys, monkeypatch):
-    def refuse(self):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory: 40 of 16 GB\nmore")
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory: 40 of 16 GB\nmore")
 
-    monkeypatch.setattr(Program, "lower_train_step", refuse)
+    monkeypatch.setattr(Program, "lower_train_step", lambda self: Lowered())
     assert command_line.run_train([*words, "mesh.data=8", f"run.dir={tmp_path}", "--dry-run"]) == 2
     told = capsys.readouterr()
     assert "optimizer state" in told.out

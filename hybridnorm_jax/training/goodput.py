@@ -59,8 +59,7 @@ class TimeLedger:
 
     def goodput(self) -> float:
         """Seconds in steps that were made / all seconds."""
-        seconds = self.seconds()
-        return seconds["steps"] / sum(seconds.values())
+        return _goodput(self.seconds())
 
     def table(self) -> str:
         """Seconds and shares by phase, one line each; phases without any are left out."""
@@ -71,6 +70,10 @@ class TimeLedger:
             f"{name:<12} {spent:12,.1f} s {100 * spent / total:6.1f} %" for name, spent in seconds.items() if spent
         ]
         return "\n".join(lines)
+
+
+def _goodput(seconds: dict[str, float]) -> float:
+    return seconds["steps"] / sum(seconds.values())
 
 
 class StepClock:
@@ -122,7 +125,7 @@ class TimeMetrics:
             **self._clock.percentiles(),
             "time/input_wait": self._before["input"] - before["input"],
             "time/checkpoint_blocked": self._before["checkpoint"] - before["checkpoint"],
-            "time/goodput": self._ledger.goodput(),
+            "time/goodput": _goodput(self._before),
             **totals,
             **memory(self._devices),
         }
