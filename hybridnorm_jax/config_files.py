@@ -22,7 +22,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hybridnorm_jax.config import ConfigError
+from hybridnorm_jax.config import ConfigError, did_you_mean
 from hybridnorm_jax.run_config import RunConfig
 
 # Keys that may change between two stretches of one run: they decide where it runs and what is reported, not
@@ -44,6 +44,8 @@ TYPE_WORDS = {
     float: ("number", "a number"),
     str: ("text", "text"),
     tuple[str, ...]: ("list", "a list, such as [a, b]"),
+    tuple[int, ...]: ("list", "a list of integers, such as [1, 2]"),
+    tuple[float, ...]: ("list", "a list of numbers, such as [1.0e-3, 3.0e-3]"),
     dict[str, tuple[str, ...]]: ("map", "a map of lists, such as {name: [a, b]}"),
 }
 
@@ -109,6 +111,26 @@ def gather(texts: Sequence[tuple[str, str]], overrides: Sequence[str]) -> dict[s
         for path, value in _flatten(_tree(override, OmegaConf.from_dotlist, [override])):
             _put(settings, path, value, override, written=text if path == key else None)
     return settings
+
+
+def take(section: type, words: Sequence[str]) -> tuple[Any, list[str]]:
+    """(an instance of a dataclass of keys, from the `key=value` words that name its fields; the other words).
+
+    Raises:
+      ConfigError: a value has the wrong type, or a word's key, which has no dot, is neither here nor in RunConfig.
+    """
+    fields = {field.name: field for field in dataclasses.fields(section)}
+    values, others = {}, []
+    for word in words:
+        key, equals, text = word.partition("=")
+        if equals and key in fields:
+            value = _tree(word, OmegaConf.from_dotlist, [word])[key]
+            values[key] = _typed(value, fields[key].type, word, written=text)
+        elif equals and key.isidentifier() and key not in {*FIELDS, *SECTIONS}:
+            raise ConfigError(f"{word}: no such key{did_you_mean(key, fields)}")
+        else:
+            others.append(word)
+    return section(**values), others
 
 
 def build(settings: dict[str, Any]) -> RunConfig:
@@ -193,8 +215,8 @@ def _typed(value: Any, hint: Any, where: str, written: str | None = None) -> Any
         return float(value)
     if type(value) is kind:
         return value
-    if kind == tuple[str, ...] and isinstance(value, (list, tuple)):
-        return tuple(_typed(item, str, where) for item in value)
+    if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+        return tuple(_typed(item, typing.get_args(kind)[0], where) for item in value)
     if kind == dict[str, tuple[str, ...]] and isinstance(value, dict):
         return {str(name): _typed(item, tuple[str, ...], where) for name, item in value.items()}
     raise ConfigError(f"{where}: expected {TYPE_WORDS[kind][1]}{' or null' if optional else ''}")

@@ -1,0 +1,1 @@
+"""The lab: compare norm placements, and report what was found."""

@@ -1,0 +1,130 @@
+"""A comparison as separate jobs: a SLURM array or a JobSet for GKE, one combination each."""
+
+import re
+import shlex
+from pathlib import Path
+
+from hybridnorm_jax.config import ConfigError, check_choice
+from hybridnorm_jax.lab.compare import Comparison
+
+KINDS = {"slurm": "jobs.sbatch", "jobset": "jobs.yaml"}
+
+# {...} are filled in; the shell's own braces are doubled.
+SLURM = """#!/usr/bin/env bash
+# {count} runs, one job each, from the repository's directory on a file system that all nodes share:
+#
+#   sbatch {file}
+#   sbatch --array=0-3 {file}        only some of them
+#
+# Options given to sbatch win over these. The same command again skips what has a result and resumes the rest.
+#SBATCH --job-name=lab
+#SBATCH --array=0-{last}
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%A-%a.log
+# Five minutes before the time is up the run gets SIGTERM: it saves and ends with status 75.
+#SBATCH --signal=TERM@300
+set -euo pipefail
+
+PYTHON=${{PYTHON:-.venv/bin/python}}      # with the extras [gpu,lab] installed
+cd "${{SLURM_SUBMIT_DIR:?this is for sbatch, see the first lines}}"
+
+status=0
+srun "$PYTHON" -m hybridnorm_jax.lab compare {words} \\
+    distributed.initialize=false --only="$SLURM_ARRAY_TASK_ID" || status=$?
+if [ "$status" -eq 75 ]; then
+    scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
+fi
+exit "$status"
+"""
+
+JOBSET = """# {count} runs on GKE, one TPU host each; run.dir must be a bucket. Set the variables, then apply:
+#
+#   export SOURCE=https://github.com/OWNER/hybridnorm_jax.git REVISION=main
+#   export ACCELERATOR=tpu-v5-lite-podslice TOPOLOGY=2x4 CHIPS=8
+#   export SERVICE_ACCOUNT=trainer          # of Kubernetes, allowed to use the bucket (Workload Identity)
+#   envsubst '$SOURCE $REVISION $ACCELERATOR $TOPOLOGY $CHIPS $SERVICE_ACCOUNT' < {file} | kubectl apply -f -
+#
+# Applied again after `kubectl delete jobset {name}` it skips what has a result and resumes the rest.
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: {name}
+spec:
+  replicatedJobs:
+    - name: run
+      replicas: 1
+      template:
+        spec:
+          completionMode: Indexed
+          completions: {count}
+          parallelism: {count}
+          # So often one run may be preempted, or fail, before it is given up.
+          backoffLimitPerIndex: 20
+          maxFailedIndexes: {count}
+          podFailurePolicy:
+            rules:
+              # The status of an error in the input, which no restart mends.
+              - action: FailIndex
+                onExitCodes:
+                  containerName: train
+                  operator: In
+                  values: [2]
+          template:
+            spec:
+              restartPolicy: Never
+              serviceAccountName: ${{SERVICE_ACCOUNT}}
+              terminationGracePeriodSeconds: 300
+              nodeSelector:
+                cloud.google.com/gke-tpu-accelerator: ${{ACCELERATOR}}
+                cloud.google.com/gke-tpu-topology: ${{TOPOLOGY}}
+              tolerations:
+                - key: google.com/tpu
+                  operator: Exists
+                  effect: NoSchedule
+              containers:
+                - name: train
+                  image: python:3.12
+                  command: [bash, -euc]
+                  args:
+                    - |
+                      git clone --quiet "${{SOURCE}}" /train
+                      cd /train
+                      git checkout --quiet "${{REVISION}}"
+                      python -m pip install --quiet --root-user-action=ignore -e '.[tpu]'
+                      # exec: SIGTERM is for the run, which then saves.
+                      exec python -m hybridnorm_jax.lab compare {words} \\
+                        distributed.initialize=false --only="$JOB_COMPLETION_INDEX"
+                  resources:
+                    limits:
+                      google.com/tpu: ${{CHIPS}}
+"""
+
+
+def emit(asked: Comparison, kind: str) -> str:
+    """Write the jobs into the comparison's directory; returns what to type next.
+
+    Raises:
+      ConfigError: another kind than slurm or jobset; a JobSet's run.dir is no bucket.
+    """
+    check_choice("--emit-jobs", kind, KINDS)
+    bucket = asked.directory.startswith("gs://")
+    if kind == "jobset" and not bucket:
+        raise ConfigError(
+            f"run.dir={Path(asked.directory).parent}: pods share no disk; a JobSet needs run.dir=gs://..."
+        )
+    # What kubectl applies, and sbatch reads, lies here.
+    file = Path(KINDS[kind]) if bucket else Path(asked.directory) / KINDS[kind]
+    words, count = shlex.split(asked.command)[4:], len(asked.configs)
+    name = re.sub(r"[^a-z0-9]+", "-", Path(asked.directory).name.lower()).strip("-")[:40]
+    template = SLURM if kind == "slurm" else JOBSET
+    text = template.format(file=file, count=count, last=count - 1, name=name, words=shlex.join(words))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    then = f"sbatch {file}" if kind == "slurm" else f"see the first lines of {file}"
+    return f"{file}: {count} jobs\nNext: {then}"
