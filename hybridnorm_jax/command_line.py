@@ -5,6 +5,7 @@ import errno
 import hashlib
 import itertools
 import json
+import operator
 import os
 import re
 import shlex
@@ -26,7 +27,7 @@ from hybridnorm_jax.config_files import (
     show,
     without_none,
 )
-from hybridnorm_jax.distributed import Processes
+from hybridnorm_jax.distributed import Processes, check_alike
 from hybridnorm_jax.run_config import DistributedSection, RunConfig
 from hybridnorm_jax.training.goodput import process_began
 from hybridnorm_jax.training.stopping import RunStopped
@@ -113,6 +114,7 @@ def run_train(arguments: Sequence[str]) -> int:
             return
         config = parse(words)
         with processes.running(config.distributed):
+            check_alike(_written(config))
             if DRY_RUN in arguments:
                 from hybridnorm_jax.training.dry_run import dry_run
 
@@ -125,6 +127,12 @@ def run_train(arguments: Sequence[str]) -> int:
             _say_next(words, config)
 
     return processes.supervise(lambda: exit_status(command, processes))
+
+
+def _written(config: RunConfig) -> dict[str, str]:
+    """Every key that must be the same in all processes, with its value as text; a cache may be a host's own."""
+    kept = [path for path in FIELDS if not path.startswith("distributed.") and path != "data.cache_dir"]
+    return {path: show(operator.attrgetter(path)(config)) for path in kept}
 
 
 def _say_next(arguments: Sequence[str], config: RunConfig) -> None:
@@ -211,7 +219,7 @@ def exit_status(command: Callable[[], None], processes: Processes | None = None)
         say(error, f"error: {error.filename or 'writing a file'}: {error.strerror}")
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         return 130
     return 0
 

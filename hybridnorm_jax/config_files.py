@@ -69,13 +69,16 @@ def to_yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_plain(dataclasses.asdict(config))))
 
 
-def from_yaml(text: str, overrides: Sequence[str] = ()) -> RunConfig:
+def from_yaml(text: str, overrides: Sequence[str] = (), *, origin: str = "saved configuration") -> RunConfig:
     """The configuration that to_yaml wrote, with `key=value` overrides; its plugins are imported.
+
+    Args:
+      origin: the file it came from, for errors.
 
     Raises:
       ConfigError: as `parse`.
     """
-    return build(gather([("saved configuration", text)], overrides))
+    return build(gather([(origin, text)], overrides))
 
 
 def differences(saved: RunConfig, asked: RunConfig) -> list[str]:

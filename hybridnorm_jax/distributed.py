@@ -8,6 +8,7 @@ here and given up a moment earlier. docs/clusters.md has the user's side.
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.util
 import os
 import re
@@ -18,6 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from hybridnorm_jax.config import ConfigError, UserError
@@ -239,6 +241,26 @@ class Processes:
             return
         self._alike = _within(ALIKE_SECONDS, jax.distributed.shutdown) is None
         self._runs = not self._alike
+
+
+def check_alike(values: Mapping[str, str]) -> None:
+    """Compare what all processes were told, key by key; all of them call it, with the same keys in the same order.
+
+    Without it processes with another seed or batch would train, each its own model, and save a mixture of them.
+
+    Raises:
+      ConfigError: names every key whose value is not process 0's, the same in every process.
+    """
+    if jax.process_count() == 1:
+        return
+    digests = [hashlib.sha256(f"{name}={value}".encode()).digest()[:8] for name, value in values.items()]
+    gathered = multihost_utils.process_allgather(np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 8))
+    differs = (gathered != gathered[:1]).any(axis=(0, 2))
+    if differs.any():
+        names = ", ".join(name for name, odd in zip(values, differs, strict=True) if odd)
+        raise ConfigError(
+            f"{names}: not the same in all processes; all words but distributed.* and data.cache_dir must be"
+        )
 
 
 def _early_number(arguments: Sequence[str]) -> int:

@@ -192,9 +192,15 @@ def check_batch(key_name: str, batch_size: int, mesh: Mesh, rules: Rules = RULES
 
 def check_sequence(seq_len: int, chunk: int | None, mesh: Mesh, tile: int, rules: Rules = RULES) -> None:
     """Raise ConfigError unless the mesh can split sequences of this length, in multiples of `tile` positions, and every
-    chunk of the loss."""
+    chunk of the loss, by axes that split no other dimension of the same arrays."""
     axes = rules["seq"][0] if rules["seq"] else ()
     shards = _parts_of(axes, mesh)
+    for name in ("batch", "heads", "kv_heads"):
+        others = rules[name][0] if rules[name] else ()
+        twice = [axis for axis in axes if axis in others and mesh.shape[axis] > 1]
+        if twice:
+            right = f"cannot split both a sequence and its {name}; name another axis in mesh.rules.seq or .{name}"
+            raise ConfigError(f"mesh.{twice[0]}={mesh.shape[twice[0]]}: {right}")
     if shards > 1 and seq_len % (2 * shards * tile):
         right = f"must be a multiple of 2 x {' x '.join(axes)}" + f" x {tile}" * (tile > 1)
         raise ConfigError(f"train.seq_len={seq_len}: {right} = {2 * shards * tile}, to be split among {shards} devices")

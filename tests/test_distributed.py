@@ -185,10 +185,12 @@ def test_one_that_fails_tells_why_and_ends_the_others(words, tmp_path):
     asked = [*words, "mesh.data=2", f"run.dir={tmp_path}", "run.name=run"]
     port = free_port()
     here, there = ([*asked, *together(port, 2, number)] for number in range(2))
-    (first, _, _), (second, _, told) = run([here, [*there, "data.files=[/nowhere.txt]"]], devices=1, seconds=SECONDS)
+    (tmp_path / "file").touch()
+    there = [*there, f"data.cache_dir={tmp_path}/file/cache"]
+    (first, _, _), (second, _, told) = run([here, there], devices=1, seconds=SECONDS)
     assert second == 2
     assert "process 1: error: " in told
-    assert "/nowhere.txt" in told
+    assert "/file/cache" in told
     assert first not in (0, -9)
 
 
@@ -328,3 +330,16 @@ def test_a_step_without_room_is_said_after_the_report(words, tmp_path, capsys, m
     told = capsys.readouterr()
     assert "optimizer state" in told.out
     assert "error: the train step does not fit these devices: Ran out of memory: 40 of 16 GB; raise" in told.err
+
+
+def test_processes_with_other_words_are_refused(words, tmp_path):
+    """Otherwise two seeds would train two models, and save a mixture of them."""
+    port = free_port()
+    asked = [*words, f"run.dir={tmp_path}", "run.name=run"]
+    each = [[*asked, f"train.seed={number}", *together(port, 2, number)] for number in range(2)]
+    (first, _, told), (second, _, untold) = run(each, devices=1, seconds=SECONDS)
+    assert (first, second) == (2, 2)
+    (line,) = told.splitlines()
+    assert line.startswith("error: train.seed: not the same in all processes")
+    assert untold == ""
+    assert not any(tmp_path.iterdir())

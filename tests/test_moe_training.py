@@ -44,8 +44,14 @@ def _batch(microbatches=1):
     return {name: array.reshape(microbatches, BATCH // microbatches, SEQ) for name, array in flat.items()}
 
 
+_PROGRAMS = {}
+
+
 def _program(config):
-    return Program(config, make_mesh(config.mesh.sizes, jax.devices()[:1]))
+    """Several tests here train the same configuration: each is compiled once."""
+    if repr(config) not in _PROGRAMS:
+        _PROGRAMS[repr(config)] = Program(config, make_mesh(config.mesh.sizes, jax.devices()[:1]))
+    return _PROGRAMS[repr(config)]
 
 
 def _run(config, steps, batch, change=lambda state: state):
@@ -57,7 +63,8 @@ def _run(config, steps, batch, change=lambda state: state):
     return state, history
 
 
-SCHEMES = ("hybrid_star", "span", "parallel", "b2t", "mix_ln", "hybrid_depth_scaled")
+# hybrid_star and mix_ln train in the tests below; one of each other kind stands for the rest.
+SCHEMES = ("span", "parallel", "b2t", "hybrid_depth_scaled")
 
 
 @pytest.mark.parametrize(
@@ -81,25 +88,32 @@ def test_the_gradient_is_that_of_the_loss_as_documented(microbatches, small_conf
     before = jax.device_get(program.fresh_state().params)
     _, metrics = program.train_step(program.fresh_state(), batch)
 
+    def sums(params, tokens, targets, weights):
+        logits, sown = hn.Decoder(config.model).apply({"params": params}, tokens, mutable=[ROUTER])
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        routers = [run["feed_forward"]["statistics"][0] for run in sown[ROUTER].values()]
+        return {
+            "nll": (weights * nll).sum(),
+            "z": (weights * jax.nn.logsumexp(logits, -1) ** 2).sum(),
+            "weight": weights.sum(),
+            "balance": weights.sum() * sum(router.balance_loss.sum() for router in routers),
+            "router_z": weights.sum() * sum(router.z_loss.sum() for router in routers),
+        }
+
     def total(params):
-        sums = dict.fromkeys(("nll", "z", "weight", "balance", "router_z"), 0.0)
-        for number in range(microbatches):
-            tokens, targets, weights = (batch[name][number] for name in ("tokens", "targets", "weights"))
-            logits, sown = hn.Decoder(config.model).apply({"params": params}, tokens, mutable=[ROUTER])
-            nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-            sums["nll"] += (weights * nll).sum()
-            sums["z"] += (weights * jax.nn.logsumexp(logits, -1) ** 2).sum()
-            sums["weight"] += weights.sum()
-            for run in sown[ROUTER].values():
-                (statistics,) = run["feed_forward"]["statistics"]
-                sums["balance"] += weights.sum() * statistics.balance_loss.sum()
-                sums["router_z"] += weights.sum() * statistics.z_loss.sum()
-        means = {name: value / sums["weight"] for name, value in sums.items()}
+        each = jax.lax.map(lambda part: sums(params, **part), batch)
+        whole = {name: value.sum() for name, value in each.items()}
+        means = {name: value / whole["weight"] for name, value in whole.items()}
         loss = means["nll"] + 1e-2 * means["z"] + 0.3 * means["balance"] + 0.2 * means["router_z"]
         return loss, means
 
-    grads, means = jax.jit(jax.grad(total, has_aux=True))(before)
-    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
+    @jax.jit
+    def norm_and_means(params):
+        grads, means = jax.grad(total, has_aux=True)(params)
+        return optax.tree.norm(grads), means
+
+    norm, means = norm_and_means(before)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], means["nll"], rtol=1e-6)
     np.testing.assert_allclose(metrics["balance_loss"], 0.3 * means["balance"], rtol=1e-6)
     np.testing.assert_allclose(metrics["router_balance"], means["balance"] / 4, rtol=1e-6)
@@ -117,21 +131,27 @@ def _skewed(state):
 
 @pytest.mark.parametrize("by", ["loss", "bias"])
 def test_balance_improves_in_100_steps_from_a_skewed_start(by, small_config):
-    loss = {"balance_loss": 0.1 if by == "loss" else 0.0, "router_z_loss": 0.0}
-    model = {"mlp_bias": True, "balance_bias": by == "bias"}
-    config = _config(small_config, model=model, train=loss, optimizer={"balance_bias_rate": 0.02})
+    def skewed(balance_loss, rate):
+        train = {"balance_loss": balance_loss, "router_z_loss": 0.0}
+        model = {"mlp_bias": True, "balance_bias": True}
+        return _config(small_config, model=model, train=train, optimizer={"balance_bias_rate": rate})
+
+    config = skewed(0.1, 0.0) if by == "loss" else skewed(0.0, 0.02)
     _, history = _run(config, 100, _batch(), _skewed)
     first, last = history[0], history[-1]
     assert first["largest_load"] > 3.5  # of 4
     assert last["largest_load"] < 2.0
     assert np.abs(last["expert_fraction"] - 1 / 8).max() < np.abs(first["expert_fraction"] - 1 / 8).max() / 3
-    unaided = dataclasses.replace(config, train=dataclasses.replace(config.train, balance_loss=0.0))
-    unaided = dataclasses.replace(unaided, optimizer=dataclasses.replace(config.optimizer, balance_bias_rate=0.0))
-    assert _run(unaided, 100, _batch(), _skewed)[1][-1]["largest_load"] > last["largest_load"] + 0.5
+    _, unaided = _run(skewed(0.0, 0.0), 100, _batch(), _skewed)
+    assert unaided[-1]["largest_load"] > last["largest_load"] + 0.5
+
+
+def _with_balance_bias(small_config):
+    return _config(small_config, model={"balance_bias": True}, optimizer={"balance_bias_rate": 0.01})
 
 
 def test_the_balance_bias_moves_by_its_own_rule_alone(small_config):
-    config = _config(small_config, model={"balance_bias": True}, optimizer={"balance_bias_rate": 0.01})
+    config = _with_balance_bias(small_config)
     state, history = _run(config, 1, _batch())
     fraction = history[0]["expert_fraction"]
     biases = np.concatenate([state.params[run]["feed_forward"]["balance_bias"] for run in ("run_0", "run_1")])
@@ -178,7 +198,7 @@ def test_flops_are_those_of_what_a_token_passes(small_config):
 def test_a_batch_without_any_target_keeps_everything_finite(small_config):
     batch = _batch()
     batch["weights"] = np.zeros_like(batch["weights"])
-    state, history = _run(_config(small_config, model={"balance_bias": True}), 1, batch)
+    state, history = _run(_with_balance_bias(small_config), 1, batch)
     assert history[0]["loss"] == 0
     assert history[0]["grad_norm"] == 0
     assert not np.any(state.params["run_1"]["feed_forward"]["balance_bias"])
@@ -195,7 +215,8 @@ def text_config(tmp_path, small_config):
     data = {"source": "text", "files": (str(tmp_path / "*.txt"),), "cache_dir": str(tmp_path / "cache")}
     config = _config(
         small_config,
-        model={"vocab_size": 257, "balance_bias": True, "shared_experts": 1, "mlp_bias": True},
+        model={"scheme": "hybrid", "num_layers": 2, "vocab_size": 257}
+        | {"balance_bias": True, "shared_experts": 1, "mlp_bias": True},
         train={"steps": 6, "grad_accumulation": 2, "log_every": 1},
         run=RunSection(name="moe", dir=str(tmp_path / "runs")),
         data=dataclasses.replace(default.data, validation_fraction=0.2, **data),
@@ -214,7 +235,7 @@ def test_resumes_bit_for_bit(text_config, tmp_path, monkeypatch, capsys):
     loop.train(whole)
     params = Program(text_config).abstract_state.params
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
-    active = total - 3 * 6 * (3 * 32 * 16 + 2 * 16 + 32)  # layers, absent experts, their kernels and biases
+    active = total - 2 * 6 * (3 * 32 * 16 + 2 * 16 + 32)  # layers, absent experts, their kernels and biases
     line = f"experts      8, 2 per token and 1 shared, width 16; {active:,} parameters active; dispatch blocked (auto)"
     assert line in capsys.readouterr().out
     step, taken = Program.train_step, []
@@ -236,7 +257,7 @@ def test_resumes_bit_for_bit(text_config, tmp_path, monkeypatch, capsys):
         left, right = ours.restore(program.abstract_state), expected.restore(program.abstract_state)
     for (path, leaf), reference in zip(jax.tree.leaves_with_path(left[0]), jax.tree.leaves(right[0]), strict=True):
         np.testing.assert_array_equal(leaf, reference, err_msg=jax.tree_util.keystr(path))
-    assert np.any(left[0].params["run_1"]["feed_forward"]["balance_bias"])
+    assert np.any(left[0].params["run_0"]["feed_forward"]["balance_bias"])
 
     # Elsewhere than where it was trained: mesh.expert is not kept.
     scores = evaluate_run(
@@ -251,6 +272,6 @@ def test_resumes_bit_for_bit(text_config, tmp_path, monkeypatch, capsys):
 
     assert records("moe") == records("whole")
     logged = records("moe")[0]
-    assert np.shape(logged["train/expert_fraction"]) == (3, 8)
+    assert np.shape(logged["train/expert_fraction"]) == (2, 8)
     names = {"train/balance_loss", "train/router_z_loss", "train/router_entropy", "train/largest_load"}
     assert names <= logged.keys()

@@ -126,6 +126,26 @@ def test_a_length_that_the_mesh_cannot_share_is_refused_before_compilation(small
         Program(dataclasses.replace(config, train=train))
 
 
+@pytest.mark.parametrize(
+    ("rules", "sizes", "message"),
+    [
+        ({"seq": ("data",)}, {"data": 8}, "mesh.data=8: cannot split both a sequence and its batch"),
+        ({"seq": ("tensor",)}, {"tensor": 2, "data": 4}, "mesh.tensor=2: cannot split both a sequence and its heads"),
+        (
+            {"kv_heads": ("context",)},
+            {"context": 2, "data": 4},
+            "mesh.context=2: cannot split both a sequence and its kv_h",
+        ),
+    ],
+)
+def test_an_axis_that_would_split_two_dimensions_is_refused(small_config, rules, sizes, message):
+    default = RunConfig()
+    train = dataclasses.replace(default.train, seq_len=64)
+    mesh = dataclasses.replace(default.mesh, **sizes, rules=rules)
+    with pytest.raises(ConfigError, match=message):
+        Program(dataclasses.replace(default, model=small_config(), train=train, mesh=mesh))
+
+
 def test_splash_compiles_for_eight_tpu_chips():
     pytest.importorskip("libtpu")
     from jax.experimental import topologies

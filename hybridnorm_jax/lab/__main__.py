@@ -30,7 +30,7 @@ and trains nothing. --only=K trains the combination of this number, as those job
 REPORT_USAGE = """usage: python -m hybridnorm_jax.lab report DIR [baseline=SCHEME]
 
 Writes DIR/report.html (one file), report.md with figures/, and report.csv. Differences are to the baseline: without
-the word, the comparison's first scheme.
+the word pre, or the first scheme where there is no pre.
 """
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from scipy import stats
 
 from hybridnorm_jax.lab.runs import DIVERGED, FINISHED, UNFINISHED, Run
-from hybridnorm_jax.training.spikes import FEWEST, SIGMAS, WINDOW
+from hybridnorm_jax.training.spikes import SpikeScore
 
 TRAINING = "training"
 
@@ -147,26 +147,11 @@ def smoothed(
 
 
 def spike_score(series: Iterable[tuple[int, float]]) -> float | None:
-    """training/spikes.py's SpikeScore of a whole series, in percent; None where it is empty.
-
-    SpikeScore goes over its window for each value, in Python: minutes for the runs of a report. Here windows are rows.
-    """
-    values = np.array([value for _, value in series], dtype=np.float64)
-    finite = values[np.isfinite(values)]
-    spikes = len(values) - len(finite)
-    for end in range(FEWEST, min(WINDOW, len(finite))):
-        spikes += int(_outlying(finite[end : end + 1], finite[None, :end])[0])
-    # A thousand windows at a time: all at once would take 8 kB for every step.
-    for start in range(0, len(finite) - WINDOW, WINDOW):
-        part = finite[start : start + 2 * WINDOW]
-        windows = np.lib.stride_tricks.sliding_window_view(part[:-1], WINDOW)
-        spikes += int(_outlying(part[WINDOW:], windows).sum())
-    return 100 * spikes / len(values) if len(values) else None
-
-
-def _outlying(values: Float[np.ndarray, "n"], windows: Float[np.ndarray, "n window"]) -> Bool[np.ndarray, "n"]:
-    means, deviations = windows.mean(axis=1), windows.std(axis=1)
-    return (np.abs(values - means) >= SIGMAS * deviations) & (np.ptp(windows, axis=1) > 0)
+    """SpikeScore of a whole series, in percent; None where it is empty."""
+    spikes = SpikeScore()
+    for _, value in series:
+        spikes.add(value)
+    return spikes.score
 
 
 def percentiles(series: Iterable[tuple[int, float]], which: Sequence[int] = (50, 90, 99)) -> list[float] | None:

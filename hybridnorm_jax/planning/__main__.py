@@ -77,6 +77,7 @@ def _table(options: argparse.Namespace) -> int:
         raise UserError("--table takes configurations as they are: no key=value, --topology or --json")
     file = Path(options.table)
     files = [Path(word) for word in options.words] or sorted((REPOSITORY / "configs").glob("*.yaml"))
+    report.read_table(file)  # what is wrong with it is said now, not after the first compilation
     worst = FITS
     for config in files:
         result = plan(read_config([str(config)]), parse_topology(meant_for(config)))

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from hybridnorm_jax import config_files
-from hybridnorm_jax.config import ConfigError
+from hybridnorm_jax.config import ConfigError, UserError
 from hybridnorm_jax.data import Data, open_data, train_iterator
 from hybridnorm_jax.evaluation import perplexity
 from hybridnorm_jax.evaluation.sampling import generate
@@ -96,19 +96,31 @@ def open_run_directory(config: RunConfig) -> epath.Path:
     directory = epath.Path(config.run.dir) / config.run.name
     file = directory / "config.yaml"
     try:
-        has_checkpoints = file.exists() and (directory / "checkpoints").exists()
+        saved = _saved_config(directory / "checkpoints", file)
     except ImportError as error:  # what etils needs for gs:// is not there
         raise ConfigError(f"run.dir={config.run.dir}: {str(error).splitlines()[0]}") from error
-    if has_checkpoints:
-        saved = config_files.from_yaml(file.read_text())
-        if differing := config_files.differences(saved, config):
-            raise ConfigError(f"{directory} holds another run ({'; '.join(differing)}): choose another run.name")
+    if saved is not None and (differing := config_files.differences(saved, config)):
+        raise ConfigError(f"{directory} holds another run ({'; '.join(differing)}): choose another run.name")
     if jax.process_index() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        partial = directory / "config.yaml.partial"
-        partial.write_text(config_files.to_yaml(config))
-        partial.replace(file)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            partial = directory / "config.yaml.partial"
+            partial.write_text(config_files.to_yaml(config))
+            partial.replace(file)
+        except OSError as error:
+            raise UserError(f"{error.filename or file}: cannot be written: {error.strerror or error}") from error
     return directory
+
+
+def _saved_config(checkpoints: epath.Path, file: epath.Path) -> RunConfig | None:
+    """What a run with checkpoints was trained with: as its config.yaml says, or without one its newest checkpoint."""
+    if not checkpoints.exists():
+        return None
+    if file.exists():
+        return config_files.from_yaml(file.read_text(), origin=str(file))
+    with Checkpoints(checkpoints, keep=1) as saved:
+        newest = saved.latest()
+        return None if newest is None else config_files.from_yaml(saved.read_config(newest), origin=str(checkpoints))
 
 
 def _start(

@@ -1,7 +1,8 @@
 """The spike score of a series, kept up to date value by value."""
 
-import collections
 import math
+
+import numpy as np
 
 WINDOW, SIGMAS, FEWEST = 1000, 7.0, 10
 
@@ -14,8 +15,8 @@ class SpikeScore:
     """
 
     def __init__(self):
-        self._window: collections.deque[float] = collections.deque(maxlen=WINDOW)
-        self._spikes = self._values = 0
+        self._window = np.empty(WINDOW)  # a ring, its oldest value overwritten next
+        self._finite = self._spikes = self._values = 0
 
     def add(self, value: float) -> None:
         """One more value."""
@@ -23,12 +24,14 @@ class SpikeScore:
         if not math.isfinite(value):
             self._spikes += 1
             return
-        if len(self._window) >= FEWEST:
-            # Summed anew: running sums of squares lose the deviation of a loss that hardly moves.
-            mean = math.fsum(self._window) / len(self._window)
-            deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in self._window) / len(self._window))
-            self._spikes += abs(value - mean) >= SIGMAS * deviation > 0
-        self._window.append(value)
+        if self._finite >= FEWEST:
+            # Of the window anew: running sums of squares lose the deviation of a loss that hardly moves.
+            window = self._window[: self._finite]
+            mean, deviation = window.mean(), window.std()
+            # Where all are alike rounding may leave a deviation.
+            self._spikes += bool(abs(value - mean) >= SIGMAS * deviation and window.min() < window.max())
+        self._window[self._finite % WINDOW] = value
+        self._finite += 1
 
     @property
     def score(self) -> float | None:

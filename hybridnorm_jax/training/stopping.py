@@ -61,6 +61,8 @@ class StopSignals:
         """Set the handlers; again where something else may have (jax.distributed.initialize sets one for SIGTERM)."""
         if threading.current_thread() is threading.main_thread():
             for number in EXIT_CODES:
+                if signal.getsignal(number) is signal.SIG_IGN:
+                    continue  # as a shell script has it for SIGINT of what it starts with &
                 before = signal.signal(number, self._receive)
                 # None: set by C code, which Python cannot put back.
                 self._before.setdefault(number, signal.SIG_DFL if before is None else before)
