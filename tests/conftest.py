@@ -24,6 +24,13 @@ import hybridnorm_jax as hn
 SMALL = {"d_model": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 48, "vocab_size": 61}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_what_is_compiled():
+    """The programs of one file are of no use to the next one, and all of them are gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def small_config():
     """Makes a ModelConfig of three narrow layers, with the keys given."""

@@ -56,7 +56,7 @@ def _pre_grows(initializer: str, by_depth: ByDepth) -> list[Claim]:
         "pre: the stream grows with depth (Pre-Norm, common ground of the papers): its RMS after the last block over "
         f"that after block 1 rises with depth, above {GROWS:g} at the greatest"
     )
-    holds = grown == sorted(grown) and grown[-1] > GROWS
+    holds = bool(grown == sorted(grown) and grown[-1] > GROWS)
     return [Claim(statement, initializer, holds, f"last block / block 1: {_listed(ratios)}")]
 
 
@@ -80,7 +80,7 @@ def _hybrid_flat(initializer: str, by_depth: ByDepth) -> list[Claim]:
             f"the {what} of all blocks lie within a factor of {FLAT:g} at every depth"
         )
         seen = f"largest / smallest: {_listed(spread)}"
-        claims.append(Claim(statement, initializer, max(spread.values()) < FLAT, seen))
+        claims.append(Claim(statement, initializer, bool(max(spread.values()) < FLAT), seen))
     return claims
 
 

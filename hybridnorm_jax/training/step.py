@@ -51,10 +51,12 @@ def loss_sums(
     if chunk is None:
         logits, sown = model.apply(variables | probed, batch["tokens"], **inputs)
         return cross_entropy(logits, batch["targets"], batch["weights"]), sown
-    if "kernel" in params.get("head", {}):
-        # Gathered once, and its gradient reduced once, instead of in every chunk.
-        kernel = nn.with_logical_constraint(params["head"]["kernel"], (None, "vocab"))
-        variables = {"params": params | {"head": params["head"] | {"kernel": kernel}}}
+    # Gathered once, and its gradient reduced once, instead of in every chunk.
+    module, name, axes = ("head", "kernel", (None, "vocab"))
+    if model.config.tie_embeddings:
+        module, name, axes = ("token_embedding", "embedding", ("vocab", None))
+    gathered = nn.with_logical_constraint(params[module][name], axes)
+    variables = {"params": params | {module: params[module] | {name: gathered}}}
     hidden, sown = model.apply(variables | probed, batch["tokens"], method="hidden", **inputs)
     sums = chunked_cross_entropy(
         lambda piece: model.apply(variables, piece, method="logits"),
