@@ -82,6 +82,17 @@ def test_tensorboard_gets_what_is_not_null(tmp_path):
     assert found == [("train/loss", 4, 2.0)]
 
 
+def test_tensorboard_gets_the_values_of_each_layer(tmp_path):
+    writer = open_writer(tmp_path)
+    layers = {"watch/rms": np.array([1.0, math.nan, 3.0]), "watch/head": np.array(2.0)}
+    writer.write(1, layers, by_layer=True)
+    writer.write(2, {"train/losses": np.array([4.0, 5.0])})
+    writer.close()
+    found = {value.tag: value.simple_value for event in tensorboard_events(tmp_path) for value in event.summary.value}
+    assert found == {"watch/rms/00": 1, "watch/rms/02": 3, "watch/head": 2}
+    assert entries(tmp_path)[0] == {"step": 1, "watch/rms": [1, None, 3], "watch/head": 2}
+
+
 def test_resuming_drops_later_steps_and_a_torn_line(tmp_path):
     writer = open_writer(tmp_path)
     for step in (1, 2, 3, 4):

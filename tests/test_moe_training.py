@@ -63,7 +63,7 @@ def _run(config, steps, batch, change=lambda state: state):
     return state, history
 
 
-# hybrid_star and mix_ln train in the tests below; one of each other kind stands for the rest.
+# hybrid_star trains in the tests of balance; one of each other kind stands for the rest.
 SCHEMES = ("span", "parallel", "b2t", "hybrid_depth_scaled")
 
 
