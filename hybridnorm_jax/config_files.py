@@ -86,7 +86,7 @@ def differences(saved: RunConfig, asked: RunConfig) -> list[str]:
 
     Keys that may change when a run is resumed (where it runs, what it reports and saves) are left out.
     """
-    pairs = zip(_flatten(dataclasses.asdict(saved)), _flatten(dataclasses.asdict(asked)), strict=True)
+    pairs = zip(flatten(dataclasses.asdict(saved)), flatten(dataclasses.asdict(asked)), strict=True)
     return [
         f"{path}: saved {before!r}, asked {after!r}"
         for (path, before), (_, after) in pairs
@@ -107,11 +107,11 @@ def gather(texts: Sequence[tuple[str, str]], overrides: Sequence[str]) -> dict[s
     """Typed values by dotted key, of (file, its YAML) pairs and then of overrides."""
     settings: dict[str, Any] = {}
     for file, text in texts:
-        for path, value in _flatten(_tree(file, OmegaConf.load, io.StringIO(text))):
+        for path, value in flatten(_tree(file, OmegaConf.load, io.StringIO(text))):
             _put(settings, path, value, f"{file}: {path}={show(value)}")
     for override in overrides:
         key, _, text = override.partition("=")
-        for path, value in _flatten(_tree(override, OmegaConf.from_dotlist, [override])):
+        for path, value in flatten(_tree(override, OmegaConf.from_dotlist, [override])):
             _put(settings, path, value, override, written=text if path == key else None)
     return settings
 
@@ -163,14 +163,14 @@ def _tree(origin: str, read: Callable, source: Any) -> dict:
     return plain
 
 
-def _flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) pairs; an empty section has none."""
     for name, value in tree.items():
         path = f"{prefix}{name}"
         if path in SECTIONS and value is None:
             continue
         if isinstance(value, dict) and value and path not in FIELDS:
-            yield from _flatten(value, f"{path}.")
+            yield from flatten(value, f"{path}.")
         else:
             yield path, value
 

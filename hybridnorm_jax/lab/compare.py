@@ -123,7 +123,7 @@ def _result(asked: Comparison, number: int, config: RunConfig) -> dict[str, Any]
     directory = open_run_directory(config)
     file = directory / "result.json"
     if file.exists():
-        result = read_object(Path(file))
+        result = read_object(file)
         _say(f"{result['status']} before")
         return result
     with Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as saved:
@@ -137,7 +137,7 @@ def _result(asked: Comparison, number: int, config: RunConfig) -> dict[str, Any]
         status, step, where = DIVERGED, error.step, error.step
     # Each run compiles its own steps, which nothing uses again.
     jax.clear_caches()
-    if status == FINISHED and (where := diverged_at(read_losses(Path(directory)))) is not None:
+    if status == FINISHED and (where := diverged_at(read_losses(directory))) is not None:
         _say(f"diverged: the loss was lowest at step {where}")
         status = DIVERGED
     result = {

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from hybridnorm_jax import config_files
 from hybridnorm_jax.config import UserError
 from hybridnorm_jax.lab.divergence import diverged_at as rising_since
@@ -105,12 +107,12 @@ def read_runs(directory: Path) -> list[Run]:
     return runs
 
 
-def read_losses(path: Path) -> list[tuple[int, float]]:
+def read_losses(path: Path | epath.Path) -> list[tuple[int, float]]:
     """(step, training loss in nats per token) of a run's directory, every step there is; NaN where not finite."""
     return _series(list(_records(path / "metrics.jsonl")), "train/loss", "train/losses")
 
 
-def read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path | epath.Path) -> dict[str, Any]:
     """The JSON object in a file; UserError where it is none."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -125,7 +127,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
     """Dotted key -> value, of what decides a trajectory; values that follow from others (DERIVED) are None."""
     model = config.model
     plain = dataclasses.replace(model, **dict.fromkeys(DERIVED))
-    shown = config_files._flatten(dataclasses.asdict(config))
+    shown = config_files.flatten(dataclasses.asdict(config))
     values = {
         key: value
         for key, value in shown
@@ -159,10 +161,10 @@ def _short(key: str, keys: Sequence[str]) -> str:
 
 def _check_comparable(directory: Path, runs: Sequence[Run]) -> None:
     first, *others = runs
-    flat = dict(config_files._flatten(dataclasses.asdict(first.config)))
+    flat = dict(config_files.flatten(dataclasses.asdict(first.config)))
     keys = [key for key in flat if key in SAME or (key.startswith("data.") and key not in DATA_MAY_DIFFER)]
     for other in others:
-        theirs = dict(config_files._flatten(dataclasses.asdict(other.config)))
+        theirs = dict(config_files.flatten(dataclasses.asdict(other.config)))
         for key in keys:
             if flat[key] != theirs[key]:
                 values = f"{config_files.show(flat[key])} and {config_files.show(theirs[key])}"
@@ -259,7 +261,7 @@ def _checked_result(file: Path) -> dict[str, Any]:
     return result
 
 
-def _records(file: Path) -> Iterator[dict[str, Any]]:
+def _records(file: Path | epath.Path) -> Iterator[dict[str, Any]]:
     """The objects of metrics.jsonl. A last line that a killed run left torn is passed over."""
     if not file.exists():
         return
