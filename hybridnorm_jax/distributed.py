@@ -265,6 +265,8 @@ def check_alike(values: Mapping[str, str]) -> None:
 
 def _early_number(arguments: Sequence[str]) -> int:
     """This process's number as far as words and environment tell it before anything is parsed."""
+    if "distributed.initialize=false" in arguments:
+        return 0
     for word in arguments:
         if re.fullmatch(r"distributed\.process_id=\d+", word):
             return int(word.partition("=")[2])

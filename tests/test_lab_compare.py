@@ -1,16 +1,20 @@
 """A comparison trains what has no result yet, on one data order, and takes a divergence for a result."""
 
 import json
+import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 import pytest
 import yaml
+from etils import epath
 
+from hybridnorm_jax.evaluation.perplexity import Score
 from hybridnorm_jax.lab import __main__ as lab
 from hybridnorm_jax.lab import compare
-from hybridnorm_jax.lab.divergence import diverged_at
+from hybridnorm_jax.lab.divergence import rising_since
 from hybridnorm_jax.training.program import Program
 
 SMALL = [
@@ -96,6 +100,7 @@ def test_a_comparison_goes_on_after_a_divergence_and_after_a_kill(words, trained
     asked = json.loads((tmp_path / "lab/comparison.json").read_text())
     assert asked["schemes"] == ["pre", "post"]
     assert asked["learning_rates"] == [1e-3]
+    assert len(asked["commands"]) == 1
 
     steps.clear()
     assert lab.main(["compare", *words, "--only=0"]) == 0
@@ -103,6 +108,50 @@ def test_a_comparison_goes_on_after_a_divergence_and_after_a_kill(words, trained
     capsys.readouterr()
     assert lab.main(["compare", *words, "model.mlp_dim=32"]) == 2
     assert "holds another run (model.mlp_dim: saved 16, asked 32)" in capsys.readouterr().err
+
+
+def test_a_result_of_another_configuration_is_refused_and_left(words, trained, tmp_path, capsys):
+    one = [word for word in words if not word.startswith(("schemes=", "seeds="))] + ["schemes=[pre]", "seeds=[0]"]
+    assert lab.main(["compare", *one]) == 0
+    run = tmp_path / "lab/pre-lr0.001-seed0"
+    shutil.rmtree(run / "checkpoints")  # as after a divergence before the first save
+    saved = (run / "config.yaml").read_text()
+    for word, named in (
+        ("model.mlp_dim=32", "model.mlp_dim: saved 16, asked 32"),
+        ("eval.batches=2", "eval.batches (1"),
+    ):
+        assert lab.main(["compare", *one, word]) == 2
+        assert named in capsys.readouterr().err
+        assert (run / "config.yaml").read_text() == saved
+    (run / "result.json").write_text("{}")
+    assert lab.main(["compare", *one]) == 2
+    assert "result.json: status: must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("losses", [[5.0, 4.0, 3.0, 2.0, 2.0, 2.0], [5.0, 4.0, 2.0, 3.0, 4.0, 5.0]])
+def test_a_finite_run_may_have_diverged(losses, words, tmp_path, monkeypatch, capsys):
+    """Training is replaced: metrics.jsonl says what became of it."""
+
+    def train(config, began):
+        lines = [json.dumps({"step": 6, "train/losses": losses})]
+        (tmp_path / f"lab/{config.run.name}/metrics.jsonl").write_text("\n".join(lines))
+        return {"held": Score(float("nan") if config.train.seed else losses[-1], 1.0, None, 8)}
+
+    monkeypatch.setattr(compare, "train", train)
+    assert lab.main(["compare", *words]) == 0
+    results = _results(tmp_path)
+    assert results["pre-lr0.001-seed1"]["status"] == "diverged"  # a final loss that is not finite
+    rises = losses[-1] > losses[2]
+    expected = ("diverged", 3) if rises else ("finished", None)
+    assert (results["pre-lr0.001-seed0"]["status"], results["pre-lr0.001-seed0"]["diverged_at"]) == expected
+    assert "diverged" in capsys.readouterr().out
+
+
+def test_jobs_that_write_at_once_do_not_disturb_each_other(tmp_path):
+    file = epath.Path(tmp_path) / "comparison.json"
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: [compare._write(file, {"a": 1}) for _ in range(30)], range(4)))
+    assert [path.name for path in tmp_path.iterdir()] == ["comparison.json"]
 
 
 @pytest.mark.parametrize(
@@ -113,6 +162,8 @@ def test_a_comparison_goes_on_after_a_divergence_and_after_a_kill(words, trained
         ("seeds=[0,0]", "seeds=[0, 0]: one of them is named twice"),
         ("learning_rates=[0.0]", "optimizer.learning_rate=0.0: must be positive"),
         ("learning_rates=0.1", "learning_rates=0.1: expected a list of numbers"),
+        ("model.scheme=pre", "model.scheme=pre: schemes=[...] sets it here"),
+        ("optimizer.learning_rate=0.1", "learning_rates=[...] sets it here"),
         ("--only=4", "--only=4: must be in [0, 4), there are 4 combinations"),
         ("--only=x", "--only=x: must be the number of a combination"),
         ("--emit-jobs=pbs", "--emit-jobs=pbs: not known; known: jobset, slurm"),
@@ -173,15 +224,16 @@ def test_a_jobset_has_a_pod_for_each_combination(words, tmp_path, monkeypatch):
 
 def test_a_run_whose_loss_rises_for_good_has_diverged():
     falling = [(step, 5 - step / 50) for step in range(1, 101)]
-    assert diverged_at(falling) is None
+    assert rising_since(falling) is None
     spike = [(step, loss + 3 * (step in range(40, 45))) for step, loss in falling]
-    assert diverged_at(spike) is None
+    assert rising_since(spike) is None
     risen = [(step, loss if step <= 60 else 4.5) for step, loss in falling]
-    assert diverged_at(risen) == 60
+    assert rising_since(risen) == 60
     slightly = [(step, loss if step <= 60 else 4.2) for step, loss in falling]  # 0.3 above the mean of steps 51 to 60
-    assert diverged_at(slightly) is None
-    assert diverged_at([*risen, (101, float("nan"))]) == 60
-    assert diverged_at([(1, 5.0)]) is None
+    assert rising_since(slightly) is None
+    assert rising_since([*risen, (101, float("nan"))]) == 60
+    assert rising_since([(1, 5.0)]) is None
+    assert rising_since([*falling[:-1], (100, 12.0)]) is None  # one spike at the end
 
 
 def test_the_default_is_the_configurations_learning_rate(words):

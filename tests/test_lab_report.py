@@ -41,7 +41,7 @@ def planted(tmp_path_factory) -> Path:
     plant(directory, "post", seed=1, loss=None, diverged_at=52, curve=broken)
     plant(directory, "post", seed=2, loss=None, finished=False, curve=[5.5] * 20)
     (directory / "figures").mkdir()
-    made_by = {"command": "python -m hybridnorm_jax.lab compare <&> schemes=[pre]", "schemes": ["pre"]}
+    made_by = {"commands": ["python -m hybridnorm_jax.lab compare <&> schemes=[pre]"], "schemes": ["pre"]}
     (directory / "comparison.json").write_text(json.dumps(made_by))
     assert write_report(directory) == directory / "report.html"
     return directory

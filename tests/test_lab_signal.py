@@ -65,6 +65,12 @@ def test_claims_say_what_was_seen():
         *(("megatron", False), ("megatron", True)),
     ]
     assert claims([_signal("peri", 2)]) == []
+    # auto is what the scheme recommends: megatron for span, of which something else is claimed than of normal.
+    auto = [of("span", [8, 1], [2, 2, 1], initializer="auto", depth=depth) for depth in (2, 96)]
+    assert [(c.initializer, c.holds, "stays bounded" in c.statement) for c in claims(auto)] == [
+        ("auto", True, True)
+    ] * 2
+    assert claims([of("span", [8, 1], [2, 2, 1], initializer="b2t", depth=depth) for depth in (2, 96)]) == []
 
 
 def test_the_command_writes_table_json_and_figures(tmp_path, capsys):
@@ -100,6 +106,9 @@ def test_the_command_writes_table_json_and_figures(tmp_path, capsys):
         ("initializers=[meg]", "initializers=meg: not known"),
         ("scheme=[pre]", "scheme=[pre]: no such key; did you mean 'schemes'?"),
         ("model.depth=3", "model.depth=3: no such key"),
+        ("model.num_layers=3", "model.num_layers=3: depths=[...] sets it here"),
+        ("model.dtype=float64", "model.dtype=float64: needs JAX_ENABLE_X64=1"),
+        ("out=/proc/nowhere", "/proc/nowhere: No such file or directory"),
     ],
 )
 def test_wrong_words_end_in_one_line(words, message, capsys):

@@ -89,7 +89,7 @@ def test_tensorboard_gets_the_values_of_each_layer(tmp_path):
     writer.write(2, {"train/losses": np.array([4.0, 5.0])})
     writer.close()
     found = {value.tag: value.simple_value for event in tensorboard_events(tmp_path) for value in event.summary.value}
-    assert found == {"watch/rms/00": 1, "watch/rms/02": 3, "watch/head": 2}
+    assert found == {"watch/rms/000": 1, "watch/rms/002": 3, "watch/head": 2}
     assert entries(tmp_path)[0] == {"step": 1, "watch/rms": [1, None, 3], "watch/head": 2}
 
 

@@ -73,10 +73,12 @@ def _norm(leaves):
     return math.sqrt(sum(float(np.square(np.asarray(leaf)).sum()) for leaf in jax.tree.leaves(leaves)))
 
 
-@pytest.mark.parametrize("scheme", ["pre", "hybrid_star", "peri", "span"])
-def test_measures_are_those_of_an_unscanned_model(scheme, small_config, random_params, tokens):
+@pytest.mark.parametrize(
+    ("scheme", "remat"), [("pre", "none"), ("hybrid_star", "full"), ("peri", "none"), ("span", "none")]
+)
+def test_measures_are_those_of_an_unscanned_model(scheme, remat, small_config, random_params, tokens):
     with jax.enable_x64(True):
-        config = small_config(scheme=scheme, dtype="float64", param_dtype="float64")
+        config = small_config(scheme=scheme, remat=remat, dtype="float64", param_dtype="float64")
         params, batch = random_params(config), _batch(tokens)
         measures, gradient = jax.jit(functools.partial(measure_signal, hn.Decoder(config)))(params, batch)
         streams, by_stream, by_weights = _by_hand(config, params, batch)
@@ -168,6 +170,16 @@ def test_attention_statistics_are_those_of_the_weights_written_out():
                         logits.append(z.max())
             np.testing.assert_allclose(entropy, np.mean(entropies), rtol=EXACT)
             np.testing.assert_allclose(largest, max(logits), rtol=EXACT)
+
+
+def test_logits_are_those_after_the_norms(small_config, random_params, tokens):
+    config = small_config(scheme="hybrid", num_layers=1)
+    params = random_params(config)
+    measure = jax.jit(functools.partial(measure_signal, hn.Decoder(config)))
+    before, _ = measure(params, _batch(tokens))
+    params["run_0"]["attention"]["q_norm"]["scale"] *= 3
+    after, _ = measure(params, _batch(tokens))
+    np.testing.assert_allclose(after["largest_logit"], 3 * before["largest_logit"], rtol=1e-5)
 
 
 def test_the_probe_passes_value_and_gradient_and_squares_the_gradient():

@@ -9,12 +9,13 @@ what is finished and goes on with what is not; report makes one page of its dire
 configs/lab.yaml. Other key=value words are those of train.py. docs/lab.md says what each measure is.
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 
 from hybridnorm_jax.command_line import exit_status
 from hybridnorm_jax.config import UserError, did_you_mean
-from hybridnorm_jax.distributed import Processes
+from hybridnorm_jax.distributed import Processes, check_alike
 
 SIGNAL_USAGE = """usage: python -m hybridnorm_jax.lab signal [FILE.yaml ...] [key=value ...]
 
@@ -75,6 +76,8 @@ def _compare(words: list[str], processes: Processes) -> None:
         print(jobs.emit(asked, emit))
         return
     with processes.running(asked.configs[0].distributed):
+        kept = [word for word in words if not word.startswith(("distributed.", "data.cache_dir="))]
+        check_alike({"the words": shlex.join([*kept, f"--only={only}"])})
         results = compare.compare(asked, None if only is None else int(only))
     if processes.number == 0:
         print(f"\n{compare.table(asked, results)}" if only is None else "")

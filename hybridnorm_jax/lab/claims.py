@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hybridnorm_jax.placement import SCHEMES
+
 if TYPE_CHECKING:
     from hybridnorm_jax.lab.signal import Signal
 
@@ -41,8 +43,10 @@ def claims(signals: Iterable["Signal"]) -> list[Claim]:
         found.setdefault((signal.scheme, signal.initializer), {})[signal.depth] = signal
     held = []
     for (scheme, initializer), by_depth in found.items():
+        in_force = SCHEMES[scheme].initializer if initializer == "auto" else initializer
         for judge in JUDGES.get(scheme, ()):
-            held += judge(initializer, dict(sorted(by_depth.items())))
+            judged = judge(in_force, dict(sorted(by_depth.items())))
+            held += [dataclasses.replace(claim, initializer=initializer) for claim in judged]
     return held
 
 
@@ -85,7 +89,9 @@ def _hybrid_flat(initializer: str, by_depth: ByDepth) -> list[Claim]:
 
 
 def _span_bounded(initializer: str, by_depth: ByDepth) -> list[Claim]:
-    grows = initializer != "megatron"
+    if initializer not in ("normal", "megatron"):
+        return []  # nobody claims anything of the others
+    grows = initializer == "normal"
     what = (
         f"grows with depth without output projections over sqrt(2L), by more than {BOUNDED:g}"
         if grows

@@ -7,9 +7,10 @@ import math
 import os
 import platform
 import re
+import secrets
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ import jax
 from etils import epath
 
 from hybridnorm_jax.command_line import parse
-from hybridnorm_jax.config import check, check_choice, key
-from hybridnorm_jax.config_files import show, take
+from hybridnorm_jax.config import ConfigError, check, check_choice, key
+from hybridnorm_jax.config_files import differences, from_yaml, show, take
 from hybridnorm_jax.data import open_data
 from hybridnorm_jax.evaluation.perplexity import Score
-from hybridnorm_jax.lab.divergence import diverged_at
-from hybridnorm_jax.lab.runs import DIVERGED, FINISHED, read_losses, read_object
+from hybridnorm_jax.lab.divergence import rising_since
+from hybridnorm_jax.lab.runs import DIVERGED, FINISHED, measured_otherwise, read_losses, read_object, read_result
 from hybridnorm_jax.placement import SCHEMES
 from hybridnorm_jax.run_config import RunConfig
 from hybridnorm_jax.training.checkpoints import Checkpoints
@@ -70,6 +71,8 @@ def comparison(words: Sequence[str]) -> Comparison:
       ConfigError: one line, before anything is trained: a word is wrong, or one of the combinations cannot be.
     """
     options, others = take(CompareOptions, words)
+    instead = {"model.scheme": "schemes", "train.seed": "seeds"}
+    refuse(others, instead | ({"optimizer.learning_rate": "learning_rates"} if options.learning_rates else {}))
     base = parse(others, DEFAULT_FILE)  # imports plugins, which may bring schemes
     for scheme in options.schemes:
         check_choice("schemes", scheme, SCHEMES)
@@ -83,6 +86,14 @@ def comparison(words: Sequence[str]) -> Comparison:
     ]
     command = shlex.join(["python", "-m", "hybridnorm_jax.lab", "compare", *words])
     return Comparison(directory, command, options, tuple(configs))
+
+
+def refuse(words: Sequence[str], instead: Mapping[str, str]) -> None:
+    """Raise ConfigError for a word whose key would be set to something else: {key: the lab's own}."""
+    for word in words:
+        own = instead.get(word.partition("=")[0])
+        if own is not None:
+            raise ConfigError(f"{word}: {own}=[...] sets it here")
 
 
 def _config(base: RunConfig, directory: str, data_seed: int, scheme: str, rate: float, seed: int) -> RunConfig:
@@ -109,7 +120,8 @@ def compare(asked: Comparison, only: int | None = None) -> list[dict[str, Any]]:
     count = len(asked.configs)
     right = f"must be in [0, {count}), there are {count} combinations"
     check(only is None or 0 <= only < count, "--only", only, right)
-    _write(epath.Path(asked.directory) / "comparison.json", _described(asked))
+    file = epath.Path(asked.directory) / "comparison.json"
+    _write(file, _described(asked, file))
     results = []
     for number, config in enumerate(asked.configs):
         if only in (None, number):
@@ -120,12 +132,12 @@ def compare(asked: Comparison, only: int | None = None) -> list[dict[str, Any]]:
 
 def _result(asked: Comparison, number: int, config: RunConfig) -> dict[str, Any]:
     """Of one combination, trained unless it is there."""
-    directory = open_run_directory(config)
-    file = directory / "result.json"
+    file = epath.Path(config.run.dir) / config.run.name / "result.json"
     if file.exists():
-        result = read_object(file)
+        result = _earlier(file, config)
         _say(f"{result['status']} before")
         return result
+    directory = open_run_directory(config)
     with Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as saved:
         first = saved.latest() or 0
     began = time.perf_counter()
@@ -137,9 +149,12 @@ def _result(asked: Comparison, number: int, config: RunConfig) -> dict[str, Any]
         status, step, where = DIVERGED, error.step, error.step
     # Each run compiles its own steps, which nothing uses again.
     jax.clear_caches()
-    if status == FINISHED and (where := diverged_at(read_losses(directory))) is not None:
+    if status == FINISHED and (where := rising_since(read_losses(directory))) is not None:
         _say(f"diverged: the loss was lowest at step {where}")
         status = DIVERGED
+    if status == FINISHED and any(score["loss"] is None for score in scores.values()):
+        _say("diverged: the final loss is not finite")
+        status, where = DIVERGED, step
     result = {
         "status": status,
         "step": step,
@@ -157,6 +172,15 @@ def _result(asked: Comparison, number: int, config: RunConfig) -> dict[str, Any]
     return result
 
 
+def _earlier(file: epath.Path, config: RunConfig) -> dict[str, Any]:
+    """The result of a run that ended, which had the same configuration; its config.yaml stays, checkpoints or not."""
+    saved_file = file.parent / "config.yaml"
+    saved = from_yaml(saved_file.read_text(), origin=str(saved_file))
+    if odd := differences(saved, config) or measured_otherwise(saved, config):
+        raise ConfigError(f"{file.parent} holds another run ({'; '.join(odd)}): choose another run.name")
+    return read_result(file)
+
+
 def _plain(score: Score) -> dict[str, Any]:
     """As JSON has it: null for what is not finite."""
     values = dataclasses.asdict(score)
@@ -168,9 +192,12 @@ def _train_tokens(config: RunConfig) -> int:
     return open_data(config.data, progress=False, **sizes).train.num_tokens
 
 
-def _described(asked: Comparison) -> dict[str, Any]:
+def _described(asked: Comparison, file: epath.Path) -> dict[str, Any]:
+    """What comparison.json says; commands of before, which asked for other combinations, stay."""
     rates = sorted({config.optimizer.learning_rate for config in asked.configs})
-    return {"command": asked.command, **dataclasses.asdict(asked.options), "learning_rates": rates}
+    before = read_object(file).get("commands", []) if file.exists() else []
+    commands = list(dict.fromkeys([*before, asked.command]))
+    return {"commands": commands, **dataclasses.asdict(asked.options), "learning_rates": rates}
 
 
 def hardware() -> str:
@@ -187,7 +214,8 @@ def _write(file: epath.Path, value: dict[str, Any]) -> None:
     """A JSON file, whole or not at all, by one process of all."""
     if jax.process_index() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(file.name + ".partial")
+        # Jobs of one comparison write comparison.json at the same time.
+        partial = file.with_name(f"{file.name}.{secrets.token_hex(4)}.partial")
         partial.write_text(json.dumps(value, indent=2) + "\n")
         partial.replace(file)
 

@@ -8,11 +8,11 @@ import numpy as np
 STRETCH, RISE = 0.1, 0.5
 
 
-def diverged_at(losses: Sequence[tuple[int, float]]) -> int | None:
+def rising_since(losses: Sequence[tuple[int, float]]) -> int | None:
     """The step from which a run only got worse, or None where it did not diverge.
 
-    With means over a tenth of the steps: it diverged if the last mean lies more than 0.5 nats above the lowest; the
-    step is the last one of the lowest mean. Steps without a finite loss are left out.
+    With means over a tenth of the steps: it diverged if the last mean, and the median of its steps, lie more than 0.5
+    nats above the lowest; the step is the last one of the lowest mean. Steps without a finite loss are left out.
 
     Args:
       losses: (step, training loss in nats per token), in order.
@@ -25,4 +25,5 @@ def diverged_at(losses: Sequence[tuple[int, float]]) -> int | None:
     sums = np.concatenate([[0.0], np.cumsum(values)])
     means = (sums[width:] - sums[:-width]) / width
     lowest = int(means.argmin())
-    return finite[lowest + width - 1][0] if means[-1] > means[lowest] + RISE else None
+    last = min(means[-1], np.median(values[-width:]))  # of a single spike near the end the median knows nothing
+    return finite[lowest + width - 1][0] if last > means[lowest] + RISE else None

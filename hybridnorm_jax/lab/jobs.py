@@ -121,7 +121,7 @@ def emit(asked: Comparison, kind: str) -> str:
     # What kubectl applies, and sbatch reads, lies here.
     file = Path(KINDS[kind]) if bucket else Path(asked.directory) / KINDS[kind]
     words, count = shlex.split(asked.command)[4:], len(asked.configs)
-    name = re.sub(r"[^a-z0-9]+", "-", Path(asked.directory).name.lower()).strip("-")[:40]
+    name = re.sub(r"[^a-z0-9]+", "-", Path(asked.directory).name.lower())[:40].strip("-")
     template = SLURM if kind == "slurm" else JOBSET
     text = template.format(file=file, count=count, last=count - 1, name=name, words=shlex.join(words))
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from etils import epath
 
 from hybridnorm_jax import config_files
 from hybridnorm_jax.config import UserError
-from hybridnorm_jax.lab.divergence import diverged_at as rising_since
+from hybridnorm_jax.lab.divergence import rising_since
 from hybridnorm_jax.run_config import RunConfig
 
 FINISHED, DIVERGED, UNFINISHED = "finished", "diverged", "unfinished"
@@ -21,6 +21,7 @@ AXES = ("train.seed", "optimizer.learning_rate")
 DERIVED = ("num_kv_heads", "head_dim", "mlp_dim", "attention_norm_scale", "attention_norm_bias", "init_std")
 # In what no two runs may differ: losses over other tokens, or other numbers of them, are not compared.
 SAME = ("train.steps", "train.batch_size", "train.seq_len", "model.vocab_size", "eval.batches")
+SINGLE = ("train/loss", "train/grad_norm", "tokens_per_second")
 DATA_MAY_DIFFER = ("data.cache_dir", "data.read_threads")
 
 
@@ -143,6 +144,14 @@ def differing(configs: Sequence[RunConfig]) -> list[str]:
     return [key for key in every[0] if key not in AXES and any(one[key] != every[0][key] for one in every)]
 
 
+def measured_otherwise(one: RunConfig, other: RunConfig) -> list[str]:
+    """In what the losses of two configurations are no losses on the same tokens, such as "eval.batches (1 and 2)"."""
+    ours, theirs = (dict(config_files.flatten(dataclasses.asdict(config))) for config in (one, other))
+    keys = [key for key in ours if key in SAME or (key.startswith("data.") and key not in DATA_MAY_DIFFER)]
+    shown = ((key, config_files.show(ours[key]), config_files.show(theirs[key])) for key in keys)
+    return [f"{key} ({before} and {now})" for key, before, now in shown if ours[key] != theirs[key]]
+
+
 def _labels(configs: Sequence[RunConfig]) -> list[str]:
     keys = [key for key in differing(configs) if key != "model.scheme"]
     labels = []
@@ -161,15 +170,10 @@ def _short(key: str, keys: Sequence[str]) -> str:
 
 def _check_comparable(directory: Path, runs: Sequence[Run]) -> None:
     first, *others = runs
-    flat = dict(config_files.flatten(dataclasses.asdict(first.config)))
-    keys = [key for key in flat if key in SAME or (key.startswith("data.") and key not in DATA_MAY_DIFFER)]
     for other in others:
-        theirs = dict(config_files.flatten(dataclasses.asdict(other.config)))
-        for key in keys:
-            if flat[key] != theirs[key]:
-                values = f"{config_files.show(flat[key])} and {config_files.show(theirs[key])}"
-                pair = f"{first.name} and {other.name}"
-                raise UserError(f"{directory}: {pair} differ in {key} ({values}): such runs are not compared")
+        for differs in measured_otherwise(first.config, other.config):
+            pair = f"{first.name} and {other.name}"
+            raise UserError(f"{directory}: {pair} differ in {differs}: such runs are not compared")
     known = [run for run in runs if "train_tokens" in run.result]
     for other in known[1:]:
         before, now = known[0].result["train_tokens"], other.result["train_tokens"]
@@ -218,7 +222,7 @@ def _outcome(
     file = path / "result.json"
     result: dict[str, Any] = {}
     if file.exists():
-        result = _checked_result(file)
+        result = read_result(file)
         status, step, diverged_at = result["status"], result["step"], result.get("diverged_at")
         scores = {name: _number(score["loss"]) for name, score in result["scores"].items()}
     else:
@@ -234,7 +238,8 @@ def _outcome(
     return status, step, diverged_at, scores if status == FINISHED else {}, result
 
 
-def _checked_result(file: Path) -> dict[str, Any]:
+def read_result(file: Path | epath.Path) -> dict[str, Any]:
+    """result.json of a run; UserError that names the file and the key where it is not what compare writes."""
     result = read_object(file)
 
     def is_number(value: Any) -> bool:
@@ -269,13 +274,26 @@ def _records(file: Path | epath.Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            whole = isinstance(record, dict) and type(record.get("step")) is int
+            whole = isinstance(record, dict) and type(record.get("step")) is int and _numbers_alone(record)
         except ValueError:
             whole = False
         if whole:
             yield record
         elif number < len(lines):
-            raise UserError(f"{file}, line {number}: not a JSON object with a step")
+            raise UserError(f"{file}, line {number}: not a JSON object with a step and numbers")
+
+
+def _numbers_alone(record: dict[str, Any]) -> bool:
+    """Whether losses and rates are numbers or null, and series are lists of these."""
+
+    def is_number(value: Any) -> bool:
+        return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+    series = [record.get(key, []) for key in ("train/losses", "train/grad_norms")]
+    single = [value for key, value in record.items() if key.startswith("eval/") or key in SINGLE]
+    return all(isinstance(values, list) and all(map(is_number, values)) for values in series) and all(
+        map(is_number, single)
+    )
 
 
 def _series(records: Sequence[dict], single: str, every: str) -> list[tuple[int, float]]:

@@ -105,8 +105,8 @@ def _difference_words(ours: statistics.Cell, theirs: statistics.Cell) -> list[st
 
 def _compared(c: Comparison) -> Iterable[Block]:
     yield Heading("What was compared")
-    if isinstance(c.made_by.get("command"), str):
-        yield Listing([("Command", c.made_by["command"])])
+    if commands := c.made_by.get("commands"):
+        yield Listing([("Command", str(command)) for command in commands])
     yield Table("All runs", ("property", "value"), [[name, text] for name, text in _facts(c) if text])
     rows = []
     for label in c.labels:
@@ -127,16 +127,14 @@ def _facts(c: Comparison) -> Iterable[tuple[str, str]]:
     """(name, value) of what all runs share, or every value that occurs."""
     results = [run.result for run in c.runs]
     config = c.runs[0].config
-    data, train, optimizer = config.data, config.train, config.optimizer
+    data, train = config.data, config.train
     tokens = train.steps * config.tokens_per_step
     yield "hardware", "; ".join(_distinct(result.get("hardware") for result in results)) or "not recorded"
     versions = [", ".join(f"{name} {version}" for name, version in r.get("versions", {}).items()) for r in results]
     yield "versions", "; ".join(_distinct(versions)) or "not recorded"
     yield "data", f"{data.source}" + (f": {', '.join(data.files)}" if data.files else "")
     yield "tokenizer", f"{data.tokenizer}, {config.model.vocab_size:,} rows of the embedding"
-    held_out = (
-        f"{data.validation_fraction:.2%} of the documents" if data.validation_fraction else "none of the documents"
-    )
+    held_out = f"{data.validation_fraction:.2%} of the documents"
     yield "held out", held_out + "".join(f", set {name}" for name in data.validation)
     known = _distinct(r.get("train_tokens") for r in results)
     if known:
@@ -145,18 +143,23 @@ def _facts(c: Comparison) -> Iterable[tuple[str, str]]:
     yield "tokens per run", f"{tokens:,} ({shape})"
     seconds = [r["seconds"] for r in results if "seconds" in r]
     if seconds:
-        yield "wall time", f"{_time(sum(seconds))} in all, {_time(statistics.median(seconds))} per run (median)"
-    order = c.runs[0].config.train.data_seed
+        resumed = ", of resumed runs the last stretch" if any(r.get("resumed_from") for r in results) else ""
+        each = f"{_time(statistics.median(seconds))} per run (median)"
+        yield "wall time", f"{_time(sum(seconds))} in all, {each}{resumed}"
+    orders = {run.config.train.data_seed for run in c.runs}
     own = "parameters, dropout and the order of the data"
     fixed = "parameters and dropout; all runs read the data in one order, and what another would do is not seen"
-    yield "a seed decides", own if order is None else fixed
+    yield "a seed decides", fixed if len(orders) == 1 and orders != {None} else own
     names = ("d_model", "num_layers", "num_heads", "mlp_dim", "norm", "dtype")
     yield (
         "model",
         ", ".join(f"{name}={_values(c, lambda run, name=name: getattr(run.config.model, name))}" for name in names),
     )
     names = ("schedule", "final_ratio", "warmup_steps", "warmup_tokens", "b1", "b2", "weight_decay", "clip")
-    yield "optimizer", ", ".join(f"{name}={show(getattr(optimizer, name))}" for name in names)
+    yield (
+        "optimizer",
+        ", ".join(f"{name}={_values(c, lambda run, name=name: getattr(run.config.optimizer, name))}" for name in names),
+    )
 
 
 def _values(c: Comparison, read: Callable[[Run], Any]) -> str:
@@ -228,7 +231,7 @@ def _stability(c: Comparison) -> Iterable[Block]:
     caption = "Mean final loss by label and learning rate: the darker, the larger; framed where a run diverged"
     yield Table(caption, columns, rows)
     yield Paragraph(
-        "Diverged: stopped by steps whose loss or gradient was not finite, or ended, in means over a tenth of the run, "
+        "Diverged: stopped by skipped steps in a row (NaN, infinity, spikes), or ended, in means over a tenth of all, "
         f"more than {RISE} nats above its lowest training loss; the step is then that of the lowest mean."
     )
     if len(c.rates) > 1 and means:

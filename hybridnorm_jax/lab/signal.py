@@ -19,9 +19,11 @@ from hybridnorm_jax.config import INITIALIZERS, ModelConfig, check, check_choice
 from hybridnorm_jax.config_files import show, take
 from hybridnorm_jax.decoder import Decoder
 from hybridnorm_jax.lab.claims import Claim, claims
-from hybridnorm_jax.lab.compare import DEFAULT_FILE
+from hybridnorm_jax.lab.compare import DEFAULT_FILE, refuse
 from hybridnorm_jax.lab.signal_figures import write_figures
+from hybridnorm_jax.lab.styles import figure
 from hybridnorm_jax.placement import SCHEMES
+from hybridnorm_jax.training.program import check_precision
 from hybridnorm_jax.training.watch import measure_signal
 
 
@@ -75,11 +77,16 @@ def run(words: Sequence[str]) -> list[Signal]:
     """
     began = time.perf_counter()
     options, others = take(SignalOptions, words)
+    instead = {"model.scheme": "schemes", "model.num_layers": "depths", "model.initializer": "initializers"}
+    refuse(others, instead)
     config = parse(others, DEFAULT_FILE)
     if options.schemes == ("all",):
         options = dataclasses.replace(options, schemes=tuple(SCHEMES))
     for scheme in options.schemes:
         check_choice("schemes", scheme, SCHEMES)
+    _check(options, config.model)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
     batch = random_batch(config.model.vocab_size, options.sequences, options.seq_len, config.train.seed)
     found: list[Signal] = []
     print(header())
@@ -94,12 +101,21 @@ def run(words: Sequence[str]) -> list[Signal]:
             print(row(signal), flush=True)
     held = claims(found)
     print("\n" + "\n".join(str(claim) for claim in held))
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
     (out / "signal.json").write_text(json.dumps(_as_json(words, options, config, found, held), indent=1) + "\n")
     figures = write_figures(out, found)
     print(f"\n{out / 'signal.json'} and {len(figures)} figures, {time.perf_counter() - began:.0f} s")
     return found
+
+
+def _check(options: SignalOptions, model: ModelConfig) -> None:
+    """Raise ConfigError or UserError for what would fail after all is measured, or in the midst of it."""
+    figure()  # whether matplotlib is there
+    check_precision(model)
+    limit = model.max_positions
+    right = f"must be at most model.max_positions={limit}"
+    check(limit is None or options.seq_len <= limit, "seq_len", options.seq_len, right)
+    for scheme, depth, initializer in itertools.product(options.schemes, options.depths, options.initializers):
+        dataclasses.replace(model, scheme=scheme, num_layers=depth, initializer=initializer)
 
 
 def random_batch(vocab_size: int, sequences: int, seq_len: int, seed: int) -> dict[str, np.ndarray]:

@@ -90,9 +90,14 @@ PARAMETERS = {
 def style_of(label: str) -> Style:
     """The style of a label, always the same: fixed for the common schemes, by a hash of the label for all others.
 
+    "pre, num_layers=29" has the color of pre.
+
     Two labels that are not in FIXED may get the same one; `styles_of` keeps those of one figure apart.
     """
-    return FIXED[label] if label in FIXED else OTHER[_hash(label) % len(OTHER)]
+    if label in FIXED:
+        return FIXED[label]
+    style, scheme = OTHER[_hash(label) % len(OTHER)], label.partition(",")[0]
+    return dataclasses.replace(style, color=FIXED[scheme].color) if scheme in FIXED else style
 
 
 def styles_of(labels: Iterable[str]) -> dict[str, Style]:

@@ -270,6 +270,8 @@ class _Loop:
             return None
         with self.ledger.phase("steps" if self.watch_compiled else "compilation"):
             watched = self.program.watch(self.state, batch)
+        if not self.watch_compiled:
+            self.log.clock.pause()
         self.watch_compiled = True
         return watched
 

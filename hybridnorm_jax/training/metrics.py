@@ -61,7 +61,7 @@ class MetricsWriter:
         """Record the values of one step; UserError where metrics.jsonl cannot be written.
 
         Args:
-          by_layer: arrays have one value for each layer: TensorBoard and Weights & Biases get them too, as name/00, ...
+          by_layer: arrays have a value for each layer: TensorBoard and Weights & Biases get them too, as name/000, ...
         """
         if not self._enabled:
             return
@@ -151,7 +151,7 @@ def _single_values(values: dict[str, Any]) -> dict[str, float | None]:
     """Lists by their elements."""
     single = {}
     for name, value in values.items():
-        parts = {f"{name}/{i:02d}": part for i, part in enumerate(value)} if isinstance(value, list) else {name: value}
+        parts = {f"{name}/{i:03d}": part for i, part in enumerate(value)} if isinstance(value, list) else {name: value}
         single |= parts
     return single
 

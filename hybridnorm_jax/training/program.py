@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybridnorm_jax.attention_backends import resolve_backend
 from hybridnorm_jax.attention_splash import TILE
-from hybridnorm_jax.config import check
+from hybridnorm_jax.config import ModelConfig, check
 from hybridnorm_jax.decoder import Decoder
 from hybridnorm_jax.equivalence.comparison import compare_forms, compare_norm
 from hybridnorm_jax.equivalence.decoder_forms import conversion_of
@@ -37,6 +37,13 @@ from hybridnorm_jax.training.step import Batch, document_inputs, make_eval_step,
 from hybridnorm_jax.training.watch import Measures, make_watch
 
 
+def check_precision(model: ModelConfig) -> None:
+    """Raise ConfigError for a float64 that JAX would silently narrow."""
+    for name in ("dtype", "param_dtype"):
+        narrow = getattr(model, name) != "float64" or jax.config.jax_enable_x64
+        check(narrow, f"model.{name}", "float64", "needs JAX_ENABLE_X64=1 in the environment")
+
+
 class Program:
     """The steps of one run. Building it checks everything that can be checked before compilation.
 
@@ -55,9 +62,7 @@ class Program:
         self.config = config
         self.mesh = make_mesh(config.mesh.sizes) if mesh is None else mesh
         self.rules = resolve_rules(config.mesh.rules)
-        for name in ("dtype", "param_dtype"):
-            narrow = getattr(config.model, name) != "float64" or jax.config.jax_enable_x64
-            check(narrow, f"model.{name}", "float64", "needs JAX_ENABLE_X64=1 in the environment")
+        check_precision(config.model)
         if config.eval.batch_size is not None:
             check_batch("eval.batch_size", config.eval.batch_size, self.mesh, self.rules)
         check_experts(config.model.num_experts, self.mesh)

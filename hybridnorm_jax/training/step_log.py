@@ -62,7 +62,9 @@ class StepLog:
         self._times = TimeMetrics(ledger, self.clock, here)
         self._series: dict[str, list[float]] = {name: [] for name in SERIES}
         self._spikes = {name: SpikeScore() for name in SERIES}
-        for name, values in _past_series(directory / "metrics.jsonl").items():
+        # The file is mended by the process that writes it, and others may come before that.
+        writes = jax.process_index() == 0
+        for name, values in _past_series(directory / "metrics.jsonl").items() if writes else ():
             for value in values:
                 self._spikes[name].add(value)
 
