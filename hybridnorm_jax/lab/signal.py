@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib
 import numpy as np
 
 from hybridnorm_jax.command_line import parse
@@ -148,6 +149,8 @@ def measure(
 def _jit(function: Callable) -> Callable:
     """Compiled for a CPU with few optimizations: what runs once or twice takes longer to compile than to compute."""
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    if jaxlib.__version__.startswith("0.10."):  # later ones have no other way to compile fusions, and refuse the word
+        quick["xla_cpu_use_fusion_emitters"] = False
     return jax.jit(function, compiler_options=quick if jax.default_backend() == "cpu" else None)
 
 
