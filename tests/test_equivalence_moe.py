@@ -64,7 +64,14 @@ def test_all_forms_compute_the_same_logits(name, small_config, random_params, to
                 np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["everything", "input_scales", "parallel"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "everything",
+        pytest.param("input_scales", marks=pytest.mark.slow),
+        pytest.param("parallel", marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_with_respect_to_theta_are_equal(name, small_config, random_params, tokens):
     with jax.enable_x64(True):
         config, params = _model(small_config, random_params, MODELS[name])

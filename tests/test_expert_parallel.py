@@ -158,7 +158,7 @@ def alone(small_config):
     return _train(_config(small_config, shared_experts=1, balance_bias=True, remat="full"), 1)
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 2, 2), (1, 1, 4, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2, 2, 2), pytest.param((1, 1, 4, 2), marks=pytest.mark.slow)], ids=str)
 def test_training_on_eight_devices_equals_one(shape, small_config, alone):
     one, expected = alone
     together, got = _train(_config(small_config, shape, shared_experts=1, balance_bias=True, remat="full"), 8)

@@ -63,8 +63,8 @@ def _run(config, steps, batch, change=lambda state: state):
     return state, history
 
 
-# hybrid_star trains in the tests of balance; one of each other kind stands for the rest.
-SCHEMES = ("span", "parallel", "b2t", "hybrid_depth_scaled")
+# hybrid_star trains in the tests of balance; these two stand for the other residuals, the rest are slow.
+SCHEMES = ("span", "parallel")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_every_scheme_trains(scheme, small_config):
     assert losses[-1] < losses[0] - 0.3
 
 
-@pytest.mark.parametrize("microbatches", [1, 4])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_the_gradient_is_that_of_the_loss_as_documented(microbatches, small_config):
     """Against jax.grad of a loss written out here: each microbatch's router losses, weighted by its targets."""
     train = {"balance_loss": 0.3, "router_z_loss": 0.2, "z_loss": 1e-2, "grad_accumulation": microbatches}
