@@ -21,7 +21,7 @@ TRAIN_ENV := GLIBC_TUNABLES="$${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 help:
 	@echo "make train [ARGS='FILE.yaml key=value ...']   pretrain (the quickstart without ARGS), then evaluate"
 	@echo "make test  [TESTS=tests/test_x.py] [ARGS=-x]  the tests"
-	@echo "make lint                                     ruff check and ruff format --check"
+	@echo "make lint                                     ruff, and what may import what"
 	@echo "make clean                                    delete environments and caches, not runs"
 	@echo "Each installs what it needs first. PYTHON=python3.12 chooses the interpreter (now: $(PYTHON), in $(VENV))."
 
@@ -34,6 +34,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
 
 clean:
 	rm -rf .venv .venv-* .jax_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

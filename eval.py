@@ -1,14 +1,8 @@
-"""Evaluate a run: python eval.py RUN_DIR [key=value ...] [--json]."""
+"""Evaluate a run: `python eval.py ...` is `hybridnorm eval ...`."""
 
-import os
-import signal
 import sys
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # As in train.py; there is nothing to be saved later either.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
-from hybridnorm_jax.command_line import run_eval
+from hybridnorm_jax.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(run_eval(sys.argv[1:]))
+    sys.exit(main(["eval", *sys.argv[1:]]))

@@ -40,15 +40,17 @@ from equivalence import measure, positive
 from moe_layers import OLMOE, SMALL, Shape, active_weights, admit, differences, draw, layer_function, make_modules
 from train_step import Ours, show
 
-from hybridnorm_jax.command_line import parse
-from hybridnorm_jax.config import EXPERT_DISPATCHES, UserError, check
-from hybridnorm_jax.expert_dispatch import resolve_dispatch
-from hybridnorm_jax.moe import choose_experts
-from hybridnorm_jax.run_config import RunConfig
+from hybridnorm_jax.config.arguments import parse
+from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.fields import check
+from hybridnorm_jax.kernels.experts import resolve_dispatch
+from hybridnorm_jax.kernels.names import EXPERT_DISPATCHES
+from hybridnorm_jax.model.moe import choose_experts
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.throughput import mfu, model_flops_per_token
 
-DEFAULT = "configs/moe_benchmark.yaml"
+DEFAULT = "moe_benchmark"
 MODES = {"forward": ("forward", 2), "forward_backward": ("both", 6)}  # title, FLOPs for each weight and token
 TITLES = {"feed_forward": "dense FeedForward", "dense_model": "dense model"}
 
@@ -285,7 +287,7 @@ def read(words: list[str]) -> tuple[RunConfig | None, argparse.Namespace]:
     parser.add_argument("--rounds", type=positive, default=7, help="turns of each contestant (default 7)")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     options, rest = parser.parse_known_args(words)
-    config = parse(rest, default_file=DEFAULT)
+    config = parse(rest, default=DEFAULT)
     if options.layer_only and rest:
         raise UserError(f"{rest[0]}: with --layer-only no configuration is measured; leave it out")
     platform = jax.default_backend()

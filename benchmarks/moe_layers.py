@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridnorm_jax.expert_dispatch import apply_experts
-from hybridnorm_jax.feed_forward import FeedForward
-from hybridnorm_jax.moe import MoE
+from hybridnorm_jax.kernels.experts import apply_experts
+from hybridnorm_jax.model.feed_forward import FeedForward
+from hybridnorm_jax.model.moe import MoE
 
 
 class Shape(NamedTuple):

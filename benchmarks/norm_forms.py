@@ -17,9 +17,9 @@ from flax import linen as nn
 from vit import LAYOUT, PATCH, ViT, vit_conversion
 
 import hybridnorm_jax as hn
-from hybridnorm_jax import norms
 from hybridnorm_jax.equivalence import conversion_of, decoder_layout, decompress
-from hybridnorm_jax.loss import cross_entropy
+from hybridnorm_jax.model import norms
+from hybridnorm_jax.model.loss import cross_entropy
 
 FORMS = {
     "pre_ln": "Pre-LN",

@@ -21,13 +21,13 @@ import time
 import jax
 import numpy as np
 
-from hybridnorm_jax.command_line import parse
-from hybridnorm_jax.config import UserError
-from hybridnorm_jax.run_config import RunConfig
+from hybridnorm_jax.config.arguments import parse
+from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.throughput import mfu, model_flops_per_token
 
-DEFAULT = "configs/benchmark.yaml"
+DEFAULT = "benchmark"
 
 
 def random_batch(config: RunConfig) -> dict[str, np.ndarray]:
@@ -144,7 +144,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("--per-round", type=int, default=3, help="timed steps per turn (default 3)")
     parser.add_argument("--json", action="store_true")
     options, rest = parser.parse_known_args(words)
-    config = parse(rest, default_file=DEFAULT)
+    config = parse(rest, default=DEFAULT)
     result = compile_times(config, options.depths) if options.depths else step_times(config, options)
     print(
         json.dumps(result) if options.json else "\n".join(f"{name:<28} {show(value)}" for name, value in result.items())

@@ -8,7 +8,6 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 import hybridnorm_jax as hn
-from hybridnorm_jax.block import stream_norm
 from hybridnorm_jax.equivalence import (
     NormBias,
     NormScale,
@@ -20,6 +19,7 @@ from hybridnorm_jax.equivalence import (
     fold_affine,
     recenter,
 )
+from hybridnorm_jax.model.block import stream_norm
 
 PATCH = 16 * 16 * 3  # numbers in a patch
 

@@ -15,9 +15,10 @@ import numpy as np
 from equivalence import measure, positive
 from train_step import Ours
 
-from hybridnorm_jax.command_line import exit_status, parse
+from hybridnorm_jax.commands.main import exit_status
+from hybridnorm_jax.config.arguments import parse
 
-DEFAULT = "configs/benchmark.yaml"
+DEFAULT = "benchmark"
 
 
 def main(words: list[str]) -> int:

@@ -5,8 +5,8 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from hybridnorm_jax import config_files
-from hybridnorm_jax.run_config import RunConfig
+from hybridnorm_jax.config import yaml_files
+from hybridnorm_jax.config.run_config import RunConfig
 
 STEPS, BATCH, LENGTH, LAYERS = 100, 4, 16, 3
 
@@ -36,8 +36,8 @@ def plant(
     words = [f"model.scheme={scheme}", f"optimizer.learning_rate={rate}", f"train.seed={seed}"]
     words += [f"model.num_layers={LAYERS}", "model.d_model=16", "model.num_heads=2", "model.vocab_size=257"]
     words += [f"train.steps={STEPS}", f"train.batch_size={BATCH}", f"train.seq_len={LENGTH}", "train.log_every=10"]
-    config = config_files.build(config_files.gather([], [*words, *overrides]))
-    (path / "config.yaml").write_text(config_files.to_yaml(config))
+    config = yaml_files.build(yaml_files.gather([], [*words, *overrides]))
+    (path / "config.yaml").write_text(yaml_files.to_yaml(config))
     steps = config.train.steps
     end = 5.0 if loss is None else loss
     curve = curve or [end + (6 - end) * math.exp(-8 * step / steps) for step in range(1, steps + 1)]
@@ -53,7 +53,7 @@ def plant(
             "scores": {} if diverged_at is not None else {"validation": {"loss": loss, "tokens": 320}},
             **{"train_tokens": 3200, "tokens": len(curve) * config.tokens_per_step, "seconds": 60.0 + seed},
             **{"resumed_from": 0, "hardware": "cpu x 1 (test)", "versions": {"jax": "0.10.2"}},
-            "command": f"python -m hybridnorm_jax.lab compare model.scheme={scheme} train.seed={seed}",
+            "command": f"hybridnorm lab compare model.scheme={scheme} train.seed={seed}",
         }
         (path / "result.json").write_text(json.dumps(ended | (result or {})))
     return path

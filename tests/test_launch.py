@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hybridnorm_jax import command_line
+from hybridnorm_jax.config.arguments import parse
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LAUNCH = REPOSITORY / "launch"
@@ -68,7 +68,7 @@ def test_the_jobset_is_one_and_its_words_are_train_pys():
     command = script.splitlines()[-1]
     assert command.startswith("exec python train.py ")
     assert f'git checkout --quiet "{exported["REVISION"]}"' in script
-    config = command_line.parse(shlex.split(command)[3:])
+    config = parse(shlex.split(command)[3:])
     assert (config.mesh.replica, config.run.name, config.run.dir) == (2, "hybridnorm-550m", "gs://BUCKET/runs")
     assert config.distributed.initialize == "true"
 
@@ -111,7 +111,7 @@ def test_slurm_runs_what_is_asked_and_requeues_what_was_stopped(status, requeued
     run, *others = _calls(tmp_path)
     assert others == ([["scontrol", "requeue", "7"]] if requeued else [])
     words = run[run.index("train.py") + 1 :]
-    config = command_line.parse(words)
+    config = parse(words)
     assert (config.data.files, config.run.dir, config.distributed.initialize) == (("/data/*.npy",), "runs", "true")
 
 
@@ -150,7 +150,7 @@ def test_tpu_vm_starts_train_py_on_all_hosts_with_the_words_as_they_are(stand_in
         subprocess.run(["bash", "-n"], input=remote, text=True, check=True)
         (line,) = [line for line in remote.splitlines() if "train.py" in line]
         asked = shlex.split(line.partition("train.py")[2].partition(" >> ")[0].replace("--dry-run", ""))
-        config = command_line.parse(asked)
+        config = parse(asked)
         assert config.data.files == ("/data/a b/*.npy",)
         assert (config.run.name, config.run.dir) == ("it's", "gs://bucket/my runs")
     assert "--dry-run" in text

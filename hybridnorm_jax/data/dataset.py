@@ -4,13 +4,13 @@ import dataclasses
 
 import numpy as np
 
-from hybridnorm_jax.data.errors import DataError
+from hybridnorm_jax.config.run_config import DataSection
 from hybridnorm_jax.data.sources import Corpus, find_files, stdlib_corpus, text_corpus
+from hybridnorm_jax.data.text_cache import TextCache, open_text_cache
 from hybridnorm_jax.data.token_files import BLOCK_TOKENS, open_token_file, split_extents
-from hybridnorm_jax.data.token_store import TextCache, open_text_cache
 from hybridnorm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from hybridnorm_jax.data.windows import TokenStream, Windows
-from hybridnorm_jax.run_config import DataSection
+from hybridnorm_jax.errors import DataError
 
 HELD_OUT = "validation"
 # Token files do not know the length of their text: it is measured on up to this many stretches of this many tokens.

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from hybridnorm_jax.data.errors import DataError
 from hybridnorm_jax.data.windows import Windows
+from hybridnorm_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]
 

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 import zstandard
 from etils import epath
 
-from hybridnorm_jax.data.errors import DataError
+from hybridnorm_jax.errors import DataError
 
 CHUNK_BYTES = 1 << 20
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}

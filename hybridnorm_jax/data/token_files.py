@@ -6,9 +6,9 @@ import os
 import numpy as np
 from etils import epath
 
-from hybridnorm_jax.data.errors import DataError
 from hybridnorm_jax.data.sources import held_out
 from hybridnorm_jax.data.windows import Extent
+from hybridnorm_jax.errors import DataError
 
 MAGIC = b"\x93NUMPY"
 DTYPES = ("<u2", "<u4", "<i4")

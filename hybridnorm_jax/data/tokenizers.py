@@ -8,8 +8,8 @@ import numpy as np
 import tokenizers
 from etils import epath
 
-from hybridnorm_jax.data.errors import DataError
-from hybridnorm_jax.run_config import DataSection
+from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.errors import DataError
 
 SEPARATORS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 

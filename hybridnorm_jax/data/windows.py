@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from hybridnorm_jax.data.errors import DataError
+from hybridnorm_jax.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)

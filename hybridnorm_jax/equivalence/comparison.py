@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from hybridnorm_jax.config import ModelConfig
 from hybridnorm_jax.equivalence.decoder_forms import conversion_of
+from hybridnorm_jax.equivalence.expert_choices import RoutingDifference, compare_routing
 from hybridnorm_jax.equivalence.invariants import (
     Measured,
     centring_defects,
@@ -17,8 +17,8 @@ from hybridnorm_jax.equivalence.invariants import (
     relative_difference,
     stream_defects,
 )
-from hybridnorm_jax.equivalence.routing import RoutingDifference, compare_routing
-from hybridnorm_jax.norms import zero_mean_defect
+from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.norms import zero_mean_defect
 
 
 def compare_forms(

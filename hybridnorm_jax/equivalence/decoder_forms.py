@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict
 
-from hybridnorm_jax.config import ConfigError, ModelConfig
 from hybridnorm_jax.equivalence.invariants import abstract_params, assert_decoder_params
 from hybridnorm_jax.equivalence.layout import (
     LayoutError,
@@ -21,7 +20,9 @@ from hybridnorm_jax.equivalence.layout import (
     Writes,
 )
 from hybridnorm_jax.equivalence.transforms import compress, fold_affine, recenter, stored_width
-from hybridnorm_jax.placement import HEAD_NORMS, Run, runs
+from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.placement import HEAD_NORMS, Run, runs
 
 FORMS = ("pre_rmsnorm", "pre_crmsnorm")
 

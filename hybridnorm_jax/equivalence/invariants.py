@@ -18,12 +18,13 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float, Int
 
-from hybridnorm_jax.block import STREAM
-from hybridnorm_jax.config import ModelConfig, UserError
-from hybridnorm_jax.decoder import Decoder
+from hybridnorm_jax.equivalence.expert_choices import ROUTED, TIE, Routing, is_router, routing_of
 from hybridnorm_jax.equivalence.layout import ResidualLayout, resolve
-from hybridnorm_jax.equivalence.routing import ROUTED, TIE, Routing, is_router, routing_of
-from hybridnorm_jax.norms import crms_norm, rms_norm
+from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.model.block import STREAM
+from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.decoder import Decoder
+from hybridnorm_jax.model.norms import crms_norm, rms_norm
 
 Measured = dict[str, Any]
 

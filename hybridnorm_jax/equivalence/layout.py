@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from hybridnorm_jax.config import UserError
+from hybridnorm_jax.errors import UserError
 
 
 class LayoutError(UserError):

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from hybridnorm_jax.config import ModelConfig
 from hybridnorm_jax.equivalence.decoder_forms import Conversion, conversion_of
+from hybridnorm_jax.equivalence.expert_choices import TIE, Routing, compare_routing
 from hybridnorm_jax.equivalence.invariants import forward
-from hybridnorm_jax.equivalence.routing import TIE, Routing, compare_routing
-from hybridnorm_jax.norms import zero_mean_defect
+from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.norms import zero_mean_defect
 
 ARITHMETICS = ("float64", "float32", "bfloat16")
 WRITTEN = "as written"

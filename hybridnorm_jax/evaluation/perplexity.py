@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 
 from tqdm import tqdm
 
-from hybridnorm_jax.config import UserError
 from hybridnorm_jax.data import Windows, validation_batches
-from hybridnorm_jax.loss import LossSums
+from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.model.loss import LossSums
 
 
 @dataclasses.dataclass(frozen=True)

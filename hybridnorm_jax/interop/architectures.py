@@ -8,8 +8,9 @@ absent keys are those of the architecture's class in transformers, which leaves 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from hybridnorm_jax.config import ModelConfig, UserError
+from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.interop.config_keys import Architecture, Json, Key, Rope, names
+from hybridnorm_jax.model.config import ModelConfig
 
 
 def mathematics(config: ModelConfig) -> dict[str, Any]:

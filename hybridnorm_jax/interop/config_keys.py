@@ -7,8 +7,9 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from hybridnorm_jax.config import ConfigError, ModelConfig, UserError
-from hybridnorm_jax.placement import SCHEMES
+from hybridnorm_jax.errors import ConfigError, UserError
+from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.schemes import SCHEMES
 
 Json = Mapping[str, Any]
 

@@ -20,9 +20,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from hybridnorm_jax.config import PARAM_DTYPES, ModelConfig, UserError, check_choice
+from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.fields import check_choice
 from hybridnorm_jax.interop.architectures import ARCHITECTURES, config_from_json, config_to_json
 from hybridnorm_jax.interop.tensors import TABLES, Place, TensorTable, leaf_shapes
+from hybridnorm_jax.model.config import PARAM_DTYPES, ModelConfig
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 STORED_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}

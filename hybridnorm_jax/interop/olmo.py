@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from hybridnorm_jax.config import ModelConfig, UserError
-from hybridnorm_jax.placement import HEAD_NORMS, runs
+from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.placement import HEAD_NORMS, runs
 
 _THEIR_HEAD_NORM = {"q_norm": "q_norm", "k_norm": "k_norm", "v_norm": "v_norm", "context_norm": "c_norm"}
 

@@ -14,9 +14,10 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from hybridnorm_jax.config import ModelConfig, UserError
-from hybridnorm_jax.decoder import Decoder
-from hybridnorm_jax.placement import runs
+from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.decoder import Decoder
+from hybridnorm_jax.model.placement import runs
 
 Shape = tuple[int, ...]
 

@@ -1,1 +1,4 @@
-"""The lab: compare norm placements, and report what was found."""
+"""The lab: measures models at initialization, trains comparisons of placements, and reports what was found.
+
+`hybridnorm lab` runs it. What a training run records of its layers is training/watch.py's.
+"""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hybridnorm_jax.placement import SCHEMES
+from hybridnorm_jax.model.schemes import SCHEMES
 
 if TYPE_CHECKING:
     from hybridnorm_jax.lab.signal import Signal

@@ -17,20 +17,22 @@ from typing import Any
 import jax
 from etils import epath
 
-from hybridnorm_jax.command_line import parse
-from hybridnorm_jax.config import ConfigError, check, check_choice, key
-from hybridnorm_jax.config_files import differences, from_yaml, show, take
+from hybridnorm_jax.config.arguments import parse
+from hybridnorm_jax.config.resumption import differences
+from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.config.yaml_files import from_yaml, show, take
 from hybridnorm_jax.data import open_data
+from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.evaluation.perplexity import Score
+from hybridnorm_jax.fields import check, check_choice, key
 from hybridnorm_jax.lab.divergence import rising_since
 from hybridnorm_jax.lab.runs import DIVERGED, FINISHED, measured_otherwise, read_losses, read_object, read_result
-from hybridnorm_jax.placement import SCHEMES
-from hybridnorm_jax.run_config import RunConfig
+from hybridnorm_jax.model.schemes import SCHEMES
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.loop import open_run_directory, train
 from hybridnorm_jax.training.step_log import DivergedError
 
-DEFAULT_FILE = "configs/lab.yaml"
+DEFAULT = "lab"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +55,20 @@ class Comparison:
 
     Attributes:
       directory: run.dir/run.name of the words; run.name=auto stands for compare-<its name>.
-      command: the words that ask for it, as they are typed.
+      arguments: those of `hybridnorm lab compare` that ask for it.
       options: what is combined.
       configs: one for each combination, by scheme, then learning rate, then seed.
     """
 
     directory: str
-    command: str
+    arguments: tuple[str, ...]
     options: CompareOptions
     configs: tuple[RunConfig, ...]
+
+    @property
+    def command(self) -> str:
+        """What asks for it, as it is typed."""
+        return shlex.join(["hybridnorm", "lab", "compare", *self.arguments])
 
 
 def comparison(words: Sequence[str]) -> Comparison:
@@ -73,7 +80,7 @@ def comparison(words: Sequence[str]) -> Comparison:
     options, others = take(CompareOptions, words)
     instead = {"model.scheme": "schemes", "train.seed": "seeds"}
     refuse(others, instead | ({"optimizer.learning_rate": "learning_rates"} if options.learning_rates else {}))
-    base = parse(others, DEFAULT_FILE)  # imports plugins, which may bring schemes
+    base = parse(others, DEFAULT)  # imports plugins, which may bring schemes
     for scheme in options.schemes:
         check_choice("schemes", scheme, SCHEMES)
     named = any(word.startswith("run.name=") for word in others)
@@ -84,8 +91,7 @@ def comparison(words: Sequence[str]) -> Comparison:
         _config(base, directory, order, *combination)
         for combination in itertools.product(options.schemes, rates, options.seeds)
     ]
-    command = shlex.join(["python", "-m", "hybridnorm_jax.lab", "compare", *words])
-    return Comparison(directory, command, options, tuple(configs))
+    return Comparison(directory, tuple(words), options, tuple(configs))
 
 
 def refuse(words: Sequence[str], instead: Mapping[str, str]) -> None:

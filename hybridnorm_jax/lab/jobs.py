@@ -4,7 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
-from hybridnorm_jax.config import ConfigError, check_choice
+from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.fields import check_choice
 from hybridnorm_jax.lab.compare import Comparison
 
 KINDS = {"slurm": "jobs.sbatch", "jobset": "jobs.yaml"}
@@ -35,7 +36,7 @@ PYTHON=${{PYTHON:-.venv/bin/python}}      # with the extras [gpu,lab] installed
 cd "${{SLURM_SUBMIT_DIR:?this is for sbatch, see the first lines}}"
 
 status=0
-srun "$PYTHON" -m hybridnorm_jax.lab compare {words} \\
+srun "$PYTHON" -m hybridnorm_jax lab compare {words} \\
     distributed.initialize=false --only="$SLURM_ARRAY_TASK_ID" || status=$?
 if [ "$status" -eq 75 ]; then
     scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
@@ -98,7 +99,7 @@ spec:
                       git checkout --quiet "${{REVISION}}"
                       python -m pip install --quiet --root-user-action=ignore -e '.[tpu]'
                       # exec: SIGTERM is for the run, which then saves.
-                      exec python -m hybridnorm_jax.lab compare {words} \\
+                      exec hybridnorm lab compare {words} \\
                         distributed.initialize=false --only="$JOB_COMPLETION_INDEX"
                   resources:
                     limits:
@@ -120,7 +121,7 @@ def emit(asked: Comparison, kind: str) -> str:
         )
     # What kubectl applies, and sbatch reads, lies here.
     file = Path(KINDS[kind]) if bucket else Path(asked.directory) / KINDS[kind]
-    words, count = shlex.split(asked.command)[4:], len(asked.configs)
+    words, count = asked.arguments, len(asked.configs)
     name = re.sub(r"[^a-z0-9]+", "-", Path(asked.directory).name.lower())[:40].strip("-")
     template = SLURM if kind == "slurm" else JOBSET
     text = template.format(file=file, count=count, last=count - 1, name=name, words=shlex.join(words))

@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from hybridnorm_jax.config import UserError, did_you_mean
+from hybridnorm_jax.errors import UserError, did_you_mean
 from hybridnorm_jax.lab import page, sections, statistics, styles
 from hybridnorm_jax.lab.runs import read_object, read_runs
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from etils import epath
 
-from hybridnorm_jax import config_files
-from hybridnorm_jax.config import UserError
+from hybridnorm_jax.config.resumption import decides_trajectory
+from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.config.yaml_files import flatten, from_yaml, show
+from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.lab.divergence import rising_since
-from hybridnorm_jax.run_config import RunConfig
 
 FINISHED, DIVERGED, UNFINISHED = "finished", "diverged", "unfinished"
 # What no label shows: the axes of a comparison, and values that follow from others unless they are set.
@@ -128,12 +129,8 @@ def settings(config: RunConfig) -> dict[str, Any]:
     """Dotted key -> value, of what decides a trajectory; values that follow from others (DERIVED) are None."""
     model = config.model
     plain = dataclasses.replace(model, **dict.fromkeys(DERIVED))
-    shown = config_files.flatten(dataclasses.asdict(config))
-    values = {
-        key: value
-        for key, value in shown
-        if key not in config_files.FREE_KEYS and not key.startswith(config_files.FREE_SECTIONS)
-    }
+    shown = flatten(dataclasses.asdict(config))
+    values = {key: value for key, value in shown if decides_trajectory(key)}
     followed = [name for name in DERIVED if getattr(plain, name) == getattr(model, name)]
     return values | {f"model.{name}": None for name in followed}
 
@@ -146,9 +143,9 @@ def differing(configs: Sequence[RunConfig]) -> list[str]:
 
 def measured_otherwise(one: RunConfig, other: RunConfig) -> list[str]:
     """In what the losses of two configurations are no losses on the same tokens, such as "eval.batches (1 and 2)"."""
-    ours, theirs = (dict(config_files.flatten(dataclasses.asdict(config))) for config in (one, other))
+    ours, theirs = (dict(flatten(dataclasses.asdict(config))) for config in (one, other))
     keys = [key for key in ours if key in SAME or (key.startswith("data.") and key not in DATA_MAY_DIFFER)]
-    shown = ((key, config_files.show(ours[key]), config_files.show(theirs[key])) for key in keys)
+    shown = ((key, show(ours[key]), show(theirs[key])) for key in keys)
     return [f"{key} ({before} and {now})" for key, before, now in shown if ours[key] != theirs[key]]
 
 
@@ -157,7 +154,7 @@ def _labels(configs: Sequence[RunConfig]) -> list[str]:
     labels = []
     for config in configs:
         values = settings(config)
-        parts = [f"{_short(key, keys)}={config_files.show(values[key])}" for key in keys]
+        parts = [f"{_short(key, keys)}={show(values[key])}" for key in keys]
         labels.append(", ".join([config.model.scheme, *parts]))
     return labels
 
@@ -186,7 +183,7 @@ def _check_comparable(directory: Path, runs: Sequence[Run]) -> None:
 
 def _read_run(path: Path) -> Run:
     try:
-        config = config_files.from_yaml((path / "config.yaml").read_text(encoding="utf-8"))
+        config = from_yaml((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path / 'config.yaml'}: {str(error).splitlines()[0]}") from error
     records = list(_records(path / "metrics.jsonl"))

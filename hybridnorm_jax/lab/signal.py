@@ -15,15 +15,16 @@ import jax
 import jaxlib
 import numpy as np
 
-from hybridnorm_jax.command_line import parse
-from hybridnorm_jax.config import INITIALIZERS, ModelConfig, check, check_choice, check_positive, key
-from hybridnorm_jax.config_files import show, take
-from hybridnorm_jax.decoder import Decoder
+from hybridnorm_jax.config.arguments import parse
+from hybridnorm_jax.config.yaml_files import show, take
+from hybridnorm_jax.fields import check, check_choice, check_positive, key
 from hybridnorm_jax.lab.claims import Claim, claims
-from hybridnorm_jax.lab.compare import DEFAULT_FILE, refuse
+from hybridnorm_jax.lab.compare import DEFAULT, refuse
 from hybridnorm_jax.lab.signal_figures import write_figures
 from hybridnorm_jax.lab.styles import figure
-from hybridnorm_jax.placement import SCHEMES
+from hybridnorm_jax.model.config import INITIALIZERS, ModelConfig
+from hybridnorm_jax.model.decoder import Decoder
+from hybridnorm_jax.model.schemes import SCHEMES
 from hybridnorm_jax.training.program import check_precision
 from hybridnorm_jax.training.watch import measure_signal
 
@@ -80,7 +81,7 @@ def run(words: Sequence[str]) -> list[Signal]:
     options, others = take(SignalOptions, words)
     instead = {"model.scheme": "schemes", "model.num_layers": "depths", "model.initializer": "initializers"}
     refuse(others, instead)
-    config = parse(others, DEFAULT_FILE)
+    config = parse(others, DEFAULT)
     if options.schemes == ("all",):
         options = dataclasses.replace(options, schemes=tuple(SCHEMES))
     for scheme in options.schemes:

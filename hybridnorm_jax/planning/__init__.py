@@ -1,4 +1,4 @@
-"""The real train step compiled ahead of time for devices nobody has to own: does it fit, and what does it cost.
+"""The real train step, compiled ahead of time for devices that nobody has to own: does it fit, and what does it cost.
 
-`python -m hybridnorm_jax.planning --help`; docs/planning.md has the table of all configurations.
+`hybridnorm plan` prints it. What memory a step needs on the devices at hand is training/dry_run.py's.
 """

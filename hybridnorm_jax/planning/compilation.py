@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 
-from hybridnorm_jax.command_line import parse
-from hybridnorm_jax.config import ConfigError
+from hybridnorm_jax.config.arguments import parse
+from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.mesh.shardings import batch_parts, check_batch, make_mesh
 from hybridnorm_jax.planning.collectives import Collectives, kernels, read_collectives
 from hybridnorm_jax.planning.topologies import Topology, devices_of
-from hybridnorm_jax.run_config import RunConfig
-from hybridnorm_jax.sharding import batch_parts, check_batch, make_mesh
 from hybridnorm_jax.training.memory import (
     Memory,
     bytes_per_device,
@@ -36,7 +36,7 @@ class Plan:
       parameters, parameters_per_device: numbers, not bytes; the largest share of a device.
       state_bytes: of parameters and optimizer state on one device, from their shapes alone.
       memory: None where the compiler gave up for lack of it; `refusal` is then its own sentence.
-      compiler_flops: of one device, see `report.FLOPS_NOTE`; None where it does not say.
+      compiler_flops: of one device, see plan_report.FLOPS_NOTE; None where it does not say.
       collectives: None where the compiled program cannot be read.
       fits: None where nobody can know, as for a GPU.
     """

@@ -8,7 +8,7 @@ import re
 
 import jax
 
-from hybridnorm_jax.config import UserError
+from hybridnorm_jax.errors import UserError
 
 GIB = 2**30
 

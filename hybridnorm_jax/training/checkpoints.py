@@ -23,7 +23,7 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from hybridnorm_jax.config import UserError
+from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.training import manifest
 from hybridnorm_jax.training.orbax_log import quiet_orbax
 

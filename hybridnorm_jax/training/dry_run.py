@@ -3,9 +3,9 @@
 import jax
 from etils import epath
 
-from hybridnorm_jax.config import UserError
-from hybridnorm_jax.run_config import RunConfig
-from hybridnorm_jax.sharding import batch_parts, check_batch
+from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.mesh.shardings import batch_parts, check_batch
 from hybridnorm_jax.training.memory import (
     Memory,
     bytes_per_device,
@@ -14,7 +14,7 @@ from hybridnorm_jax.training.memory import (
     memory_of,
 )
 from hybridnorm_jax.training.program import Program
-from hybridnorm_jax.training.report import run_rows, table
+from hybridnorm_jax.training.start_report import run_rows, table
 
 
 def dry_run(config: RunConfig) -> None:

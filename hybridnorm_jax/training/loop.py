@@ -12,22 +12,23 @@ from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from hybridnorm_jax import config_files
-from hybridnorm_jax.config import ConfigError, UserError
+from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.config.yaml_files import to_yaml
 from hybridnorm_jax.data import Data, open_data, train_iterator
+from hybridnorm_jax.errors import ConfigError, RunStopped
 from hybridnorm_jax.evaluation import perplexity
-from hybridnorm_jax.evaluation.sampling import generate
-from hybridnorm_jax.run_config import RunConfig
-from hybridnorm_jax.sharding import check_batch
+from hybridnorm_jax.generation.sampling import generate
+from hybridnorm_jax.mesh.shardings import check_batch
 from hybridnorm_jax.training.anomalies import no_anomalies
 from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
 from hybridnorm_jax.training.goodput import TimeLedger
 from hybridnorm_jax.training.metrics import MetricsWriter
 from hybridnorm_jax.training.program import Program
-from hybridnorm_jax.training.report import start_report
+from hybridnorm_jax.training.run_directory import open_run_directory
+from hybridnorm_jax.training.start_report import start_report
 from hybridnorm_jax.training.state import TrainState
 from hybridnorm_jax.training.step_log import StepLog
-from hybridnorm_jax.training.stopping import RunStopped, StopSignals
+from hybridnorm_jax.training.stopping import StopSignals
 from hybridnorm_jax.training.watch import Measures
 from hybridnorm_jax.training.watchdog import Watchdog
 
@@ -85,42 +86,6 @@ def _prepare(config: RunConfig) -> tuple[Program, Data]:
         progress=jax.process_index() == 0,
     )
     return program, data
-
-
-def open_run_directory(config: RunConfig) -> epath.Path:
-    """The run's directory, made where it is new; one with checkpoints of another configuration is refused.
-
-    Raises:
-      ConfigError: names every key that differs and decides the trajectory.
-    """
-    directory = epath.Path(config.run.dir) / config.run.name
-    file = directory / "config.yaml"
-    try:
-        saved = _saved_config(directory / "checkpoints", file)
-    except ImportError as error:  # what etils needs for gs:// is not there
-        raise ConfigError(f"run.dir={config.run.dir}: {str(error).splitlines()[0]}") from error
-    if saved is not None and (differing := config_files.differences(saved, config)):
-        raise ConfigError(f"{directory} holds another run ({'; '.join(differing)}): choose another run.name")
-    if jax.process_index() == 0:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            partial = directory / "config.yaml.partial"
-            partial.write_text(config_files.to_yaml(config))
-            partial.replace(file)
-        except OSError as error:
-            raise UserError(f"{error.filename or file}: cannot be written: {error.strerror or error}") from error
-    return directory
-
-
-def _saved_config(checkpoints: epath.Path, file: epath.Path) -> RunConfig | None:
-    """What a run with checkpoints was trained with: as its config.yaml says, or without one its newest checkpoint."""
-    if not checkpoints.exists():
-        return None
-    if file.exists():
-        return config_files.from_yaml(file.read_text(), origin=str(file))
-    with Checkpoints(checkpoints, keep=1) as saved:
-        newest = saved.latest()
-        return None if newest is None else config_files.from_yaml(saved.read_config(newest), origin=str(checkpoints))
 
 
 def _start(
@@ -189,7 +154,7 @@ class _Loop:
     ):
         self.config, self.program, self.data, self.directory = config, program, data, directory
         self.checkpoints, self.writer, self.signals, self.ledger = checkpoints, writer, signals, ledger
-        self.config_yaml = config_files.to_yaml(config)
+        self.config_yaml = to_yaml(config)
         self.log = StepLog(config, program, directory, writer, ledger, checkpoints)
         self.profiling = False
         self.evaluation_compiled = self.watch_compiled = False

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from hybridnorm_jax.config import UserError
+from hybridnorm_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 
-from hybridnorm_jax.config import ConfigError, UserError
+from hybridnorm_jax.errors import ConfigError, UserError
 
 
 class MetricsWriter:

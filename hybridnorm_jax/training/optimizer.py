@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from hybridnorm_jax.run_config import OptimizerSection
+from hybridnorm_jax.config.run_config import OptimizerSection
 
 
 def learning_rate_schedule(config: OptimizerSection, steps: int, tokens_per_step: int) -> optax.Schedule:

@@ -10,18 +10,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hybridnorm_jax.attention_backends import resolve_backend
-from hybridnorm_jax.attention_splash import TILE
-from hybridnorm_jax.config import ModelConfig, check
-from hybridnorm_jax.decoder import Decoder
+from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.equivalence.comparison import compare_forms, compare_norm
 from hybridnorm_jax.equivalence.decoder_forms import conversion_of
 from hybridnorm_jax.equivalence.invariants import Measured, assert_measured, tolerances
-from hybridnorm_jax.expert_dispatch import resolve_dispatch
-from hybridnorm_jax.loss import LossSums
-from hybridnorm_jax.mesh_rules import resolve_rules
-from hybridnorm_jax.run_config import RunConfig
-from hybridnorm_jax.sharding import (
+from hybridnorm_jax.fields import check
+from hybridnorm_jax.kernels.attention import resolve_backend, sequence_multiple
+from hybridnorm_jax.kernels.experts import resolve_dispatch
+from hybridnorm_jax.mesh.rules import resolve_rules
+from hybridnorm_jax.mesh.shardings import (
     batch_parts,
     batch_sharding,
     batch_share,
@@ -31,6 +28,9 @@ from hybridnorm_jax.sharding import (
     make_mesh,
     use_mesh,
 )
+from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.decoder import Decoder
+from hybridnorm_jax.model.loss import LossSums
 from hybridnorm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from hybridnorm_jax.training.state import TrainState, init_state
 from hybridnorm_jax.training.step import Batch, document_inputs, make_eval_step, make_train_step
@@ -78,7 +78,7 @@ class Program:
             head_dim=config.model.head_dim,
             segment_ids=config.data.segment_ids,
         )
-        tile = TILE if self.backend == "splash" else 1
+        tile = sequence_multiple(self.backend)
         check_sequence(config.train.seq_len, config.train.loss_chunk, self.mesh, tile, self.rules)
         self._check_watch()
         train = config.train

@@ -10,10 +10,10 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from hybridnorm_jax.config import ModelConfig
-from hybridnorm_jax.decoder import Decoder
-from hybridnorm_jax.mesh_rules import Rules
-from hybridnorm_jax.sharding import RULES, tree_shardings
+from hybridnorm_jax.mesh.rules import Rules
+from hybridnorm_jax.mesh.shardings import RULES, tree_shardings
+from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.training.anomalies import Anomalies, no_anomalies
 
 

@@ -10,14 +10,14 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array
 
-from hybridnorm_jax.block import DEFECT
-from hybridnorm_jax.decoder import Decoder
 from hybridnorm_jax.equivalence.invariants import Measured, collected
-from hybridnorm_jax.logical_axes import parts, split_axes
-from hybridnorm_jax.loss import LossSums, chunked_cross_entropy, cross_entropy
-from hybridnorm_jax.moe import ROUTER, RouterStatistics
-from hybridnorm_jax.signal_measures import PROBE
-from hybridnorm_jax.training import routing
+from hybridnorm_jax.mesh.logical_axes import parts, split_axes
+from hybridnorm_jax.model.block import DEFECT
+from hybridnorm_jax.model.decoder import Decoder
+from hybridnorm_jax.model.loss import LossSums, chunked_cross_entropy, cross_entropy
+from hybridnorm_jax.model.moe import ROUTER, RouterStatistics
+from hybridnorm_jax.model.signal_measures import PROBE
+from hybridnorm_jax.training import router_balance as routing
 from hybridnorm_jax.training.anomalies import anomaly_metrics, judge, keep_where
 from hybridnorm_jax.training.state import TrainState
 
@@ -95,7 +95,7 @@ def make_train_step(
     sum(nll + z_loss * log(Z)^2) / sum(weights) over all microbatches: sums are accumulated and divided once, so
     microbatches with unequal numbers of targets give what one large batch gives.
 
-    With experts, balance_loss and router_z_loss weigh the routers' losses, summed over the layers (routing.py). A
+    With experts, balance_loss and router_z_loss weigh the routers' losses, summed over the layers (router_balance.py). A
     microbatch's are taken over all its tokens on all devices and weighted by its number of targets. The balance loss
     is no sum over tokens: that of a large batch is not the mean of its microbatches', so accumulation changes it.
 

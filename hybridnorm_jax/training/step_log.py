@@ -10,8 +10,8 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from hybridnorm_jax.config import UserError
-from hybridnorm_jax.run_config import RunConfig
+from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.goodput import StepClock, TimeLedger, TimeMetrics
 from hybridnorm_jax.training.metrics import MetricsWriter

@@ -16,24 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# EX_TEMPFAIL of sysexits.h: "the user is invited to retry". Not 143, which a second SIGTERM gives: nothing saved then.
-REQUEUE = 75
-# A shell loop that requeues must not go on after Ctrl-C.
-INTERRUPTED = 130
-EXIT_CODES = {signal.SIGTERM: REQUEUE, signal.SIGINT: INTERRUPTED}
-CAUSES = {REQUEUE: "SIGTERM or a preemption notice", INTERRUPTED: "SIGINT"}
-
-
-class RunStopped(BaseException):
-    """The run ends here because it was told to; no error, so that nothing on the way takes it for one.
-
-    Attributes:
-      exit_code: of the process: REQUEUE or INTERRUPTED.
-    """
-
-    def __init__(self, exit_code: int, outcome: str):
-        super().__init__(f"stopped by {CAUSES[exit_code]}: {outcome}; the same command goes on")
-        self.exit_code = exit_code
+from hybridnorm_jax.errors import EXIT_CODES, REQUEUE, RunStopped
 
 
 class StopSignals:

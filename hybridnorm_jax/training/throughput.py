@@ -1,6 +1,6 @@
 """Model FLOPs and how much of the hardware's peak they use."""
 
-from hybridnorm_jax.config import ModelConfig
+from hybridnorm_jax.model.config import ModelConfig
 
 # bfloat16 FLOP/s of dense (not sparse) matrix products per JAX device, by jax.Device.device_kind; from the vendors'
 # data sheets. A TPU7x chip (2307e12) is two devices; on the other TPUs a device is a chip.

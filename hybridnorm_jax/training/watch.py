@@ -9,9 +9,9 @@ import optax
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float
 
-from hybridnorm_jax.decoder import Decoder
-from hybridnorm_jax.placement import runs
-from hybridnorm_jax.signal_measures import SIGNAL
+from hybridnorm_jax.model.decoder import Decoder
+from hybridnorm_jax.model.placement import runs
+from hybridnorm_jax.model.signal_measures import SIGNAL
 from hybridnorm_jax.training.state import TrainState
 from hybridnorm_jax.training.step import Batch, Convert, loss_sums
 
@@ -30,7 +30,7 @@ def measure_signal(
         then after every block.
       stream_gradient: |d loss / d x| over the whole batch (Frobenius), for the same streams x, (layers + 1,). One over
         the root of the number of targets is in it, so only batches of one size compare.
-      attention_entropy, largest_logit: see attention_backends.attention_statistics, (layers,).
+      attention_entropy, largest_logit: see kernels.blockwise.attention_statistics, (layers,).
       gradient/<group>: norms of d loss / d parameters, see layer_norms.
 
     Args:

@@ -24,7 +24,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from hybridnorm_jax.command_line import parse
+from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.stopping import REQUEUE

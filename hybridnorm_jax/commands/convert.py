@@ -1,0 +1,166 @@
+"""`hybridnorm convert`: convert a Pre-LN checkpoint without loss, and prove the result.
+
+CHECKPOINT_DIR is a Hugging Face directory (config.json and safetensors) or a run's directory. OUT_DIR becomes a run's
+directory, for `hybridnorm eval` and for init_from of `hybridnorm train`. Nothing is written unless both models agree
+in float64.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hybridnorm_jax.commands.program import ArgumentParser, again
+from hybridnorm_jax.config.run_config import DataSection, RunConfig, TrainSection
+from hybridnorm_jax.errors import ConfigError, UserError
+from hybridnorm_jax.model.config import ModelConfig
+
+SEQUENCES, LONGEST = 2, 128
+TOKENIZER = "tokenizer.json"
+
+
+class NotEqualError(UserError):
+    """The converted model is not the original."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """`hybridnorm convert CHECKPOINT_DIR OUT_DIR --form FORM [OPTION ...]`."""
+    parser = ArgumentParser(prog="hybridnorm convert", description=__doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT_DIR", help="what is converted; stays as it is")
+    parser.add_argument("out", metavar="OUT_DIR", help="made new; may exist if it is empty")
+    parser.add_argument("--form", required=True, choices=("pre_rmsnorm", "pre_crmsnorm"), help="of the result")
+    width = "pre_crmsnorm: zeros fill the stored stream up to a multiple of this (default 1: d - 1 channels)"
+    parser.add_argument("--pad-to", type=int, default=1, help=width)
+    dtype = "of OUT_DIR's parameters (default float32; a run in float64 needs JAX_ENABLE_X64=1)"
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float64"), help=dtype)
+    parser.add_argument("--text", metavar="FILE", help="text to compare on (default: a source file of Python's own)")
+    ignore = "key of config.json to read as if it were absent; may be repeated"
+    parser.add_argument("--ignore-key", metavar="KEY", action="append", default=[], help=ignore)
+    convert(parser.parse_args(arguments))
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Read, convert in float64, prove, write."""
+    import jax  # after parsing: JAX takes seconds to import
+
+    jax.config.update("jax_enable_x64", True)
+    from hybridnorm_jax.equivalence.decoder_forms import conversion_of
+    from hybridnorm_jax.equivalence.proof import WRITTEN, cast, prove, table
+    from hybridnorm_jax.training.run_directory import check_free, save_run
+
+    if options.pad_to < 1:
+        raise UserError(f"--pad-to {options.pad_to}: must be at least 1")
+    if options.pad_to != 1 and options.form != "pre_crmsnorm":
+        raise UserError(f"--pad-to {options.pad_to}: only for --form pre_crmsnorm")
+    check_free(options.out)
+    source = read_directory(options.checkpoint, options.ignore_key)
+    model = source.config.model
+    try:
+        conversion = conversion_of(model, options.form, pad_to=options.pad_to)
+    except ConfigError as error:
+        raise UserError(f"{options.checkpoint}: {error}") from error
+    tokens = token_sets(options, source)
+    print(f"{options.checkpoint}: {source.kind}, {describe(model)}")
+    written = cast(conversion.convert(cast(source.params, "float64")), options.dtype)
+    proof = prove(model, source.params, conversion, written, tokens)
+    print(f"\n{table(proof)}\n")
+    if not proof.holds:
+        found = f"{proof.worst('float64'):.1e} in float64, {proof.worst(WRITTEN):.1e} {WRITTEN}"
+        raise NotEqualError(f"{options.checkpoint}: logits differ by {found}, relative; nothing is written")
+    result = dataclasses.replace(conversion.config, param_dtype=options.dtype)
+    config = dataclasses.replace(source.config, model=result)
+    save_run(options.out, config, written, step=source.step, tokenizer_file=source.tokenizer_file)
+    print(f"{options.out}: {describe(result)}, {options.dtype}")
+    data = ""
+    if source.tokenizer_file is None and source.kind == "Hugging Face":
+        data = " data.source=tokens 'data.files=[F.npy]' data.validation_fraction=0 'data.validation.name=[F.npy]'"
+        print("no tokenizer.json came with it: it reads token files F.npy only")
+    print(f"\nNext: {again(['eval', options.out])}{data}")
+    training = ["train", f"{options.out}/config.yaml", f"init_from={options.out}", "run.name=NAME"]
+    print(f"  or: {again(training)}{data}")
+
+
+def token_sets(options: argparse.Namespace, source) -> dict:
+    """{"random tokens": ..., "text (...)": ...}, each SEQUENCES sequences of at most LONGEST tokens."""
+    import numpy as np
+
+    from hybridnorm_jax.data import load_tokenizer
+
+    model, tokenizer = source.config.model, load_tokenizer(source.config.data)
+    length = min(LONGEST, model.max_positions or LONGEST)
+    file = Path(options.text or argparse.__file__)
+    try:
+        ids = tokenizer.encode(file.read_text(encoding="utf-8")[: 64 * SEQUENCES * length]).astype(np.int32)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--text {file}: cannot be read as UTF-8 text: {error}") from error
+    if len(ids) < SEQUENCES * length:
+        raise UserError(f"--text {file}: {len(ids)} tokens, {SEQUENCES * length} are needed")
+    # A model without a tokenizer of its own gets bytes, which may be more than its vocabulary.
+    name = Path(tokenizer.name).name
+    name += f" mod {model.vocab_size}" if ids.max() >= model.vocab_size else ""
+    text = ids[: SEQUENCES * length].reshape(SEQUENCES, length) % model.vocab_size
+    random = np.random.default_rng(0).integers(0, model.vocab_size, text.shape, np.int32)
+    return {"random tokens": random, f"text ({name})": text}
+
+
+def describe(model: ModelConfig) -> str:
+    """The model in a few words."""
+    width = f"width {model.d_model}"
+    if model.norm_width is not None:
+        width = f"stream of {model.norm_width} stored as {model.d_model}"
+    experts = f", {model.experts_per_token} of {model.num_experts} experts" if model.num_experts else ""
+    return f"{model.scheme}, {model.num_layers} layers, {width}, {model.norm}{experts}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model read from a directory.
+
+    Attributes:
+      kind: what the directory is, in words.
+      config: how to train or evaluate it; config.model is the model's.
+      params: its parameters.
+      step: the step of the checkpoint, 0 where there is none.
+      tokenizer_file: the tokenizer.json that came with it, None where there is none.
+    """
+
+    kind: str
+    config: RunConfig
+    params: Any
+    step: int
+    tokenizer_file: Path | None = None
+
+
+def read_directory(path: str, ignore_keys: Sequence[str] = ()) -> Source:
+    """A Hugging Face directory (it has a config.json), a run's directory, or one checkpoint of a run.
+
+    Args:
+      ignore_keys: of config.json, see load_huggingface.
+
+    Raises:
+      UserError: none of them, or damaged.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise UserError(f"{path}: {'not a directory' if directory.exists() else 'no such directory'}")
+    if (directory / "config.json").is_file():
+        return _read_huggingface(directory, ignore_keys)
+    if any(directory.glob("*.safetensors")) or not any(directory.iterdir()):
+        raise UserError(f"{path}: holds neither a config.json (Hugging Face) nor checkpoints (a run)")
+    from hybridnorm_jax.training.run_directory import load_run
+
+    config, params, step = load_run(path)
+    return Source(f"run, step {step}", config, params, step)
+
+
+def _read_huggingface(path: Path, ignore_keys: Sequence[str]) -> Source:
+    from hybridnorm_jax.interop.huggingface import load_huggingface
+
+    model, params = load_huggingface(path, ignore_keys=ignore_keys)
+    file = path / TOKENIZER if (path / TOKENIZER).is_file() else None
+    wide = dataclasses.replace(model, param_dtype="float32")
+    seq_len = min(TrainSection.seq_len, model.max_positions or TrainSection.seq_len)
+    data = DataSection() if file is None else DataSection(tokenizer=str(file))
+    config = RunConfig(model=wide, data=data, train=TrainSection(seq_len=seq_len))
+    return Source("Hugging Face", config, params, 0, file)

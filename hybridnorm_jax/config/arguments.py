@@ -1,0 +1,68 @@
+"""What the arguments `[NAME or FILE.yaml ...] [key=value ...]` of every command mean."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from hybridnorm_jax.config import configurations
+from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.config.yaml_files import FIELDS, build, gather, read_file
+
+DEFAULT = "quickstart"
+LONGEST_NAME = 120
+# Keys whose values do not enter the name of a run.
+NAMELESS_SECTIONS = ("run", "distributed")
+
+
+class Arguments(NamedTuple):
+    """The arguments of a command, sorted: the files of configurations, and the key=value overrides."""
+
+    files: list[Path]
+    overrides: list[str]
+
+
+def parse(arguments: Sequence[str], default: str = DEFAULT) -> RunConfig:
+    """The configuration that `[NAME or FILE.yaml ...] [key=value ...]` asks for.
+
+    Files are merged first, then overrides; later ones win. Without a file the configuration named `default` is read.
+    Plugins (run.plugins) are imported. run.name=auto becomes the last file's stem followed by -key=value for each
+    override outside run.* and distributed.*, so that the same arguments name the same run.
+
+    Raises:
+      ConfigError: one line that names the file or the override and says what would be right.
+    """
+    files, overrides = sort(arguments)
+    files = files or [configurations.find(default)]
+    settings = gather([(str(file), read_file(file)) for file in files], overrides)
+    if settings.get("run.name", "auto") == "auto":
+        settings["run.name"] = _run_name(files[-1].stem, overrides)
+    return build(settings)
+
+
+def sort(arguments: Sequence[str]) -> Arguments:
+    """Tell files and overrides apart. The name of a run holds `=`, and so may the path of its config.yaml."""
+    files, overrides = [], []
+    for argument in arguments:
+        is_yaml = argument.endswith((".yaml", ".yml")) and not re.match(r"[\w.]+=", argument)
+        if is_yaml or "=" not in argument:
+            files.append(configurations.find(argument))
+        else:
+            overrides.append(argument)
+    return Arguments(files, overrides)
+
+
+def _run_name(stem: str, overrides: Sequence[str]) -> str:
+    chosen = {path: text for path, _, text in (override.partition("=") for override in overrides)}
+    last_words = [path.rpartition(".")[2] for path in FIELDS]
+    name = stem
+    for path, text in sorted(chosen.items()):
+        # checkpoint.every and eval.every would give one name to two runs.
+        word = path.rpartition(".")[2]
+        if path.partition(".")[0] not in NAMELESS_SECTIONS:
+            name += f"-{path if last_words.count(word) > 1 else word}={text}"
+    plain = re.sub(r"[^A-Za-z0-9._=+-]", "_", name)
+    if len(plain) <= LONGEST_NAME:
+        return plain
+    return f"{plain[: LONGEST_NAME - 11]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"

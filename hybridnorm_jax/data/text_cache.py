@@ -1,0 +1,221 @@
+"""The cache of tokenized text: one directory per fingerprint of everything that decides its content.
+
+    <data.cache_dir>/<fingerprint>/train.npy validation.npy meta.json
+
+A directory is written under another name and renamed when whole, so that one with its final name is complete unless
+somebody damaged it later, and of two processes that write the same one the second keeps the first's.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import socket
+import sys
+
+import numpy as np
+from tqdm import tqdm
+
+from hybridnorm_jax.data.sources import Corpus, Document, held_out
+from hybridnorm_jax.data.tokenizers import Tokenizer
+from hybridnorm_jax.data.windows import Extent, TokenStream
+from hybridnorm_jax.errors import DataError
+
+# Part of every fingerprint: raise it when the same inputs give other files than before.
+FORMAT = 1
+SPLITS = ("train", "validation")
+BATCH_CHARACTERS = 1 << 20
+PARTIAL = ".partial"
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitCounts:
+    """What one split holds: `bytes` of UTF-8 text, `tokens` with the separators."""
+
+    documents: int
+    tokens: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TextCache:
+    """A complete cache directory; `max_id` is the largest token id in it."""
+
+    directory: pathlib.Path
+    splits: dict[str, SplitCounts]
+    max_id: int
+
+    def stream(self, split: str, vocab_size: int) -> TokenStream:
+        """The tokens of "train" or "validation"."""
+        if not self.splits[split].tokens:  # an empty file cannot be mapped
+            return TokenStream((), vocab_size)
+        path = self.directory / f"{split}.npy"
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        return TokenStream((Extent(array, str(path), 0, len(array)),), vocab_size)
+
+
+def open_text_cache(
+    corpus: Corpus, tokenizer: Tokenizer, *, fraction: float, cache_dir: str, progress: bool
+) -> TextCache:
+    """The corpus as tokens, `fraction` of its documents in the split "validation", the others in "train".
+
+    Each document is followed by the tokenizer's separator. Tokenizes only where no cache of the same inputs exists.
+    Raises DataError for text that cannot be read and for a cache directory that cannot be written.
+    """
+    if "://" in cache_dir:
+        raise DataError(f"data.cache_dir={cache_dir}: the cache is memory-mapped; name a local directory")
+    root = pathlib.Path(cache_dir).expanduser()
+    inputs = {
+        "format": FORMAT,
+        "corpus": corpus.name,
+        "files": [file.signature() for file in corpus.files],
+        "text_field": corpus.text_field,
+        "tokenizer": tokenizer.fingerprint,
+        "separator": tokenizer.separator_id,
+        "fraction": fraction,
+    }
+    directory = root / hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]
+    try:
+        cache = _open(directory)
+        if cache is None:
+            if directory.exists():
+                print(f"{directory}: damaged cache; tokenizing again", file=sys.stderr)
+                shutil.rmtree(directory)
+            _build(directory, corpus, tokenizer, inputs, progress)
+            cache = _open(directory)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "no space left" if full else f"cannot be used ({error.strerror or error})"
+        raise DataError(f"data.cache_dir={root}: {reason}; name another directory, or make room there") from error
+    return cache
+
+
+def _open(directory: pathlib.Path) -> TextCache | None:
+    """The cache in a directory, None where there is none or its files are not those it was written with."""
+    try:
+        meta = json.loads((directory / "meta.json").read_text())
+        sizes = {name: (directory / name).stat().st_size for name in meta["file_sizes"]}
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    if sizes != meta["file_sizes"]:
+        return None
+    return TextCache(directory, {split: SplitCounts(**meta["splits"][split]) for split in SPLITS}, meta["max_id"])
+
+
+def _build(directory: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer, inputs: dict, progress: bool) -> None:
+    """Tokenize into a directory of our own, which becomes `directory` when it is whole."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(directory.parent)
+    partial = directory.with_name(f"{directory.name}.{socket.gethostname()}.{os.getpid()}{PARTIAL}")
+    try:
+        partial.mkdir()
+        meta = {"inputs": inputs, **_tokenize(partial, corpus, tokenizer, inputs["fraction"], progress)}
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1))
+        _publish(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_abandoned(root: pathlib.Path) -> None:
+    """Remove what processes of this machine that are no more, and earlier ones with our own id, left unfinished."""
+    for path in root.glob(f"*{PARTIAL}"):
+        host, _, process = path.name.removesuffix(PARTIAL).partition(".")[2].rpartition(".")
+        if host == socket.gethostname() and (int(process) == os.getpid() or not _alive(int(process))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _publish(partial: pathlib.Path, directory: pathlib.Path) -> None:
+    try:
+        os.rename(partial, directory)
+    except OSError as error:
+        # Another process was faster; its files are those we have written.
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or _open(directory) is None:
+            raise
+
+
+def _tokenize(partial: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer, fraction: float, progress: bool) -> dict:
+    """Write both splits' token files; what meta.json says of them."""
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    with contextlib.ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(_TokenWriter(partial / f"{split}.npy", dtype, tokenizer.separator_id))
+            for split in SPLITS
+        }
+
+        def write(batch: list[Document]) -> None:
+            encoded = tokenizer.encode_batch([document.text for document in batch])
+            for document, ids in zip(batch, encoded, strict=True):
+                writers["validation" if held_out(document.digest, fraction) else "train"].write(ids, document)
+
+        files = stack.enter_context(tqdm(corpus.files, "tokenizing", unit="file", leave=False, disable=not progress))
+        batch, characters = [], 0
+        for file in files:
+            for document in corpus.documents(file):
+                batch.append(document)
+                characters += len(document.text)
+                if characters >= BATCH_CHARACTERS:
+                    write(batch)
+                    batch, characters = [], 0
+                    files.set_postfix_str(f"{sum(writer.tokens for writer in writers.values()):,} tokens")
+        write(batch)
+    return {
+        "file_sizes": {writer.path.name: writer.path.stat().st_size for writer in writers.values()},
+        "max_id": max(writer.max_id for writer in writers.values()),
+        "splits": {split: dataclasses.asdict(writer.counts) for split, writer in writers.items()},
+    }
+
+
+class _TokenWriter:
+    """A 1-D .npy file that grows."""
+
+    def __init__(self, path: pathlib.Path, dtype: np.dtype, separator_id: int):
+        self.path = path
+        self._dtype = dtype
+        self._separator = np.array([separator_id], dtype)
+        self.documents = self.tokens = self.bytes = self.max_id = 0
+
+    def __enter__(self):
+        self._stream = open(self.path, "wb")
+        self._write_header()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        with self._stream:
+            if kind is None:
+                # NumPy leaves room in the header for the number of tokens to grow.
+                self._stream.seek(0)
+                self._write_header()
+                self._stream.flush()
+                os.fsync(self._stream.fileno())
+
+    def _write_header(self) -> None:
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.tokens,)}
+        np.lib.format.write_array_header_1_0(self._stream, header)
+
+    def write(self, ids: np.ndarray, document: Document) -> None:
+        """Append a document's ids and the separator."""
+        for part in (ids.astype(self._dtype), self._separator):
+            self._stream.write(part.data)
+            self.tokens += len(part)
+            self.max_id = max(self.max_id, int(part.max(initial=0)))
+        self.documents += 1
+        self.bytes += document.num_bytes
+
+    @property
+    def counts(self) -> SplitCounts:
+        """What was written so far."""
+        return SplitCounts(self.documents, self.tokens, self.bytes)

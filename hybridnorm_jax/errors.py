@@ -1,0 +1,53 @@
+"""What ends a command early and is no fault of the program: what the caller can mend, and being told to stop.
+
+The message of each is one line. It names the key or the file and says what would be right.
+"""
+
+import difflib
+import signal
+from collections.abc import Iterable
+
+# EX_TEMPFAIL of sysexits.h: "the user is invited to retry". Not 143, which a second SIGTERM gives: nothing saved then.
+REQUEUE = 75
+# A shell loop that requeues must not go on after Ctrl-C.
+INTERRUPTED = 130
+EXIT_CODES = {signal.SIGTERM: REQUEUE, signal.SIGINT: INTERRUPTED}
+CAUSES = {REQUEUE: "SIGTERM or a preemption notice", INTERRUPTED: "SIGINT"}
+
+
+class UserError(ValueError):
+    """What the caller can mend."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be."""
+
+
+class DataError(UserError):
+    """Data that cannot be used."""
+
+
+class MissingExtraError(UserError):
+    """A package is not installed that one of this library's extras brings."""
+
+    def __init__(self, asked: str, extra: str):
+        super().__init__(f"{asked}: needs the extra `{extra}`: pip install 'hybridnorm-jax[{extra}]'")
+
+
+class RunStopped(BaseException):
+    """The run ends here because it was told to; no error, so that nothing on the way takes it for one.
+
+    Attributes:
+      exit_code: of the process: REQUEUE or INTERRUPTED.
+    """
+
+    def __init__(self, exit_code: int, outcome: str):
+        super().__init__(f"stopped by {CAUSES[exit_code]}: {outcome}; the same command goes on")
+        self.exit_code = exit_code
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` where a known word is close, otherwise `; known: ...`."""
+    known = sorted(known)
+    close = difflib.get_close_matches(str(word), known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

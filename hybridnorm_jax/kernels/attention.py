@@ -1,0 +1,116 @@
+"""Causal attention over grouped heads, and the choice of what computes it: xla (ours), cudnn (GPU), splash (TPU)."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from hybridnorm_jax.fields import check, check_choice
+from hybridnorm_jax.kernels.blockwise import blockwise_attention
+from hybridnorm_jax.kernels.names import ATTENTION_BACKENDS, SAVED, SPLASH_TILE
+from hybridnorm_jax.kernels.split_sequence import on_mesh, sequence_axes, zigzag_attention
+
+Heads = Float[Array, "batch seq heads head_dim"]
+KeyValueHeads = Float[Array, "batch seq kv_heads head_dim"]
+SegmentIds = Int[Array, "batch seq"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Limits:
+    """What a fused kernel can do."""
+
+    platform: str
+    dtypes: tuple[str, ...]
+    segment_ids: bool
+    head_dim_step: int
+    head_dim_max: int
+
+
+_LIMITS = {
+    # On Hopper and later cuDNN goes to head_dim 256.
+    "cudnn": _Limits("gpu", ("bfloat16", "float16"), segment_ids=False, head_dim_step=8, head_dim_max=128),
+    "splash": _Limits("tpu", ("bfloat16", "float32"), segment_ids=True, head_dim_step=8, head_dim_max=256),
+}
+
+
+def resolve_backend(name: str, *, platform: str | None, dtype: Any, head_dim: int, segment_ids: bool) -> str:
+    """The backend that `name` stands for: itself, or for "auto" the fused kernel of the platform where it fits, or xla.
+
+    Args:
+      name: auto | xla | cudnn | splash.
+      platform: of the devices that will run it: cpu | gpu | tpu; None for a named backend: not checked.
+      dtype: of q, k and v.
+      segment_ids: whether there are any.
+
+    Raises:
+      ConfigError: the named backend cannot do this; the message says why.
+    """
+    check_choice("model.attention", name, ATTENTION_BACKENDS)
+    obstacle = functools.partial(_obstacle, platform=platform, dtype=dtype, head_dim=head_dim, segment_ids=segment_ids)
+    if name == "auto":
+        return next((fused for fused in _LIMITS if obstacle(fused) is None), "xla")
+    reason = obstacle(name)
+    check(reason is None, "model.attention", name, f"{reason}; use auto or xla")
+    return name
+
+
+def _obstacle(name: str, platform: str | None, dtype: Any, head_dim: int, segment_ids: bool) -> str | None:
+    """Why this backend cannot do it, or None."""
+    if name == "xla":
+        return None
+    limits = _LIMITS[name]
+    if platform not in (None, limits.platform):
+        return f"needs platform {limits.platform}, this is {platform}"
+    if jnp.dtype(dtype).name not in limits.dtypes:
+        return f"needs model.dtype {' or '.join(limits.dtypes)}, not {jnp.dtype(dtype).name}"
+    if segment_ids and not limits.segment_ids:
+        return "has no segment ids, data.segment_ids=true needs them"
+    if head_dim % limits.head_dim_step or head_dim > limits.head_dim_max:
+        multiple = f"a multiple of {limits.head_dim_step} up to {limits.head_dim_max}"
+        return f"needs model.head_dim {multiple}, not {head_dim}"
+    return None
+
+
+def causal_attention(
+    query: Heads, key: KeyValueHeads, value: KeyValueHeads, *, segment_ids: SegmentIds = None, backend: str = "xla"
+) -> Heads:
+    """softmax(q k^T / sqrt(head_dim) + mask) v, in the query's dtype; the softmax in float32 at least.
+
+    Query head h reads key and value head h // (heads / kv_heads). A token sees itself and earlier tokens, of its own
+    segment only where segment_ids are given. Reverse-mode differentiable. On a mesh that splits the sequence, xla and
+    splash compute it in shares of equal work (split_sequence.py); cudnn gathers the sequence.
+
+    Args:
+      backend: as in resolve_backend. "auto" asks for the default platform; a named backend is taken at its word, so
+        that one can compile for a platform that is not here.
+
+    Raises:
+      ConfigError: the named backend cannot do this.
+    """
+    backend = resolve_backend(
+        backend,
+        platform=jax.default_backend() if backend == "auto" else None,
+        dtype=query.dtype,
+        head_dim=query.shape[-1],
+        segment_ids=segment_ids is not None,
+    )
+    match backend:
+        case "xla":
+            if axes := sequence_axes(query.shape[1]):
+                local = functools.partial(zigzag_attention, axes=axes, saved_as=SAVED)
+                return on_mesh(local, query, key, value, segment_ids, sequence=axes)
+            return blockwise_attention(query, key, value, segment_ids)
+        case "cudnn":
+            return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
+        case "splash":
+            from hybridnorm_jax.kernels.splash import splash_attention  # imports Pallas, which takes a while
+
+            return splash_attention(query, key, value, segment_ids, saved_as=SAVED)
+
+
+def sequence_multiple(backend: str) -> int:
+    """What a device's share of a sequence must be a multiple of, for a backend as resolve_backend returns it."""
+    return SPLASH_TILE if backend == "splash" else 1

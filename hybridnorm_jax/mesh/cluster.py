@@ -1,0 +1,138 @@
+"""Which launcher started this process, and what that says of the other processes of its run.
+
+What the environment variables of Open MPI, SLURM and GKE mean is JAX's definition (jax._src.clusters, 0.10.2).
+"""
+
+import dataclasses
+import importlib.util
+import re
+from collections.abc import Mapping
+
+from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.fields import check, check_choice, check_positive, key
+
+COORDINATOR_VARIABLE = "JAX_COORDINATOR_ADDRESS"
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedSection:
+    """The processes of a run on several hosts, which Cloud TPU, GKE, SLURM and Open MPI give; docs/clusters.md."""
+
+    initialize: str = key("auto", "auto: where there are several processes | true | false: this process is alone")
+    coordinator: str | None = key(None, "host:port where process 0 is to listen; null: found, see docs/clusters.md")
+    num_processes: int | None = key(None, "how many there are on all hosts; null: found")
+    process_id: int | None = key(None, "this one's number, from 0; null: found")
+    timeout_seconds: int = key(300, "how long processes wait for each other at the start")
+    heartbeat_seconds: int = key(100, "a process that is silent for so long counts as dead, and the others are ended")
+
+    def __post_init__(self):
+        check_choice("distributed.initialize", self.initialize, ("auto", "true", "false"))
+        check_positive("distributed", self, ("num_processes", "timeout_seconds", "heartbeat_seconds"))
+        count, number = self.num_processes, self.process_id
+        right = "must be host:port, such as 10.0.0.2:8476"
+        fits = self.coordinator is None or re.fullmatch(r"\S+:\d{1,5}", self.coordinator) is not None
+        check(fits, "distributed.coordinator", self.coordinator, right)
+        check(number is None or count is not None, "distributed.process_id", number, "needs distributed.num_processes")
+        check(count is None or number is not None, "distributed.num_processes", count, "needs distributed.process_id")
+        right = f"must be in [0, distributed.num_processes={count})"
+        check(number is None or 0 <= number < count, "distributed.process_id", number, right)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """What a launcher says about this process.
+
+    Attributes:
+      name: of the launcher, for messages.
+      num_processes, process_id: None where only the cluster's own service knows.
+      has_coordinator: whether JAX can find out where process 0 is.
+      local_id: this process's number on its host, where every process has one GPU.
+    """
+
+    name: str
+    num_processes: int | None
+    process_id: int | None
+    has_coordinator: bool = True
+    local_id: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The arguments of jax.distributed.initialize; None: JAX finds them."""
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    local_id: int | None = None
+
+
+def find_cluster(environ: Mapping[str, str], *, tpu: bool) -> Cluster | None:
+    """The launcher that started this process, None where it was started by hand.
+
+    Args:
+      tpu: whether JAX will use TPUs here.
+
+    Raises:
+      ConfigError: in an indexed Kubernetes job without TPUs, where the package for asking Kubernetes is missing.
+    """
+    if "OMPI_COMM_WORLD_SIZE" in environ:
+        return Cluster(
+            "Open MPI",
+            *(int(environ["OMPI_COMM_WORLD_SIZE"]), int(environ["OMPI_COMM_WORLD_RANK"])),
+            # Open MPI 5 no longer sets it.
+            has_coordinator="OMPI_MCA_orte_hnp_uri" in environ,
+            local_id=int(environ["OMPI_COMM_WORLD_LOCAL_RANK"]),
+        )
+    if all(f"SLURM_{name}" in environ for name in ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")):
+        # In the shell of `salloc --ntasks=4` SLURM_NTASKS is 4, but the step is that one shell.
+        tasks = int(environ.get("SLURM_STEP_NUM_TASKS", environ["SLURM_NTASKS"]))
+        return Cluster("SLURM", tasks, int(environ["SLURM_PROCID"]), local_id=int(environ["SLURM_LOCALID"]))
+    hosts = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES"))
+    if tpu and hosts:
+        count, slices = len(hosts.split(",")), int(environ.get("MEGASCALE_NUM_SLICES") or 1)
+        first = int(environ.get("MEGASCALE_SLICE_ID") or 0) * count
+        return Cluster("GKE", slices * count, first + int(environ.get("TPU_WORKER_ID") or 0))
+    if tpu and "TPU_SKIP_MDS_QUERY" not in environ:  # JAX sets it where there is no TPU
+        return Cluster("Cloud TPU", None, None)
+    if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
+        if importlib.util.find_spec("kubernetes") is None:
+            right = "pip install 'jax[k8s]' lets JAX find the others, distributed.initialize=false trains alone"
+            raise ConfigError(f"distributed.initialize=auto: this is a pod of an indexed Kubernetes job; {right}")
+        return Cluster("Kubernetes", None, int(environ["JOB_COMPLETION_INDEX"]))
+    return None
+
+
+def resolve(section: DistributedSection, environ: Mapping[str, str], *, tpu: bool) -> Start | None:
+    """What to start JAX's runtime with; None where this process is alone.
+
+    Raises:
+      ConfigError: something is given, but not enough to start with.
+    """
+    if section.initialize == "false":
+        return None
+    coordinator, source = section.coordinator, f"distributed.coordinator={section.coordinator}"
+    if coordinator is None and environ.get(COORDINATOR_VARIABLE):
+        coordinator = environ[COORDINATOR_VARIABLE]
+        source = f"{COORDINATOR_VARIABLE}={coordinator}"
+    if section.num_processes is not None:
+        if coordinator is None:
+            right = "needs distributed.coordinator=HOST:PORT, where process 0 is to listen"
+            raise ConfigError(f"distributed.num_processes={section.num_processes}: {right}")
+        return Start(coordinator, section.num_processes, section.process_id)
+    cluster = find_cluster(environ, tpu=tpu)
+    if coordinator is not None:
+        if cluster is None or cluster.num_processes is None:
+            right = "needs distributed.num_processes and distributed.process_id too, no SLURM or Open MPI gives them"
+            raise ConfigError(f"{source}: {right}")
+        return Start(coordinator, cluster.num_processes, cluster.process_id, cluster.local_id)
+    if cluster is None:
+        if section.initialize == "true":
+            right = "found no Open MPI, SLURM, GKE, Cloud TPU or Kubernetes job; give distributed.coordinator=HOST:PORT"
+            raise ConfigError(f"distributed.initialize=true: {right}")
+        return None
+    if cluster.num_processes == 1 and section.initialize == "auto":
+        return None
+    if not cluster.has_coordinator:
+        right = "give distributed.coordinator=HOST:PORT, with the host of rank 0"
+        raise ConfigError(f"distributed: Open MPI 5 does not tell its {cluster.num_processes} processes; {right}")
+    return Start()

@@ -1,0 +1,225 @@
+"""ModelConfig: everything that decides what a Decoder computes."""
+
+import dataclasses
+import math
+
+from hybridnorm_jax.fields import check, check_choice, check_positive, key
+from hybridnorm_jax.kernels.names import ATTENTION_BACKENDS, EXPERT_DISPATCHES
+from hybridnorm_jax.model.placement import BlockPlacement
+from hybridnorm_jax.model.schemes import SCHEMES, Scheme
+
+ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu")
+NORMS = ("rmsnorm", "layernorm", "crmsnorm")
+INITIALIZERS = ("normal", "depth_scaled", "megatron", "deepnorm", "b2t")
+REMAT_POLICIES = ("none", "full", "all_but_attention", "dots", "dots_no_batch")
+COMPUTE_DTYPES = ("bfloat16", "float32", "float64")
+PARAM_DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder, dense or mixture of experts. Frozen and hashable; wrong values raise ConfigError on construction.
+
+    Fields left at None take the value they stand for, so `dataclasses.replace(config, d_model=...)` keeps the old
+    head_dim, mlp_dim and init_std unless these are given too (None again makes them follow).
+    """
+
+    scheme: str = key("hybrid_star", "norm placement, a name in hybridnorm_jax.SCHEMES")
+    d_model: int = key(768, "width of the residual stream")
+    num_layers: int = key(12, "number of blocks (attention + feed-forward)")
+    num_heads: int = key(12, "query heads")
+    num_kv_heads: int | None = key(None, "key and value heads; null: num_heads")
+    head_dim: int | None = key(None, "width of one head; null: d_model / num_heads")
+    mlp_dim: int | None = key(
+        None, "width of the feed-forward layer, or of each expert; null: 4 d_model, or 8/3 d_model for swiglu"
+    )
+    vocab_size: int = key(50304, "rows of the token embedding")
+    activation: str = key("swiglu", f"feed-forward: {' | '.join(ACTIVATIONS)} (gelu is the exact one)")
+    num_experts: int = key(0, "experts of every feed-forward layer, each a swiglu of mlp_dim; 0: a dense layer")
+    experts_per_token: int | None = key(
+        None, "experts that each token is sent to; none is dropped; needed with num_experts"
+    )
+    normalize_expert_weights: bool = key(False, "a token's weights of its experts are divided by their sum")
+    shared_experts: int = key(
+        0, "experts that every token passes besides, as one swiglu of width shared_experts * mlp_dim"
+    )
+    balance_bias: bool = key(False, "balance the experts by a bias on their selection; see optimizer.balance_bias_rate")
+    norm: str = key("rmsnorm", " | ".join(NORMS))
+    attention_norm: str = key(
+        "auto", "norm on q, k, v, context: auto (norm; rmsnorm for crmsnorm) | rmsnorm | layernorm"
+    )
+    norm_eps: float = key(1e-5, "added to the mean square inside the root, in every norm")
+    norm_scale: bool = key(True, "norms have a learned scale")
+    norm_bias: bool = key(False, "norms have a learned bias")
+    norm_width: int | None = key(
+        None, "crmsnorm: length of the zero-mean vector whose last element is not stored; null: d_model + 1"
+    )
+    attention_norm_scale: bool | None = key(None, "norm_scale of the norms on q, k, v, context; null: norm_scale")
+    attention_norm_bias: bool | None = key(None, "norm_bias of the norms on q, k, v, context; null: norm_bias")
+    attention_bias: bool = key(False, "q, k, v and output projections have biases")
+    mlp_bias: bool = key(False, "feed-forward projections, routers too, have biases")
+    head_bias: bool = key(False, "the head has a bias")
+    tie_embeddings: bool = key(False, "the head is the transposed token embedding")
+    embedding_norm: str = key("auto", "norm after the embedding: auto (as the scheme says) | true | false")
+    positions: str = key("rope", "rope | learned")
+    rope_theta: float = key(10000.0, "base of the rotary wavelengths")
+    rotary_fraction: float = key(1.0, "leading fraction of head_dim that rotates")
+    max_positions: int | None = key(None, "learned positions there are; null with rope")
+    position_offset: int = key(0, "rows of the learned position table before position 0 (OPT has 2)")
+    dropout: float = key(0.0, "drop probability after the embedding and after every branch")
+    initializer: str = key("auto", f"auto (as the scheme says) | {' | '.join(INITIALIZERS)}")
+    init_std: float | None = key(None, "standard deviation of the initializer; null: 1/sqrt(2.5 d_model)")
+    dtype: str = key("float32", f"compute dtype: {' | '.join(COMPUTE_DTYPES)}")
+    param_dtype: str = key("float32", f"dtype of the parameters: {' | '.join(PARAM_DTYPES)}; training needs 32 bits")
+    attention: str = key("auto", f"backend: {' | '.join(ATTENTION_BACKENDS)}")
+    expert_dispatch: str = key("auto", f"what computes the experts: {' | '.join(EXPERT_DISPATCHES)}")
+    remat: str = key("none", f"what the backward pass recomputes: {' | '.join(REMAT_POLICIES)}")
+    scan_unroll: int = key(1, "blocks per iteration of the scan over layers; more is faster and compiles longer")
+
+    def __post_init__(self):
+        # YAML and the command line give true/false; the field holds one of three words.
+        object.__setattr__(self, "embedding_norm", str(self.embedding_norm).lower())
+        check_choice("model.scheme", self.scheme, SCHEMES)
+        for name, known in (
+            ("activation", ACTIVATIONS),
+            ("norm", NORMS),
+            ("attention_norm", ("auto", "rmsnorm", "layernorm")),
+            ("attention", ATTENTION_BACKENDS),
+            ("expert_dispatch", EXPERT_DISPATCHES),
+            ("remat", REMAT_POLICIES),
+            ("dtype", COMPUTE_DTYPES),
+            ("param_dtype", PARAM_DTYPES),
+            ("initializer", ("auto", *INITIALIZERS)),
+            ("embedding_norm", ("auto", "true", "false")),
+            ("positions", ("rope", "learned")),
+        ):
+            check_choice(f"model.{name}", getattr(self, name), known)
+        sizes = ("d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "vocab_size")
+        check_positive("model", self, (*sizes, "norm_width", "max_positions", "scan_unroll"))
+        self._fill_derived()
+        self._check_shapes()
+        self._check_experts()
+        self._check_scheme()
+
+    def _fill_derived(self):
+        """Replace null by the value it stands for, so that every reader sees plain numbers."""
+        if self.num_kv_heads is None:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.head_dim is None:
+            divides = self.d_model % self.num_heads == 0
+            right = f"must divide model.d_model={self.d_model}, or set model.head_dim"
+            check(divides, "model.num_heads", self.num_heads, right)
+            object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
+        if self.mlp_dim is None:
+            width = 8 * self.d_model / 3 if self.activation == "swiglu" else 4 * self.d_model
+            object.__setattr__(self, "mlp_dim", 16 * math.ceil(width / 16))
+        for name in ("norm_scale", "norm_bias"):
+            if getattr(self, f"attention_{name}") is None:
+                object.__setattr__(self, f"attention_{name}", getattr(self, name))
+        if self.init_std is None:
+            object.__setattr__(self, "init_std", 1 / math.sqrt(2.5 * self.d_model))
+
+    def _check_shapes(self):
+        divides = self.num_heads % self.num_kv_heads == 0
+        check(divides, "model.num_kv_heads", self.num_kv_heads, f"must divide model.num_heads={self.num_heads}")
+        check(0 < self.rotary_fraction <= 1, "model.rotary_fraction", self.rotary_fraction, "must be in (0, 1]")
+        if self.positions == "rope":
+            even = self.rotary_dim % 2 == 0 and self.rotary_dim > 0
+            right = f"rope rotates pairs, but rotary_fraction * head_dim is {self.rotary_dim}; it must be even"
+            check(even, "model.head_dim", self.head_dim, right)
+            check(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "must be positive")
+            check(self.max_positions is None, "model.max_positions", self.max_positions, "only for positions=learned")
+            check(
+                self.position_offset == 0, "model.position_offset", self.position_offset, "only for positions=learned"
+            )
+        else:
+            check(self.position_offset >= 0, "model.position_offset", self.position_offset, "must not be negative")
+            check(self.max_positions is not None, "model.max_positions", None, "positions=learned needs a number")
+        width, stored = self.norm_width, self.d_model
+        check(width is None or self.norm == "crmsnorm", "model.norm_width", width, "only for model.norm=crmsnorm")
+        right = f"must be at most model.d_model={stored} and the one element that is not stored"
+        check(width is None or 2 <= width <= stored + 1, "model.norm_width", width, right)
+        check(self.norm_eps >= 0, "model.norm_eps", self.norm_eps, "must not be negative")
+        check(self.init_std > 0, "model.init_std", self.init_std, "must be positive")
+        check(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be in [0, 1)")
+
+    def _check_experts(self):
+        experts, chosen = self.num_experts, self.experts_per_token
+        check(experts >= 0, "model.num_experts", experts, "must not be negative")
+        if experts == 0:
+            absent = {"experts_per_token": None, "normalize_expert_weights": False, "shared_experts": 0}
+            for name, none in (absent | {"balance_bias": False}).items():
+                value = getattr(self, name)
+                check(value == none, f"model.{name}", value, "there are no experts; set model.num_experts")
+            return
+        right = f"must be between 1 and model.num_experts={experts}"
+        check(chosen is not None and 1 <= chosen <= experts, "model.experts_per_token", chosen, right)
+        check(self.shared_experts >= 0, "model.shared_experts", self.shared_experts, "must not be negative")
+        right = f"experts (model.num_experts={experts}) are swiglu"
+        check(self.activation == "swiglu", "model.activation", self.activation, right)
+
+    def _check_scheme(self):
+        check_choice(f"initializer of model.scheme={self.scheme}", self.initializer_name, INITIALIZERS)
+        placements = self.placements
+        whole = all(isinstance(placement, BlockPlacement) for placement in placements)
+        check(whole, "model.scheme", self.scheme, "its function must return a BlockPlacement for every layer")
+        starts = {s.branch_norm_init for p in placements for s in (p.attention, p.feed_forward) if s.branch}
+        right = f"model.scheme={self.scheme} starts a norm's scale at another value than 1, so norms need scales"
+        check(self.norm_scale or starts <= {1.0}, "model.norm_scale", self.norm_scale, right)
+
+    @property
+    def attention_norm_kind(self) -> str:
+        """The norm on q, k, v and context: a head is no zero-mean vector, so CRMSNorm is not for it."""
+        auto = "layernorm" if self.norm == "layernorm" else "rmsnorm"
+        return auto if self.attention_norm == "auto" else self.attention_norm
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of head_dim's leading channels rotate."""
+        return int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def scheme_rule(self) -> Scheme:
+        """The Scheme this model follows."""
+        return SCHEMES[self.scheme]
+
+    @property
+    def placements(self) -> tuple[BlockPlacement, ...]:
+        """The placement of every layer."""
+        return self.scheme_rule.placements(self.num_layers)
+
+    @property
+    def has_embedding_norm(self) -> bool:
+        """Whether a norm follows the embedding."""
+        return self.scheme_rule.embedding_norm if self.embedding_norm == "auto" else self.embedding_norm == "true"
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether a norm precedes the head."""
+        return self.scheme_rule.final_norm
+
+    @property
+    def pre_layernorm_obstacle(self) -> str | None:
+        """`key=value` of what keeps this from being a Pre-LN model, to which the equivalences apply; None if it is one.
+
+        Pre-LN: LayerNorm at the entrance of every branch and before the head, and no other norm on the stream.
+        """
+        scheme = f"model.scheme={self.scheme}"
+        if self.norm != "layernorm":
+            return f"model.norm={self.norm}"
+        if self.has_embedding_norm:
+            return f"{scheme}, model.embedding_norm={self.embedding_norm}: a norm after the embedding"
+        for layer, placement in enumerate(self.placements):
+            for name in ("attention", "feed_forward"):
+                sublayer = getattr(placement, name)
+                for which in ("post", "branch"):
+                    if getattr(sublayer, which):
+                        return f"{scheme}: a {which} norm at {name} of layer {layer}"
+                if not sublayer.pre:
+                    return f"{scheme}: {name} of layer {layer} reads the stream without a norm"
+        return None if self.has_final_norm else f"{scheme}: no norm before the head"
+
+    @property
+    def initializer_name(self) -> str:
+        """The initializer in force."""
+        return self.scheme_rule.initializer if self.initializer == "auto" else self.initializer

@@ -1,0 +1,198 @@
+"""The mixture-of-experts branch: a router sends every token to k of the experts, and none is dropped."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from hybridnorm_jax.kernels.split_experts import apply_experts_on_mesh
+from hybridnorm_jax.model.feed_forward import FeedForward
+from hybridnorm_jax.model.initializers import truncated_normal
+
+# Collections that MoE fills where they are mutable; nothing is computed otherwise.
+ROUTER, CHOSEN = "router", "chosen"
+
+
+@flax.struct.dataclass
+class RouterStatistics:
+    """What one layer's router did with a batch of tokens; means over the tokens, in float32 at least.
+
+    Attributes:
+      balance_loss: num_experts * sum_e fraction_e * mean(p_e), p the router's softmax; 1 where either is uniform. The
+        gradient flows through p. Switch Transformers (2101.03961), eq. 4, with the k choices of a token counted each;
+        transformers' OLMoE has k times this.
+      z_loss: mean(log(sum_e exp(logit_e))^2). ST-MoE (2202.08906), eq. 5.
+      entropy: mean(-sum_e p_e log p_e), in nats; log(num_experts) at most.
+      fraction: of all tokens * k choices, how many fell on each expert; the sum is 1.
+    """
+
+    balance_loss: Float[Array, ""]
+    z_loss: Float[Array, ""]
+    entropy: Float[Array, ""]
+    fraction: Float[Array, " experts"]
+
+
+def choose_experts(
+    logits: Float[Array, "batch seq experts"],
+    k: int,
+    *,
+    normalize: bool = False,
+    balance_bias: Float[Array, " experts"] | None = None,
+) -> tuple[Float[Array, "batch seq k"], Int[Array, "batch seq k"]]:
+    """(weights, chosen): the k largest of p = softmax(logits) and whose they are, the largest first.
+
+    Args:
+      normalize: divide a token's k weights by their sum.
+      balance_bias: added to p for the choice alone, not to the weights (2408.15664).
+    """
+    p = jax.nn.softmax(logits)
+    scores = p if balance_bias is None else p + jax.lax.stop_gradient(balance_bias).astype(p.dtype)
+    _, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores), k)
+    if normalize:  # p / sum of p over the chosen, which a balance bias may choose although p is 0 in this dtype
+        return jax.nn.softmax(jnp.take_along_axis(logits, chosen, axis=-1)), chosen
+    return jnp.take_along_axis(p, chosen, axis=-1), chosen
+
+
+def router_statistics(logits: Float[Array, "batch seq experts"], chosen: Int[Array, "batch seq k"]) -> RouterStatistics:
+    """The statistics of one router's logits and choices."""
+    experts = logits.shape[-1]
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    p = jax.nn.softmax(logits)
+    fraction = (chosen[..., None] == jnp.arange(experts)).mean((0, 1, 2), dtype=logits.dtype)
+    return RouterStatistics(
+        balance_loss=experts * jnp.vdot(fraction, p.mean((0, 1))),
+        z_loss=jnp.square(log_z).mean(),
+        entropy=(log_z - (p * logits).sum(-1)).mean(),
+        fraction=fraction,
+    )
+
+
+class ExpertProjection(nn.Module):
+    """The stacked kernels of one projection of all experts.
+
+    Parameters: `kernel` (experts, inputs, outputs), `bias` (experts, outputs) where asked for.
+    """
+
+    shape: tuple[int, int, int]
+    use_bias: bool
+    dtype: Any
+    param_dtype: Any
+    init: Callable
+
+    @nn.compact
+    def __call__(self) -> tuple[Float[Array, "experts inputs outputs"], Float[Array, "experts outputs"] | None]:
+        """(kernel, bias or None) in the compute dtype."""
+        kernel = self.param("kernel", self.init, self.shape, self.param_dtype).astype(self.dtype)
+        if not self.use_bias:
+            return kernel, None
+        shape = (self.shape[0], self.shape[2])
+        return kernel, self.param("bias", nn.initializers.zeros, shape, self.param_dtype).astype(self.dtype)
+
+
+class MoE(nn.Module):
+    """y = sum over the k chosen experts of weight_e * down_e(silu(gate_e(x)) * up_e(x)), plus the shared experts.
+
+    The router is softmax(x @ kernel + bias) in float32 at least, its k largest entries are the weights. Dropless: every
+    token reaches all its experts, however unevenly they are chosen. OLMoE (2409.02060), eqs. 1 and 2.
+
+    Parameters: `router/kernel` (embed, experts), `expert_gate/kernel` and `expert_up/kernel` (experts, embed, mlp),
+    `expert_down/kernel` (experts, mlp, embed), their `bias` where asked for, `balance_bias` (experts,) where asked for,
+    and of the shared experts `shared/{gate, up, down}`, as FeedForward's of width shared_experts * mlp.
+
+    Reverse-mode differentiable, once. Inside a jax.shard_map of yours it needs check_vma=False.
+
+    Sown, where the collection is mutable: the layer's RouterStatistics as "statistics" into "router", the chosen
+    experts (batch, seq, k) as "value" into "chosen".
+
+    Attributes:
+      num_experts, experts_per_token: as named; the second is k.
+      mlp_dim: width of each expert's hidden layer.
+      normalize_weights: divide a token's k weights by their sum.
+      shared_experts: how many experts every token passes besides, with weight 1 (2401.06066).
+      balance_bias: add a bias to the router's softmax for the choice of experts; it has no gradient and is moved by
+        training alone (training/router_balance.py). Loss-free balancing, 2408.15664.
+      use_bias: biases on the router and on all projections.
+      dispatch: what computes the experts, see kernels.experts.
+      dtype, param_dtype: of the computation and of the parameters.
+      router_init, input_init, output_init: initializers of the router, of gate and up, and of down.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    mlp_dim: int
+    normalize_weights: bool = False
+    shared_experts: int = 0
+    balance_bias: bool = False
+    use_bias: bool = False
+    dispatch: str = "auto"
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    router_init: Callable = truncated_normal(0.02)
+    input_init: Callable = truncated_normal(0.02)
+    output_init: Callable = truncated_normal(0.02)
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            right = f"must be between 1 and num_experts={self.num_experts}"
+            raise ValueError(f"experts_per_token={self.experts_per_token} {right}")
+        if x.ndim != 3:
+            raise ValueError(f"x: shape {x.shape} must be (batch, seq, embed)")
+        logits = nn.Dense(
+            self.num_experts,
+            use_bias=self.use_bias,
+            dtype=jnp.promote_types(self.dtype, jnp.float32),
+            param_dtype=self.param_dtype,
+            kernel_init=self.router_init,
+            precision=jax.lax.Precision.HIGHEST,
+            name="router",
+        )(x)
+        bias = None
+        if self.balance_bias:
+            bias = self.param("balance_bias", nn.initializers.zeros, (self.num_experts,), self.param_dtype)
+        options = {"normalize": self.normalize_weights, "balance_bias": bias}
+        weights, chosen = choose_experts(logits, self.experts_per_token, **options)
+        self._sow(logits, chosen)
+        y = self._experts(x.astype(self.dtype), weights, chosen)
+        if self.shared_experts == 0:
+            return y
+        shared = FeedForward(
+            mlp_dim=self.shared_experts * self.mlp_dim,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            input_init=self.input_init,
+            output_init=self.output_init,
+            name="shared",
+        )
+        return y + shared(x)
+
+    def _sow(self, logits: Array, chosen: Array) -> None:
+        if self.is_initializing():  # where every collection is
+            return
+        if self.is_mutable_collection(ROUTER):
+            self.sow(ROUTER, "statistics", router_statistics(logits, chosen))
+        if self.is_mutable_collection(CHOSEN):
+            self.sow(CHOSEN, "value", chosen)
+
+    def _experts(self, x: Array, weights: Array, chosen: Array) -> Array:
+        experts, embed, mlp = self.num_experts, x.shape[-1], self.mlp_dim
+        projection = partial(ExpertProjection, use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
+        gate, gate_bias = projection((experts, embed, mlp), init=self.input_init, name="expert_gate")()
+        up, up_bias = projection((experts, embed, mlp), init=self.input_init, name="expert_up")()
+        down, down_bias = projection((experts, mlp, embed), init=self.output_init, name="expert_down")()
+        if not self.use_bias:
+            return apply_experts_on_mesh(x, gate, up, down, weights, chosen, dispatch=self.dispatch)
+        # Biases ride on one more channel, which is 1: dispatches need not know of them.
+        x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
+        gate, up = (jnp.concatenate([k, b[:, None]], axis=1) for k, b in ((gate, gate_bias), (up, up_bias)))
+        down = jnp.pad(down, ((0, 0), (0, 0), (0, 1)))
+        y = apply_experts_on_mesh(x, gate, up, down, weights, chosen, dispatch=self.dispatch)[..., :embed]
+        one_hot = chosen[..., None] == jnp.arange(experts)
+        per_expert = jnp.where(one_hot, weights[..., None], 0).sum(-2).astype(self.dtype)
+        return y + per_expert @ down_bias

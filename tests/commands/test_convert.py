@@ -1,0 +1,179 @@
+"""hybridnorm convert, on Hugging Face directories and on a run's."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import hybridnorm_jax as hn
+from hybridnorm_jax.commands.convert import read_directory
+from hybridnorm_jax.commands.main import main
+from hybridnorm_jax.equivalence import decoder_forms, proof
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+PRE_LN_RUN = [
+    *("model.scheme=pre", "model.norm=layernorm", "model.norm_bias=true", "model.d_model=16", "model.num_layers=1"),
+    *("model.num_heads=2", "model.mlp_dim=16", "model.activation=gelu"),
+    *("train.steps=2", "train.batch_size=8", "train.seq_len=8", "train.sample_tokens=0", "data.validation_fraction=0"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _narrow_again():
+    """The command switches float64 on for its whole process."""
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """The directory of a Pre-LN run of two steps."""
+    tokens = tmp_path / "tokens.npy"
+    np.save(tokens, np.random.default_rng(0).integers(0, 257, 400).astype(np.uint16))
+    words = [f"run.dir={tmp_path}/runs", "run.name=pre_ln", "data.source=tokens", f"data.files=[{tokens}]"]
+    assert main(["train", *words, f"data.validation.all=[{tokens}]", *PRE_LN_RUN]) == 0
+    return tmp_path / "runs" / "pre_ln"
+
+
+def _rows(output):
+    """arithmetic -> its numbers in the table of logits."""
+    lines = output.partition("arithmetic")[2].splitlines()[1:5]
+    return {line[:12].strip(): [float(word) for word in line[12:].split()] for line in lines}
+
+
+@pytest.mark.parametrize("name", ["hf_gpt2", "hf_gpt_neox", "hf_gpt_neox_old_config", "hf_opt"])
+@pytest.mark.parametrize("form", ["pre_rmsnorm", "pre_crmsnorm"])
+def test_a_hugging_face_directory(name, form, tmp_path, capsys):
+    out = tmp_path / "deep" / "converted"
+    words = [str(GOLDENS / name), str(out), "--form", form]
+    assert main(["convert", *words, *(["--pad-to", "24"] if form == "pre_crmsnorm" else [])]) == 0
+    rows = _rows(capsys.readouterr().out)
+    assert rows["float64"][0] < 1e-13 < rows["float32"][0] < 1e-5 < rows["bfloat16"][0] < 0.2
+    assert rows["float64"][0] < 1e-9 < rows["as written"][0] < 1e-5
+    jax.config.update("jax_enable_x64", False)
+
+    source = read_directory(str(out))
+    assert source.config.model.d_model == (32 if form == "pre_rmsnorm" else 48)
+    golden = np.load(GOLDENS / name / "golden.npz")
+    logits = hn.Decoder(source.config.model).apply({"params": source.params}, golden["tokens"])
+    np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=1e-4)
+
+
+def test_a_run_and_its_conversion_score_the_same(trained, capsys, tmp_path):
+    assert main(["convert", str(trained), str(tmp_path / "stored"), "--form", "pre_crmsnorm"]) == 0
+    printed = capsys.readouterr().out
+    assert "run, step 2" in printed
+    assert "stream of 16 stored as 15" in printed
+    assert "parameters: " in printed
+    jax.config.update("jax_enable_x64", False)
+    losses = []
+    for directory in (trained, tmp_path / "stored"):
+        assert main(["eval", str(directory), "--json"]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["sets"]["all"]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    # And a run can start from it.
+    words = [f"run.dir={tmp_path}/runs", "run.name=further", f"init_from={tmp_path}/stored", "train.steps=1"]
+    config = str(tmp_path / "stored" / "config.yaml")
+    assert main(["train", config, *words]) == 0
+    # The converted directory itself has no optimizer state to go on with.
+    capsys.readouterr()
+    assert main(["train", config]) == 2
+    assert "start a new run from it: init_from=" in capsys.readouterr().err
+
+
+def test_float64_parameters(tmp_path, capsys):
+    assert (
+        main(["convert", str(GOLDENS / "hf_opt"), str(tmp_path / "o"), "--form", "pre_rmsnorm", "--dtype", "float64"])
+        == 0
+    )
+    source = read_directory(str(tmp_path / "o"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(source.params)} == {np.dtype("float64")}
+
+
+def test_a_tokenizer_comes_along(tmp_path, capsys):
+    import tokenizers
+
+    directory = tmp_path / "hf"
+    shutil.copytree(GOLDENS / "hf_gpt2", directory)
+    words = {chr(33 + number): number for number in range(60)} | {"</s>": 60}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words, merges=[]))
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    assert main(["convert", str(directory), str(tmp_path / "o"), "--form", "pre_rmsnorm"]) == 0
+    assert "text (tokenizer.json)" in capsys.readouterr().out
+    assert read_directory(str(tmp_path / "o")).config.data.tokenizer == str(tmp_path / "o" / "tokenizer.json")
+
+
+def test_zero_logits_are_equal_logits(tmp_path, capsys):
+    directory = tmp_path / "hf"
+    config, params = hn.load_huggingface(GOLDENS / "hf_gpt2")
+    params["token_embedding"]["embedding"][:] = 0
+    hn.save_huggingface(directory, config, params)
+    assert main(["convert", str(directory), str(tmp_path / "o"), "--form", "pre_crmsnorm"]) == 0
+    assert _rows(capsys.readouterr().out)["float64"] == [0.0] * 6
+
+
+def test_rounding_that_spoils_what_is_written_is_seen(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(proof, "LARGEST_WRITTEN", 1e-9)
+    assert main(["convert", str(GOLDENS / "hf_gpt2"), str(tmp_path / "o"), "--form", "pre_rmsnorm"]) == 2
+    assert "as written, relative; nothing is written" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_printed_next_commands_run(tmp_path, capsys):
+    """Of a directory without a tokenizer, on a file of tokens."""
+    tokens = tmp_path / "F.npy"
+    np.save(tokens, np.random.default_rng(0).integers(0, 61, 4000).astype(np.uint16))
+    out = tmp_path / "o"
+    assert main(["convert", str(GOLDENS / "hf_gpt2"), str(out), "--form", "pre_rmsnorm"]) == 0
+    first, second = [line.partition("hybridnorm ")[2] for line in capsys.readouterr().out.splitlines()[-2:]]
+    jax.config.update("jax_enable_x64", False)
+    for line in (first, second):
+        command, *words = shlex.split(line.replace("F.npy", str(tokens)).replace("NAME", "further"))
+        short = ["train.steps=1", "train.batch_size=8"] if command == "train" else []
+        assert main([command, *words, *short]) == 0
+
+
+def test_a_wrong_conversion_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(decoder_forms, "recenter", lambda params, layout: params)
+    assert main(["convert", str(GOLDENS / "hf_gpt2"), str(tmp_path / "o"), "--form", "pre_rmsnorm"]) == 2
+    captured = capsys.readouterr()
+    assert "in float64" in captured.err
+    assert "nothing is written" in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["hf_llama", "OUT", "--form", "pre_rmsnorm"], "model.norm=rmsnorm: only LayerNorm"),
+        (["hf_olmo2", "OUT", "--form", "pre_crmsnorm"], "model.norm=rmsnorm"),
+        (["hf_gpt2", "OUT", "--form", "pre_rmsnorm", "--pad-to", "8"], "--pad-to 8: only for --form pre_crmsnorm"),
+        (["hf_gpt2", "OUT", "--form", "pre_crmsnorm", "--pad-to", "0"], "--pad-to 0: must be at least 1"),
+        (["hf_gpt2", ".", "--form", "pre_rmsnorm"], ".: exists already"),
+        (["hf_nothing", "OUT", "--form", "pre_rmsnorm"], "hf_nothing"),
+        (["hf_gpt2", "OUT", "--form", "pre_rmsnorm", "--text", "/nowhere"], "--text /nowhere: cannot be read"),
+        ([".", "OUT", "--form", "pre_rmsnorm"], "no complete checkpoint there"),
+        (
+            ["EMPTY", "OUT", "--form", "pre_rmsnorm"],
+            "holds neither a config.json (Hugging Face) nor checkpoints (a run)",
+        ),
+        (["README.md", "OUT", "--form", "pre_rmsnorm"], "README.md: not a directory"),
+        (["hf_gpt2", "README.md/o", "--form", "pre_rmsnorm"], "README.md/o: cannot be made"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_converted_ends_in_one_line(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(GOLDENS)
+    empty = tmp_path.parent / f"{tmp_path.name}-empty"
+    empty.mkdir()
+    words = [{"OUT": str(tmp_path / "o"), "EMPTY": str(empty)}.get(word, word) for word in words]
+    assert main(["convert", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert list(tmp_path.iterdir()) == []

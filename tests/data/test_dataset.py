@@ -1,0 +1,207 @@
+"""From data.* to windows: sources, splits, named sets, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.data import DataError, open_data, token_files
+from hybridnorm_jax.errors import UserError
+
+TEXTS = [f"This is text {number}. " * (number % 5 + 1) for number in range(50)]
+
+
+@pytest.fixture
+def text(tmp_path):
+    """Makes a DataSection over 50 documents."""
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in TEXTS))
+
+    def section(**keys):
+        base = {"source": "text", "files": (str(tmp_path / "*.jsonl"),), "cache_dir": str(tmp_path / "cache")}
+        return DataSection(**{**base, "validation_fraction": 0.3, **keys})
+
+    return section
+
+
+def open_quietly(section, seq_len=16, vocab_size=257):
+    return open_data(section, seq_len=seq_len, vocab_size=vocab_size, progress=False)
+
+
+def scored(windows):
+    """Every target of weight 1, in order."""
+    return np.concatenate([row["targets"][row["weights"] > 0] for row in windows]).tolist()
+
+
+def byte_tokenizer_json(path):
+    """A tokenizer.json whose ids are byte-level characters, with <|endoftext|> as id 256."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(path))
+    return tokenizer
+
+
+def test_the_standard_library_is_there_on_every_machine(tmp_path):
+    data = open_quietly(DataSection(cache_dir=str(tmp_path)), seq_len=256)
+    assert data.train.num_tokens > 5_000_000
+    assert len(data.train) == (data.train.num_tokens - 1) // 256
+    assert 0.002 < data.validation["validation"].num_tokens / data.train.num_tokens < 0.06
+    assert "def " in data.tokenizer.decode(np.concatenate([data.train[i]["tokens"] for i in range(400)]))
+    for word in ("standard library", "documents", f"{data.train.num_tokens:,} tokens", "held out", str(tmp_path)):
+        assert word in data.description
+    assert "\n" not in data.description
+
+
+def test_held_out_documents_and_training_documents_are_all_documents(text):
+    data = open_quietly(text(), seq_len=1)
+    assert list(data.validation) == ["validation"]
+    pieces = [data.tokenizer.decode(scored(windows)) for windows in (data.train, data.validation["validation"])]
+    assert sum(map(len, pieces)) == sum(map(len, TEXTS)) - 2  # the first token of each split is no target
+    total = data.train.num_tokens + data.validation["validation"].num_tokens
+    assert total == sum(map(len, TEXTS)) + len(TEXTS)
+
+
+def test_every_held_out_token_is_scored_whatever_the_length(text):
+    expected = scored(open_quietly(text(), seq_len=1).validation["validation"])
+    assert len(expected) > 100
+    assert scored(open_quietly(text(), seq_len=37).validation["validation"]) == expected
+
+
+def test_bytes_per_token_counts_separators_as_tokens(text, tmp_path):
+    (tmp_path / "two.txt").write_text("grün")
+    windows = open_quietly(text(validation={"two": (str(tmp_path / "two.txt"),)})).validation["two"]
+    assert windows.bytes_per_token == 5 / 6
+
+
+def test_named_sets_are_read_whole_and_cached_too(text, tmp_path):
+    (tmp_path / "news.txt").write_text("news of today")
+    (tmp_path / "books.txt").write_text("a book")
+    names = {"news": (str(tmp_path / "news.txt"),), "books": (str(tmp_path / "books*"),)}
+    data = open_quietly(text(validation=names))
+    assert set(data.validation) == {"validation", "news", "books"}
+    assert data.tokenizer.decode(scored(data.validation["news"])) == "ews of today"
+    assert set(open_quietly(text(validation=names, validation_fraction=0.0)).validation) == {"news", "books"}
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 4
+
+
+def test_nothing_held_out_is_allowed_when_asked_for(text):
+    data = open_quietly(text(validation_fraction=0.0))
+    assert data.validation == {}
+    assert data.train.num_tokens == sum(map(len, TEXTS)) + len(TEXTS)
+
+
+def test_segment_ids_follow_the_tokenizers_separator(text):
+    row = open_quietly(text(segment_ids=True), seq_len=64).train[0]
+    assert row["segment_ids"].max() > 1
+    ends = np.flatnonzero(row["tokens"][:-1] == 256)
+    assert (np.diff(row["segment_ids"])[ends] == 1).all()
+    assert (row["positions"][ends + 1] == 0).all()
+    assert (row["weights"][ends] == 0).all()
+
+
+def test_a_tokenizer_json_is_used(text, tmp_path):
+    byte_tokenizer_json(tmp_path / "tokenizer.json")
+    data = open_quietly(text(tokenizer=str(tmp_path / "tokenizer.json")))
+    assert data.tokenizer.separator_id == 256
+    assert data.tokenizer.decode(data.train[0]["tokens"]).startswith("This is text")
+
+
+@pytest.fixture
+def tokens(tmp_path, monkeypatch):
+    """Makes a DataSection over a raw and a NumPy file, 300 tokens each, split in blocks of 20."""
+    monkeypatch.setattr(token_files, "BLOCK_TOKENS", 20)
+    np.arange(300, dtype=np.uint16).tofile(tmp_path / "raw.bin")
+    np.save(tmp_path / "array.npy", np.arange(300, 600, dtype=np.int32))
+
+    def section(**keys):
+        files = (str(tmp_path / "raw.bin"), str(tmp_path / "array.npy"))
+        return DataSection(**{"source": "tokens", "files": files, "validation_fraction": 0.3, **keys})
+
+    return section
+
+
+def test_token_files_are_split_without_a_copy(tokens, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    data = open_quietly(tokens(), seq_len=1, vocab_size=600)
+    train, validation = scored(data.train), scored(data.validation["validation"])
+    assert len(train) + len(validation) == 598
+    assert not set(train) & set(validation)
+    assert train == sorted(train)
+    assert data.tokenizer is None
+    assert data.train.bytes_per_token is None
+    assert sorted(tmp_path.iterdir()) == before
+    assert "raw.bin" in data.description
+
+
+def test_the_split_of_token_files_does_not_depend_on_the_window(tokens):
+    short, long = (open_quietly(tokens(), seq_len=n, vocab_size=600).validation["validation"] for n in (1, 33))
+    assert scored(short) == scored(long)
+
+
+def test_a_tokenizer_gives_token_files_their_bytes(tokens, tmp_path):
+    tokenizer = byte_tokenizer_json(tmp_path / "tokenizer.json")
+    ids = np.array([*tokenizer.encode("grün" * 30).ids, 256] * 8, np.uint16)
+    ids.tofile(tmp_path / "text.bin")
+    files = (str(tmp_path / "text.bin"),)
+    section = tokens(tokenizer=str(tmp_path / "tokenizer.json"), validation={"text": files}, files=files)
+    data = open_quietly(section)
+    assert data.validation["text"].bytes_per_token == 150 / 151
+    assert data.tokenizer.decode(data.validation["text"][0]["tokens"]).startswith("grün")
+
+
+def test_token_files_with_segment_ids_need_the_separators_id(tokens):
+    with pytest.raises(DataError, match=r"data\.separator_id"):
+        open_quietly(tokens(segment_ids=True), vocab_size=600)
+    data = open_quietly(tokens(segment_ids=True, separator_id=7), vocab_size=600)
+    first = next(row for row in (*data.train, *data.validation["validation"]) if 7 in row["tokens"])
+    place = first["tokens"].tolist().index(7)
+    assert first["segment_ids"][place + 1] == first["segment_ids"][place] + 1
+
+
+def test_token_files_are_checked_when_a_window_is_read(tokens):
+    data = open_quietly(tokens(validation_fraction=0.0), vocab_size=450)
+    data.train[0]
+    with pytest.raises(DataError, match=r"array\.npy: token 150 is 450, .*model\.vocab_size=450"):
+        scored(data.train)
+
+
+def refused(section, **keys):
+    with pytest.raises(UserError) as error:
+        open_quietly(section, **keys)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_vocabulary_that_is_too_small_is_refused(text):
+    message = refused(text(), vocab_size=256)
+    assert message.startswith("data.tokenizer=bytes: ")
+    assert "largest id 256" in message
+    assert "model.vocab_size=256" in message
+    assert "at least 257" in message
+
+
+def test_a_split_without_documents_is_refused(text, tokens):
+    assert "data.validation_fraction=1e-09: no document was held out" in refused(text(validation_fraction=1e-9))
+    message = refused(tokens(validation_fraction=1e-9), vocab_size=600)
+    assert "data.validation_fraction=1e-09: no block of 65536 tokens was held out" in message
+
+
+def test_too_little_to_train_on_is_refused(text):
+    needed = open_quietly(text()).train.num_tokens
+    open_quietly(text(), seq_len=needed - 1)
+    message = refused(text(), seq_len=needed)
+    assert message.startswith(f"train.seq_len={needed}: ")
+    assert f"{needed} to train on" in message
+
+
+def test_a_named_set_must_be_good_too(text, tokens, tmp_path):
+    np.array([1], np.uint16).tofile(tmp_path / "one.bin")
+    message = refused(tokens(validation={"one": (str(tmp_path / "one.bin"),)}), vocab_size=600)
+    assert message.startswith("data.validation.one: ")
+    assert "data.validation.news: no such file" in refused(text(validation={"news": ("/nowhere.txt",)}))
+    assert refused(text(validation={"validation": ("x",)})).startswith("data.validation.validation: ")

@@ -1,0 +1,274 @@
+"""Pre-LN -> Pre-RMSNorm -> Pre-CRMSNorm on our own Decoder, in float64: the same function, with the same gradient."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hybridnorm_jax as hn
+from hybridnorm_jax import equivalence as eq
+from hybridnorm_jax.equivalence import decoder_forms, transforms
+from hybridnorm_jax.equivalence.comparison import compare_forms
+from hybridnorm_jax.equivalence.invariants import (
+    InvariantError,
+    assert_decoder_params,
+    assert_measured,
+    centring_defects,
+    tolerances,
+)
+from hybridnorm_jax.model.norms import zero_mean_defect
+
+GPT2_LIKE = {
+    "scheme": "pre",
+    "norm_bias": True,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "tie_embeddings": True,
+    "positions": "learned",
+    "max_positions": 16,
+    "activation": "gelu_tanh",
+    "num_kv_heads": 4,
+}
+MODELS = {
+    "gpt2": GPT2_LIKE,
+    "neox": {"scheme": "parallel", "norm_bias": True, "attention_bias": True, "mlp_bias": True, "rotary_fraction": 0.5},
+    "no_biases": {"scheme": "pre", "num_kv_heads": 2},
+    "norm_biases_alone": {"scheme": "pre", "norm_bias": True},
+    "bare_norms_tied": {"scheme": "pre", "norm_scale": False, "tie_embeddings": True},
+    "bare_norms_tied_head_bias": {"scheme": "pre", "norm_scale": False, "tie_embeddings": True, "head_bias": True},
+    "input_scales": {"scheme": "layernorm_scaling", "norm_bias": True},
+    "norms_in_heads": {"scheme": "pre_qkvc_pre", "norm_bias": True},
+    "offset": GPT2_LIKE | {"position_offset": 2, "activation": "relu"},
+}
+
+
+def _model(small_config, random_params, keys, dtype="float64"):
+    config = small_config(norm="layernorm", dtype=dtype, param_dtype=dtype, **keys)
+    return config, random_params(config)
+
+
+def _logits(config, params, tokens):
+    return jax.jit(hn.Decoder(config).apply)({"params": params}, tokens)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_all_forms_compute_the_same_logits(name, small_config, random_params, tokens):
+    with jax.enable_x64(True):
+        config, params = _model(small_config, random_params, MODELS[name])
+        expected = _logits(config, params, tokens)
+        converted = (
+            hn.equivalence.to_pre_rmsnorm(config, params),
+            hn.equivalence.to_pre_crmsnorm(config, params),
+            hn.equivalence.to_pre_crmsnorm(config, params, pad_to=24),
+        )
+        for (form, theirs), (norm, width) in zip(
+            converted, (("rmsnorm", 32), ("crmsnorm", 31), ("crmsnorm", 48)), strict=True
+        ):
+            assert (form.norm, form.d_model, form.norm_scale, form.norm_bias) == (norm, width, False, False)
+            found = _logits(form, theirs, tokens)
+            assert float(abs(found - expected).max() / abs(expected).max()) < 1e-12
+            assert_decoder_params(form, theirs)
+
+
+def test_a_tied_head_stays_tied_where_it_may(small_config, random_params):
+    bare, params = _model(small_config, random_params, MODELS["bare_norms_tied"], "float32")
+    assert eq.to_pre_rmsnorm(bare, params)[0].tie_embeddings
+    assert not eq.to_pre_crmsnorm(bare, params)[0].tie_embeddings
+    assert not eq.to_pre_rmsnorm(*_model(small_config, random_params, GPT2_LIKE, "float32"))[0].tie_embeddings
+
+
+def test_a_tree_that_is_not_the_models_is_refused_in_one_line(small_config, random_params):
+    config, params = _model(small_config, random_params, {"scheme": "pre"}, "float32")
+    with pytest.raises(
+        eq.LayoutError, match=r": missing; params must be the tree of Decoder\(config\), variables\['params'\]$"
+    ):
+        eq.to_pre_rmsnorm(config, {"params": params})
+    for change, message in (
+        ({"run_0": params["run_0"] | {"feed_forward": {}}}, r"^run_0/feed_forward/\w+/kernel: missing"),
+        (
+            {"head": {"kernel": np.ones((32, 60), np.float32)}},
+            r"^head/kernel: has shape \(32, 60\), but .* \(32, 61\)$",
+        ),
+        (
+            {"head": {"kernel": np.ones((32, 61), np.float16)}},
+            r"^head/kernel: is float16, but the embedding is float32$",
+        ),
+        ({"stranger": np.ones(3, np.float32)}, r"^stranger: Decoder\(config\) has no such parameter$"),
+    ):
+        with pytest.raises(eq.LayoutError, match=message):
+            eq.to_pre_crmsnorm(config, params | change)
+    with pytest.raises(eq.LayoutError, match=r"^params: must be the tree of Decoder"):
+        eq.to_pre_rmsnorm(config, None)
+
+
+def test_norms_inside_heads_stay_what_they_are(small_config, random_params):
+    config, params = _model(small_config, random_params, MODELS["norms_in_heads"], "float32")
+    form, converted = eq.to_pre_crmsnorm(config, params)
+    assert form.attention_norm_kind == "layernorm"
+    for name in ("q_norm", "k_norm", "v_norm", "context_norm"):
+        for leaf in ("scale", "bias"):
+            before, after = params["run_0"]["attention"][name][leaf], converted["run_0"]["attention"][name][leaf]
+            np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox"])
+def test_gradients_with_respect_to_theta_are_equal(name, small_config, random_params, tokens):
+    with jax.enable_x64(True):
+        config, params = _model(small_config, random_params, MODELS[name])
+        direction = np.random.default_rng(3).standard_normal((2, 12, 61))
+
+        def loss(config, convert):
+            return lambda theta: (hn.Decoder(config).apply({"params": convert(theta)}, tokens) * direction).sum()
+
+        expected = jax.jit(jax.grad(loss(config, lambda theta: theta)))(params)
+        for form, pad_to in (("pre_rmsnorm", 1), ("pre_crmsnorm", 1), ("pre_crmsnorm", 16)):
+            conversion = eq.conversion_of(config, form, pad_to=pad_to)
+            found = jax.jit(jax.grad(loss(conversion.config, conversion.convert)))(params)
+            for (path, ours), theirs in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+                # A key's bias cancels in the softmax: its gradient is zero, and rounding in both; others are above 1.
+                size = max(np.linalg.norm(theirs), 1.0)
+                assert np.linalg.norm(ours - theirs) / size < 1e-11, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("pad_to", [1, 16])
+def test_decompression_is_the_way_back(pad_to, small_config, random_params, tokens):
+    with jax.enable_x64(True):
+        config, params = _model(small_config, random_params, GPT2_LIKE)
+        full, centred = eq.to_pre_rmsnorm(config, params)
+        layout = eq.decoder_layout(full)
+        stored = eq.compress(centred, layout, pad_to=pad_to)
+        back = eq.decompress(stored, layout, width=32)
+        assert jax.tree.map(jnp.shape, back) == jax.tree.map(jnp.shape, centred)
+        expected = _logits(config, params, tokens)
+        np.testing.assert_allclose(_logits(full, back, tokens), expected, rtol=0, atol=1e-11)
+        again = eq.compress(back, layout, pad_to=pad_to)
+        jax.tree.map(np.testing.assert_array_equal, again, stored)
+
+
+def test_dtypes_stay(small_config, random_params):
+    config, params = _model(small_config, random_params, GPT2_LIKE, "float32")
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    for convert in (eq.to_pre_rmsnorm, eq.to_pre_crmsnorm):
+        _, converted = convert(config, narrow)
+        assert {leaf.dtype for leaf in jax.tree.leaves(converted)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"scheme": "pre", "norm": "rmsnorm"}, r"model\.norm=rmsnorm: only LayerNorm"),
+        ({"scheme": "post", "norm": "layernorm"}, r"model\.scheme=post: a post norm at attention of layer 0"),
+        ({"scheme": "sandwich", "norm": "layernorm"}, r"model\.scheme=sandwich: a branch norm at attention of layer 0"),
+        ({"scheme": "mix_ln", "norm": "layernorm", "num_layers": 4}, r"model\.scheme=mix_ln: a post norm"),
+        ({"scheme": "qk_pre", "norm": "layernorm"}, r"attention of layer 0 reads the stream without a norm"),
+        ({"scheme": "pre", "norm": "layernorm", "embedding_norm": "true"}, r"a norm after the embedding"),
+        ({"scheme": "pre", "norm": "crmsnorm"}, r"model\.norm=crmsnorm"),
+    ],
+    ids=str,
+)
+def test_what_the_theorem_does_not_cover_is_refused_by_name(keys, message, small_config):
+    for convert in (eq.to_pre_rmsnorm, eq.to_pre_crmsnorm):
+        with pytest.raises(hn.ConfigError, match=message) as error:
+            convert(small_config(**keys), {})
+        assert "\n" not in str(error.value)
+
+
+def test_recentring_along_the_wrong_axis_is_caught_and_named(small_config, random_params, tokens, monkeypatch):
+    """The bug of the released JAX layer: the mean over the input axis of an (in, out) kernel."""
+    keys = {"scheme": "pre", "mlp_dim": 32}
+    config, params = _model(small_config, random_params, keys, "float32")
+    limits = tolerances(config)
+    assert_measured(1, jax.jit(lambda p: compare_forms(config, p, tokens))(params), limits)
+
+    def wrong(params, layout):
+        centred = transforms.recenter(params, layout)
+        kernel = jnp.asarray(params["run_0"]["feed_forward"]["down"]["kernel"])
+        centred["run_0"]["feed_forward"]["down"]["kernel"] = kernel - kernel.mean(1, keepdims=True)
+        return centred
+
+    monkeypatch.setattr(decoder_forms, "recenter", wrong)
+    measured = jax.jit(lambda p: compare_forms(config, p, tokens))(params)
+    with pytest.raises(InvariantError, match=r"step 7: run_0/feed_forward/down/kernel is not centred: "):
+        assert_measured(7, measured, limits)
+    # Each of the others sees it too.
+    for name in ("stream", "stored", "last", "norm"):
+        with pytest.raises(InvariantError, match=r"after block [123] \(0: the embedding\)"):
+            assert_measured(7, {name: measured[name]}, limits)
+    with pytest.raises(InvariantError, match=r"logits of pre_crmsnorm differ by [01]\.\d+, at most 0\.001"):
+        assert_measured(7, {"logits": measured["logits"]}, limits)
+
+
+def test_compressing_what_is_not_centred_is_caught(small_config, random_params, tokens, monkeypatch):
+    config, params = _model(small_config, random_params, {"scheme": "pre"}, "float32")
+    monkeypatch.setattr(decoder_forms, "recenter", lambda params, layout: params)
+    measured = compare_forms(config, params, tokens)
+    with pytest.raises(InvariantError, match=r"step 1: run_0/attention/out/kernel is not centred: "):
+        assert_measured(1, measured, tolerances(config))
+
+
+def test_nan_is_a_violation_of_the_block_it_is_in():
+    limits = tolerances(hn.ModelConfig())
+    with pytest.raises(InvariantError, match=r"step 3, after block 2 .*: the stream is not centred: .* is nan"):
+        assert_measured(3, {"stream": jnp.array([0.0, 0.0, jnp.nan, 1.0])}, limits)
+
+
+def test_nan_is_measured_as_nan_everywhere(small_config, random_params, tokens):
+    config, params = _model(small_config, random_params, {"scheme": "pre"}, "float32")
+    assert np.isnan(zero_mean_defect(jnp.array([np.nan, 1.0, 2.0])))
+    assert np.isnan(zero_mean_defect(jnp.array([1.0, 2.0, np.nan]), 3))
+    params["run_0"]["attention"]["out"]["kernel"][1, 0, 0, 0] = np.nan
+    measured = compare_forms(config, params, tokens)
+    with pytest.raises(InvariantError, match=r"step 1: run_0/attention/out/kernel is not centred: .* is nan"):
+        assert_measured(1, measured, tolerances(config))
+
+
+@pytest.mark.parametrize(("dtype", "param_dtype"), [("float64", "float32"), ("float32", "float64")])
+def test_no_false_alarm_where_dtypes_are_mixed(dtype, param_dtype, small_config, random_params, tokens):
+    with jax.enable_x64(True):
+        config = small_config(scheme="pre", norm="layernorm", dtype=dtype, param_dtype=param_dtype)
+        assert_measured(1, compare_forms(config, random_params(config), tokens), tolerances(config))
+
+
+def test_defects_of_a_bfloat16_model_stay_apart_from_bugs(small_config, random_params, tokens):
+    """What rounding leaves is within the limits, and the limits are well below a stream that is not centred."""
+    config = small_config(scheme="pre", norm="layernorm", dtype="bfloat16", num_layers=12)
+    params = random_params(config)
+    measured = compare_forms(config, params, tokens)
+    assert_measured(1, measured, tolerances(config))
+    assert tolerances(config)["trained"] <= 0.3
+    assert max(map(float, centring_defects(params, eq.decoder_layout(config)).values())) > 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda p: p.update(final_norm={"scale": jnp.ones(32)}), "final_norm/scale: is left unfolded"),
+        (lambda p: p["head"].pop("kernel"), "head/kernel: missing"),
+        (lambda p: p["head"].update(kernel=jnp.ones((31, 61))), "head/kernel"),
+        (lambda p: p["head"].update(kernel=jnp.ones((32, 61), jnp.bfloat16)), "head/kernel"),
+        (lambda p: p["head"].update(kernel=jnp.ones(32)), "head/kernel"),
+        (lambda p: p.update(stranger={"kernel": jnp.ones(3)}), "stranger/kernel: has no place"),
+    ],
+    ids=["unfolded", "missing", "width", "dtype", "rank", "left_over"],
+)
+def test_static_invariants_name_the_leaf(spoil, message, small_config, random_params):
+    config, params = _model(small_config, random_params, {"scheme": "pre"}, "float32")
+    form, converted = eq.to_pre_rmsnorm(config, params)
+    converted = jax.tree.map(lambda leaf: leaf, converted)
+    spoil(converted)
+    with pytest.raises(AssertionError, match=message):
+        jax.eval_shape(lambda p: assert_decoder_params(form, p), converted)
+
+
+def test_a_model_of_one_layer_and_a_foreign_scale(small_config, random_params, tokens):
+    """Means far larger than deviations: float32 keeps what LayerNorm's two passes keep."""
+    config, params = _model(small_config, random_params, {"scheme": "pre", "num_layers": 1}, "float32")
+    table = params["token_embedding"]["embedding"] + np.float32(1000)
+    params = params | {"token_embedding": {"embedding": table}}
+    form, converted = eq.to_pre_rmsnorm(config, params)
+    wide = dataclasses.replace(config, dtype="float64", param_dtype="float64")
+    with jax.enable_x64(True):
+        expected = _logits(wide, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params), tokens)
+    np.testing.assert_allclose(_logits(form, converted, tokens), expected, atol=2e-3)

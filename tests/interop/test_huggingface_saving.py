@@ -1,0 +1,148 @@
+"""What no Hugging Face architecture expresses is refused in one line, and nothing is left behind."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import hybridnorm_jax as hn
+from hybridnorm_jax.interop import huggingface
+from hybridnorm_jax.interop.architectures import ARCHITECTURES
+from hybridnorm_jax.interop.huggingface import load_huggingface, save_huggingface
+from hybridnorm_jax.interop.tensors import TABLES
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+SUPPORTED = f"supported: {', '.join(ARCHITECTURES)}"
+
+
+@pytest.fixture
+def refuses_to_save(tmp_path):
+    """Asserts that saving raises one line that matches, and leaves the directory as it was."""
+
+    def check(match, config, params, **keys):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(hn.UserError, match=match) as raised:
+            save_huggingface(tmp_path / "deep" / "out", config, params, **keys)
+        assert "\n" not in str(raised.value)
+        assert sorted(tmp_path.rglob("*")) == before
+
+    return check
+
+
+BIASED = {"norm": "layernorm", "norm_bias": True, "num_kv_heads": 4, "mlp_bias": True, "activation": "gelu"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "match"),
+    [
+        (
+            None,
+            {"scheme": "hybrid_star"},
+            "no Hugging Face architecture .*: llama cannot express model.scheme=hybrid_star",
+        ),
+        (None, {"scheme": "pre", "norm": "crmsnorm"}, "llama cannot express model.norm=crmsnorm"),
+        (None, {"scheme": "pre", "norm_bias": True}, "llama cannot express model.norm_bias=True"),
+        (None, {"scheme": "pre", "norm_scale": False}, "llama cannot express model.norm_scale=False"),
+        (None, {"scheme": "pre", "head_bias": True}, "llama cannot express model.head_bias=True"),
+        (None, {"scheme": "pre", "embedding_norm": "true"}, "llama cannot express model.embedding_norm=true"),
+        (None, {"scheme": "pre", "rotary_fraction": 0.5}, "llama cannot express model.rotary_fraction=0.5"),
+        (
+            None,
+            {"scheme": "pre_qk_pre", "attention_norm_bias": True},
+            "qwen3 cannot express model.attention_norm_bias=",
+        ),
+        (None, {"scheme": "reordered", "mlp_bias": True}, "olmo2 cannot express model.mlp_bias=True"),
+        (None, {"scheme": "pre", **BIASED, "norm_bias": False}, "gpt_neox cannot express model.norm_bias=False"),
+        ("llama", {"scheme": "reordered"}, "^llama cannot express model.scheme=reordered"),
+        ("qwen3", {"scheme": "pre"}, "^qwen3 cannot express model.scheme=pre$"),
+        (
+            "gpt2",
+            {"scheme": "pre"},
+            "^gpt2 cannot express model.num_kv_heads=2 or model.activation=swiglu or model.norm=",
+        ),
+        ("gpt_neox", {"scheme": "pre", **BIASED, "head_dim": 16}, "^gpt_neox cannot express model.head_dim=16$"),
+        ("bert", {"scheme": "pre"}, f"architecture=bert is not supported; {SUPPORTED}"),
+    ],
+)
+def test_what_no_architecture_expresses_is_not_saved(
+    refuses_to_save, small_config, random_params, architecture, keys, match
+):
+    config = small_config(**keys)
+    refuses_to_save(match, config, random_params(config), architecture=architecture)
+
+
+def _without(tree, *path):
+    return {
+        key: _without(value, *path[1:]) if len(path) > 1 and key == path[0] else value
+        for key, value in tree.items()
+        if path != (key,)
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda p: _without(p, "run_0", "attention", "key"), "run_0/attention/key/kernel: not among the parameters"),
+        (lambda p: p | {"extra": np.ones(3)}, "extra: among the parameters, but a model of this config does not have"),
+        (lambda p: p | {"final_norm": {"scale": np.ones(31, np.float32)}}, r"final_norm/scale: shape \(31,\), but"),
+        (
+            lambda p: p | {"final_norm": {"scale": np.ones(32, np.int32)}},
+            "final_norm/scale: dtype int32, but model.par",
+        ),
+        (
+            lambda p: p | {"final_norm": {"scale": np.full(32, np.nan, np.float32)}},
+            "final_norm/scale: holds NaN or Inf",
+        ),
+        (lambda p: list(p), "params: must be the parameter tree of the model, not list"),
+    ],
+)
+def test_parameters_that_are_not_the_models_are_not_saved(refuses_to_save, change, match):
+    config, params = load_huggingface(GOLDENS / "hf_llama")
+    refuses_to_save(match, config, change(params))
+
+
+@pytest.mark.parametrize(
+    ("keys", "match"),
+    [
+        ({"extra": {"hidden_size": 64}}, "extra: hidden_size=64, but the model has hidden_size=32"),
+        ({"extra": {"wings": 2}}, "extra: wings=2 is not known for llama"),
+        ({"extra": {"sliding_window": 2}}, "extra: sliding_window=2 is not implemented for llama"),
+        ({"extra": {"rope_parameters": {"rope_theta": 3.0}}}, "extra: rope_theta=3.0, but elsewhere"),
+        ({"extra": {"bos_token_id": object()}}, "extra: cannot be written as JSON"),
+        ({"max_shard_bytes": 0}, "max_shard_bytes=0: must be at least 1"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(refuses_to_save, keys, match):
+    refuses_to_save(match, *load_huggingface(GOLDENS / "hf_llama"), **keys)
+
+
+def test_a_directory_that_holds_something_is_not_written_to(tmp_path, refuses_to_save):
+    (tmp_path / "deep" / "out").mkdir(parents=True)
+    (tmp_path / "deep" / "out" / "notes").write_text("mine")
+    refuses_to_save("out: exists already; name a new directory", *load_huggingface(GOLDENS / "hf_llama"))
+    shutil.rmtree(tmp_path / "deep" / "out")
+    (tmp_path / "deep" / "out").write_text("a file")
+    refuses_to_save("out: exists already; name a new directory", *load_huggingface(GOLDENS / "hf_llama"))
+
+
+def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
+    written = []
+
+    def full_disk(tensors, file, **keys):
+        if written:
+            raise OSError(28, "No space left on device")
+        save_file(tensors, file, **keys)
+        written.append(file)
+
+    monkeypatch.setattr(huggingface, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_huggingface(tmp_path / "out", *load_huggingface(GOLDENS / "hf_llama"), max_shard_bytes=50_000)
+    assert len(written) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_without_a_leaf_of_the_model_is_found_out(small_config):
+    with pytest.raises(hn.UserError, match=r"run_0/attention/.*_norm/scale: this architecture has no tensor for"):
+        list(TABLES["llama"].places(small_config(scheme="pre_qk_pre")))

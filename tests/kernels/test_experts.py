@@ -1,0 +1,398 @@
+"""The experts are what their formula says, whoever computes them; a dispatch that cannot do what is asked says so."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, PartitionSpec
+
+from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.kernels import blocked_experts as expert_blocks
+from hybridnorm_jax.kernels import experts as expert_dispatch
+from hybridnorm_jax.kernels.experts import apply_experts, apply_grouped_experts, resolve_dispatch
+
+EMBED, MLP = 12, 20
+SORTED = ("blocked", "ragged")
+
+
+def draw(tokens, experts, k, dtype=np.float64, seed=0):
+    """(x, gate, up, down, weights), of size about 1 in every product."""
+    rng = np.random.default_rng(seed)
+    shapes = (tokens, EMBED), (experts, EMBED, MLP), (experts, EMBED, MLP), (experts, MLP, EMBED), (tokens, k)
+    return tuple(jnp.asarray(rng.standard_normal(shape) * shape[-1] ** -0.25, dtype) for shape in shapes)
+
+
+def choose(tokens, experts, k, seed=0, scores=0.0):
+    """Distinct expert ids for each token; those with high scores more often."""
+    noise = np.random.default_rng(seed).random((tokens, experts))
+    return jnp.asarray(np.argsort(-(noise + scores), axis=1)[:, :k])
+
+
+def value_and_gradients(function, *inputs):
+    """The value and the gradients of all inputs, for a fixed random cotangent."""
+    d_out = jnp.asarray(np.random.default_rng(9).standard_normal(inputs[0].shape), inputs[0].dtype)
+
+    @jax.jit
+    def both(*inputs):
+        value, pull = jax.vjp(function, *inputs)
+        return value, *pull(d_out)
+
+    return both(*inputs)
+
+
+def by_dispatch(dispatch, chosen):
+    return lambda *inputs: apply_experts(*inputs, chosen, dispatch=dispatch)
+
+
+def assert_equal_to(expected, got, tolerance):
+    for reference, array in zip(expected, got, strict=True):
+        array, reference = np.asarray(array, np.float64), np.asarray(reference, np.float64)
+        np.testing.assert_allclose(array, reference, rtol=0, atol=tolerance * max(1, np.abs(reference).max(initial=0)))
+
+
+@pytest.fixture
+def gmm_interpreted(monkeypatch):
+    monkeypatch.setattr(expert_dispatch, "gmm", functools.partial(expert_dispatch.gmm, interpret=True))
+
+
+def test_dense_is_the_formula():
+    with jax.enable_x64(True):
+        inputs, chosen = draw(9, 5, 3), choose(9, 5, 3)
+        got = apply_experts(*inputs, chosen, dispatch="dense")
+    x, gate, up, down, weights = (np.asarray(array) for array in inputs)
+    for token, row in enumerate(x):
+        expected = 0
+        for weight, expert in zip(weights[token], np.asarray(chosen)[token], strict=True):
+            gated = row @ gate[expert]
+            expected += weight * (gated / (1 + np.exp(-gated)) * (row @ up[expert])) @ down[expert]
+        np.testing.assert_allclose(got[token], expected, rtol=1e-12, atol=1e-12)
+
+
+ROUTINGS = {
+    "balanced": (np.arange(32).reshape(16, 2) % 8, 8),
+    "all to one": (np.full((300, 1), 2), 4),
+    "all to one pair": (np.tile([3, 0], (70, 1)), 4),
+    "empty experts": (np.asarray(choose(40, 3, 2)) * 2 + 1, 7),
+    "unaligned groups": (np.repeat(np.arange(4), [1, 130, 17, 51])[:, None], 4),
+    "every expert": (choose(10, 4, 4), 4),
+    "one expert": (np.zeros((5, 1), int), 1),
+    "one token": (np.array([[5, 1, 6]]), 8),
+    "one token, k=1": (np.array([[2]]), 3),
+}
+
+
+@pytest.mark.parametrize("dispatch", SORTED)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_sorted_dispatches_equal_dense_in_value_and_gradient(dispatch, routing):
+    with jax.enable_x64(True):
+        chosen, experts = ROUTINGS[routing]
+        inputs, chosen = draw(len(chosen), experts, chosen.shape[1]), jnp.asarray(chosen)
+        expected = value_and_gradients(by_dispatch("dense", chosen), *inputs)
+        got = value_and_gradients(by_dispatch(dispatch, chosen), *inputs)
+    assert all(np.abs(array).max() > 0 for array in expected)
+    assert_equal_to(expected, got, 1e-10)
+
+
+# float32: some rounding errors of 6e-8 in sums of at most 300 terms. bfloat16: as many of 4e-3, which the gate, the up
+# product, the hidden layer and every row of the result are rounded by.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize("dispatch", ["dense", "gmm", *SORTED])
+def test_narrow_dtypes_stay_within_their_rounding(gmm_interpreted, dispatch, dtype, tolerance):
+    with jax.enable_x64(True):
+        rounded, chosen = draw(70, 6, 2, dtype), choose(70, 6, 2, scores=np.array([0, 0, 2, 0.3, -2, 0.1]))
+        wide = (array.astype(np.float64) for array in rounded)
+        expected = value_and_gradients(by_dispatch("dense", chosen), *wide)
+    got = value_and_gradients(by_dispatch(dispatch, chosen.astype(np.int32)), *rounded)
+    assert {array.dtype for array in got} == {jnp.dtype(dtype)}
+    assert_equal_to(expected, got, tolerance)
+
+
+@pytest.mark.parametrize("dispatch", ["dense", "gmm", *SORTED])
+def test_weights_keep_their_own_dtype(gmm_interpreted, dispatch):
+    *inputs, weights = draw(6, 3, 2, jnp.bfloat16)
+    got = value_and_gradients(by_dispatch(dispatch, choose(6, 3, 2)), *inputs, weights.astype(jnp.float32))
+    assert [array.dtype.name for array in got] == ["bfloat16"] * 5 + ["float32"]
+
+
+@functools.cache
+def compiled(dispatch, block, tokens, experts, k):
+    def both(inputs, chosen, d_out):
+        value, pull = jax.vjp(by_dispatch(dispatch, chosen), *inputs)
+        return value, *pull(d_out)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expert_blocks, "block_size", lambda rows, experts: block)
+        shapes = jax.eval_shape(lambda: (draw(tokens, experts, k), choose(tokens, experts, k)))
+        return jax.jit(both).lower(*shapes, shapes[0][0]).compile()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    shape=st.sampled_from([(1, 3, 3), (13, 3, 1), (13, 8, 2)]),
+    block=st.sampled_from([1, 4, 32]),
+    scores=st.lists(st.floats(-2, 2), min_size=8, max_size=8),
+    seed=st.integers(0, 1000),
+)
+def test_blocked_equals_dense_for_any_routing_and_block(shape, block, scores, seed):
+    tokens, experts, _ = shape
+    with jax.enable_x64(True):
+        inputs, chosen = draw(*shape, seed=seed), choose(*shape, seed, np.array(scores[:experts]))
+        d_out = jnp.asarray(np.random.default_rng(seed).standard_normal((tokens, EMBED)))
+        expected = compiled("dense", 0, *shape)(inputs, chosen, d_out)
+        got = compiled("blocked", block, *shape)(inputs, chosen, d_out)
+    assert_equal_to(expected, got, 1e-10)
+
+
+@pytest.mark.parametrize("dispatch", ["dense", *SORTED])
+def test_layers_under_scan_with_checkpoint(dispatch):
+    with jax.enable_x64(True):
+        layers = [(draw(11, 4, 2, seed=layer), choose(11, 4, 2, seed=layer)) for layer in range(3)]
+        x = layers[0][0][0]
+        stacked = [jnp.stack(leaves) for leaves in zip(*(inputs[1:] for inputs, _ in layers), strict=True)]
+        choices = jnp.stack([chosen for _, chosen in layers])
+
+        def unrolled(x, *stacked):
+            for layer, chosen in enumerate(choices):
+                x = x + apply_experts(x, *(leaf[layer] for leaf in stacked), chosen, dispatch="dense")
+            return x
+
+        def scanned(x, *stacked):
+            @jax.checkpoint
+            def body(x, layer):
+                return x + apply_experts(x, *layer[0], layer[1], dispatch=dispatch), None
+
+            return jax.lax.scan(body, x, (stacked, choices))[0]
+
+        expected, got = (value_and_gradients(function, x, *stacked) for function in (unrolled, scanned))
+    assert_equal_to(expected, got, 1e-10)
+
+
+def draw_grouped(sizes, rows, dtype=np.float64):
+    x, gate, up, down, weights = draw(rows, len(sizes), 1, dtype)
+    return (x, gate, up, down, weights[:, 0]), jnp.asarray(sizes, jnp.int32)
+
+
+def grouped(dispatch, sizes):
+    def function(rows, gate, up, down, row_weights):
+        return apply_grouped_experts(rows, row_weights, sizes, gate, up, down, dispatch=dispatch)
+
+    return function
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 9, 1), (0, 0, 0, 0), (0, 20, 0, 0), (5, 5, 5, 5), (0, 0, 0, 17)])
+@pytest.mark.parametrize("dispatch", ["dense", "gmm", *SORTED])
+def test_rows_past_the_last_group_are_zero_whatever_they_hold(gmm_interpreted, dispatch, sizes):
+    dtype, tolerance = (np.float32, 2e-6) if dispatch == "gmm" else (np.float64, 1e-10)
+    used = sum(sizes)
+    with jax.enable_x64(dtype is np.float64):
+        (rows, *kernels, row_weights), sizes = draw_grouped(sizes, 20, dtype)
+        d_out = jnp.asarray(np.random.default_rng(1).standard_normal(rows.shape), dtype)
+
+        def both(dispatch, rows, row_weights, d_out, chosen=None):
+            value, pull = jax.vjp(grouped(dispatch, sizes), rows, *kernels, row_weights)
+            return value, *pull(d_out)
+
+        poisoned = (array.at[used:].set(jnp.nan) for array in (rows, row_weights, d_out))
+        value, d_rows, *d_kernels, d_weights = jax.jit(functools.partial(both, dispatch))(*poisoned)
+        chosen = jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=used)[:, None]
+        expected = [jnp.zeros_like(array) for array in (rows[:0], rows[:0], *kernels, row_weights[:0])]
+        if used:
+            inputs = rows[:used], *kernels, row_weights[:used, None]
+            value_used, pull = jax.vjp(by_dispatch("dense", chosen), *inputs)
+            *gradients, d_weights_used = pull(d_out[:used])
+            expected = value_used, *gradients, d_weights_used[:, 0]
+    for array in (value, d_rows, d_weights):
+        assert not np.asarray(array[used:]).any()  # NaN would be true
+    assert_equal_to(expected, (value[:used], d_rows[:used], *d_kernels, d_weights[:used]), tolerance)
+
+
+def test_a_product_that_reads_and_leaves_nan_past_the_last_group_does_no_harm(monkeypatch):
+    def careless(rows, kernels, sizes):
+        expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
+        product = jnp.einsum("rd,edm,re->rm", rows, kernels, jax.nn.one_hot(expert, len(sizes)))
+        return jnp.where((expert < len(sizes))[:, None], product, jnp.nan)
+
+    by_products = functools.partial(expert_dispatch._by_products, careless)
+    monkeypatch.setitem(expert_dispatch._GROUPED, "ragged", by_products)
+    inputs, sizes = draw_grouped((3, 0, 9, 1), 20, np.float32)
+    expected, got = (value_and_gradients(grouped(dispatch, sizes), *inputs) for dispatch in ("blocked", "ragged"))
+    assert_equal_to(expected, got, 2e-6)
+
+
+def test_nan_in_one_experts_rows_stays_out_of_the_other_experts_kernels():
+    (rows, *kernels, row_weights), sizes = draw_grouped((5, 4, 5), 16, np.float32)
+    rows = rows.at[6].set(jnp.nan)
+    clean = value_and_gradients(grouped("blocked", sizes), rows.at[6].set(0), *kernels, row_weights)
+    got = value_and_gradients(grouped("blocked", sizes), rows, *kernels, row_weights)
+    for name, array, reference in zip(("gate", "up", "down"), got[2:5], clean[2:5], strict=True):
+        assert np.isnan(array[1]).any(), name
+        np.testing.assert_array_equal(array[::2], reference[::2])
+
+
+@pytest.mark.parametrize("dispatch", ["dense", *SORTED])
+def test_shards_of_the_experts_add_up_to_all_of_them(dispatch):
+    mesh = jax.make_mesh((2, 4), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
+    tokens, experts = PartitionSpec("data"), PartitionSpec("expert")
+
+    def local(x, gate, up, down, weights, chosen):
+        order, slots, sizes = expert_dispatch.sort_by_expert(chosen, 8)
+        rows, row_weights = expert_dispatch.spread(x, order, slots), weights.reshape(-1)[order]
+        first = 2 * jax.lax.axis_index("expert")
+        start, sizes = (jnp.cumsum(sizes) - sizes)[first], jax.lax.dynamic_slice_in_dim(sizes, first, 2)
+        # The local experts' rows moved to the front of a buffer that could hold all rows.
+        rows, row_weights = jnp.roll(rows, -start, 0), jnp.roll(row_weights, -start)
+        outputs = apply_grouped_experts(rows, row_weights, sizes, gate, up, down, dispatch=dispatch)
+        return jax.lax.psum(expert_dispatch.collect(jnp.roll(outputs, start, 0), order, slots), "expert")
+
+    with jax.enable_x64(True), jax.set_mesh(mesh):
+        inputs, chosen = draw(32, 8, 2), choose(32, 8, 2, scores=np.array([0, 0, 2, 0, 0, 0, -2, -2]))
+        specs = (tokens, experts, experts, experts, tokens, tokens)
+        sharded = jax.shard_map(local, in_specs=specs, out_specs=tokens, check_vma=False)
+        expected = value_and_gradients(by_dispatch("dense", chosen), *inputs)
+        got = value_and_gradients(lambda *inputs: sharded(*inputs, chosen), *inputs)
+    assert_equal_to(expected, got, 1e-10)
+
+
+def test_memory_of_blocked_does_not_grow_with_the_number_of_experts():
+    tokens, k = 256, 2
+
+    def temporaries(dispatch, experts):
+        inputs, chosen = draw(tokens, experts, k, np.float32), choose(tokens, experts, k)
+        both = jax.jit(lambda chosen, *inputs: jax.vjp(by_dispatch(dispatch, chosen), *inputs)[1](inputs[0]))
+        return both.lower(chosen, *inputs).compile().memory_analysis().temp_size_in_bytes
+
+    hidden_layers = tokens * (64 - 4) * MLP * 4
+    assert temporaries("dense", 64) - temporaries("dense", 4) > hidden_layers
+    assert temporaries("blocked", 64) - temporaries("blocked", 4) < hidden_layers / 20
+
+
+def test_only_experts_with_rows_are_visited_each_once():
+    sizes = jnp.array([0, 5, 0, 17, 0, 8], jnp.int32)
+
+    def note(expert, start, size, carry):
+        place, visits = carry
+        return place + 1, visits.at[place].set(jnp.stack([expert, start, size]))
+
+    places, visits = expert_blocks.for_each_group(sizes, note, (0, jnp.zeros((6, 3), jnp.int32)))
+    assert places == 3
+    np.testing.assert_array_equal(visits[:3], [[1, 0, 5], [3, 5, 17], [5, 22, 8]])
+
+
+@pytest.mark.parametrize(("rows", "experts", "expected"), [(1, 1, 8), (100, 8, 16), (128, 8, 16), (10**6, 8, 128)])
+def test_blocks_are_no_longer_than_the_mean_group_needs(rows, experts, expected):
+    assert expert_blocks.block_size(rows, experts) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "dtype", "expected"),
+    [
+        ("auto", "cpu", jnp.float32, "blocked"),
+        ("auto", "gpu", jnp.bfloat16, "blocked"),
+        ("auto", "tpu", jnp.bfloat16, "gmm"),
+        ("auto", "tpu", jnp.float64, "blocked"),
+        ("ragged", "cpu", jnp.float64, "ragged"),
+        ("dense", None, jnp.float64, "dense"),
+        ("gmm", None, jnp.bfloat16, "gmm"),
+    ],
+)
+def test_resolving(name, platform, dtype, expected):
+    assert resolve_dispatch(name, platform=platform, dtype=dtype) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "dtype", "part"),
+    [
+        ("gmm", "cpu", jnp.float32, "needs platform tpu, this is cpu"),
+        ("gmm", "tpu", jnp.float16, "not float16"),
+        ("block", "cpu", jnp.float32, "did you mean 'blocked'"),
+        ("all_to_all", "cpu", jnp.float32, "not known"),
+    ],
+)
+def test_refusals_are_one_line_with_the_key(name, platform, dtype, part):
+    with pytest.raises(ConfigError) as error:
+        resolve_dispatch(name, platform=platform, dtype=dtype)
+    message = str(error.value)
+    assert part in message
+    assert message.startswith(f"{expert_dispatch.KEY}={name}: ")
+    assert "\n" not in message
+
+
+def test_experts_refuse_what_the_named_dispatch_cannot_do():
+    with jax.enable_x64(True), pytest.raises(ConfigError, match="not float64"):
+        apply_experts(*draw(4, 3, 1), choose(4, 3, 1), dispatch="gmm")
+
+
+@pytest.mark.parametrize(
+    ("position", "shape", "message"),
+    [
+        (0, (5, EMBED, 1), "x: shape"),
+        (0, (5, EMBED + 1), "gate: shape"),
+        (1, (3, EMBED), "gate: shape"),
+        (2, (4, EMBED, MLP), "up: shape"),
+        (3, (3, EMBED, MLP), "down: shape"),
+        (4, (5, 1), "weights: shape"),
+        (5, (5,), "chosen: shape"),
+        (5, (4, 2), "chosen: shape"),
+    ],
+)
+def test_wrong_shapes_name_the_argument(position, shape, message):
+    arguments = [*draw(5, 3, 2, np.float32), choose(5, 3, 2)]
+    arguments[position] = jnp.zeros(shape, arguments[position].dtype)
+    with pytest.raises(ValueError, match=message):
+        apply_experts(*arguments, dispatch="dense")
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_more_choices_than_experts_or_none(k):
+    with pytest.raises(ValueError, match=f"chosen: k={k} must be between 1 and the number of experts, 3"):
+        apply_experts(*draw(5, 3, 1, np.float32)[:4], jnp.ones((5, k)), jnp.zeros((5, k), int), dispatch="blocked")
+
+
+def test_kernels_of_another_dtype_are_refused():
+    x, gate, up, down, weights = draw(5, 3, 2, np.float32)
+    with pytest.raises(ValueError, match="up: dtype bfloat16 must be that of x, float32"):
+        apply_experts(x, gate, up.astype(jnp.bfloat16), down, weights, choose(5, 3, 2), dispatch="dense")
+
+
+@pytest.mark.parametrize(("argument", "shape"), [("rows", (4,)), ("row_weights", (3,)), ("sizes", (2,))])
+def test_wrong_shapes_of_grouped_rows_name_the_argument(argument, shape):
+    (rows, gate, up, down, row_weights), sizes = draw_grouped((1, 1, 2), 4, np.float32)
+    arguments = {"rows": rows, "row_weights": row_weights, "sizes": sizes}
+    arguments[argument] = jnp.zeros(shape, arguments[argument].dtype)
+    with pytest.raises(ValueError, match=f"{argument}: shape"):
+        apply_grouped_experts(**arguments, gate=gate, up=up, down=down, dispatch="blocked")
+
+
+# ---- The TPU compiler works without a TPU.
+
+
+@pytest.fixture(scope="module")
+def tpu_device():
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+        environment.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # other tests may be compiling too
+        yield topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(("tokens", "embed", "mlp", "experts", "k"), [(2048, 2048, 1024, 8, 8), (100, 96, 160, 4, 2)])
+@pytest.mark.parametrize(("dispatch", "kernels"), [("gmm", 9), ("blocked", 0)])
+def test_gradient_compiles_for_tpu(tpu_device, dispatch, kernels, tokens, embed, mlp, experts, k, dtype):
+    place = jax.sharding.SingleDeviceSharding(tpu_device)
+    shapes = (tokens, embed), (experts, embed, mlp), (experts, embed, mlp), (experts, mlp, embed), (tokens, k)
+    inputs = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape in shapes]
+    chosen = jax.ShapeDtypeStruct((tokens, k), jnp.int32, sharding=place)
+
+    def both(inputs, chosen, d_out):
+        value, pull = jax.vjp(by_dispatch(dispatch, chosen), *inputs)
+        return value, *pull(d_out)
+
+    compiled = jax.jit(both).lower(inputs, chosen, inputs[0]).compile()
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == kernels

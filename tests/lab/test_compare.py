@@ -1,0 +1,246 @@
+"""A comparison trains what has no result yet, on one data order, and takes a divergence for a result."""
+
+import json
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from etils import epath
+
+from hybridnorm_jax.commands import lab as lab
+from hybridnorm_jax.commands.main import main
+from hybridnorm_jax.evaluation.perplexity import Score
+from hybridnorm_jax.lab import compare
+from hybridnorm_jax.lab.divergence import rising_since
+from hybridnorm_jax.training.program import Program
+
+SMALL = [
+    *("model.d_model=16", "model.num_heads=2", "model.mlp_dim=16", "model.num_layers=1", "model.vocab_size=61"),
+    *("train.steps=6", "train.batch_size=8", "train.seq_len=8", "train.log_every=2", "train.max_bad_steps=2"),
+    *("train.watch_every=null", "checkpoint.every=3", "eval.every=100", "eval.batches=1", "optimizer.warmup_steps=0"),
+]
+
+
+@pytest.fixture
+def words(tmp_path):
+    """Two schemes and two seeds over random tokens."""
+    for name in ("tokens", "held"):
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).integers(0, 61, 2000).astype(np.uint16))
+    data = [f"data.files=[{tmp_path}/tokens.npy]", f"data.validation.held=[{tmp_path}/held.npy]"]
+    run = [f"run.dir={tmp_path}", "run.name=lab", "data.source=tokens", "data.validation_fraction=0"]
+    return ["schemes=[pre,post]", "seeds=[0,1]", "learning_rates=[1.0e-3]", *SMALL, *data, *run]
+
+
+class _KilledError(Exception):
+    """Stands for SIGKILL."""
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Every step's (scheme, seed, step, tokens); NaN in post's batches of seed 0 from step 3 on; set `kill`."""
+    steps, original = [], Program.train_step
+    plan = {"kill": None}
+
+    def step(self, state, batch):
+        scheme, seed = self.config.model.scheme, self.config.train.seed
+        at = (scheme, seed, int(state.step) + 1)
+        if at == plan["kill"]:
+            raise _KilledError
+        steps.append((*at, batch["tokens"].copy()))
+        if at[:2] == ("post", 0) and at[2] >= 3:
+            batch = batch | {"weights": batch["weights"] * np.float32(np.nan)}
+        return original(self, state, batch)
+
+    monkeypatch.setattr(Program, "train_step", step)
+    # What clears JAX's caches would take away what other tests compiled.
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)
+    return steps, plan
+
+
+def _results(tmp_path):
+    return {file.parent.name: json.loads(file.read_text()) for file in tmp_path.glob("lab/*/result.json")}
+
+
+def test_a_comparison_goes_on_after_a_divergence_and_after_a_kill(words, trained, tmp_path, capsys):
+    steps, plan = trained
+    plan["kill"] = ("post", 1, 5)  # post, seed 0 has diverged by then
+    with pytest.raises(_KilledError):
+        main(["lab", "compare", *words])
+    results = _results(tmp_path)
+    assert set(results) == {"pre-lr0.001-seed0", "pre-lr0.001-seed1", "post-lr0.001-seed0"}
+    diverged = results["post-lr0.001-seed0"]
+    assert (diverged["status"], diverged["step"], diverged["diverged_at"]) == ("diverged", 4, 4)
+    assert diverged["scores"] == {}
+    assert diverged["train_tokens"] == results["pre-lr0.001-seed0"]["train_tokens"] == 2000
+    assert results["pre-lr0.001-seed0"]["status"] == "finished"
+    assert results["pre-lr0.001-seed0"]["tokens"] == 6 * 64
+
+    # The same data in the same order, whatever the scheme and the seed.
+    orders = {}
+    for scheme, seed, step, tokens in steps:
+        orders.setdefault((scheme, seed), {})[step] = tokens
+    for order in orders.values():
+        for step, tokens in order.items():
+            np.testing.assert_array_equal(tokens, orders["pre", 0][step])
+
+    steps.clear()
+    plan["kill"] = None
+    capsys.readouterr()
+    assert main(["lab", "compare", *words]) == 0
+    assert [at[:3] for at in steps] == [("post", 1, 4), ("post", 1, 5), ("post", 1, 6)]
+    last = _results(tmp_path)["post-lr0.001-seed1"]
+    assert (last["status"], last["resumed_from"]) == ("finished", 3)
+    told = capsys.readouterr().out
+    assert "diverged 4" in told
+    assert told.count("finished before") == 2
+    assert f"lab report {tmp_path}/lab" in told
+    asked = json.loads((tmp_path / "lab/comparison.json").read_text())
+    assert asked["schemes"] == ["pre", "post"]
+    assert asked["learning_rates"] == [1e-3]
+    assert len(asked["commands"]) == 1
+
+    steps.clear()
+    assert main(["lab", "compare", *words, "--only=0"]) == 0
+    assert steps == []
+    capsys.readouterr()
+    assert main(["lab", "compare", *words, "model.mlp_dim=32"]) == 2
+    assert "holds another run (model.mlp_dim: saved 16, asked 32)" in capsys.readouterr().err
+
+
+def test_a_result_of_another_configuration_is_refused_and_left(words, trained, tmp_path, capsys):
+    one = [word for word in words if not word.startswith(("schemes=", "seeds="))] + ["schemes=[pre]", "seeds=[0]"]
+    assert main(["lab", "compare", *one]) == 0
+    run = tmp_path / "lab/pre-lr0.001-seed0"
+    shutil.rmtree(run / "checkpoints")  # as after a divergence before the first save
+    saved = (run / "config.yaml").read_text()
+    for word, named in (
+        ("model.mlp_dim=32", "model.mlp_dim: saved 16, asked 32"),
+        ("eval.batches=2", "eval.batches (1"),
+    ):
+        assert main(["lab", "compare", *one, word]) == 2
+        assert named in capsys.readouterr().err
+        assert (run / "config.yaml").read_text() == saved
+    (run / "result.json").write_text("{}")
+    assert main(["lab", "compare", *one]) == 2
+    assert "result.json: status: must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("losses", [[5.0, 4.0, 3.0, 2.0, 2.0, 2.0], [5.0, 4.0, 2.0, 3.0, 4.0, 5.0]])
+def test_a_finite_run_may_have_diverged(losses, words, tmp_path, monkeypatch, capsys):
+    """Training is replaced: metrics.jsonl says what became of it."""
+
+    def train(config, began):
+        lines = [json.dumps({"step": 6, "train/losses": losses})]
+        (tmp_path / f"lab/{config.run.name}/metrics.jsonl").write_text("\n".join(lines))
+        return {"held": Score(float("nan") if config.train.seed else losses[-1], 1.0, None, 8)}
+
+    monkeypatch.setattr(compare, "train", train)
+    assert main(["lab", "compare", *words]) == 0
+    results = _results(tmp_path)
+    assert results["pre-lr0.001-seed1"]["status"] == "diverged"  # a final loss that is not finite
+    rises = losses[-1] > losses[2]
+    expected = ("diverged", 3) if rises else ("finished", None)
+    assert (results["pre-lr0.001-seed0"]["status"], results["pre-lr0.001-seed0"]["diverged_at"]) == expected
+    assert "diverged" in capsys.readouterr().out
+
+
+def test_jobs_that_write_at_once_do_not_disturb_each_other(tmp_path):
+    file = epath.Path(tmp_path) / "comparison.json"
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: [compare._write(file, {"a": 1}) for _ in range(30)], range(4)))
+    assert [path.name for path in tmp_path.iterdir()] == ["comparison.json"]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("schemes=[pre,hybird]", "schemes=hybird: not known; did you mean 'hybrid'?"),
+        ("seeds=[-1]", "train.seed=-1: must be in"),
+        ("seeds=[0,0]", "seeds=[0, 0]: one of them is named twice"),
+        ("learning_rates=[0.0]", "optimizer.learning_rate=0.0: must be positive"),
+        ("learning_rates=0.1", "learning_rates=0.1: expected a list of numbers"),
+        ("model.scheme=pre", "model.scheme=pre: schemes=[...] sets it here"),
+        ("optimizer.learning_rate=0.1", "learning_rates=[...] sets it here"),
+        ("--only=4", "--only=4: must be in [0, 4), there are 4 combinations"),
+        ("--only=x", "--only=x: must be the number of a combination"),
+        ("--emit-jobs=pbs", "--emit-jobs=pbs: not known; known: jobset, slurm"),
+        ("--emit-jobs=jobset", "pods share no disk; a JobSet needs run.dir=gs://..."),
+        ("train.equivalent_form=pre_rmsnorm", "train.equivalent_form=pre_rmsnorm: model.norm=rmsnorm"),
+    ],
+)
+def test_wrong_words_end_before_anything_is_trained(word, message, words, trained, capsys):
+    assert main(["lab", "compare", *words, word]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert trained[0] == []
+
+
+def test_no_such_command(capsys):
+    assert main(["lab", "comapre"]) == 2
+    assert "comapre: no such command; did you mean 'compare'?" in capsys.readouterr().err
+
+
+def test_a_slurm_array_trains_each_combination_by_its_number(words, tmp_path, capsys):
+    assert main(["lab", "compare", *words, "--emit-jobs=slurm"]) == 0
+    file = tmp_path / "lab/jobs.sbatch"
+    assert f"Next: sbatch {file}" in capsys.readouterr().out
+    text = file.read_text()
+    assert "#SBATCH --array=0-3\n" in text
+    assert subprocess.run(["bash", "-n", file], check=False).returncode == 0
+    # The script itself, with programs of ours in the place of SLURM's and Python.
+    bin_dir = tmp_path / "bin"
+    bin_dir.mkdir()
+    for name, body in {
+        "srun": '"$@"; exit $?',
+        "python": f'printf "%s\\n" "$@" > {tmp_path}/asked; exit 75',
+        "scontrol": f'echo "$@" > {tmp_path}/requeued',
+    }.items():
+        (bin_dir / name).write_text(f"#!/bin/bash\n{body}\n")
+        (bin_dir / name).chmod(0o755)
+    slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "71"}
+    environment = {"PATH": f"{bin_dir}:/usr/bin:/bin", "PYTHON": str(bin_dir / "python"), **slurm}
+    assert subprocess.run(["bash", file], env=environment, check=False).returncode == 75
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked[:4] == ["-m", "hybridnorm_jax", "lab", "compare"]
+    assert asked[4:] == [*words, "distributed.initialize=false", "--only=3"]
+    assert (tmp_path / "requeued").read_text() == "requeue 71_3\n"
+
+
+def test_a_jobset_has_a_pod_for_each_combination(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["lab", "compare", *words, "run.dir=gs://bucket/runs", "--emit-jobs=jobset"]) == 0
+    (job,) = yaml.safe_load((tmp_path / "jobs.yaml").read_text())["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    assert (spec["completions"], spec["parallelism"], spec["completionMode"]) == (4, 4, "Indexed")
+    (script,) = spec["template"]["spec"]["containers"][0]["args"]
+    assert "'schemes=[pre,post]'" in script
+    assert '--only="$JOB_COMPLETION_INDEX"' in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+def test_a_run_whose_loss_rises_for_good_has_diverged():
+    falling = [(step, 5 - step / 50) for step in range(1, 101)]
+    assert rising_since(falling) is None
+    spike = [(step, loss + 3 * (step in range(40, 45))) for step, loss in falling]
+    assert rising_since(spike) is None
+    risen = [(step, loss if step <= 60 else 4.5) for step, loss in falling]
+    assert rising_since(risen) == 60
+    slightly = [(step, loss if step <= 60 else 4.2) for step, loss in falling]  # 0.3 above the mean of steps 51 to 60
+    assert rising_since(slightly) is None
+    assert rising_since([*risen, (101, float("nan"))]) == 60
+    assert rising_since([(1, 5.0)]) is None
+    assert rising_since([*falling[:-1], (100, 12.0)]) is None  # one spike at the end
+
+
+def test_the_default_is_the_configurations_learning_rate(words):
+    asked = compare.comparison([word for word in words if not word.startswith(("learning_rates", "run.name"))])
+    assert {config.optimizer.learning_rate for config in asked.configs} == {2e-3}
+    assert asked.directory.rpartition("/")[2].startswith("compare-lab-")
+    assert {config.train.data_seed for config in asked.configs} == {0}
+    kept = compare.comparison([*words, "train.data_seed=7"])
+    assert {config.train.data_seed for config in kept.configs} == {7}

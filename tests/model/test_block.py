@@ -1,0 +1,132 @@
+"""One block of every scheme against its paper's equations, written out by hand, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybridnorm_jax.model.attention import rotation
+from hybridnorm_jax.model.block import Block, SharedInputs
+from hybridnorm_jax.model.decoder import layer_inputs
+from hybridnorm_jax.model.placement import runs
+
+L, LAYER = 4, 2  # l = 3
+a = {"deepnorm": 8**0.25, "keel": 8.0}
+s = 3**-0.5
+
+# X -> X', with N(place, x) the norm at that place: ap = attention's pre, ab branch, ao post; fp, fb, fo likewise.
+EQUATIONS = {
+    "pre": lambda X, N, A, F: (Y := X + A(N("ap", X))) + F(N("fp", Y)),
+    "post": lambda X, N, A, F: N("fo", (Y := N("ao", X + A(X))) + F(Y)),
+    "hybrid": lambda X, N, A, F: (Z := N("ao", A(X) + X)) + F(Z),
+    "hybrid_output_norm": lambda X, N, A, F: (Z := N("ao", N("ab", A(X)) + X)) + F(Z),
+    "hybrid_depth_scaled": lambda X, N, A, F: (Z := N("ao", s * A(X) + X)) + s * F(Z),
+    "span": lambda X, N, A, F: N("fo", X + F(N("ao", X + A(X)))),
+    "sandwich": lambda X, N, A, F: (Y := X + N("ab", A(N("ap", X)))) + N("fb", F(N("fp", Y))),
+    "reordered": lambda X, N, A, F: (Y := X + N("ab", A(X))) + N("fb", F(Y)),
+    "deepnorm": lambda X, N, A, F: N("fo", a["deepnorm"] * (Y := N("ao", a["deepnorm"] * X + A(X))) + F(Y)),
+    "layernorm_scaling": lambda X, N, A, F: (Y := X + A(s * N("ap", X))) + F(s * N("fp", Y)),
+    "keel": lambda X, N, A, F: N("fo", a["keel"] * (Y := N("ao", a["keel"] * X + A(N("ap", X)))) + F(N("fp", Y))),
+    "b2t": lambda X, N, A, F: N("fo", X + (Y := N("ao", X + A(X))) + F(Y)),
+    "parallel": lambda X, N, A, F: X + A(N("ap", X)) + F(N("fp", X)),
+    "pre_post": lambda X, N, A, F: (Z := N("ao", X + A(N("ap", X)))) + F(Z),
+    "post_pre": lambda X, N, A, F: N("fo", (Y := X + A(X)) + F(N("fp", Y))),
+    "qk_pre": lambda X, N, A, F: (Y := X + A(X)) + F(N("fp", Y)),
+    "pre_kv_post": lambda X, N, A, F: (Z := N("ao", X + A(N("ap", X)))) + F(Z),
+}
+NAMES = {
+    "ap": "attention_pre_norm",
+    "ab": "attention_branch_norm",
+    "ao": "attention_post_norm",
+    "fp": "feed_forward_pre_norm",
+    "fb": "feed_forward_branch_norm",
+    "fo": "feed_forward_post_norm",
+}
+
+
+def _numpy_attention(params, x, placement, theta, eps):
+    """softmax(N(q) N(k)^T / sqrt(d)) N(v), grouped, rotated: loops over heads and positions."""
+
+    def norm(name, heads):
+        extent = getattr(placement, name)
+        if extent is None:
+            return heads
+        flat = heads if extent == "head" else heads.reshape(*heads.shape[:-2], -1)
+        flat = flat / np.sqrt((flat**2).mean(-1, keepdims=True) + eps) * params[name]["scale"]
+        return flat.reshape(heads.shape)
+
+    def rope(heads):
+        half = heads.shape[-1] // 2
+        angle = np.arange(heads.shape[1])[:, None] * theta ** (-np.arange(half) / half)
+        turned = (heads[..., :half] + 1j * heads[..., half:]) * np.exp(1j * angle)[:, None]
+        return np.concatenate([turned.real, turned.imag], -1)
+
+    q, k, v = (np.einsum("bse,ehd->bshd", x, params[name]["kernel"]) for name in ("query", "key", "value"))
+    q, k, v = rope(norm("q_norm", q)), rope(norm("k_norm", k)), norm("v_norm", v)
+    context = np.zeros_like(q)
+    group = q.shape[2] // k.shape[2]
+    for b, i, h in np.ndindex(q.shape[:3]):
+        scores = k[b, : i + 1, h // group] @ q[b, i, h] / np.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max())
+        context[b, i, h] = weights @ v[b, : i + 1, h // group] / weights.sum()
+    return np.einsum("bshd,hde->bse", norm("context_norm", context), params["out"]["kernel"])
+
+
+def _numpy_feed_forward(params, x):
+    gate, up = x @ params["gate"]["kernel"], x @ params["up"]["kernel"]
+    return (gate / (1 + np.exp(-gate)) * up) @ params["down"]["kernel"]
+
+
+@pytest.mark.parametrize("scheme", EQUATIONS)
+def test_a_block_is_its_papers_equation(scheme, small_config, random_params):
+    config = small_config(scheme=scheme, num_layers=L, dtype="float64", param_dtype="float64", norm_eps=1e-3)
+    placement = config.placements[LAYER]
+    with jax.enable_x64(True):
+        run, number = next(
+            (r, i) for i, r in enumerate(runs(config.placements)) if r.start <= LAYER < r.start + r.length
+        )
+        index = LAYER - run.start
+        stacked = random_params(config)[f"run_{number}"]
+        params = jax.tree.map(lambda leaf: np.asarray(leaf[index], np.float64), stacked)
+        inputs = jax.tree.map(lambda leaf: leaf[index], layer_inputs(run, "float64"))
+        X = np.random.default_rng(2).normal(size=(2, 6, 32))
+        by = rotation(jnp.arange(6)[None], config.rotary_dim, config.rope_theta, jnp.float64)
+        ours, _ = Block(config, run.structure).apply({"params": params}, jnp.asarray(X), inputs, SharedInputs(by, None))
+
+    def norm(place, x):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * params[NAMES[place]]["scale"]
+
+    expected = EQUATIONS[scheme](
+        X,
+        norm,
+        lambda x: _numpy_attention(params["attention"], x, placement, config.rope_theta, 1e-3),
+        lambda x: _numpy_feed_forward(params["feed_forward"], x),
+    )
+    np.testing.assert_allclose(ours, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_dropout_acts_on_the_branch_and_not_on_the_residual(small_config, random_params):
+    config = small_config(scheme="pre", num_layers=1, dropout=0.5)
+    (run,) = runs(config.placements)
+    params = jax.tree.map(lambda leaf: leaf[0], random_params(config)["run_0"])
+    silent = jax.tree.map(np.zeros_like, params) | {
+        name: params[name] for name in params if name.endswith("norm")
+    }  # branches give 0
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 32)), jnp.float32)
+    inputs = jax.tree.map(lambda leaf: leaf[0], layer_inputs(run, "float32"))
+    block = Block(config, run.structure, deterministic=False)
+    shared = SharedInputs(rotation(jnp.arange(5)[None], 8, 1e4), None)
+
+    def apply(params, seed):
+        return block.apply({"params": params}, x, inputs, shared, rngs={"dropout": jax.random.key(seed)})[0]
+
+    np.testing.assert_array_equal(apply(silent, 0), x)
+    assert not np.array_equal(apply(params, 0), apply(params, 1))
+    np.testing.assert_array_equal(apply(params, 0), apply(params, 0))
+
+
+def test_scales_take_the_streams_dtype(small_config):
+    (run,) = runs(small_config(scheme="deepnorm").placements)
+    inputs = layer_inputs(run, "bfloat16")
+    assert inputs.attention[0].dtype == jnp.bfloat16
+    assert inputs.attention[1:] == (None, None)

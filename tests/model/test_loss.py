@@ -1,0 +1,62 @@
+"""Cross-entropy: what it is, and that chunks change nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybridnorm_jax.model.loss import chunked_cross_entropy, cross_entropy
+
+RNG = np.random.default_rng(0)
+HIDDEN, KERNEL = RNG.normal(size=(2, 12, 8)), RNG.normal(size=(8, 31))
+TARGETS, WEIGHTS = RNG.integers(0, 31, (2, 12)), RNG.integers(0, 2, (2, 12)).astype(float)
+
+
+def test_definition():
+    logits = HIDDEN @ KERNEL
+    log_z = np.log(np.exp(logits).sum(-1))
+    nll = log_z - np.take_along_axis(logits, TARGETS[..., None], -1)[..., 0]
+    with jax.enable_x64(True):
+        sums = cross_entropy(jnp.asarray(logits), jnp.asarray(TARGETS), jnp.asarray(WEIGHTS))
+    np.testing.assert_allclose(sums.nll, (WEIGHTS * nll).sum(), rtol=1e-13)
+    np.testing.assert_allclose(sums.z, (WEIGHTS * log_z**2).sum(), rtol=1e-13)
+    assert float(sums.weight) == WEIGHTS.sum()
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 12])
+def test_chunks_equal_the_whole_in_value_and_gradient(chunk):
+    def whole(hidden, kernel):
+        sums = cross_entropy(hidden @ kernel, TARGETS, WEIGHTS)
+        return sums.nll + 0.1 * sums.z, sums
+
+    def chunked(hidden, kernel):
+        sums = chunked_cross_entropy(lambda piece: piece @ kernel, hidden, TARGETS, WEIGHTS, chunk)
+        return sums.nll + 0.1 * sums.z, sums
+
+    with jax.enable_x64(True):
+        at = jnp.asarray(HIDDEN), jnp.asarray(KERNEL)
+        expected = jax.value_and_grad(whole, (0, 1), has_aux=True)(*at)
+        ours = jax.value_and_grad(chunked, (0, 1), has_aux=True)(*at)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), ours, expected)
+
+
+def test_chunks_never_hold_all_logits():
+    """With room for one chunk's logits only, the compiled program must not need the whole batch's."""
+    batch, seq, embed, vocab = 2, 256, 8, 4096
+    hidden, kernel = jnp.ones((batch, seq, embed)), jnp.ones((embed, vocab))
+    targets, weights = jnp.zeros((batch, seq), jnp.int32), jnp.ones((batch, seq))
+
+    def temporaries(chunk):
+        def loss(hidden, kernel):
+            return chunked_cross_entropy(lambda piece: piece @ kernel, hidden, targets, weights, chunk).nll
+
+        return jax.jit(jax.grad(loss, (0, 1))).lower(hidden, kernel).compile().memory_analysis().temp_size_in_bytes
+
+    all_logits = 4 * batch * seq * vocab
+    assert temporaries(seq) > all_logits
+    assert temporaries(seq // 16) < all_logits / 4
+
+
+def test_a_chunk_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="chunk=5"):
+        chunked_cross_entropy(lambda piece: piece @ KERNEL, jnp.asarray(HIDDEN), TARGETS, WEIGHTS, 5)

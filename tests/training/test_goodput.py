@@ -1,0 +1,191 @@
+"""Where time goes: the ledger's sums, single steps, and a run that hangs."""
+
+import dataclasses
+import json
+import os
+import time
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from hybridnorm_jax.config.run_config import RunConfig, TrainSection
+from hybridnorm_jax.training import loop, watchdog
+from hybridnorm_jax.training.goodput import StepClock, TimeLedger, memory, process_began
+from hybridnorm_jax.training.program import Program
+from hybridnorm_jax.training.watchdog import Watchdog
+
+
+class _Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self):
+        self.seconds = 100.0
+
+    def __call__(self):
+        return self.seconds
+
+
+def test_the_phases_add_up_to_the_time_that_passed():
+    clock = _Clock()
+    ledger = TimeLedger(began=90.0, now=clock)
+    clock.seconds += 2
+    ledger.enter("input")
+    clock.seconds += 1
+    assert ledger.enter("steps") == 1
+    clock.seconds += 5
+    with ledger.phase("checkpoint"):
+        clock.seconds += 3
+        with ledger.phase("other"):
+            clock.seconds += 0.5
+        assert ledger.current[0] == "checkpoint"
+    clock.seconds += 7.5
+    expected = {"start-up": 12, "input": 1, "steps": 12.5, "checkpoint": 3, "other": 0.5}
+    assert {name: spent for name, spent in ledger.seconds().items() if spent} == expected
+    assert ledger.goodput() == pytest.approx(12.5 / 29)
+    ledger.move(2.5, "steps", "skipped")
+    assert ledger.goodput() == pytest.approx(10 / 29)
+    assert sum(ledger.seconds().values()) == clock.seconds - 90
+    lines = ledger.table().splitlines()
+    assert lines[0] == "Time of this process: 29.0 s, goodput 34.5 %"
+    assert [line.split()[0] for line in lines[1:]] == ["start-up", "steps", "input", "checkpoint", "skipped", "other"]
+
+
+def test_step_times_leave_out_what_was_done_in_between():
+    now = _Clock()
+    clock = StepClock(now)
+    assert clock.tick() is None
+    assert clock.rate() is None
+    assert set(clock.percentiles().values()) == {None}
+    for seconds in (1, 2, 3):
+        now.seconds += seconds
+        assert clock.tick() == seconds
+    clock.pause()
+    now.seconds += 50
+    assert clock.tick() is None
+    assert clock.rate() == 0.5
+    assert clock.percentiles() == {"time/step_p50": 2, "time/step_p90": pytest.approx(2.8), "time/step_max": 3}
+    clock.begin_line()
+    assert clock.rate() is None
+    now.seconds += 4
+    assert clock.tick() == 4  # no time is lost between lines
+
+
+def test_memory_is_that_of_the_fullest_device():
+    assert set(memory(jax.local_devices()).values()) == {None}  # a CPU tells nothing
+
+    @dataclasses.dataclass
+    class Device:
+        stats: dict | None
+
+        def memory_stats(self):
+            return self.stats
+
+    devices = [Device({"bytes_in_use": 5, "peak_bytes_in_use": 9}), Device({"bytes_in_use": 7}), Device(None)]
+    assert memory(devices) == {"time/hbm_in_use": 7, "time/hbm_peak": 9}
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/uptime"), reason="only Linux tells when a process began")
+def test_when_the_process_began():
+    age = time.perf_counter() - process_began()
+    assert 0 < age < time.clock_gettime(time.CLOCK_BOOTTIME)
+    assert age >= time.process_time() / os.cpu_count() - 0.1
+
+
+@pytest.fixture
+def config(tmp_path, small_config):
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 61, 2000).astype(np.uint16))
+    default = RunConfig()
+    files = (str(tmp_path / "tokens.npy"),)
+    return RunConfig(
+        run=dataclasses.replace(default.run, name="run", dir=str(tmp_path / "runs")),
+        model=small_config(num_layers=1),
+        data=dataclasses.replace(
+            default.data, source="tokens", files=files, validation={"same": files}, validation_fraction=0.0
+        ),
+        train=TrainSection(6, 8, 8, log_every=2, stall_seconds=1.0),
+        checkpoint=dataclasses.replace(default.checkpoint, every=3),
+        eval=dataclasses.replace(default.eval, every=3, batches=2),
+    )
+
+
+def test_a_run_accounts_for_its_time_and_names_the_wait_that_is_stuck(config, tmp_path, monkeypatch, capfd):
+    """Two stalls of 2.5 seconds: the sixth batch, then the second evaluation's second batch."""
+    next_batch, eval_step, hung = loop._Loop._next_batch, Program.eval_step, []
+
+    class Slow:
+        def __init__(self, iterator):
+            self.iterator, self.get_state = iterator, iterator.get_state
+
+        def __next__(self):
+            hung.append("input")
+            time.sleep(2.5)
+            return next(self.iterator)
+
+    def slow_input(self):
+        iterator = self.iterator
+        self.iterator = Slow(iterator) if self.step == 5 else iterator
+        try:
+            return next_batch(self)
+        finally:
+            self.iterator = iterator
+
+    def slow_evaluation(self, params, batch):
+        hung.append("evaluation")
+        if hung.count("evaluation") == 4:
+            time.sleep(2.5)
+        return eval_step(self, params, batch)
+
+    monkeypatch.setattr(loop._Loop, "_next_batch", slow_input)
+    monkeypatch.setattr(Program, "eval_step", slow_evaluation)
+    begin = time.perf_counter()
+    loop.train(config, began=begin)
+    total = time.perf_counter() - begin
+
+    report = (tmp_path / "runs/run/stalls.txt").read_text()
+    stalls = [line for line in report.splitlines() if line.startswith("stalled ")]
+    # A machine that is busy with other things may add a stall of its own, never take one of these away.
+    assert "stalled after step 5: no input batch has come for train.stall_seconds=1, process 0" in stalls
+    assert "stalled after step 6: no evaluation batch has completed for train.stall_seconds=1, process 0" in stalls
+    assert "in slow_evaluation" in report
+    captured = capfd.readouterr()
+    assert stalls[0] in captured.err
+    assert "Time of this process: " in captured.out
+
+    records = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    lines = {record["step"]: record for record in records if "train/loss" in record}
+    assert list(lines) == [2, 4, 6]
+    assert 2.4 < lines[6]["time/input_wait"] < total
+    assert lines[4]["time/input_wait"] < 2.4
+    for line in lines.values():
+        spent = sum(value for key, value in line.items() if key.startswith("time/total_"))
+        assert 0 < spent < total
+        assert line["time/goodput"] == pytest.approx(line["time/total_steps"] / spent, rel=0.01)
+        assert line["time/hbm_in_use"] is None
+    assert lines[6]["time/total_compilation"] > 0
+    assert lines[4]["time/total_checkpoint"] > 0
+    assert lines[4]["time/total_evaluation"] > 0
+    # Nothing else was done between the results of steps 4 and 5, which is seen once the sixth batch has come.
+    assert 0 < lines[6]["time/step_p50"] <= lines[6]["time/step_p90"] <= lines[6]["time/step_max"]
+    assert lines[6]["time/step_max"] > 2.4
+
+
+def test_a_stall_may_end_the_process(tmp_path, monkeypatch):
+    ended = []
+    monkeypatch.setattr(watchdog.os, "_exit", ended.append)
+    ledger = TimeLedger()
+    with Watchdog(ledger, 0.2, epath.Path(tmp_path), where=lambda: "after step 3", end=True):
+        time.sleep(0.6)  # start-up may take as long as it does
+        assert not (tmp_path / "stalls.txt").exists()
+        ledger.enter("compilation")
+        time.sleep(0.6)
+        assert not (tmp_path / "stalls.txt").exists()
+        ledger.enter("checkpoint")
+        deadline = time.monotonic() + 20
+        while not ended and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.6)
+        ledger.enter("other")
+    assert ended == [watchdog.STALLED]
+    assert (tmp_path / "stalls.txt").read_text().count("saving a checkpoint has not returned") == 1

@@ -1,0 +1,162 @@
+"""A run stopped and taken up again is the run that was never stopped, bit for bit; and what is refused on the way."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from hybridnorm_jax.commands.eval import evaluate_run
+from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.errors import ConfigError, UserError
+from hybridnorm_jax.training import loop
+from hybridnorm_jax.training.checkpoints import CheckpointError, Checkpoints
+from hybridnorm_jax.training.program import Program
+
+STEPS = 6
+
+
+@pytest.fixture
+def config(tmp_path, small_config):
+    """Six steps over two dozen short documents; dropout, accumulation and segment ids, so that all of them resume."""
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        words = rng.choice(["alpha", "beta", "gamma", "delta"], 40)
+        (tmp_path / f"{number}.txt").write_text(" ".join(words))
+    default = RunConfig()
+    return RunConfig(
+        run=dataclasses.replace(default.run, name="resumed", dir=str(tmp_path / "runs")),
+        model=small_config(vocab_size=257, dropout=0.1),
+        data=dataclasses.replace(
+            default.data,
+            source="text",
+            files=(str(tmp_path / "*.txt"),),
+            validation_fraction=0.2,
+            segment_ids=True,
+            cache_dir=str(tmp_path / "cache"),
+        ),
+        train=dataclasses.replace(
+            default.train, steps=STEPS, batch_size=4, grad_accumulation=2, seq_len=24, log_every=1
+        ),
+        mesh=dataclasses.replace(default.mesh, data=2, fsdp=1, tensor=4),
+        checkpoint=dataclasses.replace(default.checkpoint, every=2, keep=10),
+        eval=dataclasses.replace(default.eval, every=4, batches=1),
+    )
+
+
+def _named(config, name, **run):
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, name=name, **run))
+
+
+def _records(config, tmp_path):
+    file = tmp_path / "runs" / config.run.name / "metrics.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    timing = ("tokens_per_second", "mfu")
+    timed = {key for record in records for key in record if key in timing or key.startswith("time/")}
+    return [{key: value for key, value in record.items() if key not in timed} for record in records]
+
+
+def _final_state(config, tmp_path):
+    program = Program(config)
+    with Checkpoints(tmp_path / "runs" / config.run.name / "checkpoints", keep=10) as checkpoints:
+        return checkpoints.restore(program.abstract_state)
+
+
+def _assert_bitwise(ours, expected):
+    for (path, left), right in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(left, right, err_msg=jax.tree_util.keystr(path))
+
+
+class _KilledError(Exception):
+    """Stands for a process that ends without a word."""
+
+
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(config, tmp_path, monkeypatch):
+    whole = _named(config, "whole")
+    loop.train(whole)
+
+    step = Program.train_step
+    taken = []
+
+    def dies_in_step_four(self, state, batch):
+        taken.append(batch["tokens"])
+        if len(taken) == 4:
+            raise _KilledError
+        return step(self, state, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Program, "train_step", dies_in_step_four)
+        with pytest.raises(_KilledError):
+            loop.train(config)
+        died_after = list(taken)
+        loop.train(config)  # from the checkpoint of step 2: steps 3 to 6
+    np.testing.assert_array_equal(taken[len(died_after)], died_after[2])
+
+    ours, our_data = _final_state(config, tmp_path)
+    expected, expected_data = _final_state(whole, tmp_path)
+    _assert_bitwise(ours, expected)
+    assert our_data == expected_data
+    assert our_data["iterator"] == {"next_index": STEPS}
+    assert _records(config, tmp_path) == _records(whole, tmp_path)
+    assert [record["step"] for record in _records(whole, tmp_path) if "train/loss" in record] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in _records(whole, tmp_path) if "eval/validation/loss" in record] == [4, 6]
+
+
+def test_a_finished_run_is_evaluated_again_and_left_as_it_is(config, tmp_path):
+    once = loop.train(config)
+    file = tmp_path / "runs/resumed/metrics.jsonl"
+    before = file.read_text()
+    again = loop.train(config)
+    assert again == once
+    assert file.read_text() == before
+
+    # eval.py's way: other devices, the newest checkpoint or a named one.
+    anywhere = evaluate_run(str(tmp_path / "runs/resumed"), ["mesh.data=1", "mesh.fsdp=2", "mesh.tensor=4"])
+    assert anywhere.step == STEPS
+    assert anywhere.scores["validation"].loss == pytest.approx(once["validation"].loss, rel=1e-5)
+    earlier = evaluate_run(str(tmp_path / "runs/resumed/checkpoints/000002"), ["eval.batches=1"], progress=False)
+    assert earlier.step == 2
+    assert earlier.scores["validation"].loss > once["validation"].loss
+    with pytest.raises(ConfigError, match=r"model\.scheme: saved 'hybrid_star', asked 'hybrid'"):
+        evaluate_run(str(tmp_path / "runs/resumed"), ["model.scheme=hybrid"])
+
+    # A run may start from these parameters.
+    heir = dataclasses.replace(_named(config, "heir"), init_from=str(tmp_path / "runs/resumed"))
+    program = Program(heir)
+    with Checkpoints(tmp_path / "runs/resumed/checkpoints", keep=10) as checkpoints:
+        expected = checkpoints.restore_params(program.abstract_state.params)
+    short = dataclasses.replace(heir, optimizer=dataclasses.replace(heir.optimizer, learning_rate=1e-20))
+    loop.train(short)
+    state, _ = _final_state(short, tmp_path)
+    _assert_bitwise(state.params, expected)
+    assert int(state.step) == STEPS
+
+    # And a model of another shape may not.
+    wider = dataclasses.replace(_named(heir, "wider"), model=dataclasses.replace(heir.model, mlp_dim=64))
+    with pytest.raises(CheckpointError, match=r"checkpoint of another model: .*kernel"):
+        loop.train(wider)
+
+
+def test_another_configuration_in_the_same_directory_is_refused_by_key(config, tmp_path):
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1))
+    loop.open_run_directory(other)
+    loop.open_run_directory(config)  # nothing was saved yet, so nothing stands in the way
+    file = tmp_path / "runs/resumed/config.yaml"
+    before = file.read_text()
+    (tmp_path / "runs/resumed/checkpoints").mkdir()
+    with pytest.raises(ConfigError, match=r"resumed holds another run \(train\.seed: saved 0, asked 1\)"):
+        loop.open_run_directory(other)
+    assert file.read_text() == before
+    more_often = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=3))
+    loop.open_run_directory(more_often)
+    assert "every: 3" in file.read_text()
+
+
+def test_data_that_changed_since_the_checkpoint_is_refused(config, tmp_path):
+    short = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=100))
+    loop.train(short)
+    for number in range(100, 110):  # enough for some to be trained on
+        (tmp_path / f"{number}.txt").write_text(f"{number} " * 30)
+    with pytest.raises(UserError, match=r"data: [\d,]+ tokens to train on, but [\d,]+ when step 6 was saved"):
+        loop.train(short)
