@@ -95,7 +95,7 @@ def make_train_step(
     sum(nll + z_loss * log(Z)^2) / sum(weights) over all microbatches: sums are accumulated and divided once, so
     microbatches with unequal numbers of targets give what one large batch gives.
 
-    With experts, balance_loss and router_z_loss weigh the routers' losses, summed over the layers (router_balance.py). A
+    With experts, balance_loss and router_z_loss weigh the routers' losses, summed over the layers. A
     microbatch's are taken over all its tokens on all devices and weighted by its number of targets. The balance loss
     is no sum over tokens: that of a large batch is not the mean of its microbatches', so accumulation changes it.
 
