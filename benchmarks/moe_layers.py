@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridnorm_jax.kernels.experts import apply_experts
+from hybridnorm_jax.kernels.swiglu import ExpertKernels
 from hybridnorm_jax.model.feed_forward import FeedForward
 from hybridnorm_jax.model.moe import MoE
 
@@ -80,9 +81,11 @@ def differences(inputs: tuple, chosen, cotangent, options: argparse.Namespace, l
 
     def run(dispatch, dtype, arrays, weights, chosen):
         *operands, cotangent = (array.astype(dtype) for array in arrays)
-        y, pull_back = jax.vjp(
-            lambda *operands: apply_experts(*operands, chosen, dispatch=dispatch), *operands, weights
-        )
+
+        def experts(x, gate, up, down, weights):
+            return apply_experts(x, ExpertKernels(gate, up, down), weights, chosen, dispatch=dispatch)
+
+        y, pull_back = jax.vjp(experts, *operands, weights)
         return y, *pull_back(cotangent)
 
     def compute(name):

@@ -1,5 +1,6 @@
-"""Who computes attention and the experts, and where: plain XLA, cuDNN, the splash kernel for TPUs, grouped products.
+"""Attention and experts as functions on arrays, and the choice of what computes them.
 
-All are functions on arrays without parameters, and all choices for one task give the same numbers. attention.py and
-experts.py choose; the modules beside them compute. The Flax modules that call them are in model.
+attention.py and experts.py choose: plain XLA, cuDNN, a Pallas kernel for TPUs. The modules beside them compute, whole
+on one device or split over a mesh, and all choices for one task give the same numbers. Nothing here holds parameters:
+the Flax modules that call these functions are in model. The mesh itself is in mesh.
 """

@@ -6,21 +6,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.fields import check, check_choice
+from hybridnorm_jax.kernels.attention_arrays import AttentionInputs, Heads, KeyValueHeads, SegmentIds
+from hybridnorm_jax.kernels.attention_on_mesh import on_mesh, sequence_axes
 from hybridnorm_jax.kernels.blockwise import blockwise_attention
 from hybridnorm_jax.kernels.names import ATTENTION_BACKENDS, SAVED, SPLASH_TILE
-from hybridnorm_jax.kernels.split_sequence import on_mesh, sequence_axes, zigzag_attention
-
-Heads = Float[Array, "batch seq heads head_dim"]
-KeyValueHeads = Float[Array, "batch seq kv_heads head_dim"]
-SegmentIds = Int[Array, "batch seq"] | None
+from hybridnorm_jax.kernels.split_sequence import zigzag_attention
 
 
 @dataclasses.dataclass(frozen=True)
 class _Limits:
-    """What a fused kernel can do."""
+    """What a fused kernel can do: head_dim must be a multiple of head_dim_step, at most head_dim_max."""
 
     platform: str
     dtypes: tuple[str, ...]
@@ -30,19 +27,33 @@ class _Limits:
 
 
 _LIMITS = {
-    # On Hopper and later cuDNN goes to head_dim 256.
-    "cudnn": _Limits("gpu", ("bfloat16", "float16"), segment_ids=False, head_dim_step=8, head_dim_max=128),
-    "splash": _Limits("tpu", ("bfloat16", "float32"), segment_ids=True, head_dim_step=8, head_dim_max=256),
+    "cudnn": _Limits(
+        platform="gpu",
+        dtypes=("bfloat16", "float16"),
+        segment_ids=False,
+        head_dim_step=8,
+        head_dim_max=128,  # 256 on Hopper and later
+    ),
+    "splash": _Limits(
+        platform="tpu",
+        dtypes=("bfloat16", "float32"),
+        segment_ids=True,
+        head_dim_step=8,
+        head_dim_max=256,
+    ),
 }
 
 
 def resolve_backend(name: str, *, platform: str | None, dtype: Any, head_dim: int, segment_ids: bool) -> str:
-    """The backend that `name` stands for: itself, or for "auto" the fused kernel of the platform where it fits, or xla.
+    """The backend that computes attention: the named one, or the one that "auto" stands for.
+
+    "auto" is the platform's fused kernel where that can do what is asked, and xla elsewhere.
 
     Args:
       name: auto | xla | cudnn | splash.
-      platform: of the devices that will run it: cpu | gpu | tpu; None for a named backend: not checked.
+      platform: of the devices that will run it: cpu | gpu | tpu. With None a named backend's platform is not checked.
       dtype: of q, k and v.
+      head_dim: of q, k and v.
       segment_ids: whether there are any.
 
     Raises:
@@ -79,13 +90,13 @@ def causal_attention(
 ) -> Heads:
     """softmax(q k^T / sqrt(head_dim) + mask) v, in the query's dtype; the softmax in float32 at least.
 
-    Query head h reads key and value head h // (heads / kv_heads). A token sees itself and earlier tokens, of its own
-    segment only where segment_ids are given. Reverse-mode differentiable. On a mesh that splits the sequence, xla and
-    splash compute it in shares of equal work (split_sequence.py); cudnn gathers the sequence.
+    Query head h reads key and value head h // (heads / kv_heads). A token sees itself and earlier tokens. Where
+    segment_ids are given, it sees only those of its own segment. Reverse-mode differentiable. On a mesh that splits
+    the sequence, xla and splash compute it in shares of equal work (zigzag.py); cudnn gathers the sequence.
 
     Args:
-      backend: as in resolve_backend. "auto" asks for the default platform; a named backend is taken at its word, so
-        that one can compile for a platform that is not here.
+      backend: as in resolve_backend. "auto" looks at the default platform. A named backend is used whatever the
+        platform is, so that one can compile for a platform that is not here.
 
     Raises:
       ConfigError: the named backend cannot do this.
@@ -97,18 +108,20 @@ def causal_attention(
         head_dim=query.shape[-1],
         segment_ids=segment_ids is not None,
     )
+    inputs = AttentionInputs(query, key, value, segment_ids)
     match backend:
         case "xla":
-            if axes := sequence_axes(query.shape[1]):
-                local = functools.partial(zigzag_attention, axes=axes, saved_as=SAVED)
-                return on_mesh(local, query, key, value, segment_ids, sequence=axes)
-            return blockwise_attention(query, key, value, segment_ids)
+            axes = sequence_axes(query.shape[1])
+            if not axes:
+                return blockwise_attention(inputs)
+            local = functools.partial(zigzag_attention, axes=axes, saved_as=SAVED)
+            return on_mesh(local, inputs, sequence=axes)
         case "cudnn":
             return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
         case "splash":
             from hybridnorm_jax.kernels.splash import splash_attention  # imports Pallas, which takes a while
 
-            return splash_attention(query, key, value, segment_ids, saved_as=SAVED)
+            return splash_attention(inputs, saved_as=SAVED)
 
 
 def sequence_multiple(backend: str) -> int:

@@ -1,39 +1,36 @@
 """SwiGLU experts, each on the tokens that chose it, and the choice of what computes them.
 
-dense: every expert on every token; the reference. The others sort the rows by expert first: blocked (ours, on any
-platform), ragged (jax.lax.ragged_dot) and gmm (jax.experimental.pallas.ops.tpu.megablox, on a TPU).
+dense computes every expert on every token; it is the reference. The others sort the rows by expert first: blocked
+(ours, on any platform), ragged (jax.lax.ragged_dot) and gmm (jax.experimental.pallas.ops.tpu.megablox, on a TPU).
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.megablox import gmm
 from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.fields import check, check_choice
-from hybridnorm_jax.kernels.blocked_experts import blocked, dot, pad_rows, swiglu, wide_dtype
+from hybridnorm_jax.kernels.blocked_experts import blocked
+from hybridnorm_jax.kernels.expert_rows import GroupSizes, Rows, Tokens, collect, sort_by_expert, spread
+from hybridnorm_jax.kernels.grouped_products import experts_by_products, ragged_product
 from hybridnorm_jax.kernels.names import EXPERT_DISPATCHES
+from hybridnorm_jax.kernels.precision import wide_einsum
+from hybridnorm_jax.kernels.swiglu import ExpertKernels, swiglu
 
 KEY = "model.expert_dispatch"
-
-Tokens = Float[Array, "tokens embed"]
-Rows = Float[Array, "rows embed"]
-InputKernels = Float[Array, "experts embed mlp"]
-OutputKernels = Float[Array, "experts mlp embed"]
-GroupSizes = Int[Array, " experts"]
 
 _GMM_DTYPES = ("bfloat16", "float32")
 
 
 def resolve_dispatch(name: str, *, platform: str | None, dtype: Any) -> str:
-    """The dispatch that `name` stands for: itself, or for "auto" gmm where it can run and blocked elsewhere.
+    """The dispatch that computes the experts: the named one, or the one that "auto" stands for.
+
+    "auto" is gmm where it can run, and blocked elsewhere.
 
     Args:
       name: auto | dense | blocked | ragged | gmm.
-      platform: of the devices that will run it: cpu | gpu | tpu; None for a named dispatch: not checked.
+      platform: of the devices that will run it: cpu | gpu | tpu. With None a named dispatch's platform is not checked.
       dtype: of the tokens and the kernels.
 
     Raises:
@@ -60,9 +57,7 @@ def _obstacle(name: str, platform: str | None, dtype: Any) -> str | None:
 
 def apply_experts(
     x: Tokens,
-    gate: InputKernels,
-    up: InputKernels,
-    down: OutputKernels,
+    kernels: ExpertKernels,
     weights: Float[Array, "tokens k"],
     chosen: Int[Array, "tokens k"],
     *,
@@ -72,69 +67,99 @@ def apply_experts(
     """y_t = sum_j weights[t, j] down[e](silu(x_t gate[e]) * (x_t up[e])), e = chosen[t, j]; no token is dropped.
 
     The result has x's dtype, as have gate's and up's products; all sums run in float32 at least. Memory is
-    O(tokens k); O(tokens experts) with dense, and with ragged where XLA expands it, as on a CPU. Reverse-mode
-    differentiable in x, gate, up, down and weights.
+    O(tokens k). It is O(tokens experts) with dense, and with ragged where XLA expands it, as on a CPU. Reverse-mode
+    differentiable in x, kernels and weights.
 
     Args:
-      gate, up, down: of x's dtype.
+      kernels: of x's dtype.
       chosen: expert ids below `experts`, different ones for one token.
-      dispatch: as in resolve_dispatch. "auto" asks for the default platform; a named dispatch is taken at its word, so
-        that one can compile for a platform that is not here.
-      elsewhere: ids from 0 to experts - 1 are these experts, all others are not here and add nothing: what one device
-        of several computes that share the experts. It needs what apply_grouped_experts needs of jax.shard_map.
+      dispatch: as in resolve_dispatch. "auto" looks at the default platform. A named dispatch is used whatever the
+        platform is, so that one can compile for a platform that is not here.
+      elsewhere: whether some ids are of experts that are not here, which add nothing: one device of several that share
+        the experts computes this. The ids from 0 to experts - 1 are the experts that are here, all others are
+        elsewhere. It needs of jax.shard_map what apply_grouped_experts needs.
 
     Raises:
       ConfigError: the named dispatch cannot do this.
       ValueError: shapes or dtypes that do not belong together, more choices than experts; names the argument.
     """
-    _check_kernels("x", x, gate, up, down)
-    experts = len(gate)
+    _check_kernels("x", x, kernels)
+    experts = len(kernels.gate)
     _check_rank("chosen", chosen, 2)
     _check_shape("chosen", chosen, (len(x), chosen.shape[1]))
     _check_shape("weights", weights, chosen.shape)
     if not elsewhere and not 1 <= chosen.shape[1] <= experts:
         raise ValueError(f"chosen: k={chosen.shape[1]} must be between 1 and the number of experts, {experts}")
     dispatch = _resolve_here(dispatch, x.dtype)
-    if dispatch == "dense":  # compares ids, so that others have no weight
-        return _dense(x, gate, up, down, weights, chosen)
-    if elsewhere:  # one more group, behind those that are here
-        chosen = jnp.where((chosen >= 0) & (chosen < experts), chosen, experts)
-    order, slots, sizes = sort_by_expert(chosen, experts + elsewhere)
-    apply_rows = functools.partial(apply_grouped_experts, dispatch=dispatch) if elsewhere else _GROUPED[dispatch]
-    rows, row_weights = spread(x, order, slots), weights.reshape(-1)[order]
-    return collect(apply_rows(rows, row_weights, sizes[:experts], gate, up, down), order, slots)
+    if dispatch == "dense":  # compares ids, so that experts elsewhere have no weight
+        return _dense(x, kernels, weights, chosen)
+    if not elsewhere:
+        order, sizes = sort_by_expert(chosen, experts)
+        rows, row_weights = spread(x, order), weights.reshape(-1)[order.choice_of_row]
+        return collect(_by_dispatch(dispatch, rows, row_weights, sizes, kernels), order)
+    # Choices of experts elsewhere make one more group, behind those of the experts that are here.
+    here = (chosen >= 0) & (chosen < experts)
+    order, sizes = sort_by_expert(jnp.where(here, chosen, experts), experts + 1)
+    rows, row_weights = spread(x, order), weights.reshape(-1)[order.choice_of_row]
+    return collect(apply_grouped_experts(rows, row_weights, sizes[:experts], kernels, dispatch=dispatch), order)
 
 
 def apply_grouped_experts(
-    rows: Rows,
-    row_weights: Float[Array, " rows"],
-    sizes: GroupSizes,
-    gate: InputKernels,
-    up: InputKernels,
-    down: OutputKernels,
-    *,
-    dispatch: str,
+    rows: Rows, row_weights: Float[Array, " rows"], sizes: GroupSizes, kernels: ExpertKernels, *, dispatch: str
 ) -> Rows:
     """row_weights_i down[e](silu(rows_i gate[e]) * (rows_i up[e])) for rows sorted by expert e, sizes[e] for each.
 
-    The sizes may cover fewer rows than there are: rows past the last group are zero in the result, and so are their
+    The sizes may cover fewer rows than there are. Rows past the last group are zero in the result, and so are their
     gradients, whatever these rows, their weights and their cotangents hold, NaN included. jax.shard_map needs
     check_vma=False around it, as around every loop or kernel with a gradient of its own. Dtypes, memory, `dispatch`
     and errors: as in apply_experts.
     """
-    _check_kernels("rows", rows, gate, up, down)
+    _check_kernels("rows", rows, kernels)
     _check_shape("row_weights", row_weights, rows.shape[:1])
-    _check_shape("sizes", sizes, gate.shape[:1])
+    _check_shape("sizes", sizes, kernels.gate.shape[:1])
     sizes = sizes.astype(jnp.int32)
     covered = jnp.arange(len(rows)) < sizes.sum()
     rows = jnp.where(covered[:, None], rows, 0)
     row_weights = jnp.where(covered, row_weights, 0)
-    outputs = _GROUPED[_resolve_here(dispatch, rows.dtype)](rows, row_weights, sizes, gate, up, down)
+    outputs = _by_dispatch(_resolve_here(dispatch, rows.dtype), rows, row_weights, sizes, kernels)
     return jnp.where(covered[:, None], outputs, 0)
 
 
+def _by_dispatch(
+    dispatch: str, rows: Rows, row_weights: Float[Array, " rows"], sizes: GroupSizes, kernels: ExpertKernels
+) -> Rows:
+    """apply_grouped_experts by a dispatch as resolve_dispatch returns it; rows past the last group are undefined."""
+    match dispatch:
+        case "dense":
+            return _dense_grouped(rows, row_weights, sizes, kernels)
+        case "blocked":
+            return blocked(rows, row_weights, sizes, kernels)
+        case "ragged":
+            return experts_by_products(ragged_product, rows, row_weights, sizes, kernels)
+        case "gmm":
+            from hybridnorm_jax.kernels.gmm import gmm_product  # imports Pallas, which takes a while
+
+            return experts_by_products(gmm_product, rows, row_weights, sizes, kernels)
+
+
+def _dense(
+    x: Tokens, kernels: ExpertKernels, weights: Float[Array, "tokens k"], chosen: Int[Array, "tokens k"]
+) -> Tokens:
+    one_hot = chosen[..., None] == jnp.arange(len(kernels.gate))
+    weights = jnp.where(one_hot, weights[..., None], 0).sum(1)
+    gated = wide_einsum("td,edm->tem", x, kernels.gate).astype(x.dtype)
+    upped = wide_einsum("td,edm->tem", x, kernels.up).astype(x.dtype)
+    return wide_einsum("tem,emd->td", swiglu(gated, upped, weights), kernels.down).astype(x.dtype)
+
+
+def _dense_grouped(rows: Rows, row_weights: Float[Array, " rows"], sizes: GroupSizes, kernels: ExpertKernels) -> Rows:
+    expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
+    return _dense(rows, kernels, row_weights[:, None], expert[:, None])
+
+
 def _resolve_here(dispatch: str, dtype: Any) -> str:
-    return resolve_dispatch(dispatch, platform=jax.default_backend() if dispatch == "auto" else None, dtype=dtype)
+    platform = jax.default_backend() if dispatch == "auto" else None
+    return resolve_dispatch(dispatch, platform=platform, dtype=dtype)
 
 
 def _check_rank(name: str, array: Array, rank: int) -> None:
@@ -147,121 +172,13 @@ def _check_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: shape {array.shape} must be {shape}")
 
 
-def _check_kernels(name: str, x: Array, gate: Array, up: Array, down: Array) -> None:
+def _check_kernels(name: str, x: Array, kernels: ExpertKernels) -> None:
     _check_rank(name, x, 2)
-    _check_rank("gate", gate, 3)
-    experts, _, mlp = gate.shape
-    _check_shape("gate", gate, (experts, x.shape[1], mlp))
-    _check_shape("up", up, gate.shape)
-    _check_shape("down", down, (experts, mlp, x.shape[1]))
-    for argument, kernels in (("gate", gate), ("up", up), ("down", down)):
-        if kernels.dtype != x.dtype:
-            raise ValueError(f"{argument}: dtype {kernels.dtype} must be that of {name}, {x.dtype}")
-
-
-# ---- Sorting by expert. spread and collect are each other's transpose, so that both gradients gather, too: the
-# ---- scatter-add that JAX would derive adds one row after the other on a CPU.
-
-
-def sort_by_expert(
-    chosen: Int[Array, "tokens k"], experts: int
-) -> tuple[Int[Array, " rows"], Int[Array, "tokens k"], GroupSizes]:
-    """(order, slots, sizes) of the tokens * k rows, sorted by expert and within one by token.
-
-    Row i is choice order[i] of the flattened `chosen`; choice (t, j) is row slots[t, j]; expert e has sizes[e] rows.
-    """
-    flat = chosen.reshape(-1)
-    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    slots = jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=jnp.int32), unique_indices=True)
-    return order, slots.reshape(chosen.shape), jnp.bincount(flat, length=experts).astype(jnp.int32)
-
-
-@jax.custom_vjp
-def spread(x: Tokens, order: Int[Array, " rows"], slots: Int[Array, "tokens k"]) -> Rows:
-    """Row i is the token whose choice it is; order and slots from sort_by_expert."""
-    return x[order // slots.shape[1]]
-
-
-@jax.custom_vjp
-def collect(rows: Rows, order: Int[Array, " rows"], slots: Int[Array, "tokens k"]) -> Tokens:
-    """Each token's k rows summed, in float32 at least; order and slots from sort_by_expert."""
-    return rows[slots].sum(1, dtype=wide_dtype(rows.dtype)).astype(rows.dtype)
-
-
-spread.defvjp(lambda x, *places: (spread(x, *places), places), lambda places, d: (collect(d, *places), None, None))
-collect.defvjp(lambda x, *places: (collect(x, *places), places), lambda places, d: (spread(d, *places), None, None))
-
-
-# ---- dense
-
-
-def _dense(x, gate, up, down, weights, chosen):
-    one_hot = chosen[..., None] == jnp.arange(len(gate))
-    weights = jnp.where(one_hot, weights[..., None], 0).sum(1)
-    gated, upped = (dot("td,edm->tem", x, kernels).astype(x.dtype) for kernels in (gate, up))
-    return dot("tem,emd->td", swiglu(gated, upped, weights), down).astype(x.dtype)
-
-
-def _dense_grouped(rows, row_weights, sizes, gate, up, down):
-    expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
-    return _dense(rows, gate, up, down, row_weights[:, None], expert[:, None])
-
-
-# ---- ragged and gmm: three grouped products, one after the other
-
-
-@jax.custom_vjp
-def _ragged_product(rows: Rows, kernels: InputKernels, sizes: GroupSizes) -> Float[Array, "rows mlp"]:
-    """rows_i kernels[e] in the dtype of rows, as are the gradient's operands, where JAX's own would be float32."""
-    return jax.lax.ragged_dot(rows, kernels, sizes, preferred_element_type=wide_dtype(rows.dtype)).astype(rows.dtype)
-
-
-def _ragged_product_backward(residuals, d_out):
-    rows, kernels, sizes = residuals
-
-    def general(a, b, contracting, ragged_dimension, group_dimensions):
-        numbers = jax.lax.RaggedDotDimensionNumbers(
-            dot_dimension_numbers=(contracting, ([], [])),
-            lhs_ragged_dimensions=[ragged_dimension],
-            rhs_group_dimensions=group_dimensions,
-        )
-        return jax.lax.ragged_dot_general(a, b, sizes, numbers, preferred_element_type=wide_dtype(a.dtype)).astype(
-            a.dtype
-        )
-
-    d_rows = general(d_out, kernels, ([1], [2]), 0, [0])
-    return d_rows, general(rows, d_out, ([0], [0]), 0, []), None
-
-
-_ragged_product.defvjp(lambda *arguments: (_ragged_product(*arguments), arguments), _ragged_product_backward)
-
-
-def _gmm_product(rows: Rows, kernels: InputKernels, sizes: GroupSizes) -> Float[Array, "rows mlp"]:
-    """rows_i kernels[e] in the dtype of rows, which the kernel sums in float32."""
-    # Not measured on a TPU. A tile of rows that two groups share is computed for each, so tiles are short against the
-    # mean group; along embed and mlp they are the largest that fit into a v5e core's memory.
-    tile_rows = next((size for size in (512, 256) if 4 * size * len(kernels) <= len(rows)), 128)
-    largest = 1024 if rows.dtype.itemsize == 2 else 512
-    inner = min(largest, *(128 * -(-size // 128) for size in kernels.shape[1:]))
-    padded, tiling = pad_rows(rows, -len(rows) % tile_rows), (tile_rows, inner, inner)
-    return gmm(padded, kernels, sizes, preferred_element_type=rows.dtype, tiling=tiling)[: len(rows)]
-
-
-def _by_products(product: Callable, rows, row_weights, sizes, gate, up, down):
-    # What a grouped product leaves in rows past the last group is undefined, and so is what it reads there: with
-    # these rows zero in every operand and every cotangent, nothing of it reaches a gradient of a kernel.
-    covered = (jnp.arange(len(rows)) < sizes.sum())[:, None]
-
-    def covered_product(array, kernels):
-        return jnp.where(covered, product(array, kernels, sizes), 0)
-
-    hidden = swiglu(covered_product(rows, gate), covered_product(rows, up), row_weights)
-    return covered_product(hidden, down)
-
-
-_GROUPED = {
-    "dense": _dense_grouped,
-    "blocked": blocked,
-    "ragged": functools.partial(_by_products, _ragged_product),
-    "gmm": functools.partial(_by_products, _gmm_product),
-}
+    _check_rank("gate", kernels.gate, 3)
+    experts, _, mlp = kernels.gate.shape
+    _check_shape("gate", kernels.gate, (experts, x.shape[1], mlp))
+    _check_shape("up", kernels.up, kernels.gate.shape)
+    _check_shape("down", kernels.down, (experts, mlp, x.shape[1]))
+    for argument, kernel in kernels._asdict().items():
+        if kernel.dtype != x.dtype:
+            raise ValueError(f"{argument}: dtype {kernel.dtype} must be that of {name}, {x.dtype}")

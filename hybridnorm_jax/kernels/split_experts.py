@@ -1,29 +1,39 @@
 """The experts of one layer on all devices of a mesh.
 
 Every device holds a share of the experts (logical axis "experts") and, of each, a share of the hidden layer ("mlp").
-Devices that differ along the experts' mesh axes gather their tokens, each computes what its own experts make of all of
+Devices that differ along the experts' mesh axes gather their tokens. Each computes what its own experts make of all of
 them, and the results are summed and scattered back. No capacity bounds what an expert takes, so nothing is dropped at
 any imbalance. With n devices along these axes a device receives n - 1 times its tokens, where sending every token to
 its k experts, the usual all-to-all, would take k (n - 1) / n times as much: no more traffic up to n = k.
 """
 
-from functools import partial
+import functools
+from typing import NamedTuple
 
 import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from hybridnorm_jax.kernels.experts import InputKernels, OutputKernels, apply_experts
-from hybridnorm_jax.mesh.logical_axes import split_axes
+from hybridnorm_jax.kernels.experts import apply_experts
+from hybridnorm_jax.kernels.swiglu import ExpertKernels
+from hybridnorm_jax.mesh.split_axes import split_axes
 
 Axes = tuple[str, ...]
 
 
+class _Split(NamedTuple):
+    """The mesh axes that split each dimension; none where it stays whole."""
+
+    batch: Axes
+    seq: Axes
+    experts: Axes
+    embed: Axes
+    mlp: Axes
+
+
 def apply_experts_on_mesh(
     x: Float[Array, "batch seq embed"],
-    gate: InputKernels,
-    up: InputKernels,
-    down: OutputKernels,
+    kernels: ExpertKernels,
     weights: Float[Array, "batch seq k"],
     chosen: Int[Array, "batch seq k"],
     *,
@@ -31,63 +41,74 @@ def apply_experts_on_mesh(
 ) -> Float[Array, "batch seq embed"]:
     """experts.apply_experts on global arrays, computed where the mesh in force and Flax's logical rules say.
 
-    Mesh and rules: see logical_axes.split_axes; where nothing is split, it is apply_experts. A dimension that its mesh
-    axes do not divide stays whole. Memory of one device: O(n tokens k) rows for its own `tokens` and n devices along
-    the experts' axes, which holds any imbalance.
+    Mesh and rules: see mesh/split_axes.py; where nothing is split, it is apply_experts. A dimension that its mesh axes
+    do not divide stays whole. Memory of one device: O(n tokens k) rows for its own `tokens` and n devices along the
+    experts' axes, which holds any imbalance.
     """
-    sizes = {"batch": x.shape[0], "seq": x.shape[1], **dict(zip(("experts", "embed", "mlp"), gate.shape, strict=True))}
-    axes = _without_sharing({name: split_axes(name, size) for name, size in sizes.items()})
-    if not any(axes.values()):
-        return _local(x, gate, up, down, weights, chosen, dispatch=dispatch)
-    tokens = PartitionSpec(axes["batch"], axes.pop("seq"))
-    inputs = PartitionSpec(axes["experts"], axes["embed"], axes["mlp"])
-    outputs = PartitionSpec(axes["experts"], axes["mlp"], axes["embed"])
-    local = partial(_local, dispatch=dispatch, **axes)
-    specs = (tokens, inputs, inputs, outputs, tokens, tokens)
-    return jax.shard_map(local, in_specs=specs, out_specs=tokens, check_vma=False)(x, gate, up, down, weights, chosen)
+    split = _split(x, kernels)
+    local = functools.partial(_local, split=split, dispatch=dispatch)
+    if not any(split):
+        return local(x, kernels, weights, chosen)
+    tokens = PartitionSpec(split.batch, split.seq)
+    inputs = PartitionSpec(split.experts, split.embed, split.mlp)
+    outputs = PartitionSpec(split.experts, split.mlp, split.embed)
+    specs = (tokens, ExpertKernels(gate=inputs, up=inputs, down=outputs), tokens, tokens)
+    return jax.shard_map(local, in_specs=specs, out_specs=tokens, check_vma=False)(x, kernels, weights, chosen)
 
 
-def _without_sharing(axes: dict[str, Axes]) -> dict[str, Axes]:
-    """Of dimensions that would share a mesh axis, in the kernels or among tokens, the later ones stay whole.
+def _split(x: Float[Array, "batch seq embed"], kernels: ExpertKernels) -> _Split:
+    """How the dimensions are split; of two that would share a mesh axis, the later one of an array stays whole.
 
-    `batch` may share axes with the kernels: its tokens are gathered along these.
+    The dimensions of kernels come first: experts, then mlp, then embed. `batch` may share axes with the kernels: its
+    tokens are gathered along these.
     """
-    taken = set()
-    for name in ("experts", "mlp", "embed"):
-        axes[name] = axes[name] if taken.isdisjoint(axes[name]) else ()
-        taken.update(axes[name])
-    if not {*axes["batch"], *axes["experts"], *axes["mlp"]}.isdisjoint(axes["seq"]):
-        axes["seq"] = ()
-    return axes
+    batch_size, seq_len, _ = x.shape
+    num_experts, embed_size, mlp_size = kernels.gate.shape
+    experts = split_axes("experts", num_experts)
+    mlp = _unless_taken(split_axes("mlp", mlp_size), experts)
+    embed = _unless_taken(split_axes("embed", embed_size), experts + mlp)
+    batch = split_axes("batch", batch_size)
+    seq = _unless_taken(split_axes("seq", seq_len), batch + experts + mlp)
+    return _Split(batch=batch, seq=seq, experts=experts, embed=embed, mlp=mlp)
+
+
+def _unless_taken(axes: Axes, taken: Axes) -> Axes:
+    return axes if set(axes).isdisjoint(taken) else ()
 
 
 def _local(
-    x,
-    gate,
-    up,
-    down,
-    weights,
-    chosen,
+    x: Float[Array, "batch seq embed"],
+    kernels: ExpertKernels,
+    weights: Float[Array, "batch seq k"],
+    chosen: Int[Array, "batch seq k"],
     *,
-    dispatch,
-    batch: Axes = (),
-    experts: Axes = (),
-    embed: Axes = (),
-    mlp: Axes = (),
-):
+    split: _Split,
+    dispatch: str,
+) -> Float[Array, "batch seq embed"]:
     """One device's part: its own experts on the tokens of all devices that share the experts with it."""
-    if embed:  # gathered here and not on the way in, so that the gradients are scattered while they are summed
-        gate, up = (jax.lax.all_gather(kernels, embed, axis=1, tiled=True) for kernels in (gate, up))
-        down = jax.lax.all_gather(down, embed, axis=2, tiled=True)
-    # Tokens of all devices whose results are summed.
-    gathered = tuple(axis for axis in (*experts, *mlp) if axis in batch)
+    if split.embed:  # gathered here and not on the way in, so that the gradients are scattered while they are summed
+        kernels = ExpertKernels(
+            gate=jax.lax.all_gather(kernels.gate, split.embed, axis=1, tiled=True),
+            up=jax.lax.all_gather(kernels.up, split.embed, axis=1, tiled=True),
+            down=jax.lax.all_gather(kernels.down, split.embed, axis=2, tiled=True),
+        )
+    # The results are summed over the devices that share the experts. Where these have different tokens, all need the
+    # tokens of all, and each keeps the sums of its own.
+    sharing = split.experts + split.mlp
+    gathered = tuple(axis for axis in sharing if axis in split.batch)
+    summed = tuple(axis for axis in sharing if axis not in split.batch)
     if gathered:
         x, weights, chosen = (jax.lax.all_gather(array, gathered, tiled=True) for array in (x, weights, chosen))
-    if experts:
-        chosen = chosen - len(gate) * jax.lax.axis_index(experts)
-    x_rows, weight_rows, chosen_rows = (array.reshape(-1, array.shape[-1]) for array in (x, weights, chosen))
-    y = apply_experts(x_rows, gate, up, down, weight_rows, chosen_rows, dispatch=dispatch, elsewhere=bool(experts))
-    y = y.reshape(x.shape)
-    if summed := tuple(axis for axis in (*experts, *mlp) if axis not in gathered):
+    if split.experts:
+        chosen = chosen - len(kernels.gate) * jax.lax.axis_index(split.experts)
+    y = apply_experts(
+        _flat(x), kernels, _flat(weights), _flat(chosen), dispatch=dispatch, elsewhere=bool(split.experts)
+    ).reshape(x.shape)
+    if summed:
         y = jax.lax.psum(y, summed)
     return jax.lax.psum_scatter(y, gathered, tiled=True) if gathered else y
+
+
+def _flat(array: Array) -> Array:
+    """Batch and positions as one dimension."""
+    return array.reshape(-1, array.shape[-1])

@@ -1,169 +1,112 @@
-"""Causal attention over a sequence that is split among n devices, exact, with the same work for each.
+"""Causal attention over a sequence that is split among n devices, exact, with the same work for each (zigzag.py).
 
-Device i holds the i-th stretch of every sequence. Were it to compute that stretch, the last device would do twice the
-mean. So the 2n half stretches of the queries are exchanged first: device i computes halves i and 2n - 1 - i, which see
-2n + 1 halves of keys together, whatever i. Keys and values are gathered, in the forward pass and again in the backward
-pass; what is kept between the two is a device's own share. (Ring attention, 2310.01889, passes keys around instead
-and never holds all of them: seq * kv_heads * head_dim * 4 bytes of bfloat16 keys and values here, 0.5 GB for
-131,072 tokens and 8 heads of 128.)
+Keys and values are gathered, in the forward pass and again in the backward pass; what is kept between the two is a
+device's own share. (Ring attention, 2310.01889, passes keys around instead and never holds all of them. In bfloat16
+they take seq * kv_heads * head_dim * 4 bytes with their values: 0.5 GB for 131,072 tokens and 8 heads of 128.)
 """
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from hybridnorm_jax.mesh.logical_axes import parts, split_axes
+from hybridnorm_jax.kernels.attention_arrays import AttentionInputs, AttentionResiduals
+from hybridnorm_jax.kernels.precision import wide_dtype, wide_einsum
+from hybridnorm_jax.kernels.zigzag import Axes, from_zigzag, gather_sequence, to_zigzag
 
-Axes = tuple[str, ...]
-SegmentIds = Int[Array, "batch seq"] | None
+Carry = TypeVar("Carry")
+LocalHeads = Float[Array, "batch local heads head_dim"]
+# The queries of both halves of a device, heads by the key head that they read.
+Halves = Float[Array, "halves batch kv_heads readers half head_dim"]
+Keys = Float[Array, "batch seq kv_heads head_dim"]
+KeyBlock = Float[Array, "batch block kv_heads head_dim"]
+Scores = Float[Array, "batch kv_heads readers half block"]
 
 # Keys that a device looks at at a time; scores of one such block are all it holds of them.
 BLOCK = 512
 
 
-def zigzag(seq: int, shards: int) -> np.ndarray:
-    """The position of every row when all devices' rows, after to_zigzag, stand one behind the other."""
-    halves = np.arange(seq).reshape(2 * shards, -1)
-    return np.concatenate([halves[half] for i in range(shards) for half in (i, 2 * shards - 1 - i)])
-
-
-def _moves(shards: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(source, target) of each device's first half and of its second half: the even and the odd ones of 2n."""
-    target = [half if half < shards else 2 * shards - 1 - half for half in range(2 * shards)]
-    return [(i, target[2 * i]) for i in range(shards)], [(i, target[2 * i + 1]) for i in range(shards)]
-
-
-def to_zigzag(x: Float[Array, "batch local ..."], axes: Axes) -> Float[Array, "batch local ..."]:
-    """Inside jax.shard_map: from this device's stretch to halves i and 2n - 1 - i."""
-    evens, odds = _moves(jax.lax.axis_size(axes))
-    first, second = jnp.split(x, 2, axis=1)
-    even, odd = jax.lax.ppermute(first, axes, evens), jax.lax.ppermute(second, axes, odds)
-    # Of i and 2n - 1 - i one is even, one odd.
-    own_is_even = jax.lax.axis_index(axes) % 2 == 0
-    return jnp.concatenate([jnp.where(own_is_even, even, odd), jnp.where(own_is_even, odd, even)], axis=1)
-
-
-def from_zigzag(x: Float[Array, "batch local ..."], axes: Axes) -> Float[Array, "batch local ..."]:
-    """The inverse of to_zigzag."""
-    evens, odds = ([(there, here) for here, there in moves] for moves in _moves(jax.lax.axis_size(axes)))
-    low, high = jnp.split(x, 2, axis=1)
-    own_is_even = jax.lax.axis_index(axes) % 2 == 0
-    even, odd = jnp.where(own_is_even, low, high), jnp.where(own_is_even, high, low)
-    return jnp.concatenate([jax.lax.ppermute(even, axes, evens), jax.lax.ppermute(odd, axes, odds)], axis=1)
-
-
-def sequence_axes(seq: int) -> Axes:
-    """The axes of the mesh in force that split a sequence of this length; none where their halves do not divide it."""
-    axes = split_axes("seq", seq)
-    return axes if seq % (2 * parts(axes)) == 0 else ()
-
-
-def on_mesh(
-    local: Callable,
-    query: Float[Array, "batch seq heads head_dim"],
-    key: Float[Array, "batch seq kv_heads head_dim"],
-    value: Float[Array, "batch seq kv_heads head_dim"],
-    segment_ids: SegmentIds,
-    *,
-    sequence: Axes = (),
-    before: tuple[tuple[Any, Any], ...] = (),
-) -> Float[Array, "batch seq heads head_dim"]:
-    """jax.shard_map of `local` over sequences, positions (by the axes `sequence`) and heads, as the rules split them.
-
-    Args:
-      before: (argument, its specs) pairs that `local` gets in front.
-    """
-    rows, columns = split_axes("batch", query.shape[0]), split_axes("heads", query.shape[2])
-    # As many key heads as the axes divide; query head h still reads the same values.
-    copies = parts(columns) // math.gcd(parts(columns), key.shape[2])
-    key, value = jnp.repeat(key, copies, axis=2), jnp.repeat(value, copies, axis=2)
-    spec, ids = PartitionSpec(rows, sequence, columns), PartitionSpec(rows, sequence)
-    arguments, specs = zip(*before, strict=True) if before else ((), ())
-    # check_vma: kernels, and loops with a gradient of their own, do not say over which axes their results vary.
-    mapped = jax.shard_map(local, in_specs=(*specs, spec, spec, spec, ids), out_specs=spec, check_vma=False)
-    return mapped(*arguments, query, key, value, segment_ids)
-
-
-def gather(x: Float[Array, "batch local ..."], axes: Axes) -> Float[Array, "batch seq ..."]:
-    """Inside jax.shard_map: the whole sequence."""
-    return jax.lax.all_gather(x, axes, axis=1, tiled=True)
-
-
-def zigzag_attention(
-    query: Float[Array, "batch local heads head_dim"],
-    key: Float[Array, "batch local kv_heads head_dim"],
-    value: Float[Array, "batch local kv_heads head_dim"],
-    segment_ids: SegmentIds,
-    *,
-    axes: Axes,
-    saved_as: str,
-) -> Float[Array, "batch local heads head_dim"]:
+def zigzag_attention(inputs: AttentionInputs, *, axes: Axes, saved_as: str) -> LocalHeads:
     """Inside jax.shard_map: this device's share of kernels.attention.causal_attention.
 
     Args:
+      inputs: this device's stretch of every sequence.
       axes: the mesh axes that split the sequence.
       saved_as: checkpoint name of what the backward pass needs besides query, key and value.
     """
-    context = _attend(to_zigzag(query, axes), key, value, segment_ids, axes, saved_as)
-    return from_zigzag(context, axes)
+    exchanged = inputs._replace(query=to_zigzag(inputs.query, axes))
+    return from_zigzag(_attend(exchanged, axes, saved_as), axes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(query, key, value, segment_ids, axes, saved_as):
-    return _forward(query, key, value, segment_ids, axes, saved_as)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _attend(inputs: AttentionInputs, axes: Axes, saved_as: str) -> LocalHeads:
+    """The attention of queries after to_zigzag to keys and values before it."""
+    context, _ = _forward(inputs, axes, saved_as)
+    return context
 
 
 class _Share:
-    """One device's two halves of queries and the blocks of keys that they see, in the order of a loop.
+    """One device's two halves of queries, 0 (low) and 1 (high), and the blocks of keys that they see.
 
-    Arrays of queries are (2, batch, kv_heads, readers, half, ...): the two halves, then the heads by what they read.
+    Attributes:
+      half: positions in a half.
+      block: keys in a block, which divides a half.
+      starts: the position of each half's first query.
+      ids: segment ids of the whole sequence, or None.
+      scale: of the scores.
     """
 
-    def __init__(self, query: Array, key: Array, segment_ids: SegmentIds, axes: Axes):
-        self.batch, local, self.heads, self.head_dim = query.shape
-        self.shards, self.kv_heads, self.half = jax.lax.axis_size(axes), key.shape[2], local // 2
-        self.block = max(size for size in range(1, min(BLOCK, self.half) + 1) if self.half % size == 0)
+    def __init__(self, inputs: AttentionInputs, axes: Axes):
+        batch, local, heads, head_dim = inputs.query.shape
+        self._kv_heads = inputs.key.shape[2]
+        self._readers = heads // self._kv_heads
+        self._shards = jax.lax.axis_size(axes)
+        self.scale = head_dim**-0.5
+        self._batch, self._heads, self._head_dim = batch, heads, head_dim
+        self.half = local // 2
+        self.block = _largest_divisor(self.half, at_most=BLOCK)
         device = jax.lax.axis_index(axes)
-        self.starts = self.half * jnp.stack([device, 2 * self.shards - 1 - device])
-        self.ids = None if segment_ids is None else gather(segment_ids, axes)
-        self.dtype = jnp.promote_types(query.dtype, jnp.float32)
-        self.einsum = functools.partial(jnp.einsum, preferred_element_type=self.dtype)
-        self.scale = self.head_dim**-0.5
+        self.starts = self.half * jnp.stack([device, 2 * self._shards - 1 - device])
+        self.ids = None if inputs.segment_ids is None else gather_sequence(inputs.segment_ids, axes)
 
-    def split(self, x: Float[Array, "batch local heads ..."]) -> Array:
-        x = x.reshape(self.batch, 2, self.half, self.kv_heads, self.heads // self.kv_heads, *x.shape[3:])
-        return jnp.moveaxis(x, (1, 3, 4), (0, 2, 3))
+    def split(self, x: LocalHeads) -> Halves:
+        """A device's queries, or what belongs to them, by half and by key head."""
+        x = x.reshape(self._batch, 2, self.half, self._kv_heads, self._readers, self._head_dim)
+        return jnp.einsum("bhskrd->hbkrsd", x)  # h: halves, s: positions of a half, k: key heads, r: readers
 
-    def join(self, x: Array) -> Float[Array, "batch local heads ..."]:
-        x = jnp.moveaxis(x, (0, 2, 3), (1, 3, 4))
-        return x.reshape(self.batch, 2 * self.half, self.heads, *x.shape[5:])
+    def join(self, x: Halves) -> LocalHeads:
+        """The inverse of `split`."""
+        x = jnp.einsum("hbkrsd->bhskrd", x)
+        return x.reshape(self._batch, 2 * self.half, self._heads, self._head_dim)
 
-    def loop(self, visit, carry):
+    def for_each_block(self, visit: Callable[[Array, Array, Carry], Carry], carry: Carry) -> Carry:
         """carry = visit(half, first key, carry) for every block of keys that half 0, and then half 1, sees."""
-        seen_by_low = self.starts[0] // self.block + self.half // self.block
+        blocks_in_half = self.half // self.block
+        # The low half of device i sees i + 1 halves of keys, the high half 2n - i.
+        seen_by_low = self.starts[0] // self.block + blocks_in_half
 
-        def body(step, carry):
-            half = (step >= seen_by_low).astype(jnp.int32)
-            return visit(half, (step - half * seen_by_low) * self.block, carry)
+        def body(step: Array, carry: Carry) -> Carry:
+            is_high = step >= seen_by_low
+            number = jnp.where(is_high, step - seen_by_low, step)
+            return visit(is_high.astype(jnp.int32), number * self.block, carry)
 
-        return jax.lax.fori_loop(0, (2 * self.shards + 1) * self.half // self.block, body, carry)
+        return jax.lax.fori_loop(0, (2 * self._shards + 1) * blocks_in_half, body, carry)
 
-    def keys(self, x: Float[Array, "batch seq kv_heads head_dim"], first: Array) -> Array:
+    def keys(self, x: Keys, first: Array) -> KeyBlock:
+        """The block of keys, or of values, from `first` on."""
         return jax.lax.dynamic_slice_in_dim(x, first, self.block, axis=1)
 
-    def scores(
-        self, q: Array, k: Array, half: Array, first: Array
-    ) -> Float[Array, "batch kv_heads readers half block"]:
+    def add_to_keys(self, x: Keys, added: KeyBlock, first: Array) -> Keys:
+        """x with a block added to the keys from `first` on."""
+        return jax.lax.dynamic_update_slice_in_dim(x, self.keys(x, first) + added, first, axis=1)
+
+    def scores(self, q: Array, k: KeyBlock, half: Array, first: Array) -> Scores:
         """Scores of one half and one block, very small where a query does not see a key."""
-        scores = self.scale * self.einsum("bkrqd,bskd->bkrqs", q, k)
+        scores = self.scale * wide_einsum("bkrqd,bskd->bkrqs", q, k)
         rows, columns = self.starts[half] + jnp.arange(self.half), first + jnp.arange(self.block)
         visible = rows[:, None] >= columns
         if self.ids is not None:
@@ -174,58 +117,102 @@ class _Share:
         return jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
 
 
-def _forward(query, key, value, segment_ids, axes, saved_as):
-    share = _Share(query, key, segment_ids, axes)
-    q, k, v = share.split(query), gather(key, axes), gather(value, axes)
+def _largest_divisor(number: int, at_most: int) -> int:
+    return max(size for size in range(1, min(at_most, number) + 1) if number % size == 0)
 
-    def visit(half, first, carry):
-        highest, total, context = (array[half] for array in carry)
+
+class _RunningSoftmax(NamedTuple):
+    """The softmax of the keys seen so far, for both halves of queries.
+
+    Attributes:
+      highest: score of each query.
+      total: sum of exp(score - highest).
+      context: sum of exp(score - highest) value.
+    """
+
+    highest: Float[Array, "halves batch kv_heads readers half"]
+    total: Float[Array, "halves batch kv_heads readers half"]
+    context: Halves
+
+
+def _forward(inputs: AttentionInputs, axes: Axes, saved_as: str) -> tuple[LocalHeads, AttentionResiduals]:
+    share = _Share(inputs, axes)
+    q = share.split(inputs.query)
+    k, v = gather_sequence(inputs.key, axes), gather_sequence(inputs.value, axes)
+
+    def visit(half: Array, first: Array, running: _RunningSoftmax) -> _RunningSoftmax:
+        before = jax.tree.map(lambda array: array[half], running)
         scores = share.scores(q[half], share.keys(k, first), half, first)
-        new_highest = jnp.maximum(highest, scores.max(-1))
-        weights, shrink = jnp.exp(scores - new_highest[..., None]), jnp.exp(highest - new_highest)
-        added = share.einsum("bkrqs,bskd->bkrqd", weights.astype(v.dtype), share.keys(v, first))
-        new = new_highest, shrink * total + weights.sum(-1), shrink[..., None] * context + added
-        return tuple(array.at[half].set(part) for array, part in zip(carry, new, strict=True))
-
-    rows = q.shape[:-1]
-    lowest = jnp.full(rows, jnp.finfo(share.dtype).min, share.dtype)
-    carry = lowest, jnp.zeros(rows, share.dtype), jnp.zeros(q.shape, share.dtype)
-    highest, total, context = share.loop(visit, carry)
-    context = share.join(context / total[..., None]).astype(query.dtype)
-    context, log_total = checkpoint_name((context, highest + jnp.log(total)), saved_as)
-    return context, (query, key, value, segment_ids, context, log_total)
-
-
-def _backward(axes, saved_as, residuals, d_context):
-    query, key, value, segment_ids, context, log_total = residuals
-    share = _Share(query, key, segment_ids, axes)
-    q, k, v, d_c = share.split(query), gather(key, axes), gather(value, axes), share.split(d_context)
-    # What softmax's derivative subtracts in each row: sum_k weight d_weight = context . d_context.
-    inner = (share.split(context).astype(share.dtype) * d_c.astype(share.dtype)).sum(-1)
-
-    def visit(half, first, carry):
-        d_query, d_key, d_value = carry
-        q_half, d_half, k_block, v_block = q[half], d_c[half], share.keys(k, first), share.keys(v, first)
-        weights = jnp.exp(share.scores(q_half, k_block, half, first) - log_total[half][..., None])
-        d_weights = share.einsum("bkrqd,bskd->bkrqs", d_half, v_block)
-        d_scores = (share.scale * weights * (d_weights - inner[half][..., None])).astype(q.dtype)
-        d_query = d_query.at[half].add(share.einsum("bkrqs,bskd->bkrqd", d_scores, k_block))
-        pieces = (
-            share.einsum("bkrqs,bkrqd->bskd", d_scores, q_half),
-            share.einsum("bkrqs,bkrqd->bskd", weights.astype(d_half.dtype), d_half),
+        highest = jnp.maximum(before.highest, scores.max(-1))
+        weights = jnp.exp(scores - highest[..., None])
+        shrink = jnp.exp(before.highest - highest)
+        added = wide_einsum("bkrqs,bskd->bkrqd", weights.astype(v.dtype), share.keys(v, first))
+        after = _RunningSoftmax(
+            highest=highest,
+            total=shrink * before.total + weights.sum(-1),
+            context=shrink[..., None] * before.context + added,
         )
-        d_key, d_value = (
-            jax.lax.dynamic_update_slice_in_dim(total, share.keys(total, first) + piece, first, axis=1)
-            for total, piece in zip((d_key, d_value), pieces, strict=True)
-        )
-        return d_query, d_key, d_value
+        return jax.tree.map(lambda array, part: array.at[half].set(part), running, after)
 
-    zeros = tuple(jnp.zeros(array.shape, share.dtype) for array in (q, k, v))
-    d_query, *d_keys_values = share.loop(visit, zeros)
-    d_key, d_value = (
-        jax.lax.psum_scatter(total, axes, scatter_dimension=1, tiled=True).astype(key.dtype) for total in d_keys_values
+    dtype = wide_dtype(q.dtype)
+    nothing = _RunningSoftmax(
+        highest=jnp.full(q.shape[:-1], jnp.finfo(dtype).min, dtype),
+        total=jnp.zeros(q.shape[:-1], dtype),
+        context=jnp.zeros(q.shape, dtype),
     )
-    return share.join(d_query).astype(query.dtype), d_key, d_value, None
+    all_keys = share.for_each_block(visit, nothing)
+    context = share.join(all_keys.context / all_keys.total[..., None]).astype(inputs.query.dtype)
+    context, log_total = checkpoint_name((context, all_keys.highest + jnp.log(all_keys.total)), saved_as)
+    return context, AttentionResiduals(inputs, context, log_total)
+
+
+class _Gradients(NamedTuple):
+    """Sums of gradients over the blocks seen so far, in float32 at least."""
+
+    query: Halves
+    key: Keys
+    value: Keys
+
+
+def _backward(
+    axes: Axes, saved_as: str, residuals: AttentionResiduals, d_context: LocalHeads
+) -> tuple[AttentionInputs]:
+    inputs, share = residuals.inputs, _Share(residuals.inputs, axes)
+    q = share.split(inputs.query)
+    k, v = gather_sequence(inputs.key, axes), gather_sequence(inputs.value, axes)
+    d_c = share.split(d_context)
+    dtype = wide_dtype(q.dtype)
+    # What softmax's derivative subtracts in each row: sum_k weight d_weight = context . d_context.
+    inner = (share.split(residuals.context).astype(dtype) * d_c.astype(dtype)).sum(-1)
+
+    def visit(half: Array, first: Array, total: _Gradients) -> _Gradients:
+        q_half, d_half, k_block, v_block = q[half], d_c[half], share.keys(k, first), share.keys(v, first)
+        weights = jnp.exp(share.scores(q_half, k_block, half, first) - residuals.log_total[half][..., None])
+        d_weights = wide_einsum("bkrqd,bskd->bkrqs", d_half, v_block)
+        d_scores = (share.scale * weights * (d_weights - inner[half][..., None])).astype(q.dtype)
+        d_query = total.query.at[half].add(wide_einsum("bkrqs,bskd->bkrqd", d_scores, k_block))
+        d_key = wide_einsum("bkrqs,bkrqd->bskd", d_scores, q_half)
+        d_value = wide_einsum("bkrqs,bkrqd->bskd", weights.astype(d_half.dtype), d_half)
+        return _Gradients(
+            query=d_query,
+            key=share.add_to_keys(total.key, d_key, first),
+            value=share.add_to_keys(total.value, d_value, first),
+        )
+
+    zeros = _Gradients(query=jnp.zeros(q.shape, dtype), key=jnp.zeros(k.shape, dtype), value=jnp.zeros(v.shape, dtype))
+    total = share.for_each_block(visit, zeros)
+    gradients = AttentionInputs(
+        key=_scatter_sequence(total.key, axes).astype(inputs.key.dtype),
+        value=_scatter_sequence(total.value, axes).astype(inputs.key.dtype),
+        query=share.join(total.query).astype(inputs.query.dtype),
+        segment_ids=None,
+    )
+    return (gradients,)
+
+
+def _scatter_sequence(x: Keys, axes: Axes) -> Float[Array, "batch local kv_heads head_dim"]:
+    """The gradient of gather_sequence: summed over the devices, each keeps its own stretch."""
+    return jax.lax.psum_scatter(x, axes, scatter_dimension=1, tiled=True)
 
 
 _attend.defvjp(_forward, _backward)

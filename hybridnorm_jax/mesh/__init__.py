@@ -1,5 +1,7 @@
-"""Devices and processes: the mesh axes, which dimension of which array lies on which of them, and how the processes
-of one run find each other, speak and end together.
+"""Devices and processes.
 
-What is computed on a mesh (attention over a split sequence, experts on several devices) is in kernels.
+The device mesh and its axes; which dimension of which parameter or batch lies on which axis (sharding_rules.py says by
+what rules, parameter_axes.py names the dimensions); and how the processes of one run find each other, compare their
+arguments and end together. What is computed on a mesh (attention over a split sequence, experts on several devices) is
+in kernels.
 """

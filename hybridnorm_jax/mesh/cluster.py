@@ -28,14 +28,18 @@ class DistributedSection:
     def __post_init__(self):
         check_choice("distributed.initialize", self.initialize, ("auto", "true", "false"))
         check_positive("distributed", self, ("num_processes", "timeout_seconds", "heartbeat_seconds"))
+        if self.coordinator is not None:
+            is_address = re.fullmatch(r"\S+:\d{1,5}", self.coordinator) is not None
+            right = "must be host:port, such as 10.0.0.2:8476"
+            check(is_address, "distributed.coordinator", self.coordinator, right)
         count, number = self.num_processes, self.process_id
-        right = "must be host:port, such as 10.0.0.2:8476"
-        fits = self.coordinator is None or re.fullmatch(r"\S+:\d{1,5}", self.coordinator) is not None
-        check(fits, "distributed.coordinator", self.coordinator, right)
-        check(number is None or count is not None, "distributed.process_id", number, "needs distributed.num_processes")
-        check(count is None or number is not None, "distributed.num_processes", count, "needs distributed.process_id")
-        right = f"must be in [0, distributed.num_processes={count})"
-        check(number is None or 0 <= number < count, "distributed.process_id", number, right)
+        if count is None:
+            check(number is None, "distributed.process_id", number, "needs distributed.num_processes")
+        elif number is None:
+            check(False, "distributed.num_processes", count, "needs distributed.process_id")
+        else:
+            right = f"must be in [0, distributed.num_processes={count})"
+            check(0 <= number < count, "distributed.process_id", number, right)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Cluster:
 
     Attributes:
       name: of the launcher, for messages.
-      num_processes, process_id: None where only the cluster's own service knows.
+      num_processes: of the run; None where only the cluster's own service knows it.
+      process_id: this process's number; None where only the cluster's own service knows it.
       has_coordinator: whether JAX can find out where process 0 is.
       local_id: this process's number on its host, where every process has one GPU.
     """
@@ -57,7 +62,7 @@ class Cluster:
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
+class RuntimeArguments:
     """The arguments of jax.distributed.initialize; None: JAX finds them."""
 
     coordinator: str | None = None
@@ -70,39 +75,67 @@ def find_cluster(environ: Mapping[str, str], *, tpu: bool) -> Cluster | None:
     """The launcher that started this process, None where it was started by hand.
 
     Args:
+      environ: the environment variables.
       tpu: whether JAX will use TPUs here.
 
     Raises:
       ConfigError: in an indexed Kubernetes job without TPUs, where the package for asking Kubernetes is missing.
     """
     if "OMPI_COMM_WORLD_SIZE" in environ:
-        return Cluster(
-            "Open MPI",
-            *(int(environ["OMPI_COMM_WORLD_SIZE"]), int(environ["OMPI_COMM_WORLD_RANK"])),
-            # Open MPI 5 no longer sets it.
-            has_coordinator="OMPI_MCA_orte_hnp_uri" in environ,
-            local_id=int(environ["OMPI_COMM_WORLD_LOCAL_RANK"]),
-        )
+        return _open_mpi(environ)
     if all(f"SLURM_{name}" in environ for name in ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")):
-        # In the shell of `salloc --ntasks=4` SLURM_NTASKS is 4, but the step is that one shell.
-        tasks = int(environ.get("SLURM_STEP_NUM_TASKS", environ["SLURM_NTASKS"]))
-        return Cluster("SLURM", tasks, int(environ["SLURM_PROCID"]), local_id=int(environ["SLURM_LOCALID"]))
+        return _slurm(environ)
     hosts = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES"))
     if tpu and hosts:
-        count, slices = len(hosts.split(",")), int(environ.get("MEGASCALE_NUM_SLICES") or 1)
-        first = int(environ.get("MEGASCALE_SLICE_ID") or 0) * count
-        return Cluster("GKE", slices * count, first + int(environ.get("TPU_WORKER_ID") or 0))
+        return _gke(environ, hosts_of_slice=len(hosts.split(",")))
     if tpu and "TPU_SKIP_MDS_QUERY" not in environ:  # JAX sets it where there is no TPU
-        return Cluster("Cloud TPU", None, None)
+        return Cluster(name="Cloud TPU", num_processes=None, process_id=None)
     if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
-        if importlib.util.find_spec("kubernetes") is None:
-            right = "pip install 'jax[k8s]' lets JAX find the others, distributed.initialize=false trains alone"
-            raise ConfigError(f"distributed.initialize=auto: this is a pod of an indexed Kubernetes job; {right}")
-        return Cluster("Kubernetes", None, int(environ["JOB_COMPLETION_INDEX"]))
+        return _kubernetes(environ)
     return None
 
 
-def resolve(section: DistributedSection, environ: Mapping[str, str], *, tpu: bool) -> Start | None:
+def _open_mpi(environ: Mapping[str, str]) -> Cluster:
+    return Cluster(
+        name="Open MPI",
+        num_processes=int(environ["OMPI_COMM_WORLD_SIZE"]),
+        process_id=int(environ["OMPI_COMM_WORLD_RANK"]),
+        has_coordinator="OMPI_MCA_orte_hnp_uri" in environ,  # which Open MPI 5 no longer sets
+        local_id=int(environ["OMPI_COMM_WORLD_LOCAL_RANK"]),
+    )
+
+
+def _slurm(environ: Mapping[str, str]) -> Cluster:
+    return Cluster(
+        name="SLURM",
+        # In the shell of `salloc --ntasks=4` SLURM_NTASKS is 4, but the step is that one shell.
+        num_processes=int(environ.get("SLURM_STEP_NUM_TASKS", environ["SLURM_NTASKS"])),
+        process_id=int(environ["SLURM_PROCID"]),
+        local_id=int(environ["SLURM_LOCALID"]),
+    )
+
+
+def _gke(environ: Mapping[str, str], *, hosts_of_slice: int) -> Cluster:
+    """TPUs on GKE: several slices of so many hosts each."""
+
+    def number(name: str, default: int) -> int:
+        return int(environ.get(name) or default)
+
+    return Cluster(
+        name="GKE",
+        num_processes=number("MEGASCALE_NUM_SLICES", 1) * hosts_of_slice,
+        process_id=number("MEGASCALE_SLICE_ID", 0) * hosts_of_slice + number("TPU_WORKER_ID", 0),
+    )
+
+
+def _kubernetes(environ: Mapping[str, str]) -> Cluster:
+    if importlib.util.find_spec("kubernetes") is None:
+        right = "pip install 'jax[k8s]' lets JAX find the others, distributed.initialize=false trains alone"
+        raise ConfigError(f"distributed.initialize=auto: this is a pod of an indexed Kubernetes job; {right}")
+    return Cluster(name="Kubernetes", num_processes=None, process_id=int(environ["JOB_COMPLETION_INDEX"]))
+
+
+def runtime_arguments(section: DistributedSection, environ: Mapping[str, str], *, tpu: bool) -> RuntimeArguments | None:
     """What to start JAX's runtime with; None where this process is alone.
 
     Raises:
@@ -118,13 +151,23 @@ def resolve(section: DistributedSection, environ: Mapping[str, str], *, tpu: boo
         if coordinator is None:
             right = "needs distributed.coordinator=HOST:PORT, where process 0 is to listen"
             raise ConfigError(f"distributed.num_processes={section.num_processes}: {right}")
-        return Start(coordinator, section.num_processes, section.process_id)
+        return RuntimeArguments(coordinator, num_processes=section.num_processes, process_id=section.process_id)
     cluster = find_cluster(environ, tpu=tpu)
-    if coordinator is not None:
-        if cluster is None or cluster.num_processes is None:
-            right = "needs distributed.num_processes and distributed.process_id too, no SLURM or Open MPI gives them"
-            raise ConfigError(f"{source}: {right}")
-        return Start(coordinator, cluster.num_processes, cluster.process_id, cluster.local_id)
+    if coordinator is None:
+        return _found_by_jax(section, cluster)
+    if cluster is None or cluster.num_processes is None:
+        right = "needs distributed.num_processes and distributed.process_id too, no SLURM or Open MPI gives them"
+        raise ConfigError(f"{source}: {right}")
+    return RuntimeArguments(
+        coordinator,
+        num_processes=cluster.num_processes,
+        process_id=cluster.process_id,
+        local_id=cluster.local_id,
+    )
+
+
+def _found_by_jax(section: DistributedSection, cluster: Cluster | None) -> RuntimeArguments | None:
+    """Where nothing is given: no arguments, if the cluster tells JAX all of them; None where this process is alone."""
     if cluster is None:
         if section.initialize == "true":
             right = "found no Open MPI, SLURM, GKE, Cloud TPU or Kubernetes job; give distributed.coordinator=HOST:PORT"
@@ -135,4 +178,4 @@ def resolve(section: DistributedSection, environ: Mapping[str, str], *, tpu: boo
     if not cluster.has_coordinator:
         right = "give distributed.coordinator=HOST:PORT, with the host of rank 0"
         raise ConfigError(f"distributed: Open MPI 5 does not tell its {cluster.num_processes} processes; {right}")
-    return Start()
+    return RuntimeArguments()

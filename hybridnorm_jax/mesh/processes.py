@@ -1,9 +1,9 @@
 """The processes of one run: how they find each other, who speaks, and how they end together.
 
-JAX's runtime is started at most once, before any backend, and only where there are others to wait for. What the
-environment variables of Open MPI, SLURM and GKE mean is JAX's definition (jax._src.clusters, 0.10.2). Where a start or
-an end cannot succeed, JAX's C++ runtime aborts the process with a stack trace and status 134, so both are watched from
-here and given up a moment earlier. docs/clusters.md has the user's side.
+JAX's runtime is started at most once, before any backend, and only where there are others to wait for. Where a start or
+an end cannot succeed, JAX's C++ runtime aborts the process with a stack trace and status 134. So both are watched from
+here and given up a moment earlier. cluster.py says what a launcher tells of the others, docs/clusters.md what a user
+sees.
 """
 
 import contextlib
@@ -21,17 +21,18 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from hybridnorm_jax.errors import ConfigError, RunStopped, UserError
-from hybridnorm_jax.mesh.cluster import DistributedSection, Start, find_cluster, resolve
+from hybridnorm_jax.mesh.cluster import DistributedSection, RuntimeArguments, find_cluster, runtime_arguments
 
-# A process that fails waits so long for the others to fail alike, such as at a mesh that does not fit the devices.
+# A process that fails waits this long for the others to fail alike, such as at a mesh that does not fit the devices.
 ALIKE_SECONDS = 5
-# And after so long the coordinator ends those that did not. Larger, so that the failing one keeps its own exit status.
+# After this long the coordinator ends those that did not. It is longer than ALIKE_SECONDS, so that the process that
+# failed keeps its own exit status.
 SHUTDOWN_SECONDS = 15
-# A run that is told to stop gives its processes so long to close their files; where one was not told, no longer.
+# A run that is told to stop gives its processes this long to close their files. If one of them was not told to stop,
+# the others do not wait for it any longer.
 STOPPED_SECONDS = 30
 # JAX aborts at its own limit, so it is given a later one.
 LATER_SECONDS = 60
-COORDINATOR_VARIABLE = "JAX_COORDINATOR_ADDRESS"
 
 
 class Processes:
@@ -43,7 +44,8 @@ class Processes:
     """
 
     def __init__(self, arguments: Sequence[str] = ()):
-        self.number, self.count = _early_number(arguments), None
+        self.number: int = _early_number(arguments)
+        self.count: int | None = None
         self._runs = False  # JAX's runtime, started here
         self._alike = True  # whether all processes ended together, or this one has not started
 
@@ -52,12 +54,12 @@ class Processes:
         """JAX's runtime, where there is more than this process; at the end they part together.
 
         Raises:
-          ConfigError: see `resolve`.
+          ConfigError: see `runtime_arguments`.
           UserError: the others were not there in time.
         """
-        start = resolve(section, os.environ, tpu=_has_tpu())
-        if start is not None:
-            self._start(section, start)
+        arguments = runtime_arguments(section, os.environ, tpu=_has_tpu())
+        if arguments is not None:
+            self._start(section, arguments)
             self.number, self.count = jax.process_index(), jax.process_count()
         try:
             yield
@@ -75,8 +77,8 @@ class Processes:
     def speaks(self, error: BaseException) -> bool:
         """Whether this process prints the line of an error.
 
-        Process 0 speaks for all, but not for what may be one host's alone: an error of a file, or one that the others
-        did not have.
+        Process 0 speaks for all. Every process speaks of what may have happened on its host alone: an error of a file,
+        or one that the others did not have.
         """
         return self.number == 0 or error.__cause__ is not None or isinstance(error, OSError) or not self._alike
 
@@ -100,37 +102,33 @@ class Processes:
         """A line of this process, with its number where it does not speak for all."""
         return line if self.number == 0 else f"process {self.number}: {line}"
 
-    def _start(self, section: DistributedSection, start: Start) -> None:
+    def _start(self, section: DistributedSection, arguments: RuntimeArguments) -> None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         self._runs = True
         self._alike = False
-        local = None if start.local_id is None or "JAX_LOCAL_DEVICE_IDS" in os.environ else [start.local_id]
-        arguments = {
-            "coordinator_address": start.coordinator,
-            "num_processes": start.num_processes,
-            "process_id": start.process_id,
-            "local_device_ids": local,
-            # Numbers that were given are not to be completed by a cluster's.
-            "cluster_detection_method": None if start.coordinator is None else "deactivate",
-            "initialization_timeout": section.timeout_seconds + LATER_SECONDS,
-            "heartbeat_timeout_seconds": section.heartbeat_seconds,
-            "shutdown_timeout_seconds": SHUTDOWN_SECONDS,
-        }
+        chosen_devices = None
+        if arguments.local_id is not None and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+            chosen_devices = [arguments.local_id]
+
+        def initialize() -> None:
+            jax.distributed.initialize(
+                coordinator_address=arguments.coordinator,
+                num_processes=arguments.num_processes,
+                process_id=arguments.process_id,
+                local_device_ids=chosen_devices,
+                # Numbers that were given are not to be completed by a cluster's.
+                cluster_detection_method=None if arguments.coordinator is None else "deactivate",
+                initialization_timeout=section.timeout_seconds + LATER_SECONDS,
+                heartbeat_timeout_seconds=section.heartbeat_seconds,
+                shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+            )
+
         with _handler_kept(signal.SIGTERM):
-            failed = _within(section.timeout_seconds, lambda: jax.distributed.initialize(**arguments))
-        if failed is None:
-            return
-        who = "this process" if start.process_id is None else f"process {start.process_id} of {start.num_processes}"
-        where = "the coordinator" if start.coordinator is None else start.coordinator
+            failed = _within(section.timeout_seconds, initialize)
         if isinstance(failed, TimeoutError):
-            limit = f"within {section.timeout_seconds} seconds (distributed.timeout_seconds)"
-            if start.process_id == 0:
-                raise UserError(f"distributed: {who}, at {where}, was not joined by all others {limit}")
-            right = "is process 0 running, is its port reachable, do all agree on their number?"
-            raise UserError(f"distributed: {who} did not meet the others at {where} {limit}: {right}")
-        reason = (str(failed).splitlines() or [""])[0] or type(failed).__name__
-        right = "distributed.initialize=false trains on this process alone"
-        raise UserError(f"distributed: {who} cannot start at {where}: {reason}; {right}") from failed
+            raise _late_error(section, arguments)
+        if failed is not None:
+            raise _start_error(arguments, failed) from failed
 
     def _part(self) -> None:
         """Shut JAX's runtime down, which waits for all processes, but not longer than it takes if they end alike."""
@@ -155,33 +153,63 @@ def check_alike(values: Mapping[str, str]) -> None:
     differs = (gathered != gathered[:1]).any(axis=(0, 2))
     if differs.any():
         names = ", ".join(name for name, odd in zip(values, differs, strict=True) if odd)
-        raise ConfigError(
-            f"{names}: not the same in all processes; all words but distributed.* and data.cache_dir must be"
-        )
+        right = "every argument except distributed.* and data.cache_dir must be the same"
+        raise ConfigError(f"{names}: not the same in all processes; {right}")
 
 
 def _early_number(arguments: Sequence[str]) -> int:
-    """This process's number as far as words and environment tell it before anything is parsed."""
+    """This process's number, as far as arguments and environment tell it before anything is parsed; 0 otherwise."""
     if "distributed.initialize=false" in arguments:
         return 0
-    for word in arguments:
-        if re.fullmatch(r"distributed\.process_id=\d+", word):
-            return int(word.partition("=")[2])
+    for argument in arguments:
+        stated = re.fullmatch(r"distributed\.process_id=(\d+)", argument)
+        if stated is not None:
+            return int(stated.group(1))
     try:
         cluster = find_cluster(os.environ, tpu=_has_tpu())
     except ConfigError:
         return 0
-    return cluster.process_id or 0 if cluster is not None else 0
+    if cluster is None or cluster.process_id is None:
+        return 0
+    return cluster.process_id
+
+
+def _late_error(section: DistributedSection, arguments: RuntimeArguments) -> UserError:
+    """The others were not there in time."""
+    limit = f"within {section.timeout_seconds} seconds (distributed.timeout_seconds)"
+    who, where = _who(arguments), _where(arguments)
+    if arguments.process_id == 0:
+        return UserError(f"distributed: {who}, at {where}, was not joined by all others {limit}")
+    right = "is process 0 running, is its port reachable, do all agree on their number?"
+    return UserError(f"distributed: {who} did not meet the others at {where} {limit}: {right}")
+
+
+def _start_error(arguments: RuntimeArguments, failed: BaseException) -> UserError:
+    """JAX's runtime cannot start."""
+    lines = str(failed).splitlines()
+    reason = lines[0] if lines and lines[0] else type(failed).__name__
+    right = "distributed.initialize=false trains on this process alone"
+    return UserError(f"distributed: {_who(arguments)} cannot start at {_where(arguments)}: {reason}; {right}")
+
+
+def _who(arguments: RuntimeArguments) -> str:
+    if arguments.process_id is None:
+        return "this process"
+    return f"process {arguments.process_id} of {arguments.num_processes}"
+
+
+def _where(arguments: RuntimeArguments) -> str:
+    return "the coordinator" if arguments.coordinator is None else arguments.coordinator
 
 
 def _has_tpu() -> bool:
-    """Importing JAX on a machine with TPUs sets this, unless JAX_PLATFORMS does."""
+    """Whether JAX will use TPUs. Importing JAX on a machine with TPUs sets its platforms, unless JAX_PLATFORMS does."""
     return "tpu" in (jax.config.jax_platforms or "").split(",")
 
 
 @contextlib.contextmanager
 def _handler_kept(number: int) -> Iterator[None]:
-    """Take a signal back from JAX, whose preemption service only notes it down: eval.py would never end."""
+    """Take a signal back from JAX, whose preemption service only notes it down: `hybridnorm eval` would never end."""
     before = signal.getsignal(number)
     try:
         yield
@@ -193,7 +221,7 @@ def _handler_kept(number: int) -> Iterator[None]:
 def _within(seconds: float, action: Callable[[], None]) -> BaseException | None:
     """None where `action` ends in time, else its exception, or a TimeoutError while it goes on.
 
-    In a thread of its own: the main thread of one that waits in C++ would see no signal.
+    It runs in a thread of its own: while C++ waits in the main thread, that thread sees no signal.
     """
     raised: list[BaseException] = []
 
@@ -212,6 +240,7 @@ def _within(seconds: float, action: Callable[[], None]) -> BaseException | None:
 
 
 def _leave(status: int) -> None:
+    """End this process with this exit status, without waiting for anything."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -11,6 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.kernels.split_experts import apply_experts_on_mesh
+from hybridnorm_jax.kernels.swiglu import ExpertKernels
 from hybridnorm_jax.model.feed_forward import FeedForward
 from hybridnorm_jax.model.initializers import truncated_normal
 
@@ -187,12 +188,14 @@ class MoE(nn.Module):
         up, up_bias = projection((experts, embed, mlp), init=self.input_init, name="expert_up")()
         down, down_bias = projection((experts, mlp, embed), init=self.output_init, name="expert_down")()
         if not self.use_bias:
-            return apply_experts_on_mesh(x, gate, up, down, weights, chosen, dispatch=self.dispatch)
+            return apply_experts_on_mesh(x, ExpertKernels(gate, up, down), weights, chosen, dispatch=self.dispatch)
         # Biases ride on one more channel, which is 1: dispatches need not know of them.
         x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
         gate, up = (jnp.concatenate([k, b[:, None]], axis=1) for k, b in ((gate, gate_bias), (up, up_bias)))
         down = jnp.pad(down, ((0, 0), (0, 0), (0, 1)))
-        y = apply_experts_on_mesh(x, gate, up, down, weights, chosen, dispatch=self.dispatch)[..., :embed]
+        y = apply_experts_on_mesh(x, ExpertKernels(gate, up, down), weights, chosen, dispatch=self.dispatch)[
+            ..., :embed
+        ]
         one_hot = chosen[..., None] == jnp.arange(experts)
         per_expert = jnp.where(one_hot, weights[..., None], 0).sum(-2).astype(self.dtype)
         return y + per_expert @ down_bias

@@ -18,7 +18,7 @@ from hybridnorm_jax.data import Data, open_data, train_iterator
 from hybridnorm_jax.errors import ConfigError, RunStopped
 from hybridnorm_jax.evaluation import perplexity
 from hybridnorm_jax.generation.sampling import generate
-from hybridnorm_jax.mesh.shardings import check_batch
+from hybridnorm_jax.mesh.checks import check_batch
 from hybridnorm_jax.training.anomalies import no_anomalies
 from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
 from hybridnorm_jax.training.goodput import TimeLedger

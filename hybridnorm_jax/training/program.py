@@ -17,17 +17,10 @@ from hybridnorm_jax.equivalence.invariants import Measured, assert_measured, tol
 from hybridnorm_jax.fields import check
 from hybridnorm_jax.kernels.attention import resolve_backend, sequence_multiple
 from hybridnorm_jax.kernels.experts import resolve_dispatch
-from hybridnorm_jax.mesh.rules import resolve_rules
-from hybridnorm_jax.mesh.shardings import (
-    batch_parts,
-    batch_sharding,
-    batch_share,
-    check_batch,
-    check_experts,
-    check_sequence,
-    make_mesh,
-    use_mesh,
-)
+from hybridnorm_jax.mesh.batch_shares import batch_parts, batch_sharding, batch_share
+from hybridnorm_jax.mesh.checks import check_batch, check_experts, check_sequence
+from hybridnorm_jax.mesh.device_mesh import make_mesh, use_mesh
+from hybridnorm_jax.mesh.sharding_rules import resolve_rules
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.loss import LossSums

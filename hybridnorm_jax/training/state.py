@@ -10,8 +10,8 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from hybridnorm_jax.mesh.rules import Rules
-from hybridnorm_jax.mesh.shardings import RULES, tree_shardings
+from hybridnorm_jax.mesh.sharding_rules import RULES, Rules
+from hybridnorm_jax.mesh.shardings import tree_shardings
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.training.anomalies import Anomalies, no_anomalies

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from hybridnorm_jax.equivalence.invariants import Measured, collected
-from hybridnorm_jax.mesh.logical_axes import parts, split_axes
+from hybridnorm_jax.mesh.split_axes import parts, split_axes
 from hybridnorm_jax.model.block import DEFECT
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.loss import LossSums, chunked_cross_entropy, cross_entropy

@@ -17,7 +17,8 @@ from hybridnorm_jax.equivalence import comparison, decoder_forms, proof, transfo
 from hybridnorm_jax.equivalence.comparison import compare_forms
 from hybridnorm_jax.equivalence.expert_choices import compare_routing
 from hybridnorm_jax.equivalence.invariants import InvariantError, assert_measured, tolerances
-from hybridnorm_jax.mesh.shardings import MESH_AXES, make_mesh
+from hybridnorm_jax.mesh.device_mesh import make_mesh
+from hybridnorm_jax.mesh.sharding_rules import MESH_AXES
 from hybridnorm_jax.training.program import Program
 
 EXPERTS = {"num_experts": 6, "experts_per_token": 2, "mlp_dim": 16, "norm": "layernorm"}

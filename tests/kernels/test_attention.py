@@ -12,7 +12,7 @@ from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.kernels import splash as attention_splash
 from hybridnorm_jax.kernels.attention import causal_attention, resolve_backend
 from hybridnorm_jax.kernels.names import SAVED
-from hybridnorm_jax.mesh.shardings import use_mesh
+from hybridnorm_jax.mesh.device_mesh import use_mesh
 
 AXES = ("data", "fsdp", "tensor")
 

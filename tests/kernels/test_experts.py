@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
 from hybridnorm_jax.errors import ConfigError
-from hybridnorm_jax.kernels import blocked_experts as expert_blocks
-from hybridnorm_jax.kernels import experts as expert_dispatch
-from hybridnorm_jax.kernels.experts import apply_experts, apply_grouped_experts, resolve_dispatch
+from hybridnorm_jax.kernels import blocked_experts, gmm
+from hybridnorm_jax.kernels.expert_rows import collect, sort_by_expert, spread
+from hybridnorm_jax.kernels.experts import KEY, apply_experts, apply_grouped_experts, resolve_dispatch
+from hybridnorm_jax.kernels.swiglu import ExpertKernels
 
 EMBED, MLP = 12, 20
 SORTED = ("blocked", "ragged")
@@ -45,7 +46,12 @@ def value_and_gradients(function, *inputs):
 
 
 def by_dispatch(dispatch, chosen):
-    return lambda *inputs: apply_experts(*inputs, chosen, dispatch=dispatch)
+    """apply_experts as a function of the arrays that `draw` gives."""
+
+    def function(x, gate, up, down, weights):
+        return apply_experts(x, ExpertKernels(gate, up, down), weights, chosen, dispatch=dispatch)
+
+    return function
 
 
 def assert_equal_to(expected, got, tolerance):
@@ -56,13 +62,13 @@ def assert_equal_to(expected, got, tolerance):
 
 @pytest.fixture
 def gmm_interpreted(monkeypatch):
-    monkeypatch.setattr(expert_dispatch, "gmm", functools.partial(expert_dispatch.gmm, interpret=True))
+    monkeypatch.setattr(gmm, "gmm", functools.partial(gmm.gmm, interpret=True))
 
 
 def test_dense_is_the_formula():
     with jax.enable_x64(True):
         inputs, chosen = draw(9, 5, 3), choose(9, 5, 3)
-        got = apply_experts(*inputs, chosen, dispatch="dense")
+        got = by_dispatch("dense", chosen)(*inputs)
     x, gate, up, down, weights = (np.asarray(array) for array in inputs)
     for token, row in enumerate(x):
         expected = 0
@@ -125,7 +131,7 @@ def compiled(dispatch, block, tokens, experts, k):
         return value, *pull(d_out)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(expert_blocks, "block_size", lambda rows, experts: block)
+        patch.setattr(blocked_experts, "block_size", lambda rows, experts: block)
         shapes = jax.eval_shape(lambda: (draw(tokens, experts, k), choose(tokens, experts, k)))
         return jax.jit(both).lower(*shapes, shapes[0][0]).compile()
 
@@ -157,13 +163,14 @@ def test_layers_under_scan_with_checkpoint(dispatch):
 
         def unrolled(x, *stacked):
             for layer, chosen in enumerate(choices):
-                x = x + apply_experts(x, *(leaf[layer] for leaf in stacked), chosen, dispatch="dense")
+                x = x + by_dispatch("dense", chosen)(x, *(leaf[layer] for leaf in stacked))
             return x
 
         def scanned(x, *stacked):
             @jax.checkpoint
             def body(x, layer):
-                return x + apply_experts(x, *layer[0], layer[1], dispatch=dispatch), None
+                arrays, chosen = layer
+                return x + by_dispatch(dispatch, chosen)(x, *arrays), None
 
             return jax.lax.scan(body, x, (stacked, choices))[0]
 
@@ -178,7 +185,7 @@ def draw_grouped(sizes, rows, dtype=np.float64):
 
 def grouped(dispatch, sizes):
     def function(rows, gate, up, down, row_weights):
-        return apply_grouped_experts(rows, row_weights, sizes, gate, up, down, dispatch=dispatch)
+        return apply_grouped_experts(rows, row_weights, sizes, ExpertKernels(gate, up, down), dispatch=dispatch)
 
     return function
 
@@ -216,8 +223,7 @@ def test_a_product_that_reads_and_leaves_nan_past_the_last_group_does_no_harm(mo
         product = jnp.einsum("rd,edm,re->rm", rows, kernels, jax.nn.one_hot(expert, len(sizes)))
         return jnp.where((expert < len(sizes))[:, None], product, jnp.nan)
 
-    by_products = functools.partial(expert_dispatch._by_products, careless)
-    monkeypatch.setitem(expert_dispatch._GROUPED, "ragged", by_products)
+    monkeypatch.setattr("hybridnorm_jax.kernels.experts.ragged_product", careless)
     inputs, sizes = draw_grouped((3, 0, 9, 1), 20, np.float32)
     expected, got = (value_and_gradients(grouped(dispatch, sizes), *inputs) for dispatch in ("blocked", "ragged"))
     assert_equal_to(expected, got, 2e-6)
@@ -239,14 +245,14 @@ def test_shards_of_the_experts_add_up_to_all_of_them(dispatch):
     tokens, experts = PartitionSpec("data"), PartitionSpec("expert")
 
     def local(x, gate, up, down, weights, chosen):
-        order, slots, sizes = expert_dispatch.sort_by_expert(chosen, 8)
-        rows, row_weights = expert_dispatch.spread(x, order, slots), weights.reshape(-1)[order]
+        order, sizes = sort_by_expert(chosen, 8)
+        rows, row_weights = spread(x, order), weights.reshape(-1)[order.choice_of_row]
         first = 2 * jax.lax.axis_index("expert")
         start, sizes = (jnp.cumsum(sizes) - sizes)[first], jax.lax.dynamic_slice_in_dim(sizes, first, 2)
         # The local experts' rows moved to the front of a buffer that could hold all rows.
         rows, row_weights = jnp.roll(rows, -start, 0), jnp.roll(row_weights, -start)
-        outputs = apply_grouped_experts(rows, row_weights, sizes, gate, up, down, dispatch=dispatch)
-        return jax.lax.psum(expert_dispatch.collect(jnp.roll(outputs, start, 0), order, slots), "expert")
+        outputs = grouped(dispatch, sizes)(rows, gate, up, down, row_weights)
+        return jax.lax.psum(collect(jnp.roll(outputs, start, 0), order), "expert")
 
     with jax.enable_x64(True), jax.set_mesh(mesh):
         inputs, chosen = draw(32, 8, 2), choose(32, 8, 2, scores=np.array([0, 0, 2, 0, 0, 0, -2, -2]))
@@ -273,18 +279,18 @@ def test_memory_of_blocked_does_not_grow_with_the_number_of_experts():
 def test_only_experts_with_rows_are_visited_each_once():
     sizes = jnp.array([0, 5, 0, 17, 0, 8], jnp.int32)
 
-    def note(expert, start, size, carry):
+    def note(group, carry):
         place, visits = carry
-        return place + 1, visits.at[place].set(jnp.stack([expert, start, size]))
+        return place + 1, visits.at[place].set(jnp.stack([group.expert, group.start, group.size]))
 
-    places, visits = expert_blocks.for_each_group(sizes, note, (0, jnp.zeros((6, 3), jnp.int32)))
+    places, visits = blocked_experts.for_each_group(sizes, note, (0, jnp.zeros((6, 3), jnp.int32)))
     assert places == 3
     np.testing.assert_array_equal(visits[:3], [[1, 0, 5], [3, 5, 17], [5, 22, 8]])
 
 
 @pytest.mark.parametrize(("rows", "experts", "expected"), [(1, 1, 8), (100, 8, 16), (128, 8, 16), (10**6, 8, 128)])
 def test_blocks_are_no_longer_than_the_mean_group_needs(rows, experts, expected):
-    assert expert_blocks.block_size(rows, experts) == expected
+    assert blocked_experts.block_size(rows, experts) == expected
 
 
 @pytest.mark.parametrize(
@@ -317,13 +323,13 @@ def test_refusals_are_one_line_with_the_key(name, platform, dtype, part):
         resolve_dispatch(name, platform=platform, dtype=dtype)
     message = str(error.value)
     assert part in message
-    assert message.startswith(f"{expert_dispatch.KEY}={name}: ")
+    assert message.startswith(f"{KEY}={name}: ")
     assert "\n" not in message
 
 
 def test_experts_refuse_what_the_named_dispatch_cannot_do():
     with jax.enable_x64(True), pytest.raises(ConfigError, match="not float64"):
-        apply_experts(*draw(4, 3, 1), choose(4, 3, 1), dispatch="gmm")
+        by_dispatch("gmm", choose(4, 3, 1))(*draw(4, 3, 1))
 
 
 @pytest.mark.parametrize(
@@ -342,20 +348,22 @@ def test_experts_refuse_what_the_named_dispatch_cannot_do():
 def test_wrong_shapes_name_the_argument(position, shape, message):
     arguments = [*draw(5, 3, 2, np.float32), choose(5, 3, 2)]
     arguments[position] = jnp.zeros(shape, arguments[position].dtype)
+    *inputs, chosen = arguments
     with pytest.raises(ValueError, match=message):
-        apply_experts(*arguments, dispatch="dense")
+        by_dispatch("dense", chosen)(*inputs)
 
 
 @pytest.mark.parametrize("k", [0, 4])
 def test_more_choices_than_experts_or_none(k):
+    *arrays, _ = draw(5, 3, 1, np.float32)
     with pytest.raises(ValueError, match=f"chosen: k={k} must be between 1 and the number of experts, 3"):
-        apply_experts(*draw(5, 3, 1, np.float32)[:4], jnp.ones((5, k)), jnp.zeros((5, k), int), dispatch="blocked")
+        by_dispatch("blocked", jnp.zeros((5, k), int))(*arrays, jnp.ones((5, k)))
 
 
 def test_kernels_of_another_dtype_are_refused():
     x, gate, up, down, weights = draw(5, 3, 2, np.float32)
     with pytest.raises(ValueError, match="up: dtype bfloat16 must be that of x, float32"):
-        apply_experts(x, gate, up.astype(jnp.bfloat16), down, weights, choose(5, 3, 2), dispatch="dense")
+        by_dispatch("dense", choose(5, 3, 2))(x, gate, up.astype(jnp.bfloat16), down, weights)
 
 
 @pytest.mark.parametrize(("argument", "shape"), [("rows", (4,)), ("row_weights", (3,)), ("sizes", (2,))])
@@ -364,7 +372,7 @@ def test_wrong_shapes_of_grouped_rows_name_the_argument(argument, shape):
     arguments = {"rows": rows, "row_weights": row_weights, "sizes": sizes}
     arguments[argument] = jnp.zeros(shape, arguments[argument].dtype)
     with pytest.raises(ValueError, match=f"{argument}: shape"):
-        apply_grouped_experts(**arguments, gate=gate, up=up, down=down, dispatch="blocked")
+        apply_grouped_experts(**arguments, kernels=ExpertKernels(gate, up, down), dispatch="blocked")
 
 
 # ---- The TPU compiler works without a TPU.

@@ -11,8 +11,9 @@ from hybridnorm_jax.config.run_config import MeshSection, OptimizerSection, RunC
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.kernels.experts import apply_experts
 from hybridnorm_jax.kernels.split_experts import apply_experts_on_mesh
-from hybridnorm_jax.mesh.rules import resolve_rules
-from hybridnorm_jax.mesh.shardings import make_mesh, use_mesh
+from hybridnorm_jax.kernels.swiglu import ExpertKernels
+from hybridnorm_jax.mesh.device_mesh import make_mesh, use_mesh
+from hybridnorm_jax.mesh.sharding_rules import resolve_rules
 from hybridnorm_jax.training.program import Program
 
 BATCH, SEQ, EMBED, MLP, EXPERTS, K = 8, 6, 8, 12, 8, 3
@@ -48,9 +49,17 @@ def _expected(inputs, chosen, cotangent):
     def flat(x, gate, up, down, weights, chosen):
         rows = (array.reshape(-1, array.shape[-1]) for array in (x, weights, chosen))
         x_rows, weight_rows, chosen_rows = rows
-        return apply_experts(x_rows, gate, up, down, weight_rows, chosen_rows, dispatch="dense").reshape(x.shape)
+        kernels = ExpertKernels(gate, up, down)
+        return apply_experts(x_rows, kernels, weight_rows, chosen_rows, dispatch="dense").reshape(x.shape)
 
     return _value_and_gradients(flat, inputs, chosen, cotangent)
+
+
+def _on_mesh(dispatch):
+    def function(x, gate, up, down, weights, chosen):
+        return apply_experts_on_mesh(x, ExpertKernels(gate, up, down), weights, chosen, dispatch=dispatch)
+
+    return function
 
 
 def _assert_equal(got, expected):
@@ -67,9 +76,7 @@ def test_a_mesh_equals_one_device(shape, routing):
         cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(inputs[0].shape))
         expected = _expected(inputs, chosen, cotangent)
         with use_mesh(_mesh(shape)):
-            got = _value_and_gradients(
-                lambda *arrays: apply_experts_on_mesh(*arrays, dispatch="blocked"), inputs, chosen, cotangent
-            )
+            got = _value_and_gradients(_on_mesh("blocked"), inputs, chosen, cotangent)
     _assert_equal(got, expected)
 
 
@@ -80,9 +87,7 @@ def test_every_dispatch_runs_on_a_mesh(dispatch):
         cotangent = jnp.ones_like(inputs[0])
         expected = _expected(inputs, chosen, cotangent)
         with use_mesh(_mesh((2, 1, 2, 2))):
-            got = _value_and_gradients(
-                lambda *arrays: apply_experts_on_mesh(*arrays, dispatch=dispatch), inputs, chosen, cotangent
-            )
+            got = _value_and_gradients(_on_mesh(dispatch), inputs, chosen, cotangent)
     _assert_equal(got, expected)
 
 
@@ -105,9 +110,7 @@ def test_rules_by_which_dimensions_share_an_axis(changes):
         cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(inputs[0].shape))
         expected = _expected(inputs, chosen, cotangent)
         with use_mesh(_mesh((2, 1, 2, 2)), resolve_rules(changes)):
-            got = _value_and_gradients(
-                lambda *arrays: apply_experts_on_mesh(*arrays, dispatch="blocked"), inputs, chosen, cotangent
-            )
+            got = _value_and_gradients(_on_mesh("blocked"), inputs, chosen, cotangent)
     _assert_equal(got, expected)
 
 
@@ -119,9 +122,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_computed_whole(batch):
         cotangent = jnp.ones_like(inputs[0])
         expected = _expected(inputs, chosen, cotangent)
         with use_mesh(_mesh((2, 1, 2, 2))):
-            got = _value_and_gradients(
-                lambda *arrays: apply_experts_on_mesh(*arrays, dispatch="blocked"), inputs, chosen, cotangent
-            )
+            got = _value_and_gradients(_on_mesh("blocked"), inputs, chosen, cotangent)
     _assert_equal(got, expected)
 
 
@@ -196,7 +197,7 @@ def _lowered(devices, shape, dispatch, dtype=jnp.bfloat16, platforms=None):
     chosen = jax.ShapeDtypeStruct((8, 128, 2), jnp.int32, sharding=place)
 
     def both(inputs, chosen, cotangent):
-        value, pull = jax.vjp(lambda *inputs: apply_experts_on_mesh(*inputs, chosen, dispatch=dispatch), *inputs)
+        value, pull = jax.vjp(lambda *inputs: _on_mesh(dispatch)(*inputs, chosen), *inputs)
         return value, *pull(cotangent)
 
     with use_mesh(mesh):

@@ -14,10 +14,11 @@ import hybridnorm_jax as hn
 from hybridnorm_jax.config.run_config import MeshSection, RunConfig, TrainSection
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.kernels import splash as attention_splash
-from hybridnorm_jax.kernels import split_sequence as sequence_parallel
+from hybridnorm_jax.kernels import split_sequence
 from hybridnorm_jax.kernels.attention import causal_attention
-from hybridnorm_jax.kernels.split_sequence import sequence_axes, zigzag
-from hybridnorm_jax.mesh.shardings import make_mesh, use_mesh
+from hybridnorm_jax.kernels.attention_on_mesh import sequence_axes
+from hybridnorm_jax.kernels.zigzag import zigzag
+from hybridnorm_jax.mesh.device_mesh import make_mesh, use_mesh
 from hybridnorm_jax.model.loss import chunked_cross_entropy, cross_entropy
 from hybridnorm_jax.training.program import Program
 
@@ -52,7 +53,7 @@ def test_every_device_computes_as_much(shards, seq):
     ids=str,
 )
 def test_xla_in_shares_is_softmax_attention(sizes, seq, kv_heads, segmented, monkeypatch):
-    monkeypatch.setattr(sequence_parallel, "BLOCK", 5)  # several blocks of keys to each half
+    monkeypatch.setattr(split_sequence, "BLOCK", 5)  # several blocks of keys to each half
     segment_ids = documents(2, seq) if segmented else None
     with jax.enable_x64(True):
         inputs = draw(2, seq, 4, kv_heads, 8, np.float64)

@@ -11,8 +11,9 @@ from jax.sharding import PartitionSpec
 import hybridnorm_jax as hn
 from hybridnorm_jax.config.run_config import MeshSection, OptimizerSection, RunConfig, TrainSection
 from hybridnorm_jax.errors import ConfigError
-from hybridnorm_jax.mesh.rules import DEFAULT_RULES, MESH_AXES, resolve_rules
-from hybridnorm_jax.mesh.shardings import make_mesh, partition_spec, undivided
+from hybridnorm_jax.mesh.device_mesh import make_mesh
+from hybridnorm_jax.mesh.sharding_rules import DEFAULT_RULES, MESH_AXES, resolve_rules
+from hybridnorm_jax.mesh.shardings import partition_spec, undivided
 from hybridnorm_jax.training.program import Program
 
 BATCH, SEQ = 8, 32

@@ -4,10 +4,13 @@ import pytest
 
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.mesh import cluster
-from hybridnorm_jax.mesh.cluster import DistributedSection, Start, find_cluster, resolve
+from hybridnorm_jax.mesh.cluster import DistributedSection, RuntimeArguments, find_cluster, runtime_arguments
 
 SLURM = {
-    **{"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "4", "SLURM_PROCID": "3"},
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "3",
     "SLURM_LOCALID": "1",
 }
 OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
@@ -45,17 +48,17 @@ def test_launchers_are_told_apart(environ, tpu, found):
         ({}, {**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, None),
         ({}, {**OPEN_MPI_4, "OMPI_COMM_WORLD_SIZE": "1"}, None),
         ({"initialize": "false"}, SLURM, None),
-        ({}, SLURM, Start()),
-        (GIVEN, {}, Start("10.0.0.2:8476", 2, 1)),
-        (GIVEN, SLURM, Start("10.0.0.2:8476", 2, 1)),
-        ({"coordinator": "h:1"}, SLURM, Start("h:1", 4, 3, 1)),
-        ({"coordinator": "h:1"}, OPEN_MPI, Start("h:1", 4, 2, 0)),
-        ({"num_processes": 2, "process_id": 0}, {"JAX_COORDINATOR_ADDRESS": "h:1"}, Start("h:1", 2, 0)),
+        ({}, SLURM, RuntimeArguments()),
+        (GIVEN, {}, RuntimeArguments("10.0.0.2:8476", 2, 1)),
+        (GIVEN, SLURM, RuntimeArguments("10.0.0.2:8476", 2, 1)),
+        ({"coordinator": "h:1"}, SLURM, RuntimeArguments("h:1", 4, 3, 1)),
+        ({"coordinator": "h:1"}, OPEN_MPI, RuntimeArguments("h:1", 4, 2, 0)),
+        ({"num_processes": 2, "process_id": 0}, {"JAX_COORDINATOR_ADDRESS": "h:1"}, RuntimeArguments("h:1", 2, 0)),
     ],
     ids=str,
 )
 def test_what_is_started(section, environ, start):
-    assert resolve(DistributedSection(**section), environ, tpu=False) == start
+    assert runtime_arguments(DistributedSection(**section), environ, tpu=False) == start
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,7 @@ def test_what_is_started(section, environ, start):
 )
 def test_too_little_is_refused_before_anything_starts(section, environ, message):
     with pytest.raises(ConfigError, match=message):
-        resolve(DistributedSection(**section), environ, tpu=False)
+        runtime_arguments(DistributedSection(**section), environ, tpu=False)
 
 
 def test_an_indexed_kubernetes_job_needs_the_package_that_jax_asks_with(monkeypatch):

@@ -17,7 +17,8 @@ from hybridnorm_jax.commands.eval import evaluate_run
 from hybridnorm_jax.commands.main import main
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.errors import ConfigError
-from hybridnorm_jax.mesh import shardings as sharding
+from hybridnorm_jax.mesh import batch_shares
+from hybridnorm_jax.mesh.device_mesh import make_mesh
 from hybridnorm_jax.training import loop
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.program import Program
@@ -254,15 +255,15 @@ class _Device:
 def _shares(mesh, processes, monkeypatch):
     """[(share, rows held)] if the mesh's devices belonged to so many processes."""
     each = mesh.size // processes
-    placed = sharding.batch_sharding(mesh, 0).devices_indices_map((sharding.batch_parts(mesh),))
+    placed = batch_shares.batch_sharding(mesh, 0).devices_indices_map((batch_shares.batch_parts(mesh),))
     seen = {_Device(device.id // each): rows for device, rows in placed.items()}
     shares = []
     with monkeypatch.context() as patch:
-        patch.setattr(sharding, "batch_sharding", lambda *_: SimpleNamespace(devices_indices_map=lambda _: seen))
+        patch.setattr(batch_shares, "batch_sharding", lambda *_: SimpleNamespace(devices_indices_map=lambda _: seen))
         for number in range(processes):
             patch.setattr(jax, "process_index", lambda number=number: number)
             held = {rows.start or 0 for device, (rows,) in seen.items() if device.process_index == number}
-            shares.append((sharding.batch_share(mesh), held))
+            shares.append((batch_shares.batch_share(mesh), held))
     return shares
 
 
@@ -273,7 +274,7 @@ def _shares(mesh, processes, monkeypatch):
     ids=str,
 )
 def test_no_process_reads_the_rows_of_another(sizes, processes, monkeypatch):
-    shares = _shares(sharding.make_mesh(sizes), processes, monkeypatch)
+    shares = _shares(make_mesh(sizes), processes, monkeypatch)
     (count,) = {count for (_, count), _ in shares}
     assert {number for (number, _), _ in shares} == set(range(count))
     for mine, my_rows in shares:
@@ -283,7 +284,7 @@ def test_no_process_reads_the_rows_of_another(sizes, processes, monkeypatch):
 
 def test_rows_that_cannot_be_shared_equally_are_refused(monkeypatch):
     # Three processes of two devices each: the middle one holds the last third of one half and the first of the other.
-    mesh = sharding.make_mesh({"data": 2, "tensor": 3}, jax.devices()[:6])
+    mesh = make_mesh({"data": 2, "tensor": 3}, jax.devices()[:6])
     with pytest.raises(ConfigError, match=r"splits a batch into 2 parts, which 3 processes cannot share equally"):
         _shares(mesh, 3, monkeypatch)
 

@@ -11,7 +11,7 @@ from hybridnorm_jax.config.run_config import MeshSection, OptimizerSection, RunC
 from hybridnorm_jax.equivalence import decoder_forms, transforms
 from hybridnorm_jax.equivalence.invariants import InvariantError
 from hybridnorm_jax.errors import ConfigError
-from hybridnorm_jax.mesh.shardings import make_mesh
+from hybridnorm_jax.mesh.device_mesh import make_mesh
 from hybridnorm_jax.model import block, decoder
 from hybridnorm_jax.training import program as program_module
 from hybridnorm_jax.training.program import Program

@@ -12,7 +12,9 @@ from jax.sharding import PartitionSpec
 import hybridnorm_jax as hn
 from hybridnorm_jax.config.run_config import MeshSection, OptimizerSection, RunConfig, TrainSection
 from hybridnorm_jax.errors import ConfigError
-from hybridnorm_jax.mesh.shardings import logical_axes, make_mesh, partition_spec, undivided
+from hybridnorm_jax.mesh.device_mesh import make_mesh
+from hybridnorm_jax.mesh.parameter_axes import logical_axes
+from hybridnorm_jax.mesh.shardings import partition_spec, undivided
 from hybridnorm_jax.training.loop import train
 from hybridnorm_jax.training.optimizer import decay_mask, learning_rate_schedule
 from hybridnorm_jax.training.program import Program

@@ -20,6 +20,7 @@ DEFAULT_RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
 }
 
+# Logical axis -> its entries, each a tuple of mesh axes.
 Rules = dict[str, tuple[tuple[str, ...], ...]]
 
 
@@ -33,15 +34,21 @@ def resolve_rules(changes: Mapping[str, tuple[str, ...]] | None = None) -> Rules
     for name in changes:
         if name not in DEFAULT_RULES:
             raise ConfigError(f"mesh.rules.{name}: not a logical axis{did_you_mean(name, DEFAULT_RULES)}")
-    rules = {name: tuple(tuple(entry.split("+")) for entry in DEFAULT_RULES[name]) for name in DEFAULT_RULES}
-    for name, entries in changes.items():
-        rules[name] = tuple(_entry(name, entry) for entry in entries)
+    entries_by_axis = DEFAULT_RULES | dict(changes)
+    rules = {name: tuple(_entry(name, entry) for entry in entries) for name, entries in entries_by_axis.items()}
     if len(rules["batch"]) != 1:
         raise ConfigError(f"mesh.rules.batch={list(changes['batch'])}: must be one entry; a batch is always split so")
     return rules
 
 
+def first_entry(rules: Rules, logical_axis: str | None) -> tuple[str, ...]:
+    """The mesh axes that should split a logical axis; none where no rule splits it."""
+    entries = rules.get(logical_axis, ()) if logical_axis is not None else ()
+    return entries[0] if entries else ()
+
+
 def _entry(name: str, entry: str) -> tuple[str, ...]:
+    """The mesh axes that an entry joins."""
     axes = tuple(axis.strip() for axis in entry.split("+"))
     for axis in axes:
         if axis not in MESH_AXES:
@@ -49,3 +56,6 @@ def _entry(name: str, entry: str) -> tuple[str, ...]:
     if len(set(axes)) < len(axes):
         raise ConfigError(f"mesh.rules.{name}: {entry} names an axis twice")
     return axes
+
+
+RULES = resolve_rules()

@@ -1,0 +1,50 @@
+"""Attention on a mesh: how sequences, positions and heads are split among the devices."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from hybridnorm_jax.kernels.attention_arrays import AttentionInputs, Heads
+from hybridnorm_jax.mesh.split_axes import parts, split_axes
+
+Axes = tuple[str, ...]
+
+
+def sequence_axes(seq: int) -> Axes:
+    """The axes of the mesh in force that split a sequence of this length; none where their halves do not divide it."""
+    axes = split_axes("seq", seq)
+    return axes if seq % (2 * parts(axes)) == 0 else ()
+
+
+def on_mesh(
+    local: Callable[..., Heads],
+    inputs: AttentionInputs,
+    *,
+    sequence: Axes = (),
+    kernel: Any = None,
+    kernel_specs: Any = None,
+) -> Heads:
+    """jax.shard_map of `local` over sequences and heads, as the rules split them, and over positions.
+
+    Args:
+      local: computes one device's share: local(inputs), or local(kernel, inputs) where a kernel is given.
+      sequence: the mesh axes that split the positions.
+      kernel: a tree of arrays that are split, too.
+      kernel_specs: its PartitionSpecs.
+    """
+    query, key, value, segment_ids = inputs
+    rows, columns = split_axes("batch", query.shape[0]), split_axes("heads", query.shape[2])
+    # As many key heads as the axes divide; query head h still reads the same values.
+    copies = parts(columns) // math.gcd(parts(columns), key.shape[2])
+    inputs = AttentionInputs(query, jnp.repeat(key, copies, axis=2), jnp.repeat(value, copies, axis=2), segment_ids)
+    heads_spec = PartitionSpec(rows, sequence, columns)
+    specs = AttentionInputs(heads_spec, heads_spec, heads_spec, PartitionSpec(rows, sequence))
+    # check_vma: kernels, and loops with a gradient of their own, do not say over which axes their results vary.
+    if kernel is None:
+        return jax.shard_map(local, in_specs=(specs,), out_specs=heads_spec, check_vma=False)(inputs)
+    mapped = jax.shard_map(local, in_specs=(kernel_specs, specs), out_specs=heads_spec, check_vma=False)
+    return mapped(kernel, inputs)
