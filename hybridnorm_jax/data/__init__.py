@@ -1,4 +1,9 @@
-"""Text and tokens on disk -> deterministic batches. Needs no JAX of its own; processes are told by number."""
+"""From text and tokens on disk to deterministic batches.
+
+Sources and token files, tokenizers, the cache of tokenized text, fixed windows over a long stream of tokens, and the
+Grain pipeline that shuffles these into batches, in NumPy arrays. How the mesh splits a batch is in mesh; what a step
+does with one is in training and evaluation.
+"""
 
 from hybridnorm_jax.data.dataset import Data, open_data
 from hybridnorm_jax.data.pipeline import train_iterator, validation_batches

@@ -9,6 +9,7 @@ import numpy as np
 
 from hybridnorm_jax.data.windows import Windows
 from hybridnorm_jax.errors import DataError
+from hybridnorm_jax.mesh.batch_shares import WHOLE_BATCH, BatchShare
 
 Batch = dict[str, np.ndarray]
 
@@ -19,23 +20,33 @@ def train_iterator(
     batch_size: int,
     accumulation: int = 1,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: BatchShare = WHOLE_BATCH,
     read_threads: int,
 ) -> grain.DatasetIterator:
     """Endless batches of this process, arrays (accumulation, local microbatch, seq_len).
 
-    The global order is a function of the seed alone: each epoch is another permutation of all windows, computed from
-    the index (nothing is stored), and step s takes rows s B to s B + B - 1 of the epochs' concatenation, B =
-    `batch_size`. Microbatch a is the step's a-th stretch of B / accumulation rows, and process p reads only the p-th
-    of `process_count` equal stretches of each microbatch.
+    The global order is a function of the seed alone. Each epoch is another permutation of all windows, computed from
+    the index, so that nothing is stored. Step s takes rows s B to s B + B - 1 of the epochs' concatenation, B =
+    `batch_size`. Microbatch a is the step's a-th stretch of B / accumulation rows, of which this process reads only its
+    share.
 
     `get_state()` is {"next_index": steps taken}; `set_state` with it continues bit for bit, on any number of
-    processes and read threads. Raises DataError for a microbatch that the processes cannot share equally.
+    processes and read threads.
+
+    Args:
+      windows: what the batches are made of.
+      batch_size: sequences of a step, over all processes and microbatches.
+      accumulation: microbatches of a step.
+      seed: of the order.
+      share: the stretch of every microbatch that this process reads.
+      read_threads: how many threads read ahead.
+
+    Raises:
+      DataError: a microbatch that the processes cannot share equally.
     """
     microbatch = batch_size // accumulation
-    local = _share("train.batch_size", batch_size, microbatch, process_count)
-    rows = np.arange(batch_size).reshape(accumulation, process_count, local)[:, process_index]
+    local = _rows_of_share("train.batch_size", batch_size, rows=microbatch, count=share.count)
+    rows = np.arange(batch_size).reshape(accumulation, share.count, local)[:, share.number]
     # Grain takes seed + epoch for an epoch's shuffle: hashed, seeds 0 and 1 do not share their epochs.
     shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     order = grain.MapDataset.range(len(windows)).shuffle(seed=shuffle_seed).repeat()
@@ -54,29 +65,34 @@ def validation_batches(
     *,
     batch_size: int,
     batches: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: BatchShare = WHOLE_BATCH,
 ) -> Iterator[Batch]:
     """All windows once, in order (at most `batches` batches), arrays (local batch, seq_len) of this process.
 
     The last batch is filled up with rows of zeros, which have weight 0: every process gets the same number of
-    batches. Raises DataError for a batch that the processes cannot share equally.
+    batches.
+
+    Raises:
+      DataError: a batch that the processes cannot share equally.
     """
-    local = _share("eval.batch_size", batch_size, batch_size, process_count)
+    local = _rows_of_share("eval.batch_size", batch_size, rows=batch_size, count=share.count)
 
     def read(first: int) -> Batch:
         rows = [windows[index] for index in range(first, min(first + local, len(windows)))]
         blank = {name: np.zeros_like(values) for name, values in windows[0].items()}
-        return _stack(rows + [blank] * (local - len(rows)))
+        missing = local - len(rows)
+        return _stack(rows + [blank] * missing)
 
-    starts = range(process_index * local, process_index * local + len(windows), batch_size)
+    own_first = share.number * local
+    starts = range(own_first, own_first + len(windows), batch_size)
     return (read(first) for first in itertools.islice(starts, batches))
 
 
-def _share(key: str, value: int, rows: int, process_count: int) -> int:
-    if rows % process_count:
-        raise DataError(f"{key}={value}: {rows} sequences at a time cannot be shared by {process_count} processes")
-    return rows // process_count
+def _rows_of_share(key: str, value: int, *, rows: int, count: int) -> int:
+    """Rows of one of `count` equal shares; `key` and `value` are for the message."""
+    if rows % count:
+        raise DataError(f"{key}={value}: {rows} sequences at a time cannot be shared by {count} processes")
+    return rows // count
 
 
 def _stack(rows: list[Batch]) -> Batch:

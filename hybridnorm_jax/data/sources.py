@@ -18,6 +18,7 @@ import platform
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
+from typing import BinaryIO
 
 import zstandard
 from etils import epath
@@ -62,7 +63,11 @@ class Corpus:
     text_field: str = "text"
 
     def documents(self, file: TextFile) -> Iterator[Document]:
-        """The documents of one of the files. Raises DataError where it cannot be read or holds no text."""
+        """The documents of one of the files.
+
+        Raises:
+          DataError: it cannot be read or holds no text.
+        """
         found = False
         for text, data in _texts(file.path, self.text_field):
             if not text or text.isspace():
@@ -83,7 +88,8 @@ def held_out(digest: bytes, fraction: float) -> bool:
 def find_files(key: str, patterns: Iterable[str]) -> tuple[epath.Path, ...]:
     """The files that paths and glob patterns name, each once, those of one pattern sorted.
 
-    Raises DataError, naming `key`, for a directory and for a name without a file.
+    Raises:
+      DataError: a directory, or a name without a file; the message names `key`.
     """
     found: dict[epath.Path, None] = {}
     for pattern in patterns:
@@ -108,10 +114,9 @@ def _glob(pattern: str) -> list[epath.Path]:
 
 def text_corpus(key: str, patterns: Iterable[str], text_field: str) -> Corpus:
     """Any text files: .jsonl is one document per line, everything else one per file; .gz and .zst are unpacked."""
-    files = find_files(key, patterns)
-    return Corpus(
-        f"{len(files)} text file{'s' * (len(files) > 1)}", tuple(TextFile(path) for path in files), text_field
-    )
+    files = tuple(TextFile(path) for path in find_files(key, patterns))
+    name = "1 text file" if len(files) == 1 else f"{len(files)} text files"
+    return Corpus(name, files, text_field)
 
 
 def stdlib_corpus() -> Corpus:
@@ -125,7 +130,8 @@ def stdlib_corpus() -> Corpus:
     if not files:
         raise DataError(f"data.source=stdlib: no .py files under {root}; set data.source=text and data.files")
     files.sort(key=lambda file: hashlib.sha256(file.identity.encode()).digest())
-    return Corpus(f"standard library of {platform.python_implementation()} {platform.python_version()}", tuple(files))
+    name = f"standard library of {platform.python_implementation()} {platform.python_version()}"
+    return Corpus(name, tuple(files))
 
 
 def _texts(path: epath.Path, text_field: str) -> Iterator[tuple[str, bytes]]:
@@ -144,7 +150,7 @@ def _texts(path: epath.Path, text_field: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _chunks(path: epath.Path) -> Iterator[bytes]:
-    """A file's content, unpacked. Raises DataError where it cannot be read to its end."""
+    """A file's content, unpacked."""
     try:
         with path.open("rb") as stream:
             if path.name.endswith(".zst"):
@@ -159,7 +165,7 @@ def _chunks(path: epath.Path) -> Iterator[bytes]:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _unpack_zst(stream) -> Iterator[bytes]:
+def _unpack_zst(stream: BinaryIO) -> Iterator[bytes]:
     """Zstandard frames one after the other. `ZstdDecompressor.stream_reader` would take a truncated file for whole."""
     unpacker = None
     while chunk := stream.read(CHUNK_BYTES):

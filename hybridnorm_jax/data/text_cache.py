@@ -2,8 +2,8 @@
 
     <data.cache_dir>/<fingerprint>/train.npy validation.npy meta.json
 
-A directory is written under another name and renamed when whole, so that one with its final name is complete unless
-somebody damaged it later, and of two processes that write the same one the second keeps the first's.
+A directory is written under another name and renamed when it is whole. So one with its final name is complete, unless
+somebody damaged it later. Where two processes write the same one, the second keeps what the first has written.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import pathlib
 import shutil
 import socket
 import sys
+from typing import Self
 
 import numpy as np
 from tqdm import tqdm
@@ -64,7 +65,9 @@ def open_text_cache(
     """The corpus as tokens, `fraction` of its documents in the split "validation", the others in "train".
 
     Each document is followed by the tokenizer's separator. Tokenizes only where no cache of the same inputs exists.
-    Raises DataError for text that cannot be read and for a cache directory that cannot be written.
+
+    Raises:
+      DataError: text that cannot be read, a cache directory that cannot be written.
     """
     if "://" in cache_dir:
         raise DataError(f"data.cache_dir={cache_dir}: the cache is memory-mapped; name a local directory")
@@ -95,7 +98,7 @@ def open_text_cache(
 
 
 def _open(directory: pathlib.Path) -> TextCache | None:
-    """The cache in a directory, None where there is none or its files are not those it was written with."""
+    """The cache in a directory; None where there is none, or where its files no longer have the sizes they had."""
     try:
         meta = json.loads((directory / "meta.json").read_text())
         sizes = {name: (directory / name).stat().st_size for name in meta["file_sizes"]}
@@ -103,7 +106,8 @@ def _open(directory: pathlib.Path) -> TextCache | None:
         return None
     if sizes != meta["file_sizes"]:
         return None
-    return TextCache(directory, {split: SplitCounts(**meta["splits"][split]) for split in SPLITS}, meta["max_id"])
+    splits = {split: SplitCounts(**meta["splits"][split]) for split in SPLITS}
+    return TextCache(directory, splits, max_id=meta["max_id"])
 
 
 def _build(directory: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer, inputs: dict, progress: bool) -> None:
@@ -121,7 +125,7 @@ def _build(directory: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer, inputs
 
 
 def _remove_abandoned(root: pathlib.Path) -> None:
-    """Remove what processes of this machine that are no more, and earlier ones with our own id, left unfinished."""
+    """Remove what ended processes of this machine, and earlier ones with our own id, left unfinished."""
     for path in root.glob(f"*{PARTIAL}"):
         host, _, process = path.name.removesuffix(PARTIAL).partition(".")[2].rpartition(".")
         if host == socket.gethostname() and (int(process) == os.getpid() or not _alive(int(process))):
@@ -148,7 +152,7 @@ def _publish(partial: pathlib.Path, directory: pathlib.Path) -> None:
 
 
 def _tokenize(partial: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer, fraction: float, progress: bool) -> dict:
-    """Write both splits' token files; what meta.json says of them."""
+    """Write both splits' token files, and return what meta.json says of them."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     with contextlib.ExitStack() as stack:
         writers = {
@@ -159,10 +163,12 @@ def _tokenize(partial: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer, fract
         def write(batch: list[Document]) -> None:
             encoded = tokenizer.encode_batch([document.text for document in batch])
             for document, ids in zip(batch, encoded, strict=True):
-                writers["validation" if held_out(document.digest, fraction) else "train"].write(ids, document)
+                split = "validation" if held_out(document.digest, fraction) else "train"
+                writers[split].write(ids, document)
 
         files = stack.enter_context(tqdm(corpus.files, "tokenizing", unit="file", leave=False, disable=not progress))
-        batch, characters = [], 0
+        batch: list[Document] = []
+        characters = 0
         for file in files:
             for document in corpus.documents(file):
                 batch.append(document)
@@ -186,14 +192,17 @@ class _TokenWriter:
         self.path = path
         self._dtype = dtype
         self._separator = np.array([separator_id], dtype)
-        self.documents = self.tokens = self.bytes = self.max_id = 0
+        self.documents = 0
+        self.tokens = 0
+        self.bytes = 0
+        self.max_id = 0
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self._stream = open(self.path, "wb")
         self._write_header()
         return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._stream:
             if kind is None:
                 # NumPy leaves room in the header for the number of tokens to grow.

@@ -64,7 +64,11 @@ class HuggingFaceTokenizer:
     """A `tokenizer.json`. Its special tokens, when a text spells them out, are plain text."""
 
     def __init__(self, name: str, content: bytes, separator: str, needs_separator: bool):
-        """Raises DataError for content that is no tokenizer and for a separator that it lacks."""
+        """Make a tokenizer of a file's content.
+
+        Raises:
+          DataError: content that is no tokenizer, a separator that it lacks.
+        """
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises bare Exception
@@ -106,7 +110,11 @@ class HuggingFaceTokenizer:
 
 
 def load_tokenizer(data: DataSection) -> Tokenizer:
-    """The tokenizer data.tokenizer names. Raises DataError where there is none or it has no document separator."""
+    """The tokenizer that data.tokenizer names.
+
+    Raises:
+      DataError: there is none, or it has no document separator and one is needed.
+    """
     if data.tokenizer == "bytes":
         if data.separator:
             raise DataError(f"data.separator={data.separator}: data.tokenizer=bytes has a separator of its own")

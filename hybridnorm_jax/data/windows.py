@@ -29,7 +29,11 @@ class TokenStream:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as int32. Raises DataError for one outside the vocabulary."""
+        """Tokens [start, stop) as int32.
+
+        Raises:
+          DataError: a token outside the vocabulary.
+        """
         pieces = []
         index = int(np.searchsorted(self._ends, start, side="right"))
         while start < stop:
@@ -37,28 +41,28 @@ class TokenStream:
             first = extent.stop - (end - start)
             length = min(stop, end) - start
             pieces.append(self._checked(extent, first, extent.array[first : first + length]))
-            start, index = start + length, index + 1
+            start += length
+            index += 1
         return np.concatenate(pieces)
 
     def _checked(self, extent: Extent, first: int, tokens: np.ndarray) -> np.ndarray:
         wrong = (tokens < 0) | (tokens >= self._vocab_size)
         if wrong.any():
             place = int(wrong.argmax())
-            raise DataError(
-                f"{extent.name}: token {first + place} is {tokens[place]}, outside model.vocab_size="
-                f"{self._vocab_size}; set model.vocab_size to the tokenizer's, and check data.token_dtype"
-            )
+            wrong_token = f"token {first + place} is {tokens[place]}, outside model.vocab_size={self._vocab_size}"
+            right = "set model.vocab_size to the tokenizer's, and check data.token_dtype"
+            raise DataError(f"{extent.name}: {wrong_token}; {right}")
         return tokens.astype(np.int32)
 
 
 class Windows:
     """A random-access source of rows of `seq_len` inputs and targets.
 
-    Row i covers tokens [i seq_len, i seq_len + seq_len], so that every token but the very first is a target once, and
-    runs across documents. It is a dict of arrays (seq_len,): `tokens` int32, `targets` int32 (the following token)
-    and `weights` float32; with a `separator_id` also `segment_ids` int32, which count the row's documents from 1, and
-    `positions` int32, which restart at 0 in each. A separator belongs to the document it ends; a target in another
-    document than its input has weight 0.
+    Row i covers tokens [i seq_len, i seq_len + seq_len] and runs across documents. So every token but the very first is
+    a target once. A row is a dict of arrays (seq_len,): `tokens` int32, `targets` int32 (the following token) and
+    `weights` float32. With a `separator_id` it also has `segment_ids` int32, which count the row's documents from 1,
+    and `positions` int32, which restart at 0 in each document. A separator belongs to the document it ends. A target in
+    another document than its input has weight 0.
 
     Without `tail` the tokens after the last full row are dropped; with it they make one more row, filled up with
     zeros (weight 0, segment 0).
@@ -101,7 +105,9 @@ class Windows:
         if self._separator_id is not None:
             row |= _documents(tokens, self._separator_id)
         missing = self._seq_len - len(row["tokens"])
-        return {name: np.pad(values, (0, missing)) for name, values in row.items()} if missing else row
+        if missing == 0:
+            return row
+        return {name: np.pad(values, (0, missing)) for name, values in row.items()}
 
 
 def _documents(tokens: np.ndarray, separator_id: int) -> dict[str, np.ndarray]:

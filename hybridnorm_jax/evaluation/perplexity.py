@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from hybridnorm_jax.data import Windows, validation_batches
 from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.mesh.batch_shares import WHOLE_BATCH, BatchShare
 from hybridnorm_jax.model.loss import LossSums
 
 
@@ -55,7 +56,7 @@ def evaluate_sets(
     sets: Mapping[str, Windows],
     *,
     batch_size: int,
-    share: tuple[int, int] = (0, 1),
+    share: BatchShare = WHOLE_BATCH,
     batches: int | None = None,
     progress: bool = True,
 ) -> dict[str, Score]:
@@ -64,13 +65,12 @@ def evaluate_sets(
     Args:
       eval_step: loss sums of this process's part of a batch.
       batch_size: sequences per batch, over all processes.
-      share: (number, count) of the equal stretches of a batch that this process reads.
+      share: the stretch of every batch that this process reads.
       batches: how many of each set, in order; None: all.
     """
     scores = {}
     for name, windows in sets.items():
-        here = {"process_index": share[0], "process_count": share[1]}
-        stream = validation_batches(windows, batch_size=batch_size, batches=batches, **here)
+        stream = validation_batches(windows, batch_size=batch_size, batches=batches, share=share)
         total = math.ceil(len(windows) / batch_size)
         total = total if batches is None else min(total, batches)
         shown = progress and sys.stderr.isatty()

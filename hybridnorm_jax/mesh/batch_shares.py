@@ -17,6 +17,9 @@ class BatchShare(NamedTuple):
     count: int
 
 
+WHOLE_BATCH = BatchShare(number=0, count=1)
+
+
 def batch_sharding(mesh: Mesh, leading: int, rules: Rules = RULES) -> NamedSharding:
     """Of a batch whose sequences are dimension number `leading`."""
     (axes,) = rules["batch"]

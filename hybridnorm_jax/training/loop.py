@@ -92,14 +92,12 @@ def _start(
     config: RunConfig, program: Program, data: Data, checkpoints: Checkpoints, step: int | None
 ) -> tuple[TrainState, Any, int]:
     """State, data iterator and number of updates made: from the checkpoint of `step`, from init_from, or fresh."""
-    number, count = program.share
     iterator = train_iterator(
         data.train,
         batch_size=config.train.batch_size,
         accumulation=config.train.grad_accumulation,
         seed=config.train.seed if config.train.data_seed is None else config.train.data_seed,
-        process_index=number,
-        process_count=count,
+        share=program.share,
         read_threads=config.data.read_threads,
     )
     if step is not None:

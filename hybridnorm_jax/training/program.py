@@ -17,7 +17,7 @@ from hybridnorm_jax.equivalence.invariants import Measured, assert_measured, tol
 from hybridnorm_jax.fields import check
 from hybridnorm_jax.kernels.attention import resolve_backend, sequence_multiple
 from hybridnorm_jax.kernels.experts import resolve_dispatch
-from hybridnorm_jax.mesh.batch_shares import batch_parts, batch_sharding, batch_share
+from hybridnorm_jax.mesh.batch_shares import BatchShare, batch_parts, batch_sharding, batch_share
 from hybridnorm_jax.mesh.checks import check_batch, check_experts, check_sequence
 from hybridnorm_jax.mesh.device_mesh import make_mesh, use_mesh
 from hybridnorm_jax.mesh.sharding_rules import resolve_rules
@@ -118,8 +118,8 @@ class Program:
             check(train.watch_sequences <= share, "train.watch_sequences", train.watch_sequences, right)
 
     @property
-    def share(self) -> tuple[int, int]:
-        """(number, count) of the equal stretches of every batch that this process reads."""
+    def share(self) -> BatchShare:
+        """The stretch of every batch that this process reads."""
         return batch_share(self.mesh, self.rules)
 
     @property

@@ -9,6 +9,7 @@ import pytest
 
 from hybridnorm_jax.data import DataError, Windows, train_iterator, validation_batches
 from hybridnorm_jax.data.windows import Extent, TokenStream
+from hybridnorm_jax.mesh.batch_shares import BatchShare
 
 SEQ_LEN = 4
 
@@ -81,7 +82,7 @@ def test_processes_together_read_what_one_would(process_count):
     keys = {"batch_size": 12, "accumulation": 2}
     alone = take(iterator(RecordingWindows(31), **keys), 6)
     shares = [
-        take(iterator(RecordingWindows(31), process_index=index, process_count=process_count, **keys), 6)
+        take(iterator(RecordingWindows(31), share=BatchShare(index, process_count), **keys), 6)
         for index in range(process_count)
     ]
     for step, whole in enumerate(alone):
@@ -90,7 +91,7 @@ def test_processes_together_read_what_one_would(process_count):
 
 def test_a_process_reads_only_its_own_windows():
     windows = RecordingWindows(36)
-    mine = iterator(windows, process_index=1, process_count=3, read_threads=1)
+    mine = iterator(windows, share=BatchShare(1, 3), read_threads=1)
     seen = flat(take(mine, 2))
     mine.close()
     ahead = 2  # steps that one thread may have begun before it was stopped
@@ -120,7 +121,7 @@ def test_a_state_is_good_on_any_number_of_processes():
     take(alone, 7)
     state = alone.get_state()
     expected = take(alone, 3)
-    pair = [iterator(RecordingWindows(31), process_index=index, process_count=2) for index in range(2)]
+    pair = [iterator(RecordingWindows(31), share=BatchShare(index, 2)) for index in range(2)]
     for share in pair:
         share.set_state(state)
         assert share.get_state() == state
@@ -143,15 +144,15 @@ def test_one_window_is_enough():
 
 def test_processes_must_share_a_microbatch_equally():
     with pytest.raises(DataError, match=r"train\.batch_size=6: 2 sequences .* 4 processes"):
-        iterator(RecordingWindows(9), accumulation=3, process_count=4)
+        iterator(RecordingWindows(9), accumulation=3, share=BatchShare(0, 4))
     with pytest.raises(DataError, match=r"eval\.batch_size=6: "):
-        validation_batches(RecordingWindows(9), batch_size=6, process_count=4)
+        validation_batches(RecordingWindows(9), batch_size=6, share=BatchShare(0, 4))
 
 
 @pytest.mark.parametrize("process_count", [1, 2, 4])
 def test_validation_reads_every_window_once_in_order(process_count):
     shares = [
-        list(validation_batches(RecordingWindows(10), batch_size=4, process_index=index, process_count=process_count))
+        list(validation_batches(RecordingWindows(10), batch_size=4, share=BatchShare(index, process_count)))
         for index in range(process_count)
     ]
     assert {len(share) for share in shares} == {3}
