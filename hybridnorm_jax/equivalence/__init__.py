@@ -1,4 +1,9 @@
-"""Pre-LN -> Pre-RMSNorm -> Pre-CRMSNorm without loss (2305.14858): transforms, whole-model conversion, invariants."""
+"""Pre-LN -> Pre-RMSNorm -> Pre-CRMSNorm without loss (2305.14858).
+
+The transforms as pure functions on any parameter tree that a residual layout describes, the conversion of a whole
+Decoder, what must hold of a converted model, and the proof that it does. Reading and writing checkpoints is in interop
+and training; the norms themselves are in model.
+"""
 
 from hybridnorm_jax.equivalence.decoder_forms import (
     Conversion,

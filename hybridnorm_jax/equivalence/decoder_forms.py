@@ -6,11 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax.core import FrozenDict
-from flax.traverse_util import flatten_dict
 
-from hybridnorm_jax.equivalence.invariants import abstract_params, assert_decoder_params
+from hybridnorm_jax.equivalence.decoder_params import assert_decoder_params, check_decoder_params
 from hybridnorm_jax.equivalence.layout import (
-    LayoutError,
     NormBias,
     NormScale,
     Reads,
@@ -38,16 +36,16 @@ class Conversion:
     """
 
     config: ModelConfig
-    convert: Callable[[Any], dict]
+    convert: Callable[[Any], dict[str, Any]]
     layout: ResidualLayout
 
 
-def to_pre_rmsnorm(config: ModelConfig, params: Any) -> tuple[ModelConfig, dict]:
+def to_pre_rmsnorm(config: ModelConfig, params: Any) -> tuple[ModelConfig, dict[str, Any]]:
     """(config, params) of a Decoder with RMSNorm that computes the logits of this Pre-LN one.
 
-    Norm scales and biases are folded into what reads them, so biases appear where a norm had one; a tied head is
-    untied where its norm has a scale or bias. Norms on q, k, v stay. Dtypes stay; the arithmetic has them, float32 at
-    least, so convert in float64 what is to be compared in float64.
+    Norm scales and biases are folded into what reads them, so biases appear where a norm had one. A tied head is
+    untied where its norm has a scale or bias. Norms on q, k, v stay. Dtypes stay, and the arithmetic runs in them, in
+    float32 at least: convert in float64 what is to be compared in float64.
 
     Raises:
       ConfigError: not a Pre-LN model: another norm than LayerNorm, a norm after a branch or a sum, one missing.
@@ -58,7 +56,7 @@ def to_pre_rmsnorm(config: ModelConfig, params: Any) -> tuple[ModelConfig, dict]
     return conversion.config, conversion.convert(params)
 
 
-def to_pre_crmsnorm(config: ModelConfig, params: Any, *, pad_to: int = 1) -> tuple[ModelConfig, dict]:
+def to_pre_crmsnorm(config: ModelConfig, params: Any, *, pad_to: int = 1) -> tuple[ModelConfig, dict[str, Any]]:
     """As to_pre_rmsnorm, with CRMSNorm on a stream that is stored without its last element.
 
     The new model.d_model is d - 1, filled up with zero channels to a multiple of `pad_to`; model.norm_width is d. A
@@ -88,17 +86,22 @@ def conversion_of(config: ModelConfig, form: str, *, pad_to: int = 1) -> Convers
     )
     before, after = decoder_layout(roomy), decoder_layout(plain)
 
-    def centred(params: Any) -> dict:
-        return _checked(plain, recenter(fold_affine(_with_room(config, roomy, params), before), after))
+    def centred(params: Any) -> dict[str, Any]:
+        folded = fold_affine(_with_room(config, roomy, params), before)
+        return _checked(plain, recenter(folded, after))
 
     if not compressed:
-        return Conversion(plain, centred, after)
+        return Conversion(config=plain, convert=centred, layout=after)
     stored = stored_width(config.d_model, pad_to)
     small = dataclasses.replace(plain, norm="crmsnorm", d_model=stored, norm_width=config.d_model)
-    return Conversion(small, lambda params: _checked(small, compress(centred(params), after, pad_to=pad_to)), after)
+
+    def stored_without_last(params: Any) -> dict[str, Any]:
+        return _checked(small, compress(centred(params), after, pad_to=pad_to))
+
+    return Conversion(config=small, convert=stored_without_last, layout=after)
 
 
-def _checked(config: ModelConfig, params: dict) -> dict:
+def _checked(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
     assert_decoder_params(config, params)
     return params
 
@@ -122,44 +125,82 @@ def _run_rules(config: ModelConfig, run: Run, name: str) -> dict[str, Role]:
     """The rules of one run, whose leaves have the layers in front."""
     rules: dict[str, Role] = {}
     branches = {
-        "attention": (dict.fromkeys(("query", "key", "value"), 1), ("out",), config.attention_bias),
-        "feed_forward": (*_feed_forward_projections(config), config.mlp_bias),
+        "attention": _Projections(
+            readers={"query": 1, "key": 1, "value": 1},
+            writers=("out",),
+            has_bias=config.attention_bias,
+        ),
+        "feed_forward": _feed_forward_projections(config),
     }
-    for sublayer, (readers, writers, has_bias) in branches.items():
+    for sublayer, projections in branches.items():
         norm, scales = f"{name}/{sublayer}_pre_norm", run.scales(sublayer)[2]
         rules |= _norm_rules(config, norm)
-        for reader, axis in readers.items():
+        for reader, axis in projections.readers.items():
             role = Reads(norm, axis, input_scale=1.0 if scales is None else scales)
             rules[f"{name}/{sublayer}/{reader}/kernel"] = role
-        leaves = ["kernel"] + ["bias"] * has_bias
-        rules |= {f"{name}/{sublayer}/{writer}/{leaf}": Writes() for writer in writers for leaf in leaves}
+        for writer in projections.writers:
+            rules[f"{name}/{sublayer}/{writer}/kernel"] = Writes()
+            if projections.has_bias:
+                rules[f"{name}/{sublayer}/{writer}/bias"] = Writes()
     if config.balance_bias:
         rules[f"{name}/feed_forward/balance_bias"] = Untouched()
     for norm in HEAD_NORMS:
         if getattr(run.structure, norm):
-            leaves = ["scale"] * config.attention_norm_scale + ["bias"] * config.attention_norm_bias
-            rules |= {f"{name}/attention/{norm}/{leaf}": Untouched() for leaf in leaves}
+            rules |= _head_norm_rules(config, f"{name}/attention/{norm}")
     return rules
 
 
-def _feed_forward_projections(config: ModelConfig) -> tuple[dict[str, int], tuple[str, ...]]:
-    """({reader: the stream's axis in its kernel}, writers); layers come first in a kernel, then experts."""
+@dataclasses.dataclass(frozen=True)
+class _Projections:
+    """The projections of a branch.
+
+    Attributes:
+      readers: name -> the axis of its kernel that the stream is on; layers come first in a kernel, then experts.
+      writers: names of those that write the stream.
+      has_bias: whether they have biases.
+    """
+
+    readers: dict[str, int]
+    writers: tuple[str, ...]
+    has_bias: bool
+
+
+def _feed_forward_projections(config: ModelConfig) -> _Projections:
     if config.num_experts == 0:
-        return dict.fromkeys(("up", "gate") if config.activation == "swiglu" else ("up",), 1), ("down",)
-    readers, writers = {"router": 1, "expert_gate": 2, "expert_up": 2}, ("expert_down",)
-    if config.shared_experts == 0:
-        return readers, writers
-    return readers | {"shared/gate": 1, "shared/up": 1}, (*writers, "shared/down")
+        readers, writers = {"up": 1}, ("down",)
+        if config.activation == "swiglu":
+            readers["gate"] = 1
+    else:
+        readers, writers = {"router": 1, "expert_gate": 2, "expert_up": 2}, ("expert_down",)
+        if config.shared_experts:
+            readers |= {"shared/gate": 1, "shared/up": 1}
+            writers = ("expert_down", "shared/down")
+    return _Projections(readers=readers, writers=writers, has_bias=config.mlp_bias)
+
+
+def _head_norm_rules(config: ModelConfig, path: str) -> dict[str, Role]:
+    """A norm inside attention, which does not touch the stream."""
+    rules: dict[str, Role] = {}
+    if config.attention_norm_scale:
+        rules[f"{path}/scale"] = Untouched()
+    if config.attention_norm_bias:
+        rules[f"{path}/bias"] = Untouched()
+    return rules
 
 
 def _norm_rules(config: ModelConfig, path: str) -> dict[str, Role]:
-    scale = {f"{path}/scale": NormScale()} if config.norm_scale else {}
-    return scale | ({f"{path}/bias": NormBias()} if config.norm_bias else {})
+    """A norm on the stream."""
+    rules: dict[str, Role] = {}
+    if config.norm_scale:
+        rules[f"{path}/scale"] = NormScale()
+    if config.norm_bias:
+        rules[f"{path}/bias"] = NormBias()
+    return rules
 
 
-def _with_room(config: ModelConfig, roomy: ModelConfig, params: Any) -> dict:
+def _with_room(config: ModelConfig, roomy: ModelConfig, params: Any) -> dict[str, Any]:
     """The same function with an untied head and with zero biases, where `roomy` has them and config does not."""
-    _check_input(config, params)
+    check_decoder_params(config, params)
     params = dict(params)
     if config.tie_embeddings and not roomy.tie_embeddings:
         params["head"] = {**params.get("head", {}), "kernel": jnp.asarray(params["token_embedding"]["embedding"]).T}
@@ -172,24 +213,6 @@ def _with_room(config: ModelConfig, roomy: ModelConfig, params: Any) -> dict:
             if getattr(roomy, key) and not getattr(config, key):
                 run[sublayer] = _with_biases(sublayer, run[sublayer])
     return params
-
-
-def _check_input(config: ModelConfig, params: Any) -> None:
-    """Raise LayoutError unless params are the tree of Decoder(config), in one dtype."""
-    if not isinstance(params, dict | FrozenDict):
-        raise LayoutError(f"params: must be the tree of Decoder(config), not {type(params).__name__}")
-    expected, found = flatten_dict(abstract_params(config), sep="/"), flatten_dict(params, sep="/")
-    for path in (*expected, *found):
-        if path not in found:
-            raise LayoutError(f"{path}: missing; params must be the tree of Decoder(config), variables['params']")
-        if path not in expected:
-            raise LayoutError(f"{path}: Decoder(config) has no such parameter")
-    for path in expected:
-        shape, dtype = getattr(found[path], "shape", None), getattr(found[path], "dtype", None)
-        if shape != expected[path].shape:
-            raise LayoutError(f"{path}: has shape {shape}, but Decoder(config) has {expected[path].shape}")
-        if dtype != found["token_embedding/embedding"].dtype:
-            raise LayoutError(f"{path}: is {dtype}, but the embedding is {found['token_embedding/embedding'].dtype}")
 
 
 def _with_biases(name: str, tree: Any) -> Any:

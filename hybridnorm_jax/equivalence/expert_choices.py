@@ -1,14 +1,14 @@
 """What the routers of a mixture of experts chose, and where two forms of one model can be compared.
 
-The choice of experts is discontinuous: where the scores of two experts tie up to rounding, two forms that are equal may
+The choice of experts is discontinuous. Where the scores of two experts tie up to rounding, two forms that are equal may
 choose differently, and what follows differs by more than rounding, with nothing wrong. Such a choice reaches its own
 position in the stream after its block, and through attention all later positions of the document in the blocks behind.
-There the forms are not compared. Everywhere else they compute a continuous function, and are.
+There the forms are not compared. Everywhere else they compute a continuous function, and there they are compared.
 
-That excuses a choice only if it is a tie, which is checked for every one of them that no earlier choice reaches (what
-earlier ones have reached may differ at will). A tie is what two equal routers make of rounding, and no more: let their
-logits differ by d at most, relative to their largest absolute value z. Then log softmax differs by 2 d z at most, so
-the scores s of both differ by 2 d z p, p the largest probability, and if one form chose i where the other chose j,
+That excuses a choice only if it is a tie. This is checked for every choice that no earlier one reaches; what earlier
+ones have reached may differ at will. A tie is what two equal routers make of rounding, and no more. Let their logits
+differ by d at most, relative to their largest absolute value z. Then log softmax differs by 2 d z at most, so the
+scores s of both differ by 2 d z p, p the largest probability. If one form chose i where the other chose j, then
 
     0 <= s_i - s_j <= 4 d z p.
 
@@ -51,7 +51,7 @@ class Routing:
 
 @flax.struct.dataclass
 class RoutingDifference:
-    """Of two forms on the same tokens.
+    """How the routings of two forms differ on the same tokens.
 
     Attributes:
       chosen: whether the token's experts differ, in whatever order they were chosen.
@@ -69,7 +69,7 @@ class RoutingDifference:
 
 
 def is_router(module: nn.Module, method: str) -> bool:
-    """Flax's capture_intermediates: the routers' results are wanted."""
+    """Flax's capture_intermediates: whether the results of this module are wanted."""
     return module.name == "router" and method == "__call__"
 
 
@@ -85,7 +85,7 @@ def routing_of(config: ModelConfig, params: Any, sown: Any) -> Routing:
             bias = jnp.asarray(params[layer]["feed_forward"]["balance_bias"])
             scores = scores + bias[:, None, None].astype(scores.dtype)
         chosen = (experts[..., None] == jnp.arange(config.num_experts)).any(-2)
-        parts.append(Routing(logits, scores, chosen))
+        parts.append(Routing(logits=logits, scores=scores, chosen=chosen))
     return jax.tree.map(lambda *layers: jnp.concatenate(layers), *parts)
 
 
@@ -95,6 +95,8 @@ def compare_routing(
     """The differences between the routings of two forms.
 
     Args:
+      found: of one form.
+      expected: of the other form, whose scores decide what a tie is.
       segment_ids: as Decoder's; choices do not reach other documents.
     """
     chosen = (found.chosen != expected.chosen).any(-1)

@@ -1,7 +1,7 @@
 """Residual layouts: which leaves of a parameter tree write the residual stream, which read it, through which norm.
 
 A layout is data: path patterns -> roles. In a pattern `{name}` stands for a part of a path, or of one of its names,
-and may be used again in the role; `{a,b}` stands for either word; `*` for anything but a slash. A Pre-LN block:
+and the role may use it again. `{a,b}` stands for either word, `*` for anything but a slash. A Pre-LN block:
 
     ResidualLayout({
         "block_{i}/norm_{n}/scale": NormScale(),
@@ -117,17 +117,23 @@ class Resolved:
       leaves: path -> array.
       writers: path -> axis of the stream, not negative.
       readers: path -> Reader.
-      scales, biases: norm -> path of its scale, of its bias, where it has one.
+      scales: norm -> path of its scale, where it has one.
+      biases: norm -> path of its bias, where it has one.
       width: stored width of the stream.
     """
 
-    keys: dict[str, tuple]
+    keys: dict[str, tuple[Any, ...]]
     leaves: dict[str, Any]
-    writers: dict[str, int]
-    readers: dict[str, Reader]
-    scales: dict[str, str]
-    biases: dict[str, str]
-    width: int
+    writers: dict[str, int] = dataclasses.field(default_factory=dict)
+    readers: dict[str, Reader] = dataclasses.field(default_factory=dict)
+    scales: dict[str, str] = dataclasses.field(default_factory=dict)
+    biases: dict[str, str] = dataclasses.field(default_factory=dict)
+    width: int = 0
+
+    @property
+    def norm_leaves(self) -> list[str]:
+        """The paths of all norms' scales, and then of their biases."""
+        return [*self.scales.values(), *self.biases.values()]
 
     def tree(self, changed: Mapping[str, Any], removed: frozenset[str] = frozenset()) -> dict:
         """The tree with some leaves changed and others removed, as nested dicts of the original keys."""
@@ -145,32 +151,38 @@ def resolve(layout: ResidualLayout, params: Any) -> Resolved:
     if not isinstance(params, dict | FrozenDict):
         raise LayoutError(f"params: nested dicts of arrays are needed, not {type(params).__name__}")
     flat = flatten_dict(params)
-    keys: dict[str, tuple] = {}
+    keys: dict[str, tuple[Any, ...]] = {}
     for key in flat:
         path = "/".join(map(str, key))
         if path in keys:
             raise LayoutError(f"{path}: two leaves of the tree have this path, {keys[path]} and {key}")
         keys[path] = key
-    leaves = {path: _array(path, flat[key]) for path, key in keys.items()}
-    found = Resolved(keys, leaves, {}, {}, {}, {}, width=0)
-    named_by: dict[str, str] = {}
-    for pattern, role in layout.rules:
-        matches = [(path, match) for path in leaves if (match := _regex(pattern).fullmatch(path))]
-        if not matches and not isinstance(role, NormScale | NormBias):
-            raise LayoutError(f"{pattern}: this rule of the layout names no leaf of the tree")
-        for path, match in matches:
-            _name(named_by, path, pattern)
-            bias = _enter(found, path, role, match.groupdict())
-            if bias is not None:
-                _name(named_by, bias, pattern)
-    for path in leaves:
-        if path not in named_by:
-            raise LayoutError(f"{path}: no rule of the layout names this leaf")
+    found = Resolved(keys=keys, leaves={path: _array(path, flat[key]) for path, key in keys.items()})
+    _apply_rules(layout, found)
     _check(found)
     return found
 
 
+def _apply_rules(layout: ResidualLayout, found: Resolved) -> None:
+    """Record the role of every leaf; each must be named once."""
+    named_by: dict[str, str] = {}
+    for pattern, role in layout.rules:
+        expression = _regex(pattern)
+        matches = {path: match for path in found.leaves if (match := expression.fullmatch(path)) is not None}
+        if not matches and not isinstance(role, NormScale | NormBias):
+            raise LayoutError(f"{pattern}: this rule of the layout names no leaf of the tree")
+        for path, match in matches.items():
+            _name(named_by, path, pattern)
+            bias = _enter(found, path, role, match.groupdict())
+            if bias is not None:
+                _name(named_by, bias, pattern)
+    for path in found.leaves:
+        if path not in named_by:
+            raise LayoutError(f"{path}: no rule of the layout names this leaf")
+
+
 def _name(named_by: dict[str, str], path: str, pattern: str) -> None:
+    """Note that this rule names this leaf."""
     if path in named_by:
         raise LayoutError(f"{path}: two rules of the layout name this leaf: {named_by[path]} and {pattern}")
     named_by[path] = pattern
@@ -214,7 +226,8 @@ def _enter(found: Resolved, path: str, role: Role, captured: dict[str, str]) -> 
                 raise LayoutError(f"{path}: its bias {bias} is no leaf of the tree")
             bias = bias if bias in found.leaves and bias != path else None
             norm = None if role.norm is None else _fill(role.norm, captured, path)
-            found.readers[path] = Reader(norm, _axis(path, role.axis, ndim), bias, role.input_scale)
+            axis = _axis(path, role.axis, ndim)
+            found.readers[path] = Reader(norm=norm, axis=axis, bias=bias, input_scale=role.input_scale)
             return bias
     return None
 
@@ -243,7 +256,23 @@ def _axis(path: str, axis: int, ndim: int) -> int:
 
 
 def _check(found: Resolved) -> None:
-    """Every norm is read, and everything has the stream's width."""
+    """Every norm is read, and everything is of floats and has the stream's width, which is recorded."""
+    _check_norms(found)
+    axes = found.writers | {path: reader.axis for path, reader in found.readers.items()}
+    for path in (*axes, *found.norm_leaves):
+        if not jnp.issubdtype(found.leaves[path].dtype, jnp.floating):
+            raise LayoutError(f"{path}: {found.leaves[path].dtype}, but readers and writers must be floating-point")
+    widths = {path: found.leaves[path].shape[axis] for path, axis in axes.items()}
+    widths |= {path: found.leaves[path].shape[-1] for path in found.norm_leaves}
+    first, found.width = next(iter(widths.items()))
+    for path, width in widths.items():
+        if width != found.width:
+            shapes = f"{found.leaves[path].shape} has {width} there"
+            raise LayoutError(f"{path}: {shapes}, but the stream is {found.width} wide by {first}")
+
+
+def _check_norms(found: Resolved) -> None:
+    """There are readers and writers, and every norm is read."""
     if not found.writers or not found.readers:
         raise LayoutError("the layout has no leaf that writes the stream, or none that reads it")
     read = {reader.norm for reader in found.readers.values()}
@@ -254,14 +283,3 @@ def _check(found: Resolved) -> None:
     for norm, path in norms.items():
         if norm not in read:
             raise LayoutError(f"{path}: no rule of the layout says who reads {norm}")
-    axes = found.writers | {path: reader.axis for path, reader in found.readers.items()}
-    for path in (*axes, *found.scales.values(), *found.biases.values()):
-        if not jnp.issubdtype(found.leaves[path].dtype, jnp.floating):
-            raise LayoutError(f"{path}: {found.leaves[path].dtype}, but readers and writers must be floating-point")
-    widths = {path: found.leaves[path].shape[axis] for path, axis in axes.items()}
-    widths |= {path: found.leaves[path].shape[-1] for path in (*found.scales.values(), *found.biases.values())}
-    first, found.width = next(iter(widths.items()))
-    for path, width in widths.items():
-        if width != found.width:
-            shapes = f"{found.leaves[path].shape} has {width} there"
-            raise LayoutError(f"{path}: {shapes}, but the stream is {found.width} wide by {first}")

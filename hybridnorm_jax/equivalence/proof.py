@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from hybridnorm_jax.equivalence.decoder_forms import Conversion, conversion_of
-from hybridnorm_jax.equivalence.expert_choices import TIE, Routing, compare_routing
-from hybridnorm_jax.equivalence.invariants import forward
+from hybridnorm_jax.equivalence.expert_choices import TIE, compare_routing
+from hybridnorm_jax.equivalence.forward_pass import ForwardPass, forward
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.norms import zero_mean_defect
 
@@ -27,13 +27,14 @@ LARGEST_WRITTEN = 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """How two mixtures of experts chose on the same tokens; see routing.
+    """How two mixtures of experts chose on the same tokens; see expert_choices.py.
 
     Attributes:
       differ: share of the choices, one for each token and layer, that differ.
       left_out: share of the tokens that such a choice has reached.
       rest: largest absolute difference of the other tokens' logits.
-      routers, ties: as RoutingDifference's, the largest of all layers.
+      routers: as RoutingDifference's, the largest of all layers.
+      ties: as RoutingDifference's, the largest of all layers.
     """
 
     differ: float
@@ -45,9 +46,13 @@ class Choices:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Of the logits of two models on the same tokens: largest and mean absolute difference, and the largest logit.
+    """How the logits of two models differ on the same tokens.
 
-    `choices` is None for models without experts.
+    Attributes:
+      largest: absolute difference.
+      mean: absolute difference.
+      logit: the largest absolute value that was expected.
+      choices: None for models without experts.
     """
 
     largest: float
@@ -77,7 +82,9 @@ class Difference:
         return float(np.max([self._over_logit(choices.rest), choices.routers, choices.ties / TIE]))
 
     def _over_logit(self, difference: float) -> float:
-        return difference / self.logit if self.logit else (math.inf if difference else 0.0)
+        if self.logit:
+            return difference / self.logit
+        return math.inf if difference else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +97,14 @@ class Proof:
         arithmetic, the converted one as written).
       means: column -> largest |mean| / rms of the full-width stream after the embedding and after every block; the
         columns are "Pre-LN" (in float64) and the arithmetics.
-      parameters: number of parameters before and after.
+      parameters_before: number of parameters of the Pre-LN model.
+      parameters_after: number of parameters of the converted one.
     """
 
     logits: Mapping[tuple[str, str], Difference]
     means: Mapping[str, np.ndarray]
-    parameters: tuple[int, int]
+    parameters_before: int
+    parameters_after: int
 
     @property
     def holds(self) -> bool:
@@ -112,6 +121,15 @@ class Proof:
         return float(np.max([row.unexplained if name == WRITTEN else row.relative for row in rows]))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Trees:
+    """The parameters that run in one arithmetic: of the Pre-LN model, converted, and in Pre-RMSNorm form."""
+
+    original: Any
+    converted: Any
+    centred: Any
+
+
 def prove(
     config: ModelConfig,
     params: Any,
@@ -122,32 +140,41 @@ def prove(
     """Compare the model with its converted form on every set of tokens in every arithmetic; needs jax_enable_x64.
 
     Args:
-      params: of the Pre-LN model of this config.
+      config: of the Pre-LN model.
+      params: of the Pre-LN model.
+      conversion: of models of this config.
       written: parameters of conversion.config as they will be used; float32 and bfloat16 arithmetic runs on these,
         float64 arithmetic on parameters converted in float64.
       tokens: name -> tokens.
     """
     full = conversion_of(config, "pre_rmsnorm")
     exact = cast(params, jnp.float64)
-    exact_form, centred = conversion.convert(exact), full.convert(exact)
+    wide = _Trees(original=exact, converted=conversion.convert(exact), centred=full.convert(exact))
+    narrow = _Trees(original=params, converted=written, centred=cast(wide.centred, jnp.float32))
     logits: dict[tuple[str, str], Difference] = {}
-    means: dict[str, list] = {}
+    means: dict[str, list[np.ndarray]] = {name: [] for name in ("Pre-LN", *ARITHMETICS)}
     for name, ids in tokens.items():
         for arithmetic in ARITHMETICS:
-            ours, theirs = (exact, exact_form) if arithmetic == "float64" else (params, written)
-            expected = _run(dataclasses.replace(config, dtype=arithmetic), ours, ids)
-            found = _run(dataclasses.replace(conversion.config, dtype=arithmetic), theirs, ids)
-            logits[arithmetic, name] = _difference(found, expected)
+            trees = wide if arithmetic == "float64" else narrow
+            expected = _run(dataclasses.replace(config, dtype=arithmetic), trees.original, ids)
+            converted = dataclasses.replace(conversion.config, dtype=arithmetic)
+            logits[arithmetic, name] = _difference(_run(converted, trees.converted, ids), expected)
             if arithmetic == "float64":
-                wide = cast(written, jnp.float64)
-                rounded = _run(dataclasses.replace(conversion.config, dtype=arithmetic), wide, ids)
+                rounded = _run(converted, cast(written, jnp.float64), ids)
                 logits[WRITTEN, name] = _difference(rounded, expected)
-                means.setdefault("Pre-LN", []).append(_means(expected[1]))
-            narrow = centred if arithmetic == "float64" else cast(centred, jnp.float32)
-            _, stream, _ = _run(dataclasses.replace(full.config, dtype=arithmetic), narrow, ids)
-            means.setdefault(arithmetic, []).append(_means(stream))
-    sizes = tuple(sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for tree in (params, written))
-    return Proof(logits, {name: np.max(columns, axis=0) for name, columns in means.items()}, sizes)
+                means["Pre-LN"].append(_means(expected.stream))
+            centred = _run(dataclasses.replace(full.config, dtype=arithmetic), trees.centred, ids)
+            means[arithmetic].append(_means(centred.stream))
+    return Proof(
+        logits=logits,
+        means={name: np.max(columns, axis=0) for name, columns in means.items()},
+        parameters_before=_number_of_parameters(params),
+        parameters_after=_number_of_parameters(written),
+    )
+
+
+def _number_of_parameters(params: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def cast(params: Any, dtype: Any) -> Any:
@@ -166,15 +193,18 @@ def table(proof: Proof) -> str:
     for layer in range(len(proof.means["Pre-LN"])):
         place = "embedding" if layer == 0 else f"block {layer}"
         lines.append(f"{place:12}" + "".join(f"{column[layer]:10.1e}" for column in proof.means.values()))
-    before, after = proof.parameters
-    lines += ["", f"parameters: {before:,} -> {after:,} (norms' are folded into biases, a tied head is untied)"]
+    sizes = f"{proof.parameters_before:,} -> {proof.parameters_after:,}"
+    lines += ["", f"parameters: {sizes} (norms' are folded into biases, a tied head is untied)"]
     return "\n".join(lines)
 
 
 def _logits_table(proof: Proof) -> list[str]:
+    """A line for each arithmetic, with some columns for each set of tokens."""
     sets = list(dict.fromkeys(name for _, name in proof.logits))
     routed = any(row.choices for row in proof.logits.values())
-    columns = f"{'max':>9}{'mean':>9}{'relative':>10}" + (f"{'choices':>9}{'tokens':>8}{'rest':>9}" if routed else "")
+    columns = f"{'max':>9}{'mean':>9}{'relative':>10}"
+    if routed:
+        columns += f"{'choices':>9}{'tokens':>8}{'rest':>9}"
     lines = [
         "logits, converted - original (absolute; relative: largest over the largest logit)",
         f"{'':12}" + "".join(f"{name:>{len(columns)}}" for name in sets),
@@ -191,6 +221,7 @@ def _logits_table(proof: Proof) -> list[str]:
 
 
 def _cells(row: Difference) -> str:
+    """The columns of one set of tokens."""
     cells = f"{row.largest:9.1e}{row.mean:9.1e}{row.relative:10.1e}"
     if row.choices is None:
         return cells
@@ -199,17 +230,15 @@ def _cells(row: Difference) -> str:
 
 
 @partial(jax.jit, static_argnums=0)
-def _run(config: ModelConfig, params: Any, tokens: Array) -> tuple[Array, Array, Routing | None]:
+def _run(config: ModelConfig, params: Any, tokens: Array) -> ForwardPass:
     return forward(config, params, tokens)
 
 
-def _difference(found: tuple, expected: tuple) -> Difference:
-    """Of two results of _run."""
-    (found, _, found_routing), (expected, _, routing) = found, expected
-    gap = jnp.abs(found.astype(jnp.float64) - expected.astype(jnp.float64))
+def _difference(found: ForwardPass, expected: ForwardPass) -> Difference:
+    gap = jnp.abs(found.logits.astype(jnp.float64) - expected.logits.astype(jnp.float64))
     choices = None
-    if routing is not None:
-        compared = compare_routing(found_routing, routing)
+    if expected.routing is not None:
+        compared = compare_routing(found.routing, expected.routing)
         left_out = compared.left_out[-1]
         choices = Choices(
             differ=float(compared.chosen.mean()),
@@ -218,7 +247,12 @@ def _difference(found: tuple, expected: tuple) -> Difference:
             routers=float(compared.routers.max()),
             ties=float(compared.ties.max()),
         )
-    return Difference(float(gap.max()), float(gap.mean()), float(jnp.abs(expected).max()), choices)
+    return Difference(
+        largest=float(gap.max()),
+        mean=float(gap.mean()),
+        logit=float(jnp.abs(expected.logits).max()),
+        choices=choices,
+    )
 
 
 def _means(streams: Array) -> np.ndarray:

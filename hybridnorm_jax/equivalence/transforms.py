@@ -3,7 +3,7 @@
     Pre-LN --fold_affine, recenter--> Pre-RMSNorm --compress--> Pre-CRMSNorm --decompress--> Pre-RMSNorm
 
 All take a ResidualLayout, keep every leaf's dtype and compute in at least float32. Source: 2305.14858, sections 3.1 and
-3.2; folding is this project's (the paper leaves scale and bias out).
+3.2. Folding is this project's: the paper leaves scale and bias out.
 """
 
 import math
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from hybridnorm_jax.equivalence.layout import LayoutError, Reader, ResidualLayout, Resolved, resolve
+from hybridnorm_jax.kernels.precision import widened
 
 
 def fold_affine(params: Any, layout: ResidualLayout) -> dict:
@@ -29,20 +30,13 @@ def fold_affine(params: Any, layout: ResidualLayout) -> dict:
     found = resolve(layout, params)
     changed: dict[str, Array] = {}
     for path, reader in found.readers.items():
-        kernel = _wide(found.leaves[path])
+        kernel = widened(found.leaves[path])
         if reader.norm in found.biases:
-            if reader.bias is None:
-                need = f"give it a bias of zeros that takes {found.biases[reader.norm]}"
-                raise LayoutError(f"{path}: reads a norm that has a bias, but has none itself: {need}")
-            own = found.leaves[reader.bias]
-            added = _scaled(path, _read(found, found.biases[reader.norm], path, reader), reader.input_scale)
-            if added.shape != own.shape:
-                raise LayoutError(f"{reader.bias}: has shape {own.shape}, but {path} gives {added.shape}")
-            changed[reader.bias] = (_wide(own) + added).astype(own.dtype)
+            changed[reader.bias] = _bias_with_norms(found, path, reader)
         if reader.norm in found.scales:
             kernel = _beside(found, found.scales[reader.norm], path, reader) * kernel
         changed[path] = kernel.astype(found.leaves[path].dtype)
-    return found.tree(changed, removed=frozenset((*found.scales.values(), *found.biases.values())))
+    return found.tree(changed, removed=frozenset(found.norm_leaves))
 
 
 def recenter(params: Any, layout: ResidualLayout) -> dict:
@@ -69,14 +63,15 @@ def compress(params: Any, layout: ResidualLayout, *, pad_to: int = 1) -> dict:
       LayoutError: the layout does not fit, or a norm still has its scale or bias (fold_affine comes first).
     """
     found = resolve(layout, params)
-    for path in (*found.scales.values(), *found.biases.values()):
+    if found.norm_leaves:
+        path = found.norm_leaves[0]
         raise LayoutError(f"{path}: a norm's scale or bias is still there; fold_affine comes before compress")
     stored = found.width - 1
     padded = stored_width(found.width, pad_to)
     changed = {path: _resize(found.leaves[path], axis, stored, padded) for path, axis in found.writers.items()}
     for path, reader in found.readers.items():
         kernel = found.leaves[path]
-        wide = _wide(kernel)
+        wide = widened(kernel)
         # Row by row: the last one, which the stream no longer has, is minus the sum of the others.
         wide = wide - jax.lax.slice_in_dim(wide, stored, None, axis=reader.axis)
         changed[path] = _resize(wide.astype(kernel.dtype), reader.axis, stored, padded)
@@ -103,7 +98,7 @@ def decompress(params: Any, layout: ResidualLayout, *, width: int) -> dict:
     changed = {}
     for path, axis in found.writers.items():
         kept = _resize(found.leaves[path], axis, width - 1, width - 1)
-        last = -_wide(kept).sum(axis, keepdims=True).astype(kept.dtype)
+        last = -widened(kept).sum(axis, keepdims=True).astype(kept.dtype)
         changed[path] = jnp.concatenate([kept, last], axis)
     for path, reader in found.readers.items():
         changed[path] = _resize(found.leaves[path], reader.axis, width - 1, width)
@@ -117,24 +112,35 @@ def stored_width(width: int, pad_to: int = 1) -> int:
     return math.ceil((width - 1) / pad_to) * pad_to
 
 
-def _wide(x: Any) -> Array:
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _centred(leaf: Any, axis: int) -> Array:
     # Twice: with a mean of a million deviations the first mean's own rounding would stay.
-    wide = _wide(leaf)
+    wide = widened(leaf)
     wide = wide - wide.mean(axis, keepdims=True)
     return (wide - wide.mean(axis, keepdims=True)).astype(jnp.asarray(leaf).dtype)
 
 
+def _bias_with_norms(found: Resolved, path: str, reader: Reader) -> Array:
+    """The bias of a reader, with what the reader makes of its norm's bias added to it."""
+    norm_bias = found.biases[reader.norm]
+    if reader.bias is None:
+        need = f"give it a bias of zeros that takes {norm_bias}"
+        raise LayoutError(f"{path}: reads a norm that has a bias, but has none itself: {need}")
+    own = found.leaves[reader.bias]
+    added = _scaled(path, _read(found, norm_bias, path, reader), reader.input_scale)
+    if added.shape != own.shape:
+        raise LayoutError(f"{reader.bias}: has shape {own.shape}, but {path} gives {added.shape}")
+    return (widened(own) + added).astype(own.dtype)
+
+
 def _beside(found: Resolved, norm_leaf: str, path: str, reader: Reader) -> Array:
     """A norm's vector, shaped to be multiplied with its reader: stacked layers first, the stream on the read axis."""
-    vector, kernel = _wide(found.leaves[norm_leaf]), found.leaves[path]
+    vector, kernel = widened(found.leaves[norm_leaf]), found.leaves[path]
     _check_leading(found, norm_leaf, path, reader)
-    between = (1,) * (reader.axis - vector.ndim + 1)
-    return vector.reshape(*vector.shape[:-1], *between, vector.shape[-1], *(1,) * (kernel.ndim - reader.axis - 1))
+    *stacked, width = vector.shape
+    shape = [1] * kernel.ndim
+    shape[: len(stacked)] = stacked
+    shape[reader.axis] = width
+    return vector.reshape(shape)
 
 
 def _check_leading(found: Resolved, norm_leaf: str, path: str, reader: Reader) -> None:
@@ -147,23 +153,25 @@ def _check_leading(found: Resolved, norm_leaf: str, path: str, reader: Reader) -
 
 def _read(found: Resolved, norm_leaf: str, path: str, reader: Reader) -> Array:
     """What a reader without its own bias makes of a norm's vector."""
-    vector, kernel = _wide(found.leaves[norm_leaf]), _wide(found.leaves[path])
+    vector, kernel = widened(found.leaves[norm_leaf]), widened(found.leaves[path])
     _check_leading(found, norm_leaf, path, reader)
-    axes = list(range(kernel.ndim))
-    kept = [axis for axis in axes if axis != reader.axis]
+    # The axes of both by their numbers in the kernel: the vector has the stacked layers' and the one that is read.
+    kernel_axes = list(range(kernel.ndim))
+    vector_axes = [*range(vector.ndim - 1), reader.axis]
+    kept = [axis for axis in kernel_axes if axis != reader.axis]
     # A product, not a multiplication and a sum: fused into the layer's own product, the sum took half a step on a CPU.
-    return jnp.einsum(
-        vector, [*axes[: vector.ndim - 1], reader.axis], kernel, axes, kept, precision=jax.lax.Precision.HIGHEST
-    )
+    return jnp.einsum(vector, vector_axes, kernel, kernel_axes, kept, precision=jax.lax.Precision.HIGHEST)
 
 
 def _scaled(path: str, result: Array, scale: float | tuple[float, ...]) -> Array:
     """A reader's result times its input scale: one number, or one for each of the layers in front."""
     if not isinstance(scale, tuple):
         return scale * result
-    if len(scale) != result.shape[0]:
-        raise LayoutError(f"{path}: {len(scale)} input scales for {result.shape[0]} stacked layers")
-    return jnp.asarray(scale, result.dtype).reshape(-1, *(1,) * (result.ndim - 1)) * result
+    layers, *others = result.shape
+    if len(scale) != layers:
+        raise LayoutError(f"{path}: {len(scale)} input scales for {layers} stacked layers")
+    per_layer = jnp.asarray(scale, result.dtype).reshape([layers] + [1] * len(others))
+    return per_layer * result
 
 
 def _resize(leaf: Any, axis: int, kept: int, width: int) -> Array:
@@ -172,4 +180,6 @@ def _resize(leaf: Any, axis: int, kept: int, width: int) -> Array:
     shape = list(leaf.shape)
     shape[axis] = width - kept
     start = jax.lax.slice_in_dim(leaf, 0, kept, axis=axis)
-    return jnp.concatenate([start, jnp.zeros(shape, leaf.dtype)], axis) if width > kept else start
+    if width == kept:
+        return start
+    return jnp.concatenate([start, jnp.zeros(shape, leaf.dtype)], axis)

@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.equivalence.comparison import compare_forms, compare_norm
 from hybridnorm_jax.equivalence.decoder_forms import conversion_of
-from hybridnorm_jax.equivalence.invariants import Measured, assert_measured, tolerances
+from hybridnorm_jax.equivalence.invariants import assert_measured, tolerances
+from hybridnorm_jax.equivalence.measurements import Measured
 from hybridnorm_jax.fields import check
 from hybridnorm_jax.kernels.attention import resolve_backend, sequence_multiple
 from hybridnorm_jax.kernels.experts import resolve_dispatch

@@ -10,7 +10,8 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array
 
-from hybridnorm_jax.equivalence.invariants import Measured, collected
+from hybridnorm_jax.equivalence.forward_pass import collected
+from hybridnorm_jax.equivalence.measurements import Measured
 from hybridnorm_jax.mesh.split_axes import parts, split_axes
 from hybridnorm_jax.model.block import DEFECT
 from hybridnorm_jax.model.decoder import Decoder

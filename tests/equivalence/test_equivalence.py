@@ -11,13 +11,9 @@ import hybridnorm_jax as hn
 from hybridnorm_jax import equivalence as eq
 from hybridnorm_jax.equivalence import decoder_forms, transforms
 from hybridnorm_jax.equivalence.comparison import compare_forms
-from hybridnorm_jax.equivalence.invariants import (
-    InvariantError,
-    assert_decoder_params,
-    assert_measured,
-    centring_defects,
-    tolerances,
-)
+from hybridnorm_jax.equivalence.decoder_params import assert_decoder_params
+from hybridnorm_jax.equivalence.invariants import InvariantError, assert_measured, tolerances
+from hybridnorm_jax.equivalence.measurements import centring_defects
 from hybridnorm_jax.model.norms import zero_mean_defect
 
 GPT2_LIKE = {

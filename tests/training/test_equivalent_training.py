@@ -11,6 +11,7 @@ from hybridnorm_jax.config.run_config import MeshSection, OptimizerSection, RunC
 from hybridnorm_jax.equivalence import decoder_forms, transforms
 from hybridnorm_jax.equivalence.invariants import InvariantError
 from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.kernels.precision import widened
 from hybridnorm_jax.mesh.device_mesh import make_mesh
 from hybridnorm_jax.model import block, decoder
 from hybridnorm_jax.training import program as program_module
@@ -167,9 +168,9 @@ def test_crmsnorm_from_scratch_at_full_width_trains(small_config, monkeypatch):
     assert losses[-1] < 0.5 * losses[0]
 
     def wrong(x, scale=None, bias=None, *, eps, width=None):
-        return transforms._wide(x) * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+        return widened(x) * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
 
-    monkeypatch.setattr("hybridnorm_jax.equivalence.invariants.crms_norm", wrong)
+    monkeypatch.setattr("hybridnorm_jax.equivalence.measurements.crms_norm", wrong)
     with pytest.raises(InvariantError, match=r"CRMSNorm's difference from RMSNorm of the full stream"):
         _run(config, 1)
 

@@ -1,0 +1,57 @@
+"""Whether a tree holds the parameters of Decoder(config): before a conversion, and after it."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+from flax.traverse_util import flatten_dict
+
+from hybridnorm_jax.equivalence.layout import LayoutError
+from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.decoder import Decoder
+
+
+def abstract_params(config: ModelConfig) -> dict[str, Any]:
+    """Shapes and dtypes of the parameters of Decoder(config)."""
+    return jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def check_decoder_params(config: ModelConfig, params: Any) -> None:
+    """Raise LayoutError unless params, which a caller gave, are the tree of Decoder(config), in one dtype."""
+    if not isinstance(params, dict | FrozenDict):
+        raise LayoutError(f"params: must be the tree of Decoder(config), not {type(params).__name__}")
+    expected, found = flatten_dict(abstract_params(config), sep="/"), flatten_dict(params, sep="/")
+    for path in (*expected, *found):
+        if path not in found:
+            raise LayoutError(f"{path}: missing; params must be the tree of Decoder(config), variables['params']")
+        if path not in expected:
+            raise LayoutError(f"{path}: Decoder(config) has no such parameter")
+    embedding = found["token_embedding/embedding"]
+    for path in expected:
+        shape, dtype = getattr(found[path], "shape", None), getattr(found[path], "dtype", None)
+        if shape != expected[path].shape:
+            raise LayoutError(f"{path}: has shape {shape}, but Decoder(config) has {expected[path].shape}")
+        if dtype != embedding.dtype:
+            raise LayoutError(f"{path}: is {dtype}, but the embedding is {embedding.dtype}")
+
+
+def assert_decoder_params(config: ModelConfig, params: Any) -> None:
+    """Assert, from shapes and dtypes alone, that params are those of Decoder(config): every leaf, rank, width, dtype.
+
+    Raises:
+      AssertionError: names the first leaf that is missing, left over (a norm's scale not folded, say) or not as it
+        has to be.
+    """
+    expected, found = flatten_dict(abstract_params(config), sep="/"), flatten_dict(params, sep="/")
+    dtype = jnp.asarray(found["token_embedding/embedding"]).dtype
+    for path in sorted(expected.keys() | found.keys()):
+        if path not in found:
+            raise AssertionError(f"{path}: missing")
+        if path not in expected:
+            folded = path.endswith(("scale", "bias")) and "norm/" in path
+            raise AssertionError(f"{path}: {'is left unfolded' if folded else 'has no place in this model'}")
+        chex.assert_rank(found[path], expected[path].ndim, custom_message=path)
+        chex.assert_shape(found[path], expected[path].shape, custom_message=path)
+        chex.assert_type(found[path], dtype, custom_message=path)

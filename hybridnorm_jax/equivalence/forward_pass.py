@@ -1,0 +1,67 @@
+"""A forward pass of Decoder that also returns the stream and the routers' choices."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from hybridnorm_jax.equivalence.expert_choices import ROUTED, Routing, is_router, routing_of
+from hybridnorm_jax.model.block import STREAM
+from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.decoder import Decoder
+
+
+@flax.struct.dataclass
+class ForwardPass:
+    """What a forward pass gives.
+
+    Attributes:
+      logits: as named.
+      stream: after the embedding and after every block.
+      routing: None for a model without experts.
+    """
+
+    logits: Float[Array, "batch seq vocab"]
+    stream: Float[Array, "layers_and_1 batch seq embed"]
+    routing: Routing | None
+
+
+def forward(config: ModelConfig, params: Any, tokens: Int[Array, "batch seq"], **inputs: Any) -> ForwardPass:
+    """The forward pass of Decoder(config) in config.dtype, without dropout.
+
+    Args:
+      inputs: further arguments of the Decoder, such as segment_ids.
+    """
+    plain = dataclasses.replace(config, attention="xla", expert_dispatch="blocked", remat="none")
+    collections = [STREAM]
+    if config.num_experts:
+        collections += ROUTED
+        inputs |= {"capture_intermediates": is_router}
+    # By default TPUs and GPUs take float32 products in fewer bits, which would be compared here.
+    with jax.default_matmul_precision("highest"):
+        logits, sown = Decoder(plain).apply({"params": params}, tokens, mutable=collections, **inputs)
+    return ForwardPass(
+        logits=logits,
+        stream=collected(sown, STREAM),
+        routing=routing_of(config, params, sown) if config.num_experts else None,
+    )
+
+
+def collected(sown: Mapping[str, Any], collection: str) -> Array:
+    """What blocks and decoder have sown into a collection: first after the embedding, then after every block."""
+    values = dict(sown[collection])
+    (embedded,) = values.pop("value")
+    parts = [embedded[None]]
+    for name in sorted(values, key=_run_number):
+        (layers,) = values[name]["value"]
+        parts.append(layers)
+    return jnp.concatenate(parts)
+
+
+def _run_number(name: str) -> int:
+    """The i of run_<i>."""
+    return int(name.rpartition("_")[2])
