@@ -1,40 +1,55 @@
 """The Hugging Face architectures: what a config.json of each means as a ModelConfig, and the other way round.
 
-Per architecture a table of keys: those that become ModelConfig fields, those whose one value is implemented, and those
-that do not touch the computation. A key in none of these is an error: it might change the mathematics. Values of
-absent keys are those of the architecture's class in transformers, which leaves such keys out when it writes.
+Each architecture has a table of keys: those that become ModelConfig fields, those whose one value is implemented, and
+those that do not touch the computation. A key in none of these is an error: it might change the mathematics. An absent
+key means the default of the architecture's class in transformers, which leaves defaults out when it writes.
 """
 
-from collections.abc import Collection, Mapping
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.interop.config_keys import Architecture, Json, Key, Rope, names
 from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.placement import HEAD_NORMS, BlockPlacement
 
 
 def mathematics(config: ModelConfig) -> dict[str, Any]:
     """What decides the logits, by ModelConfig key; keys without effect in this model are left out."""
+    # In this order messages name what an architecture lacks.
     keys = ["d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "vocab_size", "activation"]
     keys += ["norm", "norm_eps", "norm_scale", "norm_bias", "norm_width", "attention_bias", "mlp_bias", "head_bias"]
     keys += ["tie_embeddings", "positions"]
     keys += ["rope_theta"] if config.positions == "rope" else ["max_positions", "position_offset"]
     found = {"scheme": (config.placements, config.has_final_norm), "embedding_norm": config.has_embedding_norm}
-    found |= {key: getattr(config, key) for key in keys}
+    found |= _values(config, keys)
     if config.positions == "rope":
         found["rotary_fraction"] = config.rotary_dim / config.head_dim
-    if any((p.q_norm, p.k_norm, p.v_norm, p.context_norm) != (None,) * 4 for p in config.placements):
+    if any(_has_head_norm(placement) for placement in config.placements):
         found["attention_norm"] = config.attention_norm_kind
-        found |= {name: getattr(config, name) for name in ("attention_norm_scale", "attention_norm_bias")}
+        found |= _values(config, ["attention_norm_scale", "attention_norm_bias"])
     found["num_experts"] = config.num_experts
     if config.num_experts:
-        keys = ("experts_per_token", "normalize_expert_weights", "shared_experts", "balance_bias")
-        found |= {key: getattr(config, key) for key in keys}
+        keys = ["experts_per_token", "normalize_expert_weights", "shared_experts", "balance_bias"]
+        found |= _values(config, keys)
     return found
 
 
+def _values(config: ModelConfig, keys: Sequence[str]) -> dict[str, Any]:
+    return {key: getattr(config, key) for key in keys}
+
+
+def _has_head_norm(placement: BlockPlacement) -> bool:
+    return any(getattr(placement, name) is not None for name in HEAD_NORMS)
+
+
 def architecture_of(document: Any, source: str) -> Architecture:
-    """The architecture that a config.json names."""
+    """The architecture that a config.json names.
+
+    Raises:
+      UserError: it names none, or one that is not supported.
+    """
     if not isinstance(document, Mapping):
         raise UserError(f"{source}: must hold a mapping of keys to values")
     name = document.get("model_type")
@@ -44,7 +59,16 @@ def architecture_of(document: Any, source: str) -> Architecture:
 
 
 def config_from_json(document: Any, source: str, ignore_keys: Collection[str] = ()) -> tuple[str, ModelConfig]:
-    """The architecture's name and the model; raises UserError for what is not understood, naming `source` and key."""
+    """The architecture's name and the model of a config.json.
+
+    Args:
+      document: what the file holds.
+      source: the file, for messages.
+      ignore_keys: keys to read as if they were absent.
+
+    Raises:
+      UserError: a key or value that is not understood; the message names `source` and the key.
+    """
     architecture = architecture_of(document, source)
     kept = {name: value for name, value in document.items() if name not in ignore_keys}
     return architecture.name, architecture.read(kept, source)
@@ -60,17 +84,18 @@ def config_to_json(config: ModelConfig, architecture: str | None = None) -> tupl
     """
     if architecture is not None and architecture not in ARCHITECTURES:
         raise UserError(f"architecture={architecture} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    lacking: list[tuple[int, str]] = []
+    lost_by: dict[str, list[str]] = {}
     for name in ARCHITECTURES if architecture is None else (architecture,):
         document = ARCHITECTURES[name].write(config)
         lost = _lost(config, ARCHITECTURES[name], document)
         if not lost:
             return name, document
-        lacking.append((len(lost), f"{name} cannot express {' or '.join(lost[:3])}"))
-    nearest = [reason for _, reason in sorted(lacking, key=lambda entry: entry[0])[:2]]
+        lost_by[name] = lost
+    nearest = sorted(lost_by, key=lambda name: len(lost_by[name]))[:2]
+    reasons = [f"{name} cannot express {' or '.join(lost_by[name][:3])}" for name in nearest]
     if architecture is not None:
-        raise UserError(nearest[0])
-    raise UserError(f"no Hugging Face architecture expresses this model; the nearest: {'; '.join(nearest)}")
+        raise UserError(reasons[0])
+    raise UserError(f"no Hugging Face architecture expresses this model; the nearest: {'; '.join(reasons)}")
 
 
 def _lost(config: ModelConfig, architecture: Architecture, document: Json) -> list[str]:
@@ -102,34 +127,37 @@ _LAYER_NORM = {"norm": "layernorm", "norm_bias": True}
 _RMS_NORM = {"norm": "rmsnorm", "norm_bias": False, "mlp_bias": False, "positions": "rope"}
 
 
-def _llama_keys(
-    vocab_size: int,
-    intermediate_size: int,
-    eps: float,
-    *more: Key,
-    hidden_size: int = 4096,
-    layers: int = 32,
-    heads: int = 32,
-    kv_heads: int | None = None,
-) -> tuple[Key, ...]:
+@dataclasses.dataclass(frozen=True)
+class _LlamaDefaults:
+    """What absent keys mean in Llama or one of those after it."""
+
+    vocab_size: int
+    intermediate_size: int
+    eps: float
+    hidden_size: int = 4096
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int | None = None
+
+
+def _llama_keys(default: _LlamaDefaults) -> tuple[Key, ...]:
     """The keys that Llama and those after it have in common."""
     return (
-        Key("vocab_size", ("vocab_size",), vocab_size),
-        Key("hidden_size", ("d_model",), hidden_size),
-        Key("intermediate_size", ("mlp_dim",), intermediate_size),
-        Key("num_hidden_layers", ("num_layers",), layers),
-        Key("num_attention_heads", ("num_heads",), heads),
-        Key("num_key_value_heads", ("num_kv_heads",), kv_heads, null=_none_of),
+        Key("vocab_size", ("vocab_size",), default.vocab_size),
+        Key("hidden_size", ("d_model",), default.hidden_size),
+        Key("intermediate_size", ("mlp_dim",), default.intermediate_size),
+        Key("num_hidden_layers", ("num_layers",), default.layers),
+        Key("num_attention_heads", ("num_heads",), default.heads),
+        Key("num_key_value_heads", ("num_kv_heads",), default.kv_heads, null=_derived),
         Key("hidden_act", ("activation",), "silu", words={"silu": "swiglu", "swish": "swiglu"}),
-        Key("rms_norm_eps", ("norm_eps",), eps),
+        Key("rms_norm_eps", ("norm_eps",), default.eps),
         Key("attention_bias", ("attention_bias",), False),
         Key("tie_word_embeddings", ("tie_embeddings",), False),
-        *more,
     )
 
 
-def _none_of(document: Json) -> None:
-    """ModelConfig derives the value."""
+def _derived(document: Json) -> None:
+    """Null leaves it to ModelConfig to derive the value."""
 
 
 _GPT2 = Architecture(
@@ -210,11 +238,9 @@ _LLAMA = Architecture(
     name="llama",
     class_name="LlamaForCausalLM",
     constants={**_RMS_NORM, "scheme": "pre"},
-    keys=_llama_keys(
-        32000,
-        11008,
-        1e-6,
-        Key("head_dim", ("head_dim",), None, null=_none_of),
+    keys=(
+        *_llama_keys(_LlamaDefaults(vocab_size=32000, intermediate_size=11008, eps=1e-6)),
+        Key("head_dim", ("head_dim",), None, null=_derived),
         Key("mlp_bias", ("mlp_bias",), False),
     ),
     rope=Rope(),
@@ -224,7 +250,10 @@ _QWEN3 = Architecture(
     name="qwen3",
     class_name="Qwen3ForCausalLM",
     constants={**_RMS_NORM, "scheme": "pre_qk_pre"},
-    keys=_llama_keys(151936, 22016, 1e-6, Key("head_dim", ("head_dim",), 128), kv_heads=32),
+    keys=(
+        *_llama_keys(_LlamaDefaults(vocab_size=151936, intermediate_size=22016, eps=1e-6, kv_heads=32)),
+        Key("head_dim", ("head_dim",), 128),
+    ),
     rope=Rope(),
     # Read where use_sliding_window is true only, which is refused.
     harmless=names("sliding_window max_window_layers"),
@@ -233,23 +262,20 @@ _OLMO2 = Architecture(
     name="olmo2",
     class_name="Olmo2ForCausalLM",
     constants={**_RMS_NORM, "scheme": "reordered"},
-    keys=_llama_keys(50304, 11008, 1e-5),
+    keys=_llama_keys(_LlamaDefaults(vocab_size=50304, intermediate_size=11008, eps=1e-5)),
     rope=Rope(),
 )
 _OLMOE = Architecture(
     name="olmoe",
     class_name="OlmoeForCausalLM",
     constants={**_RMS_NORM, "scheme": "pre_qk_projection"},
-    keys=_llama_keys(
-        50304,
-        2048,
-        1e-5,
+    keys=(
+        *_llama_keys(
+            _LlamaDefaults(vocab_size=50304, intermediate_size=2048, eps=1e-5, hidden_size=2048, layers=16, heads=16)
+        ),
         Key("num_experts", ("num_experts",), 64, least=1, alias="num_local_experts"),
         Key("num_experts_per_tok", ("experts_per_token",), 8),
         Key("norm_topk_prob", ("normalize_expert_weights",), False),
-        hidden_size=2048,
-        layers=16,
-        heads=16,
     ),
     rope=Rope(),
     # The loss in training alone reads them.

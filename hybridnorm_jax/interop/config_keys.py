@@ -15,7 +15,7 @@ Json = Mapping[str, Any]
 
 
 def names(text: str) -> frozenset[str]:
-    """The words of a text."""
+    """The keys that a text lists, with spaces between them."""
     return frozenset(text.split())
 
 
@@ -28,8 +28,8 @@ class Key:
       fields: of ModelConfig.
       default: where the key is absent.
       null: where it is null, a function of the document; without one null is an error.
-      words: their value -> ours where these differ; the first of several for one of ours is what is written.
-      least: their smallest number; any without one, as far as ModelConfig allows it.
+      words: their value -> ours where these differ. Of several that mean one of ours the first is written.
+      least: their smallest number. Without one ModelConfig decides.
       alias: another name that the architecture's class reads as this one; it is never written.
     """
 
@@ -48,11 +48,8 @@ class Key:
 
     def read(self, document: Json, source: str) -> Any:
         """Our value."""
-        stated = [(name, document[name]) for name in self.names if name in document]
-        name, value = stated[0] if stated else (self.name, self.default)
-        if len(stated) == 2 and stated[1][1] != value:
-            right = f"but {self.alias}, another name of it, is {stated[1][1]!r:.80}"
-            raise UserError(f"{source}: {name}={value!r:.80}, {right}")
+        name = self._stated_name(document, source)
+        value = document.get(name, self.default)
         if value is None:
             if self.null is None:
                 raise UserError(f"{source}: {name}=null, but a value is needed")
@@ -62,8 +59,27 @@ class Key:
                 known = ", ".join(map(str, self.words))
                 raise UserError(f"{source}: {name}={value!r:.80} is not implemented; implemented: {known}")
             return self.words[value]
+        return self._checked_number(name, value, source)
+
+    def _stated_name(self, document: Json, source: str) -> str:
+        """The name by which the document states the key; the first one where it does not."""
+        if self.alias is None or self.alias not in document:
+            return self.name
+        if self.name not in document:
+            return self.alias
+        value, other = document[self.name], document[self.alias]
+        if other != value:
+            right = f"but {self.alias}, another name of it, is {other!r:.80}"
+            raise UserError(f"{source}: {self.name}={value!r:.80}, {right}")
+        return self.name
+
+    def _checked_number(self, name: str, value: Any, source: str) -> Any:
+        """A value of the default's type, or of int where the default is null; a truth value is one of these, too."""
         kind = type(self.default) if self.default is not None else int
-        if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
+        fitting = (int, float) if kind is float else kind
+        # For Python True is an int.
+        is_truth, wants_truth = isinstance(value, bool), kind is bool
+        if is_truth != wants_truth or not isinstance(value, fitting):
             raise UserError(f"{source}: {name}={value!r:.80} must be of type {kind.__name__}")
         if kind in (int, float) and not -(2**31) < value < 2**31:  # NaN and Infinity, too
             raise UserError(f"{source}: {name}={value!r:.80} is out of range")
@@ -72,12 +88,14 @@ class Key:
         return kind(value)
 
     def write(self, config: ModelConfig) -> Any:
-        """Their value; one of theirs where none means ours, which the comparison in config_to_json then finds."""
+        """Their value; some value of theirs where none means ours, which config_to_json then finds by comparing."""
         value = getattr(config, self.fields[0])
-        if self.words is None:
-            none_of_theirs = value < self.least if self.least is not None else value is None and self.null is None
-            return self.default if none_of_theirs else value
-        return next((theirs for theirs, ours in self.words.items() if ours == value), next(iter(self.words)))
+        if self.words is not None:
+            theirs = [word for word, meaning in self.words.items() if meaning == value]
+            return theirs[0] if theirs else next(iter(self.words))
+        if self.least is not None:
+            return self.default if value < self.least else value
+        return self.default if value is None and self.null is None else value
 
 
 # Where config.json may state the rotation, at the top or in one of ROPE_PLACES, and what it is to us.
@@ -95,8 +113,8 @@ class Rope:
     """The keys that state the rotation.
 
     Attributes:
-      theta, fraction: the older keys, which are written because every version of transformers reads them; no key for
-        the fraction: whole heads rotate.
+      theta: the older key of the base, which is written because every version of transformers reads it.
+      fraction: the older key of the fraction that rotates; None: whole heads rotate.
       default_fraction: where none is stated.
     """
 
@@ -123,8 +141,10 @@ class Rope:
 
     def write(self, config: ModelConfig) -> dict[str, float]:
         """The keys of a model."""
-        fraction = {} if self.fraction is None else {self.fraction: config.rotary_fraction}
-        return {self.theta: config.rope_theta, **fraction}
+        keys = {self.theta: config.rope_theta}
+        if self.fraction is not None:
+            keys[self.fraction] = config.rotary_fraction
+        return keys
 
 
 def _rope_statements(document: Json, source: str) -> Iterator[tuple[str, Any]]:
@@ -180,7 +200,9 @@ class Architecture:
         """The config.json of a model: its meaning only. What the architecture cannot express is lost."""
         config = _in_schemes(config, self.schemes)
         document = {"model_type": self.name} | {key.name: key.write(config) for key in self.keys}
-        return document | ({} if self.rope is None else self.rope.write(config))
+        if self.rope is not None:
+            document |= self.rope.write(config)
+        return document
 
     @property
     def schemes(self) -> tuple[str, ...]:
@@ -189,11 +211,21 @@ class Architecture:
             return (self.constants["scheme"],)
         return next(tuple(key.words.values()) for key in self.keys if key.fields == ("scheme",))
 
+    @property
+    def _known(self) -> set[str]:
+        """Every key that config.json may hold, but those of one value."""
+        known = {"model_type"}
+        for key in self.keys:
+            known.update(key.names)
+        known.update(COMMON_HARMLESS, self.harmless)
+        if self.rope is not None:
+            known.update(ROPE_KEYS, ROPE_PLACES)
+        return known
+
     def _check(self, document: Json, source: str) -> None:
+        """Raise UserError for a key that is not known, or has a value that is not implemented."""
         fixed = {name: right for name, right in COMMON_FIXED.items() if name not in self.harmless} | dict(self.fixed)
-        known = {name for key in self.keys for name in key.names}
-        known |= {"model_type", *COMMON_HARMLESS, *self.harmless}
-        known |= {*ROPE_KEYS, *ROPE_PLACES} if self.rope is not None else set()
+        known = self._known
         for name, value in document.items():
             if name in fixed:
                 right = fixed[name]
@@ -231,6 +263,9 @@ COMMON_HARMLESS = names(
     transformers.js_config unsloth_fixed unsloth_version
     """
 )
+
+
+# ---- Tests of a value, as Architecture.fixed takes them.
 
 
 def _null_or_false(value: Any, document: Json) -> bool:

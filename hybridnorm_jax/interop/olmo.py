@@ -1,15 +1,29 @@
 """The HybridNorm authors' checkpoints (their fork of OLMo), in."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.placement import HEAD_NORMS, runs
+from hybridnorm_jax.model.placement import HEAD_NORMS, SublayerPlacement, runs
 
+_THEIR_ENTRANCE_NORM = {"attention": "attn_norm", "feed_forward": "ff_norm"}
 _THEIR_HEAD_NORM = {"q_norm": "q_norm", "k_norm": "k_norm", "v_norm": "v_norm", "context_norm": "c_norm"}
+
+
+class _NormPlace(NamedTuple):
+    """Where a norm on the stream stands: in a layer, at a sublayer, as its "pre", "branch" or "post" norm."""
+
+    layer: int
+    sublayer: str
+    which: str
+
+
+# The parameters of every norm on the stream; a name is that of a norm outside the layers.
+_Norms = dict[_NormPlace | str, dict[str, np.ndarray]]
 
 
 class _Arrays:
@@ -42,10 +56,10 @@ class _Arrays:
 def params_from_olmo(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The parameters of `Decoder(config)` from a checkpoint of the HybridNorm authors' code.
 
-    Their norms stand at the entrance of sublayers: attn_norm and ff_norm normalize what the sublayer reads, and where
-    the residual is taken after the norm, the stream itself. Such a norm is the `post` norm of our sublayer before, or
-    the embedding's; in their Post-Norm that leaves ln_f as the post norm of the last feed-forward layer. With OLMo 2's
-    norm_after the two norms are `branch` norms.
+    Their norms stand at the entrance of sublayers: attn_norm and ff_norm normalize what the sublayer reads. Where their
+    residual is taken after the norm, it normalizes the stream itself. Such a norm is the `post` norm of our sublayer
+    before, or the embedding's. In their Post-Norm that leaves ln_f as the post norm of the last feed-forward layer.
+    With OLMo 2's norm_after the two norms are `branch` norms.
 
     Args:
       config: of the model; its scheme must be one that their code has.
@@ -82,26 +96,21 @@ def params_from_olmo(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> d
     return params
 
 
-def _norms(config: ModelConfig, source: _Arrays) -> dict[Any, dict[str, np.ndarray]]:
-    """Parameters of every norm on the stream, by (layer, sublayer, "pre" | "branch" | "post") or an outer name."""
-    sublayers = [(layer, name) for layer in range(config.num_layers) for name in ("attention", "feed_forward")]
-    theirs = {"attention": "attn_norm", "feed_forward": "ff_norm"}
-    found: dict[Any, dict[str, np.ndarray]] = {}
-    # What a norm at the next entrance normalizes, if that entrance has no pre norm.
-    before = "embedding_norm" if config.has_embedding_norm else None
-    for layer, name in sublayers:
-        placement = getattr(config.placements[layer], name)
-        entrance = f"transformer.blocks.{layer}.{theirs[name]}"
-        if (placement.pre and before) or (placement.branch and (placement.pre or placement.post or before)):
-            raise UserError(f"model.scheme={config.scheme}: two norms meet in layer {layer}; their code has one there")
-        if placement.reads == "block" or placement.residual != "input" or set(placement.scales) != {1.0}:
-            raise UserError(f"model.scheme={config.scheme}: its residuals or scales are not expressible in their code")
-        if before:
-            found[before] = _norm(config, source, entrance)
-        for which in ("pre", "branch"):
-            if getattr(placement, which):
-                found[layer, name, which] = _norm(config, source, entrance)
-        before = (layer, name, "post") if placement.post else None
+def _norms(config: ModelConfig, source: _Arrays) -> _Norms:
+    found: _Norms = {}
+    # Our norm that theirs at the next entrance is, if that entrance has no pre norm.
+    before: _NormPlace | str | None = "embedding_norm" if config.has_embedding_norm else None
+    for layer in range(config.num_layers):
+        for sublayer, their_norm in _THEIR_ENTRANCE_NORM.items():
+            placement = getattr(config.placements[layer], sublayer)
+            _check_expressible(config, layer, placement, has_norm_before=before is not None)
+            entrance = f"transformer.blocks.{layer}.{their_norm}"
+            if before is not None:
+                found[before] = _norm(config, source, entrance)
+            for which in ("pre", "branch"):
+                if getattr(placement, which):
+                    found[_NormPlace(layer, sublayer, which)] = _norm(config, source, entrance)
+            before = _NormPlace(layer, sublayer, "post") if placement.post else None
     if before and config.has_final_norm:
         raise UserError(f"model.scheme={config.scheme}: two norms meet before the head, which their code cannot have")
     if config.has_final_norm:
@@ -111,16 +120,31 @@ def _norms(config: ModelConfig, source: _Arrays) -> dict[Any, dict[str, np.ndarr
     return found
 
 
+def _check_expressible(config: ModelConfig, layer: int, placement: SublayerPlacement, *, has_norm_before: bool) -> None:
+    """Raise UserError for a sublayer that their code cannot have."""
+    meet_at_entrance = placement.pre and has_norm_before
+    meet_at_branch = placement.branch and (placement.pre or placement.post or has_norm_before)
+    if meet_at_entrance or meet_at_branch:
+        raise UserError(f"model.scheme={config.scheme}: two norms meet in layer {layer}; their code has one there")
+    if placement.reads == "block" or placement.residual != "input" or set(placement.scales) != {1.0}:
+        raise UserError(f"model.scheme={config.scheme}: its residuals or scales are not expressible in their code")
+
+
 def _norm(config: ModelConfig, source: _Arrays, name: str) -> dict[str, np.ndarray]:
-    return _affine(source, name, config.d_model, config.norm_scale, config.norm_bias)
+    """A norm on the stream."""
+    return _affine(source, name, config.d_model, has_scale=config.norm_scale, has_bias=config.norm_bias)
 
 
-def _affine(source: _Arrays, name: str, width: int, scale: bool, bias: bool) -> dict[str, np.ndarray]:
-    found = {"scale": source.take(f"{name}.weight", width)} if scale else {}
-    return found | ({"bias": source.take(f"{name}.bias", width)} if bias else {})
+def _affine(source: _Arrays, name: str, width: int, *, has_scale: bool, has_bias: bool) -> dict[str, np.ndarray]:
+    found = {}
+    if has_scale:
+        found["scale"] = source.take(f"{name}.weight", width)
+    if has_bias:
+        found["bias"] = source.take(f"{name}.bias", width)
+    return found
 
 
-def _block(config: ModelConfig, source: _Arrays, norms: Mapping, layer: int) -> dict[str, Any]:
+def _block(config: ModelConfig, source: _Arrays, norms: _Norms, layer: int) -> dict[str, Any]:
     prefix = f"transformer.blocks.{layer}"
     block: dict[str, Any] = {
         "attention": _attention(config, source, prefix, layer),
@@ -128,8 +152,9 @@ def _block(config: ModelConfig, source: _Arrays, norms: Mapping, layer: int) -> 
     }
     for sublayer in ("attention", "feed_forward"):
         for which in ("pre", "branch", "post"):
-            if (layer, sublayer, which) in norms:
-                block[f"{sublayer}_{which}_norm"] = norms[layer, sublayer, which]
+            place = _NormPlace(layer, sublayer, which)
+            if place in norms:
+                block[f"{sublayer}_{which}_norm"] = norms[place]
     return block
 
 
@@ -137,7 +162,7 @@ def _attention(config: ModelConfig, source: _Arrays, prefix: str, layer: int) ->
     heads, kv_heads, head_dim, width = config.num_heads, config.num_kv_heads, config.head_dim, config.d_model
     counts = {"query": heads, "key": kv_heads, "value": kv_heads}
     rows = sum(counts.values()) * head_dim
-    splits = np.cumsum([count * head_dim for count in counts.values()])[:-1]
+    *splits, _ = np.cumsum([count * head_dim for count in counts.values()])
     kernels = np.split(source.take(f"{prefix}.att_proj.weight", rows, width), splits)
     out = source.take(f"{prefix}.attn_out.weight", width, heads * head_dim)
     found: dict[str, Any] = {
@@ -150,15 +175,30 @@ def _attention(config: ModelConfig, source: _Arrays, prefix: str, layer: int) ->
         for (name, count), bias in zip(counts.items(), biases, strict=True):
             found[name]["bias"] = bias.reshape(count, head_dim)
         found["out"]["bias"] = source.take(f"{prefix}.attn_out.bias", width)
+    return found | _head_norms(config, source, prefix, layer)
+
+
+def _head_norms(config: ModelConfig, source: _Arrays, prefix: str, layer: int) -> dict[str, dict[str, np.ndarray]]:
+    """The norms on q, k, v and the context, each over one head or over the projection."""
+    heads_of = {
+        "q_norm": config.num_heads,
+        "k_norm": config.num_kv_heads,
+        "v_norm": config.num_kv_heads,
+        "context_norm": config.num_heads,
+    }
+    found = {}
     for name in HEAD_NORMS:
         extent = getattr(config.placements[layer], name)
-        if extent is not None:
-            count = 1 if extent == "head" else (kv_heads if name in ("k_norm", "v_norm") else heads)
-            theirs, flags = (
-                f"{prefix}.{_THEIR_HEAD_NORM[name]}",
-                (config.attention_norm_scale, config.attention_norm_bias),
-            )
-            found[name] = _affine(source, theirs, count * head_dim, *flags)
+        if extent is None:
+            continue
+        count = 1 if extent == "head" else heads_of[name]
+        found[name] = _affine(
+            source,
+            f"{prefix}.{_THEIR_HEAD_NORM[name]}",
+            count * config.head_dim,
+            has_scale=config.attention_norm_scale,
+            has_bias=config.attention_norm_bias,
+        )
     return found
 
 
@@ -178,10 +218,4 @@ def _feed_forward(config: ModelConfig, source: _Arrays, prefix: str) -> dict[str
 
 def _stack(layers: list[dict[str, Any]]) -> dict[str, Any]:
     """One tree whose leaves carry the layers in front."""
-    first = layers[0]
-    return {
-        name: _stack([layer[name] for layer in layers])
-        if isinstance(first[name], dict)
-        else np.stack([layer[name] for layer in layers])
-        for name in first
-    }
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *layers)

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.placement import runs
 
 Shape = tuple[int, ...]
+Index = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Layout:
         outputs = sum(math.prod(leaf[self.inputs :]) for leaf in leaves)
         if not self.inputs:
             return (outputs,)
-        matrix = (math.prod(leaves[0][: self.inputs]), outputs)
-        return matrix[::-1] if self.transposed else matrix
+        inputs = math.prod(leaves[0][: self.inputs])
+        return (outputs, inputs) if self.transposed else (inputs, outputs)
 
     def views(self, tensor: np.ndarray, leaves: Sequence[Shape]) -> list[np.ndarray]:
         """Views of their tensor in the shapes of the leaves: together every element once, none copied."""
@@ -73,20 +75,41 @@ VECTOR_PER_HEAD = Layout(per_head=True)
 class Tensor:
     """Their tensor `name`, the leaves of ours that it holds, in its order, and how it holds them.
 
-    A name with {} is that of one tensor per expert, {} being the expert: each holds its expert's slice of the leaves.
+    A name with {} is that of one tensor per expert. {} stands for the expert, whose slice of the leaves it holds.
     """
 
     name: str
     leaves: tuple[str, ...]
     layout: Layout
 
-    def names(self, experts: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """(name, index) of each tensor: the index is (expert,), or () of a tensor that is no expert's."""
+    def of_experts(self, experts: int) -> Iterator["_NamedTensor"]:
+        """The tensors that this stands for: one, or one for each expert."""
         if "{}" not in self.name:
-            yield self.name, ()
+            yield _NamedTensor(self.name, expert=())
             return
         for expert in range(experts):
-            yield self.name.format(expert), (expert,)
+            yield _NamedTensor(self.name.format(expert), expert=(expert,))
+
+
+class _NamedTensor(NamedTuple):
+    """A tensor's name, and the index of its expert, () of a tensor that is no expert's."""
+
+    name: str
+    expert: Index
+
+
+class LeafSlice(NamedTuple):
+    """What a tensor holds of a leaf.
+
+    Attributes:
+      path: of the leaf in our tree, "/" between its keys.
+      index: in the stacked leaf: () outside runs, (layer of the run,), or (layer of the run, expert).
+      shape: of what the tensor holds, without the axes of the index.
+    """
+
+    path: str
+    index: Index
+    shape: Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,29 +118,42 @@ class Place:
 
     Attributes:
       name: of their tensor, in full.
-      leaves: of each leaf the path in our tree, "/" between its keys, and the index in the stacked leaf of what the
-        tensor holds: () outside runs, (layer of the run,), or (layer of the run, expert).
-      leaf_shapes: of each leaf, without the axes of the index: layers, and experts.
-      layout: how the tensor holds them.
+      slices: what it holds of our leaves.
+      layout: how it holds them.
     """
 
     name: str
-    leaves: tuple[tuple[str, tuple[int, ...]], ...]
-    leaf_shapes: tuple[Shape, ...]
+    slices: tuple[LeafSlice, ...]
     layout: Layout
 
     @property
     def shape(self) -> Shape:
         """The shape of their tensor."""
-        return self.layout.shape(self.leaf_shapes)
+        return self.layout.shape([piece.shape for piece in self.slices])
 
     def views(self, tensor: np.ndarray) -> list[np.ndarray]:
-        """Views of their tensor in the shapes of the leaves."""
-        return self.layout.views(tensor, self.leaf_shapes)
+        """Views of their tensor in the shapes of what it holds."""
+        return self.layout.views(tensor, [piece.shape for piece in self.slices])
 
     def targets(self, tree: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Views of what the tensor holds of the leaves in a tree by path."""
-        return [tree[path][index] for path, index in self.leaves]
+        return [tree[piece.path][piece.index] for piece in self.slices]
+
+
+class _Group(NamedTuple):
+    """The tensors of one block, or those outside the blocks.
+
+    Attributes:
+      tensors: names and leaves without what stands before them.
+      theirs: stands before their names.
+      ours: stands before our leaves' paths.
+      layer: index of the layer in its run, () outside.
+    """
+
+    tensors: tuple[Tensor, ...]
+    theirs: str
+    ours: str
+    layer: Index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,36 +191,39 @@ class TensorTable:
           UserError: the model has a leaf that no tensor of this table holds, or half of those that one holds.
         """
         shapes = leaf_shapes(config)
-        left = dict(shapes)
-        stacked = [
-            (self.layer.format(run.start + layer), f"run_{number}/", (layer,))
-            for number, run in enumerate(runs(config.placements))
-            for layer in range(run.length)
-        ]
-        groups = [(self.outer, "", "", ()), *((self.block, *names) for names in stacked)]
-        for tensors, theirs, ours, layer in groups:
-            for tensor in tensors:
-                leaves = [ours + leaf for leaf in tensor.leaves]
-                if not any(leaf in shapes for leaf in leaves):
+        left = set(shapes)
+        for group in self._groups(config):
+            for tensor in group.tensors:
+                paths = [group.ours + leaf for leaf in tensor.leaves]
+                present = [path in shapes for path in paths]
+                if not any(present):
                     continue
-                if not all(leaf in shapes for leaf in leaves):
-                    raise UserError(f"{theirs}{tensor.name}: the model has only part of {', '.join(leaves)}")
-                for leaf in leaves:
-                    left.pop(leaf, None)
-                for name, expert in tensor.names(config.num_experts):
-                    index = layer + expert
-                    inner = tuple(shapes[leaf][len(index) :] for leaf in leaves)
-                    yield Place(theirs + name, tuple((leaf, index) for leaf in leaves), inner, tensor.layout)
-        if left:
-            raise UserError(f"{next(iter(left))}: this architecture has no tensor for this parameter of the model")
+                if not all(present):
+                    raise UserError(f"{group.theirs}{tensor.name}: the model has only part of {', '.join(paths)}")
+                left.difference_update(paths)
+                for name, expert in tensor.of_experts(config.num_experts):
+                    index = group.layer + expert
+                    slices = [LeafSlice(path, index, shape=shapes[path][len(index) :]) for path in paths]
+                    yield Place(group.theirs + name, tuple(slices), tensor.layout)
+        for path in shapes:
+            if path in left:
+                raise UserError(f"{path}: this architecture has no tensor for this parameter of the model")
+
+    def _groups(self, config: ModelConfig) -> Iterator[_Group]:
+        yield _Group(self.outer, theirs="", ours="", layer=())
+        for number, run in enumerate(runs(config.placements)):
+            for layer in range(run.length):
+                theirs = self.layer.format(run.start + layer)
+                yield _Group(self.block, theirs=theirs, ours=f"run_{number}/", layer=(layer,))
 
 
 def leaf_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Shapes of the parameters of `Decoder(config)` by path, "/" between the keys."""
-    # What does not matter for shapes: float64 would warn without jax_enable_x64, and a backend of its own choice would
-    # start the accelerator, which reading a file must not.
-    cheap = {"param_dtype": "float32", "dtype": "float32", "attention": "xla", "expert_dispatch": "dense"}
-    config = dataclasses.replace(config, remat="none", **cheap)
+    # Nothing of this matters for shapes. But float64 would warn without jax_enable_x64, and "auto" would start the
+    # accelerator, which reading a file must not.
+    config = dataclasses.replace(
+        config, param_dtype="float32", dtype="float32", attention="xla", expert_dispatch="dense", remat="none"
+    )
     tree = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), np.zeros((1, 1), np.int32)))
     return {path: leaf.shape for path, leaf in flatten_dict(tree["params"], sep="/").items()}
 
@@ -205,24 +244,24 @@ def _embedding(name: str, leaf: str = "token_embedding") -> tuple[Tensor, ...]:
     return (Tensor(f"{name}.weight", (f"{leaf}/embedding",), TABLE),)
 
 
-_QKV = ("attention/query", "attention/key", "attention/value")
-_Q_K_V = (
-    *_dense("self_attn.q_proj", _QKV[0]),
-    *_dense("self_attn.k_proj", _QKV[1]),
-    *_dense("self_attn.v_proj", _QKV[2]),
+_QUERY, _KEY, _VALUE = "attention/query", "attention/key", "attention/value"
+_SEPARATE_QKV = (
+    *_dense("self_attn.q_proj", _QUERY),
+    *_dense("self_attn.k_proj", _KEY),
+    *_dense("self_attn.v_proj", _VALUE),
 )
 _Q_K_NORMS = (*_norm("self_attn.q_norm", "attention/q_norm"), *_norm("self_attn.k_norm", "attention/k_norm"))
-_LLAMA_ATTENTION = (*_Q_K_V, *_dense("self_attn.o_proj", "attention/out", kernel=LINEAR_OUT))
+_LLAMA_ATTENTION = (*_SEPARATE_QKV, *_dense("self_attn.o_proj", "attention/out", kernel=LINEAR_OUT))
 _LLAMA_BRANCHES = (
     *_LLAMA_ATTENTION,
     *_dense("mlp.gate_proj", "feed_forward/gate"),
     *_dense("mlp.up_proj", "feed_forward/up"),
     *_dense("mlp.down_proj", "feed_forward/down"),
 )
-_PRE_NORMS = ("attention_pre_norm", "feed_forward_pre_norm")
+_ATTENTION_NORM, _FEED_FORWARD_NORM = "attention_pre_norm", "feed_forward_pre_norm"
 _LLAMA_PRE_NORMS = (
-    *_norm("input_layernorm", _PRE_NORMS[0]),
-    *_norm("post_attention_layernorm", _PRE_NORMS[1]),
+    *_norm("input_layernorm", _ATTENTION_NORM),
+    *_norm("post_attention_layernorm", _FEED_FORWARD_NORM),
 )
 _LLAMA = TensorTable(
     prefix="model.",
@@ -252,9 +291,9 @@ _GPT2 = TensorTable(
         *_norm("transformer.ln_f", "final_norm"),
     ),
     block=(
-        *_norm("ln_1", _PRE_NORMS[0]),
-        *_norm("ln_2", _PRE_NORMS[1]),
-        *_dense("attn.c_attn", *_QKV, kernel=CONV1D),
+        *_norm("ln_1", _ATTENTION_NORM),
+        *_norm("ln_2", _FEED_FORWARD_NORM),
+        *_dense("attn.c_attn", _QUERY, _KEY, _VALUE, kernel=CONV1D),
         *_dense("attn.c_proj", "attention/out", kernel=CONV1D_OUT),
         *_dense("mlp.c_fc", "feed_forward/up", kernel=CONV1D),
         *_dense("mlp.c_proj", "feed_forward/down", kernel=CONV1D),
@@ -272,7 +311,7 @@ _GPT_NEOX = TensorTable(
     ),
     block=(
         *_LLAMA_PRE_NORMS,
-        *_dense("attention.query_key_value", *_QKV, kernel=LINEAR_PER_HEAD, bias=VECTOR_PER_HEAD),
+        *_dense("attention.query_key_value", _QUERY, _KEY, _VALUE, kernel=LINEAR_PER_HEAD, bias=VECTOR_PER_HEAD),
         *_dense("attention.dense", "attention/out", kernel=LINEAR_OUT),
         *_dense("mlp.dense_h_to_4h", "feed_forward/up"),
         *_dense("mlp.dense_4h_to_h", "feed_forward/down"),
@@ -290,9 +329,9 @@ _OPT = TensorTable(
         *_norm("model.decoder.final_layer_norm", "final_norm"),
     ),
     block=(
-        *_norm("self_attn_layer_norm", _PRE_NORMS[0]),
-        *_norm("final_layer_norm", _PRE_NORMS[1]),
-        *_Q_K_V,
+        *_norm("self_attn_layer_norm", _ATTENTION_NORM),
+        *_norm("final_layer_norm", _FEED_FORWARD_NORM),
+        *_SEPARATE_QKV,
         *_dense("self_attn.out_proj", "attention/out", kernel=LINEAR_OUT),
         *_dense("fc1", "feed_forward/up"),
         *_dense("fc2", "feed_forward/down"),

@@ -12,9 +12,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import hybridnorm_jax as hn
-from hybridnorm_jax.interop import huggingface
 from hybridnorm_jax.interop.architectures import ARCHITECTURES, config_from_json, config_to_json, mathematics
 from hybridnorm_jax.interop.huggingface import load_huggingface, save_huggingface
+from hybridnorm_jax.interop.safetensors_files import StoredTensors
+from hybridnorm_jax.interop.tensors import TABLES
 
 OLMOE = Path(__file__).parents[1] / "goldens" / "hf_olmoe"
 LAYERS, EXPERTS = 3, 8
@@ -154,8 +155,8 @@ def test_norm_topk_prob_means_the_same_to_transformers(copy, golden):
 
 def test_every_tensor_is_read_once(monkeypatch):
     read = []
-    tensor = huggingface._Tensors.read
-    monkeypatch.setattr(huggingface._Tensors, "read", lambda self, name: read.append(name) or tensor(self, name))
+    tensor = StoredTensors.read
+    monkeypatch.setattr(StoredTensors, "read", lambda self, name: read.append(name) or tensor(self, name))
     load_huggingface(OLMOE)
     assert sorted(read) == sorted(load_file(OLMOE / "model.safetensors"))
 
@@ -282,7 +283,7 @@ def test_experts_are_an_olmoes_alone(small_config):
     for name in ARCHITECTURES:
         if name != "olmoe":
             with pytest.raises(hn.UserError, match="this architecture has no tensor for this parameter of the model"):
-                list(huggingface.TABLES[name].places(config))
+                list(TABLES[name].places(config))
 
 
 def test_what_decides_the_logits_of_experts(small_config):

@@ -1,0 +1,213 @@
+"""The files of a Hugging Face directory: safetensors, one or several with an index, and JSON.
+
+Which tensors a model has is in tensors.py; here they are found, read, checked and written.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.interop.tensors import Place, TensorTable
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+STORED_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: no such file") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read as JSON: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without line breaks."""
+    return " ".join(str(error).split())
+
+
+@dataclasses.dataclass(frozen=True)
+class _StoredTensor:
+    """Where a tensor is: its file, its name there, and the open file."""
+
+    file: Path
+    name: str
+    handle: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedPlaces:
+    """The places of a model in a directory, and the dtypes of their tensors."""
+
+    places: list[Place]
+    dtypes: set[str]
+
+
+class StoredTensors:
+    """The tensors of a directory by full name, without the buffers; their data is read on demand."""
+
+    def __init__(self, directory: Path, table: TensorTable, stack: contextlib.ExitStack):
+        self._directory = directory
+        self._found: dict[str, _StoredTensor] = {}  # by full name
+        for file, indexed in _files(directory).items():
+            handle = _open(file, stack)
+            names = set(handle.keys())
+            for raw in indexed or ():
+                if raw not in names:
+                    raise UserError(f"{file}: does not hold {raw}, which {INDEX} places there")
+            for raw in sorted(names):
+                name = table.full_name(raw)
+                if table.is_buffer(name):
+                    continue
+                if name in self._found:
+                    raise UserError(f"{file}: {raw} is also in {self._found[name].file}")
+                self._found[name] = _StoredTensor(file=file, name=raw, handle=handle)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._found
+
+    def where(self, name: str) -> str:
+        """`file: name`, for messages."""
+        stored = self._found[name]
+        return f"{stored.file}: {stored.name}"
+
+    def check(self, places: Iterable[Place], beside: Sequence[str]) -> CheckedPlaces:
+        """The places of a model, whose tensors are all there.
+
+        Args:
+          places: taken one by one. The first that is missing ends it, however many experts config.json claims.
+          beside: names of tensors that may be there without a place.
+
+        Raises:
+          UserError: a tensor is missing, left over, of another shape or not of floats.
+        """
+        checked: list[Place] = []
+        dtypes: set[str] = set()
+        for place in places:
+            if place.name not in self._found:
+                raise UserError(f"{self._directory}: {place.name} is in no file, but {CONFIG} asks for it")
+            dtypes.add(self.check_tensor(place.name, place.shape))
+            checked.append(place)
+        known = {place.name for place in checked}.union(beside)
+        for name in self._found:
+            if name not in known:
+                raise UserError(f"{self.where(name)}: a model of this {CONFIG} has no place for it")
+        return CheckedPlaces(places=checked, dtypes=dtypes)
+
+    def check_tensor(self, name: str, shape: tuple[int, ...]) -> str:
+        """The dtype of a tensor, which must have this shape."""
+        stored = self._found[name]
+        contents = stored.handle.get_slice(stored.name)
+        found, dtype = tuple(contents.get_shape()), contents.get_dtype()
+        if found != shape:
+            raise UserError(f"{self.where(name)}: shape {found}, but {CONFIG} asks for {shape}")
+        if dtype not in STORED_DTYPES:
+            right = f"must be one of {', '.join(STORED_DTYPES)}"
+            raise UserError(f"{self.where(name)}: dtype {dtype} {right}")
+        return STORED_DTYPES[dtype]
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, in memory of its own."""
+        stored = self._found[name]
+        try:
+            return stored.handle.get_tensor(stored.name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.where(name)}: cannot be read: {one_line(error)}") from error
+
+
+def _files(directory: Path) -> dict[Path, list[str] | None]:
+    """The safetensors files, and the names that the index places in each; None without an index."""
+    if (directory / WEIGHTS).exists():
+        return {directory / WEIGHTS: None}
+    index = directory / INDEX
+    if not index.exists():
+        pickles = sorted(file.name for file in directory.glob("*.bin"))
+        if pickles:
+            right = "a pickle, which can run any code and is never read; convert it to safetensors"
+            raise UserError(f"{directory / pickles[0]}: {right}")
+        raise UserError(f"{directory}: holds neither {WEIGHTS} nor {INDEX}")
+    document = read_json(index)
+    places = document.get("weight_map") if isinstance(document, dict) else None
+    is_map = isinstance(places, dict) and bool(places)
+    if not is_map or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{index}: weight_map must map names of tensors to names of files")
+    files: dict[Path, list[str] | None] = {}
+    for name, file in places.items():
+        if Path(file).name != file:
+            raise UserError(f"{index}: weight_map.{name}={file} must be the name of a file beside it")
+        files.setdefault(directory / file, []).append(name)
+    return files
+
+
+def _open(file: Path, stack: contextlib.ExitStack) -> Any:
+    """The open file, which closes with the stack."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file, but {INDEX} names it")
+    try:
+        # Read, not mapped: mapped pages would count as memory for as long as the file is open.
+        return stack.enter_context(safe_open(file, framework="np", backend="pread"))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: damaged or cut off: {one_line(error)}") from error
+
+
+def split_into_shards(places: Iterable[Place], itemsize: int, limit: int) -> list[list[Place]]:
+    """The tensors in order, in groups of at most `limit` bytes or of one tensor."""
+    shards: list[list[Place]] = []
+    size = limit
+    for place in places:
+        num_bytes = math.prod(place.shape) * itemsize
+        if not shards or size + num_bytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(place)
+        size += num_bytes
+    return shards
+
+
+def write_shards(
+    directory: Path, shards: Sequence[Sequence[Place]], leaves: Mapping[str, np.ndarray], dtype: np.dtype
+) -> None:
+    """The safetensors files, and the index where there are several."""
+    count, total = len(shards), 0
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = directory / (WEIGHTS if count == 1 else f"model-{number:05}-of-{count:05}.safetensors")
+        total += sum(math.prod(place.shape) * dtype.itemsize for place in shard)
+        weight_map |= {place.name: file.name for place in shard}
+        _write_shard(file, shard, leaves, dtype)
+        # safetensors makes files that nobody else may read, whatever the umask.
+        file.chmod((directory / CONFIG).stat().st_mode)
+    if count > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_shard(file: Path, shard: Sequence[Place], leaves: Mapping[str, np.ndarray], dtype: np.dtype) -> None:
+    """One file. Its tensors are gone when this returns, so that one shard at a time is copied in memory."""
+    tensors = {place.name: _filled(place, leaves, dtype) for place in shard}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _filled(place: Place, leaves: Mapping[str, np.ndarray], dtype: np.dtype) -> np.ndarray:
+    """Their tensor, filled from our leaves."""
+    tensor = np.empty(place.shape, dtype)
+    for view, leaf in zip(place.views(tensor), place.targets(leaves), strict=True):
+        view[...] = leaf
+    return tensor
