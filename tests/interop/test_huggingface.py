@@ -343,7 +343,7 @@ def test_every_element_of_a_tensor_is_one_of_ours(name):
         tensor = np.arange(np.prod(place.shape)).reshape(place.shape)
         views = place.views(tensor)
         assert all(np.shares_memory(view, tensor) for view in views)
-        assert [view.shape for view in views] == list([piece.shape for piece in place.slices])
+        assert [view.shape for view in views] == [piece.shape for piece in place.slices]
         assert np.array_equal(np.sort(np.concatenate([view.ravel() for view in views])), np.arange(tensor.size))
         for target in place.targets(filled):
             assert not target.any()
