@@ -51,7 +51,7 @@ def load_huggingface(
       config: its param_dtype is that of the parameters, its compute dtype float32, the nearest to what the authors
         published; `dataclasses.replace(config, dtype="bfloat16")` for another. Dropout is 0 and the initializer our
         default: neither is taken over.
-      params: the tree described in decoder.py, NumPy arrays.
+      params: the tree described in model/decoder.py, NumPy arrays.
 
     Raises:
       UserError: the directory, config.json or a tensor is missing, damaged or not understood; a tensor is left over,

@@ -67,7 +67,7 @@ def params_from_olmo(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> d
         `att_proj` holds q, k, v stacked, `ff_proj` up and then gate.
 
     Returns:
-      The tree described in decoder.py, float32 or as the arrays are.
+      The tree described in model/decoder.py, float32 or as the arrays are.
 
     Raises:
       UserError: an array is missing, left over or of another shape, or the scheme is not expressible in their code.

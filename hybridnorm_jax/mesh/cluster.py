@@ -16,14 +16,14 @@ COORDINATOR_VARIABLE = "JAX_COORDINATOR_ADDRESS"
 
 @dataclasses.dataclass(frozen=True)
 class DistributedSection:
-    """The processes of a run on several hosts, which Cloud TPU, GKE, SLURM and Open MPI give; docs/clusters.md."""
+    """The processes of a run on several hosts. Cloud TPU, GKE, SLURM and Open MPI name them; see docs/clusters.md."""
 
-    initialize: str = key("auto", "auto: where there are several processes | true | false: this process is alone")
-    coordinator: str | None = key(None, "host:port where process 0 is to listen; null: found, see docs/clusters.md")
-    num_processes: int | None = key(None, "how many there are on all hosts; null: found")
-    process_id: int | None = key(None, "this one's number, from 0; null: found")
+    initialize: str = key("auto", "auto: if there are several processes | true | false: this process is alone")
+    coordinator: str | None = key(None, "host:port where process 0 listens; null: found, see docs/clusters.md")
+    num_processes: int | None = key(None, "number of processes on all hosts; null: found")
+    process_id: int | None = key(None, "number of this process, from 0; null: found")
     timeout_seconds: int = key(300, "how long processes wait for each other at the start")
-    heartbeat_seconds: int = key(100, "a process that is silent for so long counts as dead, and the others are ended")
+    heartbeat_seconds: int = key(100, "a process that is silent for this long counts as dead, and the others are ended")
 
     def __post_init__(self):
         check_choice("distributed.initialize", self.initialize, ("auto", "true", "false"))
@@ -116,7 +116,7 @@ def _slurm(environ: Mapping[str, str]) -> Cluster:
 
 
 def _gke(environ: Mapping[str, str], *, hosts_of_slice: int) -> Cluster:
-    """TPUs on GKE: several slices of so many hosts each."""
+    """TPUs on GKE: one or several slices of equally many hosts."""
 
     def number(name: str, default: int) -> int:
         return int(environ.get(name) or default)

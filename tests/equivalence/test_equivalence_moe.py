@@ -298,12 +298,12 @@ def trained(tmp_path):
     """The directory of a Pre-LN run of two steps, with experts."""
     tokens = tmp_path / "tokens.npy"
     np.save(tokens, np.random.default_rng(0).integers(0, 257, 400).astype(np.uint16))
-    words = [f"run.dir={tmp_path}/runs", "run.name=moe", "data.source=tokens", f"data.files=[{tokens}]"]
-    words += ["model.scheme=pre", "model.norm=layernorm", "model.norm_bias=true", "model.d_model=16"]
-    words += ["model.num_layers=2", "model.num_heads=2", "model.mlp_dim=16", "model.num_experts=4"]
-    words += ["model.experts_per_token=2", "model.shared_experts=1", "train.steps=2", "train.batch_size=8"]
-    words += ["train.seq_len=8", "train.sample_tokens=0", "data.validation_fraction=0"]
-    assert main(["train", *words, f"data.validation.all=[{tokens}]"]) == 0
+    arguments = [f"run.dir={tmp_path}/runs", "run.name=moe", "data.source=tokens", f"data.files=[{tokens}]"]
+    arguments += ["model.scheme=pre", "model.norm=layernorm", "model.norm_bias=true", "model.d_model=16"]
+    arguments += ["model.num_layers=2", "model.num_heads=2", "model.mlp_dim=16", "model.num_experts=4"]
+    arguments += ["model.experts_per_token=2", "model.shared_experts=1", "train.steps=2", "train.batch_size=8"]
+    arguments += ["train.seq_len=8", "train.sample_tokens=0", "data.validation_fraction=0"]
+    assert main(["train", *arguments, f"data.validation.all=[{tokens}]"]) == 0
     yield tmp_path / "runs" / "moe"
     jax.config.update("jax_enable_x64", False)  # the command switches it on for its whole process
 

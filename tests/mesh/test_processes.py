@@ -31,7 +31,7 @@ SECONDS = 400  # machines that run tests are paused at times; nothing here takes
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory):
+def arguments(tmp_path_factory):
     """A run of six steps over short texts, evaluated and saved on the way, with a sample at its end."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
@@ -48,19 +48,19 @@ def words(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one(words, tmp_path_factory):
+def one(arguments, tmp_path_factory):
     """The run's directory, of this process alone."""
-    return _alone(words, tmp_path_factory.mktemp("one"), DATA)
+    return _alone(arguments, tmp_path_factory.mktemp("one"), DATA)
 
 
-def _alone(words, folder, mesh):
-    loop.train(parse([*words, *mesh, f"run.dir={folder}", "run.name=run"]))
+def _alone(arguments, folder, mesh):
+    loop.train(parse([*arguments, *mesh, f"run.dir={folder}", "run.name=run"]))
     return folder / "run"
 
 
-def _train(count, words, folder, mesh):
+def _train(count, arguments, folder, mesh):
     """The run's directory, of `count` processes that share the eight devices, and what they printed."""
-    asked = [*words, *mesh, f"run.dir={folder}", "run.name=run"]
+    asked = [*arguments, *mesh, f"run.dir={folder}", "run.name=run"]
     ended = run_together(count, asked, devices=8 // count, seconds=SECONDS)
     assert [status for status, _, _ in ended] == [0] * count, ended
     return folder / "run", ended
@@ -77,20 +77,20 @@ def _losses(directory):
     return losses
 
 
-def _parameters(words, directory, step=STEPS):
-    config = parse([*words, *DATA])
+def _parameters(arguments, directory, step=STEPS):
+    config = parse([*arguments, *DATA])
     with Checkpoints(directory / "checkpoints", keep=9) as checkpoints:
         return checkpoints.restore_params(Program(config).abstract_state.params, step)
 
 
-def _assert_same(words, ours, expected):
+def _assert_same(arguments, ours, expected):
     before, after = _losses(expected), _losses(ours)
     assert len(before) == 2 * STEPS + STEPS // SAVED
     assert after.keys() == before.keys()
     np.testing.assert_allclose([after[key] for key in before], list(before.values()), rtol=LOSS_TOLERANCE)
     pairs = zip(
-        jax.tree.leaves_with_path(_parameters(words, ours)),
-        jax.tree.leaves(_parameters(words, expected)),
+        jax.tree.leaves_with_path(_parameters(arguments, ours)),
+        jax.tree.leaves(_parameters(arguments, expected)),
         strict=True,
     )
     for (path, left), right in pairs:
@@ -105,9 +105,9 @@ def _stopped_after_save(directory, folder):
     return copy
 
 
-def test_two_processes_are_one_and_their_checkpoint_is_its(words, one, tmp_path):
-    two, ended = _train(2, words, tmp_path / "two", DATA)
-    _assert_same(words, two, one)
+def test_two_processes_are_one_and_their_checkpoint_is_its(arguments, one, tmp_path):
+    two, ended = _train(2, arguments, tmp_path / "two", DATA)
+    _assert_same(arguments, two, one)
     (_, first, _), (_, second, second_errors) = ended
     # Gloo's own lines are C++'s, on both, and not always whole.
     for told in (
@@ -123,15 +123,15 @@ def test_two_processes_are_one_and_their_checkpoint_is_its(words, one, tmp_path)
     assert "distributed." not in first.partition("Next: ")[2]
 
     resumed = _stopped_after_save(two, tmp_path / "alone")
-    _alone(words, tmp_path / "alone", DATA)
-    _assert_same(words, resumed, one)
+    _alone(arguments, tmp_path / "alone", DATA)
+    _assert_same(arguments, resumed, one)
 
 
-def test_a_checkpoint_of_one_process_resumes_on_two_with_split_sequences(words, one, tmp_path):
+def test_a_checkpoint_of_one_process_resumes_on_two_with_split_sequences(arguments, one, tmp_path):
     resumed = _stopped_after_save(one, tmp_path)
-    _, ended = _train(2, words, tmp_path, ACROSS)
+    _, ended = _train(2, arguments, tmp_path, ACROSS)
     assert f"resumed at step {SAVED}" in ended[0][1]
-    _assert_same(words, resumed, one)
+    _assert_same(arguments, resumed, one)
 
 
 @pytest.mark.slow
@@ -146,21 +146,21 @@ def test_a_checkpoint_of_one_process_resumes_on_two_with_split_sequences(words, 
     ],
     ids=" ".join,
 )
-def test_two_processes_are_one_on_every_axis(mesh, words, tmp_path):
-    two, _ = _train(2, words, tmp_path / "two", mesh)
-    _assert_same(words, two, _alone(words, tmp_path / "one", mesh))
+def test_two_processes_are_one_on_every_axis(mesh, arguments, tmp_path):
+    two, _ = _train(2, arguments, tmp_path / "two", mesh)
+    _assert_same(arguments, two, _alone(arguments, tmp_path / "one", mesh))
 
 
 @pytest.mark.slow
-def test_four_processes_are_one_and_their_checkpoint_resumes_on_one_and_two(words, one, tmp_path):
-    four, _ = _train(4, words, tmp_path / "four", DATA)
-    _assert_same(words, four, one)
+def test_four_processes_are_one_and_their_checkpoint_resumes_on_one_and_two(arguments, one, tmp_path):
+    four, _ = _train(4, arguments, tmp_path / "four", DATA)
+    _assert_same(arguments, four, one)
     resumed = _stopped_after_save(four, tmp_path / "alone")
-    _alone(words, tmp_path / "alone", ("mesh.data=1", "mesh.fsdp=8"))
-    _assert_same(words, resumed, one)
+    _alone(arguments, tmp_path / "alone", ("mesh.data=1", "mesh.fsdp=8"))
+    _assert_same(arguments, resumed, one)
     resumed = _stopped_after_save(four, tmp_path / "two")
-    _train(2, words, tmp_path / "two", DATA)
-    _assert_same(words, resumed, one)
+    _train(2, arguments, tmp_path / "two", DATA)
+    _assert_same(arguments, resumed, one)
 
 
 @pytest.mark.slow
@@ -173,8 +173,8 @@ def test_two_processes_evaluate_as_one(one):
     assert float(told[1]) == pytest.approx(alone, abs=6e-5)  # four digits are printed
 
 
-def test_an_error_of_all_is_told_by_one(words, tmp_path):
-    asked = [*words, "mesh.data=3", f"run.dir={tmp_path}", "run.name=run"]
+def test_an_error_of_all_is_told_by_one(arguments, tmp_path):
+    asked = [*arguments, "mesh.data=3", f"run.dir={tmp_path}", "run.name=run"]
     (first, _, told), (second, _, untold) = run_together(2, asked, devices=1, seconds=SECONDS)
     assert (first, second) == (2, 2)
     (line,) = told.splitlines()
@@ -184,8 +184,8 @@ def test_an_error_of_all_is_told_by_one(words, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_one_that_fails_tells_why_and_ends_the_others(words, tmp_path):
-    asked = [*words, "mesh.data=2", f"run.dir={tmp_path}", "run.name=run"]
+def test_one_that_fails_tells_why_and_ends_the_others(arguments, tmp_path):
+    asked = [*arguments, "mesh.data=2", f"run.dir={tmp_path}", "run.name=run"]
     port = free_port()
     here, there = ([*asked, *together(port, 2, number)] for number in range(2))
     (tmp_path / "file").touch()
@@ -197,9 +197,9 @@ def test_one_that_fails_tells_why_and_ends_the_others(words, tmp_path):
     assert first not in (0, -9)
 
 
-def test_a_coordinator_that_is_not_there_ends_in_one_line(words, tmp_path):
+def test_a_coordinator_that_is_not_there_ends_in_one_line(arguments, tmp_path):
     port = free_port()
-    asked = [*words, *together(port, 2, 1), "distributed.timeout_seconds=2", f"run.dir={tmp_path}"]
+    asked = [*arguments, *together(port, 2, 1), "distributed.timeout_seconds=2", f"run.dir={tmp_path}"]
     ((status, _, told),) = run([asked], devices=1, seconds=SECONDS)
     assert status == 2
     (line,) = told.splitlines()
@@ -227,9 +227,9 @@ def test_sigterm_still_ends_a_process_that_does_not_look_for_it():
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_typo_needs_no_cluster_and_is_told_once(number, capsys):
-    words = [*together(1, 2, number), "train.stepz=3"]
-    assert main(["train", *words]) == 2
-    assert main(["eval", "runs/none", *words]) == 2
+    arguments = [*together(1, 2, number), "train.stepz=3"]
+    assert main(["train", *arguments]) == 2
+    assert main(["eval", "runs/none", *arguments]) == 2
     told = capsys.readouterr().err.splitlines()
     assert all("train.stepz=3: no such key" in line for line in told)
     assert len(told) == (2 if number == 0 else 0)
@@ -253,7 +253,7 @@ class _Device:
 
 
 def _shares(mesh, processes, monkeypatch):
-    """[(share, rows held)] if the mesh's devices belonged to so many processes."""
+    """[(share, rows held)] if the mesh's devices belonged to this many processes."""
     each = mesh.size // processes
     placed = batch_shares.batch_sharding(mesh, 0).devices_indices_map((batch_shares.batch_parts(mesh),))
     seen = {_Device(device.id // each): rows for device, rows in placed.items()}
@@ -289,9 +289,9 @@ def test_rows_that_cannot_be_shared_equally_are_refused(monkeypatch):
         _shares(mesh, 3, monkeypatch)
 
 
-def test_a_dry_run_says_what_is_needed_and_leaves_nothing(words, tmp_path, capsys):
+def test_a_dry_run_says_what_is_needed_and_leaves_nothing(arguments, tmp_path, capsys):
     mesh = ("mesh.data=2", "mesh.fsdp=4", "train.steps=7")
-    missing = [*words, *mesh, f"run.dir={tmp_path}/runs", "data.files=[/nowhere/*.txt]", "--dry-run"]
+    missing = [*arguments, *mesh, f"run.dir={tmp_path}/runs", "data.files=[/nowhere/*.txt]", "--dry-run"]
     assert main(["train", *missing]) == 0
     told = capsys.readouterr().out
     assert not list(tmp_path.iterdir())
@@ -316,27 +316,27 @@ def test_a_dry_run_says_what_is_needed_and_leaves_nothing(words, tmp_path, capsy
     assert re.search(r"[1-9][\d.]* MiB of temporaries", told) or re.search(r"0\.[1-9] MiB of temporaries", told)
 
 
-def test_a_dry_run_refuses_what_training_would(words, tmp_path, capsys):
-    assert main(["train", *words, "mesh.data=8", "train.batch_size=14", f"run.dir={tmp_path}", "--dry-run"]) == 2
+def test_a_dry_run_refuses_what_training_would(arguments, tmp_path, capsys):
+    assert main(["train", *arguments, "mesh.data=8", "train.batch_size=14", f"run.dir={tmp_path}", "--dry-run"]) == 2
     assert "7 sequences at a time, must be a multiple" in capsys.readouterr().err
 
 
-def test_a_step_without_room_is_said_after_the_report(words, tmp_path, capsys, monkeypatch):
+def test_a_step_without_room_is_said_after_the_report(arguments, tmp_path, capsys, monkeypatch):
     class Lowered:
         def compile(self):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory: 40 of 16 GB\nmore")
 
     monkeypatch.setattr(Program, "lower_train_step", lambda self: Lowered())
-    assert main(["train", *words, "mesh.data=8", f"run.dir={tmp_path}", "--dry-run"]) == 2
+    assert main(["train", *arguments, "mesh.data=8", f"run.dir={tmp_path}", "--dry-run"]) == 2
     told = capsys.readouterr()
     assert "optimizer state" in told.out
     assert "error: the train step does not fit these devices: Ran out of memory: 40 of 16 GB; raise" in told.err
 
 
-def test_processes_with_other_words_are_refused(words, tmp_path):
+def test_processes_with_other_words_are_refused(arguments, tmp_path):
     """Otherwise two seeds would train two models, and save a mixture of them."""
     port = free_port()
-    asked = [*words, f"run.dir={tmp_path}", "run.name=run"]
+    asked = [*arguments, f"run.dir={tmp_path}", "run.name=run"]
     each = [[*asked, f"train.seed={number}", *together(port, 2, number)] for number in range(2)]
     (first, _, told), (second, _, untold) = run(each, devices=1, seconds=SECONDS)
     assert (first, second) == (2, 2)
