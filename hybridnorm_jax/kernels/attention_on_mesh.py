@@ -9,9 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from hybridnorm_jax.kernels.attention_arrays import AttentionInputs, Heads
-from hybridnorm_jax.mesh.split_axes import parts, split_axes
-
-Axes = tuple[str, ...]
+from hybridnorm_jax.mesh.split_axes import Axes, parts, split_axes
 
 
 def sequence_axes(seq: int) -> Axes:

@@ -51,7 +51,7 @@ class _Block(NamedTuple):
     def read(self, array: Array) -> Array:
         """The block's rows of the array, zero past the group's end."""
         rows = jax.lax.dynamic_slice_in_dim(array, self.start, len(self.inside))
-        inside = jnp.expand_dims(self.inside, range(1, array.ndim))
+        inside = self.inside.reshape([-1] + [1] * (array.ndim - 1))
         return jnp.where(inside, rows, 0)
 
     def write(self, array: Array, rows: Array) -> Array:

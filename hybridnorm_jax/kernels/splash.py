@@ -13,8 +13,8 @@ from jaxtyping import Array
 from hybridnorm_jax.kernels.attention_arrays import AttentionInputs, Heads, SegmentIds
 from hybridnorm_jax.kernels.attention_on_mesh import on_mesh, sequence_axes
 from hybridnorm_jax.kernels.names import SPLASH_TILE as TILE
-from hybridnorm_jax.kernels.zigzag import Axes, from_zigzag, gather_sequence, to_zigzag, zigzag
-from hybridnorm_jax.mesh.split_axes import parts, split_axes
+from hybridnorm_jax.kernels.zigzag import from_zigzag, gather_sequence, to_zigzag, zigzag
+from hybridnorm_jax.mesh.split_axes import Axes, parts, split_axes
 
 
 def splash_attention(inputs: AttentionInputs, *, saved_as: str) -> Heads:

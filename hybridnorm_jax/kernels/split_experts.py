@@ -16,9 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.kernels.experts import apply_experts
 from hybridnorm_jax.kernels.swiglu import ExpertKernels
-from hybridnorm_jax.mesh.split_axes import split_axes
-
-Axes = tuple[str, ...]
+from hybridnorm_jax.mesh.split_axes import Axes, split_axes
 
 
 class _Split(NamedTuple):

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 
 from hybridnorm_jax.kernels.attention_arrays import AttentionInputs, AttentionResiduals
 from hybridnorm_jax.kernels.precision import wide_dtype, wide_einsum
-from hybridnorm_jax.kernels.zigzag import Axes, from_zigzag, gather_sequence, to_zigzag
+from hybridnorm_jax.kernels.zigzag import from_zigzag, gather_sequence, to_zigzag
+from hybridnorm_jax.mesh.split_axes import Axes
 
 Carry = TypeVar("Carry")
 LocalHeads = Float[Array, "batch local heads head_dim"]

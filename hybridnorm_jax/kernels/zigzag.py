@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
-Axes = tuple[str, ...]
+from hybridnorm_jax.mesh.split_axes import Axes
+
 Local = Shaped[Array, "batch local ..."]
 
 

@@ -9,8 +9,11 @@ from jax.sharding import AxisType
 
 from hybridnorm_jax.mesh.device_mesh import parts_of
 
+# Mesh axes that split one dimension together.
+Axes = tuple[str, ...]
 
-def split_axes(name: str, size: int) -> tuple[str, ...]:
+
+def split_axes(name: str, size: int) -> Axes:
     """The mesh axes that split the logical axis `name`; none where they do not divide its size.
 
     Axes of size 1 and manual ones (inside a jax.shard_map) are left out.
@@ -21,12 +24,12 @@ def split_axes(name: str, size: int) -> tuple[str, ...]:
     return axes if size % parts(axes) == 0 else ()
 
 
-def parts(axes: tuple[str, ...]) -> int:
+def parts(axes: Axes) -> int:
     """Into how many parts these axes of the mesh in force split a dimension."""
     return parts_of(axes, jax.sharding.get_abstract_mesh())
 
 
-def _assigned(name: str) -> tuple[str, ...]:
+def _assigned(name: str) -> Axes:
     """The mesh axes that the rules give to a logical axis."""
     spec = nn.logical_to_mesh_axes((name,))
     if not spec or spec[0] is None:
