@@ -15,7 +15,6 @@ from hybridnorm_jax.commands import lab as lab
 from hybridnorm_jax.commands.main import main
 from hybridnorm_jax.evaluation.perplexity import Score
 from hybridnorm_jax.lab import compare
-from hybridnorm_jax.lab.divergence import rising_since
 from hybridnorm_jax.training.program import Program
 
 SMALL = [
@@ -221,20 +220,6 @@ def test_a_jobset_has_a_pod_for_each_combination(words, tmp_path, monkeypatch):
     assert "'schemes=[pre,post]'" in script
     assert '--only="$JOB_COMPLETION_INDEX"' in script
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
-
-
-def test_a_run_whose_loss_rises_for_good_has_diverged():
-    falling = [(step, 5 - step / 50) for step in range(1, 101)]
-    assert rising_since(falling) is None
-    spike = [(step, loss + 3 * (step in range(40, 45))) for step, loss in falling]
-    assert rising_since(spike) is None
-    risen = [(step, loss if step <= 60 else 4.5) for step, loss in falling]
-    assert rising_since(risen) == 60
-    slightly = [(step, loss if step <= 60 else 4.2) for step, loss in falling]  # 0.3 above the mean of steps 51 to 60
-    assert rising_since(slightly) is None
-    assert rising_since([*risen, (101, float("nan"))]) == 60
-    assert rising_since([(1, 5.0)]) is None
-    assert rising_since([*falling[:-1], (100, 12.0)]) is None  # one spike at the end
 
 
 def test_the_default_is_the_configurations_learning_rate(words):

@@ -9,8 +9,8 @@ import hybridnorm_jax as hn
 from hybridnorm_jax.commands import lab as lab
 from hybridnorm_jax.commands.main import main
 from hybridnorm_jax.lab import signal
-from hybridnorm_jax.lab.claims import claims
 from hybridnorm_jax.lab.signal import Signal
+from hybridnorm_jax.lab.signal_claims import claims
 
 MODEL = hn.ModelConfig(d_model=64, num_heads=2, mlp_dim=256, vocab_size=61)
 

@@ -14,8 +14,9 @@ import yaml
 from planted_runs import STEPS, plant
 
 from hybridnorm_jax.errors import UserError
-from hybridnorm_jax.lab import figures
 from hybridnorm_jax.lab.report import write_report
+from hybridnorm_jax.lab.report.layer_figures import QUANTITIES, layer_figure
+from hybridnorm_jax.lab.report.loss_figures import loss_curves
 from hybridnorm_jax.lab.runs import read_runs
 from hybridnorm_jax.model.schemes import SCHEMES
 
@@ -147,7 +148,7 @@ def test_final_losses_count_what_finished_diverged_and_did_not_end(parsed):
     pre = table["pre"][0]
     assert (pre["mean"], pre["std. dev."]) == ("3.5200", f"{np.std(PRE, ddof=1):.4f}")
     assert post["std. dev."] == "—"
-    assert "Unfinished, and in no number of this report: post-0.001-2." in parsed.text
+    assert "No number of this report includes the runs that are unfinished: post-0.001-2." in parsed.text
 
 
 def test_stability_map_says_in_text_what_the_shading_shows(parsed):
@@ -172,7 +173,7 @@ def test_spikes_norms_and_throughput(parsed):
 def test_figures_show_the_planted_numbers(planted):
     runs = read_runs(planted)
     pre = [run for run in runs if run.label == "pre" and run.rate == 1e-3]
-    curve = figures.loss_curves(pre, [1e-3], "validation").axes[0]
+    curve = loss_curves(pre, [1e-3], "validation").axes[0]
     means = [np.mean(rows) for rows in zip(*([loss for _, loss in run.losses] for run in pre), strict=True)]
     drawn = next(line for line in curve.get_lines() if len(line.get_xdata()) == STEPS)
     # A fiftieth of 100 steps: each point is the mean of two, the first of one.
@@ -180,17 +181,17 @@ def test_figures_show_the_planted_numbers(planted):
     np.testing.assert_array_equal(drawn.get_xdata(), np.arange(1, STEPS + 1) * 64)
     (validation,) = [line for line in curve.get_lines() if len(line.get_xdata()) == 1]
     np.testing.assert_allclose(validation.get_ydata(), [np.mean(PRE)])
-    stream = next(quantity for quantity in figures.QUANTITIES if quantity.name == "stream-rms")
-    first, last = figures.layers(stream, {"pre": pre}).axes
+    stream = next(quantity for quantity in QUANTITIES if quantity.name == "stream-rms")
+    first, last = layer_figure(stream, {"pre": pre}).axes
     np.testing.assert_allclose(first.get_lines()[0].get_ydata(), [10, 20, 30, 40])
     np.testing.assert_allclose(last.get_lines()[0].get_ydata(), [100, 200, 300, 400])
-    ratio = next(quantity for quantity in figures.QUANTITIES if quantity.name == "update-ratio")
-    np.testing.assert_allclose(figures.layers(ratio, {"pre": pre}).axes[1].get_lines()[0].get_ydata(), [0.01] * 3)
+    ratio = next(quantity for quantity in QUANTITIES if quantity.name == "update-ratio")
+    np.testing.assert_allclose(layer_figure(ratio, {"pre": pre}).axes[1].get_lines()[0].get_ydata(), [0.01] * 3)
 
 
 def test_a_loss_that_diverged_does_not_decide_the_axis(planted):
     runs = [run for run in read_runs(planted) if run.label == "post" and run.status != "unfinished"]
-    bottom, top = figures.loss_curves(runs, [1e-3], "validation").axes[0].get_ylim()
+    bottom, top = loss_curves(runs, [1e-3], "validation").axes[0].get_ylim()
     assert 3.5 < bottom < 4.0
     assert top < 7
 
@@ -260,7 +261,7 @@ def test_several_labels_of_one_scheme(tmp_path):
 def test_a_directory_in_which_nothing_has_ended(tmp_path):
     plant(tmp_path, loss=None, finished=False, curve=[5.0] * 20)
     text = write_report(tmp_path).read_text(encoding="utf-8")
-    assert "Unfinished, and in no number of this report: pre-0.001-0." in text
+    assert "No number of this report includes the runs that are unfinished: pre-0.001-0." in text
 
 
 def test_without_a_validation_set_the_training_loss_is_compared(tmp_path):
