@@ -77,9 +77,8 @@ def _setting_rows(plan: Plan) -> list[Row]:
     devices = f"{topology}: {topology.size} x {device}"
     if topology.slices > 1:
         devices += f", {topology.slices} {slices}"
-    microbatches = (
-        f"{config.train.grad_accumulation} x {plan.microbatch} sequences of {config.train.seq_len} per device"
-    )
+    train = config.train
+    batch = f"{train.grad_accumulation} x {plan.microbatch} sequences of {train.seq_len} per device"
     backends = f"attention {plan.attention}"
     if plan.dispatch:
         backends += f", experts {plan.dispatch}"
