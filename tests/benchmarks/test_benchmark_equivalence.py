@@ -11,10 +11,16 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 FORMS = {
-    *("pre_ln", "pre_ln_one_pass", "pre_ln_plain", "pre_rmsnorm", "pre_crmsnorm", "pre_crmsnorm_padded"),
-    *("crmsnorm", "no_norm"),
+    "pre_ln",
+    "pre_ln_one_pass",
+    "pre_ln_plain",
+    "pre_rmsnorm",
+    "pre_crmsnorm",
+    "pre_crmsnorm_padded",
+    "crmsnorm",
+    "no_norm",
 }
-KEYS = {"device", "threads", "dtype", "jax", "glibc_tunables", "rounds", "paper", "agreement", "contests"}
+KEYS = {"device", "devices", "threads", "dtype", "jax", "glibc_tunables", "rounds", "paper", "agreement", "contests"}
 
 
 def _run(*words):
