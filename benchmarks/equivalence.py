@@ -29,7 +29,8 @@ from typing import Any
 
 import numpy as np
 from command_line import aligned, machine, machine_line, make_parser, positive, print_result, run_main
-from norm_forms import FORMS, SHAPES, Contest, ContestOptions, agreement
+from norm_contest import Contest, ContestOptions, agreement
+from norm_forms import FORMS, SHAPES
 from turns import measure, quartiles
 
 PAPER = {

@@ -23,9 +23,9 @@ FORMS = {
 KEYS = {"device", "devices", "threads", "dtype", "jax", "glibc_tunables", "rounds", "paper", "agreement", "contests"}
 
 
-def _run(*words):
+def _run(*arguments):
     # In a process of its own: the benchmark enters a scheme without norms into the table.
-    command = [sys.executable, str(REPOSITORY / "benchmarks/equivalence.py"), *words, "--json"]
+    command = [sys.executable, str(REPOSITORY / "benchmarks/equivalence.py"), *arguments, "--json"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr

@@ -27,15 +27,15 @@ TINY = [*(f"model.{name}={value}" for name, value in MODEL.items()), "train.seq_
 TOKENS = 8 * 8  # of a step
 
 
-def _run(*words):
+def _run(*arguments):
     # In a process of its own: the benchmark turns the compilation cache off. It has conftest.py's eight devices.
-    command = [sys.executable, str(REPOSITORY / "benchmarks/moe.py"), *words]
+    command = [sys.executable, str(REPOSITORY / "benchmarks/moe.py"), *arguments]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
-def _result(*words):
-    done = _run(*words, "--json")
+def _result(*arguments):
+    done = _run(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result.keys() == KEYS
@@ -55,8 +55,8 @@ def _check_row(row, tokens, flops):
 
 @pytest.mark.slow
 def test_a_layer_by_every_dispatch_of_a_cpu():
-    words = ["--layer-only", "--shape", "48", "16", "8", "12", "3", "--shared", "1", "--skew", "--rounds", "2"]
-    result = _result(*words, "--dispatches", "dense", "auto", "ragged", "blocked")
+    arguments = ["--layer-only", "--shape", "48", "16", "8", "12", "3", "--shared", "1", "--skew", "--rounds", "2"]
+    result = _result(*arguments, "--dispatches", "dense", "auto", "ragged", "blocked")
     assert result["step"] is None
     even, skewed = result["layers"]
     assert (even["routing"], even["empty_experts"], skewed["routing"]) == ("even", 0, "skewed")
@@ -119,7 +119,7 @@ def test_a_dense_model_is_refused():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["model.num_expert=3"], "model.num_expert=3: no such key"),
         (["--dispatches", "gmm"], "model.expert_dispatch=gmm: needs platform tpu"),
@@ -130,8 +130,8 @@ def test_a_dense_model_is_refused():
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_wrong_input_ends_in_one_line(words, message):
-    done = _run(*words)
+def test_wrong_input_ends_in_one_line(arguments, message):
+    done = _run(*arguments)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith(f"error: {message}")

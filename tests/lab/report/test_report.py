@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from planted_runs import STEPS, plant
+from planted_runs import STEPS, Planted, plant
 
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.lab.report import write_report
@@ -33,14 +33,14 @@ def planted(tmp_path_factory) -> Path:
     """pre and hybrid with three seeds at one rate, one at another; post, with one run diverged and one unfinished."""
     directory = tmp_path_factory.mktemp("lab")
     for seed, (pre, hybrid) in enumerate(zip(PRE, HYBRID, strict=True)):
-        plant(directory, "pre", seed=seed, loss=pre, watched=True)
-        plant(directory, "hybrid", seed=seed, loss=hybrid, watched=True)
-    plant(directory, "pre", rate=1e-2, loss=3.7)
-    plant(directory, "hybrid", rate=1e-2, loss=3.3)
-    plant(directory, "post", seed=0, loss=4.0)
+        plant(directory, Planted("pre", seed=seed, loss=pre, watched=True))
+        plant(directory, Planted("hybrid", seed=seed, loss=hybrid, watched=True))
+    plant(directory, Planted("pre", rate=1e-2, loss=3.7))
+    plant(directory, Planted("hybrid", rate=1e-2, loss=3.3))
+    plant(directory, Planted("post", seed=0, loss=4.0))
     broken = [5.0] * 50 + [900.0, math.nan]
-    plant(directory, "post", seed=1, loss=None, diverged_at=52, curve=broken)
-    plant(directory, "post", seed=2, loss=None, finished=False, curve=[5.5] * 20)
+    plant(directory, Planted("post", seed=1, loss=None, diverged_at=52, curve=broken))
+    plant(directory, Planted("post", seed=2, loss=None, finished=False, curve=[5.5] * 20))
     (directory / "figures").mkdir()
     made_by = {"commands": ["hybridnorm lab compare <&> schemes=[pre]"], "schemes": ["pre"]}
     (directory / "comparison.json").write_text(json.dumps(made_by))
@@ -231,8 +231,8 @@ def test_markdown_has_the_same_tables_and_its_figures(planted, parsed):
 
 
 def test_another_baseline(tmp_path):
-    plant(tmp_path, "pre", loss=3.5)
-    plant(tmp_path, "hybrid", loss=3.4)
+    plant(tmp_path, Planted("pre", loss=3.5))
+    plant(tmp_path, Planted("hybrid", loss=3.4))
     parsed = Parsed(write_report(tmp_path, "hybrid").read_text(encoding="utf-8"))
     assert parsed.table("Loss minus hybrid's at the same")["pre"][0]["difference"] == "+0.1000"
 
@@ -246,9 +246,9 @@ def test_unknown_baseline(planted, asked, says):
 
 
 def test_several_labels_of_one_scheme(tmp_path):
-    plant(tmp_path, "pre", loss=3.0, name="a")
-    plant(tmp_path, "pre", loss=2.9, name="b", overrides=("model.d_model=32",))
-    plant(tmp_path, "hybrid", loss=2.8, name="c", overrides=("optimizer.clip=null",))
+    plant(tmp_path, Planted("pre", loss=3.0, name="a"))
+    plant(tmp_path, Planted("pre", loss=2.9, name="b", overrides=("model.d_model=32",)))
+    plant(tmp_path, Planted("hybrid", loss=2.8, name="c", overrides=("optimizer.clip=null",)))
     with pytest.raises(UserError, match=r"baseline=pre: is any of 'pre, d_model=16, clip=1\.0'; 'pre, d_model=32"):
         write_report(tmp_path, "pre")
     parsed = Parsed(write_report(tmp_path, "pre, d_model=32, clip=1.0").read_text(encoding="utf-8"))
@@ -259,7 +259,7 @@ def test_several_labels_of_one_scheme(tmp_path):
 
 
 def test_a_directory_in_which_nothing_has_ended(tmp_path):
-    plant(tmp_path, loss=None, finished=False, curve=[5.0] * 20)
+    plant(tmp_path, Planted(loss=None, finished=False, curve=[5.0] * 20))
     text = write_report(tmp_path).read_text(encoding="utf-8")
     assert "No number of this report includes the runs that are unfinished: pre-0.001-0." in text
 
@@ -267,7 +267,7 @@ def test_a_directory_in_which_nothing_has_ended(tmp_path):
 def test_without_a_validation_set_the_training_loss_is_compared(tmp_path):
     for scheme, end in (("pre", 3.0), ("post", 2.5)):
         curve = [6.0] * (STEPS - 2) + [end - 0.1, end + 0.1]
-        plant(tmp_path, scheme, loss=end, curve=curve, result={"scores": {}})
+        plant(tmp_path, Planted(scheme, loss=end, curve=curve, result={"scores": {}}))
     parsed = Parsed(write_report(tmp_path).read_text(encoding="utf-8"))
     assert "There is no validation set" in parsed.text
     # A fiftieth of 100 steps: the last two.
@@ -277,11 +277,11 @@ def test_without_a_validation_set_the_training_loss_is_compared(tmp_path):
 def test_names_from_plugins_are_escaped(tmp_path, monkeypatch):
     evil = "<script>alert('1')</script>|`x`"
     monkeypatch.setitem(SCHEMES, evil, SCHEMES["pre"])
-    run = plant(tmp_path, "pre", loss=3.0, name="evil")
+    run = plant(tmp_path, Planted("pre", loss=3.0, name="evil"))
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["model"]["scheme"] = evil
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    plant(tmp_path, "pre", loss=3.1)
+    plant(tmp_path, Planted("pre", loss=3.1))
     text = write_report(tmp_path).read_text(encoding="utf-8")
     assert "<script" not in text
     assert evil in Parsed(text).table("Loss (validation")
@@ -291,7 +291,7 @@ def test_names_from_plugins_are_escaped(tmp_path, monkeypatch):
 
 
 def test_without_matplotlib_one_line_names_the_extra(tmp_path, monkeypatch):
-    plant(tmp_path, loss=3.0)
+    plant(tmp_path, Planted(loss=3.0))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"figures need matplotlib: pip install hybridnorm-jax\[lab\]"):
         write_report(tmp_path)
