@@ -23,16 +23,15 @@ form follows each other form once. The ratio is the median over rounds of (form 
 """
 
 import argparse
-import json
-import math
-import os
-import sys
-import time
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-import jax
 import numpy as np
-from norm_forms import FORMS, SHAPES, Contest, agreement
+from command_line import aligned, machine, machine_line, make_parser, positive, print_result, run_main
+from norm_contest import Contest, ContestOptions, agreement
+from norm_forms import FORMS, SHAPES
+from turns import measure, quartiles
 
 PAPER = {
     "ViT A100 amp": {"pre_rmsnorm": 0.970, "pre_crmsnorm": 0.978},
@@ -42,60 +41,58 @@ PAPER = {
     "GPT-3 Small": {"pre_rmsnorm": 0.90, "pre_crmsnorm": 0.89},
     "GPT-3 Medium": {"pre_rmsnorm": 0.97, "pre_crmsnorm": 0.96},
 }
-TURN, MOST_CALLS = 0.02, 20  # a turn takes this many seconds or calls
-PUBLIC = ["small", "medium", "vit"]
+PUBLIC_SHAPES = ("small", "medium", "vit")
+MODES = ("forward", "train")
 
 
-def turn_orders(names: list[str], rounds: int) -> list[list[str]]:
-    """An order for each round. For an even number of names, each follows each other once in that many rounds.
-
-    The first order steps 0, 1, -1, 2, -2, ...; the others are it shifted (a Williams square).
-    """
-    n = len(names)
-    zigzag = [(number + 1) // 2 * (1 if number % 2 else -1) for number in range(n)]
-    return [[names[(place + shift) % n] for place in zigzag] for shift in range(rounds)]
+# ---- Measuring
 
 
-def measure(steps: dict[str, Callable], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds per call of each step in each round.
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure everything that the command line asks for."""
+    of_contests = ContestOptions(
+        forms=tuple(options.forms),
+        seq=options.seq,
+        layers=options.layers,
+        batch=options.batch,
+        dtype=options.dtype,
+        pad_to=options.pad_to,
+        unroll=options.unroll,
+    )
+    agreements: dict[str, Any] = {}
+    contests: dict[str, Any] = {}
+    for name in options.shapes:
+        for mode in options.modes:
+            contest = Contest(SHAPES[name], mode, of_contests)
+            if name not in agreements:
+                agreements[name] = agreement(contest)
+            contests[f"{name} {mode}"] = contest_result(contest, options.rounds)
+            del contest  # frees its parameters before the next one draws its own
+    return machine() | {
+        "dtype": options.dtype,
+        "rounds": options.rounds,
+        "paper": PAPER,
+        "agreement": agreements,
+        "contests": contests,
+    }
 
-    Raises:
-      RuntimeError: a result is not finite.
-    """
 
-    def turn(name, calls):
-        begin = time.perf_counter()
-        for _ in range(calls):
-            result = steps[name]()
-        jax.block_until_ready(result)
-        return (time.perf_counter() - begin) / calls
-
-    for name, step in steps.items():  # compiles, and is the first half of the warm-up
-        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(step())):
-            raise RuntimeError(f"{name}: its result is not finite")
-    calls = min(MOST_CALLS, max(1, math.ceil(TURN / min(turn(name, 1) for name in steps))))
-    times = {name: [] for name in steps}
-    for order in turn_orders(list(steps), rounds):
-        for name in order:
-            times[name].append(turn(name, calls))
-    return {name: np.array(values) for name, values in times.items()}
-
-
-def contest_result(contest: Contest, rounds: int) -> dict:
+def contest_result(contest: Contest, rounds: int) -> dict[str, Any]:
     """The measured times and ratios of one shape and mode."""
-    parameters, times = contest.parameters(), measure(contest.steps(), rounds)
-    forms = {}
-    for name, values in times.items():
-        lower, ratio, upper = np.percentile(values / times["pre_ln"], [25, 50, 75]).tolist()
+    parameters = contest.parameters()
+    times = measure(contest.steps(), rounds)
+    forms: dict[str, dict[str, Any]] = {}
+    for name, seconds in times.items():
+        ratio = quartiles(seconds / times["pre_ln"])
         forms[name] = {
-            "seconds": float(np.median(values)),
-            "ratio": ratio,
-            "quartiles": [lower, upper],
+            "seconds": float(np.median(seconds)),
+            "ratio": ratio.median,
+            "quartiles": [ratio.lower, ratio.upper],
             "parameters": parameters[name],
         }
     if contest.mode == "train":
-        for name, values in measure(contest.conversions(), rounds).items():
-            forms[name]["conversion_seconds"] = float(np.median(values))
+        for name, seconds in measure(contest.conversions(), rounds).items():
+            forms[name]["conversion_seconds"] = float(np.median(seconds))
     return {
         "layers": contest.layers,
         "full_layers": contest.shape.num_layers,
@@ -106,113 +103,101 @@ def contest_result(contest: Contest, rounds: int) -> dict:
     }
 
 
-def run(options: argparse.Namespace) -> dict:
-    """Everything that the command line asks for."""
-    agreements, contests = {}, {}
-    for name in options.shapes:
-        for mode in options.modes:
-            contest = Contest(SHAPES[name], mode, options)
-            if name not in agreements:
-                agreements[name] = agreement(contest)
-            contests[f"{name} {mode}"] = contest_result(contest, options.rounds)
-            del contest  # its parameters, before the next one's
-    return {
-        "device": jax.devices()[0].device_kind,
-        "threads": len(os.sched_getaffinity(0)),
-        "dtype": options.dtype,
-        "jax": jax.__version__,
-        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
-        "rounds": options.rounds,
-        "paper": PAPER,
-        "agreement": agreements,
-        "contests": contests,
-    }
+# ---- Reporting
 
 
-def report(result: dict) -> str:
+def report(result: Mapping[str, Any]) -> str:
     """The result for people."""
     contests = result["contests"]
-    lines = [
-        f"{result['device']}, {result['threads']} threads, {result['dtype']}, JAX {result['jax']}, "
-        f"GLIBC_TUNABLES={result['glibc_tunables'] or 'unset'}, {result['rounds']} rounds"
-    ]
-    for title, found in contests.items():
-        cut = "" if found["layers"] == found["full_layers"] else f" (the model has {found['full_layers']})"
-        sizes = f"{found['outputs']} outputs, {found['batch']} x {found['seq']} tokens"
-        base = found["forms"]["pre_ln"]["seconds"] * 1e3
-        lines.append(f"  {title:<16}  Pre-LN {base:,.1f} ms: {found['layers']} layers{cut}, {sizes}")
-
-    def ratio(form):
-        lower, upper = form["quartiles"]
-        return f"{form['ratio']:.3f} ({lower:.3f}-{upper:.3f})"
-
-    def conversion(form, base):
-        seconds = form.get("conversion_seconds")
-        return "" if seconds is None else f"{seconds / base['seconds']:.3f}"
-
-    def column(found, cell):
-        return [cell(found[name]) if name in found else "" for name in FORMS]
-
     forms = {title: found["forms"] for title, found in contests.items()}
-    parts = {
-        "time / Pre-LN, median (quartiles)": {title: column(found, ratio) for title, found in forms.items()},
-        "conversion and pull-back alone / Pre-LN's step": {
-            title: column(found, lambda form, base=found["pre_ln"]: conversion(form, base))
-            for title, found in forms.items()
-            if title.endswith("train")
-        },
-        "the paper's ratios (inference, GPT-3 at batch 1; its ViT trained 1 to 2.5 % faster)": {
-            title: column(found, "{:g}".format) for title, found in result["paper"].items()
-        },
-        "parameters of the model that computes, millions": {
-            title: column(found, lambda form: f"{form['parameters'] / 1e6:,.3f}") for title, found in forms.items()
-        },
-        "largest difference of logits from what they must equal, over the largest logit, float32": {
-            title: column(found, "{:.1e}".format) for title, found in result["agreement"].items()
-        },
+    in_training = {title: of_contest for title, of_contest in forms.items() if title.endswith("train")}
+    conversions = {title: _conversion_shares(of_contest) for title, of_contest in in_training.items()}
+    tables = {
+        "time / Pre-LN, median (quartiles)": _columns(forms, _ratio_text),
+        "conversion and pull-back alone / Pre-LN's step": _columns(conversions, "{:.3f}".format),
+        "the paper's ratios (inference, GPT-3 at batch 1; its ViT trained 1 to 2.5 % faster)": _columns(
+            result["paper"], "{:g}".format
+        ),
+        "parameters of the model that computes, millions": _columns(forms, _parameters_text),
+        "largest difference of logits from what they must equal, over the largest logit, float32": _columns(
+            result["agreement"], "{:.1e}".format
+        ),
     }
-    for title, columns in parts.items():
+    lines = [f"{machine_line(result)}, {result['dtype']}, {result['rounds']} rounds"]
+    lines += [_contest_line(title, found) for title, found in contests.items()]
+    for title, columns in tables.items():
         if columns:
             lines += ["", title, *table(columns)]
     return "\n".join([*lines, "", verdict(contests)])
 
 
-def table(columns: dict[str, list[str]]) -> list[str]:
-    """Lines with one row per form, those without any value left out."""
-    widths = {title: max(map(len, (title, *cells))) for title, cells in columns.items()}
-    rows = [row for row in zip(FORMS.values(), *columns.values(), strict=True) if any(row[1:])]
-    return [
-        f"  {first:<26}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths.values(), strict=True))
-        for first, *cells in [("", *columns), *rows]
-    ]
+def _contest_line(title: str, found: Mapping[str, Any]) -> str:
+    layers = f"{found['layers']} layers"
+    if found["layers"] != found["full_layers"]:
+        layers += f" (the model has {found['full_layers']})"
+    milliseconds = found["forms"]["pre_ln"]["seconds"] * 1e3
+    sizes = f"{found['outputs']} outputs, {found['batch']} x {found['seq']} tokens"
+    return f"  {title:<16}  Pre-LN {milliseconds:,.1f} ms: {layers}, {sizes}"
 
 
-def verdict(contests: dict) -> str:
+def _conversion_shares(forms: Mapping[str, Any]) -> dict[str, float]:
+    """Form -> the time of its conversion over that of Pre-LN's step."""
+    step = forms["pre_ln"]["seconds"]
+    return {name: form["conversion_seconds"] / step for name, form in forms.items() if "conversion_seconds" in form}
+
+
+def _ratio_text(form: Mapping[str, Any]) -> str:
+    lower, upper = form["quartiles"]
+    return f"{form['ratio']:.3f} ({lower:.3f}-{upper:.3f})"
+
+
+def _parameters_text(form: Mapping[str, Any]) -> str:
+    return f"{form['parameters'] / 1e6:,.3f}"
+
+
+def _columns(values: Mapping[str, Mapping[str, Any]], text: Callable[[Any], str]) -> dict[str, list[str]]:
+    """Title -> a cell for each of FORMS, empty where the form has no value."""
+    return {
+        title: [text(of_title[name]) if name in of_title else "" for name in FORMS]
+        for title, of_title in values.items()
+    }
+
+
+def table(columns: Mapping[str, Sequence[str]]) -> list[str]:
+    """Lines with one row per form; rows without any value are left out."""
+    rows = [["", *columns]]
+    for index, name in enumerate(FORMS.values()):
+        cells = [column[index] for column in columns.values()]
+        if any(cells):
+            rows.append([f"{name:<26}", *cells])
+    return aligned(rows)
+
+
+def verdict(contests: Mapping[str, Any]) -> str:
     """One line: where Pre-RMSNorm costs more than 1.02 of Pre-LN, and where a CRMSNorm costs more than 1."""
-
-    def above(bound, names):
-        for title, found in contests.items():
-            for name in names:
-                form = found["forms"].get(name)
-                if form and form["ratio"] > bound:
-                    unsure = "" if form["quartiles"][0] > bound else f", quartiles on both sides of {bound}"
-                    yield f"{FORMS[name]} {title} {form['ratio']:.3f}{unsure}"
-
-    slow = "; ".join(above(1.02, ["pre_rmsnorm"])) or "nowhere"
-    loses = "; ".join(above(1, ["pre_crmsnorm", "pre_crmsnorm_padded", "crmsnorm"])) or "nowhere"
+    slow = "; ".join(_above(1.02, ["pre_rmsnorm"], contests)) or "nowhere"
+    loses = "; ".join(_above(1, ["pre_crmsnorm", "pre_crmsnorm_padded", "crmsnorm"], contests)) or "nowhere"
     return f"Pre-RMSNorm / Pre-LN above 1.02: {slow}. CRMSNorm slower than Pre-LN: {loses}."
 
 
-def main(words: list[str]) -> None:
+def _above(bound: float, names: Sequence[str], contests: Mapping[str, Any]) -> Iterator[str]:
+    """The forms of these names whose ratio is above the bound."""
+    for title, found in contests.items():
+        for name in names:
+            form = found["forms"].get(name)
+            if form is not None and form["ratio"] > bound:
+                lower, _ = form["quartiles"]
+                unsure = "" if lower > bound else f", quartiles on both sides of {bound}"
+                yield f"{FORMS[name]} {title} {form['ratio']:.3f}{unsure}"
+
+
+def main(arguments: Sequence[str]) -> None:
     """Measure what the command line asks for and print it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    several = {"nargs": "+", "metavar": "NAME"}
-    parser.add_argument(
-        "--shapes", choices=SHAPES, default=PUBLIC, help=", ".join(PUBLIC) + " (default all)", **several
-    )
-    parser.add_argument("--forms", choices=FORMS, default=FORMS, help="beside pre_ln (default all)", **several)
-    modes = ["forward", "train"]
-    parser.add_argument("--modes", choices=modes, default=modes, help="forward, train (default both)", **several)
+    parser = make_parser(__doc__)
+    add_list = functools.partial(parser.add_argument, nargs="+", metavar="NAME")
+    add_list("--shapes", choices=SHAPES, default=PUBLIC_SHAPES, help=f"{', '.join(PUBLIC_SHAPES)} (default all)")
+    add_list("--forms", choices=FORMS, default=FORMS, help="beside pre_ln (default all)")
+    add_list("--modes", choices=MODES, default=MODES, help="forward, train (default both)")
     parser.add_argument("--rounds", type=positive, default=8, help="turns of each form (default 8)")
     parser.add_argument("--seq", type=positive, default=512, help="tokens of small and medium (default 512)")
     parser.add_argument("--layers", type=positive, help="in every shape and mode (default: all; fewer on a CPU)")
@@ -220,19 +205,9 @@ def main(words: list[str]) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default float32")
     parser.add_argument("--pad-to", type=positive, default=128, help="of pre_crmsnorm_padded (default 128)")
     parser.add_argument("--unroll", type=positive, help="blocks per iteration of the scan (default: all; 1 on a CPU)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    options = parser.parse_args(words)
-    result = run(options)
-    print(json.dumps(result) if options.json else report(result))
-
-
-def positive(word: str) -> int:
-    """argparse's type of a number from 1 on."""
-    value = int(word)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-    return value
+    options = parser.parse_args(arguments)
+    print_result(run(options), report, as_json=options.json)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_main(main)

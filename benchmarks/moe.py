@@ -1,4 +1,4 @@
-"""What a mixture of experts costs: python benchmarks/moe.py [FILE.yaml] [key=value ...] [--skew] [--dispatches ...].
+"""What a mixture of experts costs: python benchmarks/moe.py [CONFIG] [key=value ...] [--skew] [--dispatches ...].
 
 The layer alone, forward, and forward with backward (gradients of all parameters and of the input): router and experts
 by each dispatch on the same parameters, and one dense SwiGLU FeedForward as wide as a token's experts together, which
@@ -10,9 +10,9 @@ out. One device, whatever the mesh. Without --shape 2048 tokens, embed 512, mlp 
 --skew         after random parameters, which choose the experts about evenly, some that leave a quarter of them empty
 --dispatches   default: all that run here, but ragged not on a CPU, where it is slow and large
 
-The whole training step of a mixture of experts, by default configs/moe_benchmark.yaml (model.dtype, mesh.* and so on as
-for train.py): with its own dispatch, with the dense one, and of a dense model with the same active parameters. Where
-the mesh splits the experts, the dense model's parameters are split over as many devices by fsdp.
+The whole training step of a mixture of experts, by default of the configuration `moe_benchmark` (keys are those of
+`hybridnorm train`): with its own dispatch, with the dense one, and of a dense model with the same active parameters.
+Where the mesh splits the experts, the dense model's parameters are split over as many devices by fsdp.
 
 All contestants of a table take turns in this process, a turn being one call or several short ones, waited for at its
 end; two calls and a turn go before what is timed. Milliseconds and ratios are medians over rounds with quartiles; a
@@ -28,17 +28,30 @@ rounding alone. What the device's memory is too small for is named and left out.
 import argparse
 import dataclasses
 import functools
-import json
-import os
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from equivalence import measure, positive
-from moe_layers import OLMOE, SMALL, Shape, active_weights, admit, differences, draw, layer_function, make_modules
-from train_step import Ours, show
+from command_line import machine, make_parser, positive, print_result, run_main
+from moe_layers import (
+    OLMOE,
+    SMALL,
+    Layer,
+    LayerArrays,
+    LayerOptions,
+    Shape,
+    active_weights,
+    admit,
+    differences,
+    draw,
+    layer_function,
+    make_modules,
+    route,
+)
+from moe_report import DENSE_MODEL, MODES, report
+from train_step import Ours
+from turns import measure, quartiles
 
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.run_config import RunConfig
@@ -46,113 +59,154 @@ from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.fields import check
 from hybridnorm_jax.kernels.experts import resolve_dispatch
 from hybridnorm_jax.kernels.names import EXPERT_DISPATCHES
-from hybridnorm_jax.model.moe import choose_experts
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.throughput import mfu, model_flops_per_token
 
 DEFAULT = "moe_benchmark"
-MODES = {"forward": ("forward", 2), "forward_backward": ("both", 6)}  # title, FLOPs for each weight and token
-TITLES = {"feed_forward": "dense FeedForward", "dense_model": "dense model"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the command line asks for.
+
+    Attributes:
+      config: whose training step is measured; None: no training step is.
+      shapes: of the layers that are measured.
+      skew: whether each shape is also measured with an uneven choice of experts.
+      layers: what all layers share.
+      rounds: turns of each contestant.
+      as_json: whether the result is printed as JSON.
+    """
+
+    config: RunConfig | None
+    shapes: tuple[Shape, ...]
+    skew: bool
+    layers: LayerOptions
+    rounds: int
+    as_json: bool
+
+
+def run(asked: Request) -> dict[str, Any]:
+    """Measure everything that the command line asks for."""
+    # The step comes first: a wrong key then ends the benchmark before the layers have taken minutes.
+    step = None if asked.config is None else step_result(asked.config, asked.rounds)
+    layers = []
+    for shape in asked.shapes:
+        layers.append(LayerContest(shape, asked.layers, skew=False).result(asked.rounds))
+        if asked.skew:
+            layers.append(LayerContest(shape, asked.layers, skew=True).result(asked.rounds))
+    return machine() | {"rounds": asked.rounds, "layers": layers, "step": step}
 
 
 # ---- The layer
 
 
-def layer_result(shape: Shape, skew: bool, options: argparse.Namespace) -> dict:
-    """Times, memory and differences of one layer."""
-    modules = make_modules(shape, options)
-    x, cotangent, params = draw(shape, skew, modules)
-    # Chosen once: in programs of their own, rounding alone could decide a tie differently.
-    router = params[options.dispatches[0]]["router"]["kernel"]
-    logits = jnp.matmul(x[0].astype(jnp.float32), router, precision="highest")
-    weights, chosen = choose_experts(logits, shape.k)
-    sizes = np.bincount(np.asarray(chosen).ravel(), minlength=shape.experts)
-    result = {
-        **shape._asdict(),
-        "shared": options.shared,
-        "dtype": options.dtype,
-        "routing": "skewed" if skew else "even",
-        "empty_experts": int((sizes == 0).sum()),
-        "largest_group_over_mean": float(sizes.max() / sizes.mean()),
-        "left_out": {},
-    }
-    inputs = (x[0], *(params[options.dispatches[0]][f"expert_{name}"]["kernel"] for name in ("gate", "up", "down")))
-    off = differences((*inputs, weights), chosen, cotangent[0], options, result["left_out"])
-    for mode, (_, flops) in MODES.items():
+class LayerContest:
+    """One layer by all contestants.
 
-        def build(name, mode=mode):
-            arguments = params[name], x, cotangent
-            compiled = jax.jit(layer_function(modules[name], mode)).lower(*arguments).compile()
-            step = functools.partial(compiled, *arguments)
-            jax.block_until_ready(step())
-            return step, compiled.memory_analysis().temp_size_in_bytes / 1e6
+    Attributes:
+      left_out: a line for everything that the device's memory is too small for.
+    """
 
-        entrants = admit(modules, build, result["left_out"], f"{mode} ")
-        rows = timings(
-            {name: step for name, (step, _) in entrants.items()},
-            options.rounds,
-            base=resolve_dispatch("auto", platform=jax.default_backend(), dtype=options.dtype),
-            tokens=shape.tokens,
-            flops={name: flops * active_weights(shape, options.shared, name) for name in modules},
-        )
+    def __init__(self, shape: Shape, options: LayerOptions, *, skew: bool):
+        self.shape, self.options, self.skew = shape, options, skew
+        self.modules = make_modules(shape, options)
+        self.arrays = draw(shape, self.modules, skew=skew)
+        self.left_out: dict[str, str] = {}
+
+    def result(self, rounds: int) -> dict[str, Any]:
+        """Times, memory and differences."""
+        routed = route(self.arrays, self.shape.k)
+        sizes = np.bincount(np.asarray(routed.chosen).ravel(), minlength=self.shape.experts)
+        off_by = differences(routed, self.options, self.left_out)
+        rows = {mode: self._rows(mode, off_by, rounds) for mode in MODES}
+        return {
+            **self.shape._asdict(),
+            "shared": self.options.shared,
+            "dtype": self.options.dtype,
+            "routing": "skewed" if self.skew else "even",
+            "empty_experts": int((sizes == 0).sum()),
+            "largest_group_over_mean": float(sizes.max() / sizes.mean()),
+            "left_out": self.left_out,
+            **rows,
+        }
+
+    def _rows(self, mode: str, off_by: Mapping[str, Mapping[str, float]], rounds: int) -> dict[str, dict[str, Any]]:
+        """Contestant -> its row in this mode."""
+
+        def build(name: str) -> CompiledLayer:
+            layer = CompiledLayer(self.modules[name], mode, self.arrays.params(name), self.arrays)
+            jax.block_until_ready(layer())
+            return layer
+
+        entrants = admit(self.modules, build, self.left_out, prefix=f"{mode} ")
+        flops = {
+            name: MODES[mode].flops * active_weights(self.shape, self.options.shared, name) for name in self.modules
+        }
+        base = resolve_dispatch("auto", platform=jax.default_backend(), dtype=self.options.dtype)
+        work = Work(tokens=self.shape.tokens, flops=flops, devices=1)
+        rows = timings(entrants, rounds, base=base, work=work)
         for name, row in rows.items():
-            row["temporaries_mb"] = entrants[name][1]
-            row["off_by"] = {part: value for part, value in off.get(name, {}).items() if part == "y" or flops == 6}
-        result[mode] = rows
-    return result
+            row["temporaries_mb"] = entrants[name].temporaries_mb
+            row["off_by"] = {
+                part: value for part, value in off_by.get(name, {}).items() if part == "y" or mode == "forward_backward"
+            }
+        return rows
+
+
+class CompiledLayer:
+    """A layer in one mode, compiled and ready to be called."""
+
+    def __init__(self, module: Layer, mode: str, params: Any, arrays: LayerArrays):
+        function = jax.jit(layer_function(module, mode))
+        self.compiled = function.lower(params, arrays.x, arrays.cotangent).compile()
+        self.temporaries_mb = self.compiled.memory_analysis().temp_size_in_bytes / 1e6
+        self.params, self.x, self.cotangent = params, arrays.x, arrays.cotangent
+
+    def __call__(self) -> Any:
+        return self.compiled(self.params, self.x, self.cotangent)
 
 
 # ---- The training step
 
 
-def dense_config(config: RunConfig, mesh: jax.sharding.Mesh) -> RunConfig:
-    """The dense model of the same active parameters, its own split over fsdp where `mesh` splits the experts."""
-    model, sizes = config.model, dict(mesh.shape)
-    without = {"num_experts": 0, "experts_per_token": None, "normalize_expert_weights": False, "shared_experts": 0}
-    width = (model.experts_per_token + model.shared_experts) * model.mlp_dim
-    sizes |= {"fsdp": sizes["fsdp"] * sizes["expert"], "expert": 1}
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(model, **without, balance_bias=False, mlp_dim=width),
-        mesh=dataclasses.replace(config.mesh, **sizes),
-    )
-
-
-def step_result(config: RunConfig, rounds: int) -> dict:
+def step_result(config: RunConfig, rounds: int) -> dict[str, Any]:
     """Times and memory of the training step."""
-    experts, left_out = config.model.num_experts, {}
-    check(experts > 0, "model.num_experts", experts, "must be above 0, or name no file for configs/moe_benchmark.yaml")
+    experts = config.model.num_experts
+    check(experts > 0, "model.num_experts", experts, f"must be above 0, or name no configuration, for {DEFAULT}")
     program = Program(config)
-    by_dispatch = dataclasses.replace(config.model, expert_dispatch="dense")
-    configs = {program.dispatch: config, "dense": dataclasses.replace(config, model=by_dispatch)}
-    configs["dense_model"] = dense_config(config, program.mesh)
+    configs = {
+        program.dispatch: config,
+        "dense": dataclasses.replace(config, model=dataclasses.replace(config.model, expert_dispatch="dense")),
+        DENSE_MODEL: dense_config(config, program.mesh),
+    }
     for other in configs.values():
         Program(other)  # refuses what cannot be before anything is compiled
+    left_out: dict[str, str] = {}
 
-    def build(name):
+    def build(name: str) -> Ours:
         step = Ours(configs[name])
         step()
         return step
 
-    def parameters(step):  # measure looks whether they are finite
-        step()
-        return step.state.params
-
     entrants = admit(configs, build, left_out)
     rows = timings(
-        {name: functools.partial(parameters, step) for name, step in entrants.items()},
+        {name: functools.partial(_step_and_params, step) for name, step in entrants.items()},
         rounds,
         base=program.dispatch,
-        tokens=config.tokens_per_step,
-        flops={name: model_flops_per_token(other.model, other.train.seq_len) for name, other in configs.items()},
-        devices=program.mesh.size,
+        work=Work(
+            tokens=config.tokens_per_step,
+            flops={name: model_flops_per_token(other.model, other.train.seq_len) for name, other in configs.items()},
+            devices=program.mesh.size,
+        ),
     )
     for name, row in rows.items():
-        memory, leaves = entrants[name].memory, jax.tree.leaves(entrants[name].program.abstract_state.params)
-        row["arguments_mb"] = memory.argument_size_in_bytes / 1e6
-        row["temporaries_mb"] = memory.temp_size_in_bytes / 1e6
-        row["compile_seconds"] = entrants[name].compile_seconds
-        row["parameters"] = sum(leaf.size for leaf in leaves)
+        step = entrants[name]
+        params = jax.tree.leaves(step.program.abstract_state.params)
+        row["arguments_mb"] = step.memory.argument_size_in_bytes / 1e6
+        row["temporaries_mb"] = step.memory.temp_size_in_bytes / 1e6
+        row["compile_seconds"] = step.compile_seconds
+        row["parameters"] = sum(leaf.size for leaf in params)
     return {
         "model": dataclasses.asdict(config.model),
         "mesh": dict(program.mesh.shape),
@@ -162,119 +216,103 @@ def step_result(config: RunConfig, rounds: int) -> dict:
     }
 
 
-# ---- Measuring and reporting
+def dense_config(config: RunConfig, mesh: jax.sharding.Mesh) -> RunConfig:
+    """The dense model of the same active parameters, its own split over fsdp where `mesh` splits the experts."""
+    model = config.model
+    dense = dataclasses.replace(
+        model,
+        num_experts=0,
+        experts_per_token=None,
+        normalize_expert_weights=False,
+        shared_experts=0,
+        balance_bias=False,
+        mlp_dim=(model.experts_per_token + model.shared_experts) * model.mlp_dim,
+    )
+    sizes = dict(mesh.shape)
+    sizes["fsdp"] *= sizes["expert"]
+    sizes["expert"] = 1
+    return dataclasses.replace(config, model=dense, mesh=dataclasses.replace(config.mesh, **sizes))
 
 
-def timings(steps: dict[str, Callable], rounds: int, *, base: str, tokens: int, flops: dict, devices: int = 1) -> dict:
-    """For each contestant its seconds, their ratio to those of `base` (of the first where there is none), and rates.
+def _step_and_params(step: Ours) -> Any:
+    """Make a step; returns the parameters, which measure() checks to be finite."""
+    step()
+    return step.state.params
+
+
+# ---- Measuring
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one call of each contestant does.
+
+    Attributes:
+      flops: contestant -> FLOPs for each token.
+      devices: how many compute together.
+    """
+
+    tokens: int
+    flops: dict[str, float]
+    devices: int
+
+
+def timings(steps: Mapping[str, Callable[[], Any]], rounds: int, *, base: str, work: Work) -> dict[str, dict[str, Any]]:
+    """Contestant -> its seconds, their ratio to those of `base` in the same round, and rates.
 
     Args:
-      flops: per token.
+      base: a contestant; where it is not there, the first one takes its place.
     """
     if not steps:
         return {}
-    times, kind = measure(steps, rounds), jax.devices()[0].device_kind
+    times = measure(steps, rounds)
     base = base if base in times else next(iter(times))
+    kind = jax.devices()[0].device_kind
     rows = {}
     for name, values in times.items():
-        (lower, seconds, upper), (least, ratio, most) = (
-            np.percentile(each, [25, 50, 75]).tolist() for each in (values, values / times[base])
-        )
-        rate = tokens / seconds
+        seconds = quartiles(values)
+        ratio = quartiles(values / times[base])
+        rate = work.tokens / seconds.median
         rows[name] = {
-            "seconds": seconds,
-            "seconds_quartiles": [lower, upper],
+            "seconds": seconds.median,
+            "seconds_quartiles": [seconds.lower, seconds.upper],
             "base": base,
-            "ratio": ratio,
-            "ratio_quartiles": [least, most],
+            "ratio": ratio.median,
+            "ratio_quartiles": [ratio.lower, ratio.upper],
             "tokens_per_second": rate,
-            "flops_per_second": rate * flops[name],
-            "peak_fraction": mfu(rate, flops[name], kind, devices),
+            "flops_per_second": rate * work.flops[name],
+            "peak_fraction": mfu(rate, work.flops[name], kind, work.devices),
         }
     return rows
 
 
-def report(result: dict) -> str:
-    """The result for people."""
-    lines = [
-        f"{result['devices']} x {result['device']}, {result['threads']} threads, JAX {result['jax']}, "
-        f"GLIBC_TUNABLES={result['glibc_tunables'] or 'unset'}, {result['rounds']} rounds"
-    ]
-    for layer in result["layers"]:
-        sizes = "embed {embed}, mlp {mlp}, {experts} experts, top {k}, {shared} shared, {dtype}".format_map(layer)
-        groups = f"{layer['empty_experts']} empty, the largest {layer['largest_group_over_mean']:.2f} of the mean"
-        lines += ["", f"layer, {layer['tokens']} tokens, {sizes}; {layer['routing']} choice: {groups}"]
-        rows = [
-            (f"{title} {TITLES.get(name, name)}", row)
-            for mode, (title, _) in MODES.items()
-            for name, row in layer[mode].items()
-        ]
-        lines += table(dict(rows), layer["left_out"])
-    if step := result["step"]:
-        mesh = ", ".join(f"{axis} {size}" for axis, size in step["mesh"].items() if size > 1) or "one device"
-        sizes = "{num_layers} layers, embed {d_model}, mlp {mlp_dim}, {num_experts} experts, top {experts_per_token}"
-        sizes += ", {shared_experts} shared, {dtype}"
-        lines += ["", f"training step, {step['tokens']} tokens, {sizes.format_map(step['model'])}; mesh: {mesh}"]
-        lines += table({TITLES.get(name, name): row for name, row in step["train_step"].items()}, step["left_out"])
-    return "\n".join(lines)
+# ---- The command line
 
 
-def columns(title: str, row: dict) -> dict[str, str]:
-    """A row for people, by the headings of its columns."""
-    lower, upper = (1e3 * value for value in row["seconds_quartiles"])
-    cells = {
-        "": title,
-        "ms (quartiles)": f"{show(1e3 * row['seconds'])} ({show(lower)}-{show(upper)})",
-        f"/ {row['base']}": "{:.3g} ({:.3g}-{:.3g})".format(row["ratio"], *row["ratio_quartiles"]),
-        "tokens/s": show(row["tokens_per_second"]),
-        "GFLOP/s": show(row["flops_per_second"] / 1e9),
-        "of peak": "unknown" if row["peak_fraction"] is None else f"{row['peak_fraction']:.3f}",
-        "temporaries MB": show(row["temporaries_mb"]),
-    }
-    if "off_by" not in row:
-        more = {"arguments MB": row["arguments_mb"], "compile s": row["compile_seconds"]}
-        more["parameters, M"] = row["parameters"] / 1e6
-        return cells | {heading: show(value) for heading, value in more.items()}
-    off = {part: f"{value:.1e}" for part, value in row["off_by"].items()}
-    gradients = "  ".join(f"{part} {value}" for part, value in off.items() if part != "y")
-    return cells | {"result off by": off.get("y", ""), "gradients off by": gradients}
-
-
-def table(rows: dict[str, dict], left_out: dict[str, str]) -> list[str]:
-    """Lines of one table, and of what it lacks."""
-    every = [columns(title, row) for title, row in rows.items()]
-    lines = [*map(list, every[:1]), *(list(cells.values()) for cells in every)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        f"  {first:<{widths[0]}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True))
-        for first, *rest in lines
-    ]
-    return text + [f"  left out: {name}: {reason}" for name, reason in left_out.items()]
-
-
-def run(config: RunConfig | None, options: argparse.Namespace) -> dict:
-    """Everything that the command line asks for; `config` None: no training step."""
-    step = config and step_result(config, options.rounds)  # first: a wrong key ends it before the layers' minutes
-    routings = (False, True) if options.skew else (False,)
-    return {
-        "device": jax.devices()[0].device_kind,
-        "devices": jax.device_count(),
-        "threads": len(os.sched_getaffinity(0)),
-        "jax": jax.__version__,
-        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
-        "rounds": options.rounds,
-        "layers": [layer_result(shape, skew, options) for shape in options.shapes for skew in routings],
-        "step": step,
-    }
-
-
-def read(words: list[str]) -> tuple[RunConfig | None, argparse.Namespace]:
-    """The configuration of the training step, None where it is not measured, and the options.
+def read(arguments: Sequence[str]) -> Request:
+    """What is asked for.
 
     Raises:
-      UserError: what cannot be measured.
+      UserError: it cannot be measured.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _parser()
+    options, settings = parser.parse_known_args(arguments)
+    config = parse(settings, DEFAULT)
+    if options.layer_only and settings:
+        raise UserError(f"{settings[0]}: with --layer-only no configuration is measured; leave it out")
+    check(options.shared >= 0, "--shared", options.shared, "must not be negative")
+    return Request(
+        config=None if options.layer_only else config,
+        shapes=() if options.step_only else _shapes(options),
+        skew=options.skew,
+        layers=LayerOptions(dispatches=_dispatches(options), shared=options.shared, dtype=options.dtype),
+        rounds=options.rounds,
+        as_json=options.json,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--layer-only", action="store_true", help="not the training step")
     which.add_argument("--step-only", action="store_true", help="not the layer")
@@ -285,32 +323,33 @@ def read(words: list[str]) -> tuple[RunConfig | None, argparse.Namespace]:
     parser.add_argument("--skew", action="store_true", help="an uneven choice of experts, too")
     parser.add_argument("--dispatches", nargs="+", metavar="NAME", help=", ".join(EXPERT_DISPATCHES))
     parser.add_argument("--rounds", type=positive, default=7, help="turns of each contestant (default 7)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    options, rest = parser.parse_known_args(words)
-    config = parse(rest, default=DEFAULT)
-    if options.layer_only and rest:
-        raise UserError(f"{rest[0]}: with --layer-only no configuration is measured; leave it out")
-    platform = jax.default_backend()
-    if options.dispatches is None:
-        options.dispatches = ["dense", "blocked", *{"gpu": ["ragged"], "tpu": ["ragged", "gmm"]}.get(platform, [])]
-    resolved = [resolve_dispatch(name, platform=platform, dtype=options.dtype) for name in options.dispatches]
-    options.dispatches = list(dict.fromkeys(resolved))
-    options.shapes = [Shape(*sizes) for sizes in options.shape] + [OLMOE] * options.olmoe
-    options.shapes = [] if options.step_only else options.shapes or [SMALL]
-    for shape in options.shapes:
+    return parser
+
+
+def _shapes(options: argparse.Namespace) -> tuple[Shape, ...]:
+    shapes = [Shape._make(sizes) for sizes in options.shape]
+    if options.olmoe:
+        shapes.append(OLMOE)
+    for shape in shapes:
         check(shape.k <= shape.experts, "--shape", " ".join(map(str, shape)), "more experts per token than experts")
-    check(options.shared >= 0, "--shared", options.shared, "must not be negative")
-    return None if options.layer_only else config, options
+    return tuple(shapes) or (SMALL,)
 
 
-def main(words: list[str]) -> None:
+def _dispatches(options: argparse.Namespace) -> tuple[str, ...]:
+    platform = jax.default_backend()
+    names = options.dispatches
+    if names is None:
+        also = {"gpu": ["ragged"], "tpu": ["ragged", "gmm"]}
+        names = ["dense", "blocked", *also.get(platform, [])]
+    resolved = [resolve_dispatch(name, platform=platform, dtype=options.dtype) for name in names]
+    return tuple(dict.fromkeys(resolved))
+
+
+def main(arguments: Sequence[str]) -> None:
     """Measure what the command line asks for and print it."""
-    result = run(*(arguments := read(words)))
-    print(json.dumps(result) if arguments[1].json else report(result))
+    asked = read(arguments)
+    print_result(run(asked), report, as_json=asked.as_json)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_main(main)

@@ -1,6 +1,7 @@
 """A ViT whose norms are this library's, its residual layout, and its conversion; equivalence.py measures it."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,9 @@ from hybridnorm_jax.equivalence import (
 )
 from hybridnorm_jax.model.block import stream_norm
 
-PATCH = 16 * 16 * 3  # numbers in a patch
+Stream = Float[Array, "batch seq embed"]
+# Numbers in a patch.
+PATCH = 16 * 16 * 3
 
 LAYOUT = ResidualLayout(
     {
@@ -42,7 +45,7 @@ class ViTBlock(nn.Module):
     config: hn.ModelConfig
 
     @nn.compact
-    def __call__(self, stream: Float[Array, "batch seq embed"], _):
+    def __call__(self, stream: Stream, _: None) -> tuple[Stream, None]:
         config, dtypes = self.config, _dtypes(self.config)
         attention = nn.MultiHeadDotProductAttention(
             num_heads=config.num_heads,
@@ -51,17 +54,19 @@ class ViTBlock(nn.Module):
             name="attention",
             **dtypes,
         )
+        up = nn.Dense(config.mlp_dim, name="up", **dtypes)
+        down = nn.Dense(config.d_model, name="down", **dtypes)
         stream = stream + attention(_norm_or_identity(config, "attention_norm")(stream))
-        hidden = nn.Dense(config.mlp_dim, name="up", **dtypes)(_norm_or_identity(config, "ffn_norm")(stream))
-        return stream + nn.Dense(config.d_model, name="down", **dtypes)(jax.nn.gelu(hidden, approximate=False)), None
+        hidden = jax.nn.gelu(up(_norm_or_identity(config, "ffn_norm")(stream)), approximate=False)
+        return stream + down(hidden), None
 
 
 class ViT(nn.Module):
     """Patches and a class token -> Pre-Norm blocks -> classes. All projections have biases; positions are learned.
 
     Attributes:
-      config: `max_positions` are the tokens, the class token's included, `vocab_size` the classes; the scheme is "pre",
-        or one without any norm.
+      config: `max_positions` is the number of tokens, with the class token; `vocab_size` is the number of classes. The
+        scheme is "pre", or one without any norm.
     """
 
     config: hn.ModelConfig
@@ -87,17 +92,29 @@ class ViT(nn.Module):
         return nn.Dense(config.vocab_size, name="head", **dtypes)(hidden)
 
 
-def vit_conversion(config: hn.ModelConfig, form: str, *, pad_to: int = 1) -> tuple[hn.ModelConfig, Callable]:
-    """(config, pure function of parameters) of a Pre-LN ViT in `form`; for a Decoder: equivalence.conversion_of."""
+class ViTConversion(NamedTuple):
+    """How the parameters of a Pre-LN ViT become those of a cheaper form.
 
-    def convert(params):
+    Attributes:
+      config: of the ViT in that form.
+      convert: parameters of the Pre-LN model -> those of `config`; pure and differentiable.
+    """
+
+    config: hn.ModelConfig
+    convert: Callable[[Any], Any]
+
+
+def vit_conversion(config: hn.ModelConfig, form: str, *, pad_to: int = 1) -> ViTConversion:
+    """The conversion of a Pre-LN ViT to `form`, which equivalence.conversion_of is for a Decoder."""
+
+    def convert(params: Any) -> Any:
         centred = recenter(fold_affine(params, LAYOUT), LAYOUT)
         return compress(centred, LAYOUT, pad_to=pad_to) if form == "pre_crmsnorm" else centred
 
-    return conversion_of(config, form, pad_to=pad_to).config, convert
+    return ViTConversion(config=conversion_of(config, form, pad_to=pad_to).config, convert=convert)
 
 
-def _dtypes(config: hn.ModelConfig) -> dict:
+def _dtypes(config: hn.ModelConfig) -> dict[str, Any]:
     return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
 
 

@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from tqdm import tqdm
 
@@ -20,7 +21,7 @@ class Score:
     Attributes:
       loss: nats per token.
       perplexity: exp(loss).
-      bits_per_byte: loss / (ln 2 * bytes per token of the set), or None where the set's bytes are unknown.
+      bits_per_byte: loss / (ln 2 * bytes per token of the set); None where the set's bytes are unknown.
       tokens: how many were predicted.
     """
 
@@ -30,29 +31,48 @@ class Score:
     tokens: int
 
 
-def evaluate(
-    eval_step: Callable[[dict], LossSums], batches: Iterable[dict], *, bytes_per_token: float | None = None
-) -> Score:
-    """Score all batches: sums of each on the device, added up in double precision, divided once."""
+Batch = dict[str, Any]
+# The loss sums of one batch, on the device.
+EvalStep = Callable[[Batch], LossSums]
+
+
+def evaluate(eval_step: EvalStep, batches: Iterable[Batch], *, bytes_per_token: float | None = None) -> Score:
+    """Score all batches together: their sums are added in double precision and divided once.
+
+    Raises:
+      UserError: no target has a weight.
+    """
     nll = weight = 0.0
-    late = None
-    for batch in batches:
-        sums, late = late, eval_step(batch)
-        if sums is not None:
-            nll, weight = nll + float(sums.nll), weight + float(sums.weight)
-    nll, weight = nll + float(late.nll), weight + float(late.weight)
+    for sums in _one_batch_late(eval_step, batches):
+        nll += float(sums.nll)
+        weight += float(sums.weight)
     if not weight:
         raise UserError(
             "validation: no target has a weight; with data.segment_ids=true every document is one token long"
         )
     loss = nll / weight
-    bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
-    # Beyond e^700 a double ends; such a model has no perplexity worth a digit.
-    return Score(loss, math.exp(min(loss, 700.0)), bits, round(weight))
+    return Score(
+        loss=loss,
+        # A double ends at e^709; the perplexity of such a model means nothing.
+        perplexity=math.exp(min(loss, 700.0)),
+        bits_per_byte=None if bytes_per_token is None else loss / math.log(2) / bytes_per_token,
+        tokens=round(weight),
+    )
+
+
+def _one_batch_late(eval_step: EvalStep, batches: Iterable[Batch]) -> Iterator[LossSums]:
+    """The sums of each batch, after the next one was started: the device then has work while they are read."""
+    started = None
+    for batch in batches:
+        ready, started = started, eval_step(batch)
+        if ready is not None:
+            yield ready
+    if started is not None:
+        yield started
 
 
 def evaluate_sets(
-    eval_step: Callable[[dict], LossSums],
+    eval_step: EvalStep,
     sets: Mapping[str, Windows],
     *,
     batch_size: int,
@@ -60,28 +80,35 @@ def evaluate_sets(
     batches: int | None = None,
     progress: bool = True,
 ) -> dict[str, Score]:
-    """The score of every validation set; on a terminal with a progress bar.
+    """The score of every validation set.
 
     Args:
-      eval_step: loss sums of this process's part of a batch.
+      eval_step: takes this process's part of a batch, and returns the loss sums of the whole batch.
       batch_size: sequences per batch, over all processes.
       share: the stretch of every batch that this process reads.
       batches: how many of each set, in order; None: all.
+      progress: whether a terminal shows a progress bar.
     """
+    number, count = share
     scores = {}
     for name, windows in sets.items():
         stream = validation_batches(windows, batch_size=batch_size, batches=batches, share=share)
         total = math.ceil(len(windows) / batch_size)
-        total = total if batches is None else min(total, batches)
-        shown = progress and sys.stderr.isatty()
-        bar = tqdm(stream, f"eval {name}", total=total, leave=False, disable=not shown, dynamic_ncols=True)
-        scores[name] = evaluate(eval_step, bar, bytes_per_token=windows.bytes_per_token)
+        shown = tqdm(
+            stream,
+            desc=f"eval {name}",
+            total=total if batches is None else min(total, batches),
+            leave=False,
+            disable=not (progress and sys.stderr.isatty()),
+            dynamic_ncols=True,
+        )
+        scores[name] = evaluate(eval_step, shown, bytes_per_token=windows.bytes_per_token)
     return scores
 
 
 def table(scores: Mapping[str, Score]) -> str:
     """The scores as aligned text, one line per set."""
-    width = max(len("set"), *map(len, scores))
+    width = max(len(title) for title in ["set", *scores])
     lines = [f"{'set':<{width}}  {'loss':>8}  {'perplexity':>10}  {'bits/byte':>9}  {'tokens':>12}"]
     for name, score in scores.items():
         bits = "-" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"

@@ -1,1 +1,4 @@
-"""Text from a model, token by token. How well a model predicts given text is evaluation's."""
+"""Text that a model writes, token by token.
+
+`sampling` draws the sample that training prints at its end. How well a model predicts given text is evaluation/'s.
+"""

@@ -26,7 +26,8 @@ from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.evaluation.perplexity import Score
 from hybridnorm_jax.fields import check, check_choice, key
 from hybridnorm_jax.lab.divergence import rising_since
-from hybridnorm_jax.lab.runs import DIVERGED, FINISHED, measured_otherwise, read_losses, read_object, read_result
+from hybridnorm_jax.lab.labels import measured_otherwise
+from hybridnorm_jax.lab.run_files import DIVERGED, FINISHED, read_losses, read_object, read_result
 from hybridnorm_jax.model.schemes import SCHEMES
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.loop import open_run_directory, train
@@ -40,10 +41,12 @@ class CompareOptions:
     """What is combined."""
 
     schemes: tuple[str, ...] = key(("pre", "post", "hybrid", "hybrid_star", "span", "peri"), "norm placements")
-    seeds: tuple[int, ...] = key((0, 1, 2), "train.seed of each; the data order is that of train.data_seed for all")
+    seeds: tuple[int, ...] = key(
+        (0, 1, 2), "values of train.seed; train.data_seed, the same for all, decides the order of the data"
+    )
     learning_rates: tuple[float, ...] = key((), "peak learning rates; none: that of the configuration")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, values in dataclasses.asdict(self).items():
             check(bool(values) or name == "learning_rates", name, "[]", "at least one is needed")
             check(len(set(values)) == len(values), name, show(values), "one of them is named twice")
@@ -54,7 +57,7 @@ class Comparison:
     """A directory of runs that differ in scheme, learning rate and seed.
 
     Attributes:
-      directory: run.dir/run.name of the words; run.name=auto stands for compare-<its name>.
+      directory: run.dir/run.name of the arguments; run.name=auto stands for compare-<its name>.
       arguments: those of `hybridnorm lab compare` that ask for it.
       options: what is combined.
       configs: one for each combination, by scheme, then learning rate, then seed.
@@ -67,42 +70,49 @@ class Comparison:
 
     @property
     def command(self) -> str:
-        """What asks for it, as it is typed."""
+        """The command that asks for it, as it is typed."""
         return shlex.join(["hybridnorm", "lab", "compare", *self.arguments])
 
 
-def comparison(words: Sequence[str]) -> Comparison:
-    """The comparison that `[FILE.yaml ...] [schemes=...] [seeds=...] [learning_rates=...] [key=value ...]` asks for.
+def comparison(arguments: Sequence[str]) -> Comparison:
+    """The comparison that `[CONFIG ...] [schemes=...] [seeds=...] [learning_rates=...] [key=value ...]` asks for.
 
     Raises:
-      ConfigError: one line, before anything is trained: a word is wrong, or one of the combinations cannot be.
+      ConfigError: one line, before anything is trained: an argument is wrong, or a combination of values is.
     """
-    options, others = take(CompareOptions, words)
-    instead = {"model.scheme": "schemes", "train.seed": "seeds"}
-    refuse(others, instead | ({"optimizer.learning_rate": "learning_rates"} if options.learning_rates else {}))
+    options, others = take(CompareOptions, arguments)
+    lab_keys = {"model.scheme": "schemes", "train.seed": "seeds"}
+    if options.learning_rates:
+        lab_keys["optimizer.learning_rate"] = "learning_rates"
+    refuse(others, lab_keys)
     base = parse(others, DEFAULT)  # imports plugins, which may bring schemes
     for scheme in options.schemes:
         check_choice("schemes", scheme, SCHEMES)
-    named = any(word.startswith("run.name=") for word in others)
-    directory = f"{base.run.dir}/{base.run.name if named else f'compare-{base.run.name}'}"
+    is_named = any(argument.startswith("run.name=") for argument in others)
+    name = base.run.name if is_named else f"compare-{base.run.name}"
+    directory = f"{base.run.dir}/{name}"
     rates = options.learning_rates or (base.optimizer.learning_rate,)
-    order = 0 if base.train.data_seed is None else base.train.data_seed
     configs = [
-        _config(base, directory, order, *combination)
-        for combination in itertools.product(options.schemes, rates, options.seeds)
+        _config(base, directory, scheme=scheme, rate=rate, seed=seed)
+        for scheme, rate, seed in itertools.product(options.schemes, rates, options.seeds)
     ]
-    return Comparison(directory, tuple(words), options, tuple(configs))
+    return Comparison(directory=directory, arguments=tuple(arguments), options=options, configs=tuple(configs))
 
 
-def refuse(words: Sequence[str], instead: Mapping[str, str]) -> None:
-    """Raise ConfigError for a word whose key would be set to something else: {key: the lab's own}."""
-    for word in words:
-        own = instead.get(word.partition("=")[0])
-        if own is not None:
-            raise ConfigError(f"{word}: {own}=[...] sets it here")
+def refuse(arguments: Sequence[str], lab_keys: Mapping[str, str]) -> None:
+    """Raise ConfigError for an argument that sets a key which the lab sets itself.
+
+    Args:
+      lab_keys: key of a run -> key of the lab that sets it.
+    """
+    for argument in arguments:
+        lab_key = lab_keys.get(argument.partition("=")[0])
+        if lab_key is not None:
+            raise ConfigError(f"{argument}: {lab_key}=[...] sets it here")
 
 
-def _config(base: RunConfig, directory: str, data_seed: int, scheme: str, rate: float, seed: int) -> RunConfig:
+def _config(base: RunConfig, directory: str, *, scheme: str, rate: float, seed: int) -> RunConfig:
+    data_seed = 0 if base.train.data_seed is None else base.train.data_seed
     return dataclasses.replace(
         base,
         run=dataclasses.replace(base.run, dir=directory, name=f"{scheme}-lr{rate:g}-seed{seed}"),
@@ -113,15 +123,18 @@ def _config(base: RunConfig, directory: str, data_seed: int, scheme: str, rate: 
 
 
 def compare(asked: Comparison, only: int | None = None) -> list[dict[str, Any]]:
-    """Train what has no result yet, one after another; returns every combination's result.json.
+    """Train what has no result yet, one run after another.
 
     A run that was stopped or killed goes on from its newest checkpoint. One that diverges is a result.
 
     Args:
-      only: number of the one combination to train, as separate jobs do.
+      only: number of the one combination to train; each job of a cluster trains one. None: all.
+
+    Returns:
+      The content of result.json, for every combination that was asked for.
 
     Raises:
-      UserError, RunStopped: as training.loop.train; what is finished stays.
+      UserError, RunStopped: those of training.loop.train; the runs that finished before stay.
     """
     count = len(asked.configs)
     right = f"must be in [0, {count}), there are {count} combinations"
@@ -130,14 +143,14 @@ def compare(asked: Comparison, only: int | None = None) -> list[dict[str, Any]]:
     _write(file, _described(asked, file))
     results = []
     for number, config in enumerate(asked.configs):
-        if only in (None, number):
+        if only is None or number == only:
             _say(f"\n== {number + 1} of {count}: {config.run.name}")
             results.append(_result(asked, number, config))
     return results
 
 
 def _result(asked: Comparison, number: int, config: RunConfig) -> dict[str, Any]:
-    """Of one combination, trained unless it is there."""
+    """The result of one combination, which is trained unless it has one."""
     file = epath.Path(config.run.dir) / config.run.name / "result.json"
     if file.exists():
         result = _earlier(file, config)
@@ -147,27 +160,16 @@ def _result(asked: Comparison, number: int, config: RunConfig) -> dict[str, Any]
     with Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as saved:
         first = saved.latest() or 0
     began = time.perf_counter()
-    status, step, where, scores = FINISHED, config.train.steps, None, {}
-    try:
-        scores = {name: _plain(score) for name, score in train(config, began=began).items()}
-    except DivergedError as error:
-        _say(f"diverged: {error}")
-        status, step, where = DIVERGED, error.step, error.step
+    ended = _train(config, directory, began)
     # Each run compiles its own steps, which nothing uses again.
     jax.clear_caches()
-    if status == FINISHED and (where := rising_since(read_losses(directory))) is not None:
-        _say(f"diverged: the loss was lowest at step {where}")
-        status = DIVERGED
-    if status == FINISHED and any(score["loss"] is None for score in scores.values()):
-        _say("diverged: the final loss is not finite")
-        status, where = DIVERGED, step
     result = {
-        "status": status,
-        "step": step,
-        "diverged_at": where,
-        "scores": scores,
+        "status": FINISHED if ended.diverged_at is None else DIVERGED,
+        "step": ended.step,
+        "diverged_at": ended.diverged_at,
+        "scores": ended.scores,
         "train_tokens": _train_tokens(config),
-        "tokens": step * config.tokens_per_step,
+        "tokens": ended.step * config.tokens_per_step,
         "seconds": round(time.perf_counter() - began, 1),
         "resumed_from": first,
         "command": f"{asked.command} --only={number}",
@@ -178,28 +180,64 @@ def _result(asked: Comparison, number: int, config: RunConfig) -> dict[str, Any]
     return result
 
 
+@dataclasses.dataclass(frozen=True)
+class _Ended:
+    """How a training run ended.
+
+    Attributes:
+      step: how many steps it made.
+      diverged_at: the step at which it diverged; None: it finished.
+      scores: validation set -> its Score as JSON has it.
+    """
+
+    step: int
+    diverged_at: int | None
+    scores: dict[str, dict[str, Any]]
+
+
+def _train(config: RunConfig, directory: epath.Path, began: float) -> _Ended:
+    try:
+        scores = {name: _plain(score) for name, score in train(config, began=began).items()}
+    except DivergedError as error:
+        _say(f"diverged: {error}")
+        return _Ended(step=error.step, diverged_at=error.step, scores={})
+    last = config.train.steps
+    diverged_at = rising_since(read_losses(directory))
+    if diverged_at is not None:
+        _say(f"diverged: the loss was lowest at step {diverged_at}")
+    elif any(score["loss"] is None for score in scores.values()):
+        _say("diverged: the final loss is not finite")
+        diverged_at = last
+    return _Ended(step=last, diverged_at=diverged_at, scores=scores)
+
+
 def _earlier(file: epath.Path, config: RunConfig) -> dict[str, Any]:
-    """The result of a run that ended, which had the same configuration; its config.yaml stays, checkpoints or not."""
+    """The result of a run that ended before.
+
+    Raises:
+      ConfigError: its configuration is another one. Its files stay as they are.
+    """
     saved_file = file.parent / "config.yaml"
     saved = from_yaml(saved_file.read_text(), origin=str(saved_file))
-    if odd := differences(saved, config) or measured_otherwise(saved, config):
-        raise ConfigError(f"{file.parent} holds another run ({'; '.join(odd)}): choose another run.name")
+    different = differences(saved, config) or measured_otherwise(saved, config)
+    if different:
+        raise ConfigError(f"{file.parent} holds another run ({'; '.join(different)}): choose another run.name")
     return read_result(file)
 
 
 def _plain(score: Score) -> dict[str, Any]:
-    """As JSON has it: null for what is not finite."""
+    """The score as JSON has it, with null for what is not finite."""
     values = dataclasses.asdict(score)
-    return {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
 
 
 def _train_tokens(config: RunConfig) -> int:
-    sizes = {"seq_len": config.train.seq_len, "vocab_size": config.model.vocab_size}
-    return open_data(config.data, progress=False, **sizes).train.num_tokens
+    data = open_data(config.data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size, progress=False)
+    return data.train.num_tokens
 
 
 def _described(asked: Comparison, file: epath.Path) -> dict[str, Any]:
-    """What comparison.json says; commands of before, which asked for other combinations, stay."""
+    """What comparison.json says. Commands that asked for other combinations before stay in it."""
     rates = sorted({config.optimizer.learning_rate for config in asked.configs})
     before = read_object(file).get("commands", []) if file.exists() else []
     commands = list(dict.fromkeys([*before, asked.command]))
@@ -207,13 +245,17 @@ def _described(asked: Comparison, file: epath.Path) -> dict[str, Any]:
 
 
 def hardware() -> str:
-    """The devices in words, such as "1 x cpu (AMD EPYC 7B13, 2 cores)"."""
+    """The devices as text, such as "1 x cpu (AMD EPYC 7B13, 2 cores)"."""
     kind = jax.devices()[0].device_kind
     if jax.default_backend() == "cpu":
-        info = Path("/proc/cpuinfo")
-        model = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-        kind = f"cpu ({model[1] if model else platform.processor()}, {os.cpu_count()} cores)"
+        kind = f"cpu ({_cpu_model()}, {os.cpu_count()} cores)"
     return f"{jax.device_count()} x {kind}"
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return match[1] if match else platform.processor()
 
 
 def _write(file: epath.Path, value: dict[str, Any]) -> None:
@@ -232,14 +274,20 @@ def _say(text: str) -> None:
 
 
 def table(asked: Comparison, results: Sequence[dict[str, Any]]) -> str:
-    """Final loss (nats per token, of the first validation set) of every run: a line for scheme and learning rate."""
+    """The final loss of every run, in nats per token of the first validation set.
+
+    A line holds the seeds of one scheme and learning rate.
+
+    Args:
+      results: one for each of asked.configs.
+    """
     seeds = asked.options.seeds
-    lines = ["".join([f"{'scheme':20}{'learning rate':>14}", *(f"{f'seed {seed}':>14}" for seed in seeds)])]
+    headings = "".join(f"{f'seed {seed}':>14}" for seed in seeds)
+    lines = [f"{'scheme':20}{'learning rate':>14}{headings}"]
     for start in range(0, len(results), len(seeds)):
         config = asked.configs[start]
-        cells = [f"{config.model.scheme:20}{config.optimizer.learning_rate:>14g}"]
-        cells += [f"{_cell(result):>14}" for result in results[start : start + len(seeds)]]
-        lines.append("".join(cells))
+        cells = "".join(f"{_cell(result):>14}" for result in results[start : start + len(seeds)])
+        lines.append(f"{config.model.scheme:20}{config.optimizer.learning_rate:>14g}{cells}")
     return "\n".join(lines)
 
 

@@ -4,26 +4,30 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Shares of all steps, and nats per token.
+from hybridnorm_jax.lab.run_files import Point
+
+# The share of all steps over which a mean is taken, and a difference of losses in nats per token.
 STRETCH, RISE = 0.1, 0.5
 
 
-def rising_since(losses: Sequence[tuple[int, float]]) -> int | None:
-    """The step from which a run only got worse, or None where it did not diverge.
+def rising_since(losses: Sequence[Point]) -> int | None:
+    """The step after which a run only got worse; None where it did not diverge.
 
-    With means over a tenth of the steps: it diverged if the last mean, and the median of its steps, lie more than 0.5
-    nats above the lowest; the step is the last one of the lowest mean. Steps without a finite loss are left out.
+    Means are taken over a tenth of the steps. The run diverged if the last mean, and also the median of the last tenth
+    of the steps, lie more than 0.5 nats above the lowest mean. The step returned is the last one of the lowest mean.
+    Steps without a finite loss are left out.
 
     Args:
-      losses: (step, training loss in nats per token), in order.
+      losses: training losses in nats per token, in the order of their steps.
     """
-    finite = [(step, loss) for step, loss in losses if np.isfinite(loss)]
+    finite = [point for point in losses if np.isfinite(point.value)]
     width = max(1, round(STRETCH * len(finite)))
     if len(finite) < 2 * width:
         return None
-    values = np.array([loss for _, loss in finite])
+    values = np.array([point.value for point in finite])
     sums = np.concatenate([[0.0], np.cumsum(values)])
     means = (sums[width:] - sums[:-width]) / width
     lowest = int(means.argmin())
-    last = min(means[-1], np.median(values[-width:]))  # of a single spike near the end the median knows nothing
-    return finite[lowest + width - 1][0] if last > means[lowest] + RISE else None
+    # A single spike near the end raises the mean and not the median.
+    end = min(means[-1], np.median(values[-width:]))
+    return finite[lowest + width - 1].step if end > means[lowest] + RISE else None

@@ -1,5 +1,6 @@
-"""A comparison as separate jobs: a SLURM array or a JobSet for GKE, one combination each."""
+"""A comparison as separate jobs of a cluster, one for each combination: a SLURM array, or a JobSet for GKE."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -8,8 +9,6 @@ from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.fields import check_choice
 from hybridnorm_jax.lab.compare import Comparison
 
-KINDS = {"slurm": "jobs.sbatch", "jobset": "jobs.yaml"}
-
 # {...} are filled in; the shell's own braces are doubled.
 SLURM = """#!/usr/bin/env bash
 # {count} runs, one job each, from the repository's directory on a file system that all nodes share:
@@ -17,7 +16,7 @@ SLURM = """#!/usr/bin/env bash
 #   sbatch {file}
 #   sbatch --array=0-3 {file}        only some of them
 #
-# Options given to sbatch win over these. The same command again skips what has a result and resumes the rest.
+# Options given to sbatch replace these. The same command again skips what has a result and resumes the rest.
 #SBATCH --job-name=lab
 #SBATCH --array=0-{last}
 #SBATCH --nodes=1
@@ -28,7 +27,7 @@ SLURM = """#!/usr/bin/env bash
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A-%a.log
-# Five minutes before the time is up the run gets SIGTERM: it saves and ends with status 75.
+# The run gets SIGTERM five minutes before its time is up: it saves and ends with status 75.
 #SBATCH --signal=TERM@300
 set -euo pipefail
 
@@ -36,7 +35,7 @@ PYTHON=${{PYTHON:-.venv/bin/python}}      # with the extras [gpu,lab] installed
 cd "${{SLURM_SUBMIT_DIR:?this is for sbatch, see the first lines}}"
 
 status=0
-srun "$PYTHON" -m hybridnorm_jax lab compare {words} \\
+srun "$PYTHON" -m hybridnorm_jax lab compare {arguments} \\
     distributed.initialize=false --only="$SLURM_ARRAY_TASK_ID" || status=$?
 if [ "$status" -eq 75 ]; then
     scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
@@ -65,12 +64,12 @@ spec:
           completionMode: Indexed
           completions: {count}
           parallelism: {count}
-          # So often one run may be preempted, or fail, before it is given up.
+          # How often one run may be preempted, or fail, before it is given up.
           backoffLimitPerIndex: 20
           maxFailedIndexes: {count}
           podFailurePolicy:
             rules:
-              # The status of an error in the input, which no restart mends.
+              # 2 is the status of an error in the input: a restart would end the same way.
               - action: FailIndex
                 onExitCodes:
                   containerName: train
@@ -98,8 +97,8 @@ spec:
                       cd /train
                       git checkout --quiet "${{REVISION}}"
                       python -m pip install --quiet --root-user-action=ignore -e '.[tpu]'
-                      # exec: SIGTERM is for the run, which then saves.
-                      exec hybridnorm lab compare {words} \\
+                      # exec makes SIGTERM reach the run, which then saves.
+                      exec hybridnorm lab compare {arguments} \\
                         distributed.initialize=false --only="$JOB_COMPLETION_INDEX"
                   resources:
                     limits:
@@ -107,25 +106,55 @@ spec:
 """
 
 
+@dataclasses.dataclass(frozen=True)
+class JobKind:
+    """A kind of jobs.
+
+    Attributes:
+      file: the name of the file that describes them.
+      template: its text.
+      next_step: what to do with it.
+    """
+
+    file: str
+    template: str
+    next_step: str
+
+
+KINDS = {
+    "slurm": JobKind(file="jobs.sbatch", template=SLURM, next_step="sbatch {file}"),
+    "jobset": JobKind(file="jobs.yaml", template=JOBSET, next_step="see the first lines of {file}"),
+}
+
+
 def emit(asked: Comparison, kind: str) -> str:
-    """Write the jobs into the comparison's directory; returns what to type next.
+    """Write the jobs into the comparison's directory, or into the current one where that is in a bucket.
+
+    Args:
+      kind: slurm or jobset.
+
+    Returns:
+      Lines that say which file was written and what to do next.
 
     Raises:
-      ConfigError: another kind than slurm or jobset; a JobSet's run.dir is no bucket.
+      ConfigError: there is no such kind, or the run.dir of a JobSet is not in a bucket.
     """
     check_choice("--emit-jobs", kind, KINDS)
-    bucket = asked.directory.startswith("gs://")
-    if kind == "jobset" and not bucket:
-        raise ConfigError(
-            f"run.dir={Path(asked.directory).parent}: pods share no disk; a JobSet needs run.dir=gs://..."
-        )
-    # What kubectl applies, and sbatch reads, lies here.
-    file = Path(KINDS[kind]) if bucket else Path(asked.directory) / KINDS[kind]
-    words, count = asked.arguments, len(asked.configs)
-    name = re.sub(r"[^a-z0-9]+", "-", Path(asked.directory).name.lower())[:40].strip("-")
-    template = SLURM if kind == "slurm" else JOBSET
-    text = template.format(file=file, count=count, last=count - 1, name=name, words=shlex.join(words))
+    is_in_bucket = asked.directory.startswith("gs://")
+    directory = Path(asked.directory)
+    if kind == "jobset" and not is_in_bucket:
+        raise ConfigError(f"run.dir={directory.parent}: pods share no disk; a JobSet needs run.dir=gs://...")
+    jobs = KINDS[kind]
+    # sbatch and kubectl read local files only.
+    file = Path(jobs.file) if is_in_bucket else directory / jobs.file
+    count = len(asked.configs)
+    text = jobs.template.format(
+        file=file,
+        count=count,
+        last=count - 1,
+        name=re.sub(r"[^a-z0-9]+", "-", directory.name.lower())[:40].strip("-"),
+        arguments=shlex.join(asked.arguments),
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
-    then = f"sbatch {file}" if kind == "slurm" else f"see the first lines of {file}"
-    return f"{file}: {count} jobs\nNext: {then}"
+    return f"{file}: {count} jobs\nNext: {jobs.next_step.format(file=file)}"

@@ -2,27 +2,37 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from hybridnorm_jax.lab.styles import figure, legend_above, save_png, styles_of
+from hybridnorm_jax.lab.figure_styles import figure, legend_above, save_png, styles_of
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from hybridnorm_jax.lab.signal import Signal
 
-# Measure -> (its axis, whether that is logarithmic).
+
+class Axis(NamedTuple):
+    """The y axis of a measure."""
+
+    label: str
+    is_logarithmic: bool
+
+
+# Of the measures that are no gradients of weights.
 AXES = {
-    "stream_rms": ("RMS of the stream", True),
-    "token_similarity": ("cosine similarity of two tokens", False),
-    "stream_gradient": ("|d loss / d stream| (nats)", True),
-    "attention_entropy": ("attention entropy (nats)", False),
-    "largest_logit": ("largest attention logit", True),
+    "stream_rms": Axis("RMS of the stream", is_logarithmic=True),
+    "token_similarity": Axis("cosine similarity of two tokens", is_logarithmic=False),
+    "stream_gradient": Axis("|d loss / d stream| (nats)", is_logarithmic=True),
+    "attention_entropy": Axis("attention entropy (nats)", is_logarithmic=False),
+    "largest_logit": Axis("largest attention logit", is_logarithmic=True),
 }
 
 
 def write_figures(out: Path, signals: Sequence["Signal"]) -> list[Path]:
-    """<out>/<measure>.png for every measure that has a value for each layer; returns their paths."""
+    """Write <out>/<measure>.png for every measure that has a value for each layer; returns their paths."""
     names = dict.fromkeys(name for signal in signals for name, values in signal.measures.items() if values.ndim)
     paths = []
     for name in names:
@@ -32,29 +42,37 @@ def write_figures(out: Path, signals: Sequence["Signal"]) -> list[Path]:
     return paths
 
 
-def _figure(name: str, signals: Sequence["Signal"]):
+def _figure(name: str, signals: Sequence["Signal"]) -> "Figure":
     depths = sorted({signal.depth for signal in signals})
     initializers = list(dict.fromkeys(signal.initializer for signal in signals))
-    styles = styles_of([signal.scheme for signal in signals])
-    of = name.removeprefix("gradient/")
-    label, logarithmic = AXES.get(name, (f"|d loss / d weights| of {'a block' if of == 'block' else of}", True))
-    made, axes = figure(len(depths), len(initializers), width=3.4 * len(depths), height=2.8 * len(initializers) + 0.6)
+    styles = styles_of(signal.scheme for signal in signals)
+    width, height = 3.4 * len(depths), 2.8 * len(initializers) + 0.6
+    made, panels = figure(columns=len(depths), rows=len(initializers), width=width, height=height)
     for signal in signals:
         if name not in signal.measures:
             continue
         values = signal.measures[name]
-        panel = axes[initializers.index(signal.initializer), depths.index(signal.depth)]
-        # After the embedding stands at 0, after block 1 at 1; what is inside a block is at its number.
-        blocks = np.arange(len(values)) + (0 if len(values) == signal.depth + 1 else 1)
+        panel = panels[initializers.index(signal.initializer), depths.index(signal.depth)]
+        # 0 is after the embedding, 1 after block 1; a measure inside a block has the number of the block.
+        first = 0 if len(values) == signal.depth + 1 else 1
+        blocks = np.arange(first, first + len(values))
         spacing = max(1, len(values) // 6)
         panel.plot(blocks, values, label=signal.scheme, markevery=spacing, **styles[signal.scheme].points)
-    for row, initializer in enumerate(initializers):
-        for column, depth in enumerate(depths):
-            panel = axes[row, column]
+    axis = _axis(name)
+    for initializer, row in zip(initializers, panels, strict=True):
+        for depth, panel in zip(depths, row, strict=True):
             panel.set_title(f"{depth} blocks, {initializer} initialization", fontsize=9)
             panel.set_xlabel("block")
-            if logarithmic:
+            if axis.is_logarithmic:
                 panel.set_yscale("log")
-        axes[row, 0].set_ylabel(label)
+        row[0].set_ylabel(axis.label)
     legend_above(made, columns=min(6, 2 * len(depths)))
     return made
+
+
+def _axis(name: str) -> Axis:
+    if name in AXES:
+        return AXES[name]
+    group = name.removeprefix("gradient/")
+    weights = "a block" if group == "block" else group
+    return Axis(f"|d loss / d weights| of {weights}", is_logarithmic=True)

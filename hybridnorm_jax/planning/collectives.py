@@ -1,14 +1,19 @@
 """What a compiled program sends between devices, read from XLA's text of it."""
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 KINDS = (
-    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
-    *("collective-permute", "collective-broadcast"),
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
 )
 
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -19,7 +24,7 @@ _NAME = re.compile(r"%([\w.\-]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation; `shape`, `operands` and `attributes` as they are written."""
+    """One line of a computation; `shape`, `operands` and `attributes` are text of the line."""
 
     name: str
     shape: str
@@ -30,16 +35,24 @@ class Instruction:
 
     @property
     def operand_names(self) -> list[str]:
-        """Of the instructions it reads."""
+        """The names of the instructions whose values it reads."""
         return _NAME.findall(self.operands)
 
     def attribute(self, name: str) -> str | None:
-        """The word after `name=`, without %."""
+        """The name or number after `name=`, without %; None where there is none."""
         match = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
         return match and match[1]
 
 
+# Name -> instruction, in the order of the text.
 Computation = dict[str, Instruction]
+
+
+class Module(NamedTuple):
+    """A module's computations by their names, and the name of the one that is run."""
+
+    computations: dict[str, Computation]
+    entry: str
 
 
 @dataclasses.dataclass
@@ -47,8 +60,9 @@ class Traffic:
     """Collectives of one kind that one device takes part in, in one step.
 
     Attributes:
-      count: how many.
-      bytes: of the larger of what goes in and what comes out, on one device, without the padding of tiles.
+      count: how many there are.
+      bytes: of all of them, on one device: for each the larger of what goes in and what comes out, without the padding
+        of tiles.
     """
 
     count: int = 0
@@ -57,7 +71,12 @@ class Traffic:
 
 @dataclasses.dataclass
 class Collectives:
-    """`kinds`: kind -> Traffic; `unknown_loops`: loops with collectives inside that were counted as if run once."""
+    """The collectives of one execution.
+
+    Attributes:
+      kinds: kind -> its traffic.
+      unknown_loops: how many loops with collectives inside were counted as if they ran once.
+    """
 
     kinds: dict[str, Traffic]
     unknown_loops: int
@@ -66,19 +85,26 @@ class Collectives:
 def read_collectives(text: str) -> Collectives:
     """The collectives of one execution of a compiled module.
 
-    Collectives in a loop count as often as it runs; of a conditional, those of every branch. An asynchronous collective
-    is counted once, where it starts, also where the TPU compiler spreads it over several fusions; and what that
+    A collective in a loop counts as often as the loop runs. Every branch of a conditional counts. An asynchronous
+    collective counts once, where it starts, even where the TPU compiler spreads it over several fusions. What that
     compiler calls all-reduce-scatter, an all-reduce of which each device keeps its part, is a reduce-scatter. What goes
-    over the slow network, in which a slice is one participant, is a kind of its own: "all-reduce between slices".
+    over the slow network between slices, where a slice is one participant, is a kind of its own: "all-reduce between
+    slices".
+
+    Args:
+      text: of the module after optimization.
+
+    Raises:
+      ValueError: it is not the text of a module.
     """
-    computations, entry = parse_computations(text)
-    walk = _Walk(computations)
+    module = parse_module(text)
+    walk = _Walk(module.computations)
     kinds: dict[str, Traffic] = {}
-    for kind, size, times in walk.collectives(entry):
-        traffic = kinds.setdefault(kind, Traffic())
-        traffic.count += times
-        traffic.bytes += size * times
-    return Collectives(kinds, walk.unknown_loops)
+    for sent in walk.collectives(module.entry):
+        traffic = kinds.setdefault(sent.kind, Traffic())
+        traffic.count += sent.times
+        traffic.bytes += sent.bytes * sent.times
+    return Collectives(kinds=kinds, unknown_loops=walk.unknown_loops)
 
 
 def kernels(text: str) -> list[str]:
@@ -87,8 +113,12 @@ def kernels(text: str) -> list[str]:
     return sorted({re.sub(r"(\.\w+)+$", "", name) for name in names})
 
 
-def parse_computations(text: str) -> tuple[dict[str, Computation], str]:
-    """(name -> instructions in order, name of the entry) of a module's text."""
+def parse_module(text: str) -> Module:
+    """The module in a text.
+
+    Raises:
+      ValueError: it has no entry.
+    """
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -100,7 +130,7 @@ def parse_computations(text: str) -> tuple[dict[str, Computation], str]:
             current[instruction.name] = instruction
     if not entry:
         raise ValueError("no ENTRY computation: not the text of an HLO module")
-    return computations, entry
+    return Module(computations, entry)
 
 
 def _instruction(line: str, start: re.Match) -> Instruction:
@@ -110,7 +140,14 @@ def _instruction(line: str, start: re.Match) -> Instruction:
     opcode, _, _ = rest.partition("(")
     rest = rest[len(opcode) :]
     end = _closing(rest)
-    return Instruction(start[2], shape, opcode, rest[1 : end - 1], rest[end:], bool(start[1]))
+    return Instruction(
+        name=start[2],
+        shape=shape,
+        opcode=opcode,
+        operands=rest[1 : end - 1],
+        attributes=rest[end:],
+        is_root=start[1] is not None,
+    )
 
 
 def _closing(text: str) -> int:
@@ -137,11 +174,27 @@ def _elements(shape: str) -> list[str]:
     """The outermost elements of a tuple shape."""
     parts, depth, start = [], 0, 1
     for position, letter in enumerate(shape):
-        depth += (letter in "([{") - (letter in ")]}")
-        if (letter == "," and depth == 1) or (letter == ")" and depth == 0):
+        if letter in "([{":
+            depth += 1
+        elif letter in ")]}":
+            depth -= 1
+        ends = (letter == "," and depth == 1) or (letter == ")" and depth == 0)
+        if ends:
             parts.append(shape[start:position])
             start = position + 1
     return parts
+
+
+class _Sent(NamedTuple):
+    """A collective that runs several times in one call of a computation.
+
+    Attributes:
+      bytes: of each time.
+    """
+
+    kind: str
+    bytes: int
+    times: int
 
 
 class _Walk:
@@ -150,56 +203,63 @@ class _Walk:
     def __init__(self, computations: dict[str, Computation]):
         self.computations = computations
         self.unknown_loops = 0
-        self.collectives = functools.cache(lambda name: tuple(self._collectives(name)))
+        self._known: dict[str, list[_Sent]] = {}
 
-    def _collectives(self, name: str) -> Iterator[tuple[str, int, int]]:
-        """(kind, bytes, times) of everything that one call of this computation sends."""
+    def collectives(self, name: str) -> list[_Sent]:
+        """Everything that one call of this computation sends."""
+        if name not in self._known:
+            self._known[name] = list(self._find_collectives(name))
+        return self._known[name]
+
+    def _find_collectives(self, name: str) -> Iterator[_Sent]:
         instructions = self.computations[name].values()
-        if _goes_on(name, instructions):
+        if _continues(name, instructions):
             return
         for instruction in instructions:
             kind = _kind(instruction, name)
             if kind is not None:
-                yield kind, self._message(instruction, name), 1
+                yield _Sent(kind, bytes=self._message_bytes(instruction, name), times=1)
             elif instruction.opcode == "while":
-                yield from self._repeated(instruction, name)
+                yield from self._loop(instruction, name)
             else:
                 for called in _called(instruction):
                     yield from self.collectives(called)
 
-    def _repeated(self, loop: Instruction, name: str) -> Iterator[tuple[str, int, int]]:
+    def _loop(self, loop: Instruction, name: str) -> Iterator[_Sent]:
         body = self.collectives(loop.attribute("body"))
         if not body:
             return
         trips = trip_count(loop, self.computations[name], self.computations)
-        self.unknown_loops += trips is None
-        for kind, size, times in body:
-            yield kind, size, times * (1 if trips is None else trips)
+        if trips is None:
+            self.unknown_loops += 1
+            trips = 1
+        for sent in body:
+            yield sent._replace(times=sent.times * trips)
 
-    def _message(self, instruction: Instruction, computation: str) -> int:
+    def _message_bytes(self, instruction: Instruction, computation: str) -> int:
         known = self.computations[computation]
         operands = sum(shape_bytes(known[name].shape) for name in instruction.operand_names if name in known)
-        shape = instruction.shape
         if instruction.opcode == "send":
             return operands
+        result = instruction.shape
         if instruction.opcode in ("all-gather-start", "collective-permute-start"):
-            shape = _elements(shape)[1]  # (operand, result, ...)
-        return max(operands, shape_bytes(shape))
+            _, result, *_ = _elements(result)  # (operand, result, ...)
+        return max(operands, shape_bytes(result))
 
 
 def _kind(instruction: Instruction, computation: str) -> str | None:
-    """What is sent; None where nothing is."""
+    """The kind of collective that an instruction is; None for every other instruction."""
     if instruction.opcode == "send":
-        between = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
-        return between and f"{between[1].lower().replace('_', '-')} between slices"
+        transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+        return f"{transfer[1].lower().replace('_', '-')} between slices" if transfer else None
     kind = instruction.opcode.removesuffix("-start")
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
         return "reduce-scatter"
     return kind if kind in KINDS else None
 
 
-def _goes_on(name: str, instructions: Iterable[Instruction]) -> bool:
-    """Whether a fusion repeats a collective that another one, with the target AsyncCollectiveStart, has started."""
+def _continues(name: str, instructions: Iterable[Instruction]) -> bool:
+    """Whether a fusion continues a collective that another fusion started (its target is AsyncCollectiveStart)."""
     ends = any('"AsyncCollectiveDone"' in instruction.attributes for instruction in instructions)
     return ends or name.startswith("async_collective_fusion")
 
@@ -220,15 +280,19 @@ def _called(instruction: Instruction) -> list[str]:
 
 
 def trip_count(loop: Instruction, caller: Computation, computations: dict[str, Computation]) -> int | None:
-    """How often a while loop of this caller runs, None where its text does not say.
+    """How often a while loop runs; None where the text does not say.
 
     Either XLA has written it down, or the condition compares a counter, an element of the carried tuple, with a
     constant, and the counter starts at a constant and grows by a constant.
+
+    Args:
+      caller: the computation with the loop.
+      computations: all of the module, by name.
     """
     written = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if written:
         return int(written[1])
-    condition, body = (computations[loop.attribute(name)] for name in ("condition", "body"))
+    condition = computations[loop.attribute("condition")]
     compare = _root(condition)
     if compare.opcode != "compare" or compare.attribute("direction") != "LT":
         return None
@@ -237,13 +301,21 @@ def trip_count(loop: Instruction, caller: Computation, computations: dict[str, C
     if end is None or counter is None or counter.opcode != "get-tuple-element":
         return None
     index = int(counter.attribute("index"))
-    first = _constant(_element(caller.get(loop.operand_names[0]), index, caller), caller)
-    increment = _element(_root(body), index, body)
-    if first is None or increment is None or increment.opcode != "add":
+    carried = caller.get(loop.operand_names[0])
+    first = _constant(_element(carried, index, caller), caller)
+    step = _increment(index, computations[loop.attribute("body")])
+    if first is None or not step:
         return None
-    steps = [_constant(body.get(name), body) for name in increment.operand_names]
-    step = next((step for step in steps if step is not None), None)
-    return None if not step else max(0, math.ceil((end - first) / step))
+    return max(0, math.ceil((end - first) / step))
+
+
+def _increment(index: int, body: Computation) -> int | None:
+    """The constant that a loop adds to this element of the carried tuple; None where it does something else."""
+    sum_ = _element(_root(body), index, body)
+    if sum_ is None or sum_.opcode != "add":
+        return None
+    summands = [_constant(body.get(name), body) for name in sum_.operand_names]
+    return next((constant for constant in summands if constant is not None), None)
 
 
 def _root(computation: Computation) -> Instruction:
@@ -251,14 +323,14 @@ def _root(computation: Computation) -> Instruction:
 
 
 def _element(value: Instruction | None, index: int, computation: Computation) -> Instruction | None:
-    """What stands at this index of a tuple."""
+    """The element of a tuple at this index; None where the value is no tuple of this computation."""
     if value is None or value.opcode != "tuple":
         return None
     return computation.get(value.operand_names[index])
 
 
 def _constant(value: Instruction | None, computation: Computation) -> int | None:
-    """The integer that this is or copies."""
+    """The integer constant that a value is, or copies; None for every other value."""
     while value is not None and value.opcode in ("copy", "bitcast", "convert"):
         value = computation.get(value.operand_names[0])
     if value is None or value.opcode != "constant" or not value.operands.lstrip("-").isdigit():

@@ -4,9 +4,9 @@ import contextlib
 import dataclasses
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
 
@@ -34,13 +34,18 @@ class Plan:
     """What is known about one step of a run on a topology.
 
     Attributes:
+      mesh: axis -> its size.
       microbatch: sequences per device and microbatch.
-      parameters, parameters_per_device: numbers, not bytes; the largest share of a device.
+      parameters: how many numbers the model has.
+      parameters_per_device: the largest share of them on one device.
       state_bytes: of parameters and optimizer state on one device, from their shapes alone.
-      memory: None where the compiler gave up for lack of it; `refusal` is then its own sentence.
-      compiler_flops: of one device, see plan_report.FLOPS_NOTE; None where it does not say.
-      collectives: None where the compiled program cannot be read.
-      fits: None where nobody can know, as for a GPU.
+      attention, dispatch: the backends that compute attention and experts; a dense model has no dispatch.
+      kernels: names of the Pallas kernels.
+      memory: None where the compiler gave up for lack of memory.
+      refusal: what the compiler said then, in its own words.
+      compiler_flops: of one device, see plan_report.FLOPS_NOTE; None where the compiler does not say.
+      collectives: None where there is no compiled program to read.
+      compile_seconds: how long the compiler took.
     """
 
     config: RunConfig
@@ -67,37 +72,41 @@ class Plan:
 
     @property
     def model_flops(self) -> float:
-        """Of one step, on all devices together."""
+        """FLOPs of one step, on all devices together."""
         return self.model_flops_per_token * self.config.tokens_per_step
 
     @property
     def needed(self) -> int:
-        """Bytes that one device must hold, as far as they are known: at least the state."""
+        """Bytes that one device must hold; where the compiler gave up, those of the state alone."""
         return self.state_bytes if self.memory is None else self.memory.peak
 
     @property
     def fits(self) -> bool | None:
-        """Whether it has room on a device."""
+        """Whether a device has room for it; None where that cannot be known, as for a GPU."""
         if self.topology.is_simulated:
             return False if self.state_bytes > self.topology.hbm else None
         return self.memory is not None and self.memory.peak <= self.topology.hbm
 
 
-def read_config(words: Sequence[str]) -> RunConfig:
-    """What train.py would make of these words, but data.files may be missing: nothing is read from it."""
+def read_config(arguments: Sequence[str]) -> RunConfig:
+    """The configuration that `hybridnorm train` would read from these arguments; data.files may be missing.
+
+    Raises:
+      ConfigError: as config.arguments.parse.
+    """
     try:
-        return parse(words)
+        return parse(arguments)
     except ConfigError as error:
         if not str(error).startswith("data.files=[]"):
             raise
-    return parse([*words, "data.files=[not-read]"])
+    return parse([*arguments, "data.files=[not-read]"])  # a plan reads no data
 
 
 def plan(config: RunConfig, topology: Topology) -> Plan:
     """Compile the train step of this run for this topology.
 
     Raises:
-      UserError: libtpu is missing, or the run does not go on this many devices.
+      UserError: libtpu is missing, or the mesh or the batch of the run cannot be split over this many devices.
     """
     program = Program(config, make_mesh(config.mesh.sizes, devices_of(topology)))
     mesh, rules = program.mesh, program.rules
@@ -105,8 +114,9 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
     state = program.abstract_state
     lowered = program.lower_train_step()
     start = time.monotonic()
-    compiled, text, refusal = _compile(lowered)
+    compilation = _compile(lowered)
     seconds = time.monotonic() - start
+    compiled, text = compilation.executable, compilation.text
     return Plan(
         config=config,
         topology=topology,
@@ -120,27 +130,40 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
         dispatch=program.dispatch,
         kernels=kernels(text) if text else [],
         memory=None if compiled is None else memory_of(compiled),
-        refusal=refusal,
+        refusal=compilation.refusal,
         compiler_flops=_flops(compiled),
         collectives=read_collectives(text) if text else None,
         compile_seconds=seconds,
     )
 
 
-def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, str | None, str | None]:
-    """(executable, text of the compiled program, why there is no executable)."""
-    # as_text() fails for a v5p ("async-update instruction should have 1 operands"), and there is none where memory does
-    # not suffice: what the compiler itself writes down is there in both cases.
+class _Compilation(NamedTuple):
+    """What came of a compilation.
+
+    Attributes:
+      executable: None where memory does not suffice; `refusal` then says why.
+      text: of the optimized program; None where the compiler wrote none.
+    """
+
+    executable: jax.stages.Compiled | None
+    text: str | None
+    refusal: str | None
+
+
+def _compile(lowered: jax.stages.Lowered) -> _Compilation:
+    # as_text() fails for a v5p ("async-update instruction should have 1 operands"), and there is no executable where
+    # memory does not suffice. The file that the compiler writes is there in both cases.
     with tempfile.TemporaryDirectory() as directory, _no_cache():
         options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
         compiled, refusal = compile_within_memory(lowered, compiler_options=options)
         written = sorted(Path(directory).glob("module_*jit_train_step*after_optimizations.txt"))
-        return compiled, written[-1].read_text() if written else None, refusal
+        text = written[-1].read_text() if written else None
+    return _Compilation(executable=compiled, text=text, refusal=refusal)
 
 
 @contextlib.contextmanager
-def _no_cache():
-    """A program out of JAX's compilation cache would be written down by nobody."""
+def _no_cache() -> Iterator[None]:
+    """Turn JAX's compilation cache off: for a program out of it, the compiler would write no file."""
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
@@ -149,6 +172,6 @@ def _no_cache():
         jax.config.update("jax_enable_compilation_cache", before)
 
 
-def _flops(compiled: Any) -> float | None:
+def _flops(compiled: jax.stages.Compiled | None) -> float | None:
     analysis = None if compiled is None else compiled.cost_analysis()
-    return analysis and analysis.get("flops")
+    return analysis.get("flops") if analysis else None

@@ -1,10 +1,11 @@
-"""Slices that exist, as compile-only devices, and GPUs as simulated ones."""
+"""TPU slices that exist, as devices to compile for, and GPU nodes, for which CPU devices stand."""
 
 import dataclasses
 import importlib.util
 import math
 import os
 import re
+from typing import Any
 
 import jax
 
@@ -20,9 +21,9 @@ class Chip:
     """One generation of TPU, a chip of which is one JAX device.
 
     Attributes:
-      hbm: bytes that libtpu 0.0.51 lets a program use, as it says when there are too few.
-      sold_as: the vendor's figure.
-      shapes: of one slice, smallest first.
+      hbm: bytes that libtpu 0.0.51 lets a program use. It says so when a program needs more.
+      sold_as: the size that the vendor gives.
+      shapes: of the slices that exist, smallest first.
     """
 
     hbm: float
@@ -33,20 +34,20 @@ class Chip:
 _SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 
 # Memory and shapes: cloud.google.com/tpu/docs/v5e, /v5p and /v6e. Of v5p these pages list the most common shapes, up to
-# 16x16x24, and say that most, but not all, other multiples of a 4x4x4 cube exist as well; only the listed ones are
-# taken here, and those up to 2,048 chips. 2x2x4 is in the list of accelerator types there (v5p-32).
+# 16x16x24, and say that most, but not all, other multiples of a 4x4x4 cube exist as well. Here are those listed, up to
+# 2,048 chips. 2x2x4 is in their list of accelerator types (v5p-32).
 CHIPS = {
-    "v5e": Chip(15.75 * GIB, "16 GB", _SQUARES),
-    "v6e": Chip(31.24 * GIB, "32 GB", _SQUARES),
+    "v5e": Chip(hbm=15.75 * GIB, sold_as="16 GB", shapes=_SQUARES),
+    "v6e": Chip(hbm=31.24 * GIB, sold_as="32 GB", shapes=_SQUARES),
     "v5p": Chip(
-        95.73 * GIB,
-        "95 GiB",
-        ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16"),
+        hbm=95.73 * GIB,
+        sold_as="95 GiB",
+        shapes=("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16"),
     ),
 }
 
-# What libtpu otherwise asks a metadata server for, complains of not finding, or prints. The accelerator type is only
-# asked for: the topology decides.
+# Without these libtpu asks a metadata server, warns that there is none, or logs. The accelerator type must be set, but
+# the topology decides.
 _ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -62,11 +63,12 @@ _ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """`slices` times the devices named after the colon.
+    """One or several slices of TPUs, or nodes of GPUs.
 
     Attributes:
       kind: v5e | v5p | v6e | gpu.
       shape: chips along the axes of a slice; (devices,) of a GPU node.
+      slices: how many slices or nodes of this shape.
       hbm: bytes of one device that a program may use.
     """
 
@@ -77,23 +79,24 @@ class Topology:
 
     @property
     def size(self) -> int:
-        """Devices of all slices."""
+        """How many devices all slices have."""
         return self.slices * math.prod(self.shape)
 
     @property
     def wrap(self) -> tuple[bool, ...]:
         """Along which axes of a slice the links close a ring.
 
-        On a v5p along all, where the slice is made of whole 4x4x4 cubes; on the others along an axis that is as long as
-        the pod, 16 (jax-ml.github.io/scaling-book, "All About TPUs").
+        A v5p slice of whole 4x4x4 cubes has rings along all axes, another one along none. On the other TPUs an axis is
+        a ring if it is as long as the pod, 16 (jax-ml.github.io/scaling-book, "All About TPUs").
         """
         if self.kind == "v5p":
-            return (all(side % 4 == 0 for side in self.shape),) * len(self.shape)
+            has_whole_cubes = all(side % 4 == 0 for side in self.shape)
+            return tuple(has_whole_cubes for _ in self.shape)
         return tuple(self.kind in CHIPS and side == 16 for side in self.shape)
 
     @property
     def is_simulated(self) -> bool:
-        """Whether CPU devices stand for what there is no compiler for."""
+        """Whether CPU devices stand for the devices."""
         return self.kind == "gpu"
 
     def __str__(self) -> str:
@@ -104,7 +107,7 @@ class Topology:
 
 
 def parse_topology(text: str) -> Topology:
-    """The topology that `[SLICES x]KIND:SHAPE` names: v5p:4x4x4, 2xv6e:16x16, gpu:8x80GB (GB = 10^9 bytes).
+    """The topology that `[SLICESx]KIND:SHAPE` names: v5p:4x4x4, 2xv6e:16x16, gpu:8x80GB (GB = 10^9 bytes).
 
     Raises:
       UserError: no such slice exists; the message lists those that do.
@@ -118,22 +121,22 @@ def parse_topology(text: str) -> Topology:
         node = re.fullmatch(r"([1-9]\d*)x(\d+(?:\.\d+)?)GB", shape)
         if not node or float(node[2]) == 0:
             raise UserError(f"--topology {text}: must be [NODESx]gpu:DEVICESxMEMORYGB, such as gpu:8x80GB")
-        return Topology(kind, (int(node[1]),), slices, float(node[2]) * 1e9)
+        return Topology(kind=kind, shape=(int(node[1]),), slices=slices, hbm=float(node[2]) * 1e9)
     chip = CHIPS[kind]
     if shape not in chip.shapes:
         raise UserError(f"--topology {text}: no such slice; {kind} has {', '.join(chip.shapes)}")
-    return Topology(kind, tuple(map(int, shape.split("x"))), slices, chip.hbm)
+    return Topology(kind=kind, shape=tuple(int(side) for side in shape.split("x")), slices=slices, hbm=chip.hbm)
 
 
 def devices_of(topology: Topology) -> list[jax.Device]:
-    """Its devices, to compile for: a TPU's are not there to run on, a GPU's are CPU devices.
+    """The devices of a topology, to compile for. A TPU's cannot run anything; a GPU's are CPU devices.
 
-    To be called before JAX has started, and once in a process for a GPU topology.
+    Call it before JAX starts, and for a GPU topology once in a process.
 
     Raises:
       UserError: libtpu is not installed.
     """
-    # On a machine that has accelerators: leave them to those who train.
+    # A machine's accelerators are left to those who train on them.
     jax.config.update("jax_platforms", "cpu")
     if topology.is_simulated:
         flags = os.environ.get("XLA_FLAGS", "")
@@ -146,9 +149,12 @@ def devices_of(topology: Topology) -> list[jax.Device]:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
-    options = {"topology_name": f"{topology.kind}:{'x'.join(map(str, topology.shape))}"}
+    one_slice = dataclasses.replace(topology, slices=1)
+    options: dict[str, Any] = {}
     if any(topology.wrap):
-        options["wrap"] = (*topology.wrap, *[False] * (3 - len(topology.wrap)))
+        missing_axes = 3 - len(topology.wrap)
+        options["wrap"] = topology.wrap + (False,) * missing_axes
     if topology.slices > 1:
         options["num_slices"] = topology.slices
-    return list(topologies.get_topology_desc(platform="tpu", **options).devices)
+    description = topologies.get_topology_desc(topology_name=str(one_slice), platform="tpu", **options)
+    return list(description.devices)

@@ -11,15 +11,21 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 FORMS = {
-    *("pre_ln", "pre_ln_one_pass", "pre_ln_plain", "pre_rmsnorm", "pre_crmsnorm", "pre_crmsnorm_padded"),
-    *("crmsnorm", "no_norm"),
+    "pre_ln",
+    "pre_ln_one_pass",
+    "pre_ln_plain",
+    "pre_rmsnorm",
+    "pre_crmsnorm",
+    "pre_crmsnorm_padded",
+    "crmsnorm",
+    "no_norm",
 }
-KEYS = {"device", "threads", "dtype", "jax", "glibc_tunables", "rounds", "paper", "agreement", "contests"}
+KEYS = {"device", "devices", "threads", "dtype", "jax", "glibc_tunables", "rounds", "paper", "agreement", "contests"}
 
 
-def _run(*words):
+def _run(*arguments):
     # In a process of its own: the benchmark enters a scheme without norms into the table.
-    command = [sys.executable, str(REPOSITORY / "benchmarks/equivalence.py"), *words, "--json"]
+    command = [sys.executable, str(REPOSITORY / "benchmarks/equivalence.py"), *arguments, "--json"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr

@@ -11,22 +11,32 @@ import pytest
 import yaml
 from etils import epath
 
-from hybridnorm_jax.commands import lab as lab
 from hybridnorm_jax.commands.main import main
 from hybridnorm_jax.evaluation.perplexity import Score
 from hybridnorm_jax.lab import compare
-from hybridnorm_jax.lab.divergence import rising_since
 from hybridnorm_jax.training.program import Program
 
 SMALL = [
-    *("model.d_model=16", "model.num_heads=2", "model.mlp_dim=16", "model.num_layers=1", "model.vocab_size=61"),
-    *("train.steps=6", "train.batch_size=8", "train.seq_len=8", "train.log_every=2", "train.max_bad_steps=2"),
-    *("train.watch_every=null", "checkpoint.every=3", "eval.every=100", "eval.batches=1", "optimizer.warmup_steps=0"),
+    "model.d_model=16",
+    "model.num_heads=2",
+    "model.mlp_dim=16",
+    "model.num_layers=1",
+    "model.vocab_size=61",
+    "train.steps=6",
+    "train.batch_size=8",
+    "train.seq_len=8",
+    "train.log_every=2",
+    "train.max_bad_steps=2",
+    "train.watch_every=null",
+    "checkpoint.every=3",
+    "eval.every=100",
+    "eval.batches=1",
+    "optimizer.warmup_steps=0",
 ]
 
 
 @pytest.fixture
-def words(tmp_path):
+def arguments(tmp_path):
     """Two schemes and two seeds over random tokens."""
     for name in ("tokens", "held"):
         np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).integers(0, 61, 2000).astype(np.uint16))
@@ -61,15 +71,19 @@ def trained(monkeypatch):
     return steps, plan
 
 
+def _without(arguments, *keys):
+    return [argument for argument in arguments if argument.partition("=")[0] not in keys]
+
+
 def _results(tmp_path):
     return {file.parent.name: json.loads(file.read_text()) for file in tmp_path.glob("lab/*/result.json")}
 
 
-def test_a_comparison_goes_on_after_a_divergence_and_after_a_kill(words, trained, tmp_path, capsys):
+def test_a_comparison_goes_on_after_a_divergence_and_after_a_kill(arguments, trained, tmp_path, capsys):
     steps, plan = trained
     plan["kill"] = ("post", 1, 5)  # post, seed 0 has diverged by then
     with pytest.raises(_KilledError):
-        main(["lab", "compare", *words])
+        main(["lab", "compare", *arguments])
     results = _results(tmp_path)
     assert set(results) == {"pre-lr0.001-seed0", "pre-lr0.001-seed1", "post-lr0.001-seed0"}
     diverged = results["post-lr0.001-seed0"]
@@ -90,7 +104,7 @@ def test_a_comparison_goes_on_after_a_divergence_and_after_a_kill(words, trained
     steps.clear()
     plan["kill"] = None
     capsys.readouterr()
-    assert main(["lab", "compare", *words]) == 0
+    assert main(["lab", "compare", *arguments]) == 0
     assert [at[:3] for at in steps] == [("post", 1, 4), ("post", 1, 5), ("post", 1, 6)]
     last = _results(tmp_path)["post-lr0.001-seed1"]
     assert (last["status"], last["resumed_from"]) == ("finished", 3)
@@ -104,24 +118,24 @@ def test_a_comparison_goes_on_after_a_divergence_and_after_a_kill(words, trained
     assert len(asked["commands"]) == 1
 
     steps.clear()
-    assert main(["lab", "compare", *words, "--only=0"]) == 0
+    assert main(["lab", "compare", *arguments, "--only=0"]) == 0
     assert steps == []
     capsys.readouterr()
-    assert main(["lab", "compare", *words, "model.mlp_dim=32"]) == 2
+    assert main(["lab", "compare", *arguments, "model.mlp_dim=32"]) == 2
     assert "holds another run (model.mlp_dim: saved 16, asked 32)" in capsys.readouterr().err
 
 
-def test_a_result_of_another_configuration_is_refused_and_left(words, trained, tmp_path, capsys):
-    one = [word for word in words if not word.startswith(("schemes=", "seeds="))] + ["schemes=[pre]", "seeds=[0]"]
+def test_a_result_of_another_configuration_is_refused_and_left(arguments, trained, tmp_path, capsys):
+    one = [*_without(arguments, "schemes", "seeds"), "schemes=[pre]", "seeds=[0]"]
     assert main(["lab", "compare", *one]) == 0
     run = tmp_path / "lab/pre-lr0.001-seed0"
     shutil.rmtree(run / "checkpoints")  # as after a divergence before the first save
     saved = (run / "config.yaml").read_text()
-    for word, named in (
+    for argument, named in (
         ("model.mlp_dim=32", "model.mlp_dim: saved 16, asked 32"),
         ("eval.batches=2", "eval.batches (1"),
     ):
-        assert main(["lab", "compare", *one, word]) == 2
+        assert main(["lab", "compare", *one, argument]) == 2
         assert named in capsys.readouterr().err
         assert (run / "config.yaml").read_text() == saved
     (run / "result.json").write_text("{}")
@@ -130,7 +144,7 @@ def test_a_result_of_another_configuration_is_refused_and_left(words, trained, t
 
 
 @pytest.mark.parametrize("losses", [[5.0, 4.0, 3.0, 2.0, 2.0, 2.0], [5.0, 4.0, 2.0, 3.0, 4.0, 5.0]])
-def test_a_finite_run_may_have_diverged(losses, words, tmp_path, monkeypatch, capsys):
+def test_a_finite_run_may_have_diverged(losses, arguments, tmp_path, monkeypatch, capsys):
     """Training is replaced: metrics.jsonl says what became of it."""
 
     def train(config, began):
@@ -139,7 +153,7 @@ def test_a_finite_run_may_have_diverged(losses, words, tmp_path, monkeypatch, ca
         return {"held": Score(float("nan") if config.train.seed else losses[-1], 1.0, None, 8)}
 
     monkeypatch.setattr(compare, "train", train)
-    assert main(["lab", "compare", *words]) == 0
+    assert main(["lab", "compare", *arguments]) == 0
     results = _results(tmp_path)
     assert results["pre-lr0.001-seed1"]["status"] == "diverged"  # a final loss that is not finite
     rises = losses[-1] > losses[2]
@@ -156,7 +170,7 @@ def test_jobs_that_write_at_once_do_not_disturb_each_other(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("argument", "message"),
     [
         ("schemes=[pre,hybird]", "schemes=hybird: not known; did you mean 'hybrid'?"),
         ("seeds=[-1]", "train.seed=-1: must be in"),
@@ -172,8 +186,8 @@ def test_jobs_that_write_at_once_do_not_disturb_each_other(tmp_path):
         ("train.equivalent_form=pre_rmsnorm", "train.equivalent_form=pre_rmsnorm: model.norm=rmsnorm"),
     ],
 )
-def test_wrong_words_end_before_anything_is_trained(word, message, words, trained, capsys):
-    assert main(["lab", "compare", *words, word]) == 2
+def test_wrong_arguments_end_before_anything_is_trained(argument, message, arguments, trained, capsys):
+    assert main(["lab", "compare", *arguments, argument]) == 2
     told = capsys.readouterr().err
     assert message in told
     assert told.count("\n") == 1
@@ -185,8 +199,8 @@ def test_no_such_command(capsys):
     assert "comapre: no such command; did you mean 'compare'?" in capsys.readouterr().err
 
 
-def test_a_slurm_array_trains_each_combination_by_its_number(words, tmp_path, capsys):
-    assert main(["lab", "compare", *words, "--emit-jobs=slurm"]) == 0
+def test_a_slurm_array_trains_each_combination_by_its_number(arguments, tmp_path, capsys):
+    assert main(["lab", "compare", *arguments, "--emit-jobs=slurm"]) == 0
     file = tmp_path / "lab/jobs.sbatch"
     assert f"Next: sbatch {file}" in capsys.readouterr().out
     text = file.read_text()
@@ -207,13 +221,13 @@ def test_a_slurm_array_trains_each_combination_by_its_number(words, tmp_path, ca
     assert subprocess.run(["bash", file], env=environment, check=False).returncode == 75
     asked = (tmp_path / "asked").read_text().splitlines()
     assert asked[:4] == ["-m", "hybridnorm_jax", "lab", "compare"]
-    assert asked[4:] == [*words, "distributed.initialize=false", "--only=3"]
+    assert asked[4:] == [*arguments, "distributed.initialize=false", "--only=3"]
     assert (tmp_path / "requeued").read_text() == "requeue 71_3\n"
 
 
-def test_a_jobset_has_a_pod_for_each_combination(words, tmp_path, monkeypatch):
+def test_a_jobset_has_a_pod_for_each_combination(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["lab", "compare", *words, "run.dir=gs://bucket/runs", "--emit-jobs=jobset"]) == 0
+    assert main(["lab", "compare", *arguments, "run.dir=gs://bucket/runs", "--emit-jobs=jobset"]) == 0
     (job,) = yaml.safe_load((tmp_path / "jobs.yaml").read_text())["spec"]["replicatedJobs"]
     spec = job["template"]["spec"]
     assert (spec["completions"], spec["parallelism"], spec["completionMode"]) == (4, 4, "Indexed")
@@ -223,24 +237,10 @@ def test_a_jobset_has_a_pod_for_each_combination(words, tmp_path, monkeypatch):
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
-def test_a_run_whose_loss_rises_for_good_has_diverged():
-    falling = [(step, 5 - step / 50) for step in range(1, 101)]
-    assert rising_since(falling) is None
-    spike = [(step, loss + 3 * (step in range(40, 45))) for step, loss in falling]
-    assert rising_since(spike) is None
-    risen = [(step, loss if step <= 60 else 4.5) for step, loss in falling]
-    assert rising_since(risen) == 60
-    slightly = [(step, loss if step <= 60 else 4.2) for step, loss in falling]  # 0.3 above the mean of steps 51 to 60
-    assert rising_since(slightly) is None
-    assert rising_since([*risen, (101, float("nan"))]) == 60
-    assert rising_since([(1, 5.0)]) is None
-    assert rising_since([*falling[:-1], (100, 12.0)]) is None  # one spike at the end
-
-
-def test_the_default_is_the_configurations_learning_rate(words):
-    asked = compare.comparison([word for word in words if not word.startswith(("learning_rates", "run.name"))])
+def test_the_default_is_the_configurations_learning_rate(arguments):
+    asked = compare.comparison(_without(arguments, "learning_rates", "run.name"))
     assert {config.optimizer.learning_rate for config in asked.configs} == {2e-3}
     assert asked.directory.rpartition("/")[2].startswith("compare-lab-")
     assert {config.train.data_seed for config in asked.configs} == {0}
-    kept = compare.comparison([*words, "train.data_seed=7"])
+    kept = compare.comparison([*arguments, "train.data_seed=7"])
     assert {config.train.data_seed for config in kept.configs} == {7}

@@ -4,17 +4,17 @@ import json
 import re
 
 import pytest
-from planted_runs import STEPS, plant
+from planted_runs import STEPS, Planted, plant
 
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.lab.runs import read_runs
 
 
 def test_labels_name_what_differs_besides_scheme_rate_and_seed(tmp_path):
-    plant(tmp_path, "pre", loss=3.0, name="a")
+    plant(tmp_path, Planted("pre", loss=3.0, name="a"))
     # The width of a head follows from d_model and is not named; where the run lives does not matter.
-    plant(tmp_path, "pre", loss=2.9, name="b", overrides=("model.d_model=32", "run.dir=elsewhere"))
-    plant(tmp_path, "hybrid", loss=2.8, name="c", overrides=("optimizer.clip=null",))
+    plant(tmp_path, Planted("pre", loss=2.9, name="b", overrides=("model.d_model=32", "run.dir=elsewhere")))
+    plant(tmp_path, Planted("hybrid", loss=2.8, name="c", overrides=("optimizer.clip=null",)))
     labels = {run.name: run.label for run in read_runs(tmp_path)}
     assert labels == {
         "a": "pre, d_model=16, clip=1.0",
@@ -36,22 +36,22 @@ def test_labels_name_what_differs_besides_scheme_rate_and_seed(tmp_path):
     ],
 )
 def test_runs_that_cannot_be_compared(tmp_path, override, key):
-    plant(tmp_path, loss=3.0, name="one")
-    plant(tmp_path, "post", loss=3.0, name="two", overrides=(override,))
+    plant(tmp_path, Planted(loss=3.0, name="one"))
+    plant(tmp_path, Planted("post", loss=3.0, name="two", overrides=(override,)))
     with pytest.raises(UserError, match=rf"one and two differ in {re.escape(key)} \(.* and .*\)") as caught:
         read_runs(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_reading_data_elsewhere_is_no_difference(tmp_path):
-    plant(tmp_path, loss=3.0, name="one")
-    plant(tmp_path, "post", loss=3.0, name="two", overrides=("data.cache_dir=x", "data.read_threads=1"))
+    plant(tmp_path, Planted(loss=3.0, name="one"))
+    plant(tmp_path, Planted("post", loss=3.0, name="two", overrides=("data.cache_dir=x", "data.read_threads=1")))
     assert [run.label for run in read_runs(tmp_path)] == ["post", "pre"]
 
 
 def test_other_training_sets_and_the_same_run_twice(tmp_path):
-    plant(tmp_path, loss=3.0, name="one")
-    twin = plant(tmp_path, loss=3.1, name="two")
+    plant(tmp_path, Planted(loss=3.0, name="one"))
+    twin = plant(tmp_path, Planted(loss=3.1, name="two"))
     with pytest.raises(UserError, match=r"one and two are the same .pre, learning rate 0.001, seed 0."):
         read_runs(tmp_path)
     (twin / "result.json").write_text((twin / "result.json").read_text().replace("3200", "3300"))
@@ -64,7 +64,7 @@ def test_directories_without_runs(tmp_path):
         read_runs(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"empty: a run is a subdirectory with a config.yaml"):
         read_runs(tmp_path)
-    run = plant(tmp_path, loss=3.0)
+    run = plant(tmp_path, Planted(loss=3.0))
     with pytest.raises(UserError, match="this is a run itself; name the directory above it"):
         read_runs(run)
 
@@ -83,7 +83,7 @@ def test_directories_without_runs(tmp_path):
     ],
 )
 def test_damaged_files_are_named(tmp_path, file, text, says):
-    run = plant(tmp_path, loss=3.0)
+    run = plant(tmp_path, Planted(loss=3.0))
     (run / file).write_text(text)
     with pytest.raises(UserError) as caught:
         read_runs(tmp_path)
@@ -93,7 +93,7 @@ def test_damaged_files_are_named(tmp_path, file, text, says):
 
 
 def test_a_torn_last_line_of_metrics_is_passed_over_and_another_is_not(tmp_path):
-    run = plant(tmp_path, loss=3.0)
+    run = plant(tmp_path, Planted(loss=3.0))
     file = run / "metrics.jsonl"
     whole = file.read_text()
     file.write_text(whole + '{"step": 100, "tra')
@@ -107,7 +107,7 @@ def test_plain_runs_without_result_json(tmp_path):
     schemes = {"done": "pre", "killed": "post", "nothing": "hybrid", "nan": "span", "risen": "peri"}
     risen = [6.0 - 0.05 * step for step in range(50)] + [4.5] * 50
     for name, scheme in schemes.items():
-        run = plant(tmp_path, scheme, loss=3.25, name=name, curve=risen if name == "risen" else None)
+        run = plant(tmp_path, Planted(scheme, loss=3.25, name=name, curve=risen if name == "risen" else None))
         (run / "result.json").unlink()
     metrics = (tmp_path / "done" / "metrics.jsonl").read_text().splitlines()
     (tmp_path / "killed" / "metrics.jsonl").write_text("\n".join(metrics[:-1]))
@@ -116,8 +116,11 @@ def test_plain_runs_without_result_json(tmp_path):
     (tmp_path / "nan" / "metrics.jsonl").write_text("\n".join([*metrics[:-1], broken]))
     runs = {run.name: run for run in read_runs(tmp_path)}
     assert {name: run.status for name, run in runs.items()} == {
-        **{"done": "finished", "killed": "unfinished"},
-        **{"nothing": "unfinished", "nan": "diverged", "risen": "diverged"},
+        "done": "finished",
+        "killed": "unfinished",
+        "nothing": "unfinished",
+        "nan": "diverged",
+        "risen": "diverged",
     }
     assert runs["done"].scores == {"validation": 3.25}
     assert runs["nan"].diverged_at == STEPS

@@ -83,8 +83,8 @@ def test_what_does_not_exist_is_refused_in_one_line(text, message):
 
 
 @cache
-def _simulated(gigabytes, *words):
-    return plan(read_config([QUICKSTART, *TINY, *words]), parse_topology(f"gpu:8x{gigabytes}GB"))
+def _simulated(gigabytes, *arguments):
+    return plan(read_config([QUICKSTART, *TINY, *arguments]), parse_topology(f"gpu:8x{gigabytes}GB"))
 
 
 @pytest.fixture
@@ -146,10 +146,10 @@ def test_data_files_may_be_missing():
 # ---- the command
 
 
-def run(*words):
+def run(*arguments):
     """The command in a process of its own, as JAX has not started there."""
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    line = [sys.executable, "-m", "hybridnorm_jax", "plan", *words]
+    line = [sys.executable, "-m", "hybridnorm_jax", "plan", *arguments]
     return subprocess.run(line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -162,7 +162,7 @@ def test_the_command_simulates_gpus():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--topology", "v5e:1x1"], "name a configuration"),
         ([QUICKSTART, "--topology", "v5e:3x3"], "no such slice"),
@@ -171,8 +171,8 @@ def test_the_command_simulates_gpus():
         (["--table", "docs/planning.md", QUICKSTART, "model.scheme=pre"], "as they are"),
     ],
 )
-def test_wrong_input_ends_in_one_line(words, message, capsys):
-    assert main(["plan", *words]) == 2
+def test_wrong_input_ends_in_one_line(arguments, message, capsys):
+    assert main(["plan", *arguments]) == 2
     printed = capsys.readouterr()
     assert message in printed.err
     assert (printed.err.count("\n"), printed.out) == (1, "")

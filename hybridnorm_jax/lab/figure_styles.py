@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 
 SOLID, DASHED, DOTTED, DASH_DOT = "-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5))
 LONG, DASH_DOT_DOT = (0, (10, 2)), (0, (5, 1.5, 1, 1.5, 1, 1.5))
-BLACK, BLUE, RED, GREEN, PURPLE, BROWN, TEAL, GRAY = (
-    *("#000000", "#0060a8", "#c1272d", "#1b7837", "#762a83", "#8c510a", "#01778a", "#666666"),
-)
+BLACK, BLUE, RED, GREEN = "#000000", "#0060a8", "#c1272d", "#1b7837"
+PURPLE, BROWN, TEAL, GRAY = "#762a83", "#8c510a", "#01778a", "#666666"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +63,7 @@ FIXED = {
 OTHER_MARKERS = ("x", "+", "1", "2", "3", "4", "|", "H")
 OTHER_LINES = (DASH_DOT, DOTTED, DASHED, LONG, DASH_DOT_DOT, SOLID)
 OTHER_COLORS = (BLUE, RED, GREEN, PURPLE, BROWN, TEAL, GRAY, BLACK)
+# Each color, with its marker, once with each line. From one style to the next all three change.
 OTHER = tuple(
     Style(OTHER_COLORS[(index + shift) % 8], line, OTHER_MARKERS[(index + shift) % 8])
     for index in range(8)
@@ -88,29 +88,31 @@ PARAMETERS = {
 
 
 def style_of(label: str) -> Style:
-    """The style of a label, always the same: fixed for the common schemes, by a hash of the label for all others.
+    """The style of a label, the same in every figure.
 
-    "pre, num_layers=29" has the color of pre.
-
-    Two labels that are not in FIXED may get the same one; `styles_of` keeps those of one figure apart.
+    FIXED has the common schemes. For every other label a hash decides, but "pre, num_layers=29" has the color of pre.
+    Two labels that are not in FIXED may share a style; `styles_of` keeps the labels of one figure apart.
     """
     if label in FIXED:
         return FIXED[label]
-    style, scheme = OTHER[_hash(label) % len(OTHER)], label.partition(",")[0]
+    style = OTHER[_hash(label) % len(OTHER)]
+    scheme = label.partition(",")[0]
     return dataclasses.replace(style, color=FIXED[scheme].color) if scheme in FIXED else style
 
 
 def styles_of(labels: Iterable[str]) -> dict[str, Style]:
     """`style_of` each label; where two labels share one, the later one in the alphabet takes the next that is free.
 
-    Past the 48 styles that there are for labels outside FIXED, styles repeat.
+    OTHER has 48 styles. With more labels outside FIXED, styles repeat.
     """
     chosen: dict[str, Style] = {}
     for label in sorted(set(labels)):
         style = style_of(label)
-        first = _hash(label) % len(OTHER)
-        free = (other for other in (*OTHER[first:], *OTHER[:first]) if other not in chosen.values())
-        chosen[label] = next(free, style) if style in chosen.values() else style
+        if style in chosen.values():
+            first = _hash(label) % len(OTHER)
+            free = [other for other in OTHER[first:] + OTHER[:first] if other not in chosen.values()]
+            style = free[0] if free else style
+        chosen[label] = style
     return chosen
 
 
@@ -118,7 +120,7 @@ def figure(columns: int = 1, rows: int = 1, *, width: float = 6.4, height: float
     """An empty figure and its axes.
 
     Args:
-      columns, rows: of axes.
+      columns, rows: how many axes.
       width, height: of the whole figure, in inches.
 
     Returns:
@@ -134,22 +136,28 @@ def figure(columns: int = 1, rows: int = 1, *, width: float = 6.4, height: float
 
 
 def legend_above(figure: "Figure", columns: int = 3) -> None:
-    """One legend for all axes of the figure, above them, where it covers no data; each label once."""
+    """Put one legend for all axes of the figure above them, where it covers no data; it has each label once."""
     handles = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     if handles:
-        columns = min(columns, len(handles))
-        place = {"loc": "outside upper left", "ncols": columns, "frameon": False}
-        figure.legend(handles.values(), handles.keys(), fontsize=9, handlelength=3.5, **place)
+        figure.legend(
+            handles.values(),
+            handles.keys(),
+            loc="outside upper left",
+            ncols=min(columns, len(handles)),
+            frameon=False,
+            fontsize=9,
+            handlelength=3.5,
+        )
 
 
 def svg(figure: "Figure", name: str) -> str:
     """The figure as an <svg> element for an HTML page, without prolog and metadata.
 
     Args:
-      name: letters, digits and hyphens; put before every id, since ids are unique to a page, not to a figure.
+      name: letters, digits and hyphens. It goes before every id, because two figures of a page may have the same ids.
     """
     buffer = io.StringIO()
     with _matplotlib().rc_context(PARAMETERS):
@@ -162,7 +170,11 @@ def svg(figure: "Figure", name: str) -> str:
 
 
 def save_png(figure: "Figure", path: str | Path, dots_per_inch: int = 150) -> None:
-    """The figure as a PNG file, whose directory exists; UserError where it cannot be written."""
+    """Write the figure as a PNG file into a directory that exists.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
     with _matplotlib().rc_context(PARAMETERS):
         try:
             figure.savefig(path, format="png", dpi=dots_per_inch, metadata={"Software": None})
@@ -172,7 +184,7 @@ def save_png(figure: "Figure", path: str | Path, dots_per_inch: int = 150) -> No
 
 
 def _keep_layout(figure: "Figure") -> None:
-    """A figure that is saved twice looks the same: laying it out again would move it a little, and takes long."""
+    """Keep the figure as it was saved: to lay it out again would move it a little, and takes long."""
     figure.set_layout_engine("none")
 
 

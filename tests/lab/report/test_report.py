@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from planted_runs import STEPS, plant
+from planted_runs import STEPS, Planted, plant
 
 from hybridnorm_jax.errors import UserError
-from hybridnorm_jax.lab import figures
 from hybridnorm_jax.lab.report import write_report
+from hybridnorm_jax.lab.report.layer_figures import QUANTITIES, layer_figure
+from hybridnorm_jax.lab.report.loss_figures import loss_curves
 from hybridnorm_jax.lab.runs import read_runs
 from hybridnorm_jax.model.schemes import SCHEMES
 
@@ -32,14 +33,14 @@ def planted(tmp_path_factory) -> Path:
     """pre and hybrid with three seeds at one rate, one at another; post, with one run diverged and one unfinished."""
     directory = tmp_path_factory.mktemp("lab")
     for seed, (pre, hybrid) in enumerate(zip(PRE, HYBRID, strict=True)):
-        plant(directory, "pre", seed=seed, loss=pre, watched=True)
-        plant(directory, "hybrid", seed=seed, loss=hybrid, watched=True)
-    plant(directory, "pre", rate=1e-2, loss=3.7)
-    plant(directory, "hybrid", rate=1e-2, loss=3.3)
-    plant(directory, "post", seed=0, loss=4.0)
+        plant(directory, Planted("pre", seed=seed, loss=pre, watched=True))
+        plant(directory, Planted("hybrid", seed=seed, loss=hybrid, watched=True))
+    plant(directory, Planted("pre", rate=1e-2, loss=3.7))
+    plant(directory, Planted("hybrid", rate=1e-2, loss=3.3))
+    plant(directory, Planted("post", seed=0, loss=4.0))
     broken = [5.0] * 50 + [900.0, math.nan]
-    plant(directory, "post", seed=1, loss=None, diverged_at=52, curve=broken)
-    plant(directory, "post", seed=2, loss=None, finished=False, curve=[5.5] * 20)
+    plant(directory, Planted("post", seed=1, loss=None, diverged_at=52, curve=broken))
+    plant(directory, Planted("post", seed=2, loss=None, finished=False, curve=[5.5] * 20))
     (directory / "figures").mkdir()
     made_by = {"commands": ["hybridnorm lab compare <&> schemes=[pre]"], "schemes": ["pre"]}
     (directory / "comparison.json").write_text(json.dumps(made_by))
@@ -147,7 +148,7 @@ def test_final_losses_count_what_finished_diverged_and_did_not_end(parsed):
     pre = table["pre"][0]
     assert (pre["mean"], pre["std. dev."]) == ("3.5200", f"{np.std(PRE, ddof=1):.4f}")
     assert post["std. dev."] == "—"
-    assert "Unfinished, and in no number of this report: post-0.001-2." in parsed.text
+    assert "No number of this report includes the runs that are unfinished: post-0.001-2." in parsed.text
 
 
 def test_stability_map_says_in_text_what_the_shading_shows(parsed):
@@ -172,7 +173,7 @@ def test_spikes_norms_and_throughput(parsed):
 def test_figures_show_the_planted_numbers(planted):
     runs = read_runs(planted)
     pre = [run for run in runs if run.label == "pre" and run.rate == 1e-3]
-    curve = figures.loss_curves(pre, [1e-3], "validation").axes[0]
+    curve = loss_curves(pre, [1e-3], "validation").axes[0]
     means = [np.mean(rows) for rows in zip(*([loss for _, loss in run.losses] for run in pre), strict=True)]
     drawn = next(line for line in curve.get_lines() if len(line.get_xdata()) == STEPS)
     # A fiftieth of 100 steps: each point is the mean of two, the first of one.
@@ -180,17 +181,17 @@ def test_figures_show_the_planted_numbers(planted):
     np.testing.assert_array_equal(drawn.get_xdata(), np.arange(1, STEPS + 1) * 64)
     (validation,) = [line for line in curve.get_lines() if len(line.get_xdata()) == 1]
     np.testing.assert_allclose(validation.get_ydata(), [np.mean(PRE)])
-    stream = next(quantity for quantity in figures.QUANTITIES if quantity.name == "stream-rms")
-    first, last = figures.layers(stream, {"pre": pre}).axes
+    stream = next(quantity for quantity in QUANTITIES if quantity.name == "stream-rms")
+    first, last = layer_figure(stream, {"pre": pre}).axes
     np.testing.assert_allclose(first.get_lines()[0].get_ydata(), [10, 20, 30, 40])
     np.testing.assert_allclose(last.get_lines()[0].get_ydata(), [100, 200, 300, 400])
-    ratio = next(quantity for quantity in figures.QUANTITIES if quantity.name == "update-ratio")
-    np.testing.assert_allclose(figures.layers(ratio, {"pre": pre}).axes[1].get_lines()[0].get_ydata(), [0.01] * 3)
+    ratio = next(quantity for quantity in QUANTITIES if quantity.name == "update-ratio")
+    np.testing.assert_allclose(layer_figure(ratio, {"pre": pre}).axes[1].get_lines()[0].get_ydata(), [0.01] * 3)
 
 
 def test_a_loss_that_diverged_does_not_decide_the_axis(planted):
     runs = [run for run in read_runs(planted) if run.label == "post" and run.status != "unfinished"]
-    bottom, top = figures.loss_curves(runs, [1e-3], "validation").axes[0].get_ylim()
+    bottom, top = loss_curves(runs, [1e-3], "validation").axes[0].get_ylim()
     assert 3.5 < bottom < 4.0
     assert top < 7
 
@@ -230,8 +231,8 @@ def test_markdown_has_the_same_tables_and_its_figures(planted, parsed):
 
 
 def test_another_baseline(tmp_path):
-    plant(tmp_path, "pre", loss=3.5)
-    plant(tmp_path, "hybrid", loss=3.4)
+    plant(tmp_path, Planted("pre", loss=3.5))
+    plant(tmp_path, Planted("hybrid", loss=3.4))
     parsed = Parsed(write_report(tmp_path, "hybrid").read_text(encoding="utf-8"))
     assert parsed.table("Loss minus hybrid's at the same")["pre"][0]["difference"] == "+0.1000"
 
@@ -245,9 +246,9 @@ def test_unknown_baseline(planted, asked, says):
 
 
 def test_several_labels_of_one_scheme(tmp_path):
-    plant(tmp_path, "pre", loss=3.0, name="a")
-    plant(tmp_path, "pre", loss=2.9, name="b", overrides=("model.d_model=32",))
-    plant(tmp_path, "hybrid", loss=2.8, name="c", overrides=("optimizer.clip=null",))
+    plant(tmp_path, Planted("pre", loss=3.0, name="a"))
+    plant(tmp_path, Planted("pre", loss=2.9, name="b", overrides=("model.d_model=32",)))
+    plant(tmp_path, Planted("hybrid", loss=2.8, name="c", overrides=("optimizer.clip=null",)))
     with pytest.raises(UserError, match=r"baseline=pre: is any of 'pre, d_model=16, clip=1\.0'; 'pre, d_model=32"):
         write_report(tmp_path, "pre")
     parsed = Parsed(write_report(tmp_path, "pre, d_model=32, clip=1.0").read_text(encoding="utf-8"))
@@ -258,15 +259,15 @@ def test_several_labels_of_one_scheme(tmp_path):
 
 
 def test_a_directory_in_which_nothing_has_ended(tmp_path):
-    plant(tmp_path, loss=None, finished=False, curve=[5.0] * 20)
+    plant(tmp_path, Planted(loss=None, finished=False, curve=[5.0] * 20))
     text = write_report(tmp_path).read_text(encoding="utf-8")
-    assert "Unfinished, and in no number of this report: pre-0.001-0." in text
+    assert "No number of this report includes the runs that are unfinished: pre-0.001-0." in text
 
 
 def test_without_a_validation_set_the_training_loss_is_compared(tmp_path):
     for scheme, end in (("pre", 3.0), ("post", 2.5)):
         curve = [6.0] * (STEPS - 2) + [end - 0.1, end + 0.1]
-        plant(tmp_path, scheme, loss=end, curve=curve, result={"scores": {}})
+        plant(tmp_path, Planted(scheme, loss=end, curve=curve, result={"scores": {}}))
     parsed = Parsed(write_report(tmp_path).read_text(encoding="utf-8"))
     assert "There is no validation set" in parsed.text
     # A fiftieth of 100 steps: the last two.
@@ -276,11 +277,11 @@ def test_without_a_validation_set_the_training_loss_is_compared(tmp_path):
 def test_names_from_plugins_are_escaped(tmp_path, monkeypatch):
     evil = "<script>alert('1')</script>|`x`"
     monkeypatch.setitem(SCHEMES, evil, SCHEMES["pre"])
-    run = plant(tmp_path, "pre", loss=3.0, name="evil")
+    run = plant(tmp_path, Planted("pre", loss=3.0, name="evil"))
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["model"]["scheme"] = evil
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    plant(tmp_path, "pre", loss=3.1)
+    plant(tmp_path, Planted("pre", loss=3.1))
     text = write_report(tmp_path).read_text(encoding="utf-8")
     assert "<script" not in text
     assert evil in Parsed(text).table("Loss (validation")
@@ -290,7 +291,7 @@ def test_names_from_plugins_are_escaped(tmp_path, monkeypatch):
 
 
 def test_without_matplotlib_one_line_names_the_extra(tmp_path, monkeypatch):
-    plant(tmp_path, loss=3.0)
+    plant(tmp_path, Planted(loss=3.0))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"figures need matplotlib: pip install hybridnorm-jax\[lab\]"):
         write_report(tmp_path)

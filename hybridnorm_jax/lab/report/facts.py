@@ -1,0 +1,90 @@
+"""What all runs of a comparison share: hardware, data, sizes and settings, with every value that occurs."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from hybridnorm_jax.config.yaml_files import show
+from hybridnorm_jax.lab.report.formats import digits_text, duration_text
+from hybridnorm_jax.lab.report.statistics import ComparedRuns, median
+from hybridnorm_jax.lab.runs import Run
+
+MODEL_KEYS = ("d_model", "num_layers", "num_heads", "mlp_dim", "norm", "dtype")
+OPTIMIZER_KEYS = ("schedule", "final_ratio", "warmup_steps", "warmup_tokens", "b1", "b2", "weight_decay", "clip")
+
+
+class Fact(NamedTuple):
+    """A property of the runs and its value."""
+
+    name: str
+    text: str
+
+
+def facts(compared: ComparedRuns) -> list[Fact]:
+    """What is known of the runs, in the order of a report."""
+    every = [*_machine_facts(compared), *_data_facts(compared), *_time_facts(compared), *_setting_facts(compared)]
+    return [fact for fact in every if fact.text]
+
+
+def distinct(values: Iterable[Any]) -> list[Any]:
+    """The values that occur, in their order, without None and empty text."""
+    return list(dict.fromkeys(value for value in values if value is not None and value != ""))
+
+
+def _machine_facts(compared: ComparedRuns) -> Iterator[Fact]:
+    results = [run.result for run in compared.runs]
+    hardware = distinct(result.get("hardware") for result in results)
+    yield Fact("hardware", "; ".join(hardware) or "not recorded")
+    versions = [
+        ", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items()) for result in results
+    ]
+    yield Fact("versions", "; ".join(distinct(versions)) or "not recorded")
+
+
+def _data_facts(compared: ComparedRuns) -> Iterator[Fact]:
+    config = compared.runs[0].config
+    data, train = config.data, config.train
+    files = f": {', '.join(data.files)}" if data.files else ""
+    yield Fact("data", f"{data.source}{files}")
+    yield Fact("tokenizer", f"{data.tokenizer}, {config.model.vocab_size:,} rows of the embedding")
+    sets = "".join(f", set {name}" for name in data.validation)
+    yield Fact("held out", f"{data.validation_fraction:.2%} of the documents{sets}")
+    tokens = train.steps * config.tokens_per_step
+    sizes = distinct(run.result.get("train_tokens") for run in compared.runs)
+    if sizes:
+        size = sizes[0]
+        yield Fact("training set", f"{size:,} tokens, seen {digits_text(tokens / max(size, 1))} times")
+    shape = f"{train.steps:,} steps of {train.batch_size} sequences of {train.seq_len} tokens"
+    yield Fact("tokens per run", f"{tokens:,} ({shape})")
+
+
+def _time_facts(compared: ComparedRuns) -> Iterator[Fact]:
+    seconds = [run.result["seconds"] for run in compared.runs if "seconds" in run.result]
+    if seconds:
+        any_resumed = any(run.result.get("resumed_from") for run in compared.runs)
+        resumed = "; of a resumed run only the last part is counted" if any_resumed else ""
+        each = f"{duration_text(median(seconds))} per run (median)"
+        yield Fact("wall time", f"{duration_text(sum(seconds))} in all, {each}{resumed}")
+
+
+def _setting_facts(compared: ComparedRuns) -> Iterator[Fact]:
+    data_seeds = {run.config.train.data_seed for run in compared.runs}
+    if len(data_seeds) == 1 and None not in data_seeds:
+        yield Fact(
+            "the seed decides",
+            "parameters and dropout. All runs read the data in the same order, so this comparison does not show what "
+            "another order would do",
+        )
+    else:
+        yield Fact("the seed decides", "parameters, dropout and the order of the data")
+    yield Fact("model", _values(compared.runs, "model", MODEL_KEYS))
+    yield Fact("optimizer", _values(compared.runs, "optimizer", OPTIMIZER_KEYS))
+
+
+def _values(runs: Iterable[Run], section: str, names: Iterable[str]) -> str:
+    """key=value for each key of a section; where runs differ, key=value or value."""
+    sections = [getattr(run.config, section) for run in runs]
+    parts = []
+    for name in names:
+        values = distinct(getattr(values_of_run, name) for values_of_run in sections)
+        parts.append(f"{name}={' or '.join(map(show, values))}")
+    return ", ".join(parts)

@@ -1,0 +1,147 @@
+"""A report as one HTML page. All text is escaped here."""
+
+import html
+import re
+from collections.abc import Sequence
+
+from hybridnorm_jax.lab.figure_styles import svg
+from hybridnorm_jax.lab.report.blocks import Block, Cell, Heading, Listing, Paragraph, Picture, Table
+
+CSS = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 62rem; background: #fff; color: #1a1a1a;
+  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0.5rem 0 1rem; }
+h2 { font-size: 1.25rem; margin: 2.2rem 0 0.6rem; padding-top: 0.4rem; border-top: 1px solid #bbb; }
+h3 { font-size: 1.05rem; margin: 1.4rem 0 0.4rem; }
+p { margin: 0.5rem 0; max-width: 46rem; }
+nav ul { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: 0.2rem 1.2rem; }
+a { color: #0645ad; }
+.scroll { overflow-x: auto; margin: 0.8rem 0; }
+table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; padding: 0 0 0.3rem; color: #333; }
+caption span { display: inline-block; max-width: min(46rem, calc(100vw - 2rem)); }
+th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
+thead th { border-bottom: 2px solid #555; vertical-align: bottom; }
+tbody th { font-weight: 600; }
+tbody th, tbody td { white-space: nowrap; }
+tbody .long { white-space: normal; overflow-wrap: anywhere; min-width: 13rem; }
+th.number, td.number { text-align: right; }
+td.shade { border: 1px solid #888; color: #000; -webkit-print-color-adjust: exact; print-color-adjust: exact; }
+td.failed { border: 3px double #000; font-weight: 600; }
+td.none { background: repeating-linear-gradient(135deg, #fff 0 7px, #ddd 7px 9px);
+  -webkit-print-color-adjust: exact; print-color-adjust: exact; }
+figure { margin: 1rem 0; }
+figure svg { max-width: 100%; height: auto; display: block; }
+figcaption { font-size: 0.9rem; color: #333; max-width: 46rem; }
+dt { font-weight: 600; margin-top: 0.6rem; overflow-wrap: anywhere; }
+dd { margin: 0; }
+code { font: 0.85rem/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
+@media (max-width: 40rem) { table.pairs td { white-space: normal; min-width: 0; } }
+@media print {
+  body { max-width: none; padding: 0; font-size: 10pt; }
+  nav { display: none; }
+  .scroll { overflow: visible; }
+  table { font-size: 8pt; }
+  caption span { max-width: none; }
+  figure, tr { break-inside: avoid; }
+  caption { break-after: avoid; }
+  h2, h3 { break-after: avoid; }
+}
+"""
+# A cell with more characters is broken into lines. On a phone, a short one would be broken after every word.
+LONG = 40
+
+
+def to_html(title: str, blocks: Sequence[Block]) -> str:
+    """One page that needs no other file, no network and no script; figures are inline SVG."""
+    headings = [block.text for block in blocks if isinstance(block, Heading) and block.level == 2]
+    links = "".join(f'<li><a href="#{_anchor(text)}">{html.escape(text)}</a></li>' for text in headings)
+    body = "\n".join(_html(block) for block in blocks)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
+        f"<h1>{html.escape(title)}</h1>\n<nav><ul>{links}</ul></nav>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _html(block: Block) -> str:
+    match block:
+        case Heading():
+            anchor = f' id="{_anchor(block.text)}"' if block.level == 2 else ""
+            return f"<h{block.level}{anchor}>{html.escape(block.text)}</h{block.level}>"
+        case Paragraph():
+            return f"<p>{html.escape(block.text)}</p>"
+        case Table():
+            return _table(block)
+        case Picture():
+            return _picture(block)
+        case Listing():
+            return _listing(block)
+
+
+def _picture(picture: Picture) -> str:
+    caption = html.escape(picture.caption)
+    image = svg(picture.figure, picture.name).replace("<svg", f'<svg role="img" aria-label="{caption}"', 1)
+    return f"<figure>\n{image}\n<figcaption>{caption}</figcaption>\n</figure>"
+
+
+def _listing(listing: Listing) -> str:
+    lines = [
+        f"<dt>{html.escape(command.name)}</dt><dd><code>{html.escape(command.text)}</code></dd>"
+        for command in listing.commands
+    ]
+    return "<dl>\n" + "\n".join(lines) + "\n</dl>"
+
+
+def _table(table: Table) -> str:
+    head = ""
+    for column in table.columns:
+        kind = ' class="number"' if column.holds_numbers else ""
+        head += f'<th scope="col"{kind}>{html.escape(column.name)}</th>'
+    rows = "\n".join(f"<tr>{_row(table, row)}</tr>" for row in table.rows)
+    caption = html.escape(table.caption)
+    pairs = ' class="pairs"' if len(table.columns) == 2 else ""
+    # tabindex: a keyboard can then scroll a table that is wider than the screen.
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table{pairs}>\n'
+        f"<caption><span>{caption}</span></caption>\n<thead><tr>{head}</tr></thead>\n"
+        f"<tbody>\n{rows}\n</tbody>\n</table></div>"
+    )
+
+
+def _row(table: Table, row: Sequence[str | Cell]) -> str:
+    parts = []
+    for index, (column, item) in enumerate(zip(table.columns, row, strict=True)):
+        cell = item if isinstance(item, Cell) else Cell(item)
+        look = _look(cell, holds_number=column.holds_numbers)
+        text = html.escape(cell.text)
+        parts.append(f'<th scope="row"{look}>{text}</th>' if index == 0 else f"<td{look}>{text}</td>")
+    return "".join(parts)
+
+
+def _look(cell: Cell, *, holds_number: bool) -> str:
+    """The class and style attributes of a cell."""
+    classes = []
+    if holds_number:
+        classes.append("number")
+    if cell.failed:
+        classes.append("failed")
+    if len(cell.text) > LONG:
+        classes.append("long")
+    if cell.failed and cell.shade is None:
+        classes.append("none")
+    style = ""
+    if cell.shade is not None:
+        classes.append("shade")
+        # Down to #b0b0b0, on which black has a contrast of 9.7.
+        gray = f"{round(255 - 79 * cell.shade):02x}"
+        style = f' style="background:#{gray}{gray}{gray}"'
+    kind = f' class="{" ".join(classes)}"' if classes else ""
+    return kind + style
+
+
+def _anchor(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

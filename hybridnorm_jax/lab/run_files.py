@@ -1,0 +1,184 @@
+"""The files that the lab reads of a run: result.json and metrics.jsonl, each checked as it is read."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from hybridnorm_jax.errors import UserError
+
+FINISHED, DIVERGED, UNFINISHED = "finished", "diverged", "unfinished"
+# Keys of metrics.jsonl that hold one number, besides those of evaluations; and keys that hold one for every step.
+NUMBER_KEYS = ("train/loss", "train/grad_norm", "tokens_per_second")
+SERIES_KEYS = ("train/losses", "train/grad_norms")
+
+Record = dict[str, Any]
+
+
+class Point(NamedTuple):
+    """One value of a series; NaN stands for every value that is not finite."""
+
+    step: int
+    value: float
+
+
+class WatchedStep(NamedTuple):
+    """What train.watch_every measured at one step.
+
+    Attributes:
+      layers: the key without "watch/" -> one value per layer, or one number outside of the layers; None where there is
+        no value.
+    """
+
+    step: int
+    layers: dict[str, Any]
+
+
+def read_object(file: Path | epath.Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      UserError: the file cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as JSON: {str(error).splitlines()[0]}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: must hold a JSON object")
+    return value
+
+
+def read_result(file: Path | epath.Path) -> dict[str, Any]:
+    """The result.json of a run.
+
+    Raises:
+      UserError: a value is not what `hybridnorm lab compare` writes; the message names the file and the key.
+    """
+    result = read_object(file)
+
+    def require(holds: bool, key: str, right: str) -> None:
+        if not holds:
+            raise UserError(f"{file}: {key}: {right}")
+
+    require(result.get("status") in (FINISHED, DIVERGED), "status", f"must be {FINISHED} or {DIVERGED}")
+    require(type(result.get("step")) is int, "step", "must be an integer")
+    diverged_at = result.get("diverged_at")
+    require(diverged_at is None or type(diverged_at) is int, "diverged_at", "must be an integer or null")
+    require(_are_scores(result.get("scores")), "scores", "must map validation sets to objects with a loss")
+    texts = ("command", "hardware")
+    require(all(isinstance(result.get(key, ""), str) for key in texts), ", ".join(texts), "must be text")
+    numbers = ("train_tokens", "tokens", "seconds", "resumed_from")
+    require(all(_is_number(result.get(key, 0)) for key in numbers), ", ".join(numbers), "must be numbers")
+    require(isinstance(result.get("versions", {}), dict), "versions", "must map packages to versions")
+    return result
+
+
+def _are_scores(scores: Any) -> bool:
+    if not isinstance(scores, dict):
+        return False
+    return all(
+        isinstance(score, dict) and "loss" in score and _is_number_or_null(score["loss"]) for score in scores.values()
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_number_or_null(value: Any) -> bool:
+    return value is None or _is_number(value)
+
+
+def read_records(directory: Path | epath.Path) -> Iterator[Record]:
+    """The objects in the metrics.jsonl of a run's directory; none where there is no such file.
+
+    A run that is killed while it writes leaves an incomplete last line, which is passed over.
+
+    Raises:
+      UserError: another line is no object with a step and numbers.
+    """
+    file = directory / "metrics.jsonl"
+    if not file.exists():
+        return
+    lines = file.read_bytes().decode(errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        record = _parse_record(line)
+        if record is not None:
+            yield record
+        elif number < len(lines):
+            raise UserError(f"{file}, line {number}: not a JSON object with a step and numbers")
+
+
+def _parse_record(line: str) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    for key, value in record.items():
+        is_single = key in NUMBER_KEYS or key.startswith("eval/")
+        if is_single and not _is_number_or_null(value):
+            return None
+        if key in SERIES_KEYS and not (isinstance(value, list) and all(map(_is_number_or_null, value))):
+            return None
+    return record
+
+
+def read_losses(directory: Path | epath.Path) -> list[Point]:
+    """The training loss of a run's directory, in nats per token, at every step that metrics.jsonl has."""
+    return losses(list(read_records(directory)))
+
+
+def losses(records: Sequence[Record]) -> list[Point]:
+    """The training loss in nats per token."""
+    return _series(records, last="train/loss", every="train/losses")
+
+
+def gradient_norms(records: Sequence[Record]) -> list[Point]:
+    """The norm of the gradient before clipping."""
+    return _series(records, last="train/grad_norm", every="train/grad_norms")
+
+
+def _series(records: Sequence[Record], *, last: str, every: str) -> list[Point]:
+    """The values of all steps: those of the key `every` where a line has it, else the one of the key `last`."""
+    series = []
+    for record in records:
+        step = record["step"]
+        if record.get(every):
+            values = record[every]
+            first = step - len(values) + 1
+            series += [Point(first + index, as_number(value)) for index, value in enumerate(values)]
+        elif last in record:
+            series.append(Point(step, as_number(record[last])))
+    return series
+
+
+def validation_losses(records: Sequence[Record]) -> dict[str, list[Point]]:
+    """Validation set -> its loss in nats per token, at every evaluation."""
+    found: dict[str, list[Point]] = {}
+    for record in records:
+        for key, value in record.items():
+            if key.startswith("eval/") and key.endswith("/loss"):
+                name = key.removeprefix("eval/").removesuffix("/loss")
+                found.setdefault(name, []).append(Point(record["step"], as_number(value)))
+    return found
+
+
+def watched_steps(records: Sequence[Record]) -> list[WatchedStep]:
+    """What was measured in the layers, at every step where it was."""
+    found = []
+    for record in records:
+        layers = {key.removeprefix("watch/"): value for key, value in record.items() if key.startswith("watch/")}
+        if layers:
+            found.append(WatchedStep(record["step"], layers))
+    return found
+
+
+def as_number(value: float | None) -> float:
+    """NaN for null, which stands for NaN and infinity in JSON."""
+    return math.nan if value is None else float(value)
