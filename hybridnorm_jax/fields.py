@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from hybridnorm_jax.errors import ConfigError, did_you_mean
 
@@ -12,6 +12,16 @@ def key(default: Any, meaning: str) -> Any:
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata={"meaning": meaning})
     return dataclasses.field(default=default, metadata={"meaning": meaning})
+
+
+Value = TypeVar("Value")
+
+
+def filled(value: Value | None) -> Value:
+    """A field's value that null may stand for in a file, but that its dataclass has replaced on construction."""
+    if value is None:
+        raise AssertionError("the dataclass has left null where it should have put the value that null stands for")
+    return value
 
 
 def check(condition: bool, key_name: str, value: Any, right: str) -> None:

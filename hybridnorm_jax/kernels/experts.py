@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.megablox import gmm
 from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.fields import check, check_choice
@@ -238,6 +237,8 @@ _ragged_product.defvjp(lambda *arguments: (_ragged_product(*arguments), argument
 
 def _gmm_product(rows: Rows, kernels: InputKernels, sizes: GroupSizes) -> Float[Array, "rows mlp"]:
     """rows_i kernels[e] in the dtype of rows, which the kernel sums in float32."""
+    from jax.experimental.pallas.ops.tpu.megablox import gmm  # imports Pallas, which takes a while
+
     # Not measured on a TPU. A tile of rows that two groups share is computed for each, so tiles are short against the
     # mean group; along embed and mlp they are the largest that fit into a v5e core's memory.
     tile_rows = next((size for size in (512, 256) if 4 * size * len(kernels) <= len(rows)), 128)

@@ -82,7 +82,7 @@ class ExpertProjection(nn.Module):
     use_bias: bool
     dtype: Any
     param_dtype: Any
-    init: Callable
+    init: Callable[..., Array]
 
     @nn.compact
     def __call__(self) -> tuple[Float[Array, "experts inputs outputs"], Float[Array, "experts outputs"] | None]:
@@ -132,9 +132,9 @@ class MoE(nn.Module):
     dispatch: str = "auto"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    router_init: Callable = truncated_normal(0.02)
-    input_init: Callable = truncated_normal(0.02)
-    output_init: Callable = truncated_normal(0.02)
+    router_init: Callable[..., Array] = truncated_normal(0.02)
+    input_init: Callable[..., Array] = truncated_normal(0.02)
+    output_init: Callable[..., Array] = truncated_normal(0.02)
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
@@ -155,8 +155,9 @@ class MoE(nn.Module):
         bias = None
         if self.balance_bias:
             bias = self.param("balance_bias", nn.initializers.zeros, (self.num_experts,), self.param_dtype)
-        options = {"normalize": self.normalize_weights, "balance_bias": bias}
-        weights, chosen = choose_experts(logits, self.experts_per_token, **options)
+        weights, chosen = choose_experts(
+            logits, self.experts_per_token, normalize=self.normalize_weights, balance_bias=bias
+        )
         self._sow(logits, chosen)
         y = self._experts(x.astype(self.dtype), weights, chosen)
         if self.shared_experts == 0:

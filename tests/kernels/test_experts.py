@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas.ops.tpu import megablox
 from jax.sharding import AxisType, PartitionSpec
 
 from hybridnorm_jax.errors import ConfigError
@@ -56,7 +57,7 @@ def assert_equal_to(expected, got, tolerance):
 
 @pytest.fixture
 def gmm_interpreted(monkeypatch):
-    monkeypatch.setattr(expert_dispatch, "gmm", functools.partial(expert_dispatch.gmm, interpret=True))
+    monkeypatch.setattr(megablox, "gmm", functools.partial(megablox.gmm, interpret=True))
 
 
 def test_dense_is_the_formula():

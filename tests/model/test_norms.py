@@ -1,5 +1,6 @@
 """The three norms against their definitions in NumPy, float64."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,7 +80,7 @@ def test_integers_are_refused():
 
 def test_the_module_holds_the_parameters_and_calls_the_function():
     x = jnp.asarray(RNG.normal(size=(3, 8)), jnp.float32)
-    module = hn.Norm(kind="layernorm", eps=EPS, use_bias=True, scale_init=0.5)
+    module = hn.Norm(kind="layernorm", epsilon=EPS, scale_init=nn.initializers.constant(0.5))
     params = module.init(jax.random.key(0), x)["params"]
     assert {name: leaf.shape for name, leaf in params.items()} == {"scale": (8,), "bias": (8,)}
     np.testing.assert_allclose(params["scale"], 0.5)
