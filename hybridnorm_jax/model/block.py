@@ -90,9 +90,9 @@ class LayerInputs:
 class SharedInputs:
     """What is the same for all layers; see the arguments of Attention."""
 
-    positions: Int[Array, "batch seq"] | None = None
-    segment_ids: Int[Array, "batch seq"] | None = None
     rotation: Rotation | None = None
+    segment_ids: Int[Array, "batch seq"] | None = None
+    positions: Int[Array, "batch seq"] | None = None
 
 
 class Block(nn.Module):
