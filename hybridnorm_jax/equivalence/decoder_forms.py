@@ -125,8 +125,9 @@ def _run_rules(config: ModelConfig, run: Run, name: str) -> dict[str, Role]:
         "attention": (dict.fromkeys(("query", "key", "value"), 1), ("out",), config.attention_bias),
         "feed_forward": (*_feed_forward_projections(config), config.mlp_bias),
     }
+    scales_of = {"attention": run.scales("attention").input, "feed_forward": run.scales("feed_forward").input}
     for sublayer, (readers, writers, has_bias) in branches.items():
-        norm, scales = f"{name}/{sublayer}_pre_norm", run.scales(sublayer).input
+        norm, scales = f"{name}/{sublayer}_pre_norm", scales_of[sublayer]
         rules |= _norm_rules(config, norm)
         for reader, axis in readers.items():
             role = Reads(norm, axis, input_scale=1.0 if scales is None else scales)
@@ -153,8 +154,12 @@ def _feed_forward_projections(config: ModelConfig) -> tuple[dict[str, int], tupl
 
 
 def _norm_rules(config: ModelConfig, path: str) -> dict[str, Role]:
-    scale = {f"{path}/scale": NormScale()} if config.norm_scale else {}
-    return scale | ({f"{path}/bias": NormBias()} if config.norm_bias else {})
+    rules: dict[str, Role] = {}
+    if config.norm_scale:
+        rules[f"{path}/scale"] = NormScale()
+    if config.norm_bias:
+        rules[f"{path}/bias"] = NormBias()
+    return rules
 
 
 def _with_room(config: ModelConfig, roomy: ModelConfig, params: Any) -> dict:

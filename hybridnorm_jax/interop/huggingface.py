@@ -204,7 +204,7 @@ class _Tensors:
             raise UserError(f"{self.where(name)}: cannot be read: {_one_line(error)}") from error
 
 
-def _files(directory: Path) -> dict[Path, list[str] | None]:
+def _files(directory: Path) -> Mapping[Path, list[str] | None]:
     """The safetensors files, and the names that the index places in each; None without an index."""
     if (directory / WEIGHTS).exists():
         return {directory / WEIGHTS: None}
@@ -219,7 +219,7 @@ def _files(directory: Path) -> dict[Path, list[str] | None]:
     places = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise UserError(f"{index}: weight_map must map names of tensors to names of files")
-    files: dict[Path, list[str] | None] = {}
+    files: dict[Path, list[str]] = {}
     for name, file in places.items():
         if Path(file).name != file:
             raise UserError(f"{index}: weight_map.{name}={file} must be the name of a file beside it")

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.fields import present
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.placement import HEAD_NORMS, runs
 
@@ -53,7 +54,7 @@ def params_from_olmo(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> d
         `att_proj` holds q, k, v stacked, `ff_proj` up and then gate.
 
     Returns:
-      The tree described in decoder.py, float32 or as the arrays are.
+      The tree of docs/parameters.md, float32 or as the arrays are.
 
     Raises:
       UserError: an array is missing, left over or of another shape, or the scheme is not expressible in their code.
@@ -64,7 +65,7 @@ def params_from_olmo(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> d
         "token_embedding": {"embedding": source.take("transformer.wte.weight", config.vocab_size, width)}
     }
     if config.positions == "learned":
-        table = source.take("transformer.wpe.weight", config.max_positions, width)
+        table = source.take("transformer.wpe.weight", present(config.max_positions), width)
         params["position_embedding"] = {"embedding": table}
     if not config.tie_embeddings:
         params["head"] = {"kernel": source.take("transformer.ff_out.weight", config.vocab_size, width).T}
@@ -88,7 +89,7 @@ def _norms(config: ModelConfig, source: _Arrays) -> dict[Any, dict[str, np.ndarr
     theirs = {"attention": "attn_norm", "feed_forward": "ff_norm"}
     found: dict[Any, dict[str, np.ndarray]] = {}
     # What a norm at the next entrance normalizes, if that entrance has no pre norm.
-    before = "embedding_norm" if config.has_embedding_norm else None
+    before: str | tuple[int, str, str] | None = "embedding_norm" if config.has_embedding_norm else None
     for layer, name in sublayers:
         placement = getattr(config.placements[layer], name)
         entrance = f"transformer.blocks.{layer}.{theirs[name]}"

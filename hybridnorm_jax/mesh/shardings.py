@@ -1,6 +1,6 @@
 """The device mesh, and which dimension of which array lies on which of its axes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -80,7 +80,7 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
 
 
 @contextmanager
-def use_mesh(mesh: Mesh, rules: Rules = RULES):
+def use_mesh(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
     """Trace and run what is inside on this mesh, by the first entries of these rules."""
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
@@ -112,7 +112,7 @@ def partition_spec(
     taken: set[str] = set()
     spec = []
     for axis, size in zip(axes, shape, strict=True):
-        free = (entry for entry in rules.get(axis, ()) if not taken.intersection(entry))
+        free = (entry for entry in rules.get(axis or "", ()) if not taken.intersection(entry))
         entry = next((entry for entry in free if size % _parts_of(entry, mesh) == 0), None)
         split = tuple(axis for axis in entry or () if mesh.shape[axis] > 1)
         taken.update(split)
@@ -131,7 +131,7 @@ def _parts(path: tuple[Any, ...]) -> tuple[str, ...]:
 def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     """For parameters, or a training state that holds trees like them: the same tree of NamedShardings."""
 
-    def sharding(path, leaf):
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         return NamedSharding(mesh, partition_spec(logical_axes(_parts(path), leaf.ndim), leaf.shape, mesh, rules))
 
     return jax.tree.map_with_path(sharding, tree)
@@ -144,7 +144,8 @@ def undivided(params: Any, mesh: Mesh, rules: Rules = RULES) -> list[str]:
         axes = logical_axes(_parts(path), leaf.ndim)
         spec = partition_spec(axes, leaf.shape, mesh, rules)
         for axis, size, placed in zip(axes, leaf.shape, spec, strict=True):
-            first = rules.get(axis, ((),))[0] if rules.get(axis) else ()
+            entries = rules.get(axis or "", ())
+            first = entries[0] if entries else ()
             if size % _parts_of(first, mesh) == 0:
                 continue
             over = " x ".join(name for name in first if mesh.shape[name] > 1)
@@ -176,7 +177,7 @@ def batch_share(mesh: Mesh, rules: Rules = RULES) -> tuple[int, int]:
     parts = batch_parts(mesh, rules)
     held: dict[int, set[int]] = {}
     for device, (rows,) in batch_sharding(mesh, 0, rules).devices_indices_map((parts,)).items():
-        held.setdefault(device.process_index, set()).add(rows.start or 0)
+        held.setdefault(device.process_index, set()).add(rows.start or 0)  # type: ignore[attr-defined]
     stretches = sorted({tuple(sorted(rows)) for rows in held.values()})
     if sum(map(len, stretches)) != parts or len(set(map(len, stretches))) != 1:
         wrong = f"splits a batch into {parts} parts, which {len(held)} processes cannot share equally"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from hybridnorm_jax.fields import filled
+from hybridnorm_jax.fields import present
 from hybridnorm_jax.model.attention import Attention, Rotation
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.feed_forward import FeedForward
@@ -186,7 +186,7 @@ class Block(nn.Module):
 
     def _initializer(self, role: str, layer: int | Int[Array, ""]) -> Callable[..., Array]:
         factor = std_factor(self.config.initializer_name, role, layer, self.config.num_layers)
-        return truncated_normal(filled(self.config.init_std) * factor)
+        return truncated_normal(self.config.init_std * factor)
 
     def _attention(self, layer: int | Int[Array, ""]) -> Attention:
         config, placement = self.config, self.placement
@@ -200,8 +200,8 @@ class Block(nn.Module):
             context_norm=placement.context_norm,
             norm=config.attention_norm_kind,
             norm_epsilon=config.norm_eps,
-            norm_scale=filled(config.attention_norm_scale),
-            norm_bias=filled(config.attention_norm_bias),
+            norm_scale=config.attention_norm_scale,
+            norm_bias=config.attention_norm_bias,
             rope_theta=config.rope_theta if config.positions == "rope" else None,
             rotary_dim=config.rotary_dim if config.positions == "rope" else None,
             use_bias=config.attention_bias,
@@ -218,7 +218,7 @@ class Block(nn.Module):
         config = self.config
         if config.num_experts == 0:
             return FeedForward(
-                mlp_dim=filled(config.mlp_dim),
+                mlp_dim=config.mlp_dim,
                 activation=config.activation,
                 use_bias=config.mlp_bias,
                 dtype=jnp.dtype(config.dtype),
@@ -229,8 +229,8 @@ class Block(nn.Module):
             )
         return MoE(
             num_experts=config.num_experts,
-            experts_per_token=filled(config.experts_per_token),
-            mlp_dim=filled(config.mlp_dim),
+            experts_per_token=present(config.experts_per_token),
+            mlp_dim=config.mlp_dim,
             normalize_weights=config.normalize_expert_weights,
             shared_experts=config.shared_experts,
             balance_bias=config.balance_bias,

@@ -4,13 +4,15 @@ docs/parameters.md lists its parameter tree, plain nested dicts of arrays. `run_
 structure (placement.runs), first to last, stacked along the first axis of every leaf.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from hybridnorm_jax.fields import filled
+from hybridnorm_jax.fields import present
 from hybridnorm_jax.kernels.names import SAVED
 from hybridnorm_jax.model.attention import Rotation, default_positions, rotation
 from hybridnorm_jax.model.block import (
@@ -49,7 +51,7 @@ class Embedding(nn.Module):
 
     rows: int
     width: int
-    std: float
+    std: float | Array
     dtype: str
     param_dtype: str
 
@@ -72,7 +74,7 @@ class Head(nn.Module):
     """
 
     vocab_size: int
-    std: float
+    std: float | Array
     use_bias: bool
     param_dtype: str
 
@@ -125,12 +127,13 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         config = self.config
         factor = std_factor(config.initializer_name, "outer", 0, config.num_layers)
-        std = filled(config.init_std) * factor
-        dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype}
-        self.token_embedding = Embedding(rows=config.vocab_size, width=config.d_model, std=std, **dtypes)
+        std = config.init_std * factor
+        embedding = partial(
+            Embedding, width=config.d_model, std=std, dtype=config.dtype, param_dtype=config.param_dtype
+        )
+        self.token_embedding = embedding(rows=config.vocab_size)
         if config.positions == "learned":
-            rows = config.position_offset + filled(config.max_positions)
-            self.position_embedding = Embedding(rows=rows, width=config.d_model, std=std, **dtypes)
+            self.position_embedding = embedding(rows=config.position_offset + present(config.max_positions))
         if config.has_embedding_norm:
             self.embedding_norm = stream_norm(config)
         if config.has_final_norm:
@@ -214,7 +217,7 @@ class Decoder(nn.Module):
         return scanned(config=config, placement=run.structure, deterministic=deterministic, name=name)
 
     def _check_length(self, length: int) -> None:
-        largest = filled(self.config.max_positions)
+        largest = present(self.config.max_positions)
         if length > largest:
             raise ValueError(f"{length} tokens, but model.max_positions={largest}")
 

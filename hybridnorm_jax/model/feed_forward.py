@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from hybridnorm_jax.model.initializers import truncated_normal
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,

@@ -29,7 +29,7 @@ def from_linen_params(module: nnx.Module, params: Mapping[str, Any]) -> None:
       UserError: a parameter is missing, is one too many, or has another shape or dtype; names the first.
     """
     state = nnx.state(module, nnx.Param)
-    pure = unfreeze(params)
+    pure = unfreeze(dict(params))
     _check_same_leaves(expected=nnx.to_pure_dict(state), given=pure)
     nnx.replace_by_pure_dict(state, pure)
     nnx.update(module, state)
