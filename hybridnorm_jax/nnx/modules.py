@@ -84,9 +84,7 @@ class Norm(Shell):
         """
         linen = norms.Norm(**attributes)
         if linen.feature_axes not in (-1, (-1,)):
-            raise ValueError(
-                f"feature_axes={linen.feature_axes}: num_features is the size of the last axis; must be -1"
-            )
+            raise ValueError(f"feature_axes={linen.feature_axes}: must be -1, the axis of size num_features")
         axes = (linen.reduction_axes,) if isinstance(linen.reduction_axes, int) else linen.reduction_axes
         rank = max(2, *(axis + 1 if axis >= 0 else -axis for axis in axes))
         super().__init__(linen, sample=jnp.zeros([1] * (rank - 1) + [num_features]), rngs=rngs)
