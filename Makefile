@@ -21,7 +21,7 @@ TRAIN_ENV := GLIBC_TUNABLES="$${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 help:
 	@echo "make train [ARGS='FILE.yaml key=value ...']   pretrain (the quickstart without ARGS), then evaluate"
 	@echo "make test  [TESTS=tests/test_x.py] [ARGS=-x]  the tests"
-	@echo "make lint                                     ruff, and what may import what"
+	@echo "make lint                                     ruff, what may import what, and types"
 	@echo "make clean                                    delete environments and caches, not runs"
 	@echo "Each installs what it needs first. PYTHON=python3.12 chooses the interpreter (now: $(PYTHON), in $(VENV))."
 
@@ -35,6 +35,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv .venv-* .jax_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,10 +1,16 @@
 from . import equivalence as equivalence
+from . import nnx as nnx
+from .config.run_config import RunConfig as RunConfig
 from .errors import ConfigError as ConfigError
 from .errors import UserError as UserError
 from .interop.huggingface import load_huggingface as load_huggingface
 from .interop.huggingface import save_huggingface as save_huggingface
 from .interop.olmo import params_from_olmo as params_from_olmo
+from .mesh.shardings import make_mesh as make_mesh
+from .mesh.shardings import tree_shardings as tree_shardings
+from .mesh.shardings import use_mesh as use_mesh
 from .model.attention import Attention as Attention
+from .model.attention import rotation as rotation
 from .model.block import Block as Block
 from .model.config import ModelConfig as ModelConfig
 from .model.decoder import Decoder as Decoder
@@ -18,4 +24,8 @@ from .model.placement import BlockPlacement as BlockPlacement
 from .model.placement import SublayerPlacement as SublayerPlacement
 from .model.schemes import SCHEMES as SCHEMES
 from .model.schemes import Scheme as Scheme
+from .model.schemes import describe as describe
 from .model.schemes import scheme as scheme
+from .model.schemes import schemes as schemes
+from .training.run_directory import load_run as load_run
+from .training.run_directory import save_run as save_run

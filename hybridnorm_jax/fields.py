@@ -2,9 +2,31 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from hybridnorm_jax.errors import ConfigError, did_you_mean
+
+Value = TypeVar("Value")
+
+if TYPE_CHECKING:
+    Filled = Annotated[Value, "a file may say null; construction puts a value in its place"]
+else:
+
+    class Filled:
+        """`Filled[int]`: a field that may be set to null, and whose readers always find an int.
+
+        To what reads configuration files it is `int | None`, to type checkers `int`.
+        """
+
+        def __class_getitem__(cls, value_type):
+            return value_type | None
+
+
+def present(value: Value | None) -> Value:
+    """The value of a field that may be null in general, but that construction has checked not to be null here."""
+    if value is None:
+        raise AssertionError("a field is null that the checks of its dataclass should have refused")
+    return value
 
 
 def key(default: Any, meaning: str) -> Any:

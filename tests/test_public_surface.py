@@ -1,6 +1,8 @@
 """What other code may rely on: names, signatures, shapes, and use inside a foreign Flax module."""
 
 import dataclasses
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -9,7 +11,9 @@ import numpy as np
 import pytest
 
 import hybridnorm_jax as hn
+from hybridnorm_jax.errors import UserError
 
+POSITIONS = np.arange(5, dtype=np.int32)[None]
 TOKENS = np.arange(10, dtype=np.int32).reshape(2, 5)
 
 
@@ -90,3 +94,154 @@ def test_impossible_models_say_which_key_and_what_would_be_right(keys, message):
     with pytest.raises(hn.ConfigError, match=message) as error:
         hn.ModelConfig(**keys)
     assert "\n" not in str(error.value)
+
+
+# ---- Imports
+
+# What a library that is imported into somebody's program must not bring along. flax.linen brings none of it.
+HEAVY = ("grain", "jax.experimental.pallas", "optax", "orbax", "tensorboardX", "tensorstore", "tokenizers", "tqdm")
+
+
+def _child(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    "use",
+    ["", "hn.Decoder, hn.Norm, hn.MoE, hn.describe('span', 2)", "hn.ModelConfig(num_experts=2, experts_per_token=1)"],
+)
+def test_importing_brings_nothing_heavy(use):
+    code = f"import sys, flax.linen, hybridnorm_jax as hn; {use or 'pass'}; print(*sys.modules)"
+    assert not set(HEAVY) & set(_child(code))
+
+
+def test_importing_takes_no_longer_than_flax_does():
+    """CPU seconds of the process itself, which other processes do not lengthen."""
+
+    def seconds(code):
+        return sorted(float(_child(f"{code}; import time; print(time.process_time())")[0]) for _ in range(3))[1]
+
+    # Names are imported on first use, so that today's ratio is 0.03.
+    assert seconds("import hybridnorm_jax") < 1.15 * seconds("import flax.linen")
+
+
+def test_a_name_that_is_not_there():
+    with pytest.raises(AttributeError, match="Decodr"):
+        hn.Decodr  # noqa: B018
+    assert set(hn.__all__) <= set(dir(hn))
+
+
+# ---- Modules from public names alone
+
+
+def test_a_block_is_built_and_applied_from_public_names():
+    config = hn.ModelConfig(d_model=32, num_heads=4, num_kv_heads=2, num_layers=4, vocab_size=50)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 32)), jnp.float32)
+    block = hn.Block(config=config, placement=hn.SCHEMES["span"].block(0, 4))
+    variables = block.init(jax.random.key(0), x)
+    y = block.apply(variables, x)
+    assert y.shape == x.shape
+    positions = jnp.arange(6)[None]
+    documents = jnp.asarray([[0, 0, 0, 1, 1, 1]])
+    np.testing.assert_array_equal(block.apply(variables, x, positions=positions), y)
+    turn = hn.rotation(positions, config.rotary_dim, config.rope_theta)
+    np.testing.assert_array_equal(block.apply(variables, x, rotation=turn), y)
+    # Rotation is relative, so that a shift of all positions changes nothing but rounding.
+    np.testing.assert_allclose(block.apply(variables, x, positions=positions + 5), y, atol=1e-5)
+    assert np.abs(block.apply(variables, x, positions=2 * positions) - y).max() > 1e-4
+    apart = block.apply(variables, x, segment_ids=documents)
+    np.testing.assert_allclose(apart[:, 3:], block.apply(variables, x[:, 3:]), atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["deepnorm", "layernorm_scaling", "hybrid_depth_scaled", "keel"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_block_honours_the_scales_of_its_placement(scheme, dtype, small_config, random_params, tokens):
+    """Blocks one after the other are the decoder, whose scan takes the scales as inputs."""
+    config = small_config(scheme=scheme, dtype=dtype)
+    params = random_params(config)
+    x = hn.Decoder(config).apply({"params": params}, tokens, mutable=["stream"], return_hidden=True)[1]["stream"]
+    stream, outputs = x["value"][0], x["run_0"]["value"][0]
+    for layer, placement in enumerate(config.placements):
+        own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["run_0"])
+        stream = hn.Block(config=config, placement=placement, layer=layer).apply({"params": own}, stream)
+        assert stream.dtype == outputs.dtype
+        # The same operations one by one and in a compiled scan, which may keep a bfloat16 sum in float32.
+        wide, expected = np.asarray(stream, np.float64), np.asarray(outputs[layer], np.float64)
+        unit = 2**-6 if dtype == "bfloat16" else 1e-5
+        np.testing.assert_allclose(wide, expected, rtol=0, atol=unit * np.abs(expected).max())
+        stream = outputs[layer]
+    if scheme == "deepnorm":  # and without its scales a block is another one
+        plain = dataclasses.replace(config, scheme="post").placements[0]
+        other = hn.Block(config=config, placement=plain).apply({"params": own}, x["value"][0])
+        assert np.abs(np.asarray(other - outputs[0], np.float32)).max() > 0.05
+
+
+def test_attention_rotates_by_rope_theta_and_positions():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 32)), jnp.float32)
+    plain, rotated = hn.Attention(num_heads=4), hn.Attention(num_heads=4, rope_theta=1e4)
+    variables = plain.init(jax.random.key(0), x)
+    assert variables["params"]["key"]["kernel"].shape == (32, 4, 8)  # num_kv_heads and head_dim follow
+    jax.tree.map(np.testing.assert_array_equal, rotated.init(jax.random.key(0), x), variables)
+    y = rotated.apply(variables, x)
+    assert np.abs(y - plain.apply(variables, x)).max() > 1e-5
+    positions = jnp.arange(5)[None]
+    np.testing.assert_array_equal(rotated.apply(variables, x, positions=positions), y)
+    turn = hn.rotation(positions, 8, 1e4)
+    np.testing.assert_array_equal(plain.apply(variables, x, rotation=turn), y)
+    half = hn.Attention(num_heads=4, rope_theta=1e4, rotary_dim=4)
+    np.testing.assert_array_equal(
+        half.apply(variables, x), plain.apply(variables, x, rotation=hn.rotation(positions, 4, 1e4))
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs", "message"),
+    [
+        (
+            hn.Attention(num_heads=4),
+            {"positions": POSITIONS},
+            "^positions: nothing here reads them",
+        ),
+        (
+            hn.Attention(num_heads=4, rope_theta=1e4),
+            {"positions": POSITIONS, "rotation": (np.ones((1, 5, 1, 4)), np.zeros((1, 5, 1, 4)))},
+            "^positions: they are in the rotation already",
+        ),
+        (hn.Attention(num_heads=4, num_kv_heads=3), {}, "^num_kv_heads=3: must divide num_heads=4"),
+        (hn.Attention(num_heads=5), {}, "^num_heads=5: must divide the width of x, 32, or set head_dim"),
+        (
+            hn.Attention(num_heads=4, rope_theta=1e4, rotary_dim=3),
+            {},
+            "^rotary_dim=3: must be even, and at most",
+        ),
+    ],
+    ids=["positions", "both", "kv_heads", "heads", "rotary_dim"],
+)
+def test_impossible_attention_names_its_argument(module, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        module.init(jax.random.key(0), jnp.ones((1, 5, 32)), **inputs)
+
+
+def test_a_decoder_returns_what_its_head_reads(small_config, random_params, tokens):
+    config = small_config(scheme="pre")
+    variables, model = {"params": random_params(config)}, hn.Decoder(config)
+    hidden = model.apply(variables, tokens, return_hidden=True)
+    assert hidden.shape == (2, 12, 32)
+    np.testing.assert_array_equal(hidden, model.apply(variables, tokens, method="hidden"))
+    logits = model.apply(variables, hidden, method="logits")
+    np.testing.assert_array_equal(model.apply(variables, tokens), logits)
+    assert "head" not in model.init(jax.random.key(0), tokens, return_hidden=True)["params"]
+
+
+# ---- Schemes as text
+
+
+def test_schemes_and_their_tables():
+    assert hn.schemes()[:2] == ("pre", "post")
+    assert set(hn.schemes()) == set(hn.SCHEMES)
+    assert hn.describe("span", 4) == hn.SCHEMES["span"].table(4)
+    with pytest.raises(UserError, match=r"^spam: no such scheme; did you mean 'span'\?$"):
+        hn.describe("spam", 4)
+    with pytest.raises(UserError, match=r"^0: a model has at least one block$"):
+        hn.describe("span", 0)

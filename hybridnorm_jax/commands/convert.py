@@ -148,9 +148,10 @@ def read_directory(path: str, ignore_keys: Sequence[str] = ()) -> Source:
         return _read_huggingface(directory, ignore_keys)
     if any(directory.glob("*.safetensors")) or not any(directory.iterdir()):
         raise UserError(f"{path}: holds neither a config.json (Hugging Face) nor checkpoints (a run)")
-    from hybridnorm_jax.training.run_directory import load_run
+    from hybridnorm_jax.training.run_directory import load_run, newest_checkpoint
 
-    config, params, step = load_run(path)
+    checkpoint, step = newest_checkpoint(path)
+    config, params = load_run(checkpoint)
     return Source(f"run, step {step}", config, params, step)
 
 

@@ -22,7 +22,7 @@ class RunSection:
     wandb: bool = key(False, "also log to Weights & Biases (needs the extra: pip install hybridnorm-jax[wandb])")
     wandb_project: str = key("hybridnorm_jax", "its project")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(
             self.name not in ("", ".", "..") and "/" not in self.name,
             "run.name",
@@ -51,7 +51,7 @@ class DataSection:
     cache_dir: str = key("~/.cache/hybridnorm_jax", "where tokenized text is kept")
     read_threads: int = key(2, "threads that read windows ahead")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("data.source", self.source, SOURCES)
         check_choice("data.token_dtype", self.token_dtype, ("uint16", "uint32"))
         needs = self.source == "stdlib" or bool(self.files)
@@ -97,7 +97,7 @@ class TrainSection:
     profile: bool = key(False, "write a JAX profiler trace of steps 2 to 6 to <run>/profile")
     sample_tokens: int = key(0, "tokens of sample text generated at the end")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("train.equivalent_form", self.equivalent_form, EQUIVALENT_FORMS)
         names = ("steps", "batch_size", "seq_len", "grad_accumulation", "loss_chunk", "log_every", "equivalent_pad_to")
         check_positive("train", self, (*names, "max_bad_steps", "watch_every", "watch_sequences"))
@@ -140,7 +140,7 @@ class OptimizerSection:
     decay_norms_and_biases: bool = key(True, "norm scales and biases decay too")
     clip: float | None = key(1.0, "largest global norm of the gradient; null: no clipping")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("optimizer.schedule", self.schedule, SCHEDULES)
         check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be positive")
         for name in ("final_ratio", "wsd_decay_fraction"):
@@ -171,7 +171,7 @@ class MeshSection:
         {}, "logical axis -> mesh axes, best first, such as {vocab: [tensor, fsdp]}"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         resolve_rules(self.rules)
         sizes = self.sizes
         for name, size in sizes.items():
@@ -192,7 +192,7 @@ class CheckpointSection:
     keep: int = key(2, "how many of the newest are kept")
     allow_fallback: bool = key(False, "where the newest is damaged: true goes on from the one before it, false stops")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive("checkpoint", self, ("every", "keep"))
 
 
@@ -204,7 +204,7 @@ class EvalSection:
     batches: int | None = key(None, "batches per validation set; null: all of it")
     batch_size: int | None = key(None, "sequences per batch; null: as a training microbatch")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive("eval", self, ("every", "batches", "batch_size"))
 
 
@@ -223,7 +223,7 @@ class RunConfig:
     distributed: DistributedSection = dataclasses.field(default_factory=DistributedSection)
     init_from: str | None = key(None, "directory of a run, or of one checkpoint, whose parameters to start from")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         wide = self.model.param_dtype in ("float32", "float64")
         check(wide, "model.param_dtype", self.model.param_dtype, "training needs float32 or float64 parameters")
         limit = self.model.max_positions
@@ -231,7 +231,7 @@ class RunConfig:
         check(limit is None or self.train.seq_len <= limit, "train.seq_len", self.train.seq_len, right)
         self._check_forms()
 
-    def _check_forms(self):
+    def _check_forms(self) -> None:
         model, form = self.model, self.train.equivalent_form
         pad_to = self.train.equivalent_pad_to
         check(pad_to == 1 or form == "pre_crmsnorm", "train.equivalent_pad_to", pad_to, "only for pre_crmsnorm")

@@ -133,7 +133,7 @@ def _run_rules(config: ModelConfig, run: Run, name: str) -> dict[str, Role]:
         "feed_forward": _feed_forward_projections(config),
     }
     for sublayer, projections in branches.items():
-        norm, scales = f"{name}/{sublayer}_pre_norm", run.scales(sublayer)[2]
+        norm, scales = f"{name}/{sublayer}_pre_norm", run.scales(sublayer).input
         rules |= _norm_rules(config, norm)
         for reader, axis in projections.readers.items():
             role = Reads(norm, axis, input_scale=1.0 if scales is None else scales)

@@ -58,7 +58,7 @@ class Reads:
     bias: str | None = None
     input_scale: float | tuple[float, ...] = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.input_scale, list):
             object.__setattr__(self, "input_scale", tuple(self.input_scale))
 
@@ -221,10 +221,10 @@ def _enter(found: Resolved, path: str, role: Role, captured: dict[str, str]) -> 
         case Writes(axis=axis):
             found.writers[path] = _axis(path, axis, ndim)
         case Reads():
-            bias = f"{path.rpartition('/')[0]}/bias" if role.bias is None else _fill(role.bias, captured, path)
-            if role.bias is not None and bias not in found.leaves:
-                raise LayoutError(f"{path}: its bias {bias} is no leaf of the tree")
-            bias = bias if bias in found.leaves and bias != path else None
+            named = f"{path.rpartition('/')[0]}/bias" if role.bias is None else _fill(role.bias, captured, path)
+            if role.bias is not None and named not in found.leaves:
+                raise LayoutError(f"{path}: its bias {named} is no leaf of the tree")
+            bias = named if named in found.leaves and named != path else None
             norm = None if role.norm is None else _fill(role.norm, captured, path)
             axis = _axis(path, role.axis, ndim)
             found.readers[path] = Reader(norm=norm, axis=axis, bias=bias, input_scale=role.input_scale)
@@ -244,7 +244,7 @@ def _array(path: str, leaf: Any) -> Any:
     dtype = getattr(leaf, "dtype", None)
     if dtype is None or not hasattr(leaf, "ndim"):
         raise LayoutError(f"{path}: a {type(leaf).__name__}, but every leaf must be an array; unbox it first")
-    if dtype == jnp.float64 and not jax.config.jax_enable_x64:
+    if dtype == jnp.float64 and jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise LayoutError(f"{path}: float64, which JAX keeps with JAX_ENABLE_X64=1 in the environment only")
     return leaf
 

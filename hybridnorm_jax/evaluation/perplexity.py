@@ -89,7 +89,6 @@ def evaluate_sets(
       batches: how many of each set, in order; None: all.
       progress: whether a terminal shows a progress bar.
     """
-    number, count = share
     scores = {}
     for name, windows in sets.items():
         stream = validation_batches(windows, batch_size=batch_size, batches=batches, share=share)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.fields import present
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.placement import HEAD_NORMS, SublayerPlacement, runs
 
@@ -78,7 +79,7 @@ def params_from_olmo(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> d
         "token_embedding": {"embedding": source.take("transformer.wte.weight", config.vocab_size, width)}
     }
     if config.positions == "learned":
-        table = source.take("transformer.wpe.weight", config.max_positions, width)
+        table = source.take("transformer.wpe.weight", present(config.max_positions), width)
         params["position_embedding"] = {"embedding": table}
     if not config.tie_embeddings:
         params["head"] = {"kernel": source.take("transformer.ff_out.weight", config.vocab_size, width).T}

@@ -18,6 +18,11 @@ from hybridnorm_jax.model.signal_measures import SIGNAL
 Rotation = tuple[Float[Array, "batch seq 1 half"], Float[Array, "batch seq 1 half"]]
 
 
+def default_positions(seq: int) -> Int[Array, "1 seq"]:
+    """0, 1, ... for every sequence of a batch."""
+    return jnp.arange(seq)[None]
+
+
 def rotation(positions: Int[Array, "batch seq"], rotary_dim: int, theta: float, dtype: Any = jnp.float32) -> Rotation:
     """cos and sin of positions * theta^(-2i / rotary_dim), i < rotary_dim / 2, one for all heads.
 
@@ -45,65 +50,128 @@ class Attention(nn.Module):
 
     Parameters: `query/kernel` (embed, heads, head_dim), `key/kernel` and `value/kernel` (embed, kv_heads, head_dim),
     `out/kernel` (heads, head_dim, embed), their `bias` where asked for, and `q_norm`, `k_norm`, `v_norm`,
-    `context_norm` with `scale` (head_dim,), or (heads * head_dim,) over the projection.
+    `context_norm` with `scale` and `bias` (head_dim,), or (heads * head_dim,) over the projection.
 
     Attributes:
-      num_heads, num_kv_heads, head_dim: as named.
+      num_heads: heads of q.
+      num_kv_heads: heads of k and v; None: num_heads.
+      head_dim: width of a head; None: embed / num_heads.
       q_norm, k_norm, v_norm, context_norm: None, "head" or "projection".
-      norm: makes the norms; a function of `name`.
+      norm, norm_epsilon, norm_scale, norm_bias: Norm's kind, epsilon, use_scale and use_bias for all of these.
+      rope_theta: base of the rotary wavelengths; None: q and k are not rotated.
+      rotary_dim: how many leading channels of a head rotate; None: all.
       use_bias: biases on the four projections.
       backend: what computes the attention itself, see kernels.attention.
       dtype, param_dtype: of the computation and of the parameters.
       input_init, value_init, output_init: initializers of q and k, of v, and of the output projection.
+
+    Raises:
+      ValueError: sizes that do not divide, or positions where nothing rotates; names the argument.
     """
 
     num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
     q_norm: HeadNorm = None
     k_norm: HeadNorm = None
     v_norm: HeadNorm = None
     context_norm: HeadNorm = None
-    norm: Callable[..., nn.Module] = Norm
+    norm: str = "rmsnorm"
+    norm_epsilon: float = 1e-5
+    norm_scale: bool = True
+    norm_bias: bool = False
+    rope_theta: float | None = None
+    rotary_dim: int | None = None
     use_bias: bool = False
     backend: str = "xla"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    input_init: Callable = truncated_normal(0.02)
-    value_init: Callable = truncated_normal(0.02)
-    output_init: Callable = truncated_normal(0.02)
+    input_init: Callable[..., Array] = truncated_normal(0.02)
+    value_init: Callable[..., Array] = truncated_normal(0.02)
+    output_init: Callable[..., Array] = truncated_normal(0.02)
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch seq embed"],
-        by: Rotation | None = None,
+        *,
+        positions: Int[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
+        rotation: Rotation | None = None,
     ) -> Float[Array, "batch seq embed"]:
-        """`by` rotates q and k (None: learned positions); segment_ids keep documents apart."""
+        """What attention adds to the stream, in the compute dtype.
+
+        Args:
+          positions: of each token in its document, for RoPE; 0, 1, ... by default.
+          segment_ids: tokens attend to earlier tokens of the same id only.
+          rotation: what hn.rotation(positions, ...) gives, where many layers share it; takes the place of positions,
+            rope_theta and rotary_dim.
+        """
+        num_kv_heads, head_dim = self._sizes(x.shape[-1])
+        if rotation is None:
+            rotation = self._rotation(x.shape[1], head_dim, positions)
+        elif positions is not None:
+            raise ValueError("positions: they are in the rotation already; give one of the two")
         dense = partial(nn.DenseGeneral, use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
-        q = dense((self.num_heads, self.head_dim), kernel_init=self.input_init, name="query")(x)
-        k = dense((self.num_kv_heads, self.head_dim), kernel_init=self.input_init, name="key")(x)
-        v = dense((self.num_kv_heads, self.head_dim), kernel_init=self.value_init, name="value")(x)
+        q = dense((self.num_heads, head_dim), kernel_init=self.input_init, name="query")(x)
+        k = dense((num_kv_heads, head_dim), kernel_init=self.input_init, name="key")(x)
+        v = dense((num_kv_heads, head_dim), kernel_init=self.value_init, name="value")(x)
         q, k, v = self._normalize("q_norm", q), self._normalize("k_norm", k), self._normalize("v_norm", v)
-        if by is not None:
-            q, k = rotate(q, by), rotate(k, by)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         self._watch(q, k, segment_ids)
         context = causal_attention(q, k, v, segment_ids=segment_ids, backend=self.backend)
         context = self._normalize("context_norm", context)
-        return dense(x.shape[-1], axis=(-2, -1), kernel_init=self.output_init, name="out")(context)
+        out = dense(x.shape[-1], axis=(-2, -1), kernel_init=self.output_init, name="out")
+        return out(context)
 
-    def _watch(self, q, k, segment_ids) -> None:
+    def _sizes(self, embed: int) -> tuple[int, int]:
+        """(num_kv_heads, head_dim)."""
+        num_kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        if self.num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads={num_kv_heads}: must divide num_heads={self.num_heads}")
+        if self.head_dim is None and embed % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads}: must divide the width of x, {embed}, or set head_dim")
+        return num_kv_heads, embed // self.num_heads if self.head_dim is None else self.head_dim
+
+    def _rotation(self, seq: int, head_dim: int, positions: Int[Array, "batch seq"] | None) -> Rotation | None:
+        if self.rope_theta is None:
+            if positions is not None:
+                raise ValueError("positions: nothing here reads them; set rope_theta")
+            return None
+        rotary_dim = head_dim if self.rotary_dim is None else self.rotary_dim
+        if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+            raise ValueError(f"rotary_dim={rotary_dim}: must be even, and at most head_dim={head_dim}")
+        positions = default_positions(seq) if positions is None else positions
+        return rotation(positions, rotary_dim, self.rope_theta, self.dtype)
+
+    def _watch(
+        self,
+        q: Float[Array, "batch seq heads head_dim"],
+        k: Float[Array, "batch seq kv_heads head_dim"],
+        segment_ids: Int[Array, "batch seq"] | None,
+    ) -> None:
         if self.is_mutable_collection(SIGNAL) and not self.is_initializing():
             entropy, largest = attention_statistics(q, k, segment_ids)
             self.sow(SIGNAL, "attention_entropy", entropy)
             self.sow(SIGNAL, "largest_logit", largest)
 
-    def _normalize(self, name: str, heads: Float[Array, "batch seq heads head_dim"]):
-        match getattr(self, name):
-            case None:
-                return heads
-            case "head":
-                return self.norm(name=name)(heads)
-            case "projection":
-                return self.norm(name=name)(heads.reshape(*heads.shape[:2], -1)).reshape(heads.shape)
+    def _normalize(
+        self, name: str, heads: Float[Array, "batch seq heads head_dim"]
+    ) -> Float[Array, "batch seq heads head_dim"]:
+        """The norm of this name where the placement has it, otherwise heads as they are."""
+        extent: HeadNorm = getattr(self, name)
+        if extent is None:
+            return heads
+        norm = Norm(
+            kind=self.norm,
+            epsilon=self.norm_epsilon,
+            use_scale=self.norm_scale,
+            use_bias=self.norm_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
+        )
+        if extent == "head":
+            return norm(heads)
+        return norm(heads.reshape(*heads.shape[:2], -1)).reshape(heads.shape)

@@ -1,22 +1,75 @@
 """One transformer block: the formula, applied to attention and to the feed-forward layer as the placement says."""
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import flax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from hybridnorm_jax.fields import present
 from hybridnorm_jax.model.attention import Attention, Rotation
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.feed_forward import FeedForward
 from hybridnorm_jax.model.initializers import std_factor, truncated_normal
 from hybridnorm_jax.model.moe import MoE
 from hybridnorm_jax.model.norms import Norm, zero_mean_defect
-from hybridnorm_jax.model.placement import BlockPlacement, SublayerPlacement
+from hybridnorm_jax.model.placement import BlockPlacement, Scales, SublayerPlacement
 from hybridnorm_jax.model.signal_measures import PROBE, SIGNAL, gradient_probe, stream_rms, token_similarity
+
+Stream = Float[Array, "batch seq embed"]
+StreamFunction = Callable[[Stream], Stream]
+ScaleArrays = Scales[Float[Array, ""] | None]  # None where the scale is 1
+
+# Collections that Block and Decoder fill where an invariant check makes them mutable; nothing is computed otherwise.
+# So it is with SIGNAL and PROBE, of signal_measures.py.
+STREAM, DEFECT = "stream", "stream_defect"
+
+
+class SublayerNorms(NamedTuple):
+    """The norms of the formula, each the identity where the placement has none."""
+
+    pre: StreamFunction
+    branch: StreamFunction
+    post: StreamFunction
+
+
+def apply_formula(
+    f: StreamFunction,
+    sublayer_input: Stream,
+    block_input: Stream,
+    placement: SublayerPlacement,
+    norms: SublayerNorms,
+    scales: ScaleArrays,
+) -> Stream:
+    """y = post(residual_scale * r + branch_scale * branch(f(input_scale * pre(x)))): every sublayer of every scheme."""
+    pre, branch, post = norms
+    residual_scale, branch_scale, input_scale = scales
+
+    x = block_input if placement.reads == "block" else sublayer_input
+    match placement.residual:
+        case "input":
+            r = sublayer_input
+        case "block":
+            r = block_input
+        case "both":
+            r = sublayer_input + block_input
+    return post(times(residual_scale, r) + times(branch_scale, branch(f(times(input_scale, pre(x))))))
+
+
+def times(scale: Float[Array, ""] | None, x: Array) -> Array:
+    """scale * x in the dtype of x; a scale of None is 1."""
+    return x if scale is None else scale.astype(x.dtype) * x
+
+
+def scale_arrays(scales: Scales[float], dtype: str) -> ScaleArrays:
+    """The scales of one layer as arrays in this dtype, None where a scale is 1."""
+
+    def array(scale: float) -> Float[Array, ""] | None:
+        return None if scale == 1.0 else jnp.asarray(scale, dtype)
+
+    return Scales(residual=array(scales.residual), branch=array(scales.branch), input=array(scales.input))
 
 
 @flax.struct.dataclass
@@ -25,97 +78,118 @@ class LayerInputs:
 
     Attributes:
       layer: number of the layer, from 0.
-      attention, feed_forward: (residual_scale, branch_scale, input_scale), each None where it is 1 in every layer.
+      attention, feed_forward: the scales of the formula in the two sublayers.
     """
 
-    layer: Int[Array, ""]
-    attention: tuple[Float[Array, ""] | None, ...]
-    feed_forward: tuple[Float[Array, ""] | None, ...]
-
-
-# Collections that Block and Decoder fill where an invariant check makes them mutable; nothing is computed otherwise.
-# So it is with SIGNAL and PROBE, of signal_measures.py.
-STREAM, DEFECT = "stream", "stream_defect"
+    layer: int | Int[Array, ""]
+    attention: ScaleArrays
+    feed_forward: ScaleArrays
 
 
 @flax.struct.dataclass
 class SharedInputs:
-    """What is the same for all layers: the rotation of q and k, and the documents' segment ids, or None."""
+    """What is the same for all layers; see the arguments of Attention."""
 
-    rotation: Rotation | None
-    segment_ids: Int[Array, "batch seq"] | None
-
-
-def times(scale: Float[Array, ""] | None, x: Array) -> Array:
-    """scale * x in the dtype of x; a scale of None is 1."""
-    return x if scale is None else scale.astype(x.dtype) * x
+    rotation: Rotation | None = None
+    segment_ids: Int[Array, "batch seq"] | None = None
+    positions: Int[Array, "batch seq"] | None = None
 
 
 class Block(nn.Module):
     """Attention and feed-forward, each as post(residual_scale * r + branch_scale * branch(f(input_scale * pre(x)))).
 
+        block = hn.Block(config=config, placement=hn.SCHEMES["span"].block(0, config.num_layers))
+        variables = block.init(key, x)
+        y = block.apply(variables, x)
+
     Parameters: `attention/...`, `feed_forward/...`, and of the norms that the placement has `attention_pre_norm`,
     `attention_branch_norm`, `attention_post_norm`, `feed_forward_pre_norm`, ... with `scale` and `bias` (embed,).
 
     Attributes:
-      config: sizes, kinds and dtypes.
-      placement: the structure of this block (its scales come with each layer's inputs).
-      deterministic: no dropout.
+      config: sizes, kinds and dtypes; its scheme does not matter here, except for initializer=auto.
+      placement: where this block normalizes, and its scales.
+      layer: number of the block in its model, from 0; only the initializer "depth_scaled" asks for it.
     """
 
     config: ModelConfig
     placement: BlockPlacement
-    deterministic: bool = True
+    layer: int = 0
+
+    def __call__(
+        self,
+        x: Stream,
+        *,
+        positions: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        rotation: Rotation | None = None,
+        deterministic: bool = True,
+    ) -> Stream:
+        """The stream after this block, in the dtype of x.
+
+        Args:
+          x: the stream before it, in the compute dtype.
+          positions: of each token in its document, for RoPE; 0, 1, ... by default.
+          segment_ids: tokens attend to earlier tokens of the same id only.
+          rotation: what hn.rotation(positions, ...) gives, where many blocks share it; takes the place of positions.
+          deterministic: False switches dropout on and needs a "dropout" key.
+        """
+        layer = LayerInputs(
+            layer=self.layer,
+            attention=scale_arrays(self.placement.attention.scales, self.config.dtype),
+            feed_forward=scale_arrays(self.placement.feed_forward.scales, self.config.dtype),
+        )
+        shared = SharedInputs(positions=positions, segment_ids=segment_ids, rotation=rotation)
+        return self.transform(x, layer, shared, deterministic=deterministic)
 
     @nn.compact
-    def __call__(self, stream: Float[Array, "batch seq embed"], layer: LayerInputs, shared: SharedInputs):
-        """Returns (stream after this block, None), as nn.scan wants it."""
-        attention = self._attention(layer.layer)
-        feed_forward = self._feed_forward(layer.layer)
-        block_input = stream
-        stream = self._sublayer(
-            "attention",
-            lambda x: attention(x, shared.rotation, shared.segment_ids),
-            stream,
-            block_input,
-            layer.attention,
+    def transform(self, x: Stream, layer: LayerInputs, shared: SharedInputs, *, deterministic: bool) -> Stream:
+        """`__call__` with the layer's number and scales as inputs: so one traced block serves a scan over layers."""
+        attention, feed_forward = self._attention(layer.layer), self._feed_forward(layer.layer)
+
+        def attend(x: Stream) -> Stream:
+            return attention(x, positions=shared.positions, segment_ids=shared.segment_ids, rotation=shared.rotation)
+
+        after_attention = apply_formula(
+            self._with_dropout(attend, deterministic),
+            sublayer_input=x,
+            block_input=x,
+            placement=self.placement.attention,
+            norms=self._norms("attention", self.placement.attention),
+            scales=layer.attention,
         )
-        stream = self._sublayer("feed_forward", feed_forward, stream, block_input, layer.feed_forward)
-        stream = watch_stream(self, stream)
-        return nn.with_logical_constraint(stream, ("batch", "seq", None)), None
+        y = apply_formula(
+            self._with_dropout(feed_forward, deterministic),
+            sublayer_input=after_attention,
+            block_input=x,
+            placement=self.placement.feed_forward,
+            norms=self._norms("feed_forward", self.placement.feed_forward),
+            scales=layer.feed_forward,
+        )
+        return nn.with_logical_constraint(watch_stream(self, y), ("batch", "seq", None))
 
-    def _sublayer(self, name: str, f: Callable, sublayer_input: Array, block_input: Array, scales) -> Array:
-        placement: SublayerPlacement = getattr(self.placement, name)
-        residual_scale, branch_scale, input_scale = scales
-        pre, branch, post = (self._norm_or_identity(name, which) for which in ("pre", "branch", "post"))
-        dropout = nn.Dropout(self.config.dropout, deterministic=self.deterministic)
+    def _with_dropout(self, f: StreamFunction, deterministic: bool) -> StreamFunction:
+        dropout = nn.Dropout(self.config.dropout, deterministic=deterministic)
+        return lambda x: dropout(f(x))
 
-        x = block_input if placement.reads == "block" else sublayer_input
-        r = block_input if placement.residual == "block" else sublayer_input
-        r = r + block_input if placement.residual == "both" else r
-        return post(times(residual_scale, r) + times(branch_scale, branch(dropout(f(times(input_scale, pre(x)))))))
+    def _norms(self, sublayer: str, placement: SublayerPlacement) -> SublayerNorms:
+        def norm(present: bool, which: str, initial_scale: float = 1.0) -> StreamFunction:
+            if not present:
+                return lambda x: x
+            scale_init = nn.initializers.constant(initial_scale)
+            return stream_norm(self.config, name=f"{sublayer}_{which}_norm", scale_init=scale_init)
 
-    def _norm_or_identity(self, sublayer: str, which: str) -> Callable:
-        placement = getattr(self.placement, sublayer)
-        if not getattr(placement, which):
-            return lambda x: x
-        scale_init = placement.branch_norm_init if which == "branch" else 1.0
-        return stream_norm(self.config, name=f"{sublayer}_{which}_norm", scale_init=scale_init)
+        return SublayerNorms(
+            pre=norm(placement.pre, "pre"),
+            branch=norm(placement.branch, "branch", placement.branch_norm_init),
+            post=norm(placement.post, "post"),
+        )
 
-    def _initializer(self, role: str, layer: Int[Array, ""]) -> Callable:
+    def _initializer(self, role: str, layer: int | Int[Array, ""]) -> Callable[..., Array]:
         factor = std_factor(self.config.initializer_name, role, layer, self.config.num_layers)
         return truncated_normal(self.config.init_std * factor)
 
-    def _attention(self, layer: Int[Array, ""]) -> Attention:
+    def _attention(self, layer: int | Int[Array, ""]) -> Attention:
         config, placement = self.config, self.placement
-        norm = partial(
-            Norm,
-            kind=config.attention_norm_kind,
-            eps=config.norm_eps,
-            use_scale=config.attention_norm_scale,
-            use_bias=config.attention_norm_bias,
-            param_dtype=jnp.dtype(config.param_dtype),
-        )
         return Attention(
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
@@ -124,7 +198,12 @@ class Block(nn.Module):
             k_norm=placement.k_norm,
             v_norm=placement.v_norm,
             context_norm=placement.context_norm,
-            norm=norm,
+            norm=config.attention_norm_kind,
+            norm_epsilon=config.norm_eps,
+            norm_scale=config.attention_norm_scale,
+            norm_bias=config.attention_norm_bias,
+            rope_theta=config.rope_theta if config.positions == "rope" else None,
+            rotary_dim=config.rotary_dim if config.positions == "rope" else None,
             use_bias=config.attention_bias,
             backend=config.attention,
             dtype=jnp.dtype(config.dtype),
@@ -135,34 +214,44 @@ class Block(nn.Module):
             name="attention",
         )
 
-    def _feed_forward(self, layer: Int[Array, ""]) -> FeedForward | MoE:
+    def _feed_forward(self, layer: int | Int[Array, ""]) -> FeedForward | MoE:
         config = self.config
-        both = {
-            "mlp_dim": config.mlp_dim,
-            "use_bias": config.mlp_bias,
-            "dtype": jnp.dtype(config.dtype),
-            "param_dtype": jnp.dtype(config.param_dtype),
-            "input_init": self._initializer("feed_forward", layer),
-            "output_init": self._initializer("output", layer),
-            "name": "feed_forward",
-        }
         if config.num_experts == 0:
-            return FeedForward(activation=config.activation, **both)
+            return FeedForward(
+                mlp_dim=config.mlp_dim,
+                activation=config.activation,
+                use_bias=config.mlp_bias,
+                dtype=jnp.dtype(config.dtype),
+                param_dtype=jnp.dtype(config.param_dtype),
+                input_init=self._initializer("feed_forward", layer),
+                output_init=self._initializer("output", layer),
+                name="feed_forward",
+            )
         return MoE(
             num_experts=config.num_experts,
-            experts_per_token=config.experts_per_token,
+            experts_per_token=present(config.experts_per_token),
+            mlp_dim=config.mlp_dim,
             normalize_weights=config.normalize_expert_weights,
             shared_experts=config.shared_experts,
             balance_bias=config.balance_bias,
+            use_bias=config.mlp_bias,
             dispatch=config.expert_dispatch,
+            dtype=jnp.dtype(config.dtype),
+            param_dtype=jnp.dtype(config.param_dtype),
             router_init=self._initializer("input", layer),
-            **both,
+            input_init=self._initializer("feed_forward", layer),
+            output_init=self._initializer("output", layer),
+            name="feed_forward",
         )
 
 
-def watch_stream(module: nn.Module, stream: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+def watch_stream(module: nn.Module, stream: Stream) -> Stream:
     """Sow the stream into STREAM, norms.zero_mean_defect of it into DEFECT, and what signal_measures says of it into
-    SIGNAL, each where it is mutable. Returns the stream, whose gradient is measured where PROBE has a place for it."""
+    SIGNAL, each where it is mutable. Returns the stream, whose gradient is measured where PROBE has a place for it.
+
+    Args:
+      module: a Block or the Decoder; it has a `config`.
+    """
     if module.is_initializing():  # where every collection is
         return stream
     if module.is_mutable_collection(STREAM):
@@ -177,14 +266,18 @@ def watch_stream(module: nn.Module, stream: Float[Array, "batch seq embed"]) -> 
     return stream
 
 
-def stream_norm(config: ModelConfig, **attributes: Any) -> Norm:
-    """A norm on the residual stream, with the model's kind, width, eps, affine parameters and parameter dtype."""
+def stream_norm(
+    config: ModelConfig, *, name: str | None = None, scale_init: Callable[..., Array] = nn.initializers.ones
+) -> Norm:
+    """A norm on the residual stream, with the model's kind, width, epsilon, affine parameters and dtypes."""
     return Norm(
         kind=config.norm,
-        eps=config.norm_eps,
+        epsilon=config.norm_eps,
         use_scale=config.norm_scale,
         use_bias=config.norm_bias,
+        scale_init=scale_init,
         width=config.norm_width,
+        dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
-        **attributes,
+        name=name,
     )

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+from typing import Any
 
-from hybridnorm_jax.fields import check, check_choice, check_positive, key
+from hybridnorm_jax.fields import Filled, check, check_choice, check_positive, key
 from hybridnorm_jax.kernels.names import ATTENTION_BACKENDS, EXPERT_DISPATCHES
 from hybridnorm_jax.model.placement import BlockPlacement
 from hybridnorm_jax.model.schemes import SCHEMES, Scheme
@@ -28,9 +29,9 @@ class ModelConfig:
     d_model: int = key(768, "width of the residual stream")
     num_layers: int = key(12, "number of blocks (attention + feed-forward)")
     num_heads: int = key(12, "query heads")
-    num_kv_heads: int | None = key(None, "key and value heads; null: num_heads")
-    head_dim: int | None = key(None, "width of one head; null: d_model / num_heads")
-    mlp_dim: int | None = key(
+    num_kv_heads: Filled[int] = key(None, "key and value heads; null: num_heads")
+    head_dim: Filled[int] = key(None, "width of one head; null: d_model / num_heads")
+    mlp_dim: Filled[int] = key(
         None, "width of the feed-forward layer, or of each expert; null: 4 d_model, or 8/3 d_model for swiglu"
     )
     vocab_size: int = key(50304, "rows of the token embedding")
@@ -54,8 +55,8 @@ class ModelConfig:
     norm_width: int | None = key(
         None, "crmsnorm: length of the zero-mean vector whose last element is not stored; null: d_model + 1"
     )
-    attention_norm_scale: bool | None = key(None, "norm_scale of the norms on q, k, v, context; null: norm_scale")
-    attention_norm_bias: bool | None = key(None, "norm_bias of the norms on q, k, v, context; null: norm_bias")
+    attention_norm_scale: Filled[bool] = key(None, "norm_scale of the norms on q, k, v, context; null: norm_scale")
+    attention_norm_bias: Filled[bool] = key(None, "norm_bias of the norms on q, k, v, context; null: norm_bias")
     attention_bias: bool = key(False, "q, k, v and output projections have biases")
     mlp_bias: bool = key(False, "feed-forward projections, routers too, have biases")
     head_bias: bool = key(False, "the head has a bias")
@@ -68,7 +69,7 @@ class ModelConfig:
     position_offset: int = key(0, "rows of the learned position table before position 0 (OPT has 2)")
     dropout: float = key(0.0, "drop probability after the embedding and after every branch")
     initializer: str = key("auto", f"auto (as the scheme says) | {' | '.join(INITIALIZERS)}")
-    init_std: float | None = key(None, "standard deviation of the initializer; null: 1/sqrt(2.5 d_model)")
+    init_std: Filled[float] = key(None, "standard deviation of the initializer; null: 1/sqrt(2.5 d_model)")
     dtype: str = key("float32", f"compute dtype: {' | '.join(COMPUTE_DTYPES)}")
     param_dtype: str = key("float32", f"dtype of the parameters: {' | '.join(PARAM_DTYPES)}; training needs 32 bits")
     attention: str = key("auto", f"backend: {' | '.join(ATTENTION_BACKENDS)}")
@@ -76,9 +77,20 @@ class ModelConfig:
     remat: str = key("none", f"what the backward pass recomputes: {' | '.join(REMAT_POLICIES)}")
     scan_unroll: int = key(1, "blocks per iteration of the scan over layers; more is faster and compiles longer")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # YAML and the command line give true/false; the field holds one of three words.
         object.__setattr__(self, "embedding_norm", str(self.embedding_norm).lower())
+        self._check_names()
+        sizes = ("d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "vocab_size")
+        check_positive("model", self, (*sizes, "norm_width", "max_positions", "scan_unroll"))
+        self._fill_derived()
+        self._check_heads()
+        self._check_positions()
+        self._check_numbers()
+        self._check_experts()
+        self._check_scheme()
+
+    def _check_names(self) -> None:
         check_choice("model.scheme", self.scheme, SCHEMES)
         for name, known in (
             ("activation", ACTIVATIONS),
@@ -94,78 +106,86 @@ class ModelConfig:
             ("positions", ("rope", "learned")),
         ):
             check_choice(f"model.{name}", getattr(self, name), known)
-        sizes = ("d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "vocab_size")
-        check_positive("model", self, (*sizes, "norm_width", "max_positions", "scan_unroll"))
-        self._fill_derived()
-        self._check_shapes()
-        self._check_experts()
-        self._check_scheme()
 
-    def _fill_derived(self):
+    def _fill_derived(self) -> None:
         """Replace null by the value it stands for, so that every reader sees plain numbers."""
         if self.num_kv_heads is None:
-            object.__setattr__(self, "num_kv_heads", self.num_heads)
+            self._fill("num_kv_heads", self.num_heads)
         if self.head_dim is None:
-            divides = self.d_model % self.num_heads == 0
-            right = f"must divide model.d_model={self.d_model}, or set model.head_dim"
-            check(divides, "model.num_heads", self.num_heads, right)
-            object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
+            divisible = self.d_model % self.num_heads == 0
+            self._check("num_heads", divisible, f"must divide model.d_model={self.d_model}, or set model.head_dim")
+            self._fill("head_dim", self.d_model // self.num_heads)
         if self.mlp_dim is None:
             width = 8 * self.d_model / 3 if self.activation == "swiglu" else 4 * self.d_model
-            object.__setattr__(self, "mlp_dim", 16 * math.ceil(width / 16))
-        for name in ("norm_scale", "norm_bias"):
-            if getattr(self, f"attention_{name}") is None:
-                object.__setattr__(self, f"attention_{name}", getattr(self, name))
+            self._fill("mlp_dim", 16 * math.ceil(width / 16))
+        if self.attention_norm_scale is None:
+            self._fill("attention_norm_scale", self.norm_scale)
+        if self.attention_norm_bias is None:
+            self._fill("attention_norm_bias", self.norm_bias)
         if self.init_std is None:
-            object.__setattr__(self, "init_std", 1 / math.sqrt(2.5 * self.d_model))
+            self._fill("init_std", 1 / math.sqrt(2.5 * self.d_model))
 
-    def _check_shapes(self):
-        divides = self.num_heads % self.num_kv_heads == 0
-        check(divides, "model.num_kv_heads", self.num_kv_heads, f"must divide model.num_heads={self.num_heads}")
-        check(0 < self.rotary_fraction <= 1, "model.rotary_fraction", self.rotary_fraction, "must be in (0, 1]")
-        if self.positions == "rope":
-            even = self.rotary_dim % 2 == 0 and self.rotary_dim > 0
-            right = f"rope rotates pairs, but rotary_fraction * head_dim is {self.rotary_dim}; it must be even"
-            check(even, "model.head_dim", self.head_dim, right)
-            check(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "must be positive")
-            check(self.max_positions is None, "model.max_positions", self.max_positions, "only for positions=learned")
-            check(
-                self.position_offset == 0, "model.position_offset", self.position_offset, "only for positions=learned"
-            )
-        else:
-            check(self.position_offset >= 0, "model.position_offset", self.position_offset, "must not be negative")
-            check(self.max_positions is not None, "model.max_positions", None, "positions=learned needs a number")
-        width, stored = self.norm_width, self.d_model
-        check(width is None or self.norm == "crmsnorm", "model.norm_width", width, "only for model.norm=crmsnorm")
-        right = f"must be at most model.d_model={stored} and the one element that is not stored"
-        check(width is None or 2 <= width <= stored + 1, "model.norm_width", width, right)
-        check(self.norm_eps >= 0, "model.norm_eps", self.norm_eps, "must not be negative")
-        check(self.init_std > 0, "model.init_std", self.init_std, "must be positive")
-        check(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be in [0, 1)")
+    def _fill(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
-    def _check_experts(self):
-        experts, chosen = self.num_experts, self.experts_per_token
-        check(experts >= 0, "model.num_experts", experts, "must not be negative")
-        if experts == 0:
-            absent = {"experts_per_token": None, "normalize_expert_weights": False, "shared_experts": 0}
-            for name, none in (absent | {"balance_bias": False}).items():
-                value = getattr(self, name)
-                check(value == none, f"model.{name}", value, "there are no experts; set model.num_experts")
+    def _check(self, name: str, is_right: bool, right: str) -> None:
+        """Raise ConfigError(`model.name=value: right`) unless this field is right."""
+        check(is_right, f"model.{name}", getattr(self, name), right)
+
+    def _check_heads(self) -> None:
+        divisible = self.num_heads % self.num_kv_heads == 0
+        self._check("num_kv_heads", divisible, f"must divide model.num_heads={self.num_heads}")
+        self._check("rotary_fraction", 0 < self.rotary_fraction <= 1, "must be in (0, 1]")
+
+    def _check_positions(self) -> None:
+        if self.positions == "learned":
+            self._check("position_offset", self.position_offset >= 0, "must not be negative")
+            self._check("max_positions", self.max_positions is not None, "positions=learned needs a number")
             return
-        right = f"must be between 1 and model.num_experts={experts}"
-        check(chosen is not None and 1 <= chosen <= experts, "model.experts_per_token", chosen, right)
-        check(self.shared_experts >= 0, "model.shared_experts", self.shared_experts, "must not be negative")
-        right = f"experts (model.num_experts={experts}) are swiglu"
-        check(self.activation == "swiglu", "model.activation", self.activation, right)
+        right = f"rope rotates pairs, but rotary_fraction * head_dim is {self.rotary_dim}; it must be even"
+        self._check("head_dim", self.rotary_dim % 2 == 0 and self.rotary_dim > 0, right)
+        self._check("rope_theta", self.rope_theta > 0, "must be positive")
+        self._check("max_positions", self.max_positions is None, "only for positions=learned")
+        self._check("position_offset", self.position_offset == 0, "only for positions=learned")
 
-    def _check_scheme(self):
+    def _check_numbers(self) -> None:
+        width, stored = self.norm_width, self.d_model
+        if width is not None:
+            self._check("norm_width", self.norm == "crmsnorm", "only for model.norm=crmsnorm")
+            right = f"must be at most model.d_model={stored} and the one element that is not stored"
+            self._check("norm_width", 2 <= width <= stored + 1, right)
+        self._check("norm_eps", self.norm_eps >= 0, "must not be negative")
+        self._check("init_std", self.init_std > 0, "must be positive")
+        self._check("dropout", 0 <= self.dropout < 1, "must be in [0, 1)")
+
+    def _check_experts(self) -> None:
+        self._check("num_experts", self.num_experts >= 0, "must not be negative")
+        if self.num_experts == 0:
+            no_experts = "there are no experts; set model.num_experts"
+            self._check("experts_per_token", self.experts_per_token is None, no_experts)
+            self._check("normalize_expert_weights", not self.normalize_expert_weights, no_experts)
+            self._check("shared_experts", self.shared_experts == 0, no_experts)
+            self._check("balance_bias", not self.balance_bias, no_experts)
+            return
+        chosen = self.experts_per_token
+        possible = chosen is not None and 1 <= chosen <= self.num_experts
+        self._check("experts_per_token", possible, f"must be between 1 and model.num_experts={self.num_experts}")
+        self._check("shared_experts", self.shared_experts >= 0, "must not be negative")
+        right = f"experts (model.num_experts={self.num_experts}) are swiglu"
+        self._check("activation", self.activation == "swiglu", right)
+
+    def _check_scheme(self) -> None:
         check_choice(f"initializer of model.scheme={self.scheme}", self.initializer_name, INITIALIZERS)
-        placements = self.placements
-        whole = all(isinstance(placement, BlockPlacement) for placement in placements)
-        check(whole, "model.scheme", self.scheme, "its function must return a BlockPlacement for every layer")
-        starts = {s.branch_norm_init for p in placements for s in (p.attention, p.feed_forward) if s.branch}
+        complete = all(isinstance(placement, BlockPlacement) for placement in self.placements)
+        self._check("scheme", complete, "its function must return a BlockPlacement for every layer")
         right = f"model.scheme={self.scheme} starts a norm's scale at another value than 1, so norms need scales"
-        check(self.norm_scale or starts <= {1.0}, "model.norm_scale", self.norm_scale, right)
+        self._check("norm_scale", self.norm_scale or not self._starts_a_scale_elsewhere, right)
+
+    @property
+    def _starts_a_scale_elsewhere(self) -> bool:
+        """Whether the scale of a branch norm starts at another value than 1."""
+        sublayers = [sublayer for block in self.placements for sublayer in (block.attention, block.feed_forward)]
+        return any(sublayer.branch and sublayer.branch_norm_init != 1.0 for sublayer in sublayers)
 
     @property
     def attention_norm_kind(self) -> str:

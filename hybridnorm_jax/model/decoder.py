@@ -1,29 +1,10 @@
 """The language model: embedding, runs of blocks under nn.scan, head.
 
-The parameter tree is plain nested dicts of arrays:
-
-    token_embedding/embedding                    (vocab, embed)
-    position_embedding/embedding                 (positions, embed)        positions="learned" only, see position_offset
-    embedding_norm/{scale, bias}                 (embed,)                  where the scheme has one
-    run_<i>/attention/{query, key, value}/kernel (layers, embed, heads or kv_heads, head_dim)
-    run_<i>/attention/out/kernel                 (layers, heads, head_dim, embed)
-    run_<i>/attention/{q_norm, k_norm, v_norm, context_norm}/scale   (layers, head_dim or heads * head_dim)
-    run_<i>/feed_forward/{gate, up}/kernel       (layers, embed, mlp)      gate for swiglu only
-    run_<i>/feed_forward/down/kernel             (layers, mlp, embed)
-    of a mixture of experts instead:
-    run_<i>/feed_forward/router/kernel           (layers, embed, experts)
-    run_<i>/feed_forward/expert_{gate, up}/kernel (layers, experts, embed, mlp)
-    run_<i>/feed_forward/expert_down/kernel      (layers, experts, mlp, embed)
-    run_<i>/feed_forward/balance_bias            (layers, experts)         where the model has one
-    run_<i>/feed_forward/shared/{gate, up, down}/kernel                    as a dense layer's, of the shared experts
-    run_<i>/{attention, feed_forward}_{pre, branch, post}_norm/scale (layers, embed)
-    final_norm/{scale, bias}                     (embed,)                  where the scheme has one
-    head/kernel                                  (embed, vocab)            untied only
-    head/bias                                    (vocab,)                  where the model has one
-
-Run i holds `layers` consecutive layers of one structure (placement.runs), first to last; biases stand beside their
-kernels, without the kernel's input axes.
+docs/parameters.md lists its parameter tree, plain nested dicts of arrays. `run_<i>` holds consecutive layers of one
+structure (placement.runs), first to last, stacked along the first axis of every leaf.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +12,23 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from hybridnorm_jax.fields import present
 from hybridnorm_jax.kernels.names import SAVED
-from hybridnorm_jax.model.attention import rotation
-from hybridnorm_jax.model.block import DEFECT, STREAM, Block, LayerInputs, SharedInputs, stream_norm, watch_stream
+from hybridnorm_jax.model.attention import Rotation, default_positions, rotation
+from hybridnorm_jax.model.block import (
+    DEFECT,
+    STREAM,
+    Block,
+    LayerInputs,
+    SharedInputs,
+    Stream,
+    stream_norm,
+    watch_stream,
+)
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.initializers import std_factor, truncated_normal
 from hybridnorm_jax.model.moe import CHOSEN, ROUTER
-from hybridnorm_jax.model.placement import Run, runs
+from hybridnorm_jax.model.placement import Run, Scales, runs
 from hybridnorm_jax.model.signal_measures import PROBE, SIGNAL
 
 _ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)
@@ -60,11 +51,11 @@ class Embedding(nn.Module):
 
     rows: int
     width: int
-    std: float
+    std: float | Array
     dtype: str
     param_dtype: str
 
-    def setup(self):
+    def setup(self) -> None:
         init = truncated_normal(self.std)
         self.embedding = self.param("embedding", init, (self.rows, self.width), jnp.dtype(self.param_dtype))
 
@@ -72,7 +63,8 @@ class Embedding(nn.Module):
         """Look the rows up; an id beyond the table gives NaN. The gradient is summed in the parameters' dtype."""
         # Gathered along embed before the lookup: XLA cannot get from a result sharded by embed to one sharded by batch.
         table = nn.with_logical_constraint(self.embedding, ("vocab", None))
-        return jnp.take(table, ids, axis=0).astype(self.dtype)
+        rows: Stream = jnp.take(table, ids, axis=0)
+        return rows.astype(self.dtype)
 
 
 class Head(nn.Module):
@@ -82,7 +74,7 @@ class Head(nn.Module):
     """
 
     vocab_size: int
-    std: float
+    std: float | Array
     use_bias: bool
     param_dtype: str
 
@@ -103,33 +95,72 @@ class Head(nn.Module):
         return logits + self.param("bias", nn.initializers.zeros, (self.vocab_size,), dtype).astype(accumulate)
 
 
+class ScannedBlock(Block):
+    """Block as nn.scan calls it, with what differs between the layers of a run as scanned inputs.
+
+    Attributes:
+      deterministic: no dropout.
+    """
+
+    deterministic: bool = True
+
+    def __call__(  # type: ignore[override]
+        self, stream: Stream, layer: LayerInputs, shared: SharedInputs
+    ) -> tuple[Stream, None]:
+        """(stream after this block, None)."""
+        return self.transform(stream, layer, shared, deterministic=self.deterministic), None
+
+
 class Decoder(nn.Module):
     """A causal language model whose norms stand where config.scheme says.
 
-    `Decoder(config).init(key, tokens)["params"]` is the tree described at the top of this file;
-    `.apply({"params": params}, tokens)` gives logits (batch, seq, vocab), float32 or wider.
+    `Decoder(config).init(key, tokens)["params"]` is the tree of docs/parameters.md;
+    `.apply({"params": params}, tokens)` gives logits (batch, seq, vocab), float32 or wider, and
+    `.apply({"params": params}, tokens, return_hidden=True)` what the head would read.
+
+    Attributes:
+      config: sizes, kinds and dtypes.
     """
 
     config: ModelConfig
 
-    def setup(self):
+    def setup(self) -> None:
         config = self.config
         factor = std_factor(config.initializer_name, "outer", 0, config.num_layers)
-        table = {"std": config.init_std * factor, "param_dtype": config.param_dtype}
-        self.token_embedding = Embedding(config.vocab_size, config.d_model, dtype=config.dtype, **table)
+        std = config.init_std * factor
+        embedding = partial(
+            Embedding, width=config.d_model, std=std, dtype=config.dtype, param_dtype=config.param_dtype
+        )
+        self.token_embedding = embedding(rows=config.vocab_size)
         if config.positions == "learned":
-            rows = config.position_offset + config.max_positions
-            self.position_embedding = Embedding(rows, config.d_model, dtype=config.dtype, **table)
+            self.position_embedding = embedding(rows=config.position_offset + present(config.max_positions))
         if config.has_embedding_norm:
             self.embedding_norm = stream_norm(config)
         if config.has_final_norm:
             self.final_norm = stream_norm(config)
-        self.head = Head(config.vocab_size, use_bias=config.head_bias, **table)
+        self.head = Head(config.vocab_size, std=std, use_bias=config.head_bias, param_dtype=config.param_dtype)
         self.dropout = nn.Dropout(config.dropout)
 
-    def __call__(self, tokens: Int[Array, "batch seq"], **inputs) -> Float[Array, "batch seq vocab"]:
-        """Logits of the next token at every position; `inputs` are those of `hidden`."""
-        return self.logits(self.hidden(tokens, **inputs))
+    def __call__(
+        self,
+        tokens: Int[Array, "batch seq"],
+        *,
+        positions: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        deterministic: bool = True,
+        return_hidden: bool = False,
+    ) -> Float[Array, "batch seq vocab"] | Float[Array, "batch seq embed"]:
+        """Logits of the next token at every position.
+
+        Args:
+          positions: of each token in its document; 0, 1, ... by default.
+          segment_ids: tokens attend to earlier tokens of the same id only.
+          deterministic: False switches dropout on and needs a "dropout" key.
+          return_hidden: return what the head reads (batch, seq, embed) in the compute dtype, and skip the head. In
+            `init` that leaves the head's parameters out.
+        """
+        hidden = self.hidden(tokens, positions=positions, segment_ids=segment_ids, deterministic=deterministic)
+        return hidden if return_hidden else self.logits(hidden)
 
     @nn.compact
     def hidden(
@@ -139,47 +170,42 @@ class Decoder(nn.Module):
         positions: Int[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
         deterministic: bool = True,
-    ) -> Float[Array, "batch seq embed"]:
-        """What the head reads, in the compute dtype.
-
-        Args:
-          positions: of each token in its document; 0, 1, ... by default.
-          segment_ids: tokens attend to earlier tokens of the same id only.
-          deterministic: False switches dropout on and needs a "dropout" key.
-        """
+    ) -> Stream:
+        """What the head reads, in the compute dtype; arguments as in `__call__`."""
         config = self.config
         if positions is None:
-            positions = jnp.arange(tokens.shape[1])[None]
+            positions = default_positions(tokens.shape[1])
         stream = self.token_embedding(tokens)
-        by = None
+        turn: Rotation | None = None
         if config.positions == "learned":
             self._check_length(tokens.shape[1])
             stream = stream + self.position_embedding(positions + config.position_offset)
         else:
-            by = rotation(positions, config.rotary_dim, config.rope_theta, config.dtype)
+            turn = rotation(positions, config.rotary_dim, config.rope_theta, config.dtype)
         if config.has_embedding_norm:
             stream = self.embedding_norm(stream)
         stream = nn.with_logical_constraint(self.dropout(stream, deterministic=deterministic), ("batch", "seq", None))
         stream = watch_stream(self, stream)
 
-        shared = SharedInputs(by, segment_ids)
+        shared = SharedInputs(segment_ids=segment_ids, rotation=turn)
         for number, run in enumerate(runs(config.placements)):
             scanned = self._scanned(run, f"run_{number}", deterministic)
             stream, _ = scanned(stream, layer_inputs(run, config.dtype), shared)
         return self.final_norm(stream) if config.has_final_norm else stream
 
-    def logits(self, hidden: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq vocab"]:
+    def logits(self, hidden: Stream) -> Float[Array, "batch seq vocab"]:
         """The head alone."""
         tied = self.token_embedding.embedding if self.config.tie_embeddings else None
         return nn.with_logical_constraint(self.head(hidden, tied), ("batch", "seq", "vocab"))
 
     def _scanned(self, run: Run, name: str, deterministic: bool) -> nn.Module:
+        """The blocks of a run, one after the other: (stream, layer_inputs(run), SharedInputs) -> (stream, None)."""
         config = self.config
-        block = Block
+        block = ScannedBlock
         if config.remat != "none":
             # A loop keeps XLA from merging what is computed again with what was computed first; without one, a barrier.
             no_loop = config.scan_unroll >= run.length
-            block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=no_loop)
+            block = nn.remat(ScannedBlock, policy=REMAT_POLICIES[config.remat], prevent_cse=no_loop)
         scanned = nn.scan(
             block,
             variable_axes=dict.fromkeys(COLLECTIONS, 0),
@@ -188,21 +214,25 @@ class Decoder(nn.Module):
             length=run.length,
             unroll=min(config.scan_unroll, run.length),
         )
-        return scanned(config, run.structure, deterministic=deterministic, name=name)
+        return scanned(config=config, placement=run.structure, deterministic=deterministic, name=name)
 
     def _check_length(self, length: int) -> None:
-        if length > self.config.max_positions:
-            raise ValueError(f"{length} tokens, but model.max_positions={self.config.max_positions}")
+        largest = present(self.config.max_positions)
+        if length > largest:
+            raise ValueError(f"{length} tokens, but model.max_positions={largest}")
 
 
 def layer_inputs(run: Run, dtype: str) -> LayerInputs:
     """The scanned inputs of a run: numbers of its layers and their scales, in the stream's dtype."""
 
-    def column(values):
+    def columns(scales: Scales[tuple[float, ...] | None]) -> Scales[Float[Array, " layers"] | None]:
+        return Scales(residual=column(scales.residual), branch=column(scales.branch), input=column(scales.input))
+
+    def column(values: tuple[float, ...] | None) -> Float[Array, " layers"] | None:
         return None if values is None else jnp.asarray(np.asarray(values), dtype)
 
     return LayerInputs(
         layer=jnp.arange(run.start, run.start + run.length),
-        attention=tuple(map(column, run.scales("attention"))),
-        feed_forward=tuple(map(column, run.scales("feed_forward"))),
+        attention=columns(run.scales("attention")),
+        feed_forward=columns(run.scales("feed_forward")),
     )

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from hybridnorm_jax.model.initializers import truncated_normal
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
@@ -37,8 +37,8 @@ class FeedForward(nn.Module):
     use_bias: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    input_init: Callable = truncated_normal(0.02)
-    output_init: Callable = truncated_normal(0.02)
+    input_init: Callable[..., Array] = truncated_normal(0.02)
+    output_init: Callable[..., Array] = truncated_normal(0.02)
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:

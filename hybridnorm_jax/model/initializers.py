@@ -1,9 +1,11 @@
 """How weights start: one truncated normal, and by what each initializer scales it for each kind of matrix."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 # "output" writes the residual stream (W_O, FFN-out); "value" is W_V; "feed_forward" reads the stream into the FFN;
@@ -11,11 +13,11 @@ from jaxtyping import Array
 ROLES = ("input", "value", "feed_forward", "output", "outer")
 
 
-def truncated_normal(std: float | Array) -> Callable:
+def truncated_normal(std: float | Array) -> Callable[..., Array]:
     """Initializer: N(0, std^2) cut at 3 std, not rescaled (HybridNorm 2503.04598; its code's cutoff factor)."""
 
-    def initialize(key, shape, dtype=float):
-        return jax.random.truncated_normal(key, -3, 3, shape, dtype) * jax.numpy.asarray(std, dtype)
+    def initialize(key: Array, shape: Sequence[int], dtype: Any = float) -> Array:
+        return jax.random.truncated_normal(key, -3, 3, shape, dtype) * jnp.asarray(std, dtype)
 
     return initialize
 

@@ -1,6 +1,7 @@
 """Next-token cross-entropy, whole or in chunks of the sequence, with z-loss."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax
 import jax
@@ -26,9 +27,10 @@ class LossSums:
         return jax.tree.map(jnp.add, self, other)
 
     @classmethod
-    def zero(cls, dtype=jnp.float32) -> "LossSums":
+    def zero(cls, dtype: Any = jnp.float32) -> "LossSums":
         """The sums over no token."""
-        return cls(*(jnp.zeros((), dtype) for _ in range(3)))
+        zero = jnp.zeros((), dtype)
+        return cls(nll=zero, z=zero, weight=zero)
 
 
 def cross_entropy(
@@ -41,7 +43,11 @@ def cross_entropy(
     log_z = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     weights = weights.astype(logits.dtype)
-    return LossSums(jnp.sum(weights * (log_z - chosen)), jnp.sum(weights * jnp.square(log_z)), jnp.sum(weights))
+    return LossSums(
+        nll=jnp.sum(weights * (log_z - chosen)),
+        z=jnp.sum(weights * jnp.square(log_z)),
+        weight=jnp.sum(weights),
+    )
 
 
 def chunked_cross_entropy(
@@ -67,11 +73,11 @@ def chunked_cross_entropy(
         raise ValueError(f"chunk={chunk} must divide the sequence length {seq}, stretches={stretches} the chunk")
 
     @jax.checkpoint
-    def body(sums, piece):
+    def body(sums: LossSums, piece: tuple[Array, Array, Array]) -> tuple[LossSums, None]:
         hidden, targets, weights = piece
         return sums + cross_entropy(logits_of(hidden), targets, weights), None
 
-    def split(x):
+    def split(x: Array) -> Array:
         pieces = jnp.moveaxis(x.reshape(batch, stretches, seq // chunk, chunk // stretches, *x.shape[2:]), 2, 0)
         return pieces.reshape(seq // chunk, batch, chunk, *x.shape[2:])
 

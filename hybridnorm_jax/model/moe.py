@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from hybridnorm_jax.fields import present
 from hybridnorm_jax.kernels.split_experts import apply_experts_on_mesh
 from hybridnorm_jax.kernels.swiglu import ExpertKernels
 from hybridnorm_jax.model.feed_forward import FeedForward
@@ -83,12 +84,12 @@ class ExpertProjection(nn.Module):
     use_bias: bool
     dtype: Any
     param_dtype: Any
-    init: Callable
+    kernel_init: Callable[..., Array]
 
     @nn.compact
     def __call__(self) -> tuple[Float[Array, "experts inputs outputs"], Float[Array, "experts outputs"] | None]:
         """(kernel, bias or None) in the compute dtype."""
-        kernel = self.param("kernel", self.init, self.shape, self.param_dtype).astype(self.dtype)
+        kernel = self.param("kernel", self.kernel_init, self.shape, self.param_dtype).astype(self.dtype)
         if not self.use_bias:
             return kernel, None
         shape = (self.shape[0], self.shape[2])
@@ -133,9 +134,9 @@ class MoE(nn.Module):
     dispatch: str = "auto"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    router_init: Callable = truncated_normal(0.02)
-    input_init: Callable = truncated_normal(0.02)
-    output_init: Callable = truncated_normal(0.02)
+    router_init: Callable[..., Array] = truncated_normal(0.02)
+    input_init: Callable[..., Array] = truncated_normal(0.02)
+    output_init: Callable[..., Array] = truncated_normal(0.02)
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
@@ -156,8 +157,9 @@ class MoE(nn.Module):
         bias = None
         if self.balance_bias:
             bias = self.param("balance_bias", nn.initializers.zeros, (self.num_experts,), self.param_dtype)
-        options = {"normalize": self.normalize_weights, "balance_bias": bias}
-        weights, chosen = choose_experts(logits, self.experts_per_token, **options)
+        weights, chosen = choose_experts(
+            logits, self.experts_per_token, normalize=self.normalize_weights, balance_bias=bias
+        )
         self._sow(logits, chosen)
         y = self._experts(x.astype(self.dtype), weights, chosen)
         if self.shared_experts == 0:
@@ -184,18 +186,19 @@ class MoE(nn.Module):
     def _experts(self, x: Array, weights: Array, chosen: Array) -> Array:
         experts, embed, mlp = self.num_experts, x.shape[-1], self.mlp_dim
         projection = partial(ExpertProjection, use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
-        gate, gate_bias = projection((experts, embed, mlp), init=self.input_init, name="expert_gate")()
-        up, up_bias = projection((experts, embed, mlp), init=self.input_init, name="expert_up")()
-        down, down_bias = projection((experts, mlp, embed), init=self.output_init, name="expert_down")()
+        gate, gate_bias = projection((experts, embed, mlp), kernel_init=self.input_init, name="expert_gate")()
+        up, up_bias = projection((experts, embed, mlp), kernel_init=self.input_init, name="expert_up")()
+        down, down_bias = projection((experts, mlp, embed), kernel_init=self.output_init, name="expert_down")()
         if not self.use_bias:
             return apply_experts_on_mesh(x, ExpertKernels(gate, up, down), weights, chosen, dispatch=self.dispatch)
         # Biases ride on one more channel, which is 1: dispatches need not know of them.
         x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
-        gate, up = (jnp.concatenate([k, b[:, None]], axis=1) for k, b in ((gate, gate_bias), (up, up_bias)))
+        gate = jnp.concatenate([gate, present(gate_bias)[:, None]], axis=1)
+        up = jnp.concatenate([up, present(up_bias)[:, None]], axis=1)
         down = jnp.pad(down, ((0, 0), (0, 0), (0, 1)))
         y = apply_experts_on_mesh(x, ExpertKernels(gate, up, down), weights, chosen, dispatch=self.dispatch)[
             ..., :embed
         ]
         one_hot = chosen[..., None] == jnp.arange(experts)
         per_expert = jnp.where(one_hot, weights[..., None], 0).sum(-2).astype(self.dtype)
-        return y + per_expert @ down_bias
+        return y + per_expert @ present(down_bias)

@@ -1,14 +1,17 @@
 """The three norms as pure functions, and Norm, the Flax module over them.
 
-Statistics are computed in at least float32, eps stands inside the root, and the result has the dtype of x.
+Statistics are computed in at least float32, eps stands inside the root, and the functions' result has the dtype of x.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
+
+Axes = int | Sequence[int]
 
 
 def _wide(x: Array) -> Array:
@@ -32,18 +35,23 @@ def layer_norm(
     bias: Float[Array, " width"] | None = None,
     *,
     eps: float = 1e-5,
+    axis: Axes = -1,
 ) -> Float[Array, "*batch width"]:
-    """(x - mean) / sqrt(variance + eps) * scale + bias over the last axis.
+    """(x - mean) / sqrt(variance + eps) * scale + bias, mean and variance taken over `axis`.
 
     The variance takes a second pass, over deviations whose own mean is subtracted again: with a mean of a million
     deviations the rounding of the first mean would otherwise enter it.
 
+    Args:
+      scale, bias: of any shape that broadcasts against x; vectors belong to its last axis.
+      axis: one axis or several.
+
     Source: LayerNorm as written in Pre-RMSNorm (2305.14858).
     """
     wide = _wide(x)
-    centred = wide - wide.mean(-1, keepdims=True)
-    centred = centred - centred.mean(-1, keepdims=True)
-    variance = jnp.square(centred).mean(-1, keepdims=True)
+    centred = wide - wide.mean(axis, keepdims=True)
+    centred = centred - centred.mean(axis, keepdims=True)
+    variance = jnp.square(centred).mean(axis, keepdims=True)
     return _affine(centred * jax.lax.rsqrt(variance + eps), scale, bias, x.dtype)
 
 
@@ -53,13 +61,18 @@ def rms_norm(
     bias: Float[Array, " width"] | None = None,
     *,
     eps: float = 1e-5,
+    axis: Axes = -1,
 ) -> Float[Array, "*batch width"]:
-    """x / sqrt(mean(x^2) + eps) * scale + bias over the last axis.
+    """x / sqrt(mean(x^2) + eps) * scale + bias, the mean taken over `axis`.
+
+    Args:
+      scale, bias: of any shape that broadcasts against x; vectors belong to its last axis.
+      axis: one axis or several.
 
     Source: RMSNorm as written in Pre-RMSNorm (2305.14858).
     """
     wide = _wide(x)
-    mean_square = jnp.square(wide).mean(-1, keepdims=True)
+    mean_square = jnp.square(wide).mean(axis, keepdims=True)
     return _affine(wide * jax.lax.rsqrt(mean_square + eps), scale, bias, x.dtype)
 
 
@@ -105,37 +118,102 @@ def zero_mean_defect(x: Float[Array, "*batch stored"], width: int | None = None)
     return jnp.max(jnp.where(size == 0, 0, size / jnp.where(rms > 0, rms, 1)))
 
 
-class Norm(nn.Module):
-    """layer_norm, rms_norm or crms_norm over the last axis, with a learned scale and bias.
+class Norm(nn.Module, kw_only=True):
+    """layer_norm, rms_norm or crms_norm with a learned scale and bias, in the place of flax.linen.LayerNorm or RMSNorm.
 
-    Parameters: `scale` (width,) and `bias` (width,), each where asked for.
+    Arguments, parameters and the dtype of the result are those of flax.linen, so `nn.LayerNorm(...)` and
+    `hn.Norm(kind="layernorm", ...)`, or `nn.RMSNorm(...)` and `hn.Norm(...)`, read each other's checkpoints. The
+    variance is the exact one, of use_fast_variance=False.
+
+    Parameters: `scale` and `bias`, each where asked for, of shape (width,): the size of feature_axes.
 
     Attributes:
       kind: "rmsnorm", "layernorm" or "crmsnorm".
-      eps: added to the mean square inside the root.
-      use_scale, use_bias: whether the parameter exists.
-      scale_init: initial value of the scale.
+      epsilon: added to the variance, or mean square, inside the root.
+      dtype: of the result; None: what x and the parameters promote to.
+      param_dtype: of the parameters.
+      use_scale, use_bias: whether the parameter exists; use_bias=None: as in flax.linen, for layernorm alone.
+      scale_init, bias_init: initializers.
+      reduction_axes: the axes that statistics are taken over; the last one for crmsnorm.
+      feature_axes: the axes that scale and bias belong to.
+      axis_name, axis_index_groups, use_fast_variance, force_float32_reductions: another value is an error. Under
+        jax.jit statistics are right however x is sharded.
       width: crmsnorm only: true length of the vector, see crms_norm.
-      param_dtype: dtype of the parameters.
+
+    Raises:
+      ValueError: an argument that this norm does not have; names it.
     """
 
     kind: str = "rmsnorm"
-    eps: float = 1e-5
-    use_scale: bool = True
-    use_bias: bool = False
-    scale_init: float = 1.0
-    width: int | None = None
+    epsilon: float = 1e-6
+    dtype: Any = None
     param_dtype: Any = jnp.float32
+    use_scale: bool = True
+    use_bias: bool | None = None
+    scale_init: Callable[..., Array] = nn.initializers.ones
+    bias_init: Callable[..., Array] = nn.initializers.zeros
+    reduction_axes: Axes = -1
+    feature_axes: Axes = -1
+    axis_name: str | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = False
+    force_float32_reductions: bool = True
+    width: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        shape, dtype = (x.shape[-1],), self.param_dtype
-        scale = self.param("scale", nn.initializers.constant(self.scale_init), shape, dtype) if self.use_scale else None
-        bias = self.param("bias", nn.initializers.zeros, shape, dtype) if self.use_bias else None
-        if self.kind == "crmsnorm":
-            return crms_norm(x, scale, bias, eps=self.eps, width=self.width)
-        if self.kind not in ("rmsnorm", "layernorm") or self.width is not None:
-            raise ValueError(
-                f"kind={self.kind!r}, width={self.width}: must be rmsnorm, layernorm, or crmsnorm with a width"
-            )
-        return (rms_norm if self.kind == "rmsnorm" else layer_norm)(x, scale, bias, eps=self.eps)
+        self._check()
+        x = jnp.asarray(x)
+        use_bias = self.kind == "layernorm" if self.use_bias is None else self.use_bias
+        scale = self._parameter("scale", self.scale_init, x) if self.use_scale else None
+        bias = self._parameter("bias", self.bias_init, x) if use_bias else None
+        dtype = self.dtype
+        if dtype is None:
+            dtype = jnp.result_type(*(array for array in (x, scale, bias) if array is not None))
+        x = x.astype(jnp.promote_types(x.dtype, dtype))
+        match self.kind:
+            case "crmsnorm":
+                y = crms_norm(x, scale, bias, eps=self.epsilon, width=self.width)
+            case "layernorm":
+                y = layer_norm(x, scale, bias, eps=self.epsilon, axis=self.reduction_axes)
+            case _:
+                y = rms_norm(x, scale, bias, eps=self.epsilon, axis=self.reduction_axes)
+        return y.astype(dtype)
+
+    def _parameter(self, name: str, init: Callable[..., Array], x: Array) -> Array:
+        """The parameter, of the shape of feature_axes, shaped so that it broadcasts against x."""
+        axes = _normal_axes(self.feature_axes, x.ndim)
+        array: Array = self.param(name, init, tuple(x.shape[axis] for axis in axes), self.param_dtype)
+        if axes == (x.ndim - 1,):
+            return array
+        return array.reshape([x.shape[axis] if axis in axes else 1 for axis in range(x.ndim)])
+
+    def _check(self) -> None:
+        if self.kind not in ("rmsnorm", "layernorm", "crmsnorm"):
+            raise ValueError(f"kind={self.kind!r}: must be rmsnorm, layernorm or crmsnorm")
+        if self.width is not None and self.kind != "crmsnorm":
+            raise ValueError(f"width={self.width}: only for kind='crmsnorm', not for {self.kind!r}")
+        if self.kind == "crmsnorm" and self.reduction_axes not in (-1, (-1,), [-1]):
+            right = "kind='crmsnorm' knows the missing element of the last axis alone; must be -1"
+            raise ValueError(f"reduction_axes={self.reduction_axes}: {right}")
+        for name, only in ONLY_VALUES.items():
+            if getattr(self, name) != only:
+                raise ValueError(f"{name}={getattr(self, name)}: hn.Norm has {name}={only} only")
+
+
+# Arguments of flax.linen's norms that Norm takes so that it can refuse them by name.
+ONLY_VALUES = {
+    "axis_name": None,
+    "axis_index_groups": None,
+    "use_fast_variance": False,
+    "force_float32_reductions": True,
+}
+
+
+def _normal_axes(axes: Axes, ndim: int) -> tuple[int, ...]:
+    """The axes, each once, counted from the front, ascending."""
+    sequence = (axes,) if isinstance(axes, int) else axes
+    for axis in sequence:
+        if not -ndim <= axis < ndim:
+            raise ValueError(f"feature_axes={axes}: x has {ndim} axes, from -{ndim} to {ndim - 1}")
+    return tuple(sorted({axis % ndim for axis in sequence}))

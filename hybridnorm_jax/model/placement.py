@@ -20,14 +20,24 @@ A scheme of your own is one more entry of the table, in a file of your own:
 """
 
 import dataclasses
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Collection, Iterable
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 HeadNorm = Literal["head", "projection"] | None
 HEAD_NORMS = ("q_norm", "k_norm", "v_norm", "context_norm")
 
+Scale = TypeVar("Scale")
 
-def _require(value, allowed, name):
+
+class Scales(NamedTuple, Generic[Scale]):
+    """The three scales of the formula; what holds one where, a number or an array, is the type parameter."""
+
+    residual: Scale
+    branch: Scale
+    input: Scale
+
+
+def _require(name: str, value: Any, allowed: Collection[Any]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
 
@@ -54,19 +64,23 @@ class SublayerPlacement:
     input_scale: float = 1.0
     branch_norm_init: float = 1.0
 
-    def __post_init__(self):
-        _require(self.residual, ("input", "block", "both"), "residual")
-        _require(self.reads, ("input", "block"), "reads")
+    def __post_init__(self) -> None:
+        _require("residual", self.residual, ("input", "block", "both"))
+        _require("reads", self.reads, ("input", "block"))
 
     @property
-    def scales(self) -> tuple[float, float, float]:
-        """(residual_scale, branch_scale, input_scale)."""
-        return self.residual_scale, self.branch_scale, self.input_scale
+    def scales(self) -> Scales[float]:
+        """The three constants of the formula."""
+        return Scales(residual=self.residual_scale, branch=self.branch_scale, input=self.input_scale)
+
+    def without_scales(self) -> "SublayerPlacement":
+        """This placement with every scale 1."""
+        return dataclasses.replace(self, residual_scale=1.0, branch_scale=1.0, input_scale=1.0)
 
     def formula(self, branch_name: str) -> str:
         """The sublayer's equation, such as `N(x + Attn(N(x)))`."""
 
-        def times(scale, term):
+        def times(scale: float, term: str) -> str:
             return term if scale == 1 else f"{scale:.4g} {term}"
 
         reads = "X" if self.reads == "block" else "x"
@@ -93,29 +107,27 @@ class BlockPlacement:
     v_norm: HeadNorm = None
     context_norm: HeadNorm = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in HEAD_NORMS:
-            _require(getattr(self, name), (None, "head", "projection"), name)
+            _require(name, getattr(self, name), (None, "head", "projection"))
         if self.attention.residual == "both":
             raise ValueError("attention.residual='both' would add the block's input twice: attention reads it already")
 
     @property
     def structure(self) -> "BlockPlacement":
         """This placement with every scale 1: equal structures can share one scan."""
-        unit = {"residual_scale": 1.0, "branch_scale": 1.0, "input_scale": 1.0}
-        return dataclasses.replace(
-            self,
-            attention=dataclasses.replace(self.attention, **unit),
-            feed_forward=dataclasses.replace(self.feed_forward, **unit),
-        )
+        attention, feed_forward = self.attention.without_scales(), self.feed_forward.without_scales()
+        return dataclasses.replace(self, attention=attention, feed_forward=feed_forward)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """Consecutive layers of one structure: one scan.
 
-    `scales` holds, for each sublayer ("attention", "feed_forward") and each scale of the formula, one number per
-    layer, or None where all are 1.
+    Attributes:
+      start: number of the first layer, from 0.
+      structure: what their placements have in common, with every scale 1.
+      placements: of each layer, first to last.
     """
 
     start: int
@@ -124,22 +136,30 @@ class Run:
 
     @property
     def length(self) -> int:
+        """The number of layers."""
         return len(self.placements)
 
-    def scales(self, sublayer: str) -> tuple[tuple[float, ...] | None, ...]:
-        """Per layer values of (residual_scale, branch_scale, input_scale), each None where all are 1."""
-        columns = zip(*(getattr(placement, sublayer).scales for placement in self.placements), strict=True)
-        return tuple(None if all(value == 1.0 for value in column) else column for column in columns)
+    def scales(self, sublayer: Literal["attention", "feed_forward"]) -> Scales[tuple[float, ...] | None]:
+        """Of each scale of this sublayer one number per layer, or None where it is 1 in every layer."""
+        layers = [getattr(placement, sublayer).scales for placement in self.placements]
+        return Scales(
+            residual=_unless_all_one(layer.residual for layer in layers),
+            branch=_unless_all_one(layer.branch for layer in layers),
+            input=_unless_all_one(layer.input for layer in layers),
+        )
+
+
+def _unless_all_one(values: Iterable[float]) -> tuple[float, ...] | None:
+    column = tuple(values)
+    return None if all(value == 1.0 for value in column) else column
 
 
 def runs(placements: Iterable[BlockPlacement]) -> tuple[Run, ...]:
     """Group consecutive placements that differ only in scales."""
-    groups: list[list[BlockPlacement]] = []
-    starts: list[int] = []
+    found: list[Run] = []
     for layer, placement in enumerate(placements):
-        if groups and groups[-1][0].structure == placement.structure:
-            groups[-1].append(placement)
+        if found and found[-1].structure == placement.structure:
+            found[-1] = dataclasses.replace(found[-1], placements=(*found[-1].placements, placement))
         else:
-            groups.append([placement])
-            starts.append(layer)
-    return tuple(Run(start, group[0].structure, tuple(group)) for start, group in zip(starts, groups, strict=True))
+            found.append(Run(start=layer, structure=placement.structure, placements=(placement,)))
+    return tuple(found)

@@ -5,9 +5,14 @@ A new one is one more entry, here or in a file of yours.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import Any
 
-from hybridnorm_jax.model.placement import HEAD_NORMS, BlockPlacement, SublayerPlacement
+from hybridnorm_jax.errors import UserError, did_you_mean
+from hybridnorm_jax.model.placement import HEAD_NORMS, BlockPlacement, HeadNorm, SublayerPlacement
+
+BlockRule = Callable[[int, int], BlockPlacement]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +28,7 @@ class Scheme:
     """
 
     name: str
-    block: Callable[[int, int], BlockPlacement]
+    block: BlockRule
     final_norm: bool = True
     embedding_norm: bool = False
     initializer: str = "normal"
@@ -35,34 +40,62 @@ class Scheme:
     def table(self, num_layers: int) -> str:
         """The scheme at this depth as text: one line per stretch of layers with equal placement."""
         lines = [f"{self.name}, {num_layers} layers   (x: the sublayer's input, X: the block's input, N: a norm)"]
-        placements = self.placements(num_layers)
-        for start, placement in enumerate(placements):
-            if start and placement == placements[start - 1]:
-                continue
-            stop = next((end for end in range(start, num_layers) if placements[end] != placement), num_layers)
-            norms = [f"{name[:-5]} per {getattr(placement, name)}" for name in HEAD_NORMS if getattr(placement, name)]
-            span = f"layer {start}" if stop == start + 1 else f"layers {start}-{stop - 1}"
-            lines.append(f"  {span}" + (f"   normalized: {', '.join(norms)}" if norms else ""))
-            lines.append(f"    attention     {placement.attention.formula('Attn')}")
-            lines.append(f"    feed-forward  {placement.feed_forward.formula('FFN')}")
-        around = ["embedding norm"] * self.embedding_norm + ["final norm"] * self.final_norm
-        lines.append(f"  model: {', '.join(around) or 'no norm outside the blocks'}; initializer {self.initializer}")
+        layers = enumerate(self.placements(num_layers))
+        for placement, equal in groupby(layers, key=lambda layer: layer[1]):
+            lines += _stretch_lines(placement, [number for number, _ in equal])
+        lines.append(f"  model: {self._outside_the_blocks()}; initializer {self.initializer}")
         return "\n".join(lines)
+
+    def _outside_the_blocks(self) -> str:
+        norms = []
+        if self.embedding_norm:
+            norms.append("embedding norm")
+        if self.final_norm:
+            norms.append("final norm")
+        return ", ".join(norms) or "no norm outside the blocks"
+
+
+def _stretch_lines(placement: BlockPlacement, layers: list[int]) -> Iterator[str]:
+    """The lines of `Scheme.table` for consecutive layers of one placement."""
+    stretch = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
+    extents = {name.removesuffix("_norm"): getattr(placement, name) for name in HEAD_NORMS}
+    norms = ", ".join(f"{name} per {extent}" for name, extent in extents.items() if extent is not None)
+    yield f"  {stretch}   normalized: {norms}" if norms else f"  {stretch}"
+    yield f"    attention     {placement.attention.formula('Attn')}"
+    yield f"    feed-forward  {placement.feed_forward.formula('FFN')}"
 
 
 SCHEMES: dict[str, Scheme] = {}
 
 
-def scheme(name: str, **model) -> Callable:
+def scheme(name: str, **model: Any) -> Callable[[BlockRule], BlockRule]:
     """Decorator: enter `(layer, num_layers) -> BlockPlacement` into SCHEMES. `model` are Scheme's other fields."""
 
-    def enter(block):
+    def enter(block: BlockRule) -> BlockRule:
         if name in SCHEMES:
             raise ValueError(f"a scheme named {name!r} already exists")
-        SCHEMES[name] = Scheme(name, block, **model)
+        SCHEMES[name] = Scheme(name=name, block=block, **model)
         return block
 
     return enter
+
+
+def schemes() -> tuple[str, ...]:
+    """The names of all schemes, in the order of the table."""
+    return tuple(SCHEMES)
+
+
+def describe(scheme: str, depth: int) -> str:
+    """Where a scheme normalizes in a model of `depth` blocks, as text; what `hybridnorm schemes` prints.
+
+    Raises:
+      UserError: no scheme of this name, or no block.
+    """
+    if scheme not in SCHEMES:
+        raise UserError(f"{scheme}: no such scheme{did_you_mean(scheme, SCHEMES)}")
+    if depth < 1:
+        raise UserError(f"{depth}: a model has at least one block")
+    return SCHEMES[scheme].table(depth)
 
 
 # ---- The table. In the equations N is a norm, X a block's input, Y the attention's result, X' the block's output,
@@ -74,35 +107,39 @@ POST = SublayerPlacement(post=True)
 PRE_BRANCH = SublayerPlacement(pre=True, branch=True)
 PRE_POST = SublayerPlacement(pre=True, post=True)
 BRANCH = SublayerPlacement(branch=True)
-QKV_HEADS = {"q_norm": "head", "k_norm": "head", "v_norm": "head"}
+
+
+def normalizing_qkv(attention: SublayerPlacement, feed_forward: SublayerPlacement) -> BlockPlacement:
+    """A block that normalizes q, k and v per head: Attn_QKV of HybridNorm."""
+    return BlockPlacement(attention, feed_forward, q_norm="head", k_norm="head", v_norm="head")
 
 
 @scheme("pre")
-def pre(layer, num_layers):
+def pre(layer: int, num_layers: int) -> BlockPlacement:
     """Y = X + Attn(N(X)); X' = Y + FFN(N(Y)). HybridNorm (2503.04598), eq. 4."""
     return BlockPlacement(PRE, PRE)
 
 
 @scheme("post", final_norm=False)
-def post(layer, num_layers):
+def post(layer: int, num_layers: int) -> BlockPlacement:
     """Y = N(X + Attn(X)); X' = N(Y + FFN(Y)). HybridNorm, eq. 3; the authors' baseline sets embedding_norm=true."""
     return BlockPlacement(POST, POST)
 
 
 @scheme("hybrid", initializer="megatron")
-def hybrid(layer, num_layers):
+def hybrid(layer: int, num_layers: int) -> BlockPlacement:
     """Y = X + Attn_QKV(X); X' = N(Y) + FFN(N(Y)). HybridNorm, eq. 6: N(Y) is the attention's post norm here."""
-    return BlockPlacement(POST, NONE, **QKV_HEADS)
+    return normalizing_qkv(POST, NONE)
 
 
 @scheme("hybrid_star", initializer="megatron")
-def hybrid_star(layer, num_layers):
+def hybrid_star(layer: int, num_layers: int) -> BlockPlacement:
     """As hybrid, but block 1 is Y = X + Attn_QKV(N(X)); X' = Y + FFN(N(Y)). HybridNorm*, eq. 7."""
-    return BlockPlacement(PRE, PRE, **QKV_HEADS) if layer == 0 else hybrid(layer, num_layers)
+    return normalizing_qkv(PRE, PRE) if layer == 0 else hybrid(layer, num_layers)
 
 
 @scheme("hybrid_output_norm", initializer="megatron")
-def hybrid_output_norm(layer, num_layers):
+def hybrid_output_norm(layer: int, num_layers: int) -> BlockPlacement:
     """hybrid_star with N(Attn(.)), that norm's scale starting at 1/sqrt(2L). HybridNorm's 7B model."""
     placement = hybrid_star(layer, num_layers)
     attention = dataclasses.replace(placement.attention, branch=True, branch_norm_init=1 / math.sqrt(2 * num_layers))
@@ -110,16 +147,14 @@ def hybrid_output_norm(layer, num_layers):
 
 
 @scheme("hybrid_depth_scaled", initializer="megatron")
-def hybrid_depth_scaled(layer, num_layers):
+def hybrid_depth_scaled(layer: int, num_layers: int) -> BlockPlacement:
     """hybrid with both branches times 1/sqrt(l): reported to cure its divergence at large learning rates."""
     scale = 1 / math.sqrt(layer + 1)
-    return BlockPlacement(
-        SublayerPlacement(post=True, branch_scale=scale), SublayerPlacement(branch_scale=scale), **QKV_HEADS
-    )
+    return normalizing_qkv(SublayerPlacement(post=True, branch_scale=scale), SublayerPlacement(branch_scale=scale))
 
 
 @scheme("span", final_norm=False, initializer="megatron")
-def span(layer, num_layers):
+def span(layer: int, num_layers: int) -> BlockPlacement:
     """Y = N(X + Attn(X)); X' = N(X + FFN(Y)); in block 1 Attn reads N(X). SpanNorm (2601.22580).
 
     Eqs. 5-8 as an independent implementation states them. That the Megatron initializer is SpanNorm's scaling rule
@@ -129,76 +164,76 @@ def span(layer, num_layers):
 
 
 @scheme("mix_ln")
-def mix_ln(layer, num_layers):
+def mix_ln(layer: int, num_layers: int) -> BlockPlacement:
     """The first floor(L/4) blocks as post, the rest as pre. Mix-LN (2412.13795), a = 0.25."""
     return post(layer, num_layers) if layer < num_layers // 4 else pre(layer, num_layers)
 
 
 @scheme("sandwich")
-def sandwich(layer, num_layers):
+def sandwich(layer: int, num_layers: int) -> BlockPlacement:
     """Y = X + N(Attn(N(X))); X' = Y + N(FFN(N(Y))). Sandwich (2105.13290)."""
     return BlockPlacement(PRE_BRANCH, PRE_BRANCH)
 
 
 @scheme("peri", embedding_norm=True)
-def peri(layer, num_layers):
+def peri(layer: int, num_layers: int) -> BlockPlacement:
     """sandwich with a norm on the embedding. Peri-LN (2502.02732)."""
     return sandwich(layer, num_layers)
 
 
 @scheme("reordered")
-def reordered(layer, num_layers):
+def reordered(layer: int, num_layers: int) -> BlockPlacement:
     """Y = X + N(Attn(X)); X' = Y + N(FFN(Y)); q, k normalized over the projection. OLMo 2 (2501.00656)."""
     return BlockPlacement(BRANCH, BRANCH, q_norm="projection", k_norm="projection")
 
 
 @scheme("pre_qk_projection")
-def pre_qk_projection(layer, num_layers):
+def pre_qk_projection(layer: int, num_layers: int) -> BlockPlacement:
     """As pre, q and k normalized over the projection. OLMoE (2409.02060)."""
     return BlockPlacement(PRE, PRE, q_norm="projection", k_norm="projection")
 
 
 @scheme("deepnorm", final_norm=False, initializer="deepnorm")
-def deepnorm(layer, num_layers):
+def deepnorm(layer: int, num_layers: int) -> BlockPlacement:
     """Y = N(aX + Attn(X)); X' = N(aY + FFN(Y)), a = (2L)^(1/4). DeepNorm (2203.00555), decoder-only."""
     sublayer = SublayerPlacement(post=True, residual_scale=(2 * num_layers) ** 0.25)
     return BlockPlacement(sublayer, sublayer)
 
 
 @scheme("layernorm_scaling")
-def layernorm_scaling(layer, num_layers):
+def layernorm_scaling(layer: int, num_layers: int) -> BlockPlacement:
     """Y = X + Attn(N(X)/sqrt(l)); X' = Y + FFN(N(Y)/sqrt(l)). LayerNorm Scaling (2502.05795)."""
     sublayer = SublayerPlacement(pre=True, input_scale=1 / math.sqrt(layer + 1))
     return BlockPlacement(sublayer, sublayer)
 
 
 @scheme("keel", final_norm=False)
-def keel(layer, num_layers):
+def keel(layer: int, num_layers: int) -> BlockPlacement:
     """Y = N(aX + Attn(N(X))); X' = N(aY + FFN(N(Y))), a = 2L, the number of sublayers. KEEL (2601.19895)."""
     sublayer = SublayerPlacement(pre=True, post=True, residual_scale=2.0 * num_layers)
     return BlockPlacement(sublayer, sublayer)
 
 
 @scheme("b2t", final_norm=False, initializer="b2t")
-def b2t(layer, num_layers):
+def b2t(layer: int, num_layers: int) -> BlockPlacement:
     """Y = N(X + Attn(X)); X' = N(X + Y + FFN(Y)). B2T (2206.00330)."""
     return BlockPlacement(POST, SublayerPlacement(post=True, residual="both"))
 
 
 @scheme("parallel")
-def parallel(layer, num_layers):
+def parallel(layer: int, num_layers: int) -> BlockPlacement:
     """X' = X + Attn(N1(X)) + FFN(N2(X)): the parallel residual of GPT-NeoX and Pythia."""
     return BlockPlacement(PRE, SublayerPlacement(pre=True, reads="block"))
 
 
 @scheme("pre_post")
-def pre_post(layer, num_layers):
+def pre_post(layer: int, num_layers: int) -> BlockPlacement:
     """Y = X + Attn(N(X)); X' = N(Y) + FFN(N(Y)). HybridNorm, appendix G."""
     return BlockPlacement(PRE_POST, NONE)
 
 
 @scheme("post_pre", final_norm=False, embedding_norm=True)
-def post_pre(layer, num_layers):
+def post_pre(layer: int, num_layers: int) -> BlockPlacement:
     """Y = N(X) + Attn(N(X)); X' = Y + FFN(N(Y)). HybridNorm, appendix G.
 
     N(X) is the embedding norm in block 1 and the FFN's post norm of the block before in the others.
@@ -206,20 +241,36 @@ def post_pre(layer, num_layers):
     return BlockPlacement(NONE, PRE_POST)
 
 
-def _ablation(form: str, normalized: str) -> Scheme:
-    """HybridNorm's appendix G: #-Post, #-Pre, Pre-#-Post and Pre-#-Pre for # = `normalized`.
+# ---- HybridNorm's appendix G: four forms, with every choice of what attention normalizes per head, such as
+# ---- "pre_qkv_post". A leading pre is Attn(N(X)), without it Attn(X); post is X' = N(Y) + FFN(N(Y)), pre is
+# ---- X' = Y + FFN(N(Y)); in between stand the letters of q, k, v and the context c that are normalized.
 
-    A leading Pre- is Attn(N(X)), otherwise Attn(X); -Post is X' = N(Y) + FFN(N(Y)), -Pre is X' = Y + FFN(N(Y)).
-    `#` in qk, kv, qkv, qkc, kc, qkvc says which of q, k, v and the context c are normalized, per head.
-    """
-    norms = {{"c": "context"}.get(letter, letter) + "_norm": "head" for letter in normalized}
-    leading, ending = form.startswith("pre_"), form.removeprefix("pre_").removeprefix("#_")
-    attention = SublayerPlacement(pre=leading, post=ending == "post")
-    placement = BlockPlacement(attention, PRE if ending == "pre" else NONE, **norms)
-    return Scheme(form.replace("#", normalized), lambda layer, num_layers: placement, initializer="megatron")
+FORMS = {
+    "{}_post": (POST, NONE),
+    "{}_pre": (NONE, PRE),
+    "pre_{}_post": (PRE_POST, NONE),
+    "pre_{}_pre": (PRE, PRE),
+}
 
 
-for _form in ("#_post", "#_pre", "pre_#_post", "pre_#_pre"):
-    for _normalized in ("qk", "kv", "qkv", "qkc", "kc", "qkvc"):
-        _entry = _ablation(_form, _normalized)
-        SCHEMES[_entry.name] = _entry
+def _per_head(letter: str, normalized: str) -> HeadNorm:
+    return "head" if letter in normalized else None
+
+
+def _enter_ablation(name: str, placement: BlockPlacement) -> None:
+    @scheme(name, initializer="megatron")
+    def ablation(layer: int, num_layers: int) -> BlockPlacement:
+        return placement
+
+
+for _form, (_attention, _feed_forward) in FORMS.items():
+    for _letters in ("qk", "kv", "qkv", "qkc", "kc", "qkvc"):
+        _placement = BlockPlacement(
+            _attention,
+            _feed_forward,
+            q_norm=_per_head("q", _letters),
+            k_norm=_per_head("k", _letters),
+            v_norm=_per_head("v", _letters),
+            context_norm=_per_head("c", _letters),
+        )
+        _enter_ablation(_form.format(_letters), _placement)

@@ -40,11 +40,11 @@ def gradient_probe(x: Array, square: Float[Array, ""]) -> Array:
     return x
 
 
-def _probe_forward(x, square):
+def _probe_forward(x: Array, square: Float[Array, ""]) -> tuple[Array, Float[Array, ""]]:
     return x, square
 
 
-def _probe_backward(square, gradient):
+def _probe_backward(square: Float[Array, ""], gradient: Array) -> tuple[Array, Float[Array, ""]]:
     return gradient, jnp.square(gradient.astype(square.dtype)).sum()
 
 

@@ -9,11 +9,14 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
 from hybridnorm_jax.config.resumption import differences
 from hybridnorm_jax.config.run_config import RunConfig, RunSection
 from hybridnorm_jax.config.yaml_files import from_yaml, to_yaml
-from hybridnorm_jax.errors import ConfigError, UserError
+from hybridnorm_jax.errors import ConfigError, MissingExtraError, UserError
+from hybridnorm_jax.mesh.rules import MESH_AXES, resolve_rules
+from hybridnorm_jax.mesh.shardings import tree_shardings
 from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
 from hybridnorm_jax.training.state import init_params
 
@@ -56,30 +59,76 @@ def _saved_config(checkpoints: epath.Path, file: epath.Path) -> RunConfig | None
         return None if newest is None else from_yaml(saved.read_config(newest), origin=str(checkpoints))
 
 
-def load_run(path: str, *, allow_fallback: bool = False) -> tuple[RunConfig, Any, int]:
-    """(configuration, parameters on the first device, step) of a run's newest checkpoint, or of the one named.
+def load_run(
+    path: str, *, mesh: Mesh | None = None, shardings: Any = None, allow_fallback: bool = False
+) -> tuple[RunConfig, Any]:
+    """(configuration, parameters) of a run's newest checkpoint, or of the one named, saved from any devices.
 
-    `Decoder(config.model).apply({"params": params}, tokens)` gives its logits.
+        config, params = hn.load_run("runs/quickstart")
+        logits = hn.Decoder(config.model).apply({"params": params}, tokens)
+
+    `config` is the RunConfig of the run, and `config.model` the ModelConfig of its model. The optimizer's state is not
+    read, but every file of the checkpoint is compared with its digest.
 
     Args:
-      path: a run's directory, or one checkpoint's such as runs/quickstart/checkpoints/000500.
+      path: a run directory, or one checkpoint's such as runs/quickstart/checkpoints/000500; may be on gs://.
+      mesh: the parameters lie on it as the run's mesh.rules say. Its axes are those of hn.make_mesh.
+      shardings: instead of a mesh, one jax.sharding.Sharding for all parameters, or a tree of them like the parameters.
+        Without either, the parameters lie on this process's first device.
       allow_fallback: where a run's newest checkpoint is damaged, use the one before it, and say so. Never of one named.
 
     Raises:
-      UserError: no complete checkpoint there, or a damaged one.
+      UserError: no complete checkpoint there, or a damaged one; a mesh with other axes, or with shardings besides.
     """
     directory, step = find_checkpoint(path)
     with Checkpoints(directory, keep=1) as checkpoints:
         step = checkpoints.usable(allow_fallback=allow_fallback) if step is None else step
         config = from_yaml(checkpoints.read_config(step))
-        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shapes = jax.eval_shape(lambda key: init_params(config.model, key), jax.random.key(0))
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
-        return config, checkpoints.restore_params(abstract, step), step
+        places = _places(shapes, config, mesh, shardings)
+        return config, checkpoints.restore_params(jax.tree.map(_abstract, shapes, places), step)
+
+
+def newest_checkpoint(path: str) -> tuple[str, int]:
+    """(directory, step) of the checkpoint that `load_run` reads for this path; the directory names it for good.
+
+    Raises:
+      UserError: no complete checkpoint there.
+    """
+    directory, step = find_checkpoint(path)
+    if step is None:
+        with Checkpoints(directory, keep=1) as checkpoints:
+            step = checkpoints.latest()
+    if step is None:
+        raise UserError(f"{path}: no complete checkpoint there")
+    return str(directory / f"{step:06d}"), step
+
+
+def _places(shapes: Any, config: RunConfig, mesh: Mesh | None, shardings: Any) -> Any:
+    """The sharding of every parameter."""
+    if mesh is not None and shardings is not None:
+        raise UserError("mesh, shardings: give one of the two")
+    if mesh is not None:
+        if missing := [axis for axis in MESH_AXES if axis not in mesh.axis_names]:
+            raise UserError(f"mesh: lacks the axes {', '.join(missing)}; hn.make_mesh makes one with all of them")
+        return tree_shardings(shapes, mesh, resolve_rules(config.mesh.rules))
+    if shardings is None:
+        shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if isinstance(shardings, jax.sharding.Sharding):
+        return jax.tree.map(lambda _: shardings, shapes)
+    return shardings
+
+
+def _abstract(shape: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
 
 
 def check_free(path: str) -> None:
     """Raise UserError unless a directory can be made at this path: nothing is there, or an empty directory."""
+    if _is_remote(path):
+        if _exists_remotely(path):
+            raise UserError(f"{path}: exists already; choose a new directory, or remove it")
+        return
     target = Path(path).absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{path}: exists already; choose a new directory, or remove it")
@@ -88,37 +137,61 @@ def check_free(path: str) -> None:
         raise UserError(f"{path}: cannot be made, {parent} is no directory that can be written to")
 
 
+def _is_remote(path: str) -> bool:
+    return "://" in str(path)
+
+
+def _exists_remotely(path: str) -> bool:
+    try:
+        directory = epath.Path(path)
+        return directory.exists() and any(directory.iterdir())
+    except ImportError as error:
+        raise MissingExtraError(path, "tpu") from error
+
+
 def save_run(path: str, config: RunConfig, params: Any, *, step: int = 0, tokenizer_file: Path | None = None) -> None:
     """Write parameters as a run: config.yaml, one checkpoint, and a copy of the tokenizer's file where one is given.
 
-    `hybridnorm eval` scores it and `hybridnorm train` starts from it (init_from). Nothing is at `path` until all is.
+        hn.save_run("runs/mine", hn.RunConfig(model=model_config), params)
+
+    `hybridnorm eval` scores it, `hybridnorm train` starts from it (init_from), and `load_run` reads it. Nothing is at
+    `path` until all is; on gs://, where a directory cannot be renamed, nothing complete is.
 
     Args:
-      path: a new directory, or an empty one.
+      path: a new directory, or an empty one; may be on gs://.
       config: of the run; its `run` section is set to `path`, and an equivalent form or init_from is dropped.
+      params: the tree of Decoder(config.model), see docs/parameters.md.
       step: of the checkpoint.
 
     Raises:
       UserError: a directory cannot be made there.
     """
     check_free(path)
-    target = Path(path).absolute()
+    target = epath.Path(path) if _is_remote(path) else epath.Path(Path(path).absolute())
     data = config.data
     if tokenizer_file is not None:
         data = dataclasses.replace(data, tokenizer=str(target / TOKENIZER))
     train = dataclasses.replace(config.train, equivalent_form="none", equivalent_pad_to=1, check_invariants=False)
     run = RunSection(name=target.name, dir=str(target.parent), plugins=config.run.plugins)
     text = to_yaml(dataclasses.replace(config, run=run, data=data, train=train, init_from=None))
+    if _is_remote(path):
+        _write_run(target, text, params, step=step, tokenizer_file=tokenizer_file)
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
-        (partial / "config.yaml").write_text(text, encoding="utf-8")
-        if tokenizer_file is not None:
-            shutil.copy(tokenizer_file, partial / TOKENIZER)
-        with Checkpoints(partial / "checkpoints", keep=1) as checkpoints:
-            checkpoints.save(step, {"params": params}, data_state={}, config_yaml=text, wait=True)
+        _write_run(epath.Path(partial), text, params, step=step, tokenizer_file=tokenizer_file)
         partial.chmod(0o755)
         os.replace(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _write_run(directory: epath.Path, config_yaml: str, params: Any, *, step: int, tokenizer_file: Path | None) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    if tokenizer_file is not None:
+        (directory / TOKENIZER).write_bytes(Path(tokenizer_file).read_bytes())
+    with Checkpoints(directory / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(step, {"params": params}, data_state={}, config_yaml=config_yaml, wait=True)
+    (directory / "config.yaml").write_text(config_yaml)

@@ -84,7 +84,7 @@ NNX_LAYOUT = ResidualLayout(
 
 def _linen_changes(form):
     """Constructor arguments of a foreign Linen model in one form."""
-    norm = partial(hn.Norm, eps=EPS, use_scale=False)
+    norm = partial(hn.Norm, epsilon=EPS, use_scale=False)
     return {
         "pre_ln": {},
         "rms": {"norm": partial(norm, kind="rmsnorm")},

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridnorm_jax.model.attention import rotation
-from hybridnorm_jax.model.block import Block, SharedInputs
+import hybridnorm_jax as hn
 from hybridnorm_jax.model.decoder import layer_inputs
 from hybridnorm_jax.model.placement import runs
 
@@ -88,10 +87,8 @@ def test_a_block_is_its_papers_equation(scheme, small_config, random_params):
         index = LAYER - run.start
         stacked = random_params(config)[f"run_{number}"]
         params = jax.tree.map(lambda leaf: np.asarray(leaf[index], np.float64), stacked)
-        inputs = jax.tree.map(lambda leaf: leaf[index], layer_inputs(run, "float64"))
         X = np.random.default_rng(2).normal(size=(2, 6, 32))
-        by = rotation(jnp.arange(6)[None], config.rotary_dim, config.rope_theta, jnp.float64)
-        ours, _ = Block(config, run.structure).apply({"params": params}, jnp.asarray(X), inputs, SharedInputs(by, None))
+        ours = hn.Block(config=config, placement=placement, layer=LAYER).apply({"params": params}, jnp.asarray(X))
 
     def norm(place, x):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * params[NAMES[place]]["scale"]
@@ -113,12 +110,10 @@ def test_dropout_acts_on_the_branch_and_not_on_the_residual(small_config, random
         name: params[name] for name in params if name.endswith("norm")
     }  # branches give 0
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 32)), jnp.float32)
-    inputs = jax.tree.map(lambda leaf: leaf[0], layer_inputs(run, "float32"))
-    block = Block(config, run.structure, deterministic=False)
-    shared = SharedInputs(rotation(jnp.arange(5)[None], 8, 1e4), None)
+    block = hn.Block(config=config, placement=run.structure)
 
     def apply(params, seed):
-        return block.apply({"params": params}, x, inputs, shared, rngs={"dropout": jax.random.key(seed)})[0]
+        return block.apply({"params": params}, x, deterministic=False, rngs={"dropout": jax.random.key(seed)})
 
     np.testing.assert_array_equal(apply(silent, 0), x)
     assert not np.array_equal(apply(params, 0), apply(params, 1))
@@ -128,5 +123,5 @@ def test_dropout_acts_on_the_branch_and_not_on_the_residual(small_config, random
 def test_scales_take_the_streams_dtype(small_config):
     (run,) = runs(small_config(scheme="deepnorm").placements)
     inputs = layer_inputs(run, "bfloat16")
-    assert inputs.attention[0].dtype == jnp.bfloat16
-    assert inputs.attention[1:] == (None, None)
+    assert inputs.attention.residual.dtype == jnp.bfloat16
+    assert (inputs.attention.branch, inputs.attention.input) == (None, None)

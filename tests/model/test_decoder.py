@@ -9,8 +9,7 @@ import pytest
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.model.attention import rotate, rotation
-from hybridnorm_jax.model.block import Block, SharedInputs, stream_norm
-from hybridnorm_jax.model.decoder import layer_inputs
+from hybridnorm_jax.model.block import stream_norm
 from hybridnorm_jax.model.placement import runs
 
 
@@ -55,13 +54,11 @@ def test_scanned_layers_equal_a_loop_over_blocks(scheme, small_config, random_pa
     with jax.enable_x64(True):
         params = random_params(config)
         stream = jnp.take(params["token_embedding"]["embedding"], tokens, axis=0)
-        by = rotation(jnp.arange(12)[None], config.rotary_dim, config.rope_theta, jnp.float64)
         for number, run in enumerate(runs(config.placements)):
             for index in range(run.length):
-                stacked = params[f"run_{number}"], layer_inputs(run, "float64")
-                layer, inputs = jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
-                block = Block(config, run.structure)
-                stream, _ = block.apply({"params": layer}, stream, inputs, SharedInputs(by, None))
+                layer = jax.tree.map(lambda leaf, index=index: leaf[index], params[f"run_{number}"])
+                block = hn.Block(config=config, placement=run.placements[index], layer=run.start + index)
+                stream = block.apply({"params": layer}, stream)
         if config.has_final_norm:
             stream = stream_norm(config).apply({"params": params["final_norm"]}, stream)
         expected = stream @ params["head"]["kernel"]

@@ -1,5 +1,8 @@
 """The three norms against their definitions in NumPy, float64."""
 
+import dataclasses
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,7 +82,7 @@ def test_integers_are_refused():
 
 def test_the_module_holds_the_parameters_and_calls_the_function():
     x = jnp.asarray(RNG.normal(size=(3, 8)), jnp.float32)
-    module = hn.Norm(kind="layernorm", eps=EPS, use_bias=True, scale_init=0.5)
+    module = hn.Norm(kind="layernorm", epsilon=EPS, scale_init=nn.initializers.constant(0.5))
     params = module.init(jax.random.key(0), x)["params"]
     assert {name: leaf.shape for name, leaf in params.items()} == {"scale": (8,), "bias": (8,)}
     np.testing.assert_allclose(params["scale"], 0.5)
@@ -158,3 +161,85 @@ def test_layer_norm_in_float32_of_any_offset(width, eps, deviation, offset, seed
     assume(x.std(-1, dtype=np.float64).min() > 0.01 * deviation)
     ours = np.asarray(jax.jit(hn.layer_norm)(jnp.asarray(x), eps=eps))
     np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+# ---- Norm in the place of flax.linen's
+
+ARGUMENTS = [
+    {},
+    {"epsilon": 1e-3},
+    {"use_scale": False},
+    {"param_dtype": jnp.bfloat16},
+    {"dtype": jnp.bfloat16},
+    {"dtype": jnp.float32, "scale_init": nn.initializers.normal(0.3)},
+    {"reduction_axes": (1, 2)},
+    {"reduction_axes": (-2, -1), "feature_axes": (1, 2)},
+]
+KINDS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_norm_and_flaxs_norms_read_each_others_parameters(kind, arguments, dtype):
+    x = jnp.asarray(2 + RNG.standard_normal((3, 5, 16)), dtype)
+    ours, theirs = hn.Norm(kind=kind, **arguments), KINDS[kind](**arguments)
+    for one, other in ((ours, theirs), (theirs, ours)):
+        variables = one.init(jax.random.key(3), x)
+        again = other.init(jax.random.key(3), x)
+        assert jax.tree.structure(variables) == jax.tree.structure(again)
+        jax.tree.map(np.testing.assert_array_equal, variables, again)
+        y, expected = one.apply(variables, x), other.apply(variables, x)
+        assert y.dtype == expected.dtype
+        # float32 statistics: Flax's variance E[x^2] - E[x]^2 loses (mean^2 + var) / var = 5 units of 2^-24 and its sums
+        # a few more; 64 units are a bound with room. A bfloat16 result may then round to the neighbour, 2^-7 away.
+        unit = 2**-7 if y.dtype == jnp.bfloat16 else 64 * 2**-24
+        y, expected = (np.asarray(array, np.float64) for array in (y, expected))
+        np.testing.assert_allclose(y, expected, rtol=unit, atol=unit * np.abs(expected).max())
+
+
+def test_norms_defaults_are_flaxs():
+    for kind, theirs in KINDS.items():
+        ours, flax = hn.Norm(kind=kind), theirs()
+        x = jnp.ones((2, 4))
+        assert ours.epsilon == flax.epsilon == 1e-6
+        assert set(ours.init(jax.random.key(0), x)["params"]) == set(flax.init(jax.random.key(0), x)["params"])
+        names = {field.name for field in dataclasses.fields(flax)}
+        assert names <= {field.name for field in dataclasses.fields(ours)}
+
+
+def test_statistics_are_exact_where_flaxs_fast_variance_is_not():
+    x = jnp.asarray(1e4 + RNG.standard_normal((4, 64)), jnp.float32)
+    exact = (np.asarray(x, np.float64) - np.asarray(x, np.float64).mean(-1, keepdims=True)) / np.asarray(
+        x, np.float64
+    ).std(-1, keepdims=True)
+    variables = nn.LayerNorm().init(jax.random.key(0), x)
+    errors = [
+        np.abs(norm.apply(variables, x) - exact).max()
+        for norm in (hn.Norm(kind="layernorm"), nn.LayerNorm(use_fast_variance=True))
+    ]
+    assert errors[0] < 1e-4
+    assert errors[1] > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"axis_name": "batch"}, r"^axis_name=batch: hn\.Norm has axis_name=None only"),
+        ({"axis_index_groups": [[0, 1]]}, r"^axis_index_groups="),
+        ({"use_fast_variance": True}, r"^use_fast_variance=True: hn\.Norm has use_fast_variance=False only"),
+        ({"force_float32_reductions": False}, r"^force_float32_reductions=False: "),
+        ({"kind": "crmsnorm", "reduction_axes": (1, 2)}, r"^reduction_axes=\(1, 2\): kind='crmsnorm' .*must be -1"),
+        ({"feature_axes": 3}, r"^feature_axes=3: x has 3 axes"),
+    ],
+    ids=str,
+)
+def test_what_norm_cannot_do_is_refused_by_name(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        hn.Norm(**arguments).init(jax.random.key(0), jnp.ones((2, 3, 4)))
+
+
+def test_crmsnorm_has_flaxs_dtypes_too():
+    x = jnp.ones((2, 4), jnp.bfloat16)
+    assert hn.Norm(kind="crmsnorm").init_with_output(jax.random.key(0), x)[0].dtype == jnp.float32
+    assert hn.Norm(kind="crmsnorm", use_scale=False).apply({}, x).dtype == jnp.bfloat16

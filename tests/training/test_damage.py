@@ -76,7 +76,7 @@ def test_a_run_goes_on_before_the_damage_if_allowed_and_ends_as_if_there_had_bee
     with pytest.raises(CheckpointError, match="its digest is not the manifest's"):
         evaluate_run(str(run / "checkpoints/000006"), ["checkpoint.allow_fallback=true"])
     assert evaluate_run(str(run), ["checkpoint.allow_fallback=true"], progress=False).step == 4
-    assert load_run(str(run), allow_fallback=True)[2] == 4
+    assert_same(load_run(str(run), allow_fallback=True)[1], load_run(str(run / "checkpoints/000004"))[1])
     program = Program(heir)
     data = loop.open_data(heir.data, seq_len=8, vocab_size=61)
     with Checkpoints(tmp_path / "runs/heir/checkpoints", keep=1) as none:

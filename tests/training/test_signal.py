@@ -12,9 +12,6 @@ from flax.traverse_util import flatten_dict
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.kernels.blockwise import attention_statistics
-from hybridnorm_jax.model.attention import rotation
-from hybridnorm_jax.model.block import Block, SharedInputs
-from hybridnorm_jax.model.decoder import layer_inputs
 from hybridnorm_jax.model.placement import runs
 from hybridnorm_jax.model.signal_measures import gradient_probe, stream_rms, token_similarity
 from hybridnorm_jax.training.state import TrainState
@@ -29,20 +26,18 @@ def _batch(tokens):
 
 
 def _layers(config, params):
-    """[(structure, scanned inputs, parameters)] of every layer, taken out of the stacks."""
+    """[(block, parameters)] of every layer, taken out of the stacks."""
     found = []
     for number, run in enumerate(runs(config.placements)):
-        stacked = params[f"run_{number}"], layer_inputs(run, config.dtype)
-        for i in range(run.length):
-            own, inputs = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-            found.append((run.structure, inputs, own))
+        for i, placement in enumerate(run.placements):
+            own = jax.tree.map(lambda leaf, i=i: leaf[i], params[f"run_{number}"])
+            found.append((hn.Block(config=config, placement=placement), own))
     return found
 
 
 def _by_hand(config, params, batch):
     """(streams, gradient of each stream, gradients of each layer's parameters) with a Python loop over the layers."""
     layers = _layers(config, params)
-    by = rotation(jnp.arange(12)[None], config.rotary_dim, config.rope_theta, config.dtype)
     outer = hn.Decoder(config)
 
     def forward(weights, nudges):
@@ -52,8 +47,8 @@ def _by_hand(config, params, batch):
             stream = hn.rms_norm(stream, eps=config.norm_eps) * scale
         streams = [stream]
         stream = stream + nudges[0]
-        for (structure, inputs, _), own, nudge in zip(layers, weights, nudges[1:], strict=True):
-            stream, _ = Block(config, structure).apply({"params": own}, stream, inputs, SharedInputs(by, None))
+        for (block, _), own, nudge in zip(layers, weights, nudges[1:], strict=True):
+            stream = block.apply({"params": own}, stream)
             streams.append(stream)
             stream = stream + nudge
         if config.has_final_norm:
@@ -63,7 +58,7 @@ def _by_hand(config, params, batch):
         return -(picked * batch["weights"]).sum() / batch["weights"].sum(), streams
 
     nudges = [jnp.zeros((2, 12, config.d_model))] * (config.num_layers + 1)
-    weights = [own for _, _, own in layers]
+    weights = [own for _, own in layers]
     gradients = jax.jit(jax.value_and_grad(forward, (0, 1), has_aux=True))
     (_, streams), (by_weights, by_stream) = gradients(weights, nudges)
     return streams, by_stream, by_weights

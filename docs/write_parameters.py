@@ -1,0 +1,216 @@
+"""Writes parameters.md beside this file: every parameter that a Decoder can have, read off the library itself.
+
+    python docs/write_parameters.py
+
+A test compares the page with what this writes.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+import hybridnorm_jax as hn
+from hybridnorm_jax.mesh.shardings import logical_axes
+
+PAGE = Path(__file__).with_name("parameters.md")
+
+INTRODUCTION = """# The parameter tree
+
+<!-- Written by docs/write_parameters.py; change that file, then run it. -->
+
+`hn.Decoder(config).init(key, tokens)["params"]` is a tree of plain nested dicts with arrays as leaves. Checkpoints,
+`hn.load_run`, `hn.load_huggingface` and `hn.nnx.to_linen_params` hold the same tree. A path such as
+`head/kernel` below is `params["head"]["kernel"]`, and in NNX `decoder.head.kernel`.
+
+A *run* is a stretch of consecutive layers that normalize at the same places; a model has as many runs as its scheme
+needs, `run_0` first. `hn.describe("hybrid_star", 8)` shows them. All layers of a run are stacked along the first axis
+of each leaf, `layers`. `hn.Block` alone has the same leaves without that axis.
+
+All leaves have the dtype `model.param_dtype`.
+"""
+
+LEAVES = """## Every leaf
+
+*Logical axes* name the dimensions that a mesh may split; `mesh.rules` says which mesh axis splits which. A dash is a
+dimension that is never split.
+
+| leaf | shape | logical axes | there when |
+|---|---|---|---|
+"""
+
+DIMENSIONS = """
+| dimension | size |
+|---|---|
+| layers | layers of the run; they add up to `model.num_layers` |
+| embed | `model.d_model` |
+| heads, kv_heads, head_dim | `model.num_heads`, `model.num_kv_heads`, `model.head_dim` |
+| mlp | `model.mlp_dim` |
+| experts, shared | `model.num_experts`, `model.shared_experts` |
+| vocab | `model.vocab_size` |
+| positions | `model.max_positions` + `model.position_offset` |
+"""
+
+EXAMPLE = """
+## An example
+
+```python
+hn.ModelConfig(
+{arguments})
+```
+
+has {count:,} parameters:
+
+| leaf | shape |
+|---|---|
+"""
+EXAMPLE_KEYS: dict[str, Any] = {
+    "scheme": "hybrid_star",
+    "d_model": 512,
+    "num_layers": 8,
+    "num_heads": 8,
+    "num_kv_heads": 2,
+    "vocab_size": 32000,
+}
+
+# No two dimensions have the same size, so that a size says which one it is.
+SIZES = {
+    "d_model": 96,
+    "num_layers": 3,
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "head_dim": 20,
+    "mlp_dim": 56,
+    "vocab_size": 61,
+}
+NAMES = {
+    96: "embed",
+    6: "heads",
+    2: "kv_heads",
+    20: "head_dim",
+    56: "mlp",
+    61: "vocab",
+    32: "positions",
+    4: "experts",
+    120: "heads * head_dim",
+    40: "kv_heads * head_dim",
+    168: "shared * mlp",
+}
+BIASES = {"norm_bias": True, "attention_bias": True, "mlp_bias": True, "head_bias": True}
+EXPERTS = {"num_experts": 4, "experts_per_token": 2, "shared_experts": 3, "balance_bias": True}
+# Together they have every leaf.
+MODELS: tuple[dict[str, Any], ...] = (
+    {"scheme": "peri", "positions": "learned", "max_positions": 30, "position_offset": 2, "activation": "gelu"},
+    {"scheme": "keel"},
+    {"scheme": "hybrid_output_norm"},
+    {"scheme": "qkvc_post"},
+    {"scheme": "pre_qk_projection"},
+    EXPERTS | {"scheme": "pre"},
+)
+
+# Start of a leaf's path -> what brings it.
+WHEN = {
+    "token_embedding": "always",
+    "position_embedding": "`positions=learned`",
+    "embedding_norm": "the scheme has an embedding norm (or `embedding_norm=true`)",
+    "run_<i>/attention/query": "always",
+    "run_<i>/attention/key": "always",
+    "run_<i>/attention/value": "always",
+    "run_<i>/attention/out": "always",
+    "run_<i>/attention/q_norm": "the scheme normalizes q",
+    "run_<i>/attention/k_norm": "the scheme normalizes k",
+    "run_<i>/attention/v_norm": "the scheme normalizes v",
+    "run_<i>/attention/context_norm": "the scheme normalizes the context",
+    "run_<i>/attention_pre_norm": "the scheme has this norm",
+    "run_<i>/attention_branch_norm": "the scheme has this norm",
+    "run_<i>/attention_post_norm": "the scheme has this norm",
+    "run_<i>/feed_forward/gate": "dense, `activation=swiglu`",
+    "run_<i>/feed_forward/up": "dense",
+    "run_<i>/feed_forward/down": "dense",
+    "run_<i>/feed_forward/router": "experts",
+    "run_<i>/feed_forward/balance_bias": "experts, `balance_bias=true`",
+    "run_<i>/feed_forward/expert_gate": "experts",
+    "run_<i>/feed_forward/expert_up": "experts",
+    "run_<i>/feed_forward/expert_down": "experts",
+    "run_<i>/feed_forward/shared": "experts, `shared_experts` above 0",
+    "run_<i>/feed_forward_pre_norm": "the scheme has this norm",
+    "run_<i>/feed_forward_branch_norm": "the scheme has this norm",
+    "run_<i>/feed_forward_post_norm": "the scheme has this norm",
+    "final_norm": "the scheme has a final norm",
+    "head/kernel": "`tie_embeddings=false`",
+    "head/bias": "`head_bias=true`",
+}
+
+
+class Leaf(NamedTuple):
+    """A row of the table."""
+
+    path: str
+    shape: tuple[str, ...]
+    axes: tuple[str, ...]
+
+
+def shapes(config: hn.ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """The shape of every parameter by its path."""
+    tokens = np.zeros((1, 1), np.int32)
+    tree = jax.eval_shape(lambda: hn.Decoder(config).init(jax.random.key(0), tokens))["params"]
+    return {path: leaf.shape for path, leaf in flatten_dict(tree).items()}
+
+
+def leaves(config: hn.ModelConfig) -> Iterator[Leaf]:
+    """The rows of one model."""
+    for path, shape in shapes(config).items():
+        stacked = path[0].startswith("run_")
+        names = [NAMES[size] for size in shape[1 if stacked else 0 :]]
+        yield Leaf(
+            path=re.sub(r"^run_\d+", "run_<i>", "/".join(path)),
+            shape=("layers", *names) if stacked else tuple(names),
+            axes=tuple(axis or "-" for axis in logical_axes(path, len(shape))),
+        )
+
+
+def when(path: str) -> str:
+    """What brings the leaf at this path."""
+    start = max((start for start in WHEN if f"{path}/".startswith(f"{start}/")), key=len)
+    name = path.rpartition("/")[2]
+    if "norm" in path:
+        flag = "attention_norm" if "/attention/" in path else "norm"
+        return f"{WHEN[start]}, `{flag}_{name}=true`"
+    if name != "bias" or start.endswith("bias"):
+        return WHEN[start]
+    key = "attention_bias" if "/attention/" in path else "mlp_bias"
+    return f"`{key}=true`" if WHEN[start] == "always" else f"{WHEN[start]}, `{key}=true`"
+
+
+def page() -> str:
+    """The text of parameters.md."""
+    found = {leaf for model in MODELS for leaf in leaves(hn.ModelConfig(**SIZES, **BIASES, **model))}
+    order = {start: number for number, start in enumerate(WHEN)}
+
+    def place(leaf: Leaf) -> tuple[int, str, int]:
+        start = max((start for start in order if f"{leaf.path}/".startswith(f"{start}/")), key=len)
+        return order[start], leaf.path, len(" ".join(leaf.shape))
+
+    rows = [
+        f"| `{leaf.path}` | ({', '.join(leaf.shape)}) | ({', '.join(leaf.axes)}) | {when(leaf.path)} |"
+        for leaf in sorted(found, key=place)
+    ]
+    example = shapes(hn.ModelConfig(**EXAMPLE_KEYS))
+    arguments = "".join(f"    {key}={json.dumps(value)},\n" for key, value in EXAMPLE_KEYS.items())
+    count = sum(int(np.prod(shape)) for shape in example.values())
+    sizes = [f"| `{'/'.join(path)}` | {shape} |" for path, shape in sorted(example.items())]
+    example_head = EXAMPLE.format(arguments=arguments, count=count)
+    return INTRODUCTION + "\n" + LEAVES + _lines(rows) + DIMENSIONS + example_head + _lines(sizes)
+
+
+def _lines(rows: list[str]) -> str:
+    return "".join(f"{row}\n" for row in rows)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
