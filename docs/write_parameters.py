@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 import hybridnorm_jax as hn
-from hybridnorm_jax.mesh.shardings import logical_axes
+from hybridnorm_jax.mesh.parameter_axes import logical_axes
 
 PAGE = Path(__file__).with_name("parameters.md")
 

@@ -6,9 +6,9 @@ from .errors import UserError as UserError
 from .interop.huggingface import load_huggingface as load_huggingface
 from .interop.huggingface import save_huggingface as save_huggingface
 from .interop.olmo import params_from_olmo as params_from_olmo
-from .mesh.shardings import make_mesh as make_mesh
+from .mesh.device_mesh import make_mesh as make_mesh
+from .mesh.device_mesh import use_mesh as use_mesh
 from .mesh.shardings import tree_shardings as tree_shardings
-from .mesh.shardings import use_mesh as use_mesh
 from .model.attention import Attention as Attention
 from .model.attention import rotation as rotation
 from .model.block import Block as Block

@@ -20,7 +20,7 @@ from hybridnorm_jax.equivalence.layout import (
 from hybridnorm_jax.equivalence.transforms import compress, fold_affine, recenter, stored_width
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.placement import HEAD_NORMS, Run, runs
+from hybridnorm_jax.model.placement import HEAD_NORMS, Run, SublayerName, runs
 
 FORMS = ("pre_rmsnorm", "pre_crmsnorm")
 
@@ -124,7 +124,7 @@ def decoder_layout(config: ModelConfig) -> ResidualLayout:
 def _run_rules(config: ModelConfig, run: Run, name: str) -> dict[str, Role]:
     """The rules of one run, whose leaves have the layers in front."""
     rules: dict[str, Role] = {}
-    branches = {
+    branches: dict[SublayerName, _Projections] = {
         "attention": _Projections(
             readers={"query": 1, "key": 1, "value": 1},
             writers=("out",),
@@ -167,7 +167,8 @@ class _Projections:
 
 def _feed_forward_projections(config: ModelConfig) -> _Projections:
     if config.num_experts == 0:
-        readers, writers = {"up": 1}, ("down",)
+        readers: dict[str, int] = {"up": 1}
+        writers: tuple[str, ...] = ("down",)
         if config.activation == "swiglu":
             readers["gate"] = 1
     else:

@@ -31,9 +31,10 @@ def fold_affine(params: Any, layout: ResidualLayout) -> dict:
     changed: dict[str, Array] = {}
     for path, reader in found.readers.items():
         kernel = widened(found.leaves[path])
-        if reader.norm in found.biases:
-            changed[reader.bias] = _bias_with_norms(found, path, reader)
-        if reader.norm in found.scales:
+        if reader.norm is not None and reader.norm in found.biases:
+            bias = _own_bias(path, reader, norm_bias=found.biases[reader.norm])
+            changed[bias] = _bias_with_norms(found, path, reader, bias=bias, norm_bias=found.biases[reader.norm])
+        if reader.norm is not None and reader.norm in found.scales:
             kernel = _beside(found, found.scales[reader.norm], path, reader) * kernel
         changed[path] = kernel.astype(found.leaves[path].dtype)
     return found.tree(changed, removed=frozenset(found.norm_leaves))
@@ -119,16 +120,20 @@ def _centred(leaf: Any, axis: int) -> Array:
     return (wide - wide.mean(axis, keepdims=True)).astype(jnp.asarray(leaf).dtype)
 
 
-def _bias_with_norms(found: Resolved, path: str, reader: Reader) -> Array:
-    """The bias of a reader, with what the reader makes of its norm's bias added to it."""
-    norm_bias = found.biases[reader.norm]
+def _own_bias(path: str, reader: Reader, *, norm_bias: str) -> str:
+    """The path of a reader's bias, which must be there to take its norm's."""
     if reader.bias is None:
         need = f"give it a bias of zeros that takes {norm_bias}"
         raise LayoutError(f"{path}: reads a norm that has a bias, but has none itself: {need}")
-    own = found.leaves[reader.bias]
+    return reader.bias
+
+
+def _bias_with_norms(found: Resolved, path: str, reader: Reader, *, bias: str, norm_bias: str) -> Array:
+    """The bias of a reader, with what the reader makes of its norm's bias added to it."""
+    own = found.leaves[bias]
     added = _scaled(path, _read(found, norm_bias, path, reader), reader.input_scale)
     if added.shape != own.shape:
-        raise LayoutError(f"{reader.bias}: has shape {own.shape}, but {path} gives {added.shape}")
+        raise LayoutError(f"{bias}: has shape {own.shape}, but {path} gives {added.shape}")
     return (widened(own) + added).astype(own.dtype)
 
 

@@ -23,6 +23,7 @@ import dataclasses
 from collections.abc import Collection, Iterable
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
+SublayerName = Literal["attention", "feed_forward"]
 HeadNorm = Literal["head", "projection"] | None
 HEAD_NORMS = ("q_norm", "k_norm", "v_norm", "context_norm")
 
@@ -102,10 +103,14 @@ class BlockPlacement:
 
     attention: SublayerPlacement = SublayerPlacement()
     feed_forward: SublayerPlacement = SublayerPlacement()
-    q_norm: HeadNorm = None
-    k_norm: HeadNorm = None
-    v_norm: HeadNorm = None
-    context_norm: HeadNorm = None
+    q_norm: SublayerName = Literal["attention", "feed_forward"]
+HeadNorm = None
+    k_norm: SublayerName = Literal["attention", "feed_forward"]
+HeadNorm = None
+    v_norm: SublayerName = Literal["attention", "feed_forward"]
+HeadNorm = None
+    context_norm: SublayerName = Literal["attention", "feed_forward"]
+HeadNorm = None
 
     def __post_init__(self) -> None:
         for name in HEAD_NORMS:
@@ -139,7 +144,7 @@ class Run:
         """The number of layers."""
         return len(self.placements)
 
-    def scales(self, sublayer: Literal["attention", "feed_forward"]) -> Scales[tuple[float, ...] | None]:
+    def scales(self, sublayer: SublayerName) -> Scales[tuple[float, ...] | None]:
         """Of each scale of this sublayer one number per layer, or None where it is 1 in every layer."""
         layers = [getattr(placement, sublayer).scales for placement in self.placements]
         return Scales(

@@ -15,7 +15,7 @@ from hybridnorm_jax.config.resumption import differences
 from hybridnorm_jax.config.run_config import RunConfig, RunSection
 from hybridnorm_jax.config.yaml_files import from_yaml, to_yaml
 from hybridnorm_jax.errors import ConfigError, MissingExtraError, UserError
-from hybridnorm_jax.mesh.rules import MESH_AXES, resolve_rules
+from hybridnorm_jax.mesh.sharding_rules import MESH_AXES, resolve_rules
 from hybridnorm_jax.mesh.shardings import tree_shardings
 from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
 from hybridnorm_jax.training.state import init_params
