@@ -24,6 +24,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.training import manifest
 from hybridnorm_jax.training.orbax_log import quiet_orbax
 
@@ -96,7 +97,7 @@ class Checkpoints:
         self.wait()
         steps = self.steps()
         for path in self._leftovers():
-            _say(f"{path}: a save that is running, or was killed; not used")
+            say(f"{path}: a save that is running, or was killed; not used", file=sys.stderr)
         for step in reversed(steps):
             damage = self._find_damage(step)
             if damage is None:
@@ -105,7 +106,7 @@ class Checkpoints:
                 remedy = "checkpoint.allow_fallback=true uses the one before it"
                 raise CheckpointError(f"{damage}; {remedy if step != steps[0] else 'there is none before it'}")
             self._damaged.add(step)
-            _say(f"{damage}; passed over, and kept as {step:06d}.damaged from the next save on")
+            say(f"{damage}; passed over, and kept as {step:06d}.damaged from the next save on", file=sys.stderr)
         if steps:
             right = "start a new run under another run.name, or from another checkpoint with init_from"
             raise CheckpointError(f"{self.directory}: all of its checkpoints are damaged ({steps}); {right}")
@@ -273,7 +274,10 @@ class Checkpoints:
             line = manifest.find_damage(path, index=jax.process_index(), count=jax.process_count())
         else:
             line = None
-            _say(f"{path}: saved by a version that wrote no digests; used without knowing whether it is damaged")
+            say(
+                f"{path}: saved by a version that wrote no digests; used without knowing whether it is damaged",
+                file=sys.stderr,
+            )
         if line := manifest.agree(line):
             return f"{path}/{line}"
         self._verified.add(step)
@@ -354,11 +358,6 @@ def _delete(path: epath.Path) -> None:
     manifest.remove(path)
     (path / COMMITTED).unlink(missing_ok=True)
     path.rmtree()
-
-
-def _say(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
 
 
 def _describe(tree: Any) -> dict[str, str]:

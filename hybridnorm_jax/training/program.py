@@ -31,10 +31,10 @@ from hybridnorm_jax.mesh.shardings import (
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.loss import LossSums
+from hybridnorm_jax.training.layer_measures import Measures, make_watch
 from hybridnorm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from hybridnorm_jax.training.state import TrainState, init_state
 from hybridnorm_jax.training.step import Batch, document_inputs, make_eval_step, make_train_step
-from hybridnorm_jax.training.watch import Measures, make_watch
 
 
 def check_precision(model: ModelConfig) -> None:

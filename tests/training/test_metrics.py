@@ -16,7 +16,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.errors import ConfigError, UserError
-from hybridnorm_jax.training.metrics import MetricsWriter
+from hybridnorm_jax.training.metrics_writer import MetricsWriter
 from hybridnorm_jax.training.throughput import mfu, model_flops_per_token, peak_flops
 
 
@@ -141,7 +141,7 @@ def test_other_processes_write_nothing(tmp_path):
 
 def test_an_object_store_has_every_line_too(monkeypatch):
     monkeypatch.setitem(_registry, "gcs", InMemory)
-    monkeypatch.setattr("hybridnorm_jax.training.metrics.SummaryWriter", lambda *args, **keys: NoTensorBoard())
+    monkeypatch.setattr("hybridnorm_jax.training.metrics_writer.SummaryWriter", lambda *args, **keys: NoTensorBoard())
     run_dir = epath.Path("gs://bucket/runs/name")
     run_dir.mkdir(parents=True)
     writer = open_writer(run_dir)

@@ -10,6 +10,7 @@ from etils import epath
 from tensorboardX import SummaryWriter
 
 from hybridnorm_jax.errors import ConfigError, UserError
+from hybridnorm_jax.files import write_whole
 
 
 class MetricsWriter:
@@ -108,10 +109,8 @@ class _JsonLines:
 
     def _rewrite(self) -> None:
         """Replace the file by what is kept, whole or not at all."""
-        partial = self._path.with_name(self._path.name + ".partial")
         try:
-            partial.write_text(self._kept)
-            partial.replace(self._path)
+            write_whole(self._path, self._kept)
         except OSError as error:
             raise UserError(f"{self._path}: cannot be written: {error}") from error
 
