@@ -55,9 +55,11 @@ def abstract_state(initialize: Initializer, mesh: Mesh, rules: Rules = RULES) ->
     """Shapes, dtypes and shardings of the state (jax.ShapeDtypeStruct), to restore a checkpoint into."""
     shapes = jax.eval_shape(initialize, jax.random.key(0))
     places = tree_shardings(shapes, mesh, rules)
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
-    )
+
+    def placed(leaf: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return jax.tree.map(placed, shapes, places)
 
 
 def fresh_state(initialize: Initializer, seed: int, abstract: TrainState) -> TrainState:
