@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -39,6 +39,14 @@ STEP_NAME = re.compile(r"(\d{6,})(\.orbax-checkpoint-tmp)?")
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be found, read, written, or used for this model."""
+
+
+class _Saved(NamedTuple):
+    """A step that was saved: shapes and dtypes of its leaves as a tree, and what `save` was told besides."""
+
+    step: int
+    leaves: Any
+    custom: dict[str, Any]
 
 
 class Checkpoints:
@@ -145,7 +153,8 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until no save is running; raises CheckpointError if it failed."""
-        running, self._running = self._running, None
+        running = self._running
+        self._running = None
         if running is not None:
             running.result()
 
@@ -171,29 +180,29 @@ class Checkpoints:
         Raises:
           CheckpointError: no such checkpoint, one of another model, or a damaged one.
         """
-        step, metadata = self._metadata(step)
-        if list(metadata.metadata) == ["params"]:
+        saved = self._saved(step)
+        if list(saved.leaves) == ["params"]:
             right = "start a new run from it: init_from=THIS_RUN run.name=ANOTHER"
-            raise CheckpointError(f"{self._path(step)}: holds parameters alone, no optimizer state; {right}")
-        self._check_same_leaves(step, metadata.metadata, abstract_state)
-        return self._load(step, abstract_state), metadata.custom_metadata["data_state"]
+            raise CheckpointError(f"{self._path(saved.step)}: holds parameters alone, no optimizer state; {right}")
+        self._check_same_leaves(saved.step, saved.leaves, abstract_state)
+        return self._load(saved.step, abstract_state), saved.custom["data_state"]
 
     def fields(self, step: int) -> set[str]:
         """The names of the parts of the state that was saved as `step`. Verified first, as `restore` does."""
-        return set(self._metadata(step)[1].metadata)
+        return set(self._saved(step).leaves)
 
     def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:
         """The state's "params" alone, as `restore`; nothing else is loaded.
 
         Every file is verified nevertheless: parameters and optimizer state share Orbax's data files.
         """
-        step, metadata = self._metadata(step)
-        self._check_same_leaves(step, {"params": metadata.metadata["params"]}, {"params": abstract_params})
-        return self._load(step, {"params": abstract_params})["params"]
+        saved = self._saved(step)
+        self._check_same_leaves(saved.step, {"params": saved.leaves["params"]}, {"params": abstract_params})
+        return self._load(saved.step, {"params": abstract_params})["params"]
 
     def read_config(self, step: int | None = None) -> str:
         """The configuration that was saved with `step`, as YAML; None: with the newest. Verified as `restore` does."""
-        return self._metadata(step)[1].custom_metadata["config_yaml"]
+        return self._saved(step).custom["config_yaml"]
 
     def _path(self, step: int) -> epath.Path:
         return self.directory / f"{step:06d}"
@@ -242,8 +251,8 @@ class Checkpoints:
             message = f"saving step {step} failed: {reason}; complete steps, unharmed: {complete}"
             raise CheckpointError(f"{self.directory}: {message}") from error
 
-    def _metadata(self, step: int | None) -> tuple[int, Any]:
-        """The step (None: the newest) and Orbax's metadata of it."""
+    def _saved(self, step: int | None) -> "_Saved":
+        """What Orbax knows of a step (None: of the newest)."""
         self.wait()
         complete = self.steps()
         if not complete:
@@ -260,7 +269,7 @@ class Checkpoints:
             # Orbax logs unreadable metadata and goes on without it.
             if metadata.metadata is None or not metadata.custom_metadata:
                 raise ValueError("its metadata or its index is unreadable")
-        return step, metadata
+        return _Saved(step, metadata.metadata, metadata.custom_metadata)
 
     def _find_damage(self, step: int) -> str | None:
         """The first file that is not as the manifest says, in one line and the same in every process; None: all are.
@@ -348,7 +357,7 @@ def _complete_step(path: epath.Path) -> int | None:
 def _promises_manifest(path: epath.Path) -> bool:
     try:
         return PARTS in json.loads((path / METADATA).read_bytes())["custom_metadata"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # damaged; `_metadata` says so to who wants to read it
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # damaged; `_saved` says so to who wants to read it
         return False
 
 

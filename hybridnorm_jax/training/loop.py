@@ -19,7 +19,7 @@ from hybridnorm_jax.mesh.shardings import check_batch
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.hooks.built_in import built_in_hooks
 from hybridnorm_jax.training.hooks.hook import Hook
-from hybridnorm_jax.training.metrics_writer import MetricsWriter
+from hybridnorm_jax.training.metrics_writer import MetricsWriter, WandbRun
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.resume import beginning
 from hybridnorm_jax.training.run import LateMetrics, Run
@@ -155,13 +155,11 @@ def _prepare(config: RunConfig) -> tuple[Program, Data]:
 
 
 def _metrics_writer(config: RunConfig, directory: epath.Path, resume_step: int | None) -> MetricsWriter:
+    shown = WandbRun(config.run.wandb_project, config.run.name, dataclasses.asdict(config))
     return MetricsWriter(
         directory,
         resume_step=resume_step,
-        wandb=config.run.wandb,
-        wandb_project=config.run.wandb_project,
-        run_name=config.run.name,
-        config=dataclasses.asdict(config),
+        wandb=shown if config.run.wandb else None,
         enabled=jax.process_index() == 0,
     )
 

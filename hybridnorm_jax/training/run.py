@@ -119,9 +119,10 @@ class Run:
 
     def read_late(self) -> None:
         """Wait for the metrics that were not read yet, if there are any, and give them to the hooks."""
-        if self.late is None:
+        late = self.late
+        self.late = None
+        if late is None:
             return
-        late, self.late = self.late, None
         numbers = Numbers(late.step, {name: np.asarray(value) for name, value in late.metrics.items()})
         seconds = self.clock.tick()
         self.numbers = numbers

@@ -140,8 +140,7 @@ def make_train_step(
       measure: (the state's parameters, one sequence) -> invariants to return; None: the last result is empty.
     """
     dropout_root = jax.random.key(options.seed)
-    defects = measure is not None and convert is not None
-    objective = _make_objective(model, options, defects=defects)
+    objective = _make_objective(model, options, defects=measure is not None and convert is not None)
 
     def train_step(state, batch):
         key = jax.random.fold_in(dropout_root, state.step)
@@ -168,9 +167,7 @@ def make_train_step(
         metrics |= anomaly_metrics(anomalies)
         before, after = (state.params, state.opt_state), (params, opt_state)
         params, opt_state = keep_where(skip, before, after)
-        measured = {} if measure is None else measure(state.params, jax.tree.map(lambda x: x[0, :1], batch))
-        if defects:
-            measured |= {"trained": jax.vmap(partial(collected, collection=DEFECT))(sown).max(0)}
+        measured = {} if measure is None else _measured(measure, state.params, batch, sown)
         return TrainState(state.step + 1, params, opt_state, anomalies), metrics, measured
 
     return train_step
@@ -193,6 +190,14 @@ def _make_objective(model: Decoder, options: StepOptions, *, defects: bool) -> O
         return total, (Totals(sums, routers), {name: sown[name] for name in kept})
 
     return objective
+
+
+def _measured(measure: Measure, params: Any, batch: Batch, sown: dict[str, Any]) -> Measured:
+    """The invariants of the first sequence, and those of all sequences that the model sowed, if it did."""
+    measured = measure(params, jax.tree.map(lambda x: x[0, :1], batch))
+    if DEFECT in sown:
+        measured |= {"trained": jax.vmap(partial(collected, collection=DEFECT))(sown).max(0)}
+    return measured
 
 
 def _divide(sums: Any, weight: Array) -> Any:
