@@ -124,9 +124,10 @@ def _make_step(run: Run) -> None:
     with run.ledger.phase("compilation" if run.step == run.first else "steps"):
         run.state, metrics = run.program.train_step(run.state, batch)
     run.step = step
-    # While the device is busy with this step, the metrics of the one before are read.
-    run.read_late()
+    # The metrics of the step before are read while the device is busy with this one.
+    before = run.late
     run.late = LateMetrics(step, metrics)
+    run.read(before)
     for hook in due:
         hook.after_step(run)
 

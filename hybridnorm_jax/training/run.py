@@ -121,6 +121,10 @@ class Run:
         """Wait for the metrics that were not read yet, if there are any, and give them to the hooks."""
         late = self.late
         self.late = None
+        self.read(late)
+
+    def read(self, late: LateMetrics | None) -> None:
+        """Wait for the metrics of a step, and give them to the hooks that are due in it."""
         if late is None:
             return
         numbers = Numbers(late.step, {name: np.asarray(value) for name, value in late.metrics.items()})

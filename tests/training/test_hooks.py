@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hybridnorm_jax.config.run_config import RunConfig, TrainSection
-from hybridnorm_jax.errors import RunStopped
+from hybridnorm_jax.errors import REQUEUE, RunStopped
 from hybridnorm_jax.training import hooks, loop
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.hooks.built_in import built_in_hooks
@@ -88,7 +88,7 @@ def _stop_before_step(patch, step):
     def told(self):
         polls.append(None)
         if len(polls) == step:
-            raise RunStopped(75, "told to")
+            raise RunStopped(REQUEUE, "told to")
         poll(self)
 
     patch.setattr(StopSignals, "poll", told)
@@ -181,6 +181,19 @@ def test_hooks_are_called_in_the_order_of_the_list_and_closed_in_reverse(config,
         ("second", "close"),
         ("first", "close"),
     ]
+
+
+def test_a_hook_may_stop_the_run_when_it_sees_the_numbers(config, tmp_path):
+    class Enough(Hook):
+        def on_numbers(self, run, numbers):
+            if numbers.step == 2:
+                raise RunStopped(REQUEUE, "enough")
+
+    with pytest.raises(RunStopped, match="step 3 is saved"):  # which the device had begun
+        loop.train(config, hooks=[Enough()])
+    (record,) = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert record["step"] == 3
+    assert len(record["train/losses"]) == 3
 
 
 def test_every_built_in_hook_keeps_to_its_every(config, tmp_path, monkeypatch):
