@@ -39,8 +39,8 @@ def run(arguments: Sequence[str], processes: Processes) -> None:
 
             dry_run(config)
             return
-        from hybridnorm_jax.training.goodput import process_began
         from hybridnorm_jax.training.loop import train
+        from hybridnorm_jax.training.time_ledger import process_began
 
         train(config, began=process_began())
     if processes.number == 0:

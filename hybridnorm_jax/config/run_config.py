@@ -85,9 +85,13 @@ class TrainSection:
     balance_loss: float = key(0.01, "weight of the experts' load-balancing loss, summed over layers")
     router_z_loss: float = key(0.001, "weight of the routers' squared log-partition, summed over layers")
     max_bad_steps: int = key(10, "so many skipped steps in a row (NaN, infinity, spikes) stop the run")
-    skip_spikes_sigma: float | None = key(None, "skip steps whose loss is so many deviations above the last ones' mean")
-    spike_window: int = key(128, "losses that mean and deviation are taken over")
-    stall_seconds: float | None = key(None, "report with all stacks what one wait takes longer for; null: never")
+    skip_spikes_sigma: float | None = key(
+        None, "skip a step whose loss is this many standard deviations above the mean of the losses before it"
+    )
+    spike_window: int = key(128, "number of losses that this mean and standard deviation are taken over")
+    stall_seconds: float | None = key(
+        None, "report the stacks of all threads when the run waits longer than this for one thing; null: never"
+    )
     stall_exit: bool = key(False, "end the process after such a report, with status 76")
     log_every: int = key(10, "steps between lines of metrics.jsonl")
     watch_every: int | None = key(

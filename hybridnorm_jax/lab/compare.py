@@ -7,7 +7,6 @@ import math
 import os
 import platform
 import re
-import secrets
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -25,13 +24,16 @@ from hybridnorm_jax.data import open_data
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.evaluation.perplexity import Score
 from hybridnorm_jax.fields import check, check_choice, key
+from hybridnorm_jax.files import write_whole
 from hybridnorm_jax.lab.divergence import rising_since
 from hybridnorm_jax.lab.labels import measured_otherwise
 from hybridnorm_jax.lab.run_files import DIVERGED, FINISHED, read_losses, read_object, read_result
+from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.model.schemes import SCHEMES
 from hybridnorm_jax.training.checkpoints import Checkpoints
-from hybridnorm_jax.training.loop import open_run_directory, train
-from hybridnorm_jax.training.step_log import DivergedError
+from hybridnorm_jax.training.hooks.skipped_steps import DivergedError
+from hybridnorm_jax.training.loop import train
+from hybridnorm_jax.training.run_directory import open_run_directory
 
 DEFAULT = "lab"
 
@@ -144,7 +146,7 @@ def compare(asked: Comparison, only: int | None = None) -> list[dict[str, Any]]:
     results = []
     for number, config in enumerate(asked.configs):
         if only is None or number == only:
-            _say(f"\n== {number + 1} of {count}: {config.run.name}")
+            say(f"\n== {number + 1} of {count}: {config.run.name}")
             results.append(_result(asked, number, config))
     return results
 
@@ -154,7 +156,7 @@ def _result(asked: Comparison, number: int, config: RunConfig) -> dict[str, Any]
     file = epath.Path(config.run.dir) / config.run.name / "result.json"
     if file.exists():
         result = _earlier(file, config)
-        _say(f"{result['status']} before")
+        say(f"{result['status']} before")
         return result
     directory = open_run_directory(config)
     with Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as saved:
@@ -199,14 +201,14 @@ def _train(config: RunConfig, directory: epath.Path, began: float) -> _Ended:
     try:
         scores = {name: _plain(score) for name, score in train(config, began=began).items()}
     except DivergedError as error:
-        _say(f"diverged: {error}")
+        say(f"diverged: {error}")
         return _Ended(step=error.step, diverged_at=error.step, scores={})
     last = config.train.steps
     diverged_at = rising_since(read_losses(directory))
     if diverged_at is not None:
-        _say(f"diverged: the loss was lowest at step {diverged_at}")
+        say(f"diverged: the loss was lowest at step {diverged_at}")
     elif any(score["loss"] is None for score in scores.values()):
-        _say("diverged: the final loss is not finite")
+        say("diverged: the final loss is not finite")
         diverged_at = last
     return _Ended(step=last, diverged_at=diverged_at, scores=scores)
 
@@ -263,14 +265,7 @@ def _write(file: epath.Path, value: dict[str, Any]) -> None:
     if jax.process_index() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
         # Jobs of one comparison write comparison.json at the same time.
-        partial = file.with_name(f"{file.name}.{secrets.token_hex(4)}.partial")
-        partial.write_text(json.dumps(value, indent=2) + "\n")
-        partial.replace(file)
-
-
-def _say(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text, flush=True)
+        write_whole(file, json.dumps(value, indent=2) + "\n", concurrent=True)
 
 
 def table(asked: Comparison, results: Sequence[dict[str, Any]]) -> str:

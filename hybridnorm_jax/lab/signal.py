@@ -26,8 +26,8 @@ from hybridnorm_jax.lab.signal_figures import write_figures
 from hybridnorm_jax.model.config import INITIALIZERS, ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.schemes import SCHEMES
+from hybridnorm_jax.training.layer_measures import measure_signal
 from hybridnorm_jax.training.program import check_precision
-from hybridnorm_jax.training.watch import measure_signal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Signal:
 
     Attributes:
       scheme, depth, initializer: of the model.
-      measures: name -> values by layer, see training.watch.measure_signal; NaN where there is none.
+      measures: name -> values by layer, see training.layer_measures.measure_signal; NaN where there is none.
     """
 
     scheme: str

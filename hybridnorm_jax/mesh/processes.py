@@ -15,6 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TextIO
 
 import jax
 import numpy as np
@@ -136,6 +137,12 @@ class Processes:
             return
         self._alike = _within(ALIKE_SECONDS, jax.distributed.shutdown) is None
         self._runs = not self._alike
+
+
+def say(text: str, *, file: TextIO | None = None) -> None:
+    """Print on process 0 alone; `file` is standard output by default. JAX's runtime runs already, if it is to run."""
+    if jax.process_index() == 0:
+        print(text, file=file, flush=True)
 
 
 def check_alike(values: Mapping[str, str]) -> None:

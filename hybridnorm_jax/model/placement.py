@@ -103,14 +103,10 @@ class BlockPlacement:
 
     attention: SublayerPlacement = SublayerPlacement()
     feed_forward: SublayerPlacement = SublayerPlacement()
-    q_norm: SublayerName = Literal["attention", "feed_forward"]
-HeadNorm = None
-    k_norm: SublayerName = Literal["attention", "feed_forward"]
-HeadNorm = None
-    v_norm: SublayerName = Literal["attention", "feed_forward"]
-HeadNorm = None
-    context_norm: SublayerName = Literal["attention", "feed_forward"]
-HeadNorm = None
+    q_norm: HeadNorm = None
+    k_norm: HeadNorm = None
+    v_norm: HeadNorm = None
+    context_norm: HeadNorm = None
 
     def __post_init__(self) -> None:
         for name in HEAD_NORMS:

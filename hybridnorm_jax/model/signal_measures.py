@@ -2,7 +2,7 @@
 
 Block, Decoder and Attention compute it where asked: values are sown into the collection SIGNAL where that is mutable;
 the gradient's square sum comes out as the gradient with respect to the collection PROBE where that is given. Nothing
-is computed otherwise. training/watch.py asks.
+is computed otherwise. training/layer_measures.py asks.
 """
 
 import jax

@@ -29,8 +29,13 @@ class Anomalies:
 
 def no_anomalies(window: int) -> Anomalies:
     """Before the first step."""
-    nonfinite, spikes, in_a_row, made = (jnp.zeros((), jnp.int32) for _ in range(4))
-    return Anomalies(nonfinite, spikes, in_a_row, made, jnp.zeros((window,), jnp.float32))
+    return Anomalies(
+        nonfinite=jnp.zeros((), jnp.int32),
+        spikes=jnp.zeros((), jnp.int32),
+        in_a_row=jnp.zeros((), jnp.int32),
+        made=jnp.zeros((), jnp.int32),
+        losses=jnp.zeros((window,), jnp.float32),
+    )
 
 
 def judge(

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.training import manifest
 from hybridnorm_jax.training.orbax_log import quiet_orbax
 
@@ -38,6 +39,14 @@ STEP_NAME = re.compile(r"(\d{6,})(\.orbax-checkpoint-tmp)?")
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be found, read, written, or used for this model."""
+
+
+class _Saved(NamedTuple):
+    """A step that was saved: shapes and dtypes of its leaves as a tree, and what `save` was told besides."""
+
+    step: int
+    leaves: Any
+    custom: dict[str, Any]
 
 
 class Checkpoints:
@@ -96,7 +105,7 @@ class Checkpoints:
         self.wait()
         steps = self.steps()
         for path in self._leftovers():
-            _say(f"{path}: a save that is running, or was killed; not used")
+            say(f"{path}: a save that is running, or was killed; not used", file=sys.stderr)
         for step in reversed(steps):
             damage = self._find_damage(step)
             if damage is None:
@@ -105,7 +114,7 @@ class Checkpoints:
                 remedy = "checkpoint.allow_fallback=true uses the one before it"
                 raise CheckpointError(f"{damage}; {remedy if step != steps[0] else 'there is none before it'}")
             self._damaged.add(step)
-            _say(f"{damage}; passed over, and kept as {step:06d}.damaged from the next save on")
+            say(f"{damage}; passed over, and kept as {step:06d}.damaged from the next save on", file=sys.stderr)
         if steps:
             right = "start a new run under another run.name, or from another checkpoint with init_from"
             raise CheckpointError(f"{self.directory}: all of its checkpoints are damaged ({steps}); {right}")
@@ -144,7 +153,8 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until no save is running; raises CheckpointError if it failed."""
-        running, self._running = self._running, None
+        running = self._running
+        self._running = None
         if running is not None:
             running.result()
 
@@ -170,29 +180,29 @@ class Checkpoints:
         Raises:
           CheckpointError: no such checkpoint, one of another model, or a damaged one.
         """
-        step, metadata = self._metadata(step)
-        if list(metadata.metadata) == ["params"]:
+        saved = self._saved(step)
+        if list(saved.leaves) == ["params"]:
             right = "start a new run from it: init_from=THIS_RUN run.name=ANOTHER"
-            raise CheckpointError(f"{self._path(step)}: holds parameters alone, no optimizer state; {right}")
-        self._check_same_leaves(step, metadata.metadata, abstract_state)
-        return self._load(step, abstract_state), metadata.custom_metadata["data_state"]
+            raise CheckpointError(f"{self._path(saved.step)}: holds parameters alone, no optimizer state; {right}")
+        self._check_same_leaves(saved.step, saved.leaves, abstract_state)
+        return self._load(saved.step, abstract_state), saved.custom["data_state"]
 
     def fields(self, step: int) -> set[str]:
         """The names of the parts of the state that was saved as `step`. Verified first, as `restore` does."""
-        return set(self._metadata(step)[1].metadata)
+        return set(self._saved(step).leaves)
 
     def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:
         """The state's "params" alone, as `restore`; nothing else is loaded.
 
         Every file is verified nevertheless: parameters and optimizer state share Orbax's data files.
         """
-        step, metadata = self._metadata(step)
-        self._check_same_leaves(step, {"params": metadata.metadata["params"]}, {"params": abstract_params})
-        return self._load(step, {"params": abstract_params})["params"]
+        saved = self._saved(step)
+        self._check_same_leaves(saved.step, {"params": saved.leaves["params"]}, {"params": abstract_params})
+        return self._load(saved.step, {"params": abstract_params})["params"]
 
     def read_config(self, step: int | None = None) -> str:
         """The configuration that was saved with `step`, as YAML; None: with the newest. Verified as `restore` does."""
-        return self._metadata(step)[1].custom_metadata["config_yaml"]
+        return self._saved(step).custom["config_yaml"]
 
     def _path(self, step: int) -> epath.Path:
         return self.directory / f"{step:06d}"
@@ -241,8 +251,8 @@ class Checkpoints:
             message = f"saving step {step} failed: {reason}; complete steps, unharmed: {complete}"
             raise CheckpointError(f"{self.directory}: {message}") from error
 
-    def _metadata(self, step: int | None) -> tuple[int, Any]:
-        """The step (None: the newest) and Orbax's metadata of it."""
+    def _saved(self, step: int | None) -> "_Saved":
+        """What Orbax knows of a step (None: of the newest)."""
         self.wait()
         complete = self.steps()
         if not complete:
@@ -259,7 +269,7 @@ class Checkpoints:
             # Orbax logs unreadable metadata and goes on without it.
             if metadata.metadata is None or not metadata.custom_metadata:
                 raise ValueError("its metadata or its index is unreadable")
-        return step, metadata
+        return _Saved(step, metadata.metadata, metadata.custom_metadata)
 
     def _find_damage(self, step: int) -> str | None:
         """The first file that is not as the manifest says, in one line and the same in every process; None: all are.
@@ -273,7 +283,10 @@ class Checkpoints:
             line = manifest.find_damage(path, index=jax.process_index(), count=jax.process_count())
         else:
             line = None
-            _say(f"{path}: saved by a version that wrote no digests; used without knowing whether it is damaged")
+            say(
+                f"{path}: saved by a version that wrote no digests; used without knowing whether it is damaged",
+                file=sys.stderr,
+            )
         if line := manifest.agree(line):
             return f"{path}/{line}"
         self._verified.add(step)
@@ -344,7 +357,7 @@ def _complete_step(path: epath.Path) -> int | None:
 def _promises_manifest(path: epath.Path) -> bool:
     try:
         return PARTS in json.loads((path / METADATA).read_bytes())["custom_metadata"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # damaged; `_metadata` says so to who wants to read it
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # damaged; `_saved` says so to who wants to read it
         return False
 
 
@@ -354,11 +367,6 @@ def _delete(path: epath.Path) -> None:
     manifest.remove(path)
     (path / COMMITTED).unlink(missing_ok=True)
     path.rmtree()
-
-
-def _say(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
 
 
 def _describe(tree: Any) -> dict[str, str]:

@@ -1,48 +1,42 @@
-"""A pretraining run from configuration to final evaluation."""
+"""A pretraining run from configuration to final evaluation: how it is prepared, and the loop over its steps."""
 
 import contextlib
 import dataclasses
-import json
-import sys
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from hybridnorm_jax.config.run_config import RunConfig
-from hybridnorm_jax.config.yaml_files import to_yaml
-from hybridnorm_jax.data import Data, open_data, train_iterator
-from hybridnorm_jax.errors import ConfigError, RunStopped
+from hybridnorm_jax.data import Data, open_data
+from hybridnorm_jax.errors import RunStopped
 from hybridnorm_jax.evaluation import perplexity
 from hybridnorm_jax.generation.sampling import generate
 from hybridnorm_jax.mesh.checks import check_batch
-from hybridnorm_jax.training.anomalies import no_anomalies
-from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
-from hybridnorm_jax.training.goodput import TimeLedger
-from hybridnorm_jax.training.metrics import MetricsWriter
+from hybridnorm_jax.mesh.processes import say
+from hybridnorm_jax.training.checkpoints import Checkpoints
+from hybridnorm_jax.training.hooks.built_in import built_in_hooks
+from hybridnorm_jax.training.hooks.hook import Hook
+from hybridnorm_jax.training.metrics_writer import MetricsWriter, WandbRun
 from hybridnorm_jax.training.program import Program
+from hybridnorm_jax.training.resume import beginning
+from hybridnorm_jax.training.run import LateMetrics, Run
 from hybridnorm_jax.training.run_directory import open_run_directory
 from hybridnorm_jax.training.start_report import start_report
-from hybridnorm_jax.training.state import TrainState
-from hybridnorm_jax.training.step_log import StepLog
+from hybridnorm_jax.training.step import Batch
 from hybridnorm_jax.training.stopping import StopSignals
-from hybridnorm_jax.training.watch import Measures
+from hybridnorm_jax.training.time_ledger import TimeLedger
 from hybridnorm_jax.training.watchdog import Watchdog
 
-# The first step compiles, which would drown the others in a trace.
-PROFILE_AFTER, PROFILED_STEPS = 1, 5
-# Number, metrics and what was watched, on the device.
-Step = tuple[int, dict[str, jax.Array], Measures | None]
 
-
-def train(config: RunConfig, *, began: float | None = None) -> dict[str, perplexity.Score]:
+def train(config: RunConfig, *, began: float | None = None, hooks: Iterable[Hook] = ()) -> dict[str, perplexity.Score]:
     """Train, or go on training, the run that `config` describes; returns the final scores of its validation sets.
 
     Args:
       began: time.perf_counter() when the process began, for its goodput; None: now.
+      hooks: what else is to happen besides the steps. They are called after the built-in ones (hooks/built_in.py).
 
     Raises:
       UserError: anything the caller can mend, in one line; what was saved before stays as it is.
@@ -59,20 +53,93 @@ def train(config: RunConfig, *, began: float | None = None) -> dict[str, perplex
         checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep))
         step = checkpoints.usable(allow_fallback=config.checkpoint.allow_fallback)
         writer = stack.enter_context(contextlib.closing(_metrics_writer(config, directory, step)))
-        state, iterator, first = _start(config, program, data, checkpoints, step)
-        _say(start_report(config, program, data, directory, resumed=first))
-        loop = _Loop(config, program, data, directory, checkpoints, writer, signals, ledger)
+        start = beginning(config, program, data, checkpoints, step)
+        say(start_report(config, program, data, directory, resumed=start.step))
+        run = Run(
+            config=config,
+            program=program,
+            data=data,
+            directory=directory,
+            checkpoints=checkpoints,
+            writer=writer,
+            signals=signals,
+            ledger=ledger,
+            hooks=[*built_in_hooks(config), *hooks],
+            first=start.step,
+            state=start.state,
+            iterator=start.iterator,
+        )
         try:
-            state, scores = loop.run(state, iterator, first)
+            _run_to_its_end(run)
         finally:
-            _say("\n" + ledger.table())
-    results = (
-        perplexity.table(scores) if scores else "no validation set: data.validation_fraction=0, data.validation={}"
+            say("\n" + ledger.table())
+    _say_results(run)
+    return run.scores
+
+
+def _run_to_its_end(run: Run) -> None:
+    """Make the steps that are left; a run that is told to stop lets its hooks save what was made."""
+    if jax.process_index() == 0:  # it writes the file, so others may not see it as it is now
+        run.series.add_written(run.directory / "metrics.jsonl")
+    watchdog = Watchdog(
+        run.ledger,
+        run.config.train.stall_seconds,
+        run.directory,
+        where=lambda: f"after step {run.step}",
+        end=run.config.train.stall_exit,
     )
-    _say(f"\nEvaluation at step {config.train.steps}\n{results}")
-    if config.train.sample_tokens:
-        _say(_sample(config, data, state.params))
-    return scores
+    with watchdog, contextlib.ExitStack() as stack:
+        for hook in run.hooks:
+            stack.callback(hook.close)
+        try:
+            _make_steps(run)
+        except RunStopped as stopped:
+            outcomes = [outcome for hook in run.hooks if (outcome := hook.stopped(run)) is not None]
+            raise RunStopped(stopped.exit_code, "; ".join(outcomes)) from None
+    run.ledger.enter("other")
+
+
+def _make_steps(run: Run) -> None:
+    """The training loop."""
+    for hook in run.hooks:
+        hook.start(run)
+    while run.step < run.steps:
+        _make_step(run)
+    run.read_late()
+    for hook in run.hooks:
+        hook.end(run)
+
+
+def _make_step(run: Run) -> None:
+    """One step, and what is due before and after it."""
+    step = run.step + 1
+    due = run.due(step)
+    for hook in due:
+        hook.before_step(run)
+    run.checkpoints.raise_if_failed()
+    run.signals.poll()
+    batch = _next_batch(run)
+    for hook in due:
+        hook.before_update(run, batch)
+    with run.ledger.phase("compilation" if run.step == run.first else "steps"):
+        run.state, metrics = run.program.train_step(run.state, batch)
+    run.step = step
+    # The metrics of the step before are read while the device is busy with this one.
+    before = run.late
+    run.late = LateMetrics(step, metrics)
+    run.read(before)
+    for hook in due:
+        hook.after_step(run)
+
+
+def _next_batch(run: Run) -> Batch:
+    """This process's share of the next batch. Waiting for it is a step's time if the device was busy all the while."""
+    run.ledger.enter("input")
+    batch = next(run.iterator)
+    waited = run.ledger.enter("steps")
+    if run.late is not None and not run.late.are_ready:
+        run.ledger.move(waited, source="input", target="steps")
+    return batch
 
 
 def _prepare(config: RunConfig) -> tuple[Program, Data]:
@@ -88,244 +155,24 @@ def _prepare(config: RunConfig) -> tuple[Program, Data]:
     return program, data
 
 
-def _start(
-    config: RunConfig, program: Program, data: Data, checkpoints: Checkpoints, step: int | None
-) -> tuple[TrainState, Any, int]:
-    """State, data iterator and number of updates made: from the checkpoint of `step`, from init_from, or fresh."""
-    iterator = train_iterator(
-        data.train,
-        batch_size=config.train.batch_size,
-        accumulation=config.train.grad_accumulation,
-        seed=config.train.seed if config.train.data_seed is None else config.train.data_seed,
-        share=program.share,
-        read_threads=config.data.read_threads,
-    )
-    if step is not None:
-        state, data_state = _restore(program, checkpoints, step)
-        if data_state["train_tokens"] != data.train.num_tokens:
-            before, now = data_state["train_tokens"], data.train.num_tokens
-            right = "restore the data as it was, or start a new run with init_from"
-            raise ConfigError(f"data: {now:,} tokens to train on, but {before:,} when step {step} was saved; {right}")
-        iterator.set_state(data_state["iterator"])
-        return state, iterator, step
-    if config.init_from is None:
-        return program.fresh_state(), iterator, 0
-    source, step = find_checkpoint(config.init_from)
-    with Checkpoints(source, keep=1) as other:
-        if step is None:
-            step = other.usable(allow_fallback=config.checkpoint.allow_fallback)
-        params = other.restore_params(program.abstract_state.params, step)
-    return dataclasses.replace(program.fresh_state(), params=params), iterator, 0
-
-
 def _metrics_writer(config: RunConfig, directory: epath.Path, resume_step: int | None) -> MetricsWriter:
+    shown = WandbRun(config.run.wandb_project, config.run.name, dataclasses.asdict(config))
     return MetricsWriter(
         directory,
         resume_step=resume_step,
-        wandb=config.run.wandb,
-        wandb_project=config.run.wandb_project,
-        run_name=config.run.name,
-        config=dataclasses.asdict(config),
+        wandb=shown if config.run.wandb else None,
         enabled=jax.process_index() == 0,
     )
 
 
-def _say(text: str) -> None:
-    """Print on one process of all."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
-
-
-class _Loop:
-    """The steps between start and end: metrics read one step late, evaluations and checkpoints on the way."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        program: Program,
-        data: Data,
-        directory: epath.Path,
-        checkpoints: Checkpoints,
-        writer: MetricsWriter,
-        signals: StopSignals,
-        ledger: TimeLedger,
-    ):
-        self.config, self.program, self.data, self.directory = config, program, data, directory
-        self.checkpoints, self.writer, self.signals, self.ledger = checkpoints, writer, signals, ledger
-        self.config_yaml = to_yaml(config)
-        self.log = StepLog(config, program, directory, writer, ledger, checkpoints)
-        self.profiling = False
-        self.evaluation_compiled = self.watch_compiled = False
-
-    def run(self, state: TrainState, iterator: Any, first: int) -> tuple[TrainState, dict[str, perplexity.Score]]:
-        """Train from step `first` to the last, then save and evaluate."""
-        self.state, self.iterator, self.first, self.step = state, iterator, first, first
-        self.late: Step | None = None  # the step that the device may still be busy with
-        scores, steps, train = None, self.config.train.steps, self.config.train
-        # A log file is no terminal: there the bar is a line every half minute.
-        look = {"mininterval": 0.2 if sys.stderr.isatty() else 30, "disable": jax.process_index() != 0}
-        watchdog = Watchdog(
-            *(self.ledger, train.stall_seconds, self.directory),
-            where=lambda: f"after step {self.step}",
-            end=train.stall_exit,
-        )
-        bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, **look)
-        with watchdog, bar as self.bar:
-            try:
-                if self._owes_evaluation():
-                    scores = self._evaluate()
-                while self.step < steps:
-                    scores = self._next_step()
-                if scores is None:  # the run had ended before
-                    scores = self._score()
-            except RunStopped as stopped:
-                raise RunStopped(stopped.exit_code, self._save_stopped()) from None
-        self.ledger.enter("other")
-        return self.state, scores
-
-    def _next_step(self) -> dict[str, perplexity.Score] | None:
-        """One step and what is due after it; the scores where that was an evaluation."""
-        config, step = self.config, self.step + 1
-        if config.train.profile and step - self.first == PROFILE_AFTER + 1:
-            self._start_profile()
-        self.checkpoints.raise_if_failed()
-        self.signals.poll()
-        batch = self._next_batch()
-        watched = self._watch(step, batch)
-        with self.ledger.phase("compilation" if self.step == self.first else "steps"):
-            self.state, metrics = self.program.train_step(self.state, batch)
-        self.step = step
-        # The device is busy with this step while the one before is read.
-        previous, self.late = self.late, (step, metrics, watched)
-        self._record(previous)
-        last = step == config.train.steps
-        if config.train.profile and (step - self.first == PROFILE_AFTER + PROFILED_STEPS or last):
-            self._stop_profile()
-        saves = step % config.checkpoint.every == 0 or last
-        evaluates = step % config.eval.every == 0 or last
-        if saves or evaluates:
-            self._record_late()
-        if saves:
-            self._save(wait=last)
-        return self._evaluate() if evaluates else None
-
-    def _next_batch(self) -> Any:
-        """The next batch. Waiting for it is a step's time if the device was busy all the while."""
-        self.ledger.enter("input")
-        batch = next(self.iterator)
-        waited = self.ledger.enter("steps")
-        if self.late is not None and not self.late[1]["loss"].is_ready():
-            self.ledger.move(waited, "input", "steps")
-        return batch
-
-    def _record_late(self) -> None:
-        late, self.late = self.late, None
-        self._record(late)
-
-    def _record(self, item: Step | None) -> None:
-        if item is not None:
-            self.log.record(*item, self.bar)
-
-    def _watch(self, step: int, batch: Any) -> Measures | None:
-        """Measures of every layer in the first step and every train.watch_every-th."""
-        every = self.config.train.watch_every
-        if every is None or (step > 1 and step % every):
-            return None
-        with self.ledger.phase("steps" if self.watch_compiled else "compilation"):
-            watched = self.program.watch(self.state, batch)
-        if not self.watch_compiled:
-            self.log.clock.pause()
-        self.watch_compiled = True
-        return watched
-
-    def _save(self, *, wait: bool) -> None:
-        self.log.before_save(self.step)
-        with self.ledger.phase("checkpoint"):
-            self.checkpoints.save(
-                self.step,
-                self.state,
-                data_state={"iterator": self.iterator.get_state(), "train_tokens": self.data.train.num_tokens},
-                config_yaml=self.config_yaml,
-                wait=wait,
-            )
-        self.log.clock.pause()
-
-    def _save_stopped(self) -> str:
-        """Save a run that is told to stop, unless this step is saved already; what became of it, in words."""
-        self._stop_profile()
-        self._record_late()
-        if self.step == self.first:
-            return "no step was made, nothing was to be saved"
-        self._save(wait=True)
-        return f"step {self.step} is saved"
-
-    def _owes_evaluation(self) -> bool:
-        """Whether the run was stopped after the step it begins with, and before that step's evaluation was recorded."""
-        config, step = self.config, self.step
-        due = step > 0 and (step % config.eval.every == 0 or step == config.train.steps)
-        if not due or not self.data.validation:
-            return False
-        owes = jax.process_index() == 0 and not _is_evaluated(self.directory / "metrics.jsonl", step)
-        return owes if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.asarray(owes)))
-
-    def _evaluate(self) -> dict[str, perplexity.Score]:
-        """Score and record."""
-        step, scores = self.step, self._score()
-        losses = {f"eval/{name}/loss": score.loss for name, score in scores.items()}
-        if losses:
-            self.writer.write(step, losses)
-        if losses and step != self.config.train.steps and jax.process_index() == 0:
-            tqdm.write(f"step {step}: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
-        return scores
-
-    def _score(self) -> dict[str, perplexity.Score]:
-        with self.ledger.phase("evaluation"):
-            scores = perplexity.evaluate_sets(
-                self._eval_step,
-                self.data.validation,
-                batch_size=self.program.eval_batch_size,
-                share=self.program.share,
-                batches=self.config.eval.batches,
-                progress=jax.process_index() == 0,
-            )
-        self.log.clock.pause()
-        return scores
-
-    def _eval_step(self, batch: Any) -> Any:
-        self.signals.poll()
-        # Entered anew for every batch: that is what the watchdog takes for a sign of life.
-        self.ledger.enter("evaluation")
-        with self.ledger.phase("evaluation" if self.evaluation_compiled else "compilation"):
-            sums = self.program.eval_step(self.state.params, batch)
-        self.evaluation_compiled = True
-        return sums
-
-    def _start_profile(self) -> None:
-        jax.profiler.start_trace(str(self.directory / "profile"))
-        self.profiling = True
-
-    def _stop_profile(self) -> None:
-        if self.profiling:
-            jax.block_until_ready(self.state)
-            jax.profiler.stop_trace()
-            self.profiling = False
-
-
-def _restore(program: Program, checkpoints: Checkpoints, step: int) -> tuple[TrainState, dict]:
-    """(state, data state); where a version that skipped no steps saved them, none has been skipped."""
-    abstract = program.abstract_state
-    if "anomalies" in checkpoints.fields(step):
-        return checkpoints.restore(abstract, step)
-    state, data_state = checkpoints.restore(dataclasses.replace(abstract, anomalies=None), step)
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract.anomalies)
-    fresh = jax.jit(no_anomalies, static_argnums=0, out_shardings=places)(program.config.train.spike_window)
-    return dataclasses.replace(state, anomalies=fresh), data_state
-
-
-def _is_evaluated(file: epath.Path, step: int) -> bool:
-    """Whether metrics.jsonl, which MetricsWriter has mended, holds an evaluation of this step."""
-    records = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
-    return any(record["step"] == step and any(key.startswith("eval/") for key in record) for record in records)
+def _say_results(run: Run) -> None:
+    """Print the final scores, and a sample of text if one is asked for."""
+    results = "no validation set: data.validation_fraction=0, data.validation={}"
+    if run.scores:
+        results = perplexity.table(run.scores)
+    say(f"\nEvaluation at step {run.steps}\n{results}")
+    if run.config.train.sample_tokens:
+        say(_sample(run.config, run.data, run.state.params))
 
 
 def _sample(config: RunConfig, data: Data, params: Any) -> str:
@@ -333,8 +180,14 @@ def _sample(config: RunConfig, data: Data, params: Any) -> str:
     tokenizer = data.tokenizer
     if tokenizer is None:
         return "\nNo sample of text: data.tokenizer names no tokenizer for these token files."
-    prompt = [tokenizer.separator_id] if tokenizer.separator_id is not None else [0]
-    key = jax.random.key(config.train.seed)
+    prompt = [0] if tokenizer.separator_id is None else [tokenizer.separator_id]
     count = config.train.sample_tokens
-    ids = generate(config.model, params, np.asarray(prompt), num_tokens=count, window=config.train.seq_len, key=key)
+    ids = generate(
+        config.model,
+        params,
+        np.asarray(prompt),
+        num_tokens=count,
+        window=config.train.seq_len,
+        key=jax.random.key(config.train.seed),
+    )
     return f"\nA sample of {count} tokens:\n{tokenizer.decode(ids)}"

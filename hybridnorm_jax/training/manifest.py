@@ -19,6 +19,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from hybridnorm_jax.files import write_whole
+
 FOLDER = "manifest"
 PART = re.compile(r"(\d+)-of-(\d+)\.json")
 # hashlib releases the GIL, so the threads of one process share its cores; together they hold 32 MiB.
@@ -44,10 +46,8 @@ def write_part(directory: epath.PathLike, *, index: int, count: int) -> None:
     with ThreadPoolExecutor(THREADS) as pool:
         entries = dict(zip(names, pool.map(lambda name: _entry(directory / name), names), strict=True))
     (directory / FOLDER).mkdir(exist_ok=True)
-    part = part_path(directory, index, count)
-    partial = part.with_name(part.name + ".partial")
-    partial.write_text(json.dumps({"digest": _digest_of(entries), "files": entries}))
-    partial.replace(part)
+    part = {"digest": _digest_of(entries), "files": entries}
+    write_whole(part_path(directory, index, count), json.dumps(part))
 
 
 def part_path(directory: epath.PathLike, index: int, count: int) -> epath.Path:

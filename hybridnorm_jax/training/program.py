@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.config.run_config import RunConfig, TrainSection
 from hybridnorm_jax.equivalence.comparison import compare_forms, compare_norm
-from hybridnorm_jax.equivalence.decoder_forms import conversion_of
+from hybridnorm_jax.equivalence.decoder_forms import Conversion, conversion_of
 from hybridnorm_jax.equivalence.invariants import assert_measured, tolerances
 from hybridnorm_jax.equivalence.measurements import Measured
 from hybridnorm_jax.fields import check
@@ -25,10 +25,18 @@ from hybridnorm_jax.mesh.sharding_rules import resolve_rules
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.loss import LossSums
+from hybridnorm_jax.training.layer_measures import Measures, make_watch
 from hybridnorm_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from hybridnorm_jax.training.state import TrainState, init_state
-from hybridnorm_jax.training.step import Batch, document_inputs, make_eval_step, make_train_step
-from hybridnorm_jax.training.watch import Measures, make_watch
+from hybridnorm_jax.training.state import TrainState, abstract_state, fresh_state, make_initializer
+from hybridnorm_jax.training.step import (
+    Batch,
+    Convert,
+    Measure,
+    StepOptions,
+    document_inputs,
+    make_eval_step,
+    make_train_step,
+)
 
 
 def check_precision(model: ModelConfig) -> None:
@@ -57,66 +65,109 @@ class Program:
         self.mesh = make_mesh(config.mesh.sizes) if mesh is None else mesh
         self.rules = resolve_rules(config.mesh.rules)
         check_precision(config.model)
-        if config.eval.batch_size is not None:
-            check_batch("eval.batch_size", config.eval.batch_size, self.mesh, self.rules)
-        check_experts(config.model.num_experts, self.mesh)
-        platform = self.mesh.devices.flat[0].platform
-        self.dispatch = None
-        if config.model.num_experts:
-            asked = config.model.expert_dispatch
-            self.dispatch = resolve_dispatch(asked, platform=platform, dtype=config.model.dtype)
-        self.backend = resolve_backend(
-            config.model.attention,
-            platform=platform,
-            dtype=config.model.dtype,
-            head_dim=config.model.head_dim,
-            segment_ids=config.data.segment_ids,
-        )
-        tile = sequence_multiple(self.backend)
-        check_sequence(config.train.seq_len, config.train.loss_chunk, self.mesh, tile, self.rules)
+        self._check_devices()
+        self.dispatch = self._resolve_dispatch()
+        self.backend = self._resolve_backend()
+        self._check_sequence()
         self._check_watch()
-        train = config.train
         model = dataclasses.replace(config.model, attention=self.backend, expert_dispatch=self.dispatch or "auto")
-        self.conversion = None
-        if train.equivalent_form != "none":
-            self.conversion = conversion_of(model, train.equivalent_form, pad_to=train.equivalent_pad_to)
-        convert = None if self.conversion is None else self.conversion.convert
+        self.conversion = _conversion(model, config.train)
         self.model = Decoder(model if self.conversion is None else self.conversion.config)
-        schedule = learning_rate_schedule(config.optimizer, train.steps, config.tokens_per_step)
-        self._optimizer = make_optimizer(config.optimizer, schedule)
-        self.abstract_state = self._init_state(abstract=True)
-        step = make_train_step(
-            self.model,
-            self._optimizer,
-            schedule,
+        self._schedule = learning_rate_schedule(config.optimizer, config.train.steps, config.tokens_per_step)
+        self._optimizer = make_optimizer(config.optimizer, self._schedule)
+        self._initialize = make_initializer(config.model, self._optimizer, spike_window=config.train.spike_window)
+        self.abstract_state = abstract_state(self._initialize, self.mesh, self.rules)
+        self._train_step = self._jit_train_step()
+        self._eval_step = self._jit_eval_step()
+        self._watch = self._jit_watch()
+
+    @property
+    def _platform(self) -> str:
+        return self.mesh.devices.flat[0].platform
+
+    @property
+    def _convert(self) -> Convert | None:
+        return None if self.conversion is None else self.conversion.convert
+
+    @property
+    def _whole(self) -> NamedSharding:
+        """Of what any process can read, such as metrics."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def _check_devices(self) -> None:
+        """Raise ConfigError where evaluation batches or experts cannot be split over the mesh."""
+        if self.config.eval.batch_size is not None:
+            check_batch("eval.batch_size", self.config.eval.batch_size, self.mesh, self.rules)
+        check_experts(self.config.model.num_experts, self.mesh)
+
+    def _check_sequence(self) -> None:
+        """Raise ConfigError where sequences or chunks of the loss cannot be split over the mesh."""
+        train, tile = self.config.train, sequence_multiple(self.backend)
+        check_sequence(train.seq_len, train.loss_chunk, self.mesh, tile, self.rules)
+
+    def _check_watch(self) -> None:
+        """Raise ConfigError where a device has fewer sequences than are to be watched."""
+        train, share = self.config.train, self.config.microbatch_size // batch_parts(self.mesh, self.rules)
+        if train.watch_every is not None:
+            right = f"must be at most {share}, a device's share of a microbatch"
+            check(train.watch_sequences <= share, "train.watch_sequences", train.watch_sequences, right)
+
+    def _resolve_dispatch(self) -> str | None:
+        """What computes the experts on these devices; None without any."""
+        model = self.config.model
+        if not model.num_experts:
+            return None
+        return resolve_dispatch(model.expert_dispatch, platform=self._platform, dtype=model.dtype)
+
+    def _resolve_backend(self) -> str:
+        """What computes attention on these devices."""
+        model = self.config.model
+        return resolve_backend(
+            model.attention,
+            platform=self._platform,
+            dtype=model.dtype,
+            head_dim=model.head_dim,
+            segment_ids=self.config.data.segment_ids,
+        )
+
+    def _jit_train_step(self) -> Callable:
+        """(state, batch) -> (state, metrics, measured invariants); the first argument's memory is used again."""
+        train = self.config.train
+        options = StepOptions(
             seed=train.seed,
             chunk=train.loss_chunk,
             z_loss=train.z_loss,
             balance_loss=train.balance_loss,
             router_z_loss=train.router_z_loss,
-            balance_bias_rate=config.optimizer.balance_bias_rate,
+            balance_bias_rate=self.config.optimizer.balance_bias_rate,
             skip_spikes_sigma=train.skip_spikes_sigma,
-            convert=convert,
-            measure=_measure(config) if train.check_invariants else None,
         )
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        whole = NamedSharding(self.mesh, PartitionSpec())  # so that any process can read the metrics
-        self._train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole, None))
-        self._eval_step = jax.jit(make_eval_step(self.model, chunk=train.loss_chunk, convert=convert))
-        watch = make_watch(
-            *(self.model, self._optimizer),
-            shares=batch_parts(self.mesh, self.rules),
-            sequences=train.watch_sequences,
-            chunk=train.loss_chunk,
-            convert=convert,
+        step = make_train_step(
+            self.model,
+            self._optimizer,
+            self._schedule,
+            options,
+            convert=self._convert,
+            measure=_measure(self.config) if train.check_invariants else None,
         )
-        self._watch = jax.jit(watch, out_shardings=whole)
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        return jax.jit(step, donate_argnums=0, out_shardings=(places, self._whole, None))
 
-    def _check_watch(self) -> None:
-        train, share = self.config.train, self.config.microbatch_size // batch_parts(self.mesh, self.rules)
-        if train.watch_every is not None:
-            right = f"must be at most {share}, a device's share of a microbatch"
-            check(train.watch_sequences <= share, "train.watch_sequences", train.watch_sequences, right)
+    def _jit_eval_step(self) -> Callable:
+        """(parameters, batch) -> loss sums."""
+        return jax.jit(make_eval_step(self.model, chunk=self.config.train.loss_chunk, convert=self._convert))
+
+    def _jit_watch(self) -> Callable:
+        """(state, batch) -> measures of every layer."""
+        watch = make_watch(
+            self.model,
+            self._optimizer,
+            shares=batch_parts(self.mesh, self.rules),
+            sequences=self.config.train.watch_sequences,
+            chunk=self.config.train.loss_chunk,
+            convert=self._convert,
+        )
+        return jax.jit(watch, out_shardings=self._whole)
 
     @property
     def share(self) -> BatchShare:
@@ -131,15 +182,7 @@ class Program:
 
     def fresh_state(self) -> TrainState:
         """The state before the first step."""
-        return self._init_state(abstract=False)
-
-    def _init_state(self, abstract: bool) -> TrainState:
-        train = self.config.train
-        return init_state(
-            *(self.config.model, self._optimizer, train.seed, self.mesh, self.rules),
-            spike_window=train.spike_window,
-            abstract=abstract,
-        )
+        return fresh_state(self._initialize, self.config.train.seed, self.abstract_state)
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update; `state` is donated. `batch` is this process's (microbatches, sequences, positions) in NumPy.
@@ -150,8 +193,7 @@ class Program:
         with use_mesh(self.mesh, self.rules):
             state, metrics, measured = self._train_step(state, self.put(batch, leading=1))
         if measured:
-            limits = tolerances(self.config.model, self.mesh.devices.flat[0].platform)
-            assert_measured(state.step, measured, limits)
+            assert_measured(state.step, measured, tolerances(self.config.model, self._platform))
         return state, metrics
 
     def watch(self, state: TrainState, batch: Batch) -> Measures:
@@ -182,9 +224,20 @@ class Program:
         return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
-def _measure(config: RunConfig) -> Callable[[Any, Batch], Measured]:
+def _conversion(model: ModelConfig, train: TrainSection) -> Conversion | None:
+    """To the form that the loss computes; None: to no other."""
+    if train.equivalent_form == "none":
+        return None
+    return conversion_of(model, train.equivalent_form, pad_to=train.equivalent_pad_to)
+
+
+def _measure(config: RunConfig) -> Measure:
     """What train.check_invariants measures in every step: (the state's parameters, one sequence) -> Measured."""
     compare = compare_norm
     if config.model.norm != "crmsnorm":
         compare = partial(compare_forms, pad_to=config.train.equivalent_pad_to)
-    return lambda params, batch: compare(config.model, params, batch["tokens"], **document_inputs(batch))
+
+    def measure(params: Any, batch: Batch) -> Measured:
+        return compare(config.model, params, batch["tokens"], **document_inputs(batch))
+
+    return measure

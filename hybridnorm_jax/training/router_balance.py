@@ -57,5 +57,6 @@ def move_balance_biases(params: Any, fraction: Float[Array, "layers experts"], r
     for path in biases:
         layers = slice(first, first + len(flat[path]))
         step = rate * jnp.sign(fraction[layers].mean(1, keepdims=True) - fraction[layers])
-        flat[path], first = flat[path] + step.astype(flat[path].dtype), layers.stop
+        flat[path] = flat[path] + step.astype(flat[path].dtype)
+        first = layers.stop
     return unflatten_dict(flat)

@@ -15,6 +15,7 @@ from hybridnorm_jax.config.resumption import differences
 from hybridnorm_jax.config.run_config import RunConfig, RunSection
 from hybridnorm_jax.config.yaml_files import from_yaml, to_yaml
 from hybridnorm_jax.errors import ConfigError, MissingExtraError, UserError
+from hybridnorm_jax.files import write_whole
 from hybridnorm_jax.mesh.sharding_rules import MESH_AXES, resolve_rules
 from hybridnorm_jax.mesh.shardings import tree_shardings
 from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
@@ -40,9 +41,7 @@ def open_run_directory(config: RunConfig) -> epath.Path:
     if jax.process_index() == 0:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            partial = directory / "config.yaml.partial"
-            partial.write_text(to_yaml(config))
-            partial.replace(file)
+            write_whole(file, to_yaml(config))
         except OSError as error:
             raise UserError(f"{error.filename or file}: cannot be written: {error.strerror or error}") from error
     return directory

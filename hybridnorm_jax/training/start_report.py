@@ -30,20 +30,25 @@ def run_rows(config: RunConfig, program: Program, run: str, data: str) -> list[t
     params = program.abstract_state.params
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     asked = "" if model.attention == program.backend else f" ({model.attention})"
-    parts = len(runs(model.placements))
-    return [
+    count = len(runs(model.placements))
+    parts = "1 run" if count == 1 else f"{count} runs"
+    rows = [
         ("run", run),
         ("devices", f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {jax.process_count()} process(es)"),
         ("mesh", ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())),
         ("parameters", f"{total:,} ({model.param_dtype}; computes in {model.dtype})"),
-        *([("experts", _experts(program, total))] if model.num_experts else []),
-        ("scheme", f"{model.scheme}, {model.num_layers} layers in {parts} run{'s' * (parts > 1)}, {model.norm}"),
-        *([("form", _form(program))] if program.conversion is not None else []),
+    ]
+    if model.num_experts:
+        rows.append(("experts", _experts(program, total)))
+    rows.append(("scheme", f"{model.scheme}, {model.num_layers} layers in {parts}, {model.norm}"))
+    if program.conversion is not None:
+        rows.append(("form", _form(program)))
+    rows += [
         ("attention", f"{program.backend}{asked}"),
         ("tokens/step", f"{config.tokens_per_step:,} = {train.batch_size} sequences x {train.seq_len}"),
         ("data", data),
-        *(("sharding", line) for line in undivided(params, mesh, program.rules)),
     ]
+    return rows + [("sharding", line) for line in undivided(params, mesh, program.rules)]
 
 
 def _experts(program: Program, total: int) -> str:

@@ -1,13 +1,14 @@
 """What training carries from step to step, born sharded."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
 from hybridnorm_jax.mesh.sharding_rules import RULES, Rules
@@ -27,36 +28,41 @@ class TrainState:
     anomalies: Anomalies
 
 
+Initializer = Callable[[Array], TrainState]
+
+
 def init_params(config: ModelConfig, key: Array) -> Any:
     """Fresh parameters. The forward pass that Flax traces for their shapes is one token long and not executed."""
     plain = dataclasses.replace(config, attention="xla")
     return Decoder(plain).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
-def init_state(
-    config: ModelConfig,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    mesh: Mesh,
-    rules: Rules = RULES,
-    *,
-    spike_window: int,
-    abstract: bool = False,
-) -> TrainState:
-    """The state before the first step; every device computes only its own shards.
+def make_initializer(config: ModelConfig, optimizer: optax.GradientTransformation, *, spike_window: int) -> Initializer:
+    """key -> the state before the first step, not sharded.
 
     Args:
-      spike_window: losses that are remembered, see anomalies.judge.
-      abstract: return shapes, dtypes and shardings (jax.ShapeDtypeStruct) instead, to restore a checkpoint into.
+      spike_window: how many losses are remembered, see anomalies.judge.
     """
 
     def initialize(key):
         params = init_params(config, key)
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), no_anomalies(spike_window))
 
-    key = jax.random.key(seed)
-    shapes = jax.eval_shape(initialize, key)
-    shardings = tree_shardings(shapes, mesh, rules)
-    if abstract:
-        return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, shardings)
-    return jax.jit(initialize, out_shardings=shardings)(key)
+    return initialize
+
+
+def abstract_state(initialize: Initializer, mesh: Mesh, rules: Rules = RULES) -> TrainState:
+    """Shapes, dtypes and shardings of the state (jax.ShapeDtypeStruct), to restore a checkpoint into."""
+    shapes = jax.eval_shape(initialize, jax.random.key(0))
+    places = tree_shardings(shapes, mesh, rules)
+
+    def placed(leaf: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return jax.tree.map(placed, shapes, places)
+
+
+def fresh_state(initialize: Initializer, seed: int, abstract: TrainState) -> TrainState:
+    """The state before the first step, sharded as `abstract`; every device computes only its own shards."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(initialize, out_shardings=places)(jax.random.key(seed))

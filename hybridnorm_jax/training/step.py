@@ -1,8 +1,9 @@
 """One optimizer step and one evaluation step, as pure functions of state and batch."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,50 +18,75 @@ from hybridnorm_jax.model.block import DEFECT
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.loss import LossSums, chunked_cross_entropy, cross_entropy
 from hybridnorm_jax.model.moe import ROUTER, RouterStatistics
-from hybridnorm_jax.model.signal_measures import PROBE
-from hybridnorm_jax.training import router_balance as routing
+from hybridnorm_jax.training import router_balance
 from hybridnorm_jax.training.anomalies import anomaly_metrics, judge, keep_where
 from hybridnorm_jax.training.state import TrainState
 
 Convert = Callable[[Any], Any]
-Sums = tuple[LossSums, RouterStatistics | None]
+Measure = Callable[[Any, dict[str, Array]], Measured]
 Batch = dict[str, Array]  # tokens, targets, weights, and with documents kept apart segment_ids, positions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """What a training step does besides following the gradient of the mean loss.
+
+    Attributes:
+      seed: of dropout.
+      chunk: positions whose logits are held at a time; None: all.
+      z_loss: weight of log(Z)^2 of every target.
+      balance_loss, router_z_loss: weights of the routers' losses, summed over the layers.
+      balance_bias_rate: see router_balance.move_balance_biases; for model.balance_bias.
+      skip_spikes_sigma: see anomalies.judge; None: only what is not finite is skipped.
+    """
+
+    seed: int
+    chunk: int | None = None
+    z_loss: float = 0.0
+    balance_loss: float = 0.0
+    router_z_loss: float = 0.0
+    balance_bias_rate: float = 0.0
+    skip_spikes_sigma: float | None = None
+
+
+class Totals(NamedTuple):
+    """Sums over the targets of a batch: of the loss, and of the routers' statistics (None without experts)."""
+
+    loss: LossSums
+    routers: RouterStatistics | None
+
+
+# (parameters, microbatch, dropout key) -> (summed loss, (sums, what the model sowed))
+Objective = Callable[[Any, Batch, Array], tuple[Array, tuple[Totals, dict[str, Any]]]]
 
 
 def loss_sums(
     model: Decoder,
-    params: Any,
+    variables: Mapping[str, Any],
     batch: Batch,
+    *,
     chunk: int | None,
     dropout_key: Array | None = None,
     collect: tuple[str, ...] = (),
-    probes: Any | None = None,
 ) -> tuple[LossSums, dict[str, Any]]:
     """The loss of one batch (sequences x positions), as sums, and what the model sows.
 
     Args:
+      variables: of the model: "params", and maybe PROBE of signal_measures.py, to take gradients with respect to.
       chunk: positions whose logits are held at a time; None: all.
       dropout_key: None switches dropout off.
       collect: the collections to return.
-      probes: the collection PROBE of signal_measures.py, to take gradients with respect to.
     """
     inputs = document_inputs(batch) | {"mutable": list(collect)}
     if dropout_key is not None and model.config.dropout > 0:
         inputs |= {"deterministic": False, "rngs": {"dropout": dropout_key}}
-    variables = {"params": params}
-    probed = {} if probes is None else {PROBE: probes}
     if chunk is None:
-        logits, sown = model.apply(variables | probed, batch["tokens"], **inputs)
+        logits, sown = model.apply(variables, batch["tokens"], **inputs)
         return cross_entropy(logits, batch["targets"], batch["weights"]), sown
-    # Gathered once, and its gradient reduced once, instead of in every chunk.
-    module, name, axes = ("head", "kernel", (None, "vocab"))
-    if model.config.tie_embeddings:
-        module, name, axes = ("token_embedding", "embedding", ("vocab", None))
-    gathered = nn.with_logical_constraint(params[module][name], axes)
-    variables = {"params": params | {module: params[module] | {name: gathered}}}
-    hidden, sown = model.apply(variables | probed, batch["tokens"], method="hidden", **inputs)
+    params = _with_head_gathered(model, variables["params"])
+    hidden, sown = model.apply({**variables, "params": params}, batch["tokens"], method="hidden", **inputs)
     sums = chunked_cross_entropy(
-        lambda piece: model.apply(variables, piece, method="logits"),
+        lambda piece: model.apply({"params": params}, piece, method="logits"),
         hidden,
         batch["targets"],
         batch["weights"],
@@ -68,6 +94,15 @@ def loss_sums(
         stretches=parts(split_axes("seq", hidden.shape[1])),
     )
     return sums, sown
+
+
+def _with_head_gathered(model: Decoder, params: Any) -> Any:
+    """The parameters, those of the head gathered once, and their gradient reduced once, instead of in every chunk."""
+    module, name, axes = "head", "kernel", (None, "vocab")
+    if model.config.tie_embeddings:
+        module, name, axes = "token_embedding", "embedding", ("vocab", None)
+    gathered = nn.with_logical_constraint(params[module][name], axes)
+    return params | {module: params[module] | {name: gathered}}
 
 
 def document_inputs(batch: Batch) -> Batch:
@@ -79,16 +114,10 @@ def make_train_step(
     model: Decoder,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
+    options: StepOptions,
     *,
-    seed: int,
-    chunk: int | None = None,
-    z_loss: float = 0.0,
-    balance_loss: float = 0.0,
-    router_z_loss: float = 0.0,
-    balance_bias_rate: float = 0.0,
-    skip_spikes_sigma: float | None = None,
     convert: Convert | None = None,
-    measure: Callable[[Any, Batch], Measured] | None = None,
+    measure: Measure | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array], Measured]]:
     """(state, batch) -> (state after one step, metrics, measured invariants).
 
@@ -96,102 +125,133 @@ def make_train_step(
     sum(nll + z_loss * log(Z)^2) / sum(weights) over all microbatches: sums are accumulated and divided once, so
     microbatches with unequal numbers of targets give what one large batch gives.
 
-    With experts, balance_loss and router_z_loss weigh the routers' losses, summed over the layers. A
-    microbatch's are taken over all its tokens on all devices and weighted by its number of targets. The balance loss
-    is no sum over tokens: that of a large batch is not the mean of its microbatches', so accumulation changes it.
+    With experts, the routers' losses of a microbatch are taken over all its tokens on all devices and weighted by its
+    number of targets. The balance loss is no sum over tokens: that of a large batch is not the mean of its
+    microbatches', so accumulation changes it.
 
     Where the loss or the gradient is NaN or infinite, whichever microbatch it came from, or the loss is a spike
     (anomalies.judge), parameters, moments and balance biases stay bit for bit as they are; the step counts.
 
     Metrics: loss (nats per target, without any other term), grad_norm (before clipping), learning_rate, z_loss (its
     weighted term) where there is one, those of anomalies.anomaly_metrics, and with experts those of
-    routing.router_metrics.
+    router_balance.router_metrics.
 
     Args:
-      balance_bias_rate: of routing.move_balance_biases, after the optimizer's update; for model.balance_bias.
-      skip_spikes_sigma: see anomalies.judge; None: only what is not finite is skipped.
       convert: the state's parameters -> those of `model`, for a model that is trained as another form of itself.
       measure: (the state's parameters, one sequence) -> invariants to return; None: the last result is empty.
     """
-    dropout_root = jax.random.key(seed)
-    defects = (DEFECT,) if measure is not None and convert is not None else ()
-    routed = model.config.num_experts > 0
-    weights = {"balance": balance_loss, "z": router_z_loss}
-
-    def objective(params, microbatch, key):
-        sums, sown = loss_sums(model, params, microbatch, chunk, key, (*defects, *[ROUTER] * routed))
-        total = sums.nll + z_loss * sums.z
-        if not routed:
-            return total, ((sums, None), sown)
-        routers = jax.tree.map(lambda mean: sums.weight.astype(mean.dtype) * mean, routing.all_layers(sown))
-        total += routing.router_loss(routers, **weights)
-        return total, ((sums, routers), {name: sown[name] for name in defects})
+    dropout_root = jax.random.key(options.seed)
+    objective = _make_objective(model, options, defects=measure is not None and convert is not None)
 
     def train_step(state, batch):
         key = jax.random.fold_in(dropout_root, state.step)
-        (sums, routers), sown, grads = _gradient(objective, convert, state.params, batch, key)
-        weight = jnp.where(sums.weight > 0, sums.weight, 1)  # no target at all: loss and gradient are zero
-        grads = jax.tree.map(lambda grad: grad / weight.astype(grad.dtype), grads)
+        totals, sown, summed = _gradient(objective, convert, state.params, batch, key)
+        # Where no target has a weight, loss and gradient are zero.
+        weight = jnp.where(totals.loss.weight > 0, totals.loss.weight, 1)
+        grads = _divide(summed, weight)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
-            "loss": sums.nll / weight,
+            "loss": totals.loss.nll / weight,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state.step),
         }
-        if z_loss:
-            metrics["z_loss"] = z_loss * sums.z / weight
-        if routed:
-            routers = jax.tree.map(lambda total: total / weight.astype(total.dtype), routers)
-            metrics |= routing.router_metrics(routers, **weights)
-        if model.config.balance_bias:
-            params = routing.move_balance_biases(params, routers.fraction, balance_bias_rate)
-        skip, anomalies = judge(state.anomalies, metrics["loss"], metrics["grad_norm"], sigma=skip_spikes_sigma)
+        if options.z_loss:
+            metrics["z_loss"] = options.z_loss * totals.loss.z / weight
+        if totals.routers is not None:
+            routers = _divide(totals.routers, weight)
+            metrics |= router_balance.router_metrics(routers, balance=options.balance_loss, z=options.router_z_loss)
+            if model.config.balance_bias:
+                params = router_balance.move_balance_biases(params, routers.fraction, options.balance_bias_rate)
+        sigma = options.skip_spikes_sigma
+        skip, anomalies = judge(state.anomalies, metrics["loss"], metrics["grad_norm"], sigma=sigma)
         metrics |= anomaly_metrics(anomalies)
-        params, opt_state = keep_where(skip, (state.params, state.opt_state), (params, opt_state))
-        measured = {} if measure is None else measure(state.params, jax.tree.map(lambda x: x[0, :1], batch))
-        if defects:
-            measured |= {"trained": jax.vmap(partial(collected, collection=DEFECT))(sown).max(0)}
+        before, after = (state.params, state.opt_state), (params, opt_state)
+        params, opt_state = keep_where(skip, before, after)
+        measured = {} if measure is None else _measured(measure, state.params, batch, sown)
         return TrainState(state.step + 1, params, opt_state, anomalies), metrics, measured
 
     return train_step
 
 
+def _make_objective(model: Decoder, options: StepOptions, *, defects: bool) -> Objective:
+    """The loss whose gradient is taken; with `defects` it also gives what blocks sow of their form's invariants."""
+    routed = model.config.num_experts > 0
+    kept = (DEFECT,) if defects else ()
+    collect = (*kept, ROUTER) if routed else kept
+
+    def objective(params, microbatch, key):
+        variables = {"params": params}
+        sums, sown = loss_sums(model, variables, microbatch, chunk=options.chunk, dropout_key=key, collect=collect)
+        total = sums.nll + options.z_loss * sums.z
+        if not routed:
+            return total, (Totals(sums, None), sown)
+        routers = jax.tree.map(lambda mean: sums.weight.astype(mean.dtype) * mean, router_balance.all_layers(sown))
+        total += router_balance.router_loss(routers, balance=options.balance_loss, z=options.router_z_loss)
+        return total, (Totals(sums, routers), {name: sown[name] for name in kept})
+
+    return objective
+
+
+def _measured(measure: Measure, params: Any, batch: Batch, sown: dict[str, Any]) -> Measured:
+    """The invariants of the first sequence, and those of all sequences that the model sowed, if it did."""
+    measured = measure(params, jax.tree.map(lambda x: x[0, :1], batch))
+    if DEFECT in sown:
+        measured |= {"trained": jax.vmap(partial(collected, collection=DEFECT))(sown).max(0)}
+    return measured
+
+
+def _divide(sums: Any, weight: Array) -> Any:
+    return jax.tree.map(lambda total: total / weight.astype(total.dtype), sums)
+
+
 def _gradient(
-    objective: Callable, convert: Convert | None, params: Any, batch: Batch, key: Array
-) -> tuple[Sums, Any, Any]:
+    objective: Objective, convert: Convert | None, params: Any, batch: Batch, key: Array
+) -> tuple[Totals, Any, Any]:
     """As _accumulate, of objective(convert(params), ...)."""
     if convert is None:
         return _accumulate(objective, params, batch, key)
     # Converted once, and the gradient pulled back once, however many microbatches there are. The barriers keep XLA from
     # computing either again where it is read (1,024 tokens on a CPU: 1.5 times Pre-LN, with them 1.1).
     converted, pull_back = jax.vjp(convert, params)
-    sums, sown, grads = _accumulate(objective, jax.lax.optimization_barrier(converted), batch, key)
-    return sums, sown, pull_back(jax.lax.optimization_barrier(grads))[0]
+    totals, sown, grads = _accumulate(objective, jax.lax.optimization_barrier(converted), batch, key)
+    (grads,) = pull_back(jax.lax.optimization_barrier(grads))
+    return totals, sown, grads
 
 
-def _accumulate(objective: Callable, params: Any, batch: Batch, key: Array) -> tuple[Sums, Any, Any]:
+def _accumulate(objective: Objective, params: Any, batch: Batch, key: Array) -> tuple[Totals, Any, Any]:
     """(sums, what was sown with the microbatches in front, gradient of the summed objective)."""
-    gradient = jax.value_and_grad(objective, has_aux=True)
+    value_and_gradient = jax.value_and_grad(objective, has_aux=True)
+
+    def gradient(microbatch, key):
+        (_, (totals, sown)), grads = value_and_gradient(params, microbatch, key)
+        return totals, sown, grads
+
     count = batch["tokens"].shape[0]
-    if count == 1:
-        (_, (sums, sown)), grads = gradient(params, jax.tree.map(lambda x: x[0], batch), key)
-        return sums, jax.tree.map(lambda x: x[None], sown), grads
-
-    def body(carry, piece):
-        number, microbatch = piece
-        (_, (sums, sown)), grads = gradient(params, microbatch, jax.random.fold_in(key, number))
-        return jax.tree.map(jnp.add, carry, (sums, grads)), sown
-
     first = jax.tree.map(lambda x: x[0], batch)
-    (_, (shapes, _)), _ = jax.eval_shape(gradient, params, first, key)
+    if count == 1:
+        totals, sown, grads = gradient(first, key)
+        return totals, jax.tree.map(lambda x: x[None], sown), grads
+
+    def add(carry, numbered):
+        number, microbatch = numbered
+        totals, sown, grads = gradient(microbatch, jax.random.fold_in(key, number))
+        return jax.tree.map(jnp.add, carry, (totals, grads)), sown
+
+    shapes, _, _ = jax.eval_shape(gradient, first, key)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), jax.tree.map(jnp.zeros_like, params)
-    (sums, grads), sown = jax.lax.scan(body, zeros, (jnp.arange(count), batch))
-    return sums, sown, grads
+    (totals, grads), sown = jax.lax.scan(add, zeros, (jnp.arange(count), batch))
+    return totals, sown, grads
 
 
 def make_eval_step(
     model: Decoder, *, chunk: int | None = None, convert: Convert | None = None
 ) -> Callable[[Any, Batch], LossSums]:
     """(params, batch) -> loss sums of that batch, without dropout; `convert` as in make_train_step."""
-    return lambda params, batch: loss_sums(model, params if convert is None else convert(params), batch, chunk)[0]
+
+    def eval_step(params, batch):
+        computed = params if convert is None else convert(params)
+        sums, _ = loss_sums(model, {"params": computed}, batch, chunk=chunk)
+        return sums
+
+    return eval_step

@@ -105,7 +105,8 @@ class _Exchange:
     def swap(self, number: int) -> int:
         mine = np.full(1, number, np.int32)
         numbers = jax.make_array_from_callback((self._split.mesh.size,), self._split, lambda _: mine)
-        before, self._sent = self._sent, self._largest(numbers)
+        before = self._sent
+        self._sent = self._largest(numbers)
         return int(self._sent if before is None else before)
 
 

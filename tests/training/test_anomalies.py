@@ -12,7 +12,7 @@ from test_step import _batch, _config, _one_device
 
 from hybridnorm_jax.config.run_config import RunConfig, TrainSection
 from hybridnorm_jax.errors import ConfigError, UserError
-from hybridnorm_jax.training import loop
+from hybridnorm_jax.training import loop, resume
 from hybridnorm_jax.training.anomalies import judge, no_anomalies
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.program import Program
@@ -230,7 +230,7 @@ def test_a_checkpoint_of_a_version_that_skipped_no_steps_restores(config, tmp_pa
     old = _OldState(state.step, state.params, state.opt_state)
     with Checkpoints(tmp_path / "old", keep=1) as checkpoints:
         checkpoints.save(5, old, data_state={"iterator": 5}, config_yaml="", wait=True)
-        state, data_state = loop._restore(program, checkpoints, 5)
+        state, data_state = resume.restore(program, checkpoints, 5)
     assert data_state == {"iterator": 5}
     _assert_bitwise(state, program.fresh_state())
     _assert_bitwise(

@@ -112,7 +112,7 @@ MOMENTS_IN_PROCESS = {
     "the last step": (Program, "train_step", STEPS, STEPS),
     "the last evaluation": (Program, "eval_step", 3, STEPS),
     "data preparation": (loop, "open_data", 1, None),
-    "restoring": (loop, "_start", 1, None),
+    "restoring": (loop, "beginning", 1, None),
 }
 
 

@@ -12,8 +12,10 @@ from etils import epath
 
 from hybridnorm_jax.config.run_config import RunConfig, TrainSection
 from hybridnorm_jax.training import loop, watchdog
-from hybridnorm_jax.training.goodput import StepClock, TimeLedger, memory, process_began
 from hybridnorm_jax.training.program import Program
+from hybridnorm_jax.training.step_clock import StepClock
+from hybridnorm_jax.training.time_ledger import TimeLedger, process_began
+from hybridnorm_jax.training.time_metrics import memory_in_use
 from hybridnorm_jax.training.watchdog import Watchdog
 
 
@@ -73,7 +75,7 @@ def test_step_times_leave_out_what_was_done_in_between():
 
 
 def test_memory_is_that_of_the_fullest_device():
-    assert set(memory(jax.local_devices()).values()) == {None}  # a CPU tells nothing
+    assert set(memory_in_use(jax.local_devices()).values()) == {None}  # a CPU tells nothing
 
     @dataclasses.dataclass
     class Device:
@@ -83,7 +85,7 @@ def test_memory_is_that_of_the_fullest_device():
             return self.stats
 
     devices = [Device({"bytes_in_use": 5, "peak_bytes_in_use": 9}), Device({"bytes_in_use": 7}), Device(None)]
-    assert memory(devices) == {"time/hbm_in_use": 7, "time/hbm_peak": 9}
+    assert memory_in_use(devices) == {"time/hbm_in_use": 7, "time/hbm_peak": 9}
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/uptime"), reason="only Linux tells when a process began")
@@ -112,7 +114,7 @@ def config(tmp_path, small_config):
 
 def test_a_run_accounts_for_its_time_and_names_the_wait_that_is_stuck(config, tmp_path, monkeypatch, capfd):
     """Two stalls of 2.5 seconds: the sixth batch, then the second evaluation's second batch."""
-    next_batch, eval_step, hung = loop._Loop._next_batch, Program.eval_step, []
+    next_batch, eval_step, hung = loop._next_batch, Program.eval_step, []
 
     class Slow:
         def __init__(self, iterator):
@@ -123,13 +125,13 @@ def test_a_run_accounts_for_its_time_and_names_the_wait_that_is_stuck(config, tm
             time.sleep(2.5)
             return next(self.iterator)
 
-    def slow_input(self):
-        iterator = self.iterator
-        self.iterator = Slow(iterator) if self.step == 5 else iterator
+    def slow_input(run):
+        iterator = run.iterator
+        run.iterator = Slow(iterator) if run.step == 5 else iterator
         try:
-            return next_batch(self)
+            return next_batch(run)
         finally:
-            self.iterator = iterator
+            run.iterator = iterator
 
     def slow_evaluation(self, params, batch):
         hung.append("evaluation")
@@ -137,7 +139,7 @@ def test_a_run_accounts_for_its_time_and_names_the_wait_that_is_stuck(config, tm
             time.sleep(2.5)
         return eval_step(self, params, batch)
 
-    monkeypatch.setattr(loop._Loop, "_next_batch", slow_input)
+    monkeypatch.setattr(loop, "_next_batch", slow_input)
     monkeypatch.setattr(Program, "eval_step", slow_evaluation)
     begin = time.perf_counter()
     loop.train(config, began=begin)

@@ -16,20 +16,13 @@ from tensorboardX.proto.event_pb2 import Event
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.errors import ConfigError, UserError
-from hybridnorm_jax.training.metrics import MetricsWriter
+from hybridnorm_jax.training.metrics_writer import MetricsWriter, WandbRun
 from hybridnorm_jax.training.throughput import mfu, model_flops_per_token, peak_flops
 
 
 def open_writer(run_dir, *, resume_step=None, wandb=False, enabled=True):
-    return MetricsWriter(
-        run_dir,
-        resume_step=resume_step,
-        wandb=wandb,
-        wandb_project="project",
-        run_name="name",
-        config={"train": {"steps": 3}},
-        enabled=enabled,
-    )
+    shown = WandbRun("project", "name", {"train": {"steps": 3}}) if wandb else None
+    return MetricsWriter(run_dir, resume_step=resume_step, wandb=shown, enabled=enabled)
 
 
 def entries(run_dir):
@@ -141,7 +134,7 @@ def test_other_processes_write_nothing(tmp_path):
 
 def test_an_object_store_has_every_line_too(monkeypatch):
     monkeypatch.setitem(_registry, "gcs", InMemory)
-    monkeypatch.setattr("hybridnorm_jax.training.metrics.SummaryWriter", lambda *args, **keys: NoTensorBoard())
+    monkeypatch.setattr("hybridnorm_jax.training.metrics_writer.SummaryWriter", lambda *args, **keys: NoTensorBoard())
     run_dir = epath.Path("gs://bucket/runs/name")
     run_dir.mkdir(parents=True)
     writer = open_writer(run_dir)

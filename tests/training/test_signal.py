@@ -14,8 +14,8 @@ import hybridnorm_jax as hn
 from hybridnorm_jax.kernels.blockwise import attention_statistics
 from hybridnorm_jax.model.placement import runs
 from hybridnorm_jax.model.signal_measures import gradient_probe, stream_rms, token_similarity
+from hybridnorm_jax.training.layer_measures import layer_norms, make_watch, measure_signal
 from hybridnorm_jax.training.state import TrainState
-from hybridnorm_jax.training.watch import layer_norms, make_watch, measure_signal
 
 EXACT = 1e-10  # relative, in float64: the same sums in another order
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.placement import runs
-from hybridnorm_jax.model.signal_measures import SIGNAL
+from hybridnorm_jax.model.signal_measures import PROBE, SIGNAL
 from hybridnorm_jax.training.state import TrainState
 from hybridnorm_jax.training.step import Batch, Convert, loss_sums
 
@@ -44,8 +44,8 @@ def measure_signal(
     probes["square"] = jnp.zeros((), dtype)
 
     def loss(params, probes):
-        computed = params if convert is None else convert(params)
-        sums, sown = loss_sums(model, computed, batch, chunk, collect=(SIGNAL,), probes=probes)
+        variables = {"params": params if convert is None else convert(params), PROBE: probes}
+        sums, sown = loss_sums(model, variables, batch, chunk=chunk, collect=(SIGNAL,))
         return sums.nll / jnp.where(sums.weight > 0, sums.weight, 1), sown[SIGNAL]
 
     (_, sown), (gradient, squares) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, probes)
@@ -67,14 +67,14 @@ def layer_norms(tree: Any) -> dict[str, Float[Array, "*layers"]]:
     lengths: dict[int, int] = {}
     for path, leaf in flatten_dict(tree).items():
         square = jnp.square(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)))
-        words = path[:-1] if path[-1] in ("kernel", "bias", "scale", "embedding") else path
+        parts = path[:-1] if path[-1] in ("kernel", "bias", "scale", "embedding") else path
         if not path[0].startswith("run_"):
-            group = "/".join(words)
+            group = "/".join(parts)
             single[group] = single.get(group, 0) + square.sum()
             continue
         run = int(path[0].removeprefix("run_"))
         lengths[run] = leaf.shape[0]
-        for group in ("/".join(words[1:]), "block"):
+        for group in ("/".join(parts[1:]), "block"):
             sums = layered.setdefault(group, {})
             sums[run] = sums.get(run, 0) + square.sum(range(1, leaf.ndim))
 
@@ -109,8 +109,9 @@ def make_watch(
 
     def some(array: Array) -> Array:
         # The first of every share, so that no device needs another's.
-        first = array[0].reshape(shares, -1, *array.shape[2:])[:, :sequences]
-        return first.reshape(-1, *array.shape[2:])
+        microbatch, positions = array[0], array.shape[2]
+        first = microbatch.reshape(shares, -1, positions)[:, :sequences]
+        return first.reshape(-1, positions)
 
     def watch(state: TrainState, batch: Batch) -> Measures:
         measures, gradient = measure_signal(
@@ -128,10 +129,13 @@ def _named(kind: str, norms: dict[str, Array]) -> Measures:
 
 def _by_layer(values: Any, name: str) -> Array:
     """What {name: ..., run_0: {name: ...}, ...} holds, first the value outside of the runs, then layer by layer."""
-
-    def value(at: Any) -> Array:
-        return at[name][0] if isinstance(at[name], tuple) else at[name]  # sown values stand in a tuple
-
-    outside = [value(values)[None]] if name in values else []
     numbers = sorted(int(key.removeprefix("run_")) for key in values if key.startswith("run_"))
-    return jnp.concatenate([*outside, *(value(values[f"run_{number}"]) for number in numbers)])
+    outside = [_sown(values[name])[None]] if name in values else []
+    return jnp.concatenate([*outside, *(_sown(values[f"run_{number}"][name]) for number in numbers)])
+
+
+def _sown(value: Any) -> Array:
+    """A value that was sown, which stands in a tuple, or one that was not."""
+    if isinstance(value, tuple):
+        (value,) = value
+    return value

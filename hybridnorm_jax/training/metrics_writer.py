@@ -1,5 +1,6 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard event files and, if asked for, Weights & Biases."""
 
+import dataclasses
 import json
 import math
 import secrets
@@ -10,6 +11,16 @@ from etils import epath
 from tensorboardX import SummaryWriter
 
 from hybridnorm_jax.errors import ConfigError, UserError
+from hybridnorm_jax.files import write_whole
+
+
+@dataclasses.dataclass(frozen=True)
+class WandbRun:
+    """What Weights & Biases shows of a run: its project, its name and its configuration."""
+
+    project: str
+    name: str
+    config: dict[str, Any]
 
 
 class MetricsWriter:
@@ -23,8 +34,7 @@ class MetricsWriter:
       run_dir: exists already; local or gs://. An object store cannot append, so there every `write` uploads the file.
       resume_step: the step training goes on from: what was recorded of later steps is dropped, and a torn last line.
         None drops everything.
-      wandb: also log to Weights & Biases; a resumed run goes on in its old Weights & Biases run.
-      wandb_project, run_name, config: what Weights & Biases shows.
+      wandb: also log to Weights & Biases; a resumed run goes on in its old Weights & Biases run. None: do not.
       enabled: False in all processes but one: then nothing is written.
 
     Raises:
@@ -37,17 +47,14 @@ class MetricsWriter:
         run_dir: epath.PathLike,
         *,
         resume_step: int | None,
-        wandb: bool,
-        wandb_project: str,
-        run_name: str,
-        config: dict[str, Any],
+        wandb: WandbRun | None,
         enabled: bool = True,
     ):
         self._enabled = enabled
         if not enabled:
             return
         run_dir = epath.Path(run_dir)
-        self._wandb = _start_wandb(run_dir, resume_step, wandb_project, run_name, config) if wandb else None
+        self._wandb = None if wandb is None else _start_wandb(run_dir, resume_step, wandb)
         self._file = _JsonLines(run_dir / "metrics.jsonl", resume_step)
         first = 0 if resume_step is None else resume_step + 1
         # Without the suffix a run that is resumed within the same second would overwrite its event file.
@@ -108,10 +115,8 @@ class _JsonLines:
 
     def _rewrite(self) -> None:
         """Replace the file by what is kept, whole or not at all."""
-        partial = self._path.with_name(self._path.name + ".partial")
         try:
-            partial.write_text(self._kept)
-            partial.replace(self._path)
+            write_whole(self._path, self._kept)
         except OSError as error:
             raise UserError(f"{self._path}: cannot be written: {error}") from error
 
@@ -151,12 +156,14 @@ def _single_values(values: dict[str, Any]) -> dict[str, float | None]:
     """Lists by their elements."""
     single = {}
     for name, value in values.items():
-        parts = {f"{name}/{i:03d}": part for i, part in enumerate(value)} if isinstance(value, list) else {name: value}
-        single |= parts
+        if isinstance(value, list):
+            single |= {f"{name}/{number:03d}": part for number, part in enumerate(value)}
+        else:
+            single[name] = value
     return single
 
 
-def _start_wandb(run_dir: epath.Path, resume_step: int | None, project: str, name: str, config: dict[str, Any]) -> Any:
+def _start_wandb(run_dir: epath.Path, resume_step: int | None, shown: WandbRun) -> Any:
     """A Weights & Biases run with "step" on its axes; the id kept in <run>/wandb_id ties it to this run directory."""
     try:
         import wandb
@@ -166,12 +173,12 @@ def _start_wandb(run_dir: epath.Path, resume_step: int | None, project: str, nam
     if resume_step is None or not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
     run = wandb.init(
-        project=project,
-        name=name,
+        project=shown.project,
+        name=shown.name,
         id=id_file.read_text(),
         resume="allow",
         dir=str(run_dir) if _is_local(run_dir) else None,
-        config=config,
+        config=shown.config,
     )
     # wandb's own step must grow, and falls back on resuming; ours is an axis like any other.
     run.define_metric("step")

@@ -1,0 +1,88 @@
+"""Scores of the validation sets, now and then and at the end."""
+
+import json
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from hybridnorm_jax.evaluation import perplexity
+from hybridnorm_jax.model.loss import LossSums
+from hybridnorm_jax.training.hooks.hook import Hook
+from hybridnorm_jax.training.hooks.progress_bar import say_above_bar
+from hybridnorm_jax.training.run import Run
+from hybridnorm_jax.training.step import Batch
+
+
+class Evaluation(Hook):
+    """Scores the validation sets after every `every`-th step and after the last; sets run.scores."""
+
+    def __init__(self, *, every: int):
+        self.every = every
+        self._compiled = False
+
+    def start(self, run: Run) -> None:
+        """Make the evaluation that was due in the step that this process begins with, if the run was stopped in it."""
+        if self._is_owed(run):
+            self._evaluate(run)
+
+    def after_step(self, run: Run) -> None:
+        """Evaluate."""
+        run.read_late()
+        self._evaluate(run)
+
+    def end(self, run: Run) -> None:
+        """Score a run once more that had ended before, and write nothing."""
+        if run.scores is None:
+            self._score(run)
+
+    def _is_owed(self, run: Run) -> bool:
+        """Whether an evaluation of the step that was reached is due and not recorded; the same in every process."""
+        if run.step == 0 or not self.is_due(run, run.step) or not run.data.validation:
+            return False
+        # Process 0 alone writes the file, and others may not see it.
+        owed = jax.process_index() == 0 and not _is_recorded(run.directory / "metrics.jsonl", run.step)
+        if jax.process_count() == 1:
+            return owed
+        return bool(multihost_utils.broadcast_one_to_all(np.asarray(owed)))
+
+    def _evaluate(self, run: Run) -> None:
+        """Score and record."""
+        self._score(run)
+        losses = {f"eval/{name}/loss": score.loss for name, score in run.scores.items()}
+        if not losses:
+            return
+        run.writer.write(run.step, losses)
+        if run.step != run.steps:
+            say_above_bar(f"step {run.step}: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+
+    def _score(self, run: Run) -> None:
+        def eval_step(batch: Batch) -> LossSums:
+            return self._eval_step(run, batch)
+
+        with run.ledger.phase("evaluation"):
+            run.scores = perplexity.evaluate_sets(
+                eval_step,
+                run.data.validation,
+                batch_size=run.program.eval_batch_size,
+                share=run.program.share,
+                batches=run.config.eval.batches,
+                progress=jax.process_index() == 0,
+            )
+        run.clock.pause()
+
+    def _eval_step(self, run: Run, batch: Batch) -> LossSums:
+        run.signals.poll()
+        # Entered anew for every batch: that is what the watchdog takes for a sign of life.
+        run.ledger.enter("evaluation")
+        with run.ledger.phase("evaluation" if self._compiled else "compilation"):
+            sums = run.program.eval_step(run.state.params, batch)
+        self._compiled = True
+        return sums
+
+
+def _is_recorded(file: epath.Path, step: int) -> bool:
+    """Whether metrics.jsonl, which MetricsWriter has mended, holds an evaluation of this step."""
+    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return any(record["step"] == step and any(key.startswith("eval/") for key in record) for record in records)

@@ -1,0 +1,35 @@
+"""Measures of every layer, now and then."""
+
+import numpy as np
+
+from hybridnorm_jax.training.hooks.hook import Hook
+from hybridnorm_jax.training.layer_measures import Measures
+from hybridnorm_jax.training.run import Numbers, Run
+from hybridnorm_jax.training.step import Batch
+
+
+class LayerWatch(Hook):
+    """Writes a line with the measures of every layer (layer_measures.py): of the first step and every `every`-th."""
+
+    def __init__(self, *, every: int | None):
+        self.every = every
+        self._measures: dict[int, Measures] = {}  # by step, on the device
+        self._compiled = False
+
+    def is_due(self, run: Run, step: int) -> bool:
+        """In the first step of the run too, but not in the last."""
+        return self.every is not None and (step == 1 or step % self.every == 0)
+
+    def before_update(self, run: Run, batch: Batch) -> None:
+        """Give the measures to the device, for the state that the step begins with."""
+        with run.ledger.phase("steps" if self._compiled else "compilation"):
+            self._measures[run.step + 1] = run.program.watch(run.state, batch)
+        if not self._compiled:
+            run.clock.pause()
+        self._compiled = True
+
+    def on_numbers(self, run: Run, numbers: Numbers) -> None:
+        """Write the measures once their step is done."""
+        measures = self._measures.pop(numbers.step)
+        layers = {f"watch/{name}": np.asarray(values) for name, values in measures.items()}
+        run.writer.write(numbers.step, layers, by_layer=True)

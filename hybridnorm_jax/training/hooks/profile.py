@@ -1,0 +1,43 @@
+"""A trace of a few steps for JAX's profiler."""
+
+import jax
+
+from hybridnorm_jax.training.hooks.hook import Hook
+from hybridnorm_jax.training.run import Run
+
+# The first step of a process compiles, which would drown the others in a trace.
+FIRST_PROFILED, PROFILED_STEPS = 2, 5
+
+
+class Profile(Hook):
+    """Writes a trace of steps 2 to 6 of this process to <run>/profile, or of as many of them as are made."""
+
+    def __init__(self, *, enabled: bool):
+        self.every = 1 if enabled else None
+        self._tracing = False
+
+    def is_due(self, run: Run, step: int) -> bool:
+        """In the steps that are profiled."""
+        number = step - run.first
+        return self.every is not None and FIRST_PROFILED <= number < FIRST_PROFILED + PROFILED_STEPS
+
+    def before_step(self, run: Run) -> None:
+        """Begin the trace before the first of these steps."""
+        if not self._tracing:
+            jax.profiler.start_trace(str(run.directory / "profile"))
+            self._tracing = True
+
+    def after_step(self, run: Run) -> None:
+        """End the trace after the last of these steps, or of the run."""
+        if run.step == run.steps or not self.is_due(run, run.step + 1):
+            self._stop(run)
+
+    def stopped(self, run: Run) -> None:
+        """End the trace early."""
+        self._stop(run)
+
+    def _stop(self, run: Run) -> None:
+        if self._tracing:
+            jax.block_until_ready(run.state)
+            jax.profiler.stop_trace()
+            self._tracing = False

@@ -1,0 +1,45 @@
+"""Checkpoints of a run that is going on."""
+
+from hybridnorm_jax.config.yaml_files import to_yaml
+from hybridnorm_jax.training.hooks.hook import Hook
+from hybridnorm_jax.training.run import Run
+
+
+class Saving(Hook):
+    """Saves the state after every `every`-th step, after the last, and where the run is stopped."""
+
+    def __init__(self, *, every: int):
+        self.every = every
+        self._config_yaml = ""
+
+    def start(self, run: Run) -> None:
+        """Write the configuration as text, once for all saves."""
+        self._config_yaml = to_yaml(run.config)
+
+    def after_step(self, run: Run) -> None:
+        """Save, in the background unless this is the last step."""
+        run.read_late()
+        self._save(run, wait=run.step == run.steps)
+
+    def stopped(self, run: Run) -> str:
+        """Save what was made, unless it is saved already."""
+        run.read_late()
+        if run.step == run.first:
+            return "no step was made, nothing was to be saved"
+        self._save(run, wait=True)
+        return f"step {run.step} is saved"
+
+    def _save(self, run: Run, *, wait: bool) -> None:
+        # A run that goes on from this step finds the losses of all steps before it.
+        unwritten = run.series.take()
+        if unwritten:
+            run.writer.write(run.step, unwritten)
+        with run.ledger.phase("checkpoint"):
+            run.checkpoints.save(
+                run.step,
+                run.state,
+                data_state={"iterator": run.iterator.get_state(), "train_tokens": run.data.train.num_tokens},
+                config_yaml=self._config_yaml,
+                wait=wait,
+            )
+        run.clock.pause()

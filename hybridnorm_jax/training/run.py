@@ -1,0 +1,137 @@
+"""A run that is going on: everything that the training loop and its hooks share."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.data import Data
+from hybridnorm_jax.evaluation.perplexity import Score
+from hybridnorm_jax.training.checkpoints import Checkpoints
+from hybridnorm_jax.training.hooks.hook import Hook
+from hybridnorm_jax.training.metrics_writer import MetricsWriter
+from hybridnorm_jax.training.program import Program
+from hybridnorm_jax.training.series import Series
+from hybridnorm_jax.training.state import TrainState
+from hybridnorm_jax.training.step_clock import StepClock
+from hybridnorm_jax.training.stopping import StopSignals
+from hybridnorm_jax.training.time_ledger import TimeLedger
+
+
+class LateMetrics(NamedTuple):
+    """The metrics of a step that the device may still be busy with."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+
+    @property
+    def are_ready(self) -> bool:
+        """Whether the device has finished the step."""
+        return self.metrics["loss"].is_ready()
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """The metrics of a step that the device has finished.
+
+    Attributes:
+      step: which it is, counted from 1.
+      metrics: see step.make_train_step.
+    """
+
+    step: int
+    metrics: dict[str, np.ndarray]
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the step was computed and not made (anomalies.judge)."""
+        return bool(self.metrics["skipped_in_a_row"] > 0)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run:
+    """A run between its first and its last step. The loop and the hooks have one object of this class.
+
+    Set before the first step:
+      config, program, data: what is trained, compiled for the devices, and on what.
+      directory: of the run.
+      checkpoints, writer: where states and metrics go.
+      signals: whether the run is told to stop.
+      ledger: where the time goes.
+      hooks: what happens besides the steps, in the order in which it happens.
+      first: how many steps were made before this process; 0 for a new run.
+
+    Changed by every step:
+      step: how many steps were made. While a hook's before_step and before_update run, the step to come is step + 1.
+      state: after that many steps. Its arrays are gone once the next step is made, which takes their memory.
+      iterator: its next batch is that of the step to come.
+      late: metrics that were not read yet; None: all were.
+      numbers: what was read last; None: nothing.
+      clock: the times of single steps. A hook that keeps the device waiting pauses it.
+      series: losses and gradient norms of all steps.
+      scores: of the newest evaluation, by validation set; None: there was none.
+    """
+
+    config: RunConfig
+    program: Program
+    data: Data
+    directory: epath.Path
+    checkpoints: Checkpoints
+    writer: MetricsWriter
+    signals: StopSignals
+    ledger: TimeLedger
+    hooks: Sequence[Hook]
+    first: int
+    state: TrainState
+    iterator: Any
+    step: int = dataclasses.field(init=False)
+    late: LateMetrics | None = None
+    numbers: Numbers | None = None
+    clock: StepClock = dataclasses.field(default_factory=StepClock)
+    series: Series = dataclasses.field(default_factory=Series)
+    scores: dict[str, Score] | None = None
+
+    def __post_init__(self):
+        self.step = self.first
+
+    @property
+    def steps(self) -> int:
+        """How many steps the whole run has."""
+        return self.config.train.steps
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Since the last line of metrics, without the steps that the clock leaves out; None where there is no other."""
+        rate = self.clock.rate()
+        return None if rate is None else rate * self.config.tokens_per_step
+
+    def due(self, step: int) -> list[Hook]:
+        """The hooks that are due in a step, in order."""
+        return [hook for hook in self.hooks if hook.is_due(self, step)]
+
+    def was_skipped(self, step: int) -> bool:
+        """Whether the numbers of this step were the last that were read, and it was skipped."""
+        return self.numbers is not None and self.numbers.step == step and self.numbers.skipped
+
+    def read_late(self) -> None:
+        """Wait for the metrics that were not read yet, if there are any, and give them to the hooks."""
+        late = self.late
+        self.late = None
+        self.read(late)
+
+    def read(self, late: LateMetrics | None) -> None:
+        """Wait for the metrics of a step, and give them to the hooks that are due in it."""
+        if late is None:
+            return
+        numbers = Numbers(late.step, {name: np.asarray(value) for name, value in late.metrics.items()})
+        seconds = self.clock.tick()
+        self.numbers = numbers
+        self.series.add(numbers.metrics)
+        if numbers.skipped and seconds is not None:
+            self.ledger.move(seconds, source="steps", target="skipped")
+        for hook in self.due(numbers.step):
+            hook.on_numbers(self, numbers)
