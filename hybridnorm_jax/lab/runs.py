@@ -10,9 +10,11 @@ from typing import Any
 
 from etils import epath
 
+from hybridnorm_jax.config.keys import flatten
 from hybridnorm_jax.config.resumption import decides_trajectory
 from hybridnorm_jax.config.run_config import RunConfig
-from hybridnorm_jax.config.yaml_files import flatten, from_yaml, show
+from hybridnorm_jax.config.values import show
+from hybridnorm_jax.config.yaml_files import from_yaml
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.lab.divergence import rising_since
 

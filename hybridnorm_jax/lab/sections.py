@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from hybridnorm_jax.config.yaml_files import show
+from hybridnorm_jax.config.values import show
 from hybridnorm_jax.lab import figures, statistics
 from hybridnorm_jax.lab.divergence import RISE
 from hybridnorm_jax.lab.figures import number
