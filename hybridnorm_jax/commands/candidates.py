@@ -89,7 +89,8 @@ def _of_command(command: str, given: Sequence[str], typed: str) -> list[str]:
         return _options(command)
     if command == "eval" and not given:
         return _run_directories(typed)
-    return [*_positionals(command, given, typed), *_keys(command, typed), *_values(command, typed)]
+    goes_on = _values(command, typed) if "=" in typed else _keys(command, typed)
+    return [*_positionals(command, given, typed), *goes_on]
 
 
 def _options(command: str) -> list[str]:
@@ -130,10 +131,10 @@ def _keys(command: str, typed: str) -> list[str]:
 
 def _values(command: str, typed: str) -> list[str]:
     """`key=value` for what may follow `key=`."""
-    name, equals, value = typed.partition("=")
+    name, _, value = typed.partition("=")
     syntax = SYNTAX[command]
-    is_own, is_runs = name in syntax.keys, name in FIELDS and syntax.takes_run_keys
-    if not equals or not (is_own or is_runs):
+    is_runs = name in FIELDS and syntax.takes_run_keys
+    if name not in syntax.keys and not is_runs:
         return []
     if name in PATH_KEYS:
         return [f"{name}={path}" for path in _files(value)]

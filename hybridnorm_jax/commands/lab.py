@@ -20,8 +20,8 @@ signal   measures models at initialization and writes a table, JSON and figures
 compare  trains every combination of schemes, seeds and learning rates on the same data
 report   writes one page about the runs that compare has trained
 
-Without CONFIG it is the configuration `lab`. `hybridnorm lab compare --help` says more about compare,
-and so on."""
+Without CONFIG it is the configuration `lab`.
+`hybridnorm lab compare --help` says more about compare."""
 SIGNAL_USAGE = """usage: hybridnorm lab signal [CONFIG ...] [key=value ...]
 
 Measures freshly initialized models on random tokens, without training. Needs the extra lab.
@@ -46,8 +46,9 @@ Its own keys are these. All other keys are those of `hybridnorm train`.
 """
 REPORT_USAGE = """usage: hybridnorm lab report DIR [baseline=SCHEME]
 
-Writes DIR/report.html (one file), DIR/report.md with DIR/figures, and DIR/report.csv. Needs the extra
-lab. Differences are to the baseline: by default pre, or the first scheme where pre is not among them."""
+Writes DIR/report.html (one file), DIR/report.md with DIR/figures, and DIR/report.csv. Needs the
+extra lab. Differences are to the baseline: by default pre, or the first scheme where there is no
+pre."""
 
 
 def run(arguments: Sequence[str], processes: Processes) -> int | None:

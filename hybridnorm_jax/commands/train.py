@@ -32,8 +32,8 @@ same command goes on; 130 the same by Ctrl-C; 76 stalled (train.stall_exit=true)
 
 {title}
 """
-DEFAULTS = """Every key with its default, which holds where CONFIG does not set the key. To see the values of 151m:
-`hybridnorm train 151m --help`."""
+DEFAULTS = """Every key with its default, which holds where CONFIG does not set the key.
+`hybridnorm train 151m --help` shows the values of 151m."""
 
 
 def run(arguments: Sequence[str], processes: Processes) -> None:

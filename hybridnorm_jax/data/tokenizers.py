@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-import tokenizers
 from etils import epath
 
 from hybridnorm_jax.config.run_config import DataSection
-from hybridnorm_jax.errors import DataError
+from hybridnorm_jax.errors import DataError, MissingExtraError
 
 SEPARATORS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 
@@ -65,6 +64,10 @@ class HuggingFaceTokenizer:
 
     def __init__(self, name: str, content: bytes, separator: str, needs_separator: bool):
         """Raises DataError for content that is no tokenizer and for a separator that it lacks."""
+        try:
+            import tokenizers  # brought by the extra `hf`, which bytes do not need
+        except ModuleNotFoundError as error:
+            raise MissingExtraError(f"data.tokenizer={name}", extra="hf") from error
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises bare Exception

@@ -12,15 +12,14 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.errors import MissingExtraError, UserError
 from hybridnorm_jax.fields import check_choice
 from hybridnorm_jax.interop.architectures import ARCHITECTURES, config_from_json, config_to_json
 from hybridnorm_jax.interop.tensors import TABLES, Place, TensorTable, leaf_shapes
@@ -125,6 +124,16 @@ def save_huggingface(
 # ---- Reading
 
 
+def _safetensors() -> ModuleType:
+    """Imported where it is needed: an installation without the extra `hf` has everything else."""
+    try:
+        import safetensors
+        import safetensors.numpy
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("Hugging Face checkpoints", extra="hf") from error
+    return safetensors
+
+
 def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text())
@@ -200,7 +209,7 @@ class _Tensors:
         _, raw, handle = self.found[name]
         try:
             return handle.get_tensor(raw)
-        except (SafetensorError, OSError) as error:
+        except (_safetensors().SafetensorError, OSError) as error:
             raise UserError(f"{self.where(name)}: cannot be read: {_one_line(error)}") from error
 
 
@@ -230,10 +239,11 @@ def _files(directory: Path) -> dict[Path, list[str] | None]:
 def _open(file: Path, stack: contextlib.ExitStack) -> Any:
     if not file.is_file():
         raise UserError(f"{file}: no such file, but {INDEX} names it")
+    safetensors = _safetensors()
     try:
         # Read, not mapped: mapped pages would count as memory for as long as the file is open.
-        return stack.enter_context(safe_open(file, framework="np", backend="pread"))
-    except (SafetensorError, OSError) as error:
+        return stack.enter_context(safetensors.safe_open(file, framework="np", backend="pread"))
+    except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{file}: damaged or cut off: {_one_line(error)}") from error
 
 
@@ -347,7 +357,7 @@ def _write_shards(
                 view[...] = leaf
             total += tensor.nbytes
             weight_map[place.name] = file.name
-        save_file(tensors, file, metadata={"format": "pt"})
+        _safetensors().numpy.save_file(tensors, file, metadata={"format": "pt"})
         # safetensors makes files that nobody else may read, whatever the umask.
         file.chmod((directory / CONFIG).stat().st_mode)
     if count > 1:

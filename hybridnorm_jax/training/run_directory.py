@@ -13,7 +13,7 @@ from etils import epath
 from hybridnorm_jax.config.resumption import differences
 from hybridnorm_jax.config.run_config import RunConfig, RunSection
 from hybridnorm_jax.config.yaml_files import from_yaml, to_yaml
-from hybridnorm_jax.errors import ConfigError, UserError
+from hybridnorm_jax.errors import ConfigError, MissingExtraError, UserError
 from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
 from hybridnorm_jax.training.state import init_params
 
@@ -31,7 +31,7 @@ def open_run_directory(config: RunConfig) -> epath.Path:
     try:
         saved = _saved_config(directory / "checkpoints", file)
     except ImportError as error:  # what etils needs for gs:// is not there
-        raise ConfigError(f"run.dir={config.run.dir}: {str(error).splitlines()[0]}") from error
+        raise MissingExtraError(f"run.dir={config.run.dir}", extra="tpu") from error
     if saved is not None and (differing := differences(saved, config)):
         raise ConfigError(f"{directory} holds another run ({'; '.join(differing)}): choose another run.name")
     if jax.process_index() == 0:
