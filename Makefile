@@ -19,14 +19,14 @@ TRAIN_ENV := GLIBC_TUNABLES="$${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 .PHONY: help train test lint clean
 
 help:
-	@echo "make train [ARGS='FILE.yaml key=value ...']   pretrain (the quickstart without ARGS), then evaluate"
-	@echo "make test  [TESTS=tests/test_x.py] [ARGS=-x]  the tests"
-	@echo "make lint                                     ruff, what may import what, and types"
-	@echo "make clean                                    delete environments and caches, not runs"
+	@echo "make train [ARGS='CONFIG key=value ...']        pretrain (the quickstart without ARGS), then evaluate"
+	@echo "make test  [TESTS=tests/x/test_y.py] [ARGS=-x]  the tests"
+	@echo "make lint                                       ruff, what may import what, and types"
+	@echo "make clean                                      delete environments and caches, not runs"
 	@echo "Each installs what it needs first. PYTHON=python3.12 chooses the interpreter (now: $(PYTHON), in $(VENV))."
 
 train: $(STAMP)
-	$(TRAIN_ENV) $(BIN)/python train.py $(ARGS)
+	$(TRAIN_ENV) $(BIN)/hybridnorm train $(ARGS)
 
 test: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(TESTS) $(ARGS)

@@ -2,11 +2,11 @@
 # Trains on a Cloud TPU VM slice that exists already, of one host or many. Run it on your own machine:
 #
 #   launch/tpu_vm.sh install                                       copy this repository to every host and install it
-#   launch/tpu_vm.sh start  configs/550m.yaml key=value ...        train, or go on where the run was stopped
-#   launch/tpu_vm.sh dry-run configs/550m.yaml key=value ...       compile only; prints mesh, batches and memory
+#   launch/tpu_vm.sh start   550m key=value ...                    train, or resume the run
+#   launch/tpu_vm.sh dry-run 550m key=value ...                    compile only; prints mesh, batches and memory
 #   launch/tpu_vm.sh status | log | stop                           is it running; the first host's log; stop and save
 #
-# It makes and deletes no TPU. `start` again with the same words resumes. docs/clusters.md explains more.
+# It makes and deletes no TPU. `start` again with the same arguments resumes the run. docs/clusters.md explains more.
 set -euo pipefail
 
 TPU_NAME=${TPU_NAME:-}                  # of the TPU VM, which must be READY
@@ -56,7 +56,7 @@ install() {
         .venv/bin/python -m pip install --quiet -e '.[tpu]'"
 }
 
-# The words of train.py, quoted for a shell on the host.
+# The arguments of `hybridnorm train`, quoted for a shell on the host.
 quoted() {
     printf '%q ' "$@" "run.dir=$RUN_DIR"
 }
@@ -68,7 +68,7 @@ start() {
         if [ -f train.pid ] && kill -0 \$(cat train.pid) 2>/dev/null; then
             echo \"\$(hostname): already training\" >&2; exit 1
         fi
-        nohup setsid .venv/bin/python train.py $(quoted "$@") >> train.log 2>&1 < /dev/null &
+        nohup setsid .venv/bin/hybridnorm train $(quoted "$@") >> train.log 2>&1 < /dev/null &
         echo \$! > train.pid
         echo \"\$(hostname): started\""
 }
@@ -96,7 +96,7 @@ case $action in
     dry-run)
         need RUN_DIR
         [ $# -ge 1 ] || usage
-        on all "cd $here && .venv/bin/python train.py $(quoted "$@") --dry-run"
+        on all "cd $here && .venv/bin/hybridnorm train $(quoted "$@") --dry-run"
         ;;
     status) on all "cd $here && kill -0 \$(cat train.pid) 2>/dev/null && echo \"\$(hostname): training\" ||
         { echo \"\$(hostname): not training\"; tail -n 2 train.log; }" ;;

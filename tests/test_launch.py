@@ -1,4 +1,4 @@
-"""The files in launch/: what they name exists, and what they would run is what train.py takes."""
+"""The files in launch/: what they name exists, and what they would run is what `hybridnorm train` takes."""
 
 import os
 import re
@@ -42,7 +42,7 @@ def test_scripts_are_valid(script):
 def test_every_file_that_is_named_exists(path):
     text = path.read_text()
     named = set(re.findall(r"(?:configs|launch|docs)/[\w.]+\.\w+|\b\w+\.py\b", text))
-    assert {"train.py", "docs/clusters.md"} <= named
+    assert "docs/clusters.md" in named
     for name in named:
         assert (REPOSITORY / name).is_file(), name
     extras = re.findall(r"-e '\.\[(\w+)\]'", text)
@@ -50,7 +50,7 @@ def test_every_file_that_is_named_exists(path):
     assert all(re.search(rf"^{extra} = \[", (REPOSITORY / "pyproject.toml").read_text(), re.M) for extra in extras)
 
 
-def test_the_jobset_is_one_and_its_words_are_train_pys():
+def test_the_jobset_is_one_and_its_arguments_are_those_of_train():
     jobset, exported = _jobset()
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     (replicated,) = jobset["spec"]["replicatedJobs"]
@@ -66,7 +66,7 @@ def test_the_jobset_is_one_and_its_words_are_train_pys():
     (script,) = container["args"]
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     command = script.splitlines()[-1]
-    assert command.startswith("exec python train.py ")
+    assert command.startswith("exec hybridnorm train 550m ")
     assert f'git checkout --quiet "{exported["REVISION"]}"' in script
     config = parse(shlex.split(command)[3:])
     assert (config.mesh.replica, config.run.name, config.run.dir) == (2, "hybridnorm-550m", "gs://BUCKET/runs")
@@ -106,12 +106,13 @@ def _sbatch(environ, *words):
 
 @pytest.mark.parametrize(("status", "requeued"), [(0, False), (75, True), (2, False), (134, False)])
 def test_slurm_runs_what_is_asked_and_requeues_what_was_stopped(status, requeued, stand_in, tmp_path):
-    ended = _sbatch(stand_in(srun=status, scontrol=0), "configs/550m.yaml", "data.files=[/data/*.npy]")
+    ended = _sbatch(stand_in(srun=status, scontrol=0), "550m", "data.files=[/data/*.npy]")
     assert ended.returncode == status, ended.stderr
     run, *others = _calls(tmp_path)
     assert others == ([["scontrol", "requeue", "7"]] if requeued else [])
-    words = run[run.index("train.py") + 1 :]
-    config = parse(words)
+    module = run.index("-m")
+    assert run[module : module + 3] == ["-m", "hybridnorm_jax", "train"]
+    config = parse(run[module + 3 :])
     assert (config.data.files, config.run.dir, config.distributed.initialize) == (("/data/*.npy",), "runs", "true")
 
 
@@ -119,7 +120,7 @@ def test_slurm_names_all_gpus_of_a_process_that_has_the_node_to_itself(stand_in,
     environ = stand_in(scontrol=0)
     (tmp_path / "bin/srun").write_text(f"#!/bin/bash\necho $JAX_LOCAL_DEVICE_IDS $@ > {tmp_path}/seen\n")
     (tmp_path / "bin/srun").chmod(0o755)
-    ended = _sbatch({**environ, "SLURM_NTASKS_PER_NODE": "1", "DRY_RUN": "1"}, "configs/550m.yaml")
+    ended = _sbatch({**environ, "SLURM_NTASKS_PER_NODE": "1", "DRY_RUN": "1"}, "550m")
     assert ended.returncode == 0, ended.stderr
     seen = (tmp_path / "seen").read_text()
     assert seen.startswith("0,1,2,3 ")
@@ -135,9 +136,9 @@ def _tpu_vm(environ, *words):
     return subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
 
 
-def test_tpu_vm_starts_train_py_on_all_hosts_with_the_words_as_they_are(stand_in, tmp_path):
+def test_tpu_vm_starts_training_on_all_hosts_with_the_arguments_as_they_are(stand_in, tmp_path):
     environ = stand_in(gcloud=0) | TPU
-    words = ["configs/550m.yaml", "data.files=[/data/a b/*.npy]", "run.name=it's"]
+    words = ["550m", "data.files=[/data/a b/*.npy]", "run.name=it's"]
     for action in ("start", "dry-run"):
         ended = _tpu_vm(environ, action, *words)
         assert ended.returncode == 0, ended.stderr
@@ -148,8 +149,10 @@ def test_tpu_vm_starts_train_py_on_all_hosts_with_the_words_as_they_are(stand_in
         assert {"--zone=us-east5-a", "--worker=all"} <= set(arguments)
         (remote,) = [word.removeprefix("--command=") for word in arguments if word.startswith("--command=")]
         subprocess.run(["bash", "-n"], input=remote, text=True, check=True)
-        (line,) = [line for line in remote.splitlines() if "train.py" in line]
-        asked = shlex.split(line.partition("train.py")[2].partition(" >> ")[0].replace("--dry-run", ""))
+        (line,) = [line for line in remote.splitlines() if "hybridnorm train" in line]
+        asked = shlex.split(
+            line.partition(".venv/bin/hybridnorm train")[2].partition(" >> ")[0].replace("--dry-run", "")
+        )
         config = parse(asked)
         assert config.data.files == ("/data/a b/*.npy",)
         assert (config.run.name, config.run.dir) == ("it's", "gs://bucket/my runs")
@@ -157,22 +160,22 @@ def test_tpu_vm_starts_train_py_on_all_hosts_with_the_words_as_they_are(stand_in
 
 
 def test_tpu_vm_detaches_refuses_a_second_start_and_stops(stand_in, tmp_path):
-    """What it sends to the hosts, run in a home directory of this machine, with a train.py that only waits."""
+    """What it sends to the hosts, run in a home directory of this machine, with a program that only waits."""
     home = tmp_path / "home"
     (home / "hybridnorm_jax/.venv/bin").mkdir(parents=True)
-    python = home / "hybridnorm_jax/.venv/bin/python"
-    python.write_text(
+    program = home / "hybridnorm_jax/.venv/bin/hybridnorm"
+    program.write_text(
         "#!/bin/bash\necho told \"$@\"\ntrap 'echo saved; exit 75' TERM\nwhile true; do sleep 0.1; done\n"
     )
-    python.chmod(0o755)
+    program.chmod(0o755)
     environ = stand_in(gcloud=0) | TPU
     run = f'cd {home} && exec bash -c "${{word#--command=}}"'
     (tmp_path / "bin/gcloud").write_text(f"#!/bin/bash\nfor word; do case $word in --command=*) {run};; esac; done\n")
     assert "not training" in _tpu_vm(environ, "status").stdout
-    started = _tpu_vm(environ, "start", "configs/550m.yaml")
+    started = _tpu_vm(environ, "start", "550m")
     assert started.returncode == 0, started.stderr
     try:
-        second = _tpu_vm(environ, "start", "configs/550m.yaml")
+        second = _tpu_vm(environ, "start", "550m")
         assert second.returncode != 0
         assert "already training" in second.stderr
         assert ": training" in _tpu_vm(environ, "status").stdout
@@ -184,7 +187,7 @@ def test_tpu_vm_detaches_refuses_a_second_start_and_stops(stand_in, tmp_path):
         if "saved" in log.read_text():
             break
         subprocess.run(["sleep", "0.1"], check=True)
-    assert log.read_text().splitlines() == ["told train.py configs/550m.yaml run.dir=gs://bucket/my runs", "saved"]
+    assert log.read_text().splitlines() == ["told train 550m run.dir=gs://bucket/my runs", "saved"]
 
 
 @pytest.mark.parametrize(
@@ -193,7 +196,7 @@ def test_tpu_vm_detaches_refuses_a_second_start_and_stops(stand_in, tmp_path):
         ((), TPU, "launch/tpu_vm.sh install"),
         (("restart",), TPU, "launch/tpu_vm.sh install"),
         (("start",), TPU, "launch/tpu_vm.sh install"),
-        (("start", "configs/550m.yaml"), {**TPU, "RUN_DIR": ""}, "RUN_DIR is not set"),
+        (("start", "550m"), {**TPU, "RUN_DIR": ""}, "RUN_DIR is not set"),
         (("status",), {}, "TPU_NAME is not set"),
     ],
     ids=str,

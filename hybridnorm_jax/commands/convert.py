@@ -1,9 +1,4 @@
-"""`hybridnorm convert`: convert a Pre-LN checkpoint without loss, and prove the result.
-
-CHECKPOINT_DIR is a Hugging Face directory (config.json and safetensors) or a run's directory. OUT_DIR becomes a run's
-directory, for `hybridnorm eval` and for init_from of `hybridnorm train`. Nothing is written unless both models agree
-in float64.
-"""
+"""`hybridnorm convert`: convert a Pre-LN checkpoint without loss, and prove the result."""
 
 import argparse
 import dataclasses
@@ -12,12 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from hybridnorm_jax.commands.program import ArgumentParser, again
+from hybridnorm_jax.commands.syntax import check_syntax
 from hybridnorm_jax.config.run_config import DataSection, RunConfig, TrainSection
 from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.model.config import ModelConfig
 
 SEQUENCES, LONGEST = 2, 128
 TOKENIZER = "tokenizer.json"
+HUGGING_FACE = "Hugging Face"
+FORMS = ("pre_rmsnorm", "pre_crmsnorm")
+DTYPES = ("float32", "float64")
+
+USAGE = "hybridnorm convert CHECKPOINT_DIR OUT_DIR --form FORM [OPTION ...]"
+DESCRIPTION = """Converts a Pre-LN model to a cheaper form, whose logits are the same up to rounding.
+
+Both models are compared in float64. Where they are not equal, nothing is written."""
 
 
 class NotEqualError(UserError):
@@ -26,18 +30,48 @@ class NotEqualError(UserError):
 
 def run(arguments: Sequence[str]) -> None:
     """`hybridnorm convert CHECKPOINT_DIR OUT_DIR --form FORM [OPTION ...]`."""
-    parser = ArgumentParser(prog="hybridnorm convert", description=__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT_DIR", help="what is converted; stays as it is")
-    parser.add_argument("out", metavar="OUT_DIR", help="made new; may exist if it is empty")
-    parser.add_argument("--form", required=True, choices=("pre_rmsnorm", "pre_crmsnorm"), help="of the result")
-    width = "pre_crmsnorm: zeros fill the stored stream up to a multiple of this (default 1: d - 1 channels)"
-    parser.add_argument("--pad-to", type=int, default=1, help=width)
-    dtype = "of OUT_DIR's parameters (default float32; a run in float64 needs JAX_ENABLE_X64=1)"
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float64"), help=dtype)
-    parser.add_argument("--text", metavar="FILE", help="text to compare on (default: a source file of Python's own)")
-    ignore = "key of config.json to read as if it were absent; may be repeated"
-    parser.add_argument("--ignore-key", metavar="KEY", action="append", default=[], help=ignore)
-    convert(parser.parse_args(arguments))
+    check_syntax("convert", arguments)
+    convert(_parser().parse_args(arguments))
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser("hybridnorm convert", usage=USAGE, description=DESCRIPTION)
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT_DIR",
+        help="what is converted: a Hugging Face directory (config.json, safetensors; needs the extra hf), "
+        "a run directory, or one checkpoint of a run",
+    )
+    parser.add_argument(
+        "out",
+        metavar="OUT_DIR",
+        help="new run directory, for `hybridnorm eval` and for init_from= of `hybridnorm train`",
+    )
+    parser.add_argument("--form", required=True, choices=FORMS, help="form of the result")
+    parser.add_argument(
+        "--pad-to",
+        metavar="N",
+        type=int,
+        default=1,
+        help="for pre_crmsnorm: zeros fill the stored stream up to a multiple of N (default 1: d - 1 channels)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=DTYPES,
+        help="dtype of the parameters in OUT_DIR (default float32; a run in float64 needs JAX_ENABLE_X64=1)",
+    )
+    parser.add_argument(
+        "--text", metavar="FILE", help="text to compare the models on (default: a source file of Python)"
+    )
+    parser.add_argument(
+        "--ignore-key",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="read config.json as if it did not hold KEY; may be repeated",
+    )
+    return parser
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -72,13 +106,16 @@ def convert(options: argparse.Namespace) -> None:
     config = dataclasses.replace(source.config, model=result)
     save_run(options.out, config, written, step=source.step, tokenizer_file=source.tokenizer_file)
     print(f"{options.out}: {describe(result)}, {options.dtype}")
+    _say_next(options.out, has_tokenizer=source.tokenizer_file is not None or source.kind != HUGGING_FACE)
+
+
+def _say_next(out: str, *, has_tokenizer: bool) -> None:
     data = ""
-    if source.tokenizer_file is None and source.kind == "Hugging Face":
+    if not has_tokenizer:
+        print("no tokenizer.json came with it: the model can read token files only, F.npy below")
         data = " data.source=tokens 'data.files=[F.npy]' data.validation_fraction=0 'data.validation.name=[F.npy]'"
-        print("no tokenizer.json came with it: it reads token files F.npy only")
-    print(f"\nNext: {again(['eval', options.out])}{data}")
-    training = ["train", f"{options.out}/config.yaml", f"init_from={options.out}", "run.name=NAME"]
-    print(f"  or: {again(training)}{data}")
+    print(f"\nNext: {again(['eval', out])}{data}")
+    print(f"  or: {again(['train', f'{out}/config.yaml', f'init_from={out}', 'run.name=NAME'])}{data}")
 
 
 def token_sets(options: argparse.Namespace, source) -> dict:
@@ -164,4 +201,4 @@ def _read_huggingface(path: Path, ignore_keys: Sequence[str]) -> Source:
     seq_len = min(TrainSection.seq_len, model.max_positions or TrainSection.seq_len)
     data = DataSection() if file is None else DataSection(tokenizer=str(file))
     config = RunConfig(model=wide, data=data, train=TrainSection(seq_len=seq_len))
-    return Source("Hugging Face", config, params, 0, file)
+    return Source(HUGGING_FACE, config, params, 0, file)

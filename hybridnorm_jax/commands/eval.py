@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hybridnorm_jax.commands.program import wants_help
+from hybridnorm_jax.commands.syntax import check_syntax
 from hybridnorm_jax.config.resumption import differences
 from hybridnorm_jax.config.yaml_files import from_yaml, gather
 from hybridnorm_jax.data import open_data
@@ -81,25 +82,35 @@ def _allows_fallback(overrides: Sequence[str]) -> bool:
 
 USAGE = """usage: hybridnorm eval RUN_DIR [key=value ...] [--json]
 
-Prints loss, perplexity and bits per byte of every validation set of a run, from its newest checkpoint; or from one
-checkpoint, given as RUN_DIR/checkpoints/STEP. Keys are those of `hybridnorm train`; the model and the tokenizer are
-the run's.
-  eval.batches=8                      only so many batches of each set
-  data.validation.c4=[c4/*.npy]       one more set
-  mesh.fsdp=1 mesh.tensor=8           by default all devices are on mesh.fsdp
-  distributed.coordinator=HOST:PORT   several processes where no cluster is found: see docs/clusters.md
+Prints loss, perplexity and bits per byte of every validation set of a run, from its newest
+checkpoint. RUN_DIR/checkpoints/STEP names another checkpoint.
+
+Keys are those of `hybridnorm train`; `hybridnorm train --help` lists them. The model and the
+tokenizer are the run's and cannot be changed. Often used:
+
+  eval.batches=8                      score only this many batches of each set
+  'data.validation.c4=[c4/*.npy]'     add a set and name it c4
+  mesh.fsdp=1 mesh.tensor=8           place the model on the devices; default: all on mesh.fsdp
+  distributed.coordinator=HOST:PORT   run several processes where no cluster is found
+
 --json prints one JSON object and nothing else on standard output."""
 
 
 def run(arguments: Sequence[str], processes: Processes) -> None:
     """`hybridnorm eval RUN_DIR [key=value ...] [--json]`."""
+    check_syntax("eval", arguments)
     if wants_help(arguments):
         print(USAGE)
         return
     as_json = "--json" in arguments
-    directory, *overrides = [argument for argument in arguments if argument != "--json"] or [""]
-    if not directory or ("=" in Path(directory).name and not Path(directory).exists()):
-        raise ConfigError("eval needs a run's directory first, such as runs/quickstart; --help says more")
+    settings = [argument for argument in arguments if argument != "--json"]
+    # The name of a run may hold `=`.
+    if not settings or ("=" in Path(settings[0]).name and not Path(settings[0]).exists()):
+        raise ConfigError("eval: name the run directory first, such as runs/quickstart; --help says more")
+    directory, overrides = settings[0], settings[1:]
+    for argument in overrides:
+        if "=" not in argument:
+            raise ConfigError(f"{argument}: eval takes one run directory, and then key=value only")
     with processes.running(_distributed(overrides)):
         result = evaluate_run(directory, overrides, progress=not as_json and processes.number == 0)
     if processes.number != 0:

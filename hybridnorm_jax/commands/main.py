@@ -5,14 +5,16 @@ import dataclasses
 import errno
 import importlib
 import os
+import select
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from hybridnorm_jax.errors import INTERRUPTED, REQUEUE, RunStopped, UserError, did_you_mean
+from hybridnorm_jax.errors import INTERRUPTED, REQUEUE, MissingExtraError, RunStopped, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from hybridnorm_jax.mesh.processes import Processes
@@ -20,15 +22,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """One subcommand.
+    """One subcommand: the function `run(arguments)` of the module of its name in hybridnorm_jax.commands.
+
+    The function returns an exit status; None is 0.
 
     Attributes:
       arguments, meaning: what --help shows of it.
       has_processes: whether several processes can run it together; its function then gets them as second argument.
       requeue: whether a scheduler that ends it early should start it again.
-
-    It is the function `run(arguments)` of the module of its name in hybridnorm_jax.commands, which returns an exit
-    status; None is 0.
     """
 
     arguments: str
@@ -37,44 +38,47 @@ class Command:
     requeue: bool = False
 
 
+# As of a program that SIGPIPE ends.
+CLOSED_OUTPUT = 128 + signal.SIGPIPE
+
 COMMANDS = {
-    "train": Command("[CONFIG ...] [key=value ...]", "pretrain a model, or go on with a run", True, requeue=True),
-    "eval": Command("RUN_DIR [key=value ...]", "score a run on its validation sets", True),
-    "convert": Command(
-        "CHECKPOINT_DIR OUT_DIR --form FORM", "make a Pre-LN model cheaper, and prove that it is the same"
+    "train": Command(
+        "[CONFIG ...] [key=value ...]", "pretrain a model, or resume a run", has_processes=True, requeue=True
     ),
+    "eval": Command("RUN_DIR [key=value ...]", "score a run on its validation sets", has_processes=True),
+    "convert": Command("CHECKPOINT_DIR OUT_DIR --form FORM", "make a Pre-LN model cheaper, and prove it equal"),
     "plan": Command("CONFIG [key=value ...]", "say whether a run fits on devices that are not here"),
-    "lab": Command("signal | compare | report", "compare norm placements", True),
+    "lab": Command("signal | compare | report", "compare norm placements", has_processes=True),
     "schemes": Command("[SCHEME ...] [DEPTH]", "print norm placements as tables"),
-    "completion": Command("bash | zsh | fish", "print a script with which the shell completes commands and keys"),
+    "completion": Command("bash | zsh | fish", "print a script that completes commands and keys"),
 }
 
+WIDTH = 100
 USAGE = """usage: hybridnorm COMMAND [ARGUMENT ...]
 
 {commands}
 
-CONFIG is the name of a configuration that comes with the package ({names}),
-or the path of a YAML file. key=value sets one key, such as train.steps=20; `hybridnorm train --help` lists all.
-`hybridnorm COMMAND --help` says more about one command.
+CONFIG is the path of a YAML file, or the name of a configuration that comes with the package:
+{names}
 
-Status: 0 done; 2 an error, in one line; 75 told to stop (SIGTERM) and saved: run the same command again; 130 the same
-by Ctrl-C; 76 stalled (train.stall_exit)."""
+key=value sets one key, such as train.steps=20. `hybridnorm train --help` lists all keys.
+`hybridnorm COMMAND --help` says more about one command. `hybridnorm --version` prints the version.
+
+Exit status:
+    0  done
+    2  an error that you can mend; one line says which
+   75  stopped by SIGTERM and saved: the same command goes on
+  130  the same by Ctrl-C
+   76  stalled (train.stall_exit=true)"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `hybridnorm` with these arguments (None: the process's own); returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if arguments else 2
-    if arguments[0] == "--version":
-        print(f"hybridnorm {metadata.version('hybridnorm-jax')}")
-        return 0
-    name, rest = arguments[0], arguments[1:]
-    if name not in COMMANDS:
-        print(f"error: {name}: no such command{did_you_mean(name, COMMANDS)}", file=sys.stderr)
-        return 2
-    command = COMMANDS[name]
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    command = COMMANDS.get(name)
+    if command is None:
+        return exit_status(lambda: _without_command(name))
     with _signals_end_it_at_once(requeue=command.requeue):
         module = importlib.import_module(f"hybridnorm_jax.commands.{name}")
         if not command.has_processes:
@@ -85,14 +89,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return processes.supervise(lambda: exit_status(lambda: module.run(rest, processes), processes))
 
 
+def _without_command(argument: str) -> int:
+    """`hybridnorm`, `hybridnorm --help`, `hybridnorm --version`, or a word that is no command; "" is none."""
+    if argument == "--version":
+        print(f"hybridnorm {_version()}")
+    elif argument in ("", "-h", "--help"):
+        print(usage())
+    elif argument.startswith("-"):
+        raise UserError(f"{argument}: no such option{did_you_mean(argument, ['--help', '--version'])}")
+    else:
+        raise UserError(f"{argument}: no such command{did_you_mean(argument, COMMANDS)}")
+    return 0 if argument else 2
+
+
+def _version() -> str:
+    try:
+        return metadata.version("hybridnorm-jax")
+    except metadata.PackageNotFoundError as error:
+        raise UserError("--version: hybridnorm-jax is imported from a folder and not installed") from error
+
+
 def usage() -> str:
-    """What `hybridnorm --help` prints."""
+    """What `hybridnorm --help` prints; it fits a screen of 100 columns."""
     from hybridnorm_jax.config import configurations
 
-    rows = [(f"{name} {command.arguments}", command.meaning) for name, command in COMMANDS.items()]
-    width = max(len(call) for call, _ in rows)
-    commands = "\n".join(f"  {call:{width}}  {meaning}" for call, meaning in rows)
-    return USAGE.format(commands=commands, names=", ".join(configurations.names()))
+    calls = {f"{name} {command.arguments}": command.meaning for name, command in COMMANDS.items()}
+    width = max(len(call) for call in calls)
+    commands = "\n".join(f"  {call:{width}}  {meaning}" for call, meaning in calls.items())
+    names = textwrap.fill(", ".join(configurations.names()), WIDTH, initial_indent="  ", subsequent_indent="  ")
+    return USAGE.format(commands=commands, names=names)
 
 
 def exit_status(command: Callable[[], int | None], processes: "Processes | None" = None) -> int:
@@ -109,7 +134,9 @@ def exit_status(command: Callable[[], int | None], processes: "Processes | None"
             print(processes.label(line), file=sys.stderr)
 
     try:
-        return command() or 0
+        status = _status(command)
+        sys.stdout.flush()  # here an error of it can still become a status
+        return status
     except UserError as error:
         say(error, f"error: {error}")
         return 2
@@ -117,13 +144,45 @@ def exit_status(command: Callable[[], int | None], processes: "Processes | None"
         say(stopped, str(stopped))
         return stopped.exit_code
     except OSError as error:
+        if _output_is_closed(error):
+            _drop_output()
+            return CLOSED_OUTPUT
         if error.strerror is None or (error.filename is None and error.errno != errno.ENOSPC):
             raise
         say(error, f"error: {error.filename or 'writing a file'}: {error.strerror}")
         return 2
+    except ImportError as error:
+        # Of fsspec, wherever the first path in a bucket is read.
+        if "gcsfs" not in str(error):
+            raise
+        say(error, f"error: {MissingExtraError('a path that starts with gs://', extra='tpu')}")
+        return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _status(command: Callable[[], int | None]) -> int:
+    try:
+        return command() or 0
+    except SystemExit as end:  # argparse, after it has printed its help
+        return end.code or 0
+
+
+def _output_is_closed(error: OSError) -> bool:
+    """Whether this is the error of standard output whose reader has gone, as in `hybridnorm schemes | head -1`."""
+    if not isinstance(error, BrokenPipeError):
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+
+
+def _drop_output() -> None:
+    """Python writes what is left of standard output when it ends, and would complain once more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 @contextlib.contextmanager

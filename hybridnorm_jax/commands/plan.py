@@ -1,14 +1,4 @@
-"""Say whether a run fits on devices that are not here, by compiling its train step for them.
-
-  hybridnorm plan CONFIG [key=value ...] [--topology v5p:4x4x4] [--json]
-  hybridnorm plan --table docs/planning.md [CONFIG ...]
-
-A topology is v5e:4x8, v6e:16x16, v5p:4x4x8, 2xv6e:16x16 (two slices; set mesh.replica) or gpu:8x80GB. A TPU's needs
-`pip install libtpu`, no TPU. Without --topology it is the one in the file's line `# Topology: v5p:4x4x4`. Data is not
-read, so data.files may be missing. A GPU's step is compiled for simulated CPU devices: whether it fits stays unknown.
-
-Exit status: 0 it fits, 3 it does not fit, 4 that cannot be known, 2 after one line on standard error for wrong input.
-"""
+"""`hybridnorm plan`: say whether a run fits on devices that are not here, by compiling its train step for them."""
 
 import argparse
 import json
@@ -17,23 +7,50 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hybridnorm_jax.commands.program import ArgumentParser
+from hybridnorm_jax.commands.syntax import check_syntax
 from hybridnorm_jax.config import configurations
 from hybridnorm_jax.config.arguments import sort
 from hybridnorm_jax.errors import UserError
 
 FITS, DOES_NOT_FIT, UNKNOWN = 0, 3, 4
 
+USAGE = """hybridnorm plan CONFIG [key=value ...] [--topology TOPOLOGY] [--json]
+       hybridnorm plan --table FILE.md [CONFIG ...]"""
+DESCRIPTION = """Compiles the train step of a run for devices that nobody has to own, and says whether it fits.
+
+TOPOLOGY is one of
+  v5e:4x8, v6e:16x16, v5p:4x4x8  one slice; needs the extra tpu, but no TPU
+  2xv6e:16x16                    two slices; set mesh.replica
+  gpu:8x80GB                     one node of GPUs. The step is compiled for simulated CPU devices:
+                                 whether it fits stays unknown.
+Without --topology it is the one in the line `# Topology: v5p:4x4x4` of the configuration.
+No data is read, so data.files may be missing.
+
+Exit status: 0 it fits; 3 it does not fit; 4 that cannot be known; 2 an error that you can mend, in
+one line."""
+
 
 def run(arguments: Sequence[str]) -> int:
     """`hybridnorm plan CONFIG [key=value ...] [OPTION ...]`; returns the exit status."""
-    parser = ArgumentParser(prog="hybridnorm plan", description=__doc__, usage=argparse.SUPPRESS)
-    parser.add_argument("settings", metavar="CONFIG key=value", nargs="*", help="as for `hybridnorm train`")
-    parser.add_argument("--topology", metavar="TOPOLOGY", help="the devices to compile for")
-    parser.add_argument("--json", action="store_true", help="one JSON object, and nothing else on standard output")
-    table = "write a row into this file's table for each configuration named, by default all that come with the package"
-    parser.add_argument("--table", metavar="FILE.md", help=table)
-    options = parser.parse_intermixed_args(list(arguments))
+    check_syntax("plan", arguments)
+    options = _parser().parse_intermixed_args(list(arguments))
     return _table(options) if options.table else _one(options)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser("hybridnorm plan", usage=USAGE, description=DESCRIPTION)
+    parser.add_argument(
+        "settings", metavar="CONFIG, key=value", nargs="*", help="as for `hybridnorm train`, which lists the keys"
+    )
+    parser.add_argument("--topology", metavar="TOPOLOGY", help="devices to compile for")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on standard output")
+    parser.add_argument(
+        "--table",
+        metavar="FILE.md",
+        help="write one row for each CONFIG into the table of this file; without CONFIG, for every configuration that "
+        "comes with the package",
+    )
+    return parser
 
 
 def _one(options: argparse.Namespace) -> int:
@@ -43,7 +60,7 @@ def _one(options: argparse.Namespace) -> int:
 
     files = sort(options.settings).files
     if not files:
-        raise UserError("name a configuration, such as 151m; --help says more")
+        raise UserError("plan: name a configuration, such as 151m; --help says more")
     config = read_config(options.settings)
     result = plan(config, parse_topology(options.topology or meant_for(files[-1])))
     print(json.dumps(plan_report.as_json(result), indent=2) if options.json else plan_report.text(result))
@@ -58,7 +75,7 @@ def meant_for(file: Path) -> str:
     """
     line = re.search(r"^# Topology: (\S+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
     if line is None:
-        raise UserError(f"{file}: has no line such as `# Topology: v5p:4x4x4`; give --topology")
+        raise UserError(f"{file.name}: has no line such as `# Topology: v5p:4x4x4`; give --topology")
     return line[1]
 
 

@@ -30,11 +30,18 @@ def wants_help(arguments: Sequence[str]) -> bool:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, whose errors are UserErrors: one line, status 2."""
+    """argparse's, whose errors are UserErrors: one line, status 2. Its help has 100 columns."""
 
-    def __init__(self, prog: str, description: str, **options):
-        super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    def __init__(self, prog: str, *, usage: str, description: str):
+        # An abbreviation would stop to work on the day that a second option begins like it.
+        super().__init__(
+            prog, usage=usage, description=description, formatter_class=_help_formatter, allow_abbrev=False
+        )
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError."""
         raise UserError(f"{self.prog}: {message}; --help says more")
+
+
+def _help_formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=100)

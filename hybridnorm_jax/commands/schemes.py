@@ -1,22 +1,27 @@
 """`hybridnorm schemes`: print norm placements as tables."""
 
+import textwrap
 from collections.abc import Sequence
 
 from hybridnorm_jax.commands.program import wants_help
+from hybridnorm_jax.commands.syntax import check_syntax
 from hybridnorm_jax.errors import UserError, did_you_mean
 from hybridnorm_jax.model.schemes import SCHEMES
 
 DEPTH = 4
-USAGE = f"""usage: hybridnorm schemes [SCHEME ...] [DEPTH]
+USAGE = """usage: hybridnorm schemes [SCHEME ...] [DEPTH]
 
-Prints where each scheme normalizes, as one table a scheme for a model of DEPTH blocks (default {DEPTH}); all of the
-schemes where none is named."""
+Prints where each scheme normalizes: one table for each, of a model of {depth} blocks or of DEPTH blocks.
+Without SCHEME it prints all of them:
+{names}"""
 
 
 def run(arguments: Sequence[str]) -> None:
     """`hybridnorm schemes [SCHEME ...] [DEPTH]`."""
+    check_syntax("schemes", arguments)
     if wants_help(arguments):
-        print(USAGE)
+        names = textwrap.fill(", ".join(SCHEMES), 100, initial_indent="  ", subsequent_indent="  ")
+        print(USAGE.format(depth=DEPTH, names=names))
         return
     names, depth = list(arguments), DEPTH
     if names and names[-1].isdecimal():

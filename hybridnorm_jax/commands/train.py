@@ -1,34 +1,47 @@
 """`hybridnorm train`: pretrain a model, or go on with a run."""
 
 import operator
+import shlex
 from collections.abc import Sequence
 
 from hybridnorm_jax.commands.program import again, wants_help
+from hybridnorm_jax.commands.syntax import HELP, check_syntax
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.key_help import key_table
+from hybridnorm_jax.config.keys import FIELDS
 from hybridnorm_jax.config.run_config import RunConfig
-from hybridnorm_jax.config.yaml_files import FIELDS, show
+from hybridnorm_jax.config.values import show
 from hybridnorm_jax.mesh.processes import Processes, check_alike
 
 DRY_RUN = "--dry-run"
 USAGE = """usage: hybridnorm train [CONFIG ...] [key=value ...] [--dry-run]
 
-CONFIG is the name of a configuration, such as quickstart (the default), or a YAML file. Several are merged in order,
-then the overrides; later ones win. Values are YAML:
-  train.steps=20 optimizer.clip=null data.files=[a.txt,b.txt] data.validation.c4=[c4.npy]
+CONFIG is the name of a configuration, such as 151m, or the path of a YAML file. Without one it is
+quickstart. Several are merged in their order, then the key=value; later ones win. Values are YAML:
 
---dry-run compiles the step for the devices at hand, prints mesh, batches and memory, and ends there.
+  hybridnorm train train.steps=20 model.scheme=peri
+  hybridnorm train 151m data.source=text 'data.files=[a.txt, b.txt]' optimizer.clip=null
 
-Status: 0 done; 2 an error, in one line; 75 told to stop (SIGTERM) and saved, run it again; 130 the same by
-Ctrl-C; 76 stalled (train.stall_exit). docs/faults.md says more.
+The same command again resumes the run from its newest checkpoint.
+
+--dry-run compiles the step for the devices at hand and prints mesh, batches and memory; nothing is
+trained.
+
+Exit status: 0 done; 2 an error that you can mend, in one line; 75 stopped by SIGTERM and saved, the
+same command goes on; 130 the same by Ctrl-C; 76 stalled (train.stall_exit=true).
+
+{title}
 """
+DEFAULTS = """Every key with its default, which holds where CONFIG does not set the key.
+`hybridnorm train 151m --help` shows the values of 151m."""
 
 
 def run(arguments: Sequence[str], processes: Processes) -> None:
     """`hybridnorm train [CONFIG ...] [key=value ...] [--dry-run]`."""
-    settings = [argument for argument in arguments if argument != DRY_RUN]
-    if wants_help(settings):
-        print(f"{USAGE}\n{key_table([argument for argument in settings if argument not in ('-h', '--help')])}")
+    settings = [argument for argument in arguments if argument not in (DRY_RUN, *HELP)]
+    check_syntax("train", arguments)
+    if wants_help(arguments):
+        print(_help(settings))
         return
     config = parse(settings)
     with processes.running(config.distributed):
@@ -45,6 +58,12 @@ def run(arguments: Sequence[str], processes: Processes) -> None:
         train(config, began=process_began())
     if processes.number == 0:
         _say_next(settings, config)
+
+
+def _help(settings: Sequence[str]) -> str:
+    title = f"Every key with its value in `hybridnorm train {shlex.join(settings)}`." if settings else DEFAULTS
+    usage = USAGE.format(title=title)
+    return f"{usage}\n{key_table(settings)}"
 
 
 def _same_in_all_processes(config: RunConfig) -> dict[str, str]:

@@ -4,13 +4,13 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hybridnorm_jax.config import configurations
+from hybridnorm_jax.config.keys import FIELDS
 from hybridnorm_jax.config.run_config import RunConfig
-from hybridnorm_jax.config.yaml_files import FIELDS, build, gather, read_file
+from hybridnorm_jax.config.yaml_files import build, gather, read_file
 
-DEFAULT = "quickstart"
 LONGEST_NAME = 120
 # Keys whose values do not enter the name of a run.
 NAMELESS_SECTIONS = ("run", "distributed")
@@ -23,7 +23,7 @@ class Arguments(NamedTuple):
     overrides: list[str]
 
 
-def parse(arguments: Sequence[str], default: str = DEFAULT) -> RunConfig:
+def parse(arguments: Sequence[str], default: str = configurations.DEFAULT) -> RunConfig:
     """The configuration that `[NAME or FILE.yaml ...] [key=value ...]` asks for.
 
     Files are merged first, then overrides; later ones win. Without a file the configuration named `default` is read.
@@ -35,7 +35,7 @@ def parse(arguments: Sequence[str], default: str = DEFAULT) -> RunConfig:
     """
     files, overrides = sort(arguments)
     files = files or [configurations.find(default)]
-    settings = gather([(str(file), read_file(file)) for file in files], overrides)
+    settings = read(files, overrides)
     if settings.get("run.name", "auto") == "auto":
         settings["run.name"] = _run_name(files[-1].stem, overrides)
     return build(settings)
@@ -45,7 +45,7 @@ def sort(arguments: Sequence[str]) -> Arguments:
     """Tell files and overrides apart. The name of a run holds `=`, and so may the path of its config.yaml."""
     files, overrides = [], []
     for argument in arguments:
-        is_yaml = argument.endswith((".yaml", ".yml")) and not re.match(r"[\w.]+=", argument)
+        is_yaml = argument.endswith(configurations.SUFFIXES) and not re.match(r"[\w.]+=", argument)
         if is_yaml or "=" not in argument:
             files.append(configurations.find(argument))
         else:
@@ -53,16 +53,30 @@ def sort(arguments: Sequence[str]) -> Arguments:
     return Arguments(files, overrides)
 
 
+def read(files: Sequence[Path], overrides: Sequence[str]) -> dict[str, Any]:
+    """Typed values by dotted key, of YAML files and then of overrides; later ones win.
+
+    Raises:
+      ConfigError: a file or an override cannot be read, sets an unknown key or has a wrong type.
+    """
+    return gather([(str(file), read_file(file)) for file in files], overrides)
+
+
 def _run_name(stem: str, overrides: Sequence[str]) -> str:
     chosen = {path: text for path, _, text in (override.partition("=") for override in overrides)}
-    last_words = [path.rpartition(".")[2] for path in FIELDS]
+    last_parts = [_last_part(path) for path in FIELDS]
     name = stem
     for path, text in sorted(chosen.items()):
+        if path.partition(".")[0] in NAMELESS_SECTIONS:
+            continue
         # checkpoint.every and eval.every would give one name to two runs.
-        word = path.rpartition(".")[2]
-        if path.partition(".")[0] not in NAMELESS_SECTIONS:
-            name += f"-{path if last_words.count(word) > 1 else word}={text}"
+        is_shared = last_parts.count(_last_part(path)) > 1
+        name += f"-{path if is_shared else _last_part(path)}={text}"
     plain = re.sub(r"[^A-Za-z0-9._=+-]", "_", name)
     if len(plain) <= LONGEST_NAME:
         return plain
     return f"{plain[: LONGEST_NAME - 11]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
+
+
+def _last_part(path: str) -> str:
+    return path.rpartition(".")[2]

@@ -1,29 +1,30 @@
-"""Every key with its type, value and meaning, for --help."""
+"""Every key with its value, type and meaning, for --help."""
 
-import itertools
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from itertools import zip_longest
+from typing import NamedTuple
 
-from hybridnorm_jax.config import configurations
-from hybridnorm_jax.config.arguments import DEFAULT, sort
-from hybridnorm_jax.config.yaml_files import (
-    FIELDS,
-    SECTIONS,
-    TYPE_WORDS,
-    default,
-    gather,
-    read_file,
-    show,
-    without_none,
-)
+from hybridnorm_jax.config.arguments import read, sort
+from hybridnorm_jax.config.keys import FIELDS, SECTIONS, default
+from hybridnorm_jax.config.values import show, type_name
 
-HELP_WIDTH = 120
-VALUE_WIDTH = 24
+WIDTH = 100
+GAP = "  "
+# A longer key=value, such as a list of files, goes over several lines.
+LONGEST_SETTING = 40
+
+
+class Row(NamedTuple):
+    """One key: `train.steps=1000`, `integer`, `optimizer steps in all`."""
+
+    setting: str
+    type: str
+    meaning: str
 
 
 def key_table(arguments: Sequence[str] = ()) -> str:
-    """Every key with type, value and meaning, by section, in at most 120 columns.
+    """Every key as key=value with its type and meaning, by section, in at most 100 columns.
 
     Values are the defaults, or those that the given configurations and overrides set.
 
@@ -31,35 +32,43 @@ def key_table(arguments: Sequence[str] = ()) -> str:
       ConfigError: the arguments cannot be read, or set an unknown key or a wrong type.
     """
     files, overrides = sort(arguments)
-    title = "value" if files or overrides else "default"
-    files = files or [configurations.find(DEFAULT)]
-    settings = gather([(str(file), read_file(file)) for file in files], overrides)
+    settings = read(files, overrides)
     rows = {
-        path: (path, _type_name(field.type), show(settings.get(path, default(field))), field.metadata["meaning"])
+        path: Row(
+            f"{path}={show(settings.get(path, default(field)))}", type_name(field.type), field.metadata["meaning"]
+        )
         for path, field in FIELDS.items()
     }
-    widths = [max(len(row[column]) for row in rows.values()) for column in range(2)]
-    widths.append(min(VALUE_WIDTH, max(len(row[2]) for row in rows.values())))
-    widths.append(HELP_WIDTH - sum(widths) - 2 * (len(widths) + 1))
-    lines = _table_row(("key", "type", title, "meaning"), widths)
-    for section in (*SECTIONS, ""):
-        meaning = SECTIONS[section].__doc__.partition(".")[0] if section else "outside the sections"
-        lines += ["", f"{section}: {meaning}".removeprefix(": ")]
+    widths = _widths(list(rows.values()))
+    lines = _lines(Row("key=value" if arguments else "key=default", "type", "meaning"), widths)
+    for section, kind in SECTIONS.items():
+        lines += ["", *textwrap.wrap(f"{section}: {_first_sentence(kind.__doc__)}", WIDTH)]
         for path, row in rows.items():
-            if path.rpartition(".")[0] == section:
-                lines += _table_row(row, widths)
+            if path.startswith(f"{section}."):
+                lines += _lines(row, widths)
+    lines += ["", "outside the sections"]
+    for path, row in rows.items():
+        if "." not in path:
+            lines += _lines(row, widths)
     return "\n".join(lines)
 
 
-def _type_name(hint: Any) -> str:
-    kind, optional = without_none(hint)
-    return TYPE_WORDS[kind][0] + ("|null" if optional else "")
+def _first_sentence(text: str) -> str:
+    return text.splitlines()[0].partition(". ")[0].removesuffix(".")
 
 
-def _table_row(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """One row as lines, the cells wrapped to their widths."""
-    columns = [textwrap.wrap(cell, width) for cell, width in zip(cells, widths, strict=True)]
-    return [
-        "  ".join(("", *(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)))).rstrip()
-        for line in itertools.zip_longest(*columns, fillvalue="")
-    ]
+def _widths(rows: Sequence[Row]) -> list[int]:
+    """Of the three columns."""
+    setting = min(LONGEST_SETTING, max(len(row.setting) for row in rows))
+    kind = max(len(row.type) for row in rows)
+    return [setting, kind, WIDTH - setting - kind - 3 * len(GAP)]
+
+
+def _lines(row: Row, widths: Sequence[int]) -> list[str]:
+    """One row as lines, each cell wrapped to the width of its column."""
+    cells = [textwrap.wrap(cell, width, break_on_hyphens=False) for cell, width in zip(row, widths, strict=True)]
+    lines = []
+    for parts in zip_longest(*cells, fillvalue=""):
+        padded = [f"{part:{width}}" for part, width in zip(parts, widths, strict=True)]
+        lines.append((GAP + GAP.join(padded)).rstrip())
+    return lines

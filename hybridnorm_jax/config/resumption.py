@@ -2,8 +2,8 @@
 
 import dataclasses
 
+from hybridnorm_jax.config.keys import flatten
 from hybridnorm_jax.config.run_config import RunConfig
-from hybridnorm_jax.config.yaml_files import flatten
 
 # Keys that may change between two stretches of one run: they decide where it runs and what is reported, not
 # which parameters it arrives at.

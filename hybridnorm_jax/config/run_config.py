@@ -8,6 +8,7 @@ from hybridnorm_jax.mesh.sharding_rules import MESH_AXES, resolve_rules
 from hybridnorm_jax.model.config import ModelConfig
 
 SOURCES = ("stdlib", "text", "tokens")
+TOKEN_DTYPES = ("uint16", "uint32")
 EQUIVALENT_FORMS = ("none", "pre_rmsnorm", "pre_crmsnorm")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
@@ -16,11 +17,13 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant")
 class RunSection:
     """Where a run lives and what is loaded before it."""
 
-    name: str = key("auto", "its files go to run.dir/run.name; auto: the last YAML file's name and the overrides")
+    name: str = key(
+        "auto", "the run's files go to run.dir/run.name; auto: named after the last configuration and the overrides"
+    )
     dir: str = key("runs", "directory of all runs; may be gs://")
     plugins: tuple[str, ...] = key((), "Python files or modules imported first, such as one that adds a scheme")
-    wandb: bool = key(False, "also log to Weights & Biases (needs the extra: pip install hybridnorm-jax[wandb])")
-    wandb_project: str = key("hybridnorm_jax", "its project")
+    wandb: bool = key(False, "also log to Weights & Biases; needs the extra `wandb`")
+    wandb_project: str = key("hybridnorm_jax", "project in Weights & Biases")
 
     def __post_init__(self) -> None:
         check(
@@ -53,7 +56,7 @@ class DataSection:
 
     def __post_init__(self) -> None:
         check_choice("data.source", self.source, SOURCES)
-        check_choice("data.token_dtype", self.token_dtype, ("uint16", "uint32"))
+        check_choice("data.token_dtype", self.token_dtype, TOKEN_DTYPES)
         needs = self.source == "stdlib" or bool(self.files)
         check(needs, "data.files", list(self.files), f"data.source={self.source} needs at least one file")
         only = self.source != "stdlib" or not self.files
@@ -73,31 +76,32 @@ class TrainSection:
     batch_size: int = key(64, "sequences per optimizer step, over all devices and accumulation")
     seq_len: int = key(256, "tokens per sequence")
     grad_accumulation: int = key(1, "microbatches per optimizer step")
-    seed: int = key(0, "of parameters, data order and dropout")
-    data_seed: int | None = key(None, "of the data order; null: train.seed")
+    seed: int = key(0, "seed of parameters, data order and dropout")
+    data_seed: int | None = key(None, "seed of the data order; null: train.seed")
     equivalent_form: str = key(
-        "none", f"of a Pre-LN model, what the loss computes: {' | '.join(EQUIVALENT_FORMS)}; the same numbers, cheaper"
+        "none", f"cheaper form in which a Pre-LN model computes the same loss: {' | '.join(EQUIVALENT_FORMS)}"
     )
     equivalent_pad_to: int = key(1, "pre_crmsnorm: fill the stored stream up with zeros to a multiple of this")
-    check_invariants: bool = key(False, "stop where a form's invariants fail (slower; for equivalent_form, crmsnorm)")
+    check_invariants: bool = key(False, "stop where the invariants of equivalent_form or crmsnorm fail; slower")
     loss_chunk: int | None = key(None, "positions per chunk of the loss, for large vocabularies; null: all at once")
     z_loss: float = key(0.0, "weight of the squared log-partition, added to the training loss")
     balance_loss: float = key(0.01, "weight of the experts' load-balancing loss, summed over layers")
     router_z_loss: float = key(0.001, "weight of the routers' squared log-partition, summed over layers")
-    max_bad_steps: int = key(10, "so many skipped steps in a row (NaN, infinity, spikes) stop the run")
+    max_bad_steps: int = key(10, "the run stops after this many skipped steps in a row (NaN, infinity, spikes)")
     skip_spikes_sigma: float | None = key(
-        None, "skip a step whose loss is this many standard deviations above the mean of the losses before it"
+        None, "skip a step whose loss is this many standard deviations above the mean of the last losses; null: never"
     )
-    spike_window: int = key(128, "number of losses that this mean and standard deviation are taken over")
+    spike_window: int = key(128, "number of last losses that skip_spikes_sigma compares with")
     stall_seconds: float | None = key(
-        None, "report the stacks of all threads when the run waits longer than this for one thing; null: never"
+        None,
+        "seconds after which a wait (a step, a save) is reported, with the stacks of all threads; null: never",
     )
     stall_exit: bool = key(False, "end the process after such a report, with status 76")
     log_every: int = key(10, "steps between lines of metrics.jsonl")
     watch_every: int | None = key(
-        None, "steps between measures of every layer (docs/lab.md), the first too; null: none"
+        None, "steps between measurements of every layer (docs/lab.md); the first step is measured too; null: none"
     )
-    watch_sequences: int = key(1, "sequences that these are taken over, of each device's share of a microbatch")
+    watch_sequences: int = key(1, "sequences of each device's share of a microbatch that watch_every measures")
     profile: bool = key(False, "write a JAX profiler trace of steps 2 to 6 to <run>/profile")
     sample_tokens: int = key(0, "tokens of sample text generated at the end")
 
@@ -133,7 +137,7 @@ class OptimizerSection:
     final_ratio: float = key(0.1, "final learning rate / peak")
     schedule: str = key("cosine", "after the warm-up: cosine | linear | wsd | constant")
     warmup_steps: int = key(0, "steps of linear warm-up from 0")
-    warmup_tokens: int | None = key(None, "the same in tokens, instead of warmup_steps")
+    warmup_tokens: int | None = key(None, "tokens of linear warm-up, instead of warmup_steps")
     wsd_decay_fraction: float = key(0.1, "wsd: share of all steps, at the end, in which the rate falls linearly")
     b1: float = key(0.9, "decay of the first moment")
     b2: float = key(0.95, "decay of the second moment")
@@ -214,7 +218,7 @@ class EvalSection:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything `train.py` needs, checked as a whole."""
+    """Everything that decides a run, checked as a whole."""
 
     run: RunSection = dataclasses.field(default_factory=RunSection)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

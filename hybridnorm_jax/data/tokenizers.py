@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-import tokenizers
 from etils import epath
 
 from hybridnorm_jax.config.run_config import DataSection
-from hybridnorm_jax.errors import DataError
+from hybridnorm_jax.errors import DataError, MissingExtraError
 
 SEPARATORS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 
@@ -69,6 +68,10 @@ class HuggingFaceTokenizer:
         Raises:
           DataError: content that is no tokenizer, a separator that it lacks.
         """
+        try:
+            import tokenizers  # brought by the extra `hf`, which bytes do not need
+        except ModuleNotFoundError as error:
+            raise MissingExtraError(f"data.tokenizer={name}", extra="hf") from error
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises bare Exception

@@ -9,19 +9,28 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.errors import MissingExtraError, UserError
 from hybridnorm_jax.interop.tensors import Place, TensorTable
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 STORED_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def _safetensors() -> ModuleType:
+    """Imported where it is needed: an installation without the extra `hf` has everything else."""
+    try:
+        import safetensors
+        import safetensors.numpy
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("Hugging Face checkpoints", extra="hf") from error
+    return safetensors
 
 
 def read_json(file: Path) -> Any:
@@ -128,7 +137,7 @@ class StoredTensors:
         stored = self._found[name]
         try:
             return stored.handle.get_tensor(stored.name)
-        except (SafetensorError, OSError) as error:
+        except (_safetensors().SafetensorError, OSError) as error:
             raise UserError(f"{self.where(name)}: cannot be read: {one_line(error)}") from error
 
 
@@ -162,8 +171,8 @@ def _open(file: Path, stack: contextlib.ExitStack) -> Any:
         raise UserError(f"{file}: no such file, but {INDEX} names it")
     try:
         # Read, not mapped: mapped pages would count as memory for as long as the file is open.
-        return stack.enter_context(safe_open(file, framework="np", backend="pread"))
-    except (SafetensorError, OSError) as error:
+        return stack.enter_context(_safetensors().safe_open(file, framework="np", backend="pread"))
+    except (_safetensors().SafetensorError, OSError) as error:
         raise UserError(f"{file}: damaged or cut off: {one_line(error)}") from error
 
 

@@ -19,7 +19,8 @@ from etils import epath
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.resumption import differences
 from hybridnorm_jax.config.run_config import RunConfig
-from hybridnorm_jax.config.yaml_files import from_yaml, show, take
+from hybridnorm_jax.config.values import show
+from hybridnorm_jax.config.yaml_files import from_yaml, take
 from hybridnorm_jax.data import open_data
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.evaluation.perplexity import Score

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -127,7 +127,7 @@ def figure(columns: int = 1, rows: int = 1, *, width: float = 6.4, height: float
       (matplotlib Figure, array of Axes with shape [rows, columns]).
 
     Raises:
-      UserError: matplotlib is not installed.
+      MissingExtraError: matplotlib is not installed.
     """
     matplotlib = _matplotlib()
     with matplotlib.rc_context(PARAMETERS):
@@ -196,6 +196,6 @@ def _matplotlib() -> ModuleType:
     try:
         import matplotlib
         import matplotlib.figure
-    except ImportError as error:
-        raise UserError("figures need matplotlib: pip install hybridnorm-jax[lab]") from error
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("figures", extra="lab") from error
     return matplotlib

@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from hybridnorm_jax.config.keys import flatten
 from hybridnorm_jax.config.resumption import decides_trajectory
 from hybridnorm_jax.config.run_config import RunConfig
-from hybridnorm_jax.config.yaml_files import flatten, show
+from hybridnorm_jax.config.values import show
 
 # The axes of a comparison, which no label names.
 AXES = ("train.seed", "optimizer.learning_rate")

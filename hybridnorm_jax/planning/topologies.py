@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.errors import MissingExtraError, UserError
 
 GIB = 2**30
 
@@ -144,7 +144,7 @@ def devices_of(topology: Topology) -> list[jax.Device]:
         jax.config.update("jax_num_cpu_devices", topology.size)
         return jax.devices()
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"--topology {topology}: the TPU compiler is not installed: pip install libtpu")
+        raise MissingExtraError(f"--topology {topology}", extra="tpu")
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from jax.experimental import topologies

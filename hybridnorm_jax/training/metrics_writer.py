@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 
-from hybridnorm_jax.errors import ConfigError, UserError
+from hybridnorm_jax.errors import MissingExtraError, UserError
 from hybridnorm_jax.files import write_whole
 
 
@@ -38,7 +38,7 @@ class MetricsWriter:
       enabled: False in all processes but one: then nothing is written.
 
     Raises:
-      ConfigError: Weights & Biases or TensorBoard's access to gs:// is not installed.
+      MissingExtraError: Weights & Biases or TensorBoard's access to gs:// is not installed.
       UserError: metrics.jsonl cannot be written.
     """
 
@@ -62,7 +62,7 @@ class MetricsWriter:
         try:
             self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), **options)
         except ImportError as error:
-            raise ConfigError(f"run.dir={run_dir.parent}: TensorBoard cannot write there: {error}") from error
+            raise MissingExtraError(f"run.dir={run_dir.parent}: TensorBoard", extra="tpu") from error
 
     def write(self, step: int, values: dict[str, float | np.ndarray | None], *, by_layer: bool = False) -> None:
         """Record the values of one step; UserError where metrics.jsonl cannot be written.
@@ -168,7 +168,7 @@ def _start_wandb(run_dir: epath.Path, resume_step: int | None, shown: WandbRun) 
     try:
         import wandb
     except ImportError as error:
-        raise ConfigError("run.wandb=true: needs the extra: pip install hybridnorm-jax[wandb]") from error
+        raise MissingExtraError("run.wandb=true", extra="wandb") from error
     id_file = run_dir / "wandb_id"
     if resume_step is None or not id_file.exists():
         id_file.write_text(secrets.token_hex(4))

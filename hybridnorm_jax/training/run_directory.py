@@ -35,7 +35,7 @@ def open_run_directory(config: RunConfig) -> epath.Path:
     try:
         saved = _saved_config(directory / "checkpoints", file)
     except ImportError as error:  # what etils needs for gs:// is not there
-        raise ConfigError(f"run.dir={config.run.dir}: {str(error).splitlines()[0]}") from error
+        raise MissingExtraError(f"run.dir={config.run.dir}", extra="tpu") from error
     if saved is not None and (differing := differences(saved, config)):
         raise ConfigError(f"{directory} holds another run ({'; '.join(differing)}): choose another run.name")
     if jax.process_index() == 0:

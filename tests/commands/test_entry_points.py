@@ -1,14 +1,25 @@
-"""train.py and eval.py as a user meets them: help, and wrong inputs that end in one line and status 2."""
+"""The program as a user meets it: help, and wrong inputs that end in one line and status 2."""
 
+import dataclasses
+import errno
+import importlib.util
+import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from hybridnorm_jax.commands.main import main
+from hybridnorm_jax.commands.main import COMMANDS, exit_status, main
+from hybridnorm_jax.commands.syntax import OF_ONE_RUN, SYNTAX
+from hybridnorm_jax.config import configurations
 from hybridnorm_jax.config.arguments import parse
+from hybridnorm_jax.config.keys import FIELDS
+from hybridnorm_jax.lab.compare import CompareOptions
+from hybridnorm_jax.lab.signal import SignalOptions
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = [
@@ -53,7 +64,7 @@ def _one_line(capsys):
             "train.seq_len=8: must be at most model.max_positions=4",
         ),
         (["missing.yaml"], "missing.yaml: cannot be read"),
-        (["run.wandb=true"], "pip install hybridnorm-jax[wandb]"),
+        (["run.wandb=true"], "run.wandb=true: needs the extra `wandb`: pip install 'hybridnorm-jax[wandb]'"),
         (["init_from=/nowhere"], "/nowhere: no such directory"),
         (["run.dir=/proc/nope"], "/proc/nope"),
         (["run.name=.."], "run.name=..: must be a plain directory name"),
@@ -96,11 +107,185 @@ def test_no_space_left_ends_in_one_line(tmp_path, capsys, monkeypatch):
 def test_help_names_every_key_with_the_files_values(capsys):
     assert main(["train", str(REPOSITORY / "configs/151m.yaml"), "--help"]) == 0
     text = capsys.readouterr().out
-    assert "model.scheme" in text
-    assert "100352" in text
-    assert max(map(len, text.splitlines())) <= 120
-    assert main(["eval", "--help"]) == 0
-    assert "RUN_DIR" in capsys.readouterr().out
+    assert "model.vocab_size=100352" in text
+    assert "configs/151m.yaml`." in text
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "model.vocab_size=50304" in text
+    assert "`hybridnorm train 151m --help`" in text
+
+
+def test_help_and_version_of_the_program(capsys):
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24
+    for name in COMMANDS:
+        assert [line for line in lines if line.startswith(f"  {name} ")]
+    text = " ".join(lines)
+    assert all(name in text for name in configurations.names())
+    assert main([]) == 2
+    assert capsys.readouterr().out.splitlines() == lines
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"hybridnorm {metadata.version('hybridnorm-jax')}\n"
+
+
+HELPS = [[name] for name in COMMANDS] + [["lab", name] for name in ("signal", "compare", "report")] + [[]]
+
+
+@pytest.mark.parametrize("command", HELPS, ids=" ".join)
+def test_every_help_has_at_most_100_columns_and_begins_with_the_usage(command, capsys):
+    assert main([*command, "--help"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out.startswith(f"usage: hybridnorm {' '.join(command) or 'COMMAND'} ")
+    assert max(len(line) for line in captured.out.splitlines()) <= 100
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("trian", "trian: no such command; did you mean 'train'?"),
+        ("--verison", "--verison: no such option; did you mean '--version'?"),
+        ("train 550", "550: no such configuration; did you mean '550m'?; a file is named FILE.yaml"),
+        ("train 550 x=1", "550: no such configuration; did you mean '550m'?; a file is named FILE.yaml"),
+        (
+            "train configs/nowhere/quickstart.yaml",
+            "configs/nowhere/quickstart.yaml: no such file; the configuration that comes with the package is named "
+            "`quickstart`, without a path",
+        ),
+        (
+            "train schemes=[pre]",
+            "schemes=[pre]: a key of `hybridnorm lab signal` and `hybridnorm lab compare`, not of `hybridnorm train`; "
+            "it takes model.scheme=...",
+        ),
+        ("train out=x", "out=x: a key of `hybridnorm lab signal`, not of `hybridnorm train`"),
+        ("train --json", "--json: an option of `hybridnorm eval` and `hybridnorm plan`, not of `hybridnorm train`"),
+        ("train --topology=v5e:2x2", "--topology: an option of `hybridnorm plan`, not of `hybridnorm train`"),
+        ("train --topology v5e:2x2", "--topology: an option of `hybridnorm plan`, not of `hybridnorm train`"),
+        ("train --dry", "--dry: no such option of `hybridnorm train`; did you mean '--dry-run'?"),
+        ("train --train.steps=3", "--train.steps=3: no such option of `hybridnorm train`; a key has no dashes"),
+        ("train -x", "-x: no such option of `hybridnorm train`"),
+        ("eval RUN --dry-run", "--dry-run: an option of `hybridnorm train`, not of `hybridnorm eval`"),
+        ("eval RUN OTHER", "OTHER: eval takes one run directory, and then key=value only"),
+        ("eval RUN seeds=[1]", "seeds=[1]: a key of `hybridnorm lab compare`, not of `hybridnorm eval`"),
+        ("plan 151m --dry-run", "--dry-run: an option of `hybridnorm train`, not of `hybridnorm plan`"),
+        ("plan 151m --topology", "hybridnorm plan: argument --topology: expected one argument; --help says more"),
+        ("plan", "plan: name a configuration, such as 151m; --help says more"),
+        ("plan FOLDER/mine.yaml", "mine.yaml: has no line such as `# Topology: v5p:4x4x4`; give --topology"),
+        ("plan 151m schemes=[pre]", "schemes=[pre]: a key of `hybridnorm lab signal` and `hybridnorm lab compare`"),
+        ("convert A", "hybridnorm convert: the following arguments are required: OUT_DIR, --form; --help says more"),
+        ("convert A B --form pre", "hybridnorm convert: argument --form: invalid choice: 'pre'"),
+        ("convert A B --form pre_rmsnorm --pad-to x", "hybridnorm convert: argument --pad-to: invalid int value: 'x'"),
+        ("convert A B --from pre_rmsnorm", "--from: no such option of `hybridnorm convert`; did you mean '--form'?"),
+        ("convert A B train.steps=3", "train.steps=3: a key of `hybridnorm train`, not of `hybridnorm convert`"),
+        ("convert A B C --form pre_rmsnorm", "hybridnorm convert: unrecognized arguments: C; --help says more"),
+        ("lab", ""),
+        ("lab singal", "lab singal: no such command; did you mean 'signal'?"),
+        ("lab compare model.scheme=pre", "model.scheme=pre: schemes=[...] sets it here"),
+        ("lab compare depths=[8]", "depths=[8]: a key of `hybridnorm lab signal`, not of `hybridnorm lab compare`; it"),
+        ("lab compare --only", "--only: needs a value, --only=..."),
+        ("lab compare --olny=1", "--olny=1: no such option of `hybridnorm lab compare`; did you mean '--only'?"),
+        ("lab signal --emit-jobs=slurm", "--emit-jobs: an option of `hybridnorm lab compare`, not of"),
+        ("lab report", "lab report: name one directory of runs, such as runs/compare-lab; --help says more"),
+        ("lab report A train.steps=3", "train.steps=3: a key of `hybridnorm train`, not of `hybridnorm lab report`"),
+        ("schemes --json", "--json: an option of `hybridnorm eval` and `hybridnorm plan`, not of `hybridnorm schemes`"),
+        ("schemes 0", "0: a model has at least one block"),
+    ],
+)
+def test_what_was_not_meant_ends_in_one_line(words, message, tmp_path, capsys, monkeypatch):
+    folder = tmp_path.with_name(f"{tmp_path.name}-configurations")
+    folder.mkdir()
+    (folder / "mine.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    assert main(words.replace("FOLDER", str(folder)).split()) == 2
+    captured = capsys.readouterr()
+    if message == "":  # without anything a command prints its help
+        assert captured.out.startswith("usage: ")
+        return
+    (line,) = captured.err.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_labs_own_keys_are_those_of_its_options():
+    for command, options in (("lab signal", SignalOptions), ("lab compare", CompareOptions)):
+        assert SYNTAX[command].keys == tuple(field.name for field in dataclasses.fields(options))
+    assert {key for syntax in SYNTAX.values() for key in syntax.keys} >= set(OF_ONE_RUN)
+    assert set(OF_ONE_RUN.values()) <= set(FIELDS)
+
+
+def test_a_named_configuration_is_found_from_any_folder_and_a_path_stays_a_path(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "550m", "mesh.fsdp=-1", "--help"]) == 0
+    assert "model.num_layers=16" in capsys.readouterr().out
+    (tmp_path / "mine.yaml").write_text("model: {num_layers: 3}")
+    assert main(["train", "550m", "mine.yaml", "--help"]) == 0
+    assert "model.num_layers=3" in capsys.readouterr().out
+    (tmp_path / "550m").write_text("model: {num_layers: 3}")
+    assert main(["train", "550m", "--help"]) == 2
+    assert "550m: a file here, and the name of a configuration; write ./550m" in _one_line(capsys)
+
+
+WITHOUT_EXTRA = [
+    (["run.wandb=true"], "wandb", "run.wandb=true", "wandb"),
+    (["run.dir=gs://bucket/runs"], "gcsfs", "run.dir=gs://bucket/runs", "tpu"),
+    (["data.source=text", "data.files=[gs://bucket/a.txt]"], "gcsfs", "a path that starts with gs://", "tpu"),
+    (["data.tokenizer=TOKENIZER"], "tokenizers", "data.tokenizer=TOKENIZER", "hf"),
+]
+
+
+@pytest.mark.parametrize(("words", "package", "asked", "extra"), WITHOUT_EXTRA, ids=str)
+def test_train_without_an_extra_that_it_needs(words, package, asked, extra, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    words = [word.replace("TOKENIZER", f"{tmp_path}/tokenizer.json") for word in words]
+    assert _train(tmp_path, *words) == 2
+    asked = asked.replace("TOKENIZER", f"{tmp_path}/tokenizer.json")
+    assert _one_line(capsys) == f"error: {asked}: needs the extra `{extra}`: pip install 'hybridnorm-jax[{extra}]'"
+
+
+@pytest.mark.parametrize(
+    ("words", "package", "asked", "extra"),
+    [
+        ("eval gs://bucket/run", "gcsfs", "a path that starts with gs://", "tpu"),
+        ("convert GOLDENS/hf_gpt2 o --form pre_rmsnorm", "safetensors", "Hugging Face checkpoints", "hf"),
+        ("plan 151m --topology v5e:2x2", "libtpu", "--topology v5e:2x2", "tpu"),
+        ("lab signal depths=[1]", "matplotlib", "figures", "lab"),
+    ],
+)
+def test_a_command_without_an_extra_that_it_needs(words, package, asked, extra, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else object())
+    assert main([word.replace("GOLDENS", f"{REPOSITORY}/tests/goldens") for word in words.split()]) == 2
+    assert _one_line(capsys) == f"error: {asked}: needs the extra `{extra}`: pip install 'hybridnorm-jax[{extra}]'"
+    jax.config.update("jax_enable_x64", False)  # convert switches it on for its whole process
+
+
+@pytest.mark.parametrize(
+    ("words", "unbuffered"),
+    [(["schemes"], ""), (["schemes"], "1"), (["--help"], ""), (["plan", "--help"], ""), (["train", "--help"], "")],
+    ids=str,
+)
+def test_standard_output_that_nobody_reads_is_no_error(words, unbuffered):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "hybridnorm_jax", *words]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd="/", env=environment, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_an_error():
+    def command():
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        exit_status(command)
 
 
 @pytest.mark.parametrize("words", [[], ["model.scheme=pre"], ["/nowhere"], ["--json"]], ids=str)

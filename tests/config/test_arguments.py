@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.key_help import key_table
+from hybridnorm_jax.config.keys import FIELDS
 from hybridnorm_jax.config.resumption import differences
 from hybridnorm_jax.config.run_config import DataSection, OptimizerSection, RunConfig, RunSection
-from hybridnorm_jax.config.yaml_files import FIELDS, from_yaml, to_yaml
+from hybridnorm_jax.config.yaml_files import from_yaml, to_yaml
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.schemes import SCHEMES
@@ -242,22 +243,43 @@ def test_differences_name_what_decides_the_trajectory():
     assert differences(saved, parse(free.split())) == []
 
 
-def test_help_shows_every_key_with_the_values_of_the_files():
-    plain, of_151m = key_table(), key_table([str(CONFIGS / "151m.yaml"), "train.seed=5"])
-    assert max(map(len, [*plain.splitlines(), *of_151m.splitlines()])) <= 120
+def test_help_shows_every_key_with_its_default_or_the_value_of_the_files():
+    plain, of_151m = key_table(), key_table(["151m", "train.seed=5"])
+    assert max(map(len, [*plain.splitlines(), *of_151m.splitlines()])) <= 100
 
-    def row(text, key):
-        (line,) = (line for line in text.splitlines() if line.split()[:1] == [key])
-        return line.split()[1:3]
+    def row(text, setting):
+        (line,) = (line for line in text.splitlines() if line.split()[:1] == [setting])
+        return line.split()[1]
 
-    assert set(FIELDS) <= {line.split()[0] for line in plain.splitlines() if line}
-    assert row(plain, "key") == ["type", "default"]
-    assert row(of_151m, "key") == ["type", "value"]
-    assert row(plain, "train.steps") == ["integer", "700"]  # the quickstart's: what runs without a file
-    assert row(of_151m, "model.vocab_size") == ["integer", "100352"]
-    assert row(of_151m, "train.seed") == ["integer", "5"]
-    assert row(plain, "model.head_dim") == ["integer|null", "null"]
+    assert set(FIELDS) <= {line.split()[0].partition("=")[0] for line in plain.splitlines() if line}
+    assert row(plain, "key=default") == row(of_151m, "key=value") == "type"
+    assert row(plain, "train.steps=1000") == "integer"
+    assert row(of_151m, "model.vocab_size=100352") == "integer"
+    assert row(of_151m, "train.seed=5") == "integer"
+    assert row(plain, "model.head_dim=null") == "integer|null"
+    assert "distributed: The processes of a run on several hosts, which Cloud TPU, GKE, SLURM and Open MPI" in plain
     assert "train.sed" in error_of(key_table, ["train.sed=5"])
+
+
+def test_a_name_that_is_also_a_file_here_is_not_guessed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse(["151m", "data.files=[a.npy]"]).model.vocab_size == 100352
+    (tmp_path / "151m").write_text("train: {steps: 3}")
+    assert error_of(parse, ["151m"]).startswith("151m: a file here, and the name of a configuration; write ./151m")
+    assert parse(["./151m"]).train.steps == 3
+    # A directory of the name is no configuration that could be meant.
+    (tmp_path / "lab").mkdir()
+    assert parse(["lab"]).train.steps == parse([str(CONFIGS / "lab.yaml")]).train.steps
+
+
+def test_a_path_that_leads_nowhere_names_the_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("configs/quickstart.yaml", "quickstart.yaml"):
+        message = error_of(parse, [path])
+        assert message.startswith(f"{path}: no such file; the configuration that comes with the package is named")
+        assert "`quickstart`" in message
+    (tmp_path / "quickstart.yaml").write_text("train: {steps: 3}")
+    assert parse(["quickstart.yaml"]).train.steps == 3
 
 
 def parameters(model):

@@ -181,7 +181,7 @@ def test_wrong_input_ends_in_one_line(arguments, message, capsys):
 def test_a_missing_compiler_is_named(monkeypatch, capsys):
     monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda _: None)
     assert main(["plan", QUICKSTART, "--topology", "v5e:1x1"]) == 2
-    assert "pip install libtpu" in capsys.readouterr().err
+    assert "pip install 'hybridnorm-jax[tpu]'" in capsys.readouterr().err
 
 
 def test_a_file_without_a_topology_needs_one(tmp_path, capsys):

@@ -15,7 +15,7 @@ from fsspec.registry import _registry
 from tensorboardX.proto.event_pb2 import Event
 
 import hybridnorm_jax as hn
-from hybridnorm_jax.errors import ConfigError, UserError
+from hybridnorm_jax.errors import MissingExtraError, UserError
 from hybridnorm_jax.training.metrics_writer import MetricsWriter, WandbRun
 from hybridnorm_jax.training.throughput import mfu, model_flops_per_token, peak_flops
 
@@ -157,7 +157,7 @@ class NoTensorBoard:
 
 def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"run.wandb=true: .*pip install hybridnorm-jax\[wandb\]"):
+    with pytest.raises(MissingExtraError, match=r"run.wandb=true: .*pip install 'hybridnorm-jax\[wandb\]'"):
         open_writer(tmp_path, wandb=True)
 
 

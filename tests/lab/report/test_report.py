@@ -293,5 +293,5 @@ def test_names_from_plugins_are_escaped(tmp_path, monkeypatch):
 def test_without_matplotlib_one_line_names_the_extra(tmp_path, monkeypatch):
     plant(tmp_path, Planted(loss=3.0))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"figures need matplotlib: pip install hybridnorm-jax\[lab\]"):
+    with pytest.raises(UserError, match=r"figures: needs the extra `lab`: pip install 'hybridnorm-jax\[lab\]'"):
         write_report(tmp_path)

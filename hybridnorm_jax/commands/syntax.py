@@ -1,0 +1,107 @@
+"""Which options and keys each command takes, and what is said of one that belongs to another command."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+
+from hybridnorm_jax.config.keys import FIELDS, SECTIONS, nearest_key
+from hybridnorm_jax.errors import UserError, did_you_mean
+
+HELP = ("--help", "-h")
+
+
+@dataclasses.dataclass(frozen=True)
+class Syntax:
+    """What a command takes.
+
+    Attributes:
+      options: its own, with their dashes; --help is everybody's.
+      keys: its own, which hold for no run. Those of `lab` are the fields of its dataclasses of options.
+      takes_run_keys: whether it takes the keys of `hybridnorm train` as well.
+    """
+
+    options: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    takes_run_keys: bool = False
+
+
+SYNTAX = {
+    "train": Syntax(options=("--dry-run",), takes_run_keys=True),
+    "eval": Syntax(options=("--json",), takes_run_keys=True),
+    "convert": Syntax(options=("--form", "--pad-to", "--dtype", "--text", "--ignore-key")),
+    "plan": Syntax(options=("--topology", "--json", "--table"), takes_run_keys=True),
+    "lab signal": Syntax(
+        keys=("schemes", "depths", "initializers", "sequences", "seq_len", "out"),
+        takes_run_keys=True,
+    ),
+    "lab compare": Syntax(
+        options=("--emit-jobs", "--only"),
+        keys=("schemes", "seeds", "learning_rates"),
+        takes_run_keys=True,
+    ),
+    "lab report": Syntax(keys=("baseline",)),
+    "schemes": Syntax(),
+    "completion": Syntax(),
+}
+
+# A run has one value of what the lab takes a list of.
+OF_ONE_RUN = {
+    "schemes": "model.scheme",
+    "depths": "model.num_layers",
+    "initializers": "model.initializer",
+    "seq_len": "train.seq_len",
+    "seeds": "train.seed",
+    "learning_rates": "optimizer.learning_rate",
+}
+
+
+def check_syntax(command: str, arguments: Sequence[str]) -> None:
+    """Refuse an option that `command` does not have, and a key that is another command's.
+
+    What is no command's key is left to those who read the keys, and say which one is meant.
+
+    Raises:
+      UserError: names the argument and the command that takes it.
+    """
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        is_number = re.fullmatch(r"-\d+", argument) is not None
+        if argument.startswith("-") and not is_number:
+            _check_option(command, argument, name)
+        elif equals:
+            _check_key(command, argument, name)
+
+
+def _check_option(command: str, argument: str, name: str) -> None:
+    own = SYNTAX[command].options
+    if name in own or argument in HELP:
+        return
+    owners = [other for other, syntax in SYNTAX.items() if name in syntax.options]
+    if owners:
+        raise UserError(f"{name}: an option of {_calls(owners)}, not of {_calls([command])}")
+    known = [*own, "--help"]
+    right = did_you_mean(name, known)
+    key = nearest_key(name.lstrip("-")) if SYNTAX[command].takes_run_keys else None
+    if key is not None and not difflib.get_close_matches(name, known):
+        right = f"; a key has no dashes: {key}=..."
+    raise UserError(f"{argument}: no such option of {_calls([command])}{right}")
+
+
+def _check_key(command: str, argument: str, name: str) -> None:
+    syntax = SYNTAX[command]
+    if name in syntax.keys:
+        return
+    in_section = name.partition(".")[0] in SECTIONS and "/" not in name
+    is_run_key = name in FIELDS or in_section
+    if is_run_key and not syntax.takes_run_keys:
+        own = f"; its own are {', '.join(syntax.keys)}" if syntax.keys else ""
+        raise UserError(f"{argument}: a key of {_calls(['train'])}, not of {_calls([command])}{own}")
+    owners = [other for other, syntax in SYNTAX.items() if name in syntax.keys]
+    if owners:
+        instead = f"; it takes {OF_ONE_RUN[name]}=..." if syntax.takes_run_keys and name in OF_ONE_RUN else ""
+        raise UserError(f"{argument}: a key of {_calls(owners)}, not of {_calls([command])}{instead}")
+
+
+def _calls(commands: Sequence[str]) -> str:
+    return " and ".join(f"`hybridnorm {command}`" for command in commands)

@@ -1,0 +1,60 @@
+"""Every key of a run: the fields of RunConfig by their dotted names."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator
+from typing import Any
+
+from hybridnorm_jax.config.run_config import RunConfig
+
+# Below this ratio of difflib two names are strangers.
+ALIKE = 0.6
+
+SECTIONS = {field.name: field.type for field in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(field.type)}
+
+
+def _all_fields() -> dict[str, dataclasses.Field]:
+    fields = {}
+    for field in dataclasses.fields(RunConfig):
+        if field.name in SECTIONS:
+            for inner in dataclasses.fields(field.type):
+                fields[f"{field.name}.{inner.name}"] = inner
+        else:
+            fields[field.name] = field
+    return fields
+
+
+FIELDS = _all_fields()
+
+
+def default(field: dataclasses.Field) -> Any:
+    """The value of a key that nobody sets."""
+    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
+
+
+def flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) pairs of nested dicts; an empty section has none."""
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        if path in SECTIONS and value is None:
+            continue
+        if isinstance(value, dict) and value and path not in FIELDS:
+            yield from flatten(value, f"{path}.")
+        else:
+            yield path, value
+
+
+def nearest_key(path: str) -> str | None:
+    """The key that `path` was probably meant to be, None where no key is like it.
+
+    The last part of the name counts most: model.seq_len is taken for train.seq_len.
+    """
+
+    def likeness(known: str) -> tuple[float, float]:
+        last = difflib.SequenceMatcher(None, known.rpartition(".")[2], path.rpartition(".")[2])
+        whole = difflib.SequenceMatcher(None, known, path)
+        return last.ratio(), whole.ratio()
+
+    nearest = max(FIELDS, key=likeness)
+    of_last_part, _ = likeness(nearest)
+    return nearest if of_last_part > ALIKE else None
