@@ -63,7 +63,7 @@ def drawing() -> str:
     """The whole picture as SVG."""
     rows = layers()
     height = 2 * MARGIN + len(rows) * (ROW + GAP) - GAP
-    parts, inner = [], WIDTH - 3 * MARGIN - 24
+    parts, inner = [], WIDTH - 3 * MARGIN - 32
     for number, names in enumerate(rows):
         width = (inner - GAP * (len(names) - 1)) / len(names)
         top = MARGIN + number * (ROW + GAP)

@@ -42,7 +42,7 @@ def draw(losses: list[float], held_out: dict[int, float], colors: dict[str, str]
     )
     for step, loss in held_out.items():
         axes.annotate(
-            f"{loss:.2f}", (step, loss), (0, 9), textcoords="offset points", ha="right", color=colors["eval"]
+            f"{loss:.2f}", (step, loss), (0, 26), textcoords="offset points", ha="center", color=colors["eval"]
         )
     axes.set_xlabel("step (2,048 bytes each)")
     axes.set_ylabel("nats per byte")
