@@ -37,9 +37,7 @@ def draw(losses: list[float], held_out: dict[int, float], colors: dict[str, str]
     figure, axes = pyplot.subplots(figsize=(7.2, 3.4), layout="constrained")
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color=colors["train"], linewidth=1, label="training loss, every step")
-    axes.plot(
-        list(held_out), list(held_out.values()), "o", color=colors["eval"], markersize=7, label="held-out loss"
-    )
+    axes.plot(list(held_out), list(held_out.values()), "o", color=colors["eval"], markersize=7, label="held-out loss")
     for step, loss in held_out.items():
         axes.annotate(
             f"{loss:.2f}", (step, loss), (0, 26), textcoords="offset points", ha="center", color=colors["eval"]
