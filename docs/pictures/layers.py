@@ -18,13 +18,14 @@ MEANING = {
     "generation": "sampling text",
     "data": "text and tokens to batches",
     "config": "RunConfig, YAML, key=value",
-    "equivalence": "Pre-LN to Pre-(C)RMSNorm",
+    "equivalence": "cheaper Pre-LN forms",
     "interop": "Hugging Face, OLMo",
-    "nnx": "the same modules for Flax NNX",
+    "nnx": "modules for NNX",
     "model": "placements, the formula, norms, attention, decoder, loss",
     "kernels": "who computes attention and experts",
     "mesh": "axes, sharding rules, processes",
-    "fields": "keys that document and check themselves",
+    "fields": "keys that check themselves",
+    "files": "files written whole or not at all",
     "errors": "errors that a user can mend",
 }
 WIDTH, ROW, GAP, MARGIN = 520, 44, 8, 8
