@@ -12,8 +12,8 @@ import hybridnorm_jax as hn
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import flatten, gather
 
-# tests/equivalence/test_foreign.py runs the first page and compares what it prints. test_contributing.py carries out the
-# example of the second. A program writes the third, and another test compares it with what the library has.
+# tests/equivalence/test_foreign.py runs the first page and compares what it prints. test_contributing.py carries out
+# the example of the second. A program writes the third, and another test compares it with what the library has.
 ELSEWHERE = {"docs/foreign_models.md", "CONTRIBUTING.md", "docs/parameters.md"}
 WITH_PYTHON = [
     page for page in PAGES if name(page) not in ELSEWHERE and any(block.language == "python" for block in blocks(page))
