@@ -9,6 +9,7 @@ WORKERS ?= 2
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(subst /,_,$(PYTHON)))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 
 # The suite compiles hundreds of small programs; JAX by default keeps only those that took a second.
 TEST_ENV := JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.jax_cache" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
@@ -16,12 +17,13 @@ TEST_ENV := JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.jax_cache" JAX_PERSISTENT_CACH
 # On a CPU a step's temporary arrays come from malloc; in huge pages glibc hands them out with far fewer page faults.
 TRAIN_ENV := GLIBC_TUNABLES="$${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 
-.PHONY: help train test lint clean
+.PHONY: help train test lint docs clean
 
 help:
 	@echo "make train [ARGS='CONFIG key=value ...']        pretrain (the quickstart without ARGS), then evaluate"
 	@echo "make test  [TESTS=tests/x/test_y.py] [ARGS=-x]  the tests"
 	@echo "make lint                                       ruff, what may import what, and types"
+	@echo "make docs                                       the pages in docs/ as a site, in build/site"
 	@echo "make clean                                      delete environments and caches, not runs"
 	@echo "Each installs what it needs first. PYTHON=python3.12 chooses the interpreter (now: $(PYTHON), in $(VENV))."
 
@@ -36,6 +38,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "build/site/index.html"
 
 clean:
 	rm -rf .venv .venv-* .jax_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
@@ -52,4 +58,8 @@ $(STAMP): requirements.txt pyproject.toml
 	@echo "Installing into $(VENV); this takes a minute or a few."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	@touch $@

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from hybridnorm_jax.errors import MissingExtraError
+from hybridnorm_jax.errors import MissingExtraError, UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

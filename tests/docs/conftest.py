@@ -1,0 +1,47 @@
+"""A directory in which the pages' examples run: with the files and runs that they name."""
+
+import pytest
+from pages import REPOSITORY, Block, blocks
+
+import hybridnorm_jax as hn
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """Makes an empty directory the current one; returns a function that puts a page's files there."""
+    before = dict(hn.SCHEMES)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("configs", "docs", "launch", "benchmarks", "tests"):
+        (tmp_path / folder).symlink_to(REPOSITORY / folder)
+    (tmp_path / "OUT_DIR").mkdir()  # as `hybridnorm convert` leaves it
+    (tmp_path / "OUT_DIR" / "config.yaml").symlink_to(REPOSITORY / "configs" / "quickstart.yaml")
+
+    def write_files(page):
+        for block in blocks(page):
+            if block.file is not None:
+                (tmp_path / block.file).write_text(block.text)
+        return tmp_path
+
+    yield write_files
+    hn.SCHEMES.clear()
+    hn.SCHEMES.update(before)
+
+
+@pytest.fixture
+def example_scheme():
+    """Enters the scheme of CONTRIBUTING.md's example into the table, as if it had been written there."""
+    from hybridnorm_jax.model import schemes
+
+    block = scheme_block()
+    before = dict(schemes.SCHEMES)
+    exec(compile(block.text, str(block), "exec"), dict(vars(schemes)))
+    yield
+    schemes.SCHEMES.clear()
+    schemes.SCHEMES.update(before)
+
+
+def scheme_block() -> Block:
+    """The block of CONTRIBUTING.md that adds a scheme."""
+    page = REPOSITORY / "CONTRIBUTING.md"
+    (found,) = [block for block in blocks(page) if block.language == "python" and block.text.startswith("@scheme(")]
+    return found

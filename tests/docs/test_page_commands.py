@@ -1,0 +1,159 @@
+"""Every command that the pages show is one that the program takes, and what they show as its output is its output."""
+
+import importlib
+import re
+import shlex
+import tomllib
+
+import pytest
+from pages import PAGES, REPOSITORY, commands, inline_code, name
+
+from hybridnorm_jax.commands import main as program
+from hybridnorm_jax.config.arguments import parse
+from hybridnorm_jax.config.yaml_files import FIELDS, SECTIONS, gather
+
+ALL = [command for page in PAGES for command in commands(page)]
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+TARGETS = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+# Where each command has read its arguments and begins to work: "module.function".
+WORK = {
+    "eval": "commands.eval.evaluate_run",
+    "convert": "commands.convert.convert",
+    "plan": "planning.compilation.plan",
+    "lab signal": "lab.signal.random_batch",
+    "lab compare": "lab.compare.compare",
+    "lab report": "lab.report.write_report",
+}
+QUICK = ("schemes", "completion")
+FILE_ENDINGS = {"py", "md", "yaml", "safetensors"}
+# Packages that pip installs besides our own.
+OTHER_PACKAGES = {"libtpu", "jax[k8s]"}
+
+
+class Reached(BaseException):
+    """The command has taken its arguments."""
+
+
+def test_the_pages_have_commands():
+    assert len(ALL) > 50
+    # Indented or with a prompt a command would be under no test.
+    for page in PAGES:
+        assert not re.search(r"^\s*\$ \w", page.read_text(), re.MULTILINE), (
+            f"{name(page)}: commands stand in bash blocks"
+        )
+
+
+@pytest.mark.parametrize("command", ALL, ids=str)
+def test_every_command_is_taken_as_it_stands(command, workplace, example_scheme, monkeypatch, capsys):
+    workplace(command.block.page)
+    words = list(command.words)
+    if words[0] == "hybridnorm":
+        check_program(words[1:], command.shown, monkeypatch, capsys)
+    elif words[0] == "make":
+        check_make(words[1:])
+    elif words[0] == "pip" or words[:3] == ["python", "-m", "pip"]:
+        check_pip(words[words.index("pip") + 1 :])
+    elif words[:2] == ["python", "-m"]:
+        check_module(words[2], words[3:])
+    elif words[0] == "python":
+        check_script(words[1], words[2:])
+    elif words[0].startswith("launch/") or words[0] == "sbatch":
+        check_launch(words)
+    else:
+        assert words == [".", ".venv/bin/activate"], f"{command}: no check is known for this command"
+
+
+def check_program(words, shown, monkeypatch, capsys):
+    """The program takes these arguments; nothing is trained, compiled or written."""
+    if "--help" in words or words[0] in QUICK:
+        assert program.main(words) == 0
+        printed = capsys.readouterr().out
+        assert shown is None or printed == shown
+        return
+    if words[0] == "train":
+        parse([word for word in words[1:] if word != "--dry-run"])
+        return
+    path = WORK[" ".join(words[:2]) if words[0] == "lab" else words[0]]
+    if "--emit-jobs" in " ".join(words):
+        path = "lab.jobs.emit"
+    module, _, function = path.rpartition(".")
+
+    def reach(*arguments, **options):
+        raise Reached
+
+    monkeypatch.setattr(importlib.import_module(f"hybridnorm_jax.{module}"), function, reach)
+    with pytest.raises(Reached):
+        assert program.main(words) == 0, capsys.readouterr().err
+
+
+def check_make(words):
+    """The target exists, and what it hands to the program or to pytest is taken."""
+    settings = dict(word.split("=", 1) for word in words if "=" in word)
+    (target,) = [word for word in words if "=" not in word]
+    assert target in TARGETS
+    assert set(settings) <= {"ARGS", "TESTS", "PYTHON", "WORKERS"}
+    if target == "train":
+        parse(shlex.split(settings.get("ARGS", "")))
+    for test in settings.get("TESTS", "").split():
+        assert (REPOSITORY / test).exists(), test
+
+
+def check_pip(words):
+    """Extras exist, and other packages are known ones."""
+    assert words[0] == "install"
+    packages = [word for word in words[1:] if not word.startswith("-")]
+    for package in packages:
+        ours = re.fullmatch(r"(?:\S*/)?hybridnorm[-_]jax(?:-([\d.]+)-py3-none-any\.whl)?(?:\[([\w,]+)\])?", package)
+        if ours is None:
+            assert package in OTHER_PACKAGES
+            continue
+        assert ours[1] in (None, PROJECT["project"]["version"])
+        for extra in (ours[2] or "").split(","):
+            assert not extra or extra in PROJECT["project"]["optional-dependencies"], extra
+
+
+def check_module(module, words):
+    """`python -m MODULE`: one of the tools that are installed, or a file of ours with these options."""
+    if module == "build":
+        return
+    if module == "pytest":
+        files = [word for word in words if word.startswith("tests/")]
+        assert files
+        assert all((REPOSITORY / file).is_file() for file in files), files
+        return
+    check_script(f"{module.replace('.', '/')}.py", words)
+
+
+def check_script(script, words):
+    """The file exists, reads the options that are given, and the keys exist."""
+    text = (REPOSITORY / script).read_text()
+    for option in [word.partition("=")[0] for word in words if word.startswith("--")]:
+        assert f'"{option}"' in text, f"{script} has no {option}"
+    gather([], [word for word in words if re.match(r"[a-z_]+\.[a-z_]+=", word)])
+    for word in words:
+        assert not word.endswith(".yaml") or (REPOSITORY / word).is_file(), word
+
+
+def check_launch(words):
+    """The launch file exists and hands arguments on that `hybridnorm train` takes."""
+    script, *rest = [word for word in words if word != "sbatch"]
+    text = (REPOSITORY / script).read_text()
+    if script.endswith(".sh"):
+        action, *rest = rest
+        assert re.search(rf"^\s*(?:\w[\w-]* \| )*{action}(?: \| [\w-]+)*\)", text, re.MULTILINE), action
+    if rest:
+        parse([*rest, "data.files=[x.npy]"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_within_a_sentence_exist(page):
+    """`hybridnorm train ...`, `make test` and keys such as `train.steps`, between backticks."""
+    for code in inline_code(page):
+        words = code.split()
+        if words[0] == "hybridnorm" and len(words) > 1 and not words[1].startswith("-"):
+            assert words[1] in program.COMMANDS, code
+        if words[0] == "make" and len(words) > 1:
+            assert words[1] in TARGETS, code
+        key = re.fullmatch(r"([a-z_]+)\.([a-z_]+)(?:=.*)?", code)
+        if key and key[1] in SECTIONS and key[2] not in FILE_ENDINGS:
+            assert f"{key[1]}.{key[2]}" in FIELDS, code

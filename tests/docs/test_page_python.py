@@ -1,0 +1,60 @@
+"""Every Python block of the pages runs as it stands, from the first to the last of its page."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from pages import PAGES, REPOSITORY, blocks, name
+
+import hybridnorm_jax as hn
+from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.config.yaml_files import flatten, gather
+
+# tests/equivalence/test_foreign.py runs the first page and compares what it prints. test_contributing.py carries out
+# the example of the second. A program writes the third, and another test compares it with what the library has.
+ELSEWHERE = {"docs/foreign_models.md", "CONTRIBUTING.md", "docs/parameters.md"}
+WITH_PYTHON = [
+    page for page in PAGES if name(page) not in ELSEWHERE and any(block.language == "python" for block in blocks(page))
+]
+
+
+@pytest.fixture
+def readers_files(workplace, tmp_path):
+    """What the pages take for granted: a run that Hugging Face can express, and a GPT-2 checkpoint."""
+    model = hn.ModelConfig(scheme="pre", d_model=32, num_layers=1, num_heads=2, vocab_size=257)
+    params = hn.Decoder(model).init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+    hn.save_run("runs/my_run", dataclasses.replace(RunConfig(), model=model), params)
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    (tmp_path / "path" / "to" / "gpt2").symlink_to(REPOSITORY / "tests" / "goldens" / "hf_gpt2")
+    return workplace
+
+
+def test_the_pages_have_python():
+    assert len(WITH_PYTHON) >= 4
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
+def test_python_blocks_run(page, readers_files, capsys):
+    readers_files(page)
+    names = {}
+    for block in blocks(page):
+        if block.language == "python":
+            exec(compile(block.text, str(block), "exec"), names)
+            printed = capsys.readouterr().out
+            assert block.shown is None or printed == block.shown, block
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_yaml_blocks_are_configurations(page):
+    for block in blocks(page):
+        if block.language == "yaml":
+            settings = dict(flatten(yaml.safe_load(block.text)))
+            assert settings
+            gather([], [f"{path}={value}" for path, value in settings.items()])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_block_has_a_language_that_is_checked(page):
+    assert {block.language for block in blocks(page)} <= {"bash", "python", "text", "yaml"}
