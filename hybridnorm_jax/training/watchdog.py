@@ -34,7 +34,7 @@ class Watchdog:
     Args:
       seconds: how long one wait may take; None: nothing is watched.
       run_dir: exists already; local or gs://.
-      where: words for the report, such as "after step 12".
+      where: says how far the run is, for the report, such as "after step 12".
       end: end the process with STALLED after the report. Nothing is saved: the main thread hangs.
     """
 
