@@ -63,14 +63,12 @@ def restore(program: Program, checkpoints: Checkpoints, step: int) -> tuple[Trai
 
 def _iterator(config: RunConfig, program: Program, data: Data) -> Any:
     """The batches of the whole run, from the first on."""
-    number, count = program.share
     return train_iterator(
         data.train,
         batch_size=config.train.batch_size,
         accumulation=config.train.grad_accumulation,
         seed=config.train.seed if config.train.data_seed is None else config.train.data_seed,
-        process_index=number,
-        process_count=count,
+        share=program.share,
         read_threads=config.data.read_threads,
     )
 
