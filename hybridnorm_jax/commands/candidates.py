@@ -146,7 +146,8 @@ def _values(command: str, typed: str) -> list[str]:
     hint = read_hint(FIELDS[name].type) if is_runs else None
     if hint is None or hint.kind is not bool:
         return []
-    return _whole(f"{name}={word}" for word in ("true", "false", *(["null"] if hint.optional else [])))
+    booleans = ["true", "false", "null"] if hint.optional else ["true", "false"]
+    return _whole(f"{name}={boolean}" for boolean in booleans)
 
 
 def _whole(arguments: Iterable[str]) -> list[str]:

@@ -82,10 +82,10 @@ def run(arguments: Sequence[str]) -> None:
     if not arguments:
         raise UserError(f"completion: name a shell: {', '.join(SHELLS)}")
     first, rest = arguments[0], arguments[1:]
-    if first == "--line":
+    if first == "--line" and len(rest) == 2:
         line, word = rest
         found = for_bash(line, word)
-    elif first == "--arguments":
+    elif first == "--arguments" and rest:
         found = candidates(rest)
     elif wants_help(arguments):
         found = [USAGE]

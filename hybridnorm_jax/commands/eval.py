@@ -19,9 +19,15 @@ from hybridnorm_jax.training.program import Program
 
 # Where a run trained says nothing of where it is evaluated: by default on all devices there are.
 ANYWHERE = (
-    *("mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=1", "mesh.expert=1", "mesh.context=1"),
+    "mesh.data=1",
+    "mesh.fsdp=-1",
+    "mesh.tensor=1",
+    "mesh.expert=1",
+    "mesh.context=1",
     "mesh.replica=1",
-    *("model.attention=auto", "model.expert_dispatch=auto", "eval.batch_size=null"),
+    "model.attention=auto",
+    "model.expert_dispatch=auto",
+    "eval.batch_size=null",
 )
 # Model keys that may be another in evaluation than in training: the function stays the same up to rounding.
 SAME_FUNCTION = ("model.dtype", "model.dropout", "model.initializer", "model.init_std")

@@ -38,8 +38,8 @@ class Command:
     requeue: bool = False
 
 
-# As of a program that SIGPIPE ends.
-CLOSED_OUTPUT = 128 + signal.SIGPIPE
+# 128 + SIGPIPE, as of a program that this signal ends.
+CLOSED_OUTPUT = 141
 
 COMMANDS = {
     "train": Command(

@@ -132,7 +132,7 @@ def test_an_answer_does_not_wait_for_jax(folder):
     assert done.stdout.splitlines() == ["model.scheme=peri ", "False"]
 
 
-@pytest.mark.parametrize("words", [[], ["tcsh"], ["bash", "zsh"], ["--shell"]], ids=str)
+@pytest.mark.parametrize("words", [[], ["tcsh"], ["bash", "zsh"], ["--shell"], ["--line"], ["--arguments"]], ids=str)
 def test_no_such_shell(words, capsys):
     assert main(["completion", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
