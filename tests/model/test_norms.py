@@ -179,7 +179,7 @@ KINDS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=lambda arguments: "-".join(arguments) or "defaults")
 @pytest.mark.parametrize("kind", KINDS)
 def test_norm_and_flaxs_norms_read_each_others_parameters(kind, arguments, dtype):
     x = jnp.asarray(2 + RNG.standard_normal((3, 5, 16)), dtype)
