@@ -211,7 +211,7 @@ def write_shards(
 def _write_shard(file: Path, shard: Sequence[Place], leaves: Mapping[str, np.ndarray], dtype: np.dtype) -> None:
     """One file. Its tensors are gone when this returns, so that one shard at a time is copied in memory."""
     tensors = {place.name: _filled(place, leaves, dtype) for place in shard}
-    save_file(tensors, file, metadata={"format": "pt"})
+    _safetensors().numpy.save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _filled(place: Place, leaves: Mapping[str, np.ndarray], dtype: np.dtype) -> np.ndarray:
