@@ -3,7 +3,8 @@
 PYTHON ?= python3
 ARGS ?=
 TESTS ?=
-WORKERS ?= 2
+# One file starts in two seconds in one process; each worker would import JAX first.
+WORKERS ?= $(if $(filter 1,$(words $(filter %.py,$(TESTS)))),0,2)
 
 # One environment for each interpreter: .venv for python3, .venv-python3.12 for PYTHON=python3.12.
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(subst /,_,$(PYTHON)))

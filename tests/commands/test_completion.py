@@ -186,11 +186,16 @@ class Terminal:
     """An interactive shell, which reads keys and shows a line."""
 
     def __init__(self, command: list[str], environment: dict[str, str]):
-        self.process, self.output = None, ""
-        pid, self.file = pty.fork()
-        if pid == 0:
-            os.execvpe(command[0], command, os.environ | environment | {"TERM": "dumb"})
-        self.pid = pid
+        self.file, terminal = pty.openpty()
+        self.process = subprocess.Popen(
+            command,
+            env=os.environ | environment | {"TERM": "dumb"},
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            start_new_session=True,
+        )
+        os.close(terminal)
 
     def type(self, keys: str, expected: str) -> None:
         """Press keys, and wait until the terminal shows what is expected."""
@@ -203,8 +208,9 @@ class Terminal:
 
     def close(self) -> None:
         """End the shell."""
+        self.process.kill()
+        self.process.wait()
         os.close(self.file)
-        os.waitpid(self.pid, 0)
 
 
 @pytest.fixture(params=["bash", "zsh"])

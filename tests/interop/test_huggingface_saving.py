@@ -8,7 +8,6 @@ import pytest
 from safetensors.numpy import save_file
 
 import hybridnorm_jax as hn
-from hybridnorm_jax.interop import safetensors_files
 from hybridnorm_jax.interop.architectures import ARCHITECTURES
 from hybridnorm_jax.interop.huggingface import load_huggingface, save_huggingface
 from hybridnorm_jax.interop.tensors import TABLES
@@ -136,7 +135,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
         save_file(tensors, file, **keys)
         written.append(file)
 
-    monkeypatch.setattr(safetensors_files, "save_file", full_disk)
+    monkeypatch.setattr("safetensors.numpy.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_huggingface(tmp_path / "out", *load_huggingface(GOLDENS / "hf_llama"), max_shard_bytes=50_000)
     assert len(written) == 1
