@@ -12,9 +12,6 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 
-# The suite compiles hundreds of small programs; JAX by default keeps only those that took a second.
-TEST_ENV := JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.jax_cache" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
-
 # On a CPU a step's temporary arrays come from malloc; in huge pages glibc hands them out with far fewer page faults.
 TRAIN_ENV := GLIBC_TUNABLES="$${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 
@@ -32,7 +29,7 @@ train: $(STAMP)
 	$(TRAIN_ENV) $(BIN)/hybridnorm train $(ARGS)
 
 test: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(TESTS) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 15 --durations-min 4 $(TESTS) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -2,6 +2,7 @@
 
 import os
 from importlib import metadata
+from pathlib import Path
 
 # The suite compiles hundreds of tiny programs and runs each a few times: LLVM's optimizations would take most of it.
 FLAGS = (
@@ -14,6 +15,9 @@ if metadata.version("jaxlib").startswith("0.10."):
     FLAGS += ("--xla_cpu_use_fusion_emitters=false",)
 os.environ["XLA_FLAGS"] = " ".join((*FLAGS, os.environ.get("XLA_FLAGS", "")))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Shared by all workers and by the programs that tests start. JAX by default keeps only what took a second to compile.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import numpy as np
