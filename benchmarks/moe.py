@@ -55,10 +55,10 @@ from turns import measure, quartiles
 
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.config_fields import check
 from hybridnorm_jax.errors import UserError
-from hybridnorm_jax.fields import check
-from hybridnorm_jax.kernels.experts import resolve_dispatch
-from hybridnorm_jax.kernels.names import EXPERT_DISPATCHES
+from hybridnorm_jax.kernels.backend_names import EXPERT_DISPATCHES
+from hybridnorm_jax.kernels.expert_dispatch import resolve_dispatch
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.throughput import mfu, model_flops_per_token
 

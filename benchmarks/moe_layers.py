@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from hybridnorm_jax.kernels.experts import apply_experts
+from hybridnorm_jax.kernels.expert_dispatch import apply_experts
 from hybridnorm_jax.kernels.swiglu import ExpertKernels
 from hybridnorm_jax.model.feed_forward import FeedForward
 from hybridnorm_jax.model.moe import MoE, choose_experts

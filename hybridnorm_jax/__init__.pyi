@@ -5,7 +5,7 @@ from .errors import ConfigError as ConfigError
 from .errors import UserError as UserError
 from .interop.huggingface import load_huggingface as load_huggingface
 from .interop.huggingface import save_huggingface as save_huggingface
-from .interop.olmo import params_from_olmo as params_from_olmo
+from .interop.olmo_checkpoints import params_from_olmo as params_from_olmo
 from .mesh.device_mesh import make_mesh as make_mesh
 from .mesh.device_mesh import use_mesh as use_mesh
 from .mesh.shardings import tree_shardings as tree_shardings

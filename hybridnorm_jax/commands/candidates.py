@@ -10,11 +10,11 @@ from pathlib import Path
 
 from hybridnorm_jax.commands.main import COMMANDS
 from hybridnorm_jax.commands.syntax import SYNTAX
-from hybridnorm_jax.config import configurations
-from hybridnorm_jax.config.keys import FIELDS, SECTIONS
+from hybridnorm_jax.config import named_configurations
+from hybridnorm_jax.config.key_lookup import FIELDS, SECTIONS
+from hybridnorm_jax.config.key_values import read_hint
 from hybridnorm_jax.config.run_config import EQUIVALENT_FORMS, SCHEDULES, SOURCES, TOKEN_DTYPES, RunSection
-from hybridnorm_jax.config.values import read_hint
-from hybridnorm_jax.kernels.names import ATTENTION_BACKENDS, EXPERT_DISPATCHES
+from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS, EXPERT_DISPATCHES
 from hybridnorm_jax.model import config as model
 from hybridnorm_jax.model.schemes import SCHEMES
 
@@ -106,7 +106,7 @@ def _options(command: str) -> list[str]:
 
 def _positionals(command: str, given: Sequence[str], typed: str) -> list[str]:
     if command in ("train", "plan", "lab signal", "lab compare"):
-        return [*_whole(configurations.names()), *_files(typed, configurations.SUFFIXES)]
+        return [*_whole(named_configurations.names()), *_files(typed, named_configurations.SUFFIXES)]
     if command == "convert":
         return _directories(typed)
     if command == "schemes":

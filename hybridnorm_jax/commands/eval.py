@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hybridnorm_jax.commands.program import wants_help
 from hybridnorm_jax.commands.syntax import check_syntax
-from hybridnorm_jax.config.resumption import differences
+from hybridnorm_jax.config.resume_keys import differences
 from hybridnorm_jax.config.yaml_files import from_yaml, gather
 from hybridnorm_jax.data import open_data
 from hybridnorm_jax.errors import ConfigError

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from hybridnorm_jax.commands.program import again, wants_help
 from hybridnorm_jax.commands.syntax import check_syntax
-from hybridnorm_jax.config.keys import default
-from hybridnorm_jax.config.values import show
+from hybridnorm_jax.config.key_lookup import default
+from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.errors import UserError, did_you_mean
 from hybridnorm_jax.mesh.processes import Processes, check_alike
 
@@ -66,12 +66,12 @@ def run(arguments: Sequence[str], processes: Processes) -> int | None:
 
 
 def _signal(arguments: list[str], processes: Processes) -> None:
-    from hybridnorm_jax.lab import signal
+    from hybridnorm_jax.lab import signal_at_start
 
     if wants_help(arguments):
-        print(SIGNAL_USAGE + _keys(signal.SignalOptions))
+        print(SIGNAL_USAGE + _keys(signal_at_start.SignalOptions))
         return
-    signal.run(arguments)
+    signal_at_start.run(arguments)
 
 
 def _compare(arguments: list[str], processes: Processes) -> None:

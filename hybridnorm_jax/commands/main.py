@@ -111,12 +111,12 @@ def _version() -> str:
 
 def usage() -> str:
     """What `hybridnorm --help` prints; it fits a screen of 100 columns."""
-    from hybridnorm_jax.config import configurations
+    from hybridnorm_jax.config import named_configurations
 
     calls = {f"{name} {command.arguments}": command.meaning for name, command in COMMANDS.items()}
     width = max(len(call) for call in calls)
     commands = "\n".join(f"  {call:{width}}  {meaning}" for call, meaning in calls.items())
-    names = textwrap.fill(", ".join(configurations.names()), WIDTH, initial_indent="  ", subsequent_indent="  ")
+    names = textwrap.fill(", ".join(named_configurations.names()), WIDTH, initial_indent="  ", subsequent_indent="  ")
     return USAGE.format(commands=commands, names=names)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hybridnorm_jax.commands.program import ArgumentParser
 from hybridnorm_jax.commands.syntax import check_syntax
-from hybridnorm_jax.config import configurations
+from hybridnorm_jax.config import named_configurations
 from hybridnorm_jax.config.arguments import sort
 from hybridnorm_jax.errors import UserError
 
@@ -88,7 +88,7 @@ def _table(options: argparse.Namespace) -> int:
     if overrides or options.topology or options.json:
         raise UserError("--table takes configurations as they are: no key=value, --topology or --json")
     file = Path(options.table)
-    files = named or [configurations.find(name) for name in configurations.names()]
+    files = named or [named_configurations.find(name) for name in named_configurations.names()]
     plan_report.read_table(file)  # what is wrong with it is said now, not after the first compilation
     worst = FITS
     for config in files:

@@ -5,7 +5,7 @@ import difflib
 import re
 from collections.abc import Sequence
 
-from hybridnorm_jax.config.keys import FIELDS, SECTIONS, nearest_key
+from hybridnorm_jax.config.key_lookup import FIELDS, SECTIONS, nearest_key
 from hybridnorm_jax.errors import UserError, did_you_mean
 
 HELP = ("--help", "-h")

@@ -8,9 +8,9 @@ from hybridnorm_jax.commands.program import again, wants_help
 from hybridnorm_jax.commands.syntax import HELP, check_syntax
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.key_help import key_table
-from hybridnorm_jax.config.keys import FIELDS
+from hybridnorm_jax.config.key_lookup import FIELDS
+from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.run_config import RunConfig
-from hybridnorm_jax.config.values import show
 from hybridnorm_jax.mesh.processes import Processes, check_alike
 
 DRY_RUN = "--dry-run"

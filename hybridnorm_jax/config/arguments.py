@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hybridnorm_jax.config import configurations
-from hybridnorm_jax.config.keys import FIELDS
+from hybridnorm_jax.config import named_configurations
+from hybridnorm_jax.config.key_lookup import FIELDS
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import build, gather, read_file
 
@@ -23,7 +23,7 @@ class Arguments(NamedTuple):
     overrides: list[str]
 
 
-def parse(arguments: Sequence[str], default: str = configurations.DEFAULT) -> RunConfig:
+def parse(arguments: Sequence[str], default: str = named_configurations.DEFAULT) -> RunConfig:
     """The configuration that `[NAME or FILE.yaml ...] [key=value ...]` asks for.
 
     Files are merged first, then overrides; later ones win. Without a file the configuration named `default` is read.
@@ -34,7 +34,7 @@ def parse(arguments: Sequence[str], default: str = configurations.DEFAULT) -> Ru
       ConfigError: one line that names the file or the override and says what would be right.
     """
     files, overrides = sort(arguments)
-    files = files or [configurations.find(default)]
+    files = files or [named_configurations.find(default)]
     settings = read(files, overrides)
     if settings.get("run.name", "auto") == "auto":
         settings["run.name"] = _run_name(files[-1].stem, overrides)
@@ -45,9 +45,9 @@ def sort(arguments: Sequence[str]) -> Arguments:
     """Tell files and overrides apart. The name of a run holds `=`, and so may the path of its config.yaml."""
     files, overrides = [], []
     for argument in arguments:
-        is_yaml = argument.endswith(configurations.SUFFIXES) and not re.match(r"[\w.]+=", argument)
+        is_yaml = argument.endswith(named_configurations.SUFFIXES) and not re.match(r"[\w.]+=", argument)
         if is_yaml or "=" not in argument:
-            files.append(configurations.find(argument))
+            files.append(named_configurations.find(argument))
         else:
             overrides.append(argument)
     return Arguments(files, overrides)

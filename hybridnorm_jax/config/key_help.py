@@ -6,8 +6,8 @@ from itertools import zip_longest
 from typing import NamedTuple
 
 from hybridnorm_jax.config.arguments import read, sort
-from hybridnorm_jax.config.keys import FIELDS, SECTIONS, default
-from hybridnorm_jax.config.values import show, type_name
+from hybridnorm_jax.config.key_lookup import FIELDS, SECTIONS, default
+from hybridnorm_jax.config.key_values import show, type_name
 
 WIDTH = 100
 GAP = "  "

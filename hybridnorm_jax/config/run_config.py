@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from hybridnorm_jax.fields import check, check_choice, check_positive, key
+from hybridnorm_jax.config_fields import check, check_choice, check_positive, key
 from hybridnorm_jax.mesh.cluster import DistributedSection
 from hybridnorm_jax.mesh.sharding_rules import MESH_AXES, resolve_rules
 from hybridnorm_jax.model.config import ModelConfig

@@ -1,6 +1,6 @@
 """A RunConfig from YAML and key=value overrides, and back.
 
-OmegaConf reads the YAML and the overrides and writes the YAML. Types are checked in values.py, against the fields of
+OmegaConf reads the YAML and the overrides and writes the YAML. Types are checked in key_values.py, against the fields of
 run_config.py: OmegaConf's structured configurations take neither mappings of tuples nor defaults that a dataclass
 replaces when it is made, and their messages do not say what was written where.
 """
@@ -15,10 +15,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hybridnorm_jax.config.keys import FIELDS, SECTIONS, flatten, nearest_key
+from hybridnorm_jax.config.key_lookup import FIELDS, SECTIONS, flatten, nearest_key
+from hybridnorm_jax.config.key_values import show, typed
 from hybridnorm_jax.config.plugins import import_plugin
 from hybridnorm_jax.config.run_config import RunConfig
-from hybridnorm_jax.config.values import show, typed
 from hybridnorm_jax.errors import ConfigError, did_you_mean
 
 

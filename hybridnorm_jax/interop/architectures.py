@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hybridnorm_jax.errors import UserError
-from hybridnorm_jax.interop.config_keys import Architecture, Json, Key, Rope, names
+from hybridnorm_jax.interop.hf_config_keys import Architecture, Json, Key, Rope, names
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.placement import HEAD_NORMS, BlockPlacement
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from hybridnorm_jax.config_fields import check_choice
 from hybridnorm_jax.errors import UserError
-from hybridnorm_jax.fields import check_choice
 from hybridnorm_jax.interop.architectures import ARCHITECTURES, config_from_json, config_to_json
 from hybridnorm_jax.interop.safetensors_files import (
     CONFIG,

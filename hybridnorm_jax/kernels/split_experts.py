@@ -14,7 +14,7 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from hybridnorm_jax.kernels.experts import apply_experts
+from hybridnorm_jax.kernels.expert_dispatch import apply_experts
 from hybridnorm_jax.kernels.swiglu import ExpertKernels
 from hybridnorm_jax.mesh.split_axes import Axes, split_axes
 

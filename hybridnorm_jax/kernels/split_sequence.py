@@ -32,7 +32,7 @@ BLOCK = 512
 
 
 def zigzag_attention(inputs: AttentionInputs, *, axes: Axes, saved_as: str) -> LocalHeads:
-    """Inside jax.shard_map: this device's share of kernels.attention.causal_attention.
+    """Inside jax.shard_map: this device's share of kernels.attention_backends.causal_attention.
 
     Args:
       inputs: this device's stretch of every sequence.

@@ -17,15 +17,14 @@ import jax
 from etils import epath
 
 from hybridnorm_jax.config.arguments import parse
-from hybridnorm_jax.config.resumption import differences
+from hybridnorm_jax.config.key_values import show
+from hybridnorm_jax.config.resume_keys import differences
 from hybridnorm_jax.config.run_config import RunConfig
-from hybridnorm_jax.config.values import show
 from hybridnorm_jax.config.yaml_files import from_yaml, take
+from hybridnorm_jax.config_fields import check, check_choice, key
 from hybridnorm_jax.data import open_data
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.evaluation.perplexity import Score
-from hybridnorm_jax.fields import check, check_choice, key
-from hybridnorm_jax.files import write_whole
 from hybridnorm_jax.lab.divergence import rising_since
 from hybridnorm_jax.lab.labels import measured_otherwise
 from hybridnorm_jax.lab.run_files import DIVERGED, FINISHED, read_losses, read_object, read_result
@@ -35,6 +34,7 @@ from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.hooks.skipped_steps import DivergedError
 from hybridnorm_jax.training.loop import train
 from hybridnorm_jax.training.run_directory import open_run_directory
+from hybridnorm_jax.whole_files import write_whole
 
 DEFAULT = "lab"
 

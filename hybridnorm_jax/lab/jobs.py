@@ -5,8 +5,8 @@ import re
 import shlex
 from pathlib import Path
 
+from hybridnorm_jax.config_fields import check_choice
 from hybridnorm_jax.errors import ConfigError
-from hybridnorm_jax.fields import check_choice
 from hybridnorm_jax.lab.compare import Comparison
 
 # {...} are filled in; the shell's own braces are doubled.

@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from hybridnorm_jax.config.keys import flatten
-from hybridnorm_jax.config.resumption import decides_trajectory
+from hybridnorm_jax.config.key_lookup import flatten
+from hybridnorm_jax.config.key_values import show
+from hybridnorm_jax.config.resume_keys import decides_trajectory
 from hybridnorm_jax.config.run_config import RunConfig
-from hybridnorm_jax.config.values import show
 
 # The axes of a comparison, which no label names.
 AXES = ("train.seed", "optimizer.learning_rate")

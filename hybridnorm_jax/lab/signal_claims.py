@@ -9,7 +9,7 @@ import numpy as np
 from hybridnorm_jax.model.schemes import SCHEMES
 
 if TYPE_CHECKING:
-    from hybridnorm_jax.lab.signal import Signal
+    from hybridnorm_jax.lab.signal_at_start import Signal
 
 # Factors, chosen for this project: what counts as growing, shrinking, flat and bounded.
 GROWS, SHRINKS, FLAT, BOUNDED = 1.5, 0.5, 4.0, 2.0

@@ -11,7 +11,7 @@ from hybridnorm_jax.lab.figure_styles import figure, legend_above, save_png, sty
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from hybridnorm_jax.lab.signal import Signal
+    from hybridnorm_jax.lab.signal_at_start import Signal
 
 
 class Axis(NamedTuple):

@@ -8,8 +8,8 @@ import importlib.util
 import re
 from collections.abc import Mapping
 
+from hybridnorm_jax.config_fields import check, check_choice, check_positive, key
 from hybridnorm_jax.errors import ConfigError
-from hybridnorm_jax.fields import check, check_choice, check_positive, key
 
 COORDINATOR_VARIABLE = "JAX_COORDINATOR_ADDRESS"
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from hybridnorm_jax.kernels.attention import causal_attention
-from hybridnorm_jax.kernels.blockwise import attention_statistics
+from hybridnorm_jax.kernels.attention_backends import causal_attention
+from hybridnorm_jax.kernels.blockwise_attention import attention_statistics
 from hybridnorm_jax.model.initializers import truncated_normal
 from hybridnorm_jax.model.norms import Norm
 from hybridnorm_jax.model.placement import HeadNorm

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from hybridnorm_jax.fields import present
+from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.model.attention import Attention, Rotation
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.feed_forward import FeedForward

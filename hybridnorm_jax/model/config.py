@@ -4,8 +4,8 @@ import dataclasses
 import math
 from typing import Any
 
-from hybridnorm_jax.fields import Filled, check, check_choice, check_positive, key
-from hybridnorm_jax.kernels.names import ATTENTION_BACKENDS, EXPERT_DISPATCHES
+from hybridnorm_jax.config_fields import Filled, check, check_choice, check_positive, key
+from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS, EXPERT_DISPATCHES
 from hybridnorm_jax.model.placement import BlockPlacement
 from hybridnorm_jax.model.schemes import SCHEMES, Scheme
 

@@ -12,8 +12,8 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from hybridnorm_jax.fields import present
-from hybridnorm_jax.kernels.names import SAVED
+from hybridnorm_jax.config_fields import present
+from hybridnorm_jax.kernels.backend_names import SAVED
 from hybridnorm_jax.model.attention import Rotation, default_positions, rotation
 from hybridnorm_jax.model.block import (
     DEFECT,

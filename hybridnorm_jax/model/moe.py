@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from hybridnorm_jax.fields import present
+from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.kernels.split_experts import apply_experts_on_mesh
 from hybridnorm_jax.kernels.swiglu import ExpertKernels
 from hybridnorm_jax.model.feed_forward import FeedForward

@@ -14,8 +14,8 @@ from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.mesh.batch_shares import batch_parts
-from hybridnorm_jax.mesh.checks import check_batch
 from hybridnorm_jax.mesh.device_mesh import make_mesh
+from hybridnorm_jax.mesh.fit_checks import check_batch
 from hybridnorm_jax.planning.collectives import Collectives, kernels, read_collectives
 from hybridnorm_jax.planning.topologies import Topology, devices_of
 from hybridnorm_jax.training.memory import (

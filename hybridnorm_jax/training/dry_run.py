@@ -6,7 +6,7 @@ from etils import epath
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.mesh.batch_shares import batch_parts
-from hybridnorm_jax.mesh.checks import check_batch
+from hybridnorm_jax.mesh.fit_checks import check_batch
 from hybridnorm_jax.training.memory import (
     Memory,
     bytes_per_device,

@@ -14,7 +14,7 @@ from hybridnorm_jax.data import Data, open_data
 from hybridnorm_jax.errors import RunStopped
 from hybridnorm_jax.evaluation import perplexity
 from hybridnorm_jax.generation.sampling import generate
-from hybridnorm_jax.mesh.checks import check_batch
+from hybridnorm_jax.mesh.fit_checks import check_batch
 from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.hooks.built_in import built_in_hooks

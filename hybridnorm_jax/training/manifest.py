@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from hybridnorm_jax.files import write_whole
+from hybridnorm_jax.whole_files import write_whole
 
 FOLDER = "manifest"
 PART = re.compile(r"(\d+)-of-(\d+)\.json")

@@ -11,7 +11,7 @@ from etils import epath
 from tensorboardX import SummaryWriter
 
 from hybridnorm_jax.errors import MissingExtraError, UserError
-from hybridnorm_jax.files import write_whole
+from hybridnorm_jax.whole_files import write_whole
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,16 +11,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybridnorm_jax.config.run_config import RunConfig, TrainSection
+from hybridnorm_jax.config_fields import check
 from hybridnorm_jax.equivalence.comparison import compare_forms, compare_norm
 from hybridnorm_jax.equivalence.decoder_forms import Conversion, conversion_of
 from hybridnorm_jax.equivalence.invariants import assert_measured, tolerances
 from hybridnorm_jax.equivalence.measurements import Measured
-from hybridnorm_jax.fields import check
-from hybridnorm_jax.kernels.attention import resolve_backend, sequence_multiple
-from hybridnorm_jax.kernels.experts import resolve_dispatch
+from hybridnorm_jax.kernels.attention_backends import resolve_backend, sequence_multiple
+from hybridnorm_jax.kernels.expert_dispatch import resolve_dispatch
 from hybridnorm_jax.mesh.batch_shares import BatchShare, batch_parts, batch_sharding, batch_share
-from hybridnorm_jax.mesh.checks import check_batch, check_experts, check_sequence
 from hybridnorm_jax.mesh.device_mesh import make_mesh, use_mesh
+from hybridnorm_jax.mesh.fit_checks import check_batch, check_experts, check_sequence
 from hybridnorm_jax.mesh.sharding_rules import resolve_rules
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder

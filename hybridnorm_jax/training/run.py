@@ -13,9 +13,9 @@ from hybridnorm_jax.data import Data
 from hybridnorm_jax.evaluation.perplexity import Score
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.hooks.hook import Hook
+from hybridnorm_jax.training.loss_series import Series
 from hybridnorm_jax.training.metrics_writer import MetricsWriter
 from hybridnorm_jax.training.program import Program
-from hybridnorm_jax.training.series import Series
 from hybridnorm_jax.training.state import TrainState
 from hybridnorm_jax.training.step_clock import StepClock
 from hybridnorm_jax.training.stopping import StopSignals

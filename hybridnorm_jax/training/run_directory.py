@@ -11,15 +11,15 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from hybridnorm_jax.config.resumption import differences
+from hybridnorm_jax.config.resume_keys import differences
 from hybridnorm_jax.config.run_config import RunConfig, RunSection
 from hybridnorm_jax.config.yaml_files import from_yaml, to_yaml
 from hybridnorm_jax.errors import ConfigError, MissingExtraError, UserError
-from hybridnorm_jax.files import write_whole
 from hybridnorm_jax.mesh.sharding_rules import MESH_AXES, resolve_rules
 from hybridnorm_jax.mesh.shardings import tree_shardings
 from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
 from hybridnorm_jax.training.state import init_params
+from hybridnorm_jax.whole_files import write_whole
 
 TOKENIZER = "tokenizer.json"
 

@@ -16,8 +16,8 @@ from hybridnorm_jax.commands.candidates import CHOICES, OPTIONS_WITH_EQUALS, PAT
 from hybridnorm_jax.commands.completion import SCRIPTS, for_bash, split
 from hybridnorm_jax.commands.main import main
 from hybridnorm_jax.commands.syntax import SYNTAX
-from hybridnorm_jax.config.configurations import names
-from hybridnorm_jax.config.keys import FIELDS, SECTIONS
+from hybridnorm_jax.config.key_lookup import FIELDS, SECTIONS
+from hybridnorm_jax.config.named_configurations import names
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import ConfigError
 

@@ -15,11 +15,11 @@ import pytest
 
 from hybridnorm_jax.commands.main import COMMANDS, exit_status, main
 from hybridnorm_jax.commands.syntax import OF_ONE_RUN, SYNTAX
-from hybridnorm_jax.config import configurations
+from hybridnorm_jax.config import named_configurations
 from hybridnorm_jax.config.arguments import parse
-from hybridnorm_jax.config.keys import FIELDS
+from hybridnorm_jax.config.key_lookup import FIELDS
 from hybridnorm_jax.lab.compare import CompareOptions
-from hybridnorm_jax.lab.signal import SignalOptions
+from hybridnorm_jax.lab.signal_at_start import SignalOptions
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = [
@@ -122,7 +122,7 @@ def test_help_and_version_of_the_program(capsys):
     for name in COMMANDS:
         assert [line for line in lines if line.startswith(f"  {name} ")]
     text = " ".join(lines)
-    assert all(name in text for name in configurations.names())
+    assert all(name in text for name in named_configurations.names())
     assert main([]) == 2
     assert capsys.readouterr().out.splitlines() == lines
     assert main(["--version"]) == 0

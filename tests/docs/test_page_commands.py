@@ -20,7 +20,7 @@ WORK = {
     "eval": "commands.eval.evaluate_run",
     "convert": "commands.convert.convert",
     "plan": "planning.compilation.plan",
-    "lab signal": "lab.signal.random_batch",
+    "lab signal": "lab.signal_at_start.random_batch",
     "lab compare": "lab.compare.compare",
     "lab report": "lab.report.write_report",
 }

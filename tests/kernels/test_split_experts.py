@@ -9,7 +9,7 @@ import pytest
 
 from hybridnorm_jax.config.run_config import MeshSection, OptimizerSection, RunConfig, TrainSection
 from hybridnorm_jax.errors import ConfigError
-from hybridnorm_jax.kernels.experts import apply_experts
+from hybridnorm_jax.kernels.expert_dispatch import apply_experts
 from hybridnorm_jax.kernels.split_experts import apply_experts_on_mesh
 from hybridnorm_jax.kernels.swiglu import ExpertKernels
 from hybridnorm_jax.mesh.device_mesh import make_mesh, use_mesh

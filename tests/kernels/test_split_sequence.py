@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_attention import assert_equal_to, context_and_gradients, documents, draw, textbook
+from test_attention_backends import assert_equal_to, context_and_gradients, documents, draw, textbook
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.config.run_config import MeshSection, RunConfig, TrainSection
 from hybridnorm_jax.errors import ConfigError
-from hybridnorm_jax.kernels import splash as attention_splash
 from hybridnorm_jax.kernels import split_sequence
-from hybridnorm_jax.kernels.attention import causal_attention
+from hybridnorm_jax.kernels import tpu_splash as attention_splash
+from hybridnorm_jax.kernels.attention_backends import causal_attention
 from hybridnorm_jax.kernels.attention_on_mesh import sequence_axes
 from hybridnorm_jax.kernels.zigzag import zigzag
 from hybridnorm_jax.mesh.device_mesh import make_mesh, use_mesh

@@ -11,7 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import hybridnorm_jax as hn
-from hybridnorm_jax.kernels.blockwise import attention_statistics
+from hybridnorm_jax.kernels.blockwise_attention import attention_statistics
 from hybridnorm_jax.model.placement import runs
 from hybridnorm_jax.model.signal_measures import gradient_probe, stream_rms, token_similarity
 from hybridnorm_jax.training.layer_measures import layer_norms, make_watch, measure_signal

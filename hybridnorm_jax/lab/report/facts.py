@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from hybridnorm_jax.config.values import show
+from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.lab.report.formats import digits_text, duration_text
 from hybridnorm_jax.lab.report.statistics import ComparedRuns, median
 from hybridnorm_jax.lab.runs import Run

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.run_config import RunConfig
-from hybridnorm_jax.config.values import show
 from hybridnorm_jax.lab.labels import differing, settings
 from hybridnorm_jax.lab.report.blocks import Cell, Column, Table
 from hybridnorm_jax.lab.report.facts import facts

@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hybridnorm_jax.errors import ConfigError
-from hybridnorm_jax.kernels import splash as attention_splash
-from hybridnorm_jax.kernels.attention import causal_attention, resolve_backend
-from hybridnorm_jax.kernels.names import SAVED
+from hybridnorm_jax.kernels import tpu_splash as attention_splash
+from hybridnorm_jax.kernels.attention_backends import causal_attention, resolve_backend
+from hybridnorm_jax.kernels.backend_names import SAVED
 from hybridnorm_jax.mesh.device_mesh import use_mesh
 
 AXES = ("data", "fsdp", "tensor")

@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hybridnorm_jax.fields import check, check_choice
+from hybridnorm_jax.config_fields import check, check_choice
 from hybridnorm_jax.kernels.attention_arrays import AttentionInputs, Heads, KeyValueHeads, SegmentIds
 from hybridnorm_jax.kernels.attention_on_mesh import on_mesh, sequence_axes
-from hybridnorm_jax.kernels.blockwise import blockwise_attention
-from hybridnorm_jax.kernels.names import ATTENTION_BACKENDS, SAVED, SPLASH_TILE
+from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS, SAVED, SPLASH_TILE
+from hybridnorm_jax.kernels.blockwise_attention import blockwise_attention
+from hybridnorm_jax.kernels.gpu_cudnn import cudnn_attention
 from hybridnorm_jax.kernels.split_sequence import zigzag_attention
 
 
@@ -117,9 +118,9 @@ def causal_attention(
             local = functools.partial(zigzag_attention, axes=axes, saved_as=SAVED)
             return on_mesh(local, inputs, sequence=axes)
         case "cudnn":
-            return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
+            return cudnn_attention(inputs)
         case "splash":
-            from hybridnorm_jax.kernels.splash import splash_attention  # imports Pallas, which takes a while
+            from hybridnorm_jax.kernels.tpu_splash import splash_attention  # imports Pallas, which takes a while
 
             return splash_attention(inputs, saved_as=SAVED)
 

@@ -7,16 +7,16 @@ import pytest
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.commands.main import main
-from hybridnorm_jax.lab import signal
-from hybridnorm_jax.lab.signal import Signal
+from hybridnorm_jax.lab import signal_at_start
+from hybridnorm_jax.lab.signal_at_start import Signal
 from hybridnorm_jax.lab.signal_claims import claims
 
 MODEL = hn.ModelConfig(d_model=64, num_heads=2, mlp_dim=256, vocab_size=61)
 
 
 def _measure(scheme, depth, *initializers):
-    batch = signal.random_batch(61, 2, 32, seed=0)
-    return [found.measures for found in signal.measure(MODEL, scheme, depth, initializers, batch, seed=0)]
+    batch = signal_at_start.random_batch(61, 2, 32, seed=0)
+    return [found.measures for found in signal_at_start.measure(MODEL, scheme, depth, initializers, batch, seed=0)]
 
 
 def test_pres_stream_grows_with_depth():

@@ -16,10 +16,10 @@ import jaxlib
 import numpy as np
 
 from hybridnorm_jax.config.arguments import parse
+from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.run_config import RunConfig
-from hybridnorm_jax.config.values import show
 from hybridnorm_jax.config.yaml_files import take
-from hybridnorm_jax.fields import check, check_choice, check_positive, key
+from hybridnorm_jax.config_fields import check, check_choice, check_positive, key
 from hybridnorm_jax.lab.compare import DEFAULT, refuse
 from hybridnorm_jax.lab.figure_styles import figure
 from hybridnorm_jax.lab.signal_claims import claims

@@ -23,7 +23,7 @@ from hybridnorm_jax.kernels.attention_arrays import (
     KeyValueHeads,
     SegmentIds,
 )
-from hybridnorm_jax.kernels.names import SAVED
+from hybridnorm_jax.kernels.backend_names import SAVED
 from hybridnorm_jax.kernels.precision import wide_einsum
 
 
@@ -67,7 +67,7 @@ def attention_statistics(query: Heads, key: KeyValueHeads, segment_ids: SegmentI
 
 @jax.custom_vjp
 def blockwise_attention(inputs: AttentionInputs) -> Heads:
-    """kernels.attention.causal_attention, of whole sequences: on one device, or split by batch and heads alone."""
+    """causal_attention of whole sequences: on one device, or split by batch and heads alone."""
     context, _ = _forward(inputs)
     return context
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
 from hybridnorm_jax.errors import ConfigError
-from hybridnorm_jax.kernels import blocked_experts, gmm
+from hybridnorm_jax.kernels import blocked_experts, tpu_gmm
+from hybridnorm_jax.kernels.expert_dispatch import KEY, apply_experts, apply_grouped_experts, resolve_dispatch
 from hybridnorm_jax.kernels.expert_rows import collect, sort_by_expert, spread
-from hybridnorm_jax.kernels.experts import KEY, apply_experts, apply_grouped_experts, resolve_dispatch
 from hybridnorm_jax.kernels.swiglu import ExpertKernels
 
 EMBED, MLP = 12, 20
@@ -62,7 +62,7 @@ def assert_equal_to(expected, got, tolerance):
 
 @pytest.fixture
 def gmm_interpreted(monkeypatch):
-    monkeypatch.setattr(gmm, "gmm", functools.partial(gmm.gmm, interpret=True))
+    monkeypatch.setattr(tpu_gmm, "gmm", functools.partial(tpu_gmm.gmm, interpret=True))
 
 
 def test_dense_is_the_formula():
@@ -223,7 +223,7 @@ def test_a_product_that_reads_and_leaves_nan_past_the_last_group_does_no_harm(mo
         product = jnp.einsum("rd,edm,re->rm", rows, kernels, jax.nn.one_hot(expert, len(sizes)))
         return jnp.where((expert < len(sizes))[:, None], product, jnp.nan)
 
-    monkeypatch.setattr("hybridnorm_jax.kernels.experts.ragged_product", careless)
+    monkeypatch.setattr("hybridnorm_jax.kernels.expert_dispatch.ragged_product", careless)
     inputs, sizes = draw_grouped((3, 0, 9, 1), 20, np.float32)
     expected, got = (value_and_gradients(grouped(dispatch, sizes), *inputs) for dispatch in ("blocked", "ragged"))
     assert_equal_to(expected, got, 2e-6)

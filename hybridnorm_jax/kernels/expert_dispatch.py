@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from hybridnorm_jax.fields import check, check_choice
+from hybridnorm_jax.config_fields import check, check_choice
+from hybridnorm_jax.kernels.backend_names import EXPERT_DISPATCHES
 from hybridnorm_jax.kernels.blocked_experts import blocked
 from hybridnorm_jax.kernels.expert_rows import GroupSizes, Rows, Tokens, collect, sort_by_expert, spread
 from hybridnorm_jax.kernels.grouped_products import experts_by_products, ragged_product
-from hybridnorm_jax.kernels.names import EXPERT_DISPATCHES
 from hybridnorm_jax.kernels.precision import wide_einsum
 from hybridnorm_jax.kernels.swiglu import ExpertKernels, swiglu
 
@@ -137,7 +137,7 @@ def _by_dispatch(
         case "ragged":
             return experts_by_products(ragged_product, rows, row_weights, sizes, kernels)
         case "gmm":
-            from hybridnorm_jax.kernels.gmm import gmm_product  # imports Pallas, which takes a while
+            from hybridnorm_jax.kernels.tpu_gmm import gmm_product  # imports Pallas, which takes a while
 
             return experts_by_products(gmm_product, rows, row_weights, sizes, kernels)
 

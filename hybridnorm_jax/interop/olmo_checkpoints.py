@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.errors import UserError
-from hybridnorm_jax.fields import present
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.placement import HEAD_NORMS, SublayerPlacement, runs
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from hybridnorm_jax.config.keys import flatten
+from hybridnorm_jax.config.key_lookup import flatten
 from hybridnorm_jax.config.run_config import RunConfig
 
 # Keys that may change between two stretches of one run: they decide where it runs and what is reported, not

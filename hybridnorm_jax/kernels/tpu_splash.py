@@ -12,13 +12,13 @@ from jaxtyping import Array
 
 from hybridnorm_jax.kernels.attention_arrays import AttentionInputs, Heads, SegmentIds
 from hybridnorm_jax.kernels.attention_on_mesh import on_mesh, sequence_axes
-from hybridnorm_jax.kernels.names import SPLASH_TILE as TILE
+from hybridnorm_jax.kernels.backend_names import SPLASH_TILE as TILE
 from hybridnorm_jax.kernels.zigzag import from_zigzag, gather_sequence, to_zigzag, zigzag
 from hybridnorm_jax.mesh.split_axes import Axes, parts, split_axes
 
 
 def splash_attention(inputs: AttentionInputs, *, saved_as: str) -> Heads:
-    """kernels.attention.causal_attention; on a mesh once per device, on its share of sequences, heads, positions.
+    """causal_attention; on a mesh once per device, on its share of sequences, heads and positions.
 
     Args:
       saved_as: checkpoint name of what the backward pass needs besides query, key and value.
