@@ -1,7 +1,7 @@
 """A RunConfig from YAML and key=value overrides, and back.
 
-OmegaConf reads the YAML and the overrides and writes the YAML. Types are checked in key_values.py, against the fields of
-run_config.py: OmegaConf's structured configurations take neither mappings of tuples nor defaults that a dataclass
+OmegaConf reads the YAML and the overrides and writes the YAML. Types are checked in key_values.py, against the fields
+of run_config.py: OmegaConf's structured configurations take neither mappings of tuples nor defaults that a dataclass
 replaces when it is made, and their messages do not say what was written where.
 """
 
