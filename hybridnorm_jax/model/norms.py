@@ -169,7 +169,8 @@ class Norm(nn.Module, kw_only=True):
         bias = self._parameter("bias", self.bias_init, x) if use_bias else None
         dtype = self.dtype
         if dtype is None:
-            dtype = jnp.result_type(*(array for array in (x, scale, bias) if array is not None))
+            present = [array for array in (x, scale, bias) if array is not None]
+            dtype = jnp.result_type(*present)
         x = x.astype(jnp.promote_types(x.dtype, dtype))
         match self.kind:
             case "crmsnorm":

@@ -86,8 +86,9 @@ class Norm(Shell):
         if linen.feature_axes not in (-1, (-1,)):
             raise ValueError(f"feature_axes={linen.feature_axes}: must be -1, the axis of size num_features")
         axes = (linen.reduction_axes,) if isinstance(linen.reduction_axes, int) else linen.reduction_axes
-        rank = max(2, *(axis + 1 if axis >= 0 else -axis for axis in axes))
-        super().__init__(linen, sample=jnp.zeros([1] * (rank - 1) + [num_features]), rngs=rngs)
+        rank = max(axis + 1 if axis >= 0 else -axis for axis in axes)  # of the smallest x that has these axes
+        sample = jnp.zeros((num_features,)).reshape((1,) * (rank - 1) + (num_features,))
+        super().__init__(linen, sample=sample, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """The normalized array; see hn.Norm."""
