@@ -28,9 +28,9 @@ INTRODUCTION = """# The parameter tree
 `hn.load_run`, `hn.load_huggingface` and `hn.nnx.to_linen_params` hold the same tree. A path such as
 `head/kernel` below is `params["head"]["kernel"]`, and in NNX `decoder.head.kernel`.
 
-A *run* is a stretch of consecutive layers that normalize at the same places; a model has as many runs as its scheme
-needs, `run_0` first. `hn.describe("hybrid_star", 8)` shows them. All layers of a run are stacked along the first axis
-of each leaf, `layers`. `hn.Block` alone has the same leaves without that axis.
+A *stretch* is a number of consecutive layers that normalize at the same places. A model has as many stretches as its
+scheme needs. They are called `run_0`, `run_1` and so on. `hn.describe("hybrid_star", 8)` shows them. All layers of a
+stretch are stacked along the first axis of each leaf, `layers`. `hn.Block` alone has the same leaves without that axis.
 
 All leaves have the dtype `model.param_dtype`.
 """

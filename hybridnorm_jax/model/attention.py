@@ -61,7 +61,7 @@ class Attention(nn.Module):
       rope_theta: base of the rotary wavelengths; None: q and k are not rotated.
       rotary_dim: how many leading channels of a head rotate; None: all.
       use_bias: biases on the four projections.
-      backend: what computes the attention itself, see kernels.attention.
+      backend: what computes the attention itself, see kernels.attention_backends.
       dtype, param_dtype: of the computation and of the parameters.
       input_init, value_init, output_init: initializers of q and k, of v, and of the output projection.
 

@@ -119,7 +119,7 @@ class MoE(nn.Module):
       balance_bias: add a bias to the router's softmax for the choice of experts; it has no gradient and is moved by
         training alone (training/router_balance.py). Loss-free balancing, 2408.15664.
       use_bias: biases on the router and on all projections.
-      dispatch: what computes the experts, see kernels.experts.
+      dispatch: what computes the experts, see kernels.expert_dispatch.
       dtype, param_dtype: of the computation and of the parameters.
       router_init, input_init, output_init: initializers of the router, of gate and up, and of down.
     """

@@ -1,6 +1,7 @@
 """The worked example of CONTRIBUTING.md, carried out: a scheme, its table, its equations in words and in numbers."""
 
 import importlib.util
+import inspect
 
 import pytest
 from pages import REPOSITORY, blocks
@@ -40,6 +41,12 @@ def test_the_equations_in_numbers(small_config, random_params):
     tests = _load(TESTS / "test_block.py")
     exec(_entry("EQUATIONS"), vars(tests))
     tests.test_a_block_is_its_papers_equation(NAME, small_config, random_params)
+
+
+@pytest.mark.usefixtures("example_scheme")
+def test_the_example_has_the_types_that_mypy_wants():
+    written, expected = (inspect.get_annotations(hn.SCHEMES[name].block) for name in (NAME, "pre"))
+    assert written == expected
 
 
 def test_the_example_is_not_in_the_table_already():

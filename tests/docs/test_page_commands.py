@@ -103,7 +103,9 @@ def check_pip(words):
     assert words[0] == "install"
     packages = [word for word in words[1:] if not word.startswith("-")]
     for package in packages:
-        ours = re.fullmatch(r"(?:\S*/)?hybridnorm[-_]jax(?:-([\d.]+)-py3-none-any\.whl)?(?:\[([\w,]+)\])?", package)
+        ours = re.fullmatch(
+            r"(?:\.|(?:\S*/)?hybridnorm[-_]jax(?:-([\d.]+)-py3-none-any\.whl)?)(?:\[([\w,]+)\])?", package
+        )
         if ours is None:
             assert package in OTHER_PACKAGES
             continue

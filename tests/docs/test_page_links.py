@@ -1,6 +1,6 @@
 """Every link inside the project leads somewhere, and every file and name that a page mentions is there."""
 
-import importlib
+import importlib.util
 import re
 
 import pytest
@@ -9,6 +9,8 @@ from pages import PAGES, REPOSITORY, anchors, inline_code, links, name
 import hybridnorm_jax as hn
 
 PACKAGE = REPOSITORY / "hybridnorm_jax"
+API = REPOSITORY / "docs" / "api.md"
+CHANGELOG = REPOSITORY / "CHANGELOG.md"
 # A path that begins with one of these is meant to be in the repository; metrics such as `train/loss` are not.
 FOLDERS = ("tests/", "docs/", "configs/", "launch/", "benchmarks/", "hybridnorm_jax/", ".ci/", ".github/")
 
@@ -48,11 +50,37 @@ def test_names_of_the_package_exist(page):
             place = getattr(place, part)
 
 
+def test_the_changelog_names_modules_that_exist():
+    """Its table of what was moved: the right column, where `.name` stands in the package of the module before it."""
+    rows = re.findall(r"^\| (.*hybridnorm_jax.*) \| (.*hybridnorm_jax.*) \|$", CHANGELOG.read_text(), re.MULTILINE)
+    assert len(rows) > 20
+    for _, now in rows:
+        parent = ""
+        for code in re.findall(r"`([\w.]+)`", now):
+            module = f"{parent}{code}" if code.startswith(".") else code
+            parent = module.rpartition(".")[0]
+            assert importlib.util.find_spec(module) is not None, module
+
+
+def test_the_api_page_has_every_public_name():
+    shown = re.findall(r"^::: ([\w.]+)$", API.read_text(), re.MULTILINE)
+    assert len(shown) == len(set(shown))
+    modules = {"equivalence", "nnx"}
+    public = {f"hybridnorm_jax.{public}" for public in set(hn.__all__) - modules}
+    public |= {f"hybridnorm_jax.equivalence.{public}" for public in hn.equivalence.__all__}
+    assert set(shown) == public | {"hybridnorm_jax.nnx"}
+    (members,) = re.findall(r"members: \[(.*)\]", API.read_text())
+    assert set(members.split(", ")) == set(hn.nnx.__all__)
+
+
 def test_the_readme_is_short():
     assert len((REPOSITORY / "README.md").read_text().splitlines()) < 200
 
 
-def test_every_page_is_in_the_index_or_the_menu():
+def test_every_page_is_in_the_index_and_in_the_menu():
     menu = (REPOSITORY / "mkdocs.yml").read_text()
+    index = REPOSITORY / "docs" / "index.md"
+    linked = {link.partition("#")[0] for link in links(index)}
     for page in (REPOSITORY / "docs").glob("*.md"):
         assert f" {page.name}" in menu, page.name
+        assert page == index or page.name in linked, page.name

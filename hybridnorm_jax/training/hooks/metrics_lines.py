@@ -11,8 +11,8 @@ from hybridnorm_jax.training.time_metrics import TimeMetrics
 class MetricsLines(Hook):
     """Writes a line for every `every`-th step, the last, and each that was skipped.
 
-    A line has the step's own metrics, the speed, what series.Series knows of the steps before it, and where the time
-    went.
+    A line has the step's own metrics, the speed, what loss_series.Series knows of the steps before it, and where the
+    time went.
     """
 
     def __init__(self, *, every: int):
