@@ -47,7 +47,7 @@ dimension that is never split.
 DIMENSIONS = """
 | dimension | size |
 |---|---|
-| layers | layers of the run; they add up to `model.num_layers` |
+| layers | layers of the stretch; they add up to `model.num_layers` |
 | embed | `model.d_model` |
 | heads, kv_heads, head_dim | `model.num_heads`, `model.num_kv_heads`, `model.head_dim` |
 | mlp | `model.mlp_dim` |

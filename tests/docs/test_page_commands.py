@@ -9,6 +9,7 @@ import pytest
 from pages import PAGES, REPOSITORY, commands, inline_code, name
 
 from hybridnorm_jax.commands import main as program
+from hybridnorm_jax.config import resume_keys
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.yaml_files import FIELDS, SECTIONS, gather
 
@@ -26,6 +27,8 @@ WORK = {
 }
 QUICK = ("schemes", "completion")
 FILE_ENDINGS = {"py", "md", "yaml", "safetensors"}
+# Our package: a clone, the directory that one is in ("."), or a wheel; and its extras.
+OUR_PACKAGE = re.compile(r"(?:\.|(?:\S*/)?hybridnorm[-_]jax(?:-([\d.]+)-py3-none-any\.whl)?)(?:\[([\w,]+)\])?")
 # Packages that pip installs besides our own.
 OTHER_PACKAGES = {"libtpu", "jax[k8s]"}
 
@@ -103,9 +106,7 @@ def check_pip(words):
     assert words[0] == "install"
     packages = [word for word in words[1:] if not word.startswith("-")]
     for package in packages:
-        ours = re.fullmatch(
-            r"(?:\.|(?:\S*/)?hybridnorm[-_]jax(?:-([\d.]+)-py3-none-any\.whl)?)(?:\[([\w,]+)\])?", package
-        )
+        ours = OUR_PACKAGE.fullmatch(package)
         if ours is None:
             assert package in OTHER_PACKAGES
             continue
@@ -159,3 +160,12 @@ def test_commands_within_a_sentence_exist(page):
         key = re.fullmatch(r"([a-z_]+)\.([a-z_]+)(?:=.*)?", code)
         if key and key[1] in SECTIONS and key[2] not in FILE_ENDINGS:
             assert f"{key[1]}.{key[2]}" in FIELDS, code
+
+
+def test_the_keys_that_may_change_on_resume_are_those_of_the_code():
+    text = (REPOSITORY / "docs" / "training.md").read_text()
+    (listed,) = re.findall(r"resume_keys\.py`\):\n\n((?:- .*\n(?:  .*\n)*)+)", text)
+    sections, *keys = listed.split("\n- ")
+    named = set(re.findall(r"`(\w+)`", sections))
+    assert {f"{section}." for section in named} == set(resume_keys.FREE_SECTIONS)
+    assert set(re.findall(r"`([\w.]+)`", "\n".join(keys))) == resume_keys.FREE_KEYS
