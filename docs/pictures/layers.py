@@ -24,8 +24,8 @@ MEANING = {
     "model": "placements, the formula, norms, attention, decoder, loss",
     "kernels": "who computes attention and experts",
     "mesh": "axes, sharding rules, processes",
-    "fields": "keys that check themselves",
-    "files": "files written whole or not at all",
+    "config_fields": "keys that check themselves",
+    "whole_files": "files written whole or not at all",
     "errors": "errors that a user can mend",
 }
 WIDTH, ROW, GAP, MARGIN = 520, 44, 8, 8

@@ -13,8 +13,9 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("configs", "docs", "launch", "benchmarks", "tests"):
         (tmp_path / folder).symlink_to(REPOSITORY / folder)
-    (tmp_path / "OUT_DIR").mkdir()  # as `hybridnorm convert` leaves it
-    (tmp_path / "OUT_DIR" / "config.yaml").symlink_to(REPOSITORY / "configs" / "quickstart.yaml")
+    for run in ("OUT_DIR", "runs/quickstart"):  # as `hybridnorm convert` and `hybridnorm train` leave them
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / "config.yaml").symlink_to(REPOSITORY / "configs" / "quickstart.yaml")
 
     def write_files(page):
         for block in blocks(page):
