@@ -1,5 +1,6 @@
 """Eight simulated devices for every test, and small shapes that compile once."""
 
+import gc
 import os
 from importlib import metadata
 from pathlib import Path
@@ -18,12 +19,20 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Shared by all workers and by the programs that tests start. JAX by default keeps only what took a second to compile.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Lines of Python in the programs' locations are a tenth of the time it takes to lower them, and no test reads them.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+# The programs that tests start would otherwise compile this package's source anew each time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import jax
 import numpy as np
 import pytest
 
 import hybridnorm_jax as hn
+
+# Tracing makes millions of objects, which Python would look through over and over: a sixth of the suite's time. They are
+# collected after each file instead.
+gc.disable()
 
 SMALL = {"d_model": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 48, "vocab_size": 61}
 
@@ -33,6 +42,7 @@ def _forget_what_is_compiled():
     """The programs of one file are of no use to the next one, and all of them are gigabytes."""
     yield
     jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
