@@ -30,8 +30,8 @@ import pytest
 
 import hybridnorm_jax as hn
 
-# Tracing makes millions of objects, which Python would look through over and over: a sixth of the suite's time. They are
-# collected after each file instead.
+# Tracing makes millions of objects, and Python would look through them over and over: a sixth of the suite's time.
+# They are collected after each file instead.
 gc.disable()
 
 SMALL = {"d_model": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 48, "vocab_size": 61}
