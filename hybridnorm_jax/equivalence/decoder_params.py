@@ -3,19 +3,13 @@
 from typing import Any
 
 import chex
-import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict
 
 from hybridnorm_jax.equivalence.layout import LayoutError
+from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.decoder import Decoder
-
-
-def abstract_params(config: ModelConfig) -> dict[str, Any]:
-    """Shapes and dtypes of the parameters of Decoder(config)."""
-    return jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def check_decoder_params(config: ModelConfig, params: Any) -> None:

@@ -11,13 +11,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.placement import runs
 
 Shape = tuple[int, ...]
@@ -219,13 +218,9 @@ class TensorTable:
 
 def leaf_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Shapes of the parameters of `Decoder(config)` by path, "/" between the keys."""
-    # Nothing of this matters for shapes. But float64 would warn without jax_enable_x64, and "auto" would start the
-    # accelerator, which reading a file must not.
-    config = dataclasses.replace(
-        config, param_dtype="float32", dtype="float32", attention="xla", expert_dispatch="dense", remat="none"
-    )
-    tree = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), np.zeros((1, 1), np.int32)))
-    return {path: leaf.shape for path, leaf in flatten_dict(tree["params"], sep="/").items()}
+    # Dtypes do not matter for shapes, but float64 would warn without jax_enable_x64.
+    params = abstract_params(dataclasses.replace(config, param_dtype="float32", dtype="float32"))
+    return {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
 
 
 def _dense(name: str, *leaves: str, kernel: Layout = LINEAR, bias: Layout = VECTOR) -> tuple[Tensor, ...]:

@@ -17,8 +17,8 @@ from hybridnorm_jax.config.yaml_files import from_yaml, to_yaml
 from hybridnorm_jax.errors import ConfigError, MissingExtraError, UserError
 from hybridnorm_jax.mesh.sharding_rules import MESH_AXES, resolve_rules
 from hybridnorm_jax.mesh.shardings import tree_shardings
+from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
-from hybridnorm_jax.training.state import init_params
 from hybridnorm_jax.whole_files import write_whole
 
 TOKENIZER = "tokenizer.json"
@@ -83,7 +83,7 @@ def load_run(
     with Checkpoints(directory, keep=1) as checkpoints:
         step = checkpoints.usable(allow_fallback=allow_fallback) if step is None else step
         config = from_yaml(checkpoints.read_config(step))
-        shapes = jax.eval_shape(lambda key: init_params(config.model, key), jax.random.key(0))
+        shapes = abstract_params(config.model)
         places = _places(shapes, config, mesh, shardings)
         return config, checkpoints.restore_params(jax.tree.map(_abstract, shapes, places), step)
 

@@ -1,0 +1,36 @@
+"""The parameters that a model will have, without any of their numbers."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.decoder import Decoder
+from hybridnorm_jax.model.schemes import Scheme
+
+
+def abstract_params(config: ModelConfig) -> dict[str, Any]:
+    """Shapes and dtypes of the parameters of Decoder(config): its tree, with a jax.ShapeDtypeStruct for each array.
+
+    Nothing is computed and no device is started. Without jax_enable_x64 float64 parameters are float32 here, as JAX
+    makes them.
+    """
+    # What computes the model does not matter for shapes, and "auto" would ask which devices there are.
+    plain = dataclasses.replace(config, attention="xla", expert_dispatch="dense", remat="none")
+    shapes = _traced(plain, plain.scheme_rule, jax.config.read("jax_enable_x64"))
+    return jax.tree.map(lambda leaf: leaf, shapes)  # dicts of the caller's own
+
+
+@functools.lru_cache(maxsize=128)
+def _traced(config: ModelConfig, scheme: Scheme, x64: bool) -> dict[str, Any]:
+    """Flax traces a forward pass for the shapes, which takes a tenth of a second; conversions ask again and again.
+
+    Args:
+      scheme, x64: what the result depends on besides the configuration, which only names its scheme.
+    """
+    variables = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    params: dict[str, Any] = variables["params"]
+    return params
