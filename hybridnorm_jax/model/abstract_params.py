@@ -31,6 +31,7 @@ def _traced(config: ModelConfig, scheme: Scheme, x64: bool) -> dict[str, Any]:
     Args:
       scheme, x64: what the result depends on besides the configuration, which only names its scheme.
     """
-    variables = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    # Key and tokens are made inside, where they are traced: outside, making them would start a device.
+    variables = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
     params: dict[str, Any] = variables["params"]
     return params
