@@ -1,32 +1,178 @@
-"""Modules and files that run.plugins names, imported before anything else is read of a configuration."""
+"""Modules and files that run.plugins names: code of the user's own, imported before a configuration is read.
 
+A plugin is imported only when this very start names it: on the command line, in a configuration file of the user's own
+that the command line names, or in an argument of a Python function. A configuration that was saved with a run may come
+from a stranger, and never imports anything. Which files are meant is compared by a digest of their sources.
+"""
+
+import dataclasses
 import hashlib
 import importlib
-import importlib.util
+import importlib.machinery
+import os
 import sys
+import types
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from hybridnorm_jax.errors import ConfigError
 
+KEY = "run.plugins"
+# The sources of a larger plugin, such as a whole package, are compared but not kept.
+MOST_KEPT_BYTES = 1 << 20
 
-def import_plugin(plugin: str) -> None:
-    """Import a module by name, or a .py file once per process."""
+
+@dataclasses.dataclass(frozen=True)
+class Plugin:
+    """A plugin as it was imported.
+
+    Attributes:
+      name: as run.plugins names it.
+      digest: SHA-256 (hexadecimal) of its sources; of a package, of all Python files in its directory.
+      sources: file name -> text; empty where they are larger than MOST_KEPT_BYTES, or are no text.
+    """
+
+    name: str
+    digest: str
+    sources: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)
+
+
+# What this process has imported: the resolved path of a file, or the name of a module -> plugin.
+_imported: dict[str, Plugin] = {}
+
+
+def import_plugins(names: Iterable[str]) -> None:
+    """Import what this start names; each once per process.
+
+    Raises:
+      ConfigError: one cannot be imported, or its file is no longer the one that this process imported.
+    """
+    for name in names:
+        before = _imported.get(_place(name))
+        if before is None:
+            _imported[_place(name)] = _import(name)
+        elif _describe(name).digest != before.digest:
+            raise ConfigError(f"{KEY}: {name} has changed since this process imported it; start again")
+
+
+def check_started_with_plugins(names: Sequence[str], origin: str) -> None:
+    """Raise ConfigError where a saved configuration names plugins and this start names none."""
+    if names and not _imported:
+        asked = ", ".join(names)
+        raise ConfigError(
+            f"{origin}: {KEY}=[{asked}]: a saved configuration runs no code; if you trust these files, "
+            f"name them yourself: {KEY}=[{asked}]"
+        )
+
+
+def plugins_of(names: Iterable[str]) -> tuple[Plugin, ...]:
+    """The plugins of these names, as this process imported them or, where it did not, as they are now.
+
+    Raises:
+      ConfigError: one cannot be read.
+    """
+    return tuple(
+        dataclasses.replace(_imported[_place(name)], name=name) if _place(name) in _imported else _describe(name)
+        for name in names
+    )
+
+
+def imported() -> tuple[Plugin, ...]:
+    """All plugins that this process has imported."""
+    return tuple(_imported.values())
+
+
+def to_json(plugins: Iterable[Plugin]) -> list[dict[str, Any]]:
+    """Plugins as JSON has them, for a checkpoint."""
+    return [dataclasses.asdict(plugin) for plugin in plugins]
+
+
+def missing_plugin(saved: Sequence[dict[str, Any]], now: Iterable[Plugin]) -> str | None:
+    """The name of the first saved plugin (as `to_json` wrote it) whose source is not among those of `now`, or None."""
+    digests = {plugin.digest for plugin in now}
+    return next((plugin["name"] for plugin in saved if plugin["digest"] not in digests), None)
+
+
+def _place(name: str) -> str:
+    """What tells plugins apart in one process: a file by its path, a module by its name."""
+    return str(Path(name).expanduser().resolve()) if name.endswith(".py") else name
+
+
+def _import(name: str) -> Plugin:
     try:
-        if not plugin.endswith(".py"):
-            importlib.import_module(plugin)
-            return
-        path = Path(plugin).expanduser().resolve()
-        # A name that follows from the path: a second import must not run the file, which would register again.
-        name = f"hybridnorm_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
-        if name not in sys.modules:
-            spec = importlib.util.spec_from_file_location(name, path)
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[name] = module
-            try:
-                spec.loader.exec_module(module)
-            except BaseException:
-                del sys.modules[name]
-                raise
+        if not name.endswith(".py"):
+            importlib.import_module(name)
+            return _describe(name)
+        path = Path(_place(name))
+        source = path.read_bytes()
+        # A name that follows from the path, so that what is pickled or registered by module has one.
+        module_name = f"hybridnorm_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+        module = types.ModuleType(module_name)
+        module.__file__ = str(path)
+        sys.modules[module_name] = module
+        try:
+            # The bytes that were read, not Python's cache of compiled code: the digest is that of what runs.
+            exec(compile(source, str(path), "exec"), module.__dict__)
+        except BaseException:
+            del sys.modules[module_name]
+            raise
+        return _plugin(name, {path.name: source})
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
-        raise ConfigError(f"run.plugins: {plugin} cannot be imported: {type(error).__name__}: {reason}") from error
+        raise ConfigError(f"{KEY}: {name} cannot be imported: {type(error).__name__}: {reason}") from error
+
+
+def _describe(name: str) -> Plugin:
+    """The plugin as its files are now, without importing it."""
+    try:
+        return _plugin(name, {relative: file.read_bytes() for relative, file in _files(name).items()})
+    except (OSError, ImportError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConfigError(f"{KEY}: {name} cannot be read: {type(error).__name__}: {reason}") from error
+
+
+def _files(name: str) -> dict[str, Path]:
+    """The files of a plugin by name; a package's by their paths in it. None of a module that is part of Python."""
+    if name.endswith(".py"):
+        path = Path(_place(name))
+        return {path.name: path}
+    spec = _find_spec(name)
+    if spec.submodule_search_locations:
+        found = {}
+        for folder in map(Path, spec.submodule_search_locations):
+            found |= {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*.py"))}
+        return found
+    return {Path(spec.origin).name: Path(spec.origin)} if spec.has_location and spec.origin else {}
+
+
+def _find_spec(name: str) -> importlib.machinery.ModuleSpec:
+    """As importlib.util.find_spec, which would import the packages that a module is in."""
+    if name in sys.builtin_module_names:
+        return importlib.machinery.BuiltinImporter.find_spec(name)
+    folders, found = None, ""
+    for part in name.split("."):
+        found = f"{found}.{part}" if found else part
+        spec = importlib.machinery.PathFinder.find_spec(found, folders)
+        if spec is None:
+            raise ImportError(f"no module named {found}")
+        folders = spec.submodule_search_locations
+    return spec
+
+
+def _plugin(name: str, contents: dict[str, bytes]) -> Plugin:
+    digest = hashlib.sha256()
+    for relative in sorted(contents):
+        # Of a single file the name does not count: a copy of it elsewhere is the same plugin.
+        heading = f"{os.fspath(relative)}\0" if len(contents) > 1 else ""
+        digest.update(f"{heading}{len(contents[relative])}\0".encode() + contents[relative])
+    return Plugin(name, digest.hexdigest(), _texts(contents))
+
+
+def _texts(contents: dict[str, bytes]) -> dict[str, str]:
+    if sum(map(len, contents.values())) > MOST_KEPT_BYTES:
+        return {}
+    try:
+        return {name: content.decode() for name, content in contents.items()}
+    except UnicodeDecodeError:
+        return {}

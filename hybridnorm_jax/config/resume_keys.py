@@ -1,9 +1,10 @@
 """Which keys may change when a run is resumed, and in which others two configurations differ."""
 
 import dataclasses
+import math
 
 from hybridnorm_jax.config.key_lookup import flatten
-from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.config.run_config import OptimizerSection, RunConfig
 
 # Keys that may change between two stretches of one run: they decide where it runs and what is reported, not
 # which parameters it arrives at.
@@ -11,7 +12,6 @@ FREE_KEYS = {
     "data.cache_dir",
     "data.read_threads",
     "data.validation",
-    "init_from",
     "model.attention",
     "model.expert_dispatch",
     "model.remat",
@@ -29,11 +29,22 @@ FREE_KEYS = {
     "train.watch_sequences",
 }
 FREE_SECTIONS = ("run.", "mesh.", "checkpoint.", "eval.", "distributed.")
+# Keys of the model under which parameters mean the same: how they were drawn, and how the function is computed.
+SAME_MEANING = {
+    "model.dropout",
+    "model.dtype",
+    "model.init_std",
+    "model.initializer",
+    "model.param_dtype",
+}
+STEPS = "train.steps"
 
 
 def decides_trajectory(path: str) -> bool:
-    """Whether another value of this dotted key trains to other parameters."""
-    return path not in FREE_KEYS and not path.startswith(FREE_SECTIONS)
+    """Whether another value of this dotted key, or of this entry of a map, trains to other parameters."""
+    parts = path.split(".")
+    keys = {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
+    return not keys & FREE_KEYS and not path.startswith(FREE_SECTIONS)
 
 
 def differences(saved: RunConfig, asked: RunConfig) -> list[str]:
@@ -41,9 +52,71 @@ def differences(saved: RunConfig, asked: RunConfig) -> list[str]:
 
     Keys that may change when a run is resumed (where it runs, what it reports and saves) are left out.
     """
-    pairs = zip(flatten(dataclasses.asdict(saved)), flatten(dataclasses.asdict(asked)), strict=True)
+    return [line for path, line in _differing(saved, asked).items() if decides_trajectory(path)]
+
+
+def parameter_differences(saved: RunConfig, asked: RunConfig) -> list[str]:
+    """The keys that give parameters another meaning, or another shape, as `differences` writes them."""
     return [
-        f"{path}: saved {before!r}, asked {after!r}"
-        for (path, before), (_, after) in pairs
-        if before != after and decides_trajectory(path)
+        line
+        for path, line in _differing(saved, asked).items()
+        if path.startswith("model.") and decides_trajectory(path) and path not in SAME_MEANING
     ]
+
+
+def resume_differences(saved: RunConfig, asked: RunConfig, step: int) -> list[str]:
+    """`differences`, but train.steps may be another where no step of the first `step` had another learning rate."""
+    differing = {path: line for path, line in _differing(saved, asked).items() if decides_trajectory(path)}
+    if STEPS in differing:
+        obstacle = _obstacle_of_steps(saved, asked, step)
+        differing[STEPS] = "" if obstacle is None else f"{differing[STEPS]}, but {obstacle}"
+    return [line for line in differing.values() if line]
+
+
+def last_step_at_any_length(config: OptimizerSection, steps: int, tokens_per_step: int) -> float:
+    """The last update whose learning rate does not depend on the number of steps in all; infinity: none does."""
+    warmup = warmup_steps(config, tokens_per_step)
+    if config.schedule == "constant":
+        return math.inf
+    if config.schedule == "wsd":
+        return max(warmup, steps - wsd_decay_steps(config, steps, warmup))
+    return warmup
+
+
+def warmup_steps(config: OptimizerSection, tokens_per_step: int) -> int:
+    """Updates of linear warm-up."""
+    tokens = config.warmup_tokens
+    return config.warmup_steps if tokens is None else math.ceil(tokens / tokens_per_step)
+
+
+def wsd_decay_steps(config: OptimizerSection, steps: int, warmup: int) -> int:
+    """Updates of the decay at the end of the schedule `wsd`."""
+    return min(max(1, steps - warmup), max(1, round(steps * config.wsd_decay_fraction)))
+
+
+def _differing(saved: RunConfig, asked: RunConfig) -> dict[str, str]:
+    """Every key with another value -> what is said of it."""
+    pairs = zip(flatten(dataclasses.asdict(saved)), flatten(dataclasses.asdict(asked)), strict=True)
+    return {
+        path: f"{path}: saved {before!r}, asked {after!r}" for (path, before), (_, after) in pairs if before != after
+    }
+
+
+def _obstacle_of_steps(saved: RunConfig, asked: RunConfig, step: int) -> str | None:
+    """Why a run that has made `step` steps cannot have another number of steps in all, or None."""
+    if asked.train.steps < step:
+        return f"{step} steps are made already"
+    last = min(
+        last_step_at_any_length(config.optimizer, config.train.steps, config.tokens_per_step)
+        for config in (saved, asked)
+    )
+    if step <= last:
+        return None
+    schedule = saved.optimizer.schedule
+    wsd = "wsd before its decay"
+    if schedule == "wsd":
+        wsd += f", that is up to step {last}"
+    return (
+        f"optimizer.schedule={schedule} has set the learning rates of the {step} steps made by it; "
+        f"only optimizer.schedule=constant, and {wsd}, can be trained longer"
+    )

@@ -18,7 +18,7 @@ class RunSection:
     """Where a run lives and what is loaded before it."""
 
     name: str = key(
-        "auto", "the run's files go to run.dir/run.name; auto: named after the last configuration and the overrides"
+        "auto", "the run's files go to run.dir/run.name; auto: named after the configurations and overrides that matter"
     )
     dir: str = key("runs", "directory of all runs; may be gs://")
     plugins: tuple[str, ...] = key((), "Python files or modules imported first, such as one that adds a scheme")
@@ -229,9 +229,14 @@ class RunConfig:
     checkpoint: CheckpointSection = dataclasses.field(default_factory=CheckpointSection)
     eval: EvalSection = dataclasses.field(default_factory=EvalSection)
     distributed: DistributedSection = dataclasses.field(default_factory=DistributedSection)
-    init_from: str | None = key(None, "directory of a run, or of one checkpoint, whose parameters to start from")
+    init_from: str | None = key(None, "run whose parameters to start from: RUN, RUN@STEP or RUN/checkpoints/STEP")
+    init_optimizer: bool = key(
+        False, "init_from: take also the optimizer state, the step and the position in the data, as a branch of that run"
+    )
 
     def __post_init__(self) -> None:
+        needs = not self.init_optimizer or self.init_from is not None
+        check(needs, "init_optimizer", "true", "needs init_from=RUN@STEP, the checkpoint to branch from")
         wide = self.model.param_dtype in ("float32", "float64")
         check(wide, "model.param_dtype", self.model.param_dtype, "training needs float32 or float64 parameters")
         limit = self.model.max_positions

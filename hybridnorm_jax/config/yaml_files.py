@@ -17,9 +17,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hybridnorm_jax.config.key_lookup import FIELDS, SECTIONS, flatten, nearest_key
 from hybridnorm_jax.config.key_values import show, typed
-from hybridnorm_jax.config.plugins import import_plugin
+from hybridnorm_jax.config.plugins import check_started_with_plugins, import_plugins
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import ConfigError, did_you_mean
+
+PLUGINS = "run.plugins"
+# What a configuration may hold once its YAML aliases are written out; each of nine short lines of them can multiply it.
+MOST_VALUES = 10_000
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -28,15 +32,22 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def from_yaml(text: str, overrides: Sequence[str] = (), *, origin: str = "saved configuration") -> RunConfig:
-    """The configuration that to_yaml wrote, with `key=value` overrides; its plugins are imported.
+    """The configuration that to_yaml wrote, with `key=value` overrides.
+
+    The plugins that the overrides name are imported; those that the text names never are.
 
     Args:
       origin: the file it came from, for errors.
 
     Raises:
-      ConfigError: as `parse`.
+      ConfigError: as `parse`; or the text names plugins, and this process was started without any.
     """
-    return build(gather([(origin, text)], overrides))
+    asked = gather([], [override for override in overrides if override.startswith(PLUGINS)])
+    import_plugins(asked.get(PLUGINS, ()))
+    settings = gather([(origin, text)], overrides)
+    if PLUGINS not in asked:
+        check_started_with_plugins(settings.get(PLUGINS, ()), origin)
+    return build(settings)
 
 
 def read_file(path: str | Path) -> str:
@@ -82,9 +93,7 @@ def take(section: type, arguments: Sequence[str]) -> tuple[Any, list[str]]:
 
 
 def build(settings: dict[str, Any]) -> RunConfig:
-    """Import the plugins, which may register what other keys name, then make the checked dataclasses."""
-    for plugin in settings.get("run.plugins", ()):
-        import_plugin(plugin)
+    """The checked dataclasses. Plugins, which may register what keys name, must have been imported."""
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     top: dict[str, Any] = {}
     for path, value in settings.items():
@@ -96,6 +105,7 @@ def build(settings: dict[str, Any]) -> RunConfig:
 def _tree(origin: str, read: Callable, source: Any) -> dict:
     """`read(source)` as plain dicts, with OmegaConf's and YAML's errors as one line."""
     try:
+        _check_size(source.getvalue() if read is OmegaConf.load else source[0].partition("=")[2])
         tree = read(source)
         # Unresolved: interpolations can read the environment, and a run is to follow from its file alone.
         plain = OmegaConf.to_container(tree, resolve=False)
@@ -104,9 +114,32 @@ def _tree(origin: str, read: Callable, source: Any) -> dict:
         raise ConfigError(f"{origin}{line}: not valid YAML: {error.problem}") from error
     except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
         raise ConfigError(f"{origin}: cannot be read: {str(error).splitlines()[0]}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{origin}: cannot be read: nested too deeply") from error
     if not isinstance(plain, dict):
         raise ConfigError(f"{origin}: must hold keys and values, such as `train: {{steps: 20}}`")
     return plain
+
+
+def _check_size(text: str) -> None:
+    """Raise YAMLError where YAML aliases make too much of a short text, or refer to what they are in."""
+    if "*" not in text:
+        return
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) in sizes:
+            return sizes[id(node)]
+        sizes[id(node)] = MOST_VALUES + 1  # until it is known: of one that holds itself
+        children = node.value if isinstance(node, yaml.CollectionNode) else ()
+        pairs = isinstance(node, yaml.MappingNode)
+        parts = (part for child in children for part in (child if pairs else (child,)))
+        sizes[id(node)] = 1 + sum(map(size, parts))
+        return sizes[id(node)]
+
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    if node is not None and size(node) > MOST_VALUES:
+        raise yaml.YAMLError(f"more than {MOST_VALUES:,} values, with YAML aliases written out")
 
 
 def _put(settings: dict[str, Any], path: str, value: Any, where: str, written: str | None = None) -> None:

@@ -1,11 +1,11 @@
 """AdamW as the papers train with it, and its learning-rate schedules."""
 
-import math
 from typing import Any
 
 import jax
 import optax
 
+from hybridnorm_jax.config.resume_keys import warmup_steps, wsd_decay_steps
 from hybridnorm_jax.config.run_config import OptimizerSection
 
 
@@ -20,9 +20,7 @@ def learning_rate_schedule(config: OptimizerSection, steps: int, tokens_per_step
     The first update already has peak / warmup: a rate of zero would waste it.
     """
     peak, final = config.learning_rate, config.learning_rate * config.final_ratio
-    warmup = config.warmup_steps
-    if config.warmup_tokens is not None:
-        warmup = math.ceil(config.warmup_tokens / tokens_per_step)
+    warmup = warmup_steps(config, tokens_per_step)
     after = max(1, steps - warmup)
     match config.schedule:
         case "cosine":
@@ -30,7 +28,7 @@ def learning_rate_schedule(config: OptimizerSection, steps: int, tokens_per_step
         case "linear":
             decay = optax.linear_schedule(peak, final, after)
         case "wsd":
-            length = min(after, max(1, round(steps * config.wsd_decay_fraction)))
+            length = wsd_decay_steps(config, steps, warmup)
             decay = optax.linear_schedule(peak, final, length, transition_begin=after - length)
         case "constant":
             decay = optax.constant_schedule(peak)
