@@ -5,7 +5,8 @@ configuration are Orbax's custom metadata. Orbax marks what it has committed wit
 manifest of digests (manifest.py), and only with all of its parts is the step complete. A save that is running, or was
 killed, lacks one of them, and is 000500.orbax-checkpoint-tmp on a file system until it is committed. The metadata
 promise the manifest, so that a step of a version that wrote none, which is used with a warning, is told from a killed
-save. A damaged step that was passed over is kept as 000500.damaged.
+save. What is damaged, or is in the way of a save and is no leftover of one, is kept as 000500.damaged, which nothing
+deletes or reads. Other names in the directory are nobody's business here.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ METADATA = "_CHECKPOINT_METADATA"
 # The key in Orbax's custom metadata that promises a manifest; its value is the number of parts.
 PARTS = "manifest_parts"
 STEP_NAME = re.compile(r"(\d{6,})(\.orbax-checkpoint-tmp)?")
+AT_STEP = re.compile(r"(.+)@(\d+)/?")
 
 
 class CheckpointError(UserError):
@@ -47,6 +49,14 @@ class _Saved(NamedTuple):
     step: int
     leaves: Any
     custom: dict[str, Any]
+
+
+class Glance(NamedTuple):
+    """What a step says of its run: its number, the configuration as YAML, and the plugins (None: it does not say)."""
+
+    step: int
+    config_yaml: str
+    plugins: list[dict[str, Any]] | None
 
 
 class Checkpoints:
@@ -93,7 +103,7 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def usable(self, *, allow_fallback: bool = False) -> int | None:
-        """The newest complete step, its files compared with its manifest; None if there is no complete step.
+        """The newest step, its files compared with its manifest; None if there is no step.
 
         Args:
           allow_fallback: go on to the step before where one is damaged, and print a line for each that is passed over.
@@ -103,9 +113,11 @@ class Checkpoints:
           CheckpointError: the newest is damaged; with allow_fallback, all are.
         """
         self.wait()
-        steps = self.steps()
-        for path in self._leftovers():
+        incomplete = self._incomplete()
+        lost = [step for step, path in incomplete.items() if manifest.has_lost_parts(path)]
+        for path in self._leftovers() + [path for step, path in incomplete.items() if step not in lost]:
             say(f"{path}: a save that is running, or was killed; not used", file=sys.stderr)
+        steps = sorted([*self.steps(), *lost])
         for step in reversed(steps):
             damage = self._find_damage(step)
             if damage is None:
@@ -120,8 +132,27 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory}: all of its checkpoints are damaged ({steps}); {right}")
         return None
 
-    def save(self, step: int, state: Any, *, data_state: dict, config_yaml: str, wait: bool = False) -> None:
+    def newest_good(self, *, before: int) -> int | None:
+        """The newest step below `before` whose files are as its manifest says, or None; damaged ones are passed over.
+
+        With several processes all of them call it.
+        """
+        return next((step for step in reversed(self.steps()) if step < before and not self._find_damage(step)), None)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        data_state: dict,
+        config_yaml: str,
+        plugins: Sequence[dict[str, Any]] = (),
+        skipped_in_a_row: int = 0,
+        wait: bool = False,
+    ) -> None:
         """Save asynchronously, then delete all but the `keep` newest steps; nothing if `step` is complete already.
+
+        While steps are skipped, the newest step that was saved before the last one that was made is kept besides.
 
         The arrays may be donated as soon as this returns. A save still running is waited for first, so none is dropped.
 
@@ -129,6 +160,8 @@ class Checkpoints:
           state: pytree of jax.Array; with several processes none of them on one device only.
           data_state: JSON, the same in every process.
           config_yaml: the resolved configuration.
+          plugins: the run's plugins with their sources, as config.plugins.to_json gives them.
+          skipped_in_a_row: how many of the newest steps, up to this one, were skipped.
           wait: return only when the checkpoint is complete.
 
         Raises:
@@ -138,14 +171,20 @@ class Checkpoints:
         try:
             self.wait()
             if step not in self.steps():
-                metadata = {"data_state": data_state, "config_yaml": config_yaml, PARTS: jax.process_count()}
+                metadata = {
+                    "data_state": data_state,
+                    "config_yaml": config_yaml,
+                    "plugins": list(plugins),
+                    PARTS: jax.process_count(),
+                }
+                last_made = step - skipped_in_a_row
                 with contextlib.ExitStack() as quiet, self._saving(step):
                     quiet.enter_context(quiet_orbax())
                     self._set_damaged_aside()
                     self._delete_leftovers()
                     path = self._path(step)
                     pending = ocp.save_checkpointables_async(path, {STATE: state}, custom_metadata=metadata)
-                    self._running = self._thread.submit(self._finish, step, pending, quiet.pop_all())
+                    self._running = self._thread.submit(self._finish, step, last_made, pending, quiet.pop_all())
             if wait:
                 self.wait()
         finally:
@@ -204,29 +243,54 @@ class Checkpoints:
         """The configuration that was saved with `step`, as YAML; None: with the newest. Verified as `restore` does."""
         return self._saved(step).custom["config_yaml"]
 
+    def read_plugins(self, step: int | None = None) -> list[dict[str, Any]] | None:
+        """The plugins that were saved with `step`, as `save` was given them; None: by a version that kept none."""
+        return self._saved(step).custom.get("plugins")
+
+    def glance(self) -> Glance | None:
+        """What the newest step says of its run, without reading its arrays; None where no step does.
+
+        Its metadata alone are compared with the manifest; a step whose metadata are damaged is passed over.
+        """
+        for step in reversed(self.steps()):
+            line = manifest.find_damage_of(self._path(step), METADATA)
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                custom = json.loads((self._path(step) / METADATA).read_bytes())["custom_metadata"]
+                if line is None:
+                    return Glance(step, custom["config_yaml"], custom.get("plugins"))
+        return None
+
     def _path(self, step: int) -> epath.Path:
         return self.directory / f"{step:06d}"
 
-    def _finish(self, step: int, pending: Any, quiet: contextlib.ExitStack) -> None:
+    def _finish(self, step: int, last_made: int, pending: Any, quiet: contextlib.ExitStack) -> None:
         """In the background: complete a save, then delete what is too old."""
+        path, index = self._path(step), jax.process_index()
         with quiet, self._saving(step):
             pending.result()  # after Orbax's barrier, so that all processes see one and the same list of files
-            manifest.write_part(self._path(step), index=jax.process_index(), count=jax.process_count())
+            manifest.write_part(path, index=index, count=jax.process_count())
             # Otherwise this process might take for a leftover what another one has yet to finish.
-            manifest.wait_for_parts(self._path(step), count=jax.process_count())
-            if jax.process_index() == 0:
-                for old in self.steps()[: -self._keep]:
-                    _delete(self._path(old))
+            manifest.wait_for_parts(path, count=jax.process_count())
+            manifest.finish(path, index=index)
+            if index == 0:
+                self._rotate(step, last_made)
+
+    def _rotate(self, step: int, last_made: int) -> None:
+        """Delete all but the newest steps, and the one to go back to while steps fail."""
+        steps = self.steps()
+        # The parameters of the steps from `last_made` on are those that steps fail with.
+        good = max((old for old in steps if old < last_made), default=None) if last_made < step else None
+        for old in steps[: -self._keep]:
+            if old != good:
+                _delete(self._path(old))
 
     def _set_damaged_aside(self) -> None:
-        """Make room for steps that were passed over to be saved again."""
-        for step in sorted(self._damaged):
-            path, number = self._path(step), 1
-            if jax.process_index() == 0 and path.exists():
-                while (target := self.directory / f"{path.name}.damaged{'' if number == 1 else f'-{number}'}").exists():
-                    number += 1
-                path.rename(target)
+        """Make room for steps that were passed over, or are in the way and no leftovers, to be saved again."""
+        in_the_way = self._damaged | set(self._incomplete())
         self._damaged.clear()
+        if jax.process_index() == 0:
+            for step in sorted(in_the_way):
+                _set_aside(self._path(step))
 
     def _delete_leftovers(self) -> None:
         """Remove what killed saves and deletions left. Never while reading: a save that is running looks the same."""
@@ -234,16 +298,28 @@ class Checkpoints:
             for path in self._leftovers():
                 _delete(path)
 
+    def _incomplete(self) -> dict[int, epath.Path]:
+        """What has the name of a step, is no complete one, and is no leftover of a save: step -> path."""
+        return {
+            int(path.name): path
+            for path in self._of_steps()
+            if path.name.isdecimal() and _complete_step(path) is None and not _is_leftover(path)
+        }
+
     def _leftovers(self) -> list[epath.Path]:
+        return [path for path in self._of_steps() if _complete_step(path) is None and _is_leftover(path)]
+
+    def _of_steps(self) -> list[epath.Path]:
+        """Everything that has the name of a step, or of a save of one, in order."""
         found = self.directory.iterdir() if self.directory.exists() else ()
-        return sorted(path for path in found if STEP_NAME.fullmatch(path.name) and _complete_step(path) is None)
+        return sorted(path for path in found if _named_step(path) is not None)
 
     @contextlib.contextmanager
     def _saving(self, step: int) -> Iterator[None]:
         """Turn what goes wrong while `step` is written into one line."""
         try:
             yield
-        except (OSError, ValueError) as error:  # TensorStore's errors are ValueErrors, whatever the cause
+        except (OSError, ValueError, RuntimeError) as error:  # TensorStore's errors are ValueErrors, whatever the cause
             reason = "no space left on device" if _is_no_space(error) else _reason(error)
             complete = ", ".join(map(str, self.steps())) or "none"
             with contextlib.suppress(OSError):  # Orbax's other threads may still write there
@@ -279,10 +355,10 @@ class Checkpoints:
         path = self._path(step)
         if step in self._verified:
             return None
-        if manifest.is_complete(path):
+        if manifest.is_complete(path) or manifest.has_lost_parts(path):
             line = manifest.find_damage(path, index=jax.process_index(), count=jax.process_count())
         else:
-            line = None
+            line = manifest.leading_out(path)
             say(
                 f"{path}: saved by a version that wrote no digests; used without knowing whether it is damaged",
                 file=sys.stderr,
@@ -307,7 +383,7 @@ class Checkpoints:
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:  # by kind of damage: KeyError, JSONDecodeError, ValueError, a bare Exception, ...
-            remedy = "if it is damaged, delete this directory to use the checkpoint before it"
+            remedy = "if it is damaged, move this directory away to use the checkpoint before it"
             raise CheckpointError(f"{self._path(step)}: cannot be read ({_reason(error)}); {remedy}") from error
 
     def _check_same_leaves(self, step: int, saved: Any, expected: Any) -> None:
@@ -323,9 +399,18 @@ class Checkpoints:
 def find_checkpoint(path: epath.PathLike) -> tuple[epath.Path, int | None]:
     """(directory for `Checkpoints`, step) of a run's directory, its checkpoints directory, or one step's directory.
 
-    The step is None, the newest, unless one is named. Raises CheckpointError where there is nothing of the kind.
+    RUN@STEP stands for RUN/checkpoints/STEP. The step is None, the newest, unless one is named.
+
+    Raises:
+      CheckpointError: there is nothing of the kind.
     """
+    at_step = AT_STEP.fullmatch(str(path))
     path = _absolute(path)
+    if at_step is not None and not path.exists():
+        directory, newest = find_checkpoint(at_step[1])
+        if newest is not None:
+            raise CheckpointError(f"{path}: {at_step[1]} is one checkpoint already; name it without @{at_step[2]}")
+        return find_checkpoint(directory / f"{int(at_step[2]):06d}")
     if (path / "checkpoints").is_dir():
         return path / "checkpoints", None
     if (step := _complete_step(path)) is not None:
@@ -333,7 +418,8 @@ def find_checkpoint(path: epath.PathLike) -> tuple[epath.Path, int | None]:
     if path.is_dir() and any(_complete_step(child) is not None for child in path.iterdir()):
         return path, None
     problem = "no complete checkpoint there" if path.is_dir() else "no such directory"
-    raise CheckpointError(f"{path}: {problem}; give a run's directory, or one step's such as RUN/checkpoints/000500")
+    right = "give a run's directory, or one step's such as RUN/checkpoints/000500 or RUN@500"
+    raise CheckpointError(f"{path}: {problem}; {right}")
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
@@ -342,23 +428,46 @@ def _absolute(path: epath.PathLike) -> epath.Path:
     return path if path.is_absolute() else path.resolve()
 
 
+def _named_step(path: epath.Path) -> int | None:
+    """The step that a name says, complete or not; None for a name that is no step's, such as 0000500."""
+    match = STEP_NAME.fullmatch(path.name)
+    return int(match[1]) if match is not None and match[1] == f"{int(match[1]):06d}" else None
+
+
 def _complete_step(path: epath.Path) -> int | None:
     """The step whose complete checkpoint this directory is, or None."""
-    match = STEP_NAME.fullmatch(path.name)
-    if match is None or match[2]:
+    step = _named_step(path)
+    if step is None or not path.name.isdecimal():
         return None
     # A manifest is complete only after Orbax has committed: without its mark the step is damaged, and is named so when
     # it is verified. Only a step of a version without manifests may lack one.
     # Orbax's mark is looked for last, since a deletion that is going on takes it before the metadata.
     complete = manifest.is_complete(path) or (not _promises_manifest(path) and (path / COMMITTED).exists())
-    return int(match[1]) if complete else None
+    return step if complete else None
+
+
+def _is_leftover(path: epath.Path) -> bool:
+    """Whether something incomplete is what a killed save or deletion leaves: Orbax had not committed, or had just."""
+    if not path.name.isdecimal() or manifest.is_unfinished(path):
+        return path.is_dir()
+    return path.is_dir() and not (path / COMMITTED).exists() and not manifest.has_lost_parts(path)
 
 
 def _promises_manifest(path: epath.Path) -> bool:
     try:
         return PARTS in json.loads((path / METADATA).read_bytes())["custom_metadata"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # damaged; `_saved` says so to who wants to read it
-        return False
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return False  # damaged; `_saved` says so to who wants to read it
+
+
+def _set_aside(path: epath.Path) -> None:
+    """Rename it to such as 000500.damaged, or 000500.damaged-2."""
+    if not path.exists():
+        return
+    number = 1
+    while (target := path.parent / f"{path.name}.damaged{'' if number == 1 else f'-{number}'}").exists():
+        number += 1
+    path.rename(target)
 
 
 def _delete(path: epath.Path) -> None:

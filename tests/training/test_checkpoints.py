@@ -302,7 +302,7 @@ def test_a_damaged_checkpoint_without_digests_is_named_and_the_one_before_it_is_
     damage(directory / "000002")
     checkpoints = Checkpoints(directory, keep=1)
     with pytest.raises(
-        CheckpointError, match=rf"^{directory}/000002: cannot be read \(.*\); .* delete this dir[^\n]*$"
+        CheckpointError, match=rf"^{directory}/000002: cannot be read \(.*\); .* move this dir[^\n]*$"
     ):
         checkpoints.restore(abstract(state))
     assert_same(checkpoints.restore(abstract(state), step=1)[0], make_state(1))
@@ -353,6 +353,79 @@ def test_a_run_its_checkpoints_and_one_step_are_all_found(saved, monkeypatch):
     monkeypatch.chdir(directory.parent)
     found, step = find_checkpoint("checkpoints/000002")
     assert_same(Checkpoints(found, keep=1).restore_params(abstract(state.params), step), state.params)
+
+
+def test_a_step_is_also_named_after_its_run(saved, monkeypatch):
+    directory, _ = saved
+    run = directory.parent
+    assert find_checkpoint(f"{run}@2") == find_checkpoint(f"{run}@000002") == (directory, 2)
+    monkeypatch.chdir(run.parent)
+    assert find_checkpoint(f"{run.name}@1") == (directory, 1)
+    with pytest.raises(CheckpointError, match=r"000003: no such directory; give .* or RUN@500$"):
+        find_checkpoint(f"{run}@3")
+    with pytest.raises(CheckpointError, match=r"@1: .*000002 is one checkpoint already; name it without @1$"):
+        find_checkpoint(f"{directory}/000002@1")
+    (run.parent / "name@2").mkdir()  # a directory of just this name is what is meant
+    with pytest.raises(CheckpointError, match=r"name@2: no complete checkpoint there"):
+        find_checkpoint("name@2")
+
+
+def test_odd_names_beside_the_checkpoints_are_left_alone(saved):
+    directory, state = saved
+    odd = [".DS_Store", "000007", "0000002", "12", "000002.orig", "latest", "000009.damaged"]
+    for name in odd:
+        (directory / name).write_text("not ours")
+    shutil.copytree(directory / "000002", directory / "0000008")
+    with Checkpoints(directory, keep=2) as checkpoints:
+        assert checkpoints.steps() == [1, 2]
+        assert checkpoints.usable() == 2
+        with pytest.raises(CheckpointError, match="0000008: no complete checkpoint there"):
+            find_checkpoint(directory / "0000008")
+        save(checkpoints, 7, make_state(7), wait=True)
+        assert checkpoints.steps() == [2, 7]
+        assert_same(checkpoints.restore(abstract(state))[0], make_state(7))
+    left = {path.name for path in directory.iterdir()}
+    assert left == {*odd, "0000008", "000002", "000007.damaged"}
+    assert (directory / "000007.damaged").read_text() == "not ours"  # it was in the way
+
+
+def test_while_steps_are_skipped_the_checkpoint_before_them_is_kept(tmp_path):
+    def save_after(checkpoints, step, skipped):
+        checkpoints.save(
+            step, make_state(step), data_state={}, config_yaml="", skipped_in_a_row=skipped, wait=True
+        )
+        return checkpoints.steps()
+
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2):
+            save_after(checkpoints, step, 0)
+        assert save_after(checkpoints, 3, 0) == [2, 3]
+        # Step 3 was the last that was made: its parameters, and those of 4 to 6, are the ones that fail.
+        assert save_after(checkpoints, 4, 1) == [2, 3, 4]
+        assert save_after(checkpoints, 5, 2) == [2, 4, 5]
+        assert save_after(checkpoints, 6, 3) == [2, 5, 6]
+        assert checkpoints.newest_good(before=3) == 2
+        assert checkpoints.newest_good(before=2) is None
+        assert save_after(checkpoints, 7, 0) == [6, 7]
+
+
+def test_a_good_checkpoint_is_one_whose_files_are_as_they_were(saved):
+    directory, _ = saved
+    os.truncate(largest_file(directory / "000002"), 3)
+    assert Checkpoints(directory, keep=2).newest_good(before=9) == 1
+
+
+def test_what_fails_in_orbaxs_threads_is_one_line_with_the_step(tmp_path, monkeypatch):
+    class Pending:
+        def result(self):
+            raise RuntimeError("barrier timed out")
+
+    monkeypatch.setattr(checkpoints_module.ocp, "save_checkpointables_async", lambda *args, **keys: Pending())
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save(checkpoints, 1, make_state())
+    with pytest.raises(CheckpointError, match=r"saving step 1 failed: barrier timed out; complete steps, .*: none$"):
+        checkpoints.wait()
+    checkpoints.wait()  # told once
 
 
 def test_a_bucket_stays_a_bucket():

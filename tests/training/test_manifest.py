@@ -102,8 +102,12 @@ def test_every_byte_of_the_manifest_itself_is_watched(tree):
         (lambda step: (step / "empty").write_bytes(b"no"), "empty: has 2 bytes, but 0 in .*: damaged"),
         (lambda step: (step / "empty").unlink(), "empty: is missing"),
         (lambda step: shutil.rmtree(step / "state"), "state/d/0a: is missing"),
-        (lambda step: (step / "state/d/0c").touch(), "state/d/0c: is not in the manifest, an unknown file"),
-        (lambda step: (step / "manifest/notes").touch(), "manifest/notes: is no part .*, an unknown file"),
+        (
+            lambda step: ((step / "state/index").unlink(), (step / "state/index").symlink_to("/etc/passwd")),
+            "state/index: is a link out of the checkpoint, which is not followed; copy the file itself there",
+        ),
+        (lambda step: (step / "state/up").symlink_to("../../step/../.."), "state/up: is a link out of .*"),
+        (lambda step: ((step / "empty").unlink(), os.mkfifo(step / "empty")), "empty: is no file"),
         (
             lambda step: os.truncate(step / "manifest/0-of-1.json", 9),
             "manifest/0-of-1.json: is not as it was written.*",
@@ -118,11 +122,35 @@ def test_what_is_wrong_is_said_of_which_file(tree, damage, message):
     assert re.fullmatch(message, manifest.find_damage(tree, index=0, count=1))
 
 
-def test_a_part_of_another_manifest_is_unknown(tree):
-    write_all(tree, 1)
-    manifest.write_part(tree, index=1, count=3)
+FOREIGN = (".DS_Store", "state/._index", "state/.nfs0001", "Thumbs.db", "state/d/0a~", ".0a.swp", "lost+found/x")
+
+
+def test_files_that_no_part_names_are_passed_over(tree):
+    """Whether they came before the manifest was written, and go afterwards, or come later."""
+    for name in FOREIGN:
+        (tree / name).parent.mkdir(exist_ok=True)
+        (tree / name).write_text("not ours")
+    write_all(tree, 2)
+    for name in FOREIGN:
+        (tree / name).unlink()
+    assert manifest.find_damage(tree, index=0, count=1) is None
+    for name in (*FOREIGN, "notes.txt", "state/d/0c", "manifest/notes", "manifest/.DS_Store"):
+        (tree / name).parent.mkdir(exist_ok=True)
+        (tree / name).write_text("not ours")
+    (tree / "state/again").symlink_to("../state")  # leads to where it is
+    manifest.part_path(tree, 1, 3).write_text("of another manifest")
     assert manifest.is_complete(tree)
-    assert manifest.find_damage(tree, index=0, count=1).startswith("manifest/0-of-1.json: is no part of the manifest")
+    assert manifest.find_damage(tree, index=0, count=1) is None
+
+
+def test_a_manifest_that_lists_foreign_files_is_read_without_them(tree):
+    """As an earlier version wrote it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest, "FOREIGN", re.compile("nothing"))
+        (tree / "state/.nfs0001").write_text("not ours")
+        write_all(tree, 1)
+    (tree / "state/.nfs0001").unlink()
+    assert manifest.find_damage(tree, index=0, count=1) is None
 
 
 def test_a_file_that_cannot_be_read_is_named(tree, monkeypatch):
@@ -219,7 +247,7 @@ def test_damage_to_any_file_of_a_checkpoint_is_one_line_and_nothing_besides(save
 
 def test_a_save_that_was_killed_before_its_digests_is_no_checkpoint_and_makes_room(saved, monkeypatch, capfd):
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "write_part", killed)
+        patch.setattr(manifest, "_entry", killed)
         with pytest.raises(KilledError):
             save(Checkpoints(saved, keep=3), 3, make_state(3), wait=True)
     assert (saved / "000003/commit_success.txt").exists()
@@ -243,6 +271,44 @@ def test_a_save_of_which_one_process_was_killed_is_no_checkpoint(saved):
     manifest.write_part(step, index=0, count=2)
     assert checkpoints.steps() == [1, 2]
     assert_same(checkpoints.restore(abstract(make_state()))[0], make_state(2))
+
+
+def test_a_checkpoint_that_lost_its_manifest_is_set_aside_by_the_next_save_and_not_deleted(saved):
+    (saved / "000002/manifest/0-of-1.json").unlink()
+    with Checkpoints(saved, keep=3) as checkpoints:
+        assert checkpoints.usable() == 1
+        save(checkpoints, 3, make_state(3), wait=True)
+    assert sorted(path.name for path in saved.iterdir()) == ["000001", "000002.damaged", "000003"]
+    assert (saved / "000002.damaged/state/_METADATA").exists()
+
+
+def test_a_checkpoint_that_lost_one_of_several_parts_is_damaged(saved):
+    manifest.part_path(saved / "000002", 0, 1).rename(manifest.part_path(saved / "000002", 0, 2))
+    line = r"000002/manifest/1-of-2\.json: is missing; checkpoint\.allow_fallback=true uses the one before it$"
+    with pytest.raises(CheckpointError, match=line):
+        Checkpoints(saved, keep=3).usable()
+    with Checkpoints(saved, keep=3) as checkpoints:
+        assert checkpoints.usable(allow_fallback=True) == 1
+        save(checkpoints, 2, make_state(2), wait=True)
+    assert sorted(path.name for path in saved.iterdir()) == ["000001", "000002", "000002.damaged"]
+
+
+def test_a_foreign_file_in_a_checkpoint_harms_nothing(saved):
+    for name in ("000002/.DS_Store", "000002/state/.nfs0001", ".DS_Store"):
+        (saved / name).write_text("not ours")
+    with Checkpoints(saved, keep=3) as checkpoints:
+        assert checkpoints.usable() == 2
+        assert_same(checkpoints.restore(abstract(make_state()))[0], make_state(2))
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_link_out_of_a_checkpoint_is_not_followed(saved, reader):
+    file = saved / "000002/_CHECKPOINT_METADATA"
+    file.rename(saved / "elsewhere")
+    file.symlink_to(saved / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"_CHECKPOINT_METADATA: is a link out of the checkpoint"):
+        READERS[reader](Checkpoints(saved, keep=3))
+    assert Checkpoints(saved, keep=3).glance().step == 1
 
 
 def test_a_damaged_checkpoint_is_passed_over_only_if_allowed_and_kept_aside(saved, capfd):
