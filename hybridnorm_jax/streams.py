@@ -1,6 +1,7 @@
 """Standard output and standard error that may go away while the program goes on."""
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -30,8 +31,10 @@ class SturdyStream:
         except UnicodeEncodeError:
             encoding = self._stream.encoding or "ascii"
             self.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        except (OSError, ValueError) as error:  # ValueError: it is closed
+        except OSError as error:
             self._lose(error)
+        except ValueError:  # this process itself has closed it, as it does at its end
+            self._is_lost = True
         return len(text)
 
     def flush(self) -> None:
@@ -39,13 +42,15 @@ class SturdyStream:
         try:
             if not self._is_lost:
                 self._stream.flush()
-        except (OSError, ValueError) as error:
+        except OSError as error:
             self._lose(error)
+        except ValueError:
+            self._is_lost = True
 
-    def _lose(self, error: OSError | ValueError) -> None:
+    def _lose(self, error: OSError) -> None:
         self._is_lost = True
         drop_output(self._stream)
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        reason = error.strerror or str(error)
         other = sys.stderr if self._name == "stdout" else sys.stdout
         if other is not None:
             with contextlib.suppress(OSError, ValueError):
@@ -75,14 +80,16 @@ def sturdy_streams() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.stdout.flush() if sys.stdout is not None else None
+        if sys.stdout is not None:
+            sys.stdout.flush()
         sys.stdout, sys.stderr = before
 
 
-def fill_closed_streams() -> None:
-    """Open a null device for each of the three standard streams that is closed.
+def prepare_streams() -> None:
+    """Make the three standard streams ones that can be used.
 
-    Otherwise the next file that is opened gets its number, and what is printed is written into that file.
+    Each that is closed becomes the null device. Otherwise the next file that is opened gets its number, and what is
+    printed is written into that file. A character that standard output cannot encode is written as an escape.
     """
     for number, mode in ((0, "r"), (1, "w"), (2, "w")):
         try:
@@ -96,3 +103,5 @@ def fill_closed_streams() -> None:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")

@@ -27,10 +27,12 @@ TOKENIZER = "tokenizer.json"
 
 def run_directory(config: RunConfig) -> epath.Path:
     """Where the run's files go; MissingExtraError where that is a bucket and cannot be reached."""
+    directory = epath.Path(config.run.dir) / config.run.name
     try:
-        return epath.Path(config.run.dir) / config.run.name
+        directory.exists()
     except ImportError as error:  # what etils needs for gs:// is not there
         raise MissingExtraError(f"run.dir={config.run.dir}", extra="tpu") from error
+    return directory
 
 
 def open_run_directory(config: RunConfig) -> epath.Path:
@@ -47,8 +49,6 @@ def open_run_directory(config: RunConfig) -> epath.Path:
         saved = _saved_config(directory / "checkpoints", file)
         if saved is None and file.exists() and read_metrics(directory).records:
             saved = from_yaml(file.read_text(), origin=str(file))
-    except ImportError as error:
-        raise MissingExtraError(f"run.dir={config.run.dir}", extra="tpu") from error
     except OSError as error:
         raise UserError(f"{error.filename or file}: cannot be read: {error.strerror or error}") from error
     if saved is not None and (differing := differences(saved, config)):
