@@ -77,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `hybridnorm` with these arguments (None: the process's own); returns the exit status."""
     prepare_streams()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    unreadable = next((argument for argument in arguments if not _is_text(argument)), None)
+    if unreadable is not None:
+        return exit_status(lambda: _refuse_bytes(unreadable))
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     command = COMMANDS.get(name)
     if command is None:
@@ -89,6 +92,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         processes = Processes(rest)
         return processes.supervise(lambda: exit_status(lambda: module.run(rest, processes), processes))
+
+
+def _is_text(argument: str) -> bool:
+    """Whether the system's encoding knew all bytes of an argument: Python stands surrogates for the others."""
+    return not any("\ud800" <= character <= "\udfff" for character in argument)
+
+
+def _refuse_bytes(argument: str) -> int:
+    shown = argument.encode("ascii", "backslashreplace").decode()
+    encoding = sys.getfilesystemencoding()
+    raise UserError(f"{shown}: not text in this environment's encoding, {encoding}; PYTHONUTF8=1 makes it UTF-8")
 
 
 def _without_command(argument: str) -> int:

@@ -28,6 +28,7 @@ from etils import epath
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.training.append_only import is_local
 from hybridnorm_jax.training.manifest import agree
+from hybridnorm_jax.whole_files import write_whole
 
 NAME = "lock"
 BEAT_SECONDS, LEFT_OVER_SECONDS, SETTLE_SECONDS = 10.0, 60.0, 3.0
@@ -199,7 +200,11 @@ class _HeartbeatLock:
     def _create(self) -> bool:
         """Make the object if there is none."""
         try:
-            self._files.pipe_file(self._name, self._encoded(), mode="create")
+            if is_local(self._path):
+                with open(self._path, "xb") as file:
+                    file.write(self._encoded())
+            else:
+                self._files.pipe_file(self._name, self._encoded(), mode="create")
         except FileExistsError:
             return False
         return True
@@ -229,7 +234,10 @@ class _HeartbeatLock:
             return None
 
     def _write(self) -> None:
-        self._files.pipe_file(self._name, self._encoded())
+        if is_local(self._path):
+            write_whole(self._path, self._encoded().decode(), concurrent=True)
+        else:
+            self._files.pipe_file(self._name, self._encoded())
 
     def _encoded(self) -> bytes:
         return json.dumps(self._content).encode()

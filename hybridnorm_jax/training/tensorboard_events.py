@@ -53,7 +53,7 @@ class EventFile:
 
     def _flush(self) -> None:
         if self._file is None:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            self._directory.mkdir(exist_ok=True)  # no parents: a run directory that was removed stays so
             self._file = AppendOnlyFile(self._directory / self._new_name())
         self._file.append(self._held)
         self._held = b""
