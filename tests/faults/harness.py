@@ -57,10 +57,14 @@ class Harness:
     start_seconds: float = 0.0
     tally: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
-    def prepare(self) -> None:
-        """Write the data and make the undisturbed run."""
+    def write_tokens(self) -> None:
+        """Write the data."""
         tokens = np.random.default_rng(0).integers(0, 61, 20_000).astype(np.uint16)
         np.save(self.directory / "tokens.npy", tokens)
+
+    def prepare(self) -> None:
+        """Write the data and make the undisturbed run."""
+        self.write_tokens()
         begin = time.monotonic()
         child = self._start("whole")
         _wait_until(child, lambda: self._records("whole"))
