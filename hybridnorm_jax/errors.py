@@ -11,8 +11,14 @@ from collections.abc import Iterable
 REQUEUE = 75
 # A shell loop that requeues must not go on after Ctrl-C.
 INTERRUPTED = 130
-EXIT_CODES = {signal.SIGTERM: REQUEUE, signal.SIGINT: INTERRUPTED}
-CAUSES = {REQUEUE: "SIGTERM or a preemption notice", INTERRUPTED: "SIGINT"}
+# 128 + SIGHUP, as of a program that this signal ends: the terminal is closed, and nothing starts the run again.
+HUNG_UP = 129
+EXIT_CODES = {signal.SIGTERM: REQUEUE, signal.SIGINT: INTERRUPTED, signal.SIGHUP: HUNG_UP}
+CAUSES = {
+    REQUEUE: "SIGTERM or a preemption notice",
+    INTERRUPTED: "SIGINT",
+    HUNG_UP: "SIGHUP, the end of its terminal",
+}
 
 
 class UserError(ValueError):
@@ -38,7 +44,7 @@ class RunStopped(BaseException):
     """The run ends here because it was told to; no error, so that nothing on the way takes it for one.
 
     Attributes:
-      exit_code: of the process: REQUEUE or INTERRUPTED.
+      exit_code: of the process: a key of CAUSES.
     """
 
     def __init__(self, exit_code: int, outcome: str):

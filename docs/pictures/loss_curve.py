@@ -5,7 +5,6 @@ docs/pictures/quickstart-light.svg and -dark.svg come from the run of `make trai
     python docs/pictures/loss_curve.py runs/quickstart docs/pictures/quickstart
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot
 
+from hybridnorm_jax.training.metrics_file import read_records
+
 SETTINGS = {"svg.fonttype": "path", "svg.hashsalt": "hybridnorm", "font.size": 11, "font.family": "DejaVu Sans"}
 COLORS = {
     "light": {"text": "#1f2328", "grid": "#d0d7de", "train": "#3b6fb6", "eval": "#b3421f"},
@@ -21,11 +22,11 @@ COLORS = {
 }
 
 
-def read(file: Path) -> tuple[list[float], dict[int, float]]:
+def read(directory: Path) -> tuple[list[float], dict[int, float]]:
     """The training loss of every step, and the held-out loss by step."""
     losses: list[float] = []
     held_out = {}
-    for record in map(json.loads, file.read_text().splitlines()):
+    for record in read_records(directory):
         losses += record.get("train/losses", [])
         if "eval/validation/loss" in record:
             held_out[record["step"]] = record["eval/validation/loss"]
@@ -58,7 +59,7 @@ def draw(losses: list[float], held_out: dict[int, float], colors: dict[str, str]
 
 def main(run: str, prefix: str) -> None:
     """Draw both versions."""
-    losses, held_out = read(Path(run) / "metrics.jsonl")
+    losses, held_out = read(Path(run))
     with matplotlib.rc_context(SETTINGS):
         for name, colors in COLORS.items():
             draw(losses, held_out, colors, Path(f"{prefix}-{name}.svg"))

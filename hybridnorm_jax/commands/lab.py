@@ -11,6 +11,7 @@ from hybridnorm_jax.config.key_lookup import default
 from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.errors import UserError, did_you_mean
 from hybridnorm_jax.mesh.processes import Processes, check_alike
+from hybridnorm_jax.streams import sturdy_streams
 
 USAGE = """usage: hybridnorm lab signal  [CONFIG ...] [key=value ...]
        hybridnorm lab compare [CONFIG ...] [key=value ...]
@@ -89,7 +90,7 @@ def _compare(arguments: list[str], processes: Processes) -> None:
     if emit is not None:
         print(jobs.emit(asked, emit))
         return
-    with processes.running(asked.configs[0].distributed):
+    with sturdy_streams(), processes.running(asked.configs[0].distributed):
         kept = [each for each in arguments if not each.startswith(("distributed.", "data.cache_dir="))]
         check_alike({"the arguments": shlex.join([*kept, f"--only={number}"])})
         results = compare.compare(asked, only)

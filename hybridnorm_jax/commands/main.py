@@ -15,6 +15,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from hybridnorm_jax.errors import INTERRUPTED, REQUEUE, MissingExtraError, RunStopped, UserError, did_you_mean
+from hybridnorm_jax.streams import drop_output, prepare_streams
 
 if TYPE_CHECKING:
     from hybridnorm_jax.mesh.processes import Processes
@@ -68,13 +69,17 @@ Exit status:
     0  done
     2  an error that you can mend; one line says which
    75  stopped by SIGTERM and saved: the same command goes on
-  130  the same by Ctrl-C
+  130  the same by Ctrl-C; 129 the same by the end of the terminal
    76  stalled (train.stall_exit=true)"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `hybridnorm` with these arguments (None: the process's own); returns the exit status."""
+    prepare_streams()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    unreadable = next((argument for argument in arguments if not _is_text(argument)), None)
+    if unreadable is not None:
+        return exit_status(lambda: _refuse_bytes(unreadable))
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     command = COMMANDS.get(name)
     if command is None:
@@ -87,6 +92,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         processes = Processes(rest)
         return processes.supervise(lambda: exit_status(lambda: module.run(rest, processes), processes))
+
+
+def _is_text(argument: str) -> bool:
+    """Whether the system's encoding knew all bytes of an argument: Python stands surrogates for the others."""
+    return not any("\ud800" <= character <= "\udfff" for character in argument)
+
+
+def _refuse_bytes(argument: str) -> int:
+    shown = argument.encode("ascii", "backslashreplace").decode()
+    encoding = sys.getfilesystemencoding()
+    raise UserError(f"{shown}: not text in this environment's encoding, {encoding}; PYTHONUTF8=1 makes it UTF-8")
 
 
 def _without_command(argument: str) -> int:
@@ -129,9 +145,9 @@ def exit_status(command: Callable[[], int | None], processes: "Processes | None"
 
     def say(error: BaseException, line: str) -> None:
         if processes is None:
-            print(line, file=sys.stderr)
+            _complain(line)
         elif processes.speaks(error):
-            print(processes.label(line), file=sys.stderr)
+            _complain(processes.label(line))
 
     try:
         status = _status(command)
@@ -144,9 +160,12 @@ def exit_status(command: Callable[[], int | None], processes: "Processes | None"
         say(stopped, str(stopped))
         return stopped.exit_code
     except OSError as error:
-        if _output_is_closed(error):
-            _drop_output()
-            return CLOSED_OUTPUT
+        if (reason := _output_failure(error)) is not None:
+            drop_output(sys.stdout)
+            if reason == errno.EPIPE:
+                return CLOSED_OUTPUT
+            say(error, f"error: standard output: {os.strerror(reason)}")
+            return 2
         if error.strerror is None or (error.filename is None and error.errno != errno.ENOSPC):
             raise
         say(error, f"error: {error.filename or 'writing a file'}: {error.strerror}")
@@ -157,9 +176,23 @@ def exit_status(command: Callable[[], int | None], processes: "Processes | None"
             raise
         say(error, f"error: {MissingExtraError('a path that starts with gs://', extra='tpu')}")
         return 2
+    except RuntimeError as error:
+        # Of pathlib, wherever a path that starts with ~ is read.
+        if "home directory" not in str(error):
+            raise
+        say(error, "error: a path that starts with ~: this user has no home directory; write the whole path")
+        return 2
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        _complain("\ninterrupted")
         return INTERRUPTED
+
+
+def _complain(line: str) -> None:
+    """Print on standard error, where that is still open: the exit status says the same."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        drop_output(sys.stderr)
 
 
 def _status(command: Callable[[], int | None]) -> int:
@@ -169,20 +202,21 @@ def _status(command: Callable[[], int | None]) -> int:
         return end.code or 0
 
 
-def _output_is_closed(error: OSError) -> bool:
-    """Whether this is the error of standard output whose reader has gone, as in `hybridnorm schemes | head -1`."""
+def _output_failure(error: OSError) -> int | None:
+    """The number of an error of standard output, such as EPIPE in `hybridnorm schemes | head -1`; None: of another."""
+    if error.filename is not None:
+        return None
+    try:
+        sys.stdout.write("")
+        sys.stdout.flush()  # what could not be written is still to be written
+    except OSError as again:
+        return again.errno
     if not isinstance(error, BrokenPipeError):
-        return False
+        return None
     poll = select.poll()
     poll.register(sys.stdout.fileno(), select.POLLOUT)
-    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
-
-
-def _drop_output() -> None:
-    """Python writes what is left of standard output when it ends, and would complain once more."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
+    closed = any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+    return errno.EPIPE if closed else None
 
 
 @contextlib.contextmanager

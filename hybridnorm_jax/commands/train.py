@@ -12,6 +12,7 @@ from hybridnorm_jax.config.key_lookup import FIELDS
 from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.mesh.processes import Processes, check_alike
+from hybridnorm_jax.streams import sturdy_streams
 
 DRY_RUN = "--dry-run"
 USAGE = """usage: hybridnorm train [CONFIG ...] [key=value ...] [--dry-run]
@@ -28,7 +29,7 @@ The same command again resumes the run from its newest checkpoint.
 trained.
 
 Exit status: 0 done; 2 an error that you can mend, in one line; 75 stopped by SIGTERM and saved, the
-same command goes on; 130 the same by Ctrl-C; 76 stalled (train.stall_exit=true).
+same command goes on; 130 the same by Ctrl-C, 129 by the end of the terminal; 76 stalled (train.stall_exit=true).
 
 {title}
 """
@@ -44,10 +45,15 @@ def run(arguments: Sequence[str], processes: Processes) -> None:
         print(_help(settings))
         return
     config = parse(settings)
+    with sturdy_streams():
+        _run(config, settings, processes, dry=DRY_RUN in arguments)
+
+
+def _run(config: RunConfig, settings: Sequence[str], processes: Processes, *, dry: bool) -> None:
     with processes.running(config.distributed):
         check_alike(_same_in_all_processes(config))
         # Only now: together they take seconds to import.
-        if DRY_RUN in arguments:
+        if dry:
             from hybridnorm_jax.training.dry_run import dry_run
 
             dry_run(config)

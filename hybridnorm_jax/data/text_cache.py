@@ -21,6 +21,7 @@ from typing import Self
 import numpy as np
 from tqdm import tqdm
 
+from hybridnorm_jax.data.cache_directory import cache_root
 from hybridnorm_jax.data.sources import Corpus, Document, held_out
 from hybridnorm_jax.data.tokenizers import Tokenizer
 from hybridnorm_jax.data.windows import Extent, TokenStream
@@ -71,7 +72,6 @@ def open_text_cache(
     """
     if "://" in cache_dir:
         raise DataError(f"data.cache_dir={cache_dir}: the cache is memory-mapped; name a local directory")
-    root = pathlib.Path(cache_dir).expanduser()
     inputs = {
         "format": FORMAT,
         "corpus": corpus.name,
@@ -81,7 +81,9 @@ def open_text_cache(
         "separator": tokenizer.separator_id,
         "fraction": fraction,
     }
-    directory = root / hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]
+    fingerprint = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]
+    root = cache_root(cache_dir, fingerprint)
+    directory = root / fingerprint
     try:
         cache = _open(directory)
         if cache is None:

@@ -1,21 +1,17 @@
-"""The files that the lab reads of a run: result.json and metrics.jsonl, each checked as it is read."""
+"""What the lab reads of a run: result.json, checked, and series of values from metrics.jsonl."""
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.training.metrics_file import Record, read_records
 
 FINISHED, DIVERGED, UNFINISHED = "finished", "diverged", "unfinished"
-# Keys of metrics.jsonl that hold one number, besides those of evaluations; and keys that hold one for every step.
-NUMBER_KEYS = ("train/loss", "train/grad_norm", "tokens_per_second")
-SERIES_KEYS = ("train/losses", "train/grad_norms")
-
-Record = dict[str, Any]
 
 
 class Point(NamedTuple):
@@ -93,45 +89,9 @@ def _is_number_or_null(value: Any) -> bool:
     return value is None or _is_number(value)
 
 
-def read_records(directory: Path | epath.Path) -> Iterator[Record]:
-    """The objects in the metrics.jsonl of a run's directory; none where there is no such file.
-
-    A run that is killed while it writes leaves an incomplete last line, which is passed over.
-
-    Raises:
-      UserError: another line is no object with a step and numbers.
-    """
-    file = directory / "metrics.jsonl"
-    if not file.exists():
-        return
-    lines = file.read_bytes().decode(errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        record = _parse_record(line)
-        if record is not None:
-            yield record
-        elif number < len(lines):
-            raise UserError(f"{file}, line {number}: not a JSON object with a step and numbers")
-
-
-def _parse_record(line: str) -> Record | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or type(record.get("step")) is not int:
-        return None
-    for key, value in record.items():
-        is_single = key in NUMBER_KEYS or key.startswith("eval/")
-        if is_single and not _is_number_or_null(value):
-            return None
-        if key in SERIES_KEYS and not (isinstance(value, list) and all(map(_is_number_or_null, value))):
-            return None
-    return record
-
-
 def read_losses(directory: Path | epath.Path) -> list[Point]:
     """The training loss of a run's directory, in nats per token, at every step that metrics.jsonl has."""
-    return losses(list(read_records(directory)))
+    return losses(read_records(directory))
 
 
 def losses(records: Sequence[Record]) -> list[Point]:

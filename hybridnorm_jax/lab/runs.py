@@ -14,6 +14,7 @@ from hybridnorm_jax.lab import run_files
 from hybridnorm_jax.lab.divergence import rising_since
 from hybridnorm_jax.lab.labels import labels, measured_otherwise
 from hybridnorm_jax.lab.run_files import DIVERGED, FINISHED, UNFINISHED, Point, WatchedStep
+from hybridnorm_jax.training.metrics_file import Record, read_records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _read_run(path: Path) -> Run:
         config = from_yaml(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: {str(error).splitlines()[0]}") from error
-    records = list(run_files.read_records(path))
+    records = read_records(path)
     outcome = _outcome(path / "result.json", config, records)
     watched = run_files.watched_steps(records)
     return Run(
@@ -162,7 +163,7 @@ def _read_run(path: Path) -> Run:
     )
 
 
-def _outcome(file: Path, config: RunConfig, records: list[run_files.Record]) -> _Outcome:
+def _outcome(file: Path, config: RunConfig, records: list[Record]) -> _Outcome:
     outcome = _recorded_outcome(file) if file.exists() else _deduced_outcome(config, records)
     if outcome.status == FINISHED and not all(math.isfinite(loss) for loss in outcome.scores.values()):
         outcome = dataclasses.replace(outcome, status=DIVERGED, diverged_at=outcome.step)
@@ -181,7 +182,7 @@ def _recorded_outcome(file: Path) -> _Outcome:
     )
 
 
-def _deduced_outcome(config: RunConfig, records: list[run_files.Record]) -> _Outcome:
+def _deduced_outcome(config: RunConfig, records: list[Record]) -> _Outcome:
     """What metrics.jsonl says of a run without a result.json."""
     last_points = {name: points[-1] for name, points in run_files.validation_losses(records).items()}
     scores = {name: point.value for name, point in last_points.items() if point.step == config.train.steps}

@@ -16,14 +16,17 @@ from hybridnorm_jax.evaluation import perplexity
 from hybridnorm_jax.generation.sampling import generate
 from hybridnorm_jax.mesh.fit_checks import check_batch
 from hybridnorm_jax.mesh.processes import say
+from hybridnorm_jax.streams import sturdy_streams
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.hooks.built_in import built_in_hooks
 from hybridnorm_jax.training.hooks.hook import Hook
+from hybridnorm_jax.training.metrics_file import read_records
 from hybridnorm_jax.training.metrics_writer import MetricsWriter, WandbRun
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.resume import beginning
 from hybridnorm_jax.training.run import LateMetrics, Run
-from hybridnorm_jax.training.run_directory import open_run_directory
+from hybridnorm_jax.training.run_directory import open_run_directory, run_directory, write_config
+from hybridnorm_jax.training.run_lock import RunLock
 from hybridnorm_jax.training.start_report import start_report
 from hybridnorm_jax.training.step import Batch
 from hybridnorm_jax.training.stopping import StopSignals
@@ -44,22 +47,27 @@ def train(config: RunConfig, *, began: float | None = None, hooks: Iterable[Hook
     """
     ledger = TimeLedger(began)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(sturdy_streams())
         signals = stack.enter_context(StopSignals())
         with signals.interruptible():
+            lock = stack.enter_context(RunLock(run_directory(config)))
+            directory = open_run_directory(config)
             program, data = _prepare(config)
             # JAX's coordination service, which starts with the devices, has a handler of its own for SIGTERM.
             signals.install()
-        directory = open_run_directory(config)
         checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep))
         step = checkpoints.usable(allow_fallback=config.checkpoint.allow_fallback)
-        writer = stack.enter_context(contextlib.closing(_metrics_writer(config, directory, step)))
         start = beginning(config, program, data, checkpoints, step)
+        # Up to here nothing was written, so that a start that is refused changes nothing.
+        writer = stack.enter_context(contextlib.closing(_metrics_writer(config, directory, step)))
+        write_config(directory, config)
         say(start_report(config, program, data, directory, resumed=start.step))
         run = Run(
             config=config,
             program=program,
             data=data,
             directory=directory,
+            lock=lock,
             checkpoints=checkpoints,
             writer=writer,
             signals=signals,
@@ -80,7 +88,7 @@ def train(config: RunConfig, *, began: float | None = None, hooks: Iterable[Hook
 def _run_to_its_end(run: Run) -> None:
     """Make the steps that are left; a run that is told to stop lets its hooks save what was made."""
     if jax.process_index() == 0:  # it writes the file, so others may not see it as it is now
-        run.series.add_written(run.directory / "metrics.jsonl")
+        run.series.add_written(read_records(run.directory))
     watchdog = Watchdog(
         run.ledger,
         run.config.train.stall_seconds,
@@ -117,6 +125,7 @@ def _make_step(run: Run) -> None:
     for hook in due:
         hook.before_step(run)
     run.checkpoints.raise_if_failed()
+    run.lock.raise_if_lost()
     run.signals.poll()
     batch = _next_batch(run)
     for hook in due:

@@ -1,12 +1,11 @@
 """The losses and gradient norms of all steps, for metrics.jsonl."""
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
-from etils import epath
 
+from hybridnorm_jax.training.metrics_file import Record
 from hybridnorm_jax.training.spikes import SpikeScore
 
 # A metric of a step -> the key in metrics.jsonl under which the values of all steps are.
@@ -31,10 +30,9 @@ class Series:
             values.append(float(metrics[name]))
             self._spikes[name].add(values[-1])
 
-    def add_written(self, file: epath.Path) -> None:
-        """Count the steps in a metrics.jsonl that MetricsWriter has mended towards the spike scores."""
-        for line in file.read_text().splitlines() if file.exists() else ():
-            record = json.loads(line)
+    def add_written(self, records: Iterable[Record]) -> None:
+        """Count the steps that metrics.jsonl has towards the spike scores."""
+        for record in records:
             for name, key in SERIES.items():
                 for value in record.get(key, ()):
                     self._spikes[name].add(math.nan if value is None else value)  # null: not finite

@@ -1,17 +1,27 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard event files and, if asked for, Weights & Biases."""
+"""Where a run's numbers go: metrics.jsonl, TensorBoard event files and, if asked for, Weights & Biases.
+
+metrics.jsonl is the record of the run: where it cannot be written, the run ends. The two others hold nothing that it
+does not: where one of them fails or hangs, the run goes on without it.
+"""
 
 import dataclasses
-import json
 import math
 import secrets
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from etils import epath
-from tensorboardX import SummaryWriter
 
 from hybridnorm_jax.errors import MissingExtraError, UserError
-from hybridnorm_jax.whole_files import write_whole
+from hybridnorm_jax.training.append_only import is_local
+from hybridnorm_jax.training.courier import Courier
+from hybridnorm_jax.training.metrics_file import NAME, MetricsFile
+from hybridnorm_jax.training.tensorboard_events import EventFile
+
+# A network file system may take minutes until another server has taken over.
+RECORD_SECONDS, COPY_SECONDS = 600.0, 120.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,19 +37,19 @@ class MetricsWriter:
     """Writes <run>/metrics.jsonl, <run>/tensorboard and a Weights & Biases run.
 
     metrics.jsonl has one JSON object per line, "step" first. A value that is not a finite number is null, since JSON
-    has neither NaN nor infinities; an array becomes nested lists. Every line is on disk when `write` returns.
+    has neither NaN nor infinities; an array becomes nested lists. Every line is in the file when `write` returns.
     TensorBoard and Weights & Biases get the single values that are not null.
 
     Args:
-      run_dir: exists already; local or gs://. An object store cannot append, so there every `write` uploads the file.
-      resume_step: the step training goes on from: what was recorded of later steps is dropped, and a torn last line.
-        None drops everything.
+      run_dir: exists already; local or gs://.
+      resume_step: the step training goes on from: what was recorded of later steps stays in the file, superseded.
+        None: the run begins, and all that was recorded before is superseded.
       wandb: also log to Weights & Biases; a resumed run goes on in its old Weights & Biases run. None: do not.
       enabled: False in all processes but one: then nothing is written.
 
     Raises:
-      MissingExtraError: Weights & Biases or TensorBoard's access to gs:// is not installed.
-      UserError: metrics.jsonl cannot be written.
+      MissingExtraError: Weights & Biases or access to gs:// is not installed.
+      UserError: metrics.jsonl cannot be written, or Weights & Biases cannot be started; then nothing was written.
     """
 
     def __init__(
@@ -54,15 +64,16 @@ class MetricsWriter:
         if not enabled:
             return
         run_dir = epath.Path(run_dir)
-        self._wandb = None if wandb is None else _start_wandb(run_dir, resume_step, wandb)
-        self._file = _JsonLines(run_dir / "metrics.jsonl", resume_step)
-        first = 0 if resume_step is None else resume_step + 1
-        # Without the suffix a run that is resumed within the same second would overwrite its event file.
-        options = {"purge_step": first, "filename_suffix": f".{first}", "flush_secs": 10}
-        try:
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), **options)
-        except ImportError as error:
-            raise MissingExtraError(f"run.dir={run_dir.parent}: TensorBoard", extra="tpu") from error
+        self._path = run_dir / NAME
+        self._copies: list[_Copy] = []
+        # Before anything is written, since it may refuse.
+        if wandb is not None:
+            self._copies.append(_wandb_copy(_start_wandb(run_dir, resume_step, wandb)))
+        self._courier = Courier("metrics", seconds=RECORD_SECONDS)
+        self._file = self._record(lambda: MetricsFile(run_dir, resume_step=resume_step or 0))
+        if resume_step is None and (count := self._file.superseded):
+            print(f"{run_dir}: no checkpoint, the run begins again; {NAME} keeps its {count} lines", file=sys.stderr)
+        self._copies.append(_tensorboard_copy(run_dir, first=0 if resume_step is None else resume_step + 1))
 
     def write(self, step: int, values: dict[str, float | np.ndarray | None], *, by_layer: bool = False) -> None:
         """Record the values of one step; UserError where metrics.jsonl cannot be written.
@@ -73,75 +84,91 @@ class MetricsWriter:
         if not self._enabled:
             return
         values = {name: _finite_or_none(value) for name, value in values.items()}
-        self._file.append({"step": step, **values})
+        entry = {"step": step, **values}
+        self._record(lambda: self._file.append(entry))
         if by_layer:
             values = _single_values(values)
         known = {name: value for name, value in values.items() if isinstance(value, float)}
-        for name, value in known.items():
-            self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log({"step": step, **known})
+        for copy in self._copies:
+            copy.write(step, known)
 
     def close(self) -> None:
         """Flush and release everything."""
         if not self._enabled:
             return
-        self._file.close()
-        self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for copy in self._copies:
+            copy.close()
+        self._record(self._file.close)
+        self._courier.close()
 
-
-class _JsonLines:
-    """A file of JSON objects, one per line."""
-
-    def __init__(self, path: epath.Path, resume_step: int | None):
-        self._path = path
-        self._kept = "".join(_lines_until(path, resume_step))
-        self._rewrite()
-        self._local = open(path, "a", encoding="utf-8") if _is_local(path) else None  # noqa: SIM115
-
-    def append(self, entry: dict[str, Any]) -> None:
-        line = json.dumps(entry, allow_nan=False) + "\n"
-        if self._local is None:
-            self._kept += line
-            self._rewrite()
-            return
+    def _record(self, action: Callable[[], Any]) -> Any:
+        """What `action` on metrics.jsonl returns; UserError where it fails or hangs."""
         try:
-            self._local.write(line)
-            self._local.flush()
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot be written: {error.strerror}") from error
+            return self._courier.call(action)
+        except OSError as error:  # TimeoutError is one
+            raise UserError(f"{error.filename or self._path}: cannot be written: {error.strerror or error}") from error
 
-    def _rewrite(self) -> None:
-        """Replace the file by what is kept, whole or not at all."""
-        try:
-            write_whole(self._path, self._kept)
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot be written: {error}") from error
+
+class _Copy:
+    """Something that gets the numbers besides metrics.jsonl. Its first failure is said, and it gets nothing more.
+
+    Args:
+      name: of what it is, for the line.
+      write: called with a step and its values, in a thread.
+      finish: called at the end, in the same thread.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        write: Callable[[int, dict[str, float]], None],
+        finish: Callable[[], None],
+    ):
+        self._name, self._write, self._finish = name, write, finish
+        self._courier: Courier | None = Courier(name, seconds=COPY_SECONDS)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Hand the values over; never waits."""
+        self._attempt(lambda courier: courier.send(lambda: self._write(step, values)))
 
     def close(self) -> None:
-        if self._local is not None:
-            self._local.close()
+        """Wait until everything is handed over, COPY_SECONDS at most."""
+        self._attempt(lambda courier: courier.send(self._finish))
+        self._attempt(lambda courier: courier.finish())
+        if self._courier is not None:
+            self._courier.close()
 
-
-def _lines_until(path: epath.Path, resume_step: int | None) -> list[str]:
-    """The lines of steps up to resume_step, up to the first that is torn."""
-    if resume_step is None or not path.exists():
-        return []
-    kept = []
-    for line in path.read_bytes().decode(errors="replace").splitlines():
+    def _attempt(self, action: Callable[[Courier], None]) -> None:
+        if self._courier is None:
+            return
         try:
-            step = json.loads(line)["step"]
-        except (ValueError, TypeError, KeyError):
-            break
-        if step <= resume_step:
-            kept.append(line + "\n")
-    return kept
+            action(self._courier)
+        except Exception as error:
+            self._courier.close()
+            self._courier = None
+            print(
+                f"{self._name}: {_reason(error)}; the run goes on without it, {NAME} has every number", file=sys.stderr
+            )
 
 
-def _is_local(path: epath.Path) -> bool:
-    return "://" not in str(path)
+def _tensorboard_copy(run_dir: epath.Path, *, first: int) -> _Copy:
+    """The event files, which TensorBoard reads; `first` is the first step that this process makes."""
+    events = EventFile(run_dir / "tensorboard", first=first)
+    return _Copy("TensorBoard", write=events.write, finish=events.close)
+
+
+def _wandb_copy(run: Any) -> _Copy:
+    return _Copy(
+        "Weights & Biases", write=lambda step, values: run.log({"step": step, **values}), finish=lambda: run.finish()
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """One line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _finite_or_none(value: float | np.ndarray | None) -> float | list | None:
@@ -170,17 +197,26 @@ def _start_wandb(run_dir: epath.Path, resume_step: int | None, shown: WandbRun) 
     except ImportError as error:
         raise MissingExtraError("run.wandb=true", extra="wandb") from error
     id_file = run_dir / "wandb_id"
-    if resume_step is None or not id_file.exists():
-        id_file.write_text(secrets.token_hex(4))
-    run = wandb.init(
-        project=shown.project,
-        name=shown.name,
-        id=id_file.read_text(),
-        resume="allow",
-        dir=str(run_dir) if _is_local(run_dir) else None,
-        config=shown.config,
-    )
-    # wandb's own step must grow, and falls back on resuming; ours is an axis like any other.
-    run.define_metric("step")
-    run.define_metric("*", step_metric="step")
+    is_known = resume_step is not None and id_file.exists()
+    name = id_file.read_text() if is_known else secrets.token_hex(4)
+    try:
+        run = wandb.init(
+            project=shown.project,
+            name=shown.name,
+            id=name,
+            resume="allow",
+            dir=str(run_dir) if is_local(run_dir) else None,
+            config=shown.config,
+        )
+        # wandb's own step must grow, and falls back on resuming; ours is an axis like any other.
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+    except Exception as error:
+        right = "log in with `wandb login` or WANDB_API_KEY, or set WANDB_MODE=offline"
+        raise UserError(f"run.wandb=true: Weights & Biases cannot be started ({_reason(error)}); {right}") from error
+    if not is_known:
+        try:
+            id_file.write_text(name)
+        except OSError as error:
+            raise UserError(f"{id_file}: cannot be written: {error.strerror or error}") from error
     return run

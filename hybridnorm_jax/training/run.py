@@ -16,6 +16,7 @@ from hybridnorm_jax.training.hooks.hook import Hook
 from hybridnorm_jax.training.loss_series import Series
 from hybridnorm_jax.training.metrics_writer import MetricsWriter
 from hybridnorm_jax.training.program import Program
+from hybridnorm_jax.training.run_lock import RunLock
 from hybridnorm_jax.training.state import TrainState
 from hybridnorm_jax.training.step_clock import StepClock
 from hybridnorm_jax.training.stopping import StopSignals
@@ -58,7 +59,7 @@ class Run:
 
     Set before the first step:
       config, program, data: what is trained, compiled for the devices, and on what.
-      directory: of the run.
+      directory: of the run; `lock` keeps other runs out of it.
       checkpoints, writer: where states and metrics go.
       signals: whether the run is told to stop.
       ledger: where the time goes.
@@ -80,6 +81,7 @@ class Run:
     program: Program
     data: Data
     directory: epath.Path
+    lock: RunLock
     checkpoints: Checkpoints
     writer: MetricsWriter
     signals: StopSignals

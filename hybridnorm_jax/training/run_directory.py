@@ -2,8 +2,8 @@
 
 import dataclasses
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +19,52 @@ from hybridnorm_jax.mesh.sharding_rules import MESH_AXES, resolve_rules
 from hybridnorm_jax.mesh.shardings import tree_shardings
 from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
+from hybridnorm_jax.training.metrics_file import read_metrics
 from hybridnorm_jax.whole_files import write_whole
 
 TOKENIZER = "tokenizer.json"
 
 
+def run_directory(config: RunConfig) -> epath.Path:
+    """Where the run's files go; MissingExtraError where that is a bucket and cannot be reached."""
+    directory = epath.Path(config.run.dir) / config.run.name
+    try:
+        directory.exists()
+    except ImportError as error:  # what etils needs for gs:// is not there
+        raise MissingExtraError(f"run.dir={config.run.dir}", extra="tpu") from error
+    return directory
+
+
 def open_run_directory(config: RunConfig) -> epath.Path:
-    """The run's directory, made where it is new; one with checkpoints of another configuration is refused.
+    """The run's directory, which may not be there yet; one with checkpoints or metrics of another run is refused.
+
+    Nothing is written.
 
     Raises:
       ConfigError: names every key that differs and decides the trajectory.
     """
-    directory = epath.Path(config.run.dir) / config.run.name
+    directory = run_directory(config)
     file = directory / "config.yaml"
     try:
         saved = _saved_config(directory / "checkpoints", file)
-    except ImportError as error:  # what etils needs for gs:// is not there
-        raise MissingExtraError(f"run.dir={config.run.dir}", extra="tpu") from error
+        if saved is None and file.exists() and read_metrics(directory).records:
+            saved = from_yaml(file.read_text(), origin=str(file))
+    except OSError as error:
+        raise UserError(f"{error.filename or file}: cannot be read: {error.strerror or error}") from error
     if saved is not None and (differing := differences(saved, config)):
         raise ConfigError(f"{directory} holds another run ({'; '.join(differing)}): choose another run.name")
-    if jax.process_index() == 0:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            write_whole(file, to_yaml(config))
-        except OSError as error:
-            raise UserError(f"{error.filename or file}: cannot be written: {error.strerror or error}") from error
     return directory
+
+
+def write_config(directory: epath.Path, config: RunConfig) -> None:
+    """Write the run's config.yaml, by process 0; for when nothing can refuse the run any more."""
+    if jax.process_index() != 0:
+        return
+    file = directory / "config.yaml"
+    try:
+        write_whole(file, to_yaml(config))
+    except OSError as error:
+        raise UserError(f"{error.filename or file}: cannot be written: {error.strerror or error}") from error
 
 
 def _saved_config(checkpoints: epath.Path, file: epath.Path) -> RunConfig | None:
@@ -177,10 +197,11 @@ def save_run(path: str, config: RunConfig, params: Any, *, step: int = 0, tokeni
         _write_run(target, text, params, step=step, tokenizer_file=tokenizer_file)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    # Not mkdtemp, whose directories are for their owner alone, whatever the umask says.
+    partial = Path(target.parent) / f".{target.name}.partial-{secrets.token_hex(4)}"
+    partial.mkdir()
     try:
         _write_run(epath.Path(partial), text, params, step=step, tokenizer_file=tokenizer_file)
-        partial.chmod(0o755)
         os.replace(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

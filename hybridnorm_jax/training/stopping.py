@@ -1,4 +1,4 @@
-"""Signals that end a run early, saved: SIGTERM, SIGINT, and the preemption notice of JAX's coordination service.
+"""What ends a run early, saved: SIGTERM, SIGINT, SIGHUP, and the preemption notice of JAX's coordination service.
 
 What a scheduler sees is in docs/faults.md.
 """
@@ -20,7 +20,7 @@ from hybridnorm_jax.errors import EXIT_CODES, REQUEUE, RunStopped
 
 
 class StopSignals:
-    """A context in which the first SIGTERM or SIGINT is a request, kept until `poll` sees it; a second ends at once.
+    """A context in which a first SIGTERM, SIGINT or SIGHUP is a request that `poll` sees; a second ends at once.
 
     Python runs handlers in its main thread; in any other this changes no handler, and only JAX's notice is seen.
     """
@@ -81,7 +81,8 @@ class StopSignals:
             return
         self._received = EXIT_CODES[signal.Signals(number)]
         # Not print: the signal may have come while another print held the buffer.
-        os.write(2, f"\n{signal.Signals(number).name}: stopping; a second one ends at once\n".encode())
+        with contextlib.suppress(OSError):  # standard error may have gone with the terminal
+            os.write(2, f"\n{signal.Signals(number).name}: stopping; a second one ends at once\n".encode())
         if self._interruptible:
             self._raise_if_received()
 

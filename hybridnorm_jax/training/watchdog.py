@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 from etils import epath
 
+from hybridnorm_jax.training.append_only import AppendOnlyFile
 from hybridnorm_jax.training.time_ledger import TimeLedger
 
 # The exit status of a process that train.stall_exit=true ends.
@@ -49,7 +50,7 @@ class Watchdog:
     ):
         self._ledger, self._seconds, self._where, self._end = ledger, seconds, where, end
         number = jax.process_index()
-        self._file = run_dir / ("stalls.txt" if jax.process_count() == 1 else f"stalls-{number}.txt")
+        self._file = AppendOnlyFile(run_dir / ("stalls.txt" if jax.process_count() == 1 else f"stalls-{number}.txt"))
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -61,7 +62,8 @@ class Watchdog:
     def __exit__(self, *_) -> None:
         self._over.set()
         if self._seconds is not None:
-            self._thread.join()
+            self._thread.join(LONGEST_PAUSE)  # a file system may hang while it writes a report
+            self._file.close()
 
     def _watch(self) -> None:
         reported = None
@@ -81,10 +83,9 @@ class Watchdog:
         print(text, file=sys.stderr, flush=True)
         # After standard error: the file system may be what hangs.
         try:
-            before = self._file.read_text() if self._file.exists() else ""
-            self._file.write_text(before + text)
+            self._file.append(text.encode())
         except OSError as error:
-            print(f"{self._file}: cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+            print(f"{error.filename}: cannot be written: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def _stacks() -> str:

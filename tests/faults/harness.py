@@ -10,7 +10,6 @@ undisturbed run bit for bit and the same losses at the same steps; then the next
 import argparse
 import collections
 import dataclasses
-import json
 import os
 import random
 import signal
@@ -26,6 +25,7 @@ import numpy as np
 
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.training.checkpoints import Checkpoints
+from hybridnorm_jax.training.metrics_file import read_metrics
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.stopping import REQUEUE
 
@@ -57,10 +57,14 @@ class Harness:
     start_seconds: float = 0.0
     tally: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
-    def prepare(self) -> None:
-        """Write the data and make the undisturbed run."""
+    def write_tokens(self) -> None:
+        """Write the data."""
         tokens = np.random.default_rng(0).integers(0, 61, 20_000).astype(np.uint16)
         np.save(self.directory / "tokens.npy", tokens)
+
+    def prepare(self) -> None:
+        """Write the data and make the undisturbed run."""
+        self.write_tokens()
         begin = time.monotonic()
         child = self._start("whole")
         _wait_until(child, lambda: self._records("whole"))
@@ -152,9 +156,7 @@ class Harness:
         return len(self._records(name)) - before
 
     def _records(self, name: str) -> list[dict]:
-        file = self.directory / "runs" / name / "metrics.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}\n")]
+        return read_metrics(self.directory / "runs" / name).records
 
     def _untimed(self, name: str) -> list[dict]:
         timed = ("tokens_per_second", "mfu", "time/")

@@ -1,6 +1,5 @@
 """Several real processes on this machine (gloo, loopback) are one: the same losses, the same files, one voice."""
 
-import json
 import re
 import shutil
 import signal
@@ -21,6 +20,7 @@ from hybridnorm_jax.mesh import batch_shares
 from hybridnorm_jax.mesh.device_mesh import make_mesh
 from hybridnorm_jax.training import loop
 from hybridnorm_jax.training.checkpoints import Checkpoints
+from hybridnorm_jax.training.metrics_file import read_records
 from hybridnorm_jax.training.program import Program
 
 STEPS, SAVED = 6, 3
@@ -69,8 +69,7 @@ def _train(count, arguments, folder, mesh):
 def _losses(directory):
     """{(step, name): loss} of training and evaluation; fails where a step was recorded twice."""
     losses = {}
-    for line in (directory / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
+    for record in read_records(directory):
         for name in {"train/loss", "train/grad_norm", "eval/validation/loss"} & record.keys():
             assert (record["step"], name) not in losses
             losses[record["step"], name] = record[name]

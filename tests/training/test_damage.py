@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import json
 import os
 import shutil
 
@@ -16,6 +15,7 @@ from hybridnorm_jax.commands.eval import evaluate_run
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.training import loop
 from hybridnorm_jax.training.checkpoints import CheckpointError, Checkpoints
+from hybridnorm_jax.training.metrics_file import read_records
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.run_directory import load_run
 
@@ -52,7 +52,7 @@ def _restored(config, directory):
 
 
 def _losses(directory):
-    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    records = read_records(directory)
     return [(record["step"], record["train/loss"]) for record in records if "train/loss" in record]
 
 

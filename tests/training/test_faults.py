@@ -1,7 +1,6 @@
 """Runs that are killed, or told to stop, at any moment: the same command ends them as if nothing had been."""
 
 import dataclasses
-import json
 import os
 import random
 import signal
@@ -23,6 +22,7 @@ from hybridnorm_jax.config.run_config import RunConfig, TrainSection
 from hybridnorm_jax.errors import INTERRUPTED, REQUEUE, RunStopped
 from hybridnorm_jax.training import loop, stopping
 from hybridnorm_jax.training.checkpoints import Checkpoints
+from hybridnorm_jax.training.metrics_file import read_records
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.stopping import StopSignals
 
@@ -85,9 +85,9 @@ def _restored(config):
 
 
 def _records(config):
-    lines = (Path(config.run.dir) / config.run.name / "metrics.jsonl").read_text().splitlines()
+    records = read_records(Path(config.run.dir) / config.run.name)
     timed = ("tokens_per_second", "mfu", "time/")
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith(timed)} for line in lines]
+    return [{k: v for k, v in record.items() if not k.startswith(timed)} for record in records]
 
 
 def _signal_in(patch, owner, name, call, number=signal.SIGTERM):

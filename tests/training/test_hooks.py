@@ -267,3 +267,14 @@ def test_the_loop_names_no_hook_and_no_hook_names_another(config):
         assert file.name == "built_in.py" or not (names & _names(tree)) - own
     # Each built-in hook has a file of its own.
     assert len({inspect.getfile(type(hook)) for hook in built_in_hooks(config)}) == len(names)
+
+
+def test_a_profile_that_cannot_be_written_stops_nothing(config, monkeypatch, capfd):
+    def full():
+        raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda path: None)
+    monkeypatch.setattr(jax.profiler, "stop_trace", full)
+    loop.train(dataclasses.replace(config, train=dataclasses.replace(config.train, profile=True)))
+    line = "train.profile=true: No space left on device; the run goes on without a profile"
+    assert capfd.readouterr().err.count(line) == 1

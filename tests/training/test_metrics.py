@@ -1,9 +1,12 @@
 """metrics.jsonl survives kills and resumes; FLOPs agree with counts made by hand and with the real parameters."""
 
+import errno
 import json
 import math
 import struct
 import sys
+import threading
+import time
 import types
 
 import jax
@@ -16,6 +19,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.errors import MissingExtraError, UserError
+from hybridnorm_jax.training import append_only, metrics_file, metrics_writer
+from hybridnorm_jax.training.metrics_file import read_metrics, read_records
 from hybridnorm_jax.training.metrics_writer import MetricsWriter, WandbRun
 from hybridnorm_jax.training.throughput import mfu, model_flops_per_token, peak_flops
 
@@ -86,43 +91,130 @@ def test_tensorboard_gets_the_values_of_each_layer(tmp_path):
     assert entries(tmp_path)[0] == {"step": 1, "watch/rms": [1, None, 3], "watch/head": 2}
 
 
-def test_resuming_drops_later_steps_and_a_torn_line(tmp_path):
+def test_resuming_supersedes_later_steps_and_takes_nothing_out(tmp_path, capsys):
     writer = open_writer(tmp_path)
     for step in (1, 2, 3, 4):
         writer.write(step, {"train/loss": float(step)})
     writer.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "train/lo')
+    before = (tmp_path / "metrics.jsonl").read_text()
     writer = open_writer(tmp_path, resume_step=2)
-    assert [entry["step"] for entry in entries(tmp_path)] == [1, 2]
+    assert [record["step"] for record in read_records(tmp_path)] == [1, 2]
     writer.write(3, {"train/loss": 30.0})
     writer.close()
-    assert [entry["train/loss"] for entry in entries(tmp_path)] == [1.0, 2.0, 30.0]
+    assert [record["train/loss"] for record in read_records(tmp_path)] == [1.0, 2.0, 30.0]
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text.startswith(before + '\n{"resumed_from": 2, "time": "')
+    assert read_metrics(tmp_path).superseded == 2
+    assert capsys.readouterr().err == ""  # a kill explains the incomplete line
     # TensorBoard hides what earlier event files hold of these steps and later ones.
     assert sorted(event.step for event in tensorboard_events(tmp_path) if event.HasField("session_log")) == [0, 3]
+    open_writer(tmp_path, resume_step=3).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == text  # nothing was superseded, so there is nothing to say
 
 
-def test_starting_anew_drops_everything(tmp_path):
+def test_beginning_again_keeps_the_lines_and_says_so(tmp_path, capsys):
     writer = open_writer(tmp_path)
     writer.write(1, {"train/loss": 1.0})
     writer.close()
+    before = (tmp_path / "metrics.jsonl").read_text()
     open_writer(tmp_path).close()
-    assert entries(tmp_path) == []
+    assert (tmp_path / "metrics.jsonl").read_text().startswith(before + '{"resumed_from": 0')
+    assert read_records(tmp_path) == []
+    line = f"{tmp_path}: no checkpoint, the run begins again; metrics.jsonl keeps its 1 lines\n"
+    assert capsys.readouterr().err == line
 
 
-def test_a_resume_that_is_killed_while_dropping_lines_loses_nothing(tmp_path, monkeypatch):
+BAD = ('{"step": 2', "[]", '{"step": "2"}', '{"step": 2, "train/loss": "x"}', "[" * 100_000, '{"resumed_from": "x"}')
+
+
+def test_bad_lines_hide_no_others_and_are_said_once(tmp_path, capsys):
+    good = [json.dumps({"step": step}) for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([good[0], *BAD, good[1], good[2], ""]))
+    for _ in range(2):
+        assert [record["step"] for record in read_records(tmp_path)] == [1, 2, 3]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"{tmp_path}/metrics.jsonl, line 2: not a JSON object with a step and numbers; skipped, {len(BAD)} such line(s)"
+    )
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_hangs_nowhere(tmp_path, monkeypatch, capsys):
+    """Thirty lines and the end; TensorBoard's failure is said once, that of metrics.jsonl is an error."""
+    monkeypatch.setattr(append_only, "_LocalFile", FullDisk)
+    monkeypatch.setattr(FullDisk, "full", "tfevents")
+    began = time.monotonic()
     writer = open_writer(tmp_path)
-    for step in (1, 2):
-        writer.write(step, {"train/loss": float(step)})
+    for step in range(30):
+        writer.write(step, {"train/loss": 1.0})
     writer.close()
+    assert len(read_records(tmp_path)) == 30
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"TensorBoard: {tmp_path}/tensorboard/events.out.tfevents.")
+    assert line.endswith(": No space left on device; the run goes on without it, metrics.jsonl has every number")
 
-    def full(self, text):
-        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(FullDisk, "full", "metrics.jsonl")
+    writer = open_writer(tmp_path, resume_step=29)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written: No space left on device"):
+        writer.write(30, {"train/loss": 1.0})
+    with pytest.raises(UserError, match="No space left"):
+        writer.close()
+    assert time.monotonic() - began < 10
 
-    monkeypatch.setattr("etils.epath.gpath.PosixGPath.write_text", full)
-    with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written: .*No space left"):
-        open_writer(tmp_path, resume_step=1)
-    assert [entry["step"] for entry in entries(tmp_path)] == [1, 2]
+
+class FullDisk(append_only._LocalFile):
+    """Files whose path has `full` in it cannot be written."""
+
+    full = ""
+
+    def append(self, data):
+        if self.full in self._path:
+            raise OSError(errno.ENOSPC, "No space left on device", self._path)
+        super().append(data)
+
+
+def test_what_never_answers_is_given_up(tmp_path, monkeypatch, capsys):
+    """Weights & Biases and metrics.jsonl hang; neither holds the caller."""
+    answer = threading.Event()
+    monkeypatch.setattr(metrics_writer, "COPY_SECONDS", 0.2)
+    start_wandb(monkeypatch, log=lambda values: answer.wait(60))
+    writer = open_writer(tmp_path, wandb=True)
+    began = time.monotonic()
+    for step in (1, 2):
+        writer.write(step, {"train/loss": 1.0})
+    writer.close()
+    assert time.monotonic() - began < 10
+    line = "Weights & Biases: no answer within 0.2 seconds; the run goes on without it, metrics.jsonl has every number"
+    assert capsys.readouterr().err.splitlines() == [line]
+
+    monkeypatch.setattr(metrics_writer, "RECORD_SECONDS", 0.2)
+    writer = open_writer(tmp_path, resume_step=2)
+    monkeypatch.setattr(append_only._LocalFile, "append", lambda *_: answer.wait(60))
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written: no answer within 0\.2 seconds"):
+        writer.write(3, {"train/loss": 1.0})
+    answer.set()
+
+
+def test_a_run_directory_that_is_removed_is_noticed(tmp_path):
+    writer = open_writer(tmp_path)
+    writer.write(1, {"train/loss": 1.0})
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "other")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written: was removed or replaced"):
+        writer.write(2, {"train/loss": 1.0})
+
+
+def test_an_event_file_never_replaces_another_one_whatever_the_clock_says(tmp_path, monkeypatch):
+    names = []
+    for now in (5000.0, 5000.0, 10.0):
+        monkeypatch.setattr("hybridnorm_jax.training.tensorboard_events.time.time", lambda now=now: now)
+        writer = open_writer(tmp_path)
+        writer.write(1, {"train/loss": 1.0})
+        writer.close()
+        names.append({path.name for path in (tmp_path / "tensorboard").iterdir()})
+    first, second, third = names
+    assert max(first) < max(second) < max(third)
+    assert len(third) == 3
 
 
 def test_other_processes_write_nothing(tmp_path):
@@ -132,27 +224,71 @@ def test_other_processes_write_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_object_store_has_every_line_too(monkeypatch):
+@pytest.fixture
+def bucket(monkeypatch):
+    """gs://bucket/runs/name, a directory in memory, whose file system counts the bytes that are uploaded."""
     monkeypatch.setitem(_registry, "gcs", InMemory)
-    monkeypatch.setattr("hybridnorm_jax.training.metrics_writer.SummaryWriter", lambda *args, **keys: NoTensorBoard())
+    monkeypatch.setattr(MemoryFileSystem, "store", {})
+    monkeypatch.setattr(InMemory, "uploaded", 0)
     run_dir = epath.Path("gs://bucket/runs/name")
-    run_dir.mkdir(parents=True)
-    writer = open_writer(run_dir)
-    for step in (1, 2, 3):
-        writer.write(step, {"train/loss": float(step)})
-    assert [entry["step"] for entry in entries(run_dir)] == [1, 2, 3]
-    writer = open_writer(run_dir, resume_step=2)
-    writer.write(3, {"train/loss": 0.0})
-    assert [entry["train/loss"] for entry in entries(run_dir)] == [1.0, 2.0, 0.0]
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return run_dir
 
 
 class InMemory(MemoryFileSystem):
     protocol = ("gs", "gcs")
+    uploaded = 0
+
+    def open(self, path, mode="rb", **keys):
+        stream = super().open(path, mode, **keys)
+        if "w" not in mode:
+            return stream
+        write = stream.write
+
+        def counted(data):
+            InMemory.uploaded += len(data)
+            return write(data)
+
+        stream.write = counted
+        return stream
 
 
-class NoTensorBoard:
-    def add_scalar(self, *args):
-        pass
+def test_a_bucket_has_every_line_at_once_and_nothing_is_written_over(bucket):
+    writer = open_writer(bucket)
+    for step in (1, 2, 3):
+        writer.write(step, {"train/loss": float(step)})
+        assert len(read_records(bucket)) == step
+    writer.close()
+    first = (bucket / "metrics.jsonl.000001").read_text()
+    writer = open_writer(bucket, resume_step=2)
+    writer.write(3, {"train/loss": 0.0})
+    writer.close()
+    assert [record["train/loss"] for record in read_records(bucket)] == [1.0, 2.0, 0.0]
+    assert (bucket / "metrics.jsonl.000001").read_text() == first
+    assert len([path for path in (bucket / "tensorboard").iterdir() if "tfevents" in path.name]) == 2
+
+
+def test_twice_the_lines_upload_twice_the_bytes(bucket):
+    uploaded = []
+    for count in (500, 1000):
+        before, directory = InMemory.uploaded, bucket / str(count)
+        directory.mkdir(exist_ok=True)
+        file = metrics_file.MetricsFile(directory, resume_step=0)
+        for step in range(1000, 1000 + count):
+            file.append({"step": step, "train/loss": 1.0})
+        assert len(read_records(directory)) == count
+        uploaded.append(InMemory.uploaded - before)
+    assert 1.9 < uploaded[1] / uploaded[0] < 2.2
+
+
+def test_a_bucket_that_was_copied_to_a_disk_is_gone_on_with(bucket, tmp_path):
+    file = metrics_file.MetricsFile(bucket, resume_step=0)
+    file.append({"step": 1})
+    (tmp_path / "metrics.jsonl.000001").write_bytes((bucket / "metrics.jsonl.000001").read_bytes())
+    writer = open_writer(tmp_path, resume_step=1)
+    writer.write(2, {"train/loss": 1.0})
+    writer.close()
+    assert [record["step"] for record in read_records(tmp_path)] == [1, 2]
 
 
 def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):
@@ -161,12 +297,19 @@ def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):
         open_writer(tmp_path, wandb=True)
 
 
-def test_wandb_gets_the_step_and_goes_on_in_the_same_run(tmp_path, monkeypatch):
-    logged, started = [], []
-    run = types.SimpleNamespace(log=logged.append, finish=lambda: None, define_metric=lambda *args, **keys: None)
+def start_wandb(monkeypatch, **methods):
+    """A stand-in for wandb, whose run has these methods; returns what init is called with."""
+    started = []
+    run = {"log": lambda values: None, "finish": lambda: None, "define_metric": lambda *args, **keys: None} | methods
     fake = types.ModuleType("wandb")
-    fake.init = lambda **keys: started.append(keys) or run
+    fake.init = lambda **keys: started.append(keys) or types.SimpleNamespace(**run)
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    return started
+
+
+def test_wandb_gets_the_step_and_goes_on_in_the_same_run(tmp_path, monkeypatch):
+    logged = []
+    started = start_wandb(monkeypatch, log=logged.append)
     for resume_step in (None, 5, None):
         writer = open_writer(tmp_path, resume_step=resume_step, wandb=True)
         writer.write(7, {"train/loss": 1.0, "mfu": None})
@@ -176,6 +319,31 @@ def test_wandb_gets_the_step_and_goes_on_in_the_same_run(tmp_path, monkeypatch):
     assert first == resumed != anew
     assert started[0]["project"] == "project"
     assert started[0]["config"] == {"train": {"steps": 3}}
+
+
+def test_wandb_without_a_key_ends_in_one_line_and_writes_nothing(tmp_path, monkeypatch):
+    def refuse(**keys):
+        raise RuntimeError("No API key configured.\nmore")
+
+    start_wandb(monkeypatch)
+    monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
+    with pytest.raises(UserError, match=r"^run\.wandb=true: .*\(No API key configured\.\); log in with `wandb login`"):
+        open_writer(tmp_path, wandb=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb_that_fails_on_the_way_stops_nothing(tmp_path, monkeypatch, capsys):
+    def fail(values):
+        raise ConnectionError("network unreachable")
+
+    start_wandb(monkeypatch, log=fail)
+    writer = open_writer(tmp_path, wandb=True)
+    for step in (1, 2, 3):
+        writer.write(step, {"train/loss": 1.0})
+    writer.close()
+    assert len(read_records(tmp_path)) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Weights & Biases: network unreachable; the run goes on without it")
 
 
 TINY = {"d_model": 8, "num_layers": 3, "num_heads": 2, "num_kv_heads": 1, "mlp_dim": 16, "vocab_size": 10}

@@ -1,7 +1,6 @@
 """A run stopped and taken up again is the run that was never stopped, bit for bit; and what is refused on the way."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.training import loop
 from hybridnorm_jax.training.checkpoints import CheckpointError, Checkpoints
+from hybridnorm_jax.training.metrics_file import read_records
 from hybridnorm_jax.training.program import Program
 
 STEPS = 6
@@ -50,8 +50,7 @@ def _named(config, name, **run):
 
 
 def _records(config, tmp_path):
-    file = tmp_path / "runs" / config.run.name / "metrics.jsonl"
-    records = [json.loads(line) for line in file.read_text().splitlines()]
+    records = read_records(tmp_path / "runs" / config.run.name)
     timing = ("tokens_per_second", "mfu")
     timed = {key for record in records for key in record if key in timing or key.startswith("time/")}
     return [{key: value for key, value in record.items() if key not in timed} for record in records]
@@ -140,23 +139,29 @@ def test_a_finished_run_is_evaluated_again_and_left_as_it_is(config, tmp_path):
 
 def test_another_configuration_in_the_same_directory_is_refused_by_key(config, tmp_path):
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1))
-    loop.open_run_directory(other)
-    loop.open_run_directory(config)  # nothing was saved yet, so nothing stands in the way
     file = tmp_path / "runs/resumed/config.yaml"
+    assert not loop.open_run_directory(other).exists()  # nothing is made before all is checked
+    file.parent.mkdir(parents=True)
+    loop.write_config(file.parent, other)
+    loop.open_run_directory(config)  # nothing was saved or recorded yet, so nothing stands in the way
+    loop.write_config(file.parent, config)
     before = file.read_text()
     (tmp_path / "runs/resumed/checkpoints").mkdir()
     with pytest.raises(ConfigError, match=r"resumed holds another run \(train\.seed: saved 0, asked 1\)"):
         loop.open_run_directory(other)
     assert file.read_text() == before
     more_often = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=3))
-    loop.open_run_directory(more_often)
+    loop.write_config(loop.open_run_directory(more_often), more_often)
     assert "every: 3" in file.read_text()
 
 
 def test_data_that_changed_since_the_checkpoint_is_refused(config, tmp_path):
     short = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=100))
     loop.train(short)
+    files = [tmp_path / "runs/resumed" / name for name in ("metrics.jsonl", "config.yaml")]
+    before = [file.read_bytes() for file in files]
     for number in range(100, 110):  # enough for some to be trained on
         (tmp_path / f"{number}.txt").write_text(f"{number} " * 30)
     with pytest.raises(UserError, match=r"data: [\d,]+ tokens to train on, but [\d,]+ when step 6 was saved"):
-        loop.train(short)
+        loop.train(dataclasses.replace(short, eval=dataclasses.replace(config.eval, every=50)))
+    assert [file.read_bytes() for file in files] == before

@@ -1,7 +1,5 @@
 """Scores of the validation sets, now and then and at the end."""
 
-import json
-
 import jax
 import numpy as np
 from etils import epath
@@ -11,6 +9,7 @@ from hybridnorm_jax.evaluation import perplexity
 from hybridnorm_jax.model.loss import LossSums
 from hybridnorm_jax.training.hooks.hook import Hook
 from hybridnorm_jax.training.hooks.progress_bar import say_above_bar
+from hybridnorm_jax.training.metrics_file import read_records
 from hybridnorm_jax.training.run import Run
 from hybridnorm_jax.training.step import Batch
 
@@ -42,7 +41,7 @@ class Evaluation(Hook):
         if run.step == 0 or not self.is_due(run, run.step) or not run.data.validation:
             return False
         # Process 0 alone writes the file, and others may not see it.
-        owed = jax.process_index() == 0 and not _is_recorded(run.directory / "metrics.jsonl", run.step)
+        owed = jax.process_index() == 0 and not _is_recorded(run.directory, run.step)
         if jax.process_count() == 1:
             return owed
         return bool(multihost_utils.broadcast_one_to_all(np.asarray(owed)))
@@ -82,7 +81,7 @@ class Evaluation(Hook):
         return sums
 
 
-def _is_recorded(file: epath.Path, step: int) -> bool:
-    """Whether metrics.jsonl, which MetricsWriter has mended, holds an evaluation of this step."""
-    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+def _is_recorded(directory: epath.Path, step: int) -> bool:
+    """Whether the run's metrics.jsonl holds an evaluation of this step."""
+    records = read_records(directory)
     return any(record["step"] == step and any(key.startswith("eval/") for key in record) for record in records)

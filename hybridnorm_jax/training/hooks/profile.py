@@ -1,8 +1,12 @@
 """A trace of a few steps for JAX's profiler."""
 
+import sys
+from collections.abc import Callable
+
 import jax
 
 from hybridnorm_jax.training.hooks.hook import Hook
+from hybridnorm_jax.training.hooks.progress_bar import say_above_bar
 from hybridnorm_jax.training.run import Run
 
 # The first step of a process compiles, which would drown the others in a trace.
@@ -24,8 +28,8 @@ class Profile(Hook):
     def before_step(self, run: Run) -> None:
         """Begin the trace before the first of these steps."""
         if not self._tracing:
-            jax.profiler.start_trace(str(run.directory / "profile"))
-            self._tracing = True
+            self._attempt(lambda: jax.profiler.start_trace(str(run.directory / "profile")))
+            self._tracing = self.every is not None
 
     def after_step(self, run: Run) -> None:
         """End the trace after the last of these steps, or of the run."""
@@ -39,5 +43,14 @@ class Profile(Hook):
     def _stop(self, run: Run) -> None:
         if self._tracing:
             jax.block_until_ready(run.state)
-            jax.profiler.stop_trace()
+            self._attempt(jax.profiler.stop_trace)
             self._tracing = False
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        """Go on without a profile where it cannot be written: the run does not depend on it."""
+        try:
+            action()
+        except Exception as error:
+            self.every = None
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            say_above_bar(f"train.profile=true: {reason}; the run goes on without a profile", file=sys.stderr)
