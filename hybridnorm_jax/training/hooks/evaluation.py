@@ -70,7 +70,7 @@ class Evaluation(Hook):
                 batches=run.config.eval.batches,
                 progress=jax.process_index() == 0,
             )
-        run.clock.pause()
+        run.clock.restart()
 
     def _eval_step(self, run: Run, batch: Batch) -> LossSums:
         run.signals.poll()
