@@ -74,13 +74,21 @@ def _same_in_all_processes(config: RunConfig) -> dict[str, str]:
 
 def _say_next(arguments: Sequence[str], config: RunConfig) -> None:
     evaluation = again(["eval", f"{config.run.dir}/{config.run.name}"])
-    another = again(["train", *_other_scheme(arguments, config)])
-    print(f"\nNext: {evaluation}\n  or another placement: {another}")
+    other = _other_scheme(config)
+    trained = again(["train", *_with_scheme(arguments, config, other)])
+    print(f"\nNext:\n  score it again, or on other text\n    {evaluation}")
+    print(f"  train the same model with another scheme, {other}\n    {trained}")
 
 
-def _other_scheme(arguments: Sequence[str], config: RunConfig) -> list[str]:
-    """The same arguments with another placement, which has no equivalent form."""
+def _other_scheme(config: RunConfig) -> str:
+    return "pre" if config.model.scheme != "pre" else "hybrid_star"
+
+
+def _with_scheme(arguments: Sequence[str], config: RunConfig, scheme: str) -> list[str]:
+    """The same arguments with another scheme, which has no equivalent form."""
     changed = ("model.scheme=", "run.name=", "train.equivalent_", "train.check_invariants=", "distributed.")
     kept = [argument for argument in arguments if not argument.startswith(changed)]
-    other = "pre" if config.model.scheme != "pre" else "hybrid_star"
-    return [*kept, f"model.scheme={other}"]
+    # A file may name the run, whose directory another scheme must not share.
+    has_name = any(argument.endswith(".yaml") for argument in kept)
+    named = [f"run.name={config.run.name}-{scheme}"] if has_name else []
+    return [*kept, f"model.scheme={scheme}", *named]

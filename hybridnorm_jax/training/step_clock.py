@@ -32,9 +32,7 @@ class StepClock:
       process: those of all steps of this process.
     """
 
-    def __init__(
-        self, now: Callable[[], float] = time.perf_counter, compilations: Callable[[], int] | None = None
-    ):
+    def __init__(self, now: Callable[[], float] = time.perf_counter, compilations: Callable[[], int] | None = None):
         self._now = now
         self._compilations = _compilations if compilations is None else compilations
         self._began: float | None = None

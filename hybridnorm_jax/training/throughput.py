@@ -29,10 +29,6 @@ PEAK_FLOPS = {
 }
 
 
-# What the number means, next to it wherever people read it.
-THROUGHPUT_MEANING = "median over steps that only trained, with their wait for input"
-
-
 def tokens_per_second(step_seconds: Sequence[float], tokens_per_step: int) -> float | None:
     """tokens_per_step / median(step_seconds): the throughput of training; None where there are no steps.
 

@@ -53,7 +53,7 @@ def test_the_phases_add_up_to_the_time_that_passed():
     assert ledger.goodput() == pytest.approx(10 / 29)
     assert sum(ledger.seconds().values()) == clock.seconds - 90
     lines = ledger.table().splitlines()
-    assert lines[0] == "Time of this process: 29.0 s, goodput 34.5 %"
+    assert lines[0] == "Time of this process: 29 s, of which 34.5 % in training steps (goodput)"
     assert [line.split()[0] for line in lines[1:]] == ["start-up", "steps", "input", "checkpoint", "skipped", "other"]
 
 

@@ -55,7 +55,8 @@ class Evaluation(Hook):
             return
         run.writer.write(run.step, losses)
         if run.step != run.steps:
-            say_above_bar(f"step {run.step}: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+            shown = ", ".join(f"{name} {score.loss:.4f}" for name, score in run.scores.items())
+            say_above_bar(f"step {run.step}: evaluation loss {shown} nats per token")
 
     def _score(self, run: Run) -> None:
         def eval_step(batch: Batch) -> LossSums:
