@@ -204,6 +204,10 @@ class Checkpoints:
         """The configuration that was saved with `step`, as YAML; None: with the newest. Verified as `restore` does."""
         return self._saved(step).custom["config_yaml"]
 
+    def read_data_state(self, step: int) -> dict:
+        """What was saved of the data with `step`; empty where parameters alone were saved. Verified first."""
+        return self._saved(step).custom["data_state"]
+
     def _path(self, step: int) -> epath.Path:
         return self.directory / f"{step:06d}"
 

@@ -11,6 +11,7 @@ from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data import Data, open_data
 from hybridnorm_jax.errors import RunStopped
 from hybridnorm_jax.evaluation import perplexity
+from hybridnorm_jax.evaluation.held_out import check_sets, training_files
 from hybridnorm_jax.generation.text_sample import check_prompt, text_sample
 from hybridnorm_jax.mesh.fit_checks import check_batch
 from hybridnorm_jax.mesh.processes import say
@@ -151,6 +152,7 @@ def _prepare(config: RunConfig) -> tuple[Program, Data]:
         vocab_size=config.model.vocab_size,
         progress=jax.process_index() == 0,
     )
+    check_sets(config.data.validation, training_files(config.data))
     check_prompt(config, data)
     return program, data
 

@@ -68,7 +68,7 @@ class Evaluation(Hook):
                 run.data.validation,
                 batch_size=run.program.eval_batch_size,
                 share=run.program.share,
-                batches=run.config.eval.batches,
+                sequences=run.program.eval_sequences,
                 progress=jax.process_index() == 0,
             )
         run.clock.restart()
