@@ -12,8 +12,9 @@ from hybridnorm_jax.errors import UserError
 
 FINISHED, DIVERGED, UNFINISHED = "finished", "diverged", "unfinished"
 # Keys of metrics.jsonl that hold one number, besides those of evaluations; and keys that hold one for every step.
-NUMBER_KEYS = ("train/loss", "train/grad_norm", "tokens_per_second")
-SERIES_KEYS = ("train/losses", "train/grad_norms")
+NUMBER_KEYS = ("train/loss", "train/grad_norm")
+STEP_SECONDS = "time/step_seconds"
+SERIES_KEYS = ("train/losses", "train/grad_norms", STEP_SECONDS)
 
 Record = dict[str, Any]
 
@@ -156,6 +157,11 @@ def _series(records: Sequence[Record], *, last: str, every: str) -> list[Point]:
         elif last in record:
             series.append(Point(step, as_number(record[last])))
     return series
+
+
+def step_seconds(records: Sequence[Record]) -> list[float]:
+    """The seconds of every step that only trained."""
+    return [seconds for record in records for seconds in record.get(STEP_SECONDS) or () if seconds is not None]
 
 
 def validation_losses(records: Sequence[Record]) -> dict[str, list[Point]]:
