@@ -18,7 +18,7 @@ from hybridnorm_jax.config.yaml_files import from_yaml, gather
 from hybridnorm_jax.data import Data, DataError, open_data
 from hybridnorm_jax.data.sources import find_files
 from hybridnorm_jax.errors import ConfigError
-from hybridnorm_jax.evaluation.held_out import check_held_out, check_sets, training_files
+from hybridnorm_jax.evaluation.held_out import check_same_data, check_sets, check_share, training_files
 from hybridnorm_jax.evaluation.perplexity import Score, evaluate_sets, table
 from hybridnorm_jax.mesh.cluster import DistributedSection
 from hybridnorm_jax.mesh.processes import Processes, say
@@ -43,11 +43,12 @@ SAME_FUNCTION = ("model.dtype", "model.dropout", "model.initializer", "model.ini
 
 @dataclasses.dataclass(frozen=True)
 class RunScores:
-    """The scores of every validation set, and which checkpoint they are of."""
+    """The scores of every validation set, which checkpoint they are of, and what is said where a part was scored."""
 
     checkpoint: str
     step: int
     scores: Mapping[str, Score]
+    part: str = ""
 
 
 def evaluate_run(path: str, overrides: Sequence[str] = (), *, progress: bool = True) -> RunScores:
@@ -81,7 +82,9 @@ def evaluate_run(path: str, overrides: Sequence[str] = (), *, progress: bool = T
         sequences=program.eval_sequences,
         progress=progress,
     )
-    return RunScores(str(directory / f"{step:06d}"), step, scores)
+    limit = program.eval_sequences
+    part = "" if limit is None else f"; at most the first {limit:,} sequences of each set"
+    return RunScores(str(directory / f"{step:06d}"), step, scores, part)
 
 
 def _open_data(saved: RunConfig, config: RunConfig, data_state: Mapping[str, Any], *, progress: bool) -> Data:
@@ -90,11 +93,12 @@ def _open_data(saved: RunConfig, config: RunConfig, data_state: Mapping[str, Any
     Raises:
       UserError: something is, nothing can be scored, or something cannot be read.
     """
+    check_share(saved.data, config.data)
     data = open_data(config.data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size, progress=progress)
     if not data.validation:
         raise ConfigError("data.validation={}: the run held nothing out; name a set, data.validation.NAME=[FILE]")
     is_same = data_state.get("train_tokens") == data.train.num_tokens
-    check_held_out(saved.data, config.data, differences(saved, config), is_same_data=is_same)
+    check_same_data(config.data, differences(saved, config), is_same_data=is_same)
     if config.data.validation_fraction and data_state and not is_same:
         _judge_other_data(config.data, before=data_state["train_tokens"], now=data.train.num_tokens)
     if config.data.validation:
@@ -137,16 +141,24 @@ def _allows_fallback(overrides: Sequence[str]) -> bool:
 
 USAGE = """usage: hybridnorm eval RUN_DIR [key=value ...] [--json]
 
-Prints loss, perplexity and bits per byte of every validation set of a run, from its newest
-checkpoint. RUN_DIR/checkpoints/STEP names another checkpoint.
+Prints the loss (nats per token), the perplexity and the bits per byte of every
+validation set of a run, from its newest checkpoint. RUN_DIR/checkpoints/STEP
+names another checkpoint.
 
-Keys are those of `hybridnorm train`; `hybridnorm train --help` lists them. The model and the
-tokenizer are the run's and cannot be changed. Often used:
+Keys are those of `hybridnorm train`; `hybridnorm train --help` lists them. The
+model, the tokenizer and the share of the training data that was held out are
+the run's and cannot be changed. Often used:
 
-  eval.batches=8                      score only this many batches of each set
-  'data.validation.c4=[c4/*.npy]'     add a set and name it c4
-  mesh.fsdp=1 mesh.tensor=8           place the model on the devices; default: all on mesh.fsdp
-  distributed.coordinator=HOST:PORT   run several processes where no cluster is found
+  'data.validation.c4=[c4/*.npy]'
+      score other files too, as a set with the name c4; files that the run
+      trained on are refused
+  eval.batches=8
+      score only the beginning of each set: this many batches of eval.batch_size
+      sequences
+  mesh.fsdp=1 mesh.tensor=8
+      place the model on the devices; default: all on mesh.fsdp
+  distributed.coordinator=HOST:PORT
+      run several processes where no cluster is found
 
 --json prints one JSON object and nothing else on standard output."""
 
@@ -174,7 +186,7 @@ def run(arguments: Sequence[str], processes: Processes) -> None:
         sets = {name: dataclasses.asdict(score) for name, score in result.scores.items()}
         print(json.dumps({"checkpoint": result.checkpoint, "step": result.step, "sets": sets}, indent=2))
     else:
-        print(f"{result.checkpoint}\n\n{table(result.scores)}")
+        print(f"{result.checkpoint}: loss in nats per token{result.part}\n{table(result.scores)}")
 
 
 def _distributed(overrides: Sequence[str]) -> DistributedSection:

@@ -16,19 +16,24 @@ from hybridnorm_jax.mesh.processes import Processes, check_alike
 DRY_RUN = "--dry-run"
 USAGE = """usage: hybridnorm train [CONFIG ...] [key=value ...] [--dry-run]
 
-CONFIG is the name of a configuration, such as 151m, or the path of a YAML file. Without one it is
-quickstart. Several are merged in their order, then the key=value; later ones win. Values are YAML:
+CONFIG is the name of a configuration, such as 151m, or the path of a YAML file.
+Without one it is quickstart. Several are merged in their order, then the
+key=value; later ones win. Values are YAML:
 
   hybridnorm train train.steps=20 model.scheme=peri
-  hybridnorm train 151m data.source=text 'data.files=[a.txt, b.txt]' optimizer.clip=null
+  hybridnorm train 151m 'data.files=[a.npy, b.npy]' optimizer.clip=null
 
 The same command again resumes the run from its newest checkpoint.
 
---dry-run compiles the step for the devices at hand and prints mesh, batches and memory; nothing is
-trained.
+--dry-run compiles the step for the devices at hand and prints mesh, batches and
+memory; nothing is trained.
 
-Exit status: 0 done; 2 an error that you can mend, in one line; 75 stopped by SIGTERM and saved, the
-same command goes on; 130 the same by Ctrl-C; 76 stalled (train.stall_exit=true).
+Exit status:
+    0  done
+    2  an error that you can mend; one line says which
+   75  stopped by SIGTERM and saved: the same command goes on
+  130  the same by Ctrl-C
+   76  stalled (train.stall_exit=true)
 
 {title}
 """

@@ -62,26 +62,35 @@ def check_sets(validation: Mapping[str, Iterable[str]], trained_on: Iterable[epa
                 raise ConfigError(_refusal(name, path, same))
 
 
-def check_held_out(saved: DataSection, asked: DataSection, changes: Iterable[str], *, is_same_data: bool) -> None:
-    """Refuse to call "validation" what the run did not hold out.
+def check_share(saved: DataSection, asked: DataSection) -> None:
+    """Refuse to hold out another share than the run did: it would hold documents that the run trained on.
 
     Args:
       saved, asked: the data section of the run, and of this evaluation.
-      changes: the keys that differ, such as "data.files: saved [...], asked [...]".
+
+    Raises:
+      ConfigError: names the key.
+    """
+    if asked.validation_fraction and asked.validation_fraction != saved.validation_fraction:
+        right = "leave it as it was, or set it to 0 and name sets in data.validation"
+        wrong = "only the share that the run held out was kept out of its training"
+        change = f"saved {saved.validation_fraction}, asked {asked.validation_fraction}"
+        raise ConfigError(f"data.validation_fraction: {change}: {wrong}; {right}")
+
+
+def check_same_data(asked: DataSection, changes: Iterable[str], *, is_same_data: bool) -> None:
+    """Refuse to call "validation" the held-out share of what the run did not train on.
+
+    Args:
+      asked: the data section of this evaluation.
+      changes: the keys that differ from the run's, such as "data.files: saved [...], asked [...]".
       is_same_data: whether what `asked` names is what the run trained on, maybe at another place.
 
     Raises:
       ConfigError: names the key.
     """
-    if not asked.validation_fraction:
-        return
-    if asked.validation_fraction != saved.validation_fraction:
-        right = "leave it as it was, or set it to 0 and name sets in data.validation"
-        wrong = "only the share that the run held out was kept out of its training"
-        change = f"saved {saved.validation_fraction}, asked {asked.validation_fraction}"
-        raise ConfigError(f"data.validation_fraction: {change}: {wrong}; {right}")
     changed = [line for line in changes if line.startswith(TRAINING_DATA)]
-    if changed and not is_same_data:
+    if asked.validation_fraction and changed and not is_same_data:
         wrong = "the held-out share of other data is no validation of this run"
         right = "to score other files name them as a set, 'data.validation.NAME=[FILE]'"
         raise ConfigError(f"{changed[0]}: {wrong}; {right}")

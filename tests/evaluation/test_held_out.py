@@ -12,7 +12,7 @@ from hybridnorm_jax.config.run_config import RunConfig, TrainSection
 from hybridnorm_jax.config.yaml_files import from_yaml, to_yaml
 from hybridnorm_jax.data.sources import find_files, stdlib_corpus
 from hybridnorm_jax.errors import ConfigError, DataError
-from hybridnorm_jax.evaluation.held_out import check_held_out, check_sets, training_files
+from hybridnorm_jax.evaluation.held_out import check_same_data, check_sets, check_share, training_files
 from hybridnorm_jax.training import loop
 from hybridnorm_jax.training.program import Program
 
@@ -66,15 +66,18 @@ def test_the_standard_library_is_trained_on_too(tmp_path):
 
 def test_only_the_runs_own_share_is_held_out():
     saved = dataclasses.replace(RunConfig().data, source="text", files=("a.txt",), validation_fraction=0.1)
-    files_changed = ["data.files: saved ('a.txt',), asked ('b.txt',)"]
-    check_held_out(saved, saved, [], is_same_data=True)
-    check_held_out(saved, saved, files_changed, is_same_data=True)  # moved
-    check_held_out(saved, dataclasses.replace(saved, validation_fraction=0.0), files_changed, is_same_data=False)
-    with pytest.raises(ConfigError, match=r"^data\.files: .*'data\.validation\.NAME=\[FILE\]'$"):
-        check_held_out(saved, saved, files_changed, is_same_data=False)
+    nothing = dataclasses.replace(saved, validation_fraction=0.0)
+    check_share(saved, saved)
+    check_share(saved, nothing)
     for fraction in (0.05, 0.5):
         with pytest.raises(ConfigError, match=r"^data\.validation_fraction: saved 0\.1, asked 0"):
-            check_held_out(saved, dataclasses.replace(saved, validation_fraction=fraction), [], is_same_data=True)
+            check_share(saved, dataclasses.replace(saved, validation_fraction=fraction))
+    files_changed = ["data.files: saved ('a.txt',), asked ('b.txt',)"]
+    check_same_data(saved, [], is_same_data=False)
+    check_same_data(saved, files_changed, is_same_data=True)  # moved
+    check_same_data(nothing, files_changed, is_same_data=False)
+    with pytest.raises(ConfigError, match=r"^data\.files: .*'data\.validation\.NAME=\[FILE\]'$"):
+        check_same_data(saved, files_changed, is_same_data=False)
 
 
 SETTINGS = ["train.watch_every=1", "train.watch_sequences=4", "eval.batches=2"]
