@@ -133,9 +133,9 @@ def paired_difference(ours: RunGroup, theirs: RunGroup, confidence: float = 0.95
     """The mean over seeds s of d_s = ours(s) - theirs(s), with its Student-t confidence interval.
 
     half_width = t * sd(d) / sqrt(n), t the (1 + confidence)/2 quantile of Student's t, n - 1 degrees of freedom,
-    sd the sample standard deviation. Pairing removes what a seed does to both runs alike: the numbers that both draw for
-    parameters and dropout. It does not remove the order of the data, which all runs of a comparison share. The interval
-    supposes that the d_s are independent and about normal.
+    sd the sample standard deviation. Pairing removes what a seed does to both runs alike: the numbers that both draw
+    for parameters and dropout. It does not remove the order of the data, which all runs of a comparison share. The
+    interval supposes that the d_s are independent and about normal.
 
     Returns:
       None where no seed has a loss on both sides.
