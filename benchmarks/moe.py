@@ -60,7 +60,7 @@ from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.kernels.backend_names import EXPERT_DISPATCHES
 from hybridnorm_jax.kernels.expert_dispatch import resolve_dispatch
 from hybridnorm_jax.training.program import Program
-from hybridnorm_jax.training.throughput import mfu, model_flops_per_token
+from hybridnorm_jax.training.throughput import mfu, model_flops_per_token, tokens_per_second
 
 DEFAULT = "moe_benchmark"
 
@@ -272,7 +272,7 @@ def timings(steps: Mapping[str, Callable[[], Any]], rounds: int, *, base: str, w
     for name, values in times.items():
         seconds = quartiles(values)
         ratio = quartiles(values / times[base])
-        rate = work.tokens / seconds.median
+        rate = tokens_per_second(values, work.tokens)
         rows[name] = {
             "seconds": seconds.median,
             "seconds_quartiles": [seconds.lower, seconds.upper],

@@ -24,7 +24,7 @@ from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.training.program import Program
-from hybridnorm_jax.training.throughput import mfu, model_flops_per_token
+from hybridnorm_jax.training.throughput import mfu, model_flops_per_token, tokens_per_second
 
 DEFAULT = "benchmark"
 
@@ -142,7 +142,7 @@ def step_times(config: RunConfig, *, with_peer: bool, rounds: int, per_round: in
     if with_peer:
         median, of_peer = statistics.median(times["ours"]), statistics.median(times["peer"])
         result["peer step seconds, median"] = of_peer
-        result["peer tokens per second"] = config.tokens_per_step / of_peer
+        result["peer tokens per second"] = tokens_per_second(times["peer"], config.tokens_per_step)
         result["ours / peer, tokens per s"] = of_peer / median
     return result
 
@@ -175,7 +175,7 @@ def _our_result(config: RunConfig, ours: Ours, times: Sequence[float]) -> dict[s
     mesh = ours.program.mesh
     device = mesh.devices.flat[0]
     median = statistics.median(times)
-    rate = config.tokens_per_step / median
+    rate = tokens_per_second(times, config.tokens_per_step)
     flops = model_flops_per_token(config.model, config.train.seq_len)
     device_peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
     process_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""Standard output and standard error that may go away while the program goes on."""
+"""Standard output and standard error: what they can show, and how a program goes on where they go away."""
 
 import contextlib
 import io
@@ -105,3 +105,18 @@ def prepare_streams() -> None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def can_redraw(stream: TextIO | None) -> bool:
+    """Whether a progress bar works there: on a terminal that can move its cursor, not in a file or a pipe."""
+    return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def duration(seconds: float) -> str:
+    """As 45 s, 12 min 30 s or 5 h 20 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -112,6 +112,7 @@ def _lines(run: Planted, curve: Sequence[float], config: RunConfig) -> Iterator[
             "train/grad_norm": norms[-1],
             "train/grad_norms": norms,
             "tokens_per_second": 1000.0 + run.seed,
+            "time/step_seconds": [config.tokens_per_step / (1000.0 + run.seed)] * len(losses),
         }
         if run.watched and (first == 0 or step == len(curve)):
             yield {"step": step, **_watched(config.model.num_layers, step)}

@@ -112,8 +112,9 @@ def convert(options: argparse.Namespace) -> None:
 def _say_next(out: str, *, has_tokenizer: bool) -> None:
     data = ""
     if not has_tokenizer:
-        print("no tokenizer.json came with it: the model can read token files only, F.npy below")
-        data = " data.source=tokens 'data.files=[F.npy]' data.validation_fraction=0 'data.validation.name=[F.npy]'"
+        print("no tokenizer.json came with it: the model can read token files only, below F.npy to train on,")
+        print("and V.npy to score")
+        data = " data.source=tokens 'data.files=[F.npy]' data.validation_fraction=0 'data.validation.name=[V.npy]'"
     print(f"\nNext: {again(['eval', out])}{data}")
     print(f"  or: {again(['train', f'{out}/config.yaml', f'init_from={out}', 'run.name=NAME'])}{data}")
 

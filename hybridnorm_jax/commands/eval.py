@@ -1,19 +1,27 @@
 """`hybridnorm eval`: score a run on its validation sets."""
 
+import contextlib
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from etils import epath
 
 from hybridnorm_jax.commands.program import wants_help
 from hybridnorm_jax.commands.syntax import check_syntax
 from hybridnorm_jax.config.resume_keys import differences
+from hybridnorm_jax.config.run_config import DataSection, RunConfig
 from hybridnorm_jax.config.yaml_files import from_yaml, gather
-from hybridnorm_jax.data import open_data
+from hybridnorm_jax.data import Data, DataError, open_data
+from hybridnorm_jax.data.sources import find_files
 from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.evaluation.held_out import check_same_data, check_sets, check_share, training_files
 from hybridnorm_jax.evaluation.perplexity import Score, evaluate_sets, table
 from hybridnorm_jax.mesh.cluster import DistributedSection
-from hybridnorm_jax.mesh.processes import Processes
+from hybridnorm_jax.mesh.processes import Processes, say
 from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
 from hybridnorm_jax.training.program import Program
 
@@ -27,7 +35,7 @@ ANYWHERE = (
     "mesh.replica=1",
     "model.attention=auto",
     "model.expert_dispatch=auto",
-    "eval.batch_size=null",
+    "train.watch_every=null",
 )
 # Model keys that may be another in evaluation than in training: the function stays the same up to rounding.
 SAME_FUNCTION = ("model.dtype", "model.dropout", "model.initializer", "model.init_std")
@@ -35,11 +43,12 @@ SAME_FUNCTION = ("model.dtype", "model.dropout", "model.initializer", "model.ini
 
 @dataclasses.dataclass(frozen=True)
 class RunScores:
-    """The scores of every validation set, and which checkpoint they are of."""
+    """The scores of every validation set, which checkpoint they are of, and what is said where a part was scored."""
 
     checkpoint: str
     step: int
     scores: Mapping[str, Score]
+    part: str = ""
 
 
 def evaluate_run(path: str, overrides: Sequence[str] = (), *, progress: bool = True) -> RunScores:
@@ -63,21 +72,65 @@ def evaluate_run(path: str, overrides: Sequence[str] = (), *, progress: bool = T
             if line.startswith(("model.", "data.tokenizer")) and not line.startswith(SAME_FUNCTION):
                 raise ConfigError(f"{line}: {directory.parent} holds that model and no other")
         program = Program(config)
-        data = open_data(
-            config.data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size, progress=progress
-        )
-        if not data.validation:
-            raise ConfigError("data.validation={}: the run held nothing out; name a set, data.validation.NAME=[FILE]")
+        data = _open_data(saved, config, checkpoints.read_data_state(step), progress=progress)
         params = checkpoints.restore_params(program.abstract_state.params, step)
     scores = evaluate_sets(
         lambda batch: program.eval_step(params, batch),
         data.validation,
         batch_size=program.eval_batch_size,
         share=program.share,
-        batches=config.eval.batches,
+        sequences=program.eval_sequences,
         progress=progress,
     )
-    return RunScores(str(directory / f"{step:06d}"), step, scores)
+    limit = program.eval_sequences
+    part = "" if limit is None else f"; at most the first {limit:,} sequences of each set"
+    return RunScores(str(directory / f"{step:06d}"), step, scores, part)
+
+
+def _open_data(saved: RunConfig, config: RunConfig, data_state: Mapping[str, Any], *, progress: bool) -> Data:
+    """The data of this evaluation, if nothing in it is called validation that the run trained on.
+
+    Raises:
+      UserError: something is, nothing can be scored, or something cannot be read.
+    """
+    check_share(saved.data, config.data)
+    data = open_data(config.data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size, progress=progress)
+    if not data.validation:
+        raise ConfigError("data.validation={}: the run held nothing out; name a set, data.validation.NAME=[FILE]")
+    is_same = data_state.get("train_tokens") == data.train.num_tokens
+    check_same_data(config.data, differences(saved, config), is_same_data=is_same)
+    if config.data.validation_fraction and data_state and not is_same:
+        _judge_other_data(config.data, before=data_state["train_tokens"], now=data.train.num_tokens)
+    if config.data.validation:
+        check_sets(config.data.validation, _trained_on(saved.data, config.data, is_same_data=is_same))
+    return data
+
+
+def _judge_other_data(data: DataSection, *, before: int, now: int) -> None:
+    """Of a run whose data were changed under the same name: say what that means, or refuse.
+
+    Which text is held out is decided by the document itself, so none of it was trained on. Of token files it is decided
+    by the names of the files.
+
+    Raises:
+      ConfigError: the data are token files.
+    """
+    changed = f"{now:,} tokens to train on, but {before:,} when the checkpoint was saved"
+    if data.source == "tokens":
+        right = "restore them, or set data.validation_fraction=0 and name sets in data.validation"
+        raise ConfigError(f"data.files: {changed}: what is held out now may have been trained on; {right}")
+    say(f"note: data: {changed}: the held-out documents are not those of training", file=sys.stderr)
+
+
+def _trained_on(saved: DataSection, asked: DataSection, *, is_same_data: bool) -> Sequence[epath.Path]:
+    """The files that the run trained on, as far as they are here."""
+    if is_same_data:
+        return training_files(asked)
+    found: list[epath.Path] = []
+    for pattern in saved.files:
+        with contextlib.suppress(DataError):  # it is not here, so no set can name it
+            found += find_files("data.files", [pattern])
+    return found
 
 
 def _allows_fallback(overrides: Sequence[str]) -> bool:
@@ -88,16 +141,24 @@ def _allows_fallback(overrides: Sequence[str]) -> bool:
 
 USAGE = """usage: hybridnorm eval RUN_DIR [key=value ...] [--json]
 
-Prints loss, perplexity and bits per byte of every validation set of a run, from its newest
-checkpoint. RUN_DIR/checkpoints/STEP names another checkpoint.
+Prints the loss (nats per token), the perplexity and the bits per byte of every
+validation set of a run, from its newest checkpoint. RUN_DIR/checkpoints/STEP
+names another checkpoint.
 
-Keys are those of `hybridnorm train`; `hybridnorm train --help` lists them. The model and the
-tokenizer are the run's and cannot be changed. Often used:
+Keys are those of `hybridnorm train`; `hybridnorm train --help` lists them. The
+model, the tokenizer and the share of the training data that was held out are
+the run's and cannot be changed. Often used:
 
-  eval.batches=8                      score only this many batches of each set
-  'data.validation.c4=[c4/*.npy]'     add a set and name it c4
-  mesh.fsdp=1 mesh.tensor=8           place the model on the devices; default: all on mesh.fsdp
-  distributed.coordinator=HOST:PORT   run several processes where no cluster is found
+  'data.validation.c4=[c4/*.npy]'
+      score other files too, as a set with the name c4; files that the run
+      trained on are refused
+  eval.batches=8
+      score only the beginning of each set: this many batches of eval.batch_size
+      sequences
+  mesh.fsdp=1 mesh.tensor=8
+      place the model on the devices; default: all on mesh.fsdp
+  distributed.coordinator=HOST:PORT
+      run several processes where no cluster is found
 
 --json prints one JSON object and nothing else on standard output."""
 
@@ -125,7 +186,7 @@ def run(arguments: Sequence[str], processes: Processes) -> None:
         sets = {name: dataclasses.asdict(score) for name, score in result.scores.items()}
         print(json.dumps({"checkpoint": result.checkpoint, "step": result.step, "sets": sets}, indent=2))
     else:
-        print(f"{result.checkpoint}\n\n{table(result.scores)}")
+        print(f"{result.checkpoint}: loss in nats per token{result.part}\n{table(result.scores)}")
 
 
 def _distributed(overrides: Sequence[str]) -> DistributedSection:

@@ -15,7 +15,7 @@ from hybridnorm_jax.streams import sturdy_streams
 
 USAGE = """usage: hybridnorm lab signal  [CONFIG ...] [key=value ...]
        hybridnorm lab compare [CONFIG ...] [key=value ...]
-       hybridnorm lab report  DIR [baseline=SCHEME]
+       hybridnorm lab report  DIR [baseline=SCHEME] [--speed]
 
 signal   measures models at initialization and writes a table, JSON and figures
 compare  trains every combination of schemes, seeds and learning rates on the same data
@@ -45,11 +45,15 @@ run.dir/run.name where run.name is given.
 
 Its own keys are these. All other keys are those of `hybridnorm train`.
 """
-REPORT_USAGE = """usage: hybridnorm lab report DIR [baseline=SCHEME]
+REPORT_USAGE = """usage: hybridnorm lab report DIR [baseline=SCHEME] [--speed]
 
-Writes DIR/report.html (one file), DIR/report.md with DIR/figures, and DIR/report.csv. Needs the
-extra lab. Differences are to the baseline: by default pre, or the first scheme where there is no
-pre."""
+Writes DIR/report.html (one file), DIR/report.md with DIR/figures, and
+DIR/report.csv. Needs the extra lab.
+
+baseline=SCHEME    what differences are to; default: pre, or the first scheme
+                   where there is no pre
+--speed            also show tokens per second, which say little where runs
+                   were made beside other work"""
 
 
 def run(arguments: Sequence[str], processes: Processes) -> int | None:
@@ -106,9 +110,12 @@ def _report(arguments: list[str], processes: Processes) -> None:
         print(REPORT_USAGE)
         return
     baseline, arguments = _option(arguments, "baseline")
+    speed = "--speed" in arguments
+    arguments = [argument for argument in arguments if argument != "--speed"]
     if len(arguments) != 1:
         raise UserError("lab report: name one directory of runs, such as runs/compare-lab; --help says more")
-    print(write_report(arguments[0], baseline))
+    page = write_report(arguments[0], baseline, speed=speed)
+    print(f"{page}\n  as Markdown: {page.with_suffix('.md')}\n  every run's numbers: {page.with_suffix('.csv')}")
 
 
 def _option(arguments: Sequence[str], name: str) -> tuple[str | None, list[str]]:

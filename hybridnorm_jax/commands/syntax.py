@@ -40,7 +40,7 @@ SYNTAX = {
         keys=("schemes", "seeds", "learning_rates"),
         takes_run_keys=True,
     ),
-    "lab report": Syntax(keys=("baseline",)),
+    "lab report": Syntax(options=("--speed",), keys=("baseline",)),
     "schemes": Syntax(),
     "completion": Syntax(),
 }

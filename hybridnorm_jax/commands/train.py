@@ -17,19 +17,24 @@ from hybridnorm_jax.streams import sturdy_streams
 DRY_RUN = "--dry-run"
 USAGE = """usage: hybridnorm train [CONFIG ...] [key=value ...] [--dry-run]
 
-CONFIG is the name of a configuration, such as 151m, or the path of a YAML file. Without one it is
-quickstart. Several are merged in their order, then the key=value; later ones win. Values are YAML:
+CONFIG is the name of a configuration, such as 151m, or the path of a YAML file.
+Without one it is quickstart. Several are merged in their order, then the
+key=value; later ones win. Values are YAML:
 
   hybridnorm train train.steps=20 model.scheme=peri
-  hybridnorm train 151m data.source=text 'data.files=[a.txt, b.txt]' optimizer.clip=null
+  hybridnorm train 151m 'data.files=[a.npy, b.npy]' optimizer.clip=null
 
 The same command again resumes the run from its newest checkpoint.
 
---dry-run compiles the step for the devices at hand and prints mesh, batches and memory; nothing is
-trained.
+--dry-run compiles the step for the devices at hand and prints mesh, batches and
+memory; nothing is trained.
 
-Exit status: 0 done; 2 an error that you can mend, in one line; 75 stopped by SIGTERM and saved, the
-same command goes on; 130 the same by Ctrl-C, 129 by the end of the terminal; 76 stalled (train.stall_exit=true).
+Exit status:
+    0  done
+    2  an error that you can mend; one line says which
+   75  stopped by SIGTERM and saved: the same command goes on
+  130  the same by Ctrl-C
+   76  stalled (train.stall_exit=true)
 
 {title}
 """
@@ -80,13 +85,21 @@ def _same_in_all_processes(config: RunConfig) -> dict[str, str]:
 
 def _say_next(arguments: Sequence[str], config: RunConfig) -> None:
     evaluation = again(["eval", f"{config.run.dir}/{config.run.name}"])
-    another = again(["train", *_other_scheme(arguments, config)])
-    print(f"\nNext: {evaluation}\n  or another placement: {another}")
+    other = _other_scheme(config)
+    trained = again(["train", *_with_scheme(arguments, config, other)])
+    print(f"\nNext:\n  score it again, or on other text\n    {evaluation}")
+    print(f"  train the same model with another scheme, {other}\n    {trained}")
 
 
-def _other_scheme(arguments: Sequence[str], config: RunConfig) -> list[str]:
-    """The same arguments with another placement, which has no equivalent form."""
+def _other_scheme(config: RunConfig) -> str:
+    return "pre" if config.model.scheme != "pre" else "hybrid_star"
+
+
+def _with_scheme(arguments: Sequence[str], config: RunConfig, scheme: str) -> list[str]:
+    """The same arguments with another scheme, which has no equivalent form."""
     changed = ("model.scheme=", "run.name=", "train.equivalent_", "train.check_invariants=", "distributed.")
     kept = [argument for argument in arguments if not argument.startswith(changed)]
-    other = "pre" if config.model.scheme != "pre" else "hybrid_star"
-    return [*kept, f"model.scheme={other}"]
+    # A file may name the run, whose directory another scheme must not share.
+    has_name = any(argument.endswith(".yaml") for argument in kept)
+    named = [f"run.name={config.run.name}-{scheme}"] if has_name else []
+    return [*kept, f"model.scheme={scheme}", *named]

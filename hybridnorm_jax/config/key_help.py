@@ -2,17 +2,14 @@
 
 import textwrap
 from collections.abc import Sequence
-from itertools import zip_longest
 from typing import NamedTuple
 
 from hybridnorm_jax.config.arguments import read, sort
 from hybridnorm_jax.config.key_lookup import FIELDS, SECTIONS, default
 from hybridnorm_jax.config.key_values import show, type_name
 
-WIDTH = 100
-GAP = "  "
-# A longer key=value, such as a list of files, goes over several lines.
-LONGEST_SETTING = 40
+WIDTH = 80
+INDENT = " " * 6
 
 
 class Row(NamedTuple):
@@ -24,7 +21,7 @@ class Row(NamedTuple):
 
 
 def key_table(arguments: Sequence[str] = ()) -> str:
-    """Every key as key=value with its type and meaning, by section, in at most 100 columns.
+    """Every key as key=value with its type and meaning, by section, in at most 80 columns.
 
     Values are the defaults, or those that the given configurations and overrides set.
 
@@ -39,17 +36,16 @@ def key_table(arguments: Sequence[str] = ()) -> str:
         )
         for path, field in FIELDS.items()
     }
-    widths = _widths(list(rows.values()))
-    lines = _lines(Row("key=value" if arguments else "key=default", "type", "meaning"), widths)
+    lines = _lines(Row("key=value" if arguments else "key=default", "type", "meaning"))
     for section, kind in SECTIONS.items():
         lines += ["", *textwrap.wrap(f"{section}: {_first_sentence(kind.__doc__)}", WIDTH)]
         for path, row in rows.items():
             if path.startswith(f"{section}."):
-                lines += _lines(row, widths)
+                lines += _lines(row)
     lines += ["", "outside the sections"]
     for path, row in rows.items():
         if "." not in path:
-            lines += _lines(row, widths)
+            lines += _lines(row)
     return "\n".join(lines)
 
 
@@ -57,18 +53,10 @@ def _first_sentence(text: str) -> str:
     return text.splitlines()[0].partition(". ")[0].removesuffix(".")
 
 
-def _widths(rows: Sequence[Row]) -> list[int]:
-    """Of the three columns."""
-    setting = min(LONGEST_SETTING, max(len(row.setting) for row in rows))
-    kind = max(len(row.type) for row in rows)
-    return [setting, kind, WIDTH - setting - kind - 3 * len(GAP)]
-
-
-def _lines(row: Row, widths: Sequence[int]) -> list[str]:
-    """One row as lines, each cell wrapped to the width of its column."""
-    cells = [textwrap.wrap(cell, width, break_on_hyphens=False) for cell, width in zip(row, widths, strict=True)]
-    lines = []
-    for parts in zip_longest(*cells, fillvalue=""):
-        padded = [f"{part:{width}}" for part, width in zip(parts, widths, strict=True)]
-        lines.append((GAP + GAP.join(padded)).rstrip())
-    return lines
+def _lines(row: Row) -> list[str]:
+    """The key with its value and type, and below it the meaning."""
+    key = f"{row.setting}  ({row.type})"
+    return [
+        *textwrap.wrap(key, WIDTH, initial_indent="  ", subsequent_indent=INDENT, break_on_hyphens=False),
+        *textwrap.wrap(row.meaning, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT, break_on_hyphens=False),
+    ]

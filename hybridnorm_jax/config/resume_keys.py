@@ -22,6 +22,7 @@ FREE_KEYS = {
     "train.log_every",
     "train.max_bad_steps",
     "train.profile",
+    "train.sample_prompt",
     "train.sample_tokens",
     "train.stall_exit",
     "train.stall_seconds",

@@ -104,6 +104,7 @@ class TrainSection:
     watch_sequences: int = key(1, "sequences of each device's share of a microbatch that watch_every measures")
     profile: bool = key(False, "write a JAX profiler trace of steps 2 to 6 to <run>/profile")
     sample_tokens: int = key(0, "tokens of sample text generated at the end")
+    sample_prompt: str | None = key(None, "text that the sample goes on from; null: a line of held-out text")
 
     def __post_init__(self) -> None:
         check_choice("train.equivalent_form", self.equivalent_form, EQUIVALENT_FORMS)
@@ -124,6 +125,10 @@ class TrainSection:
         for name in ("z_loss", "balance_loss", "router_z_loss"):
             check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative")
         check(self.sample_tokens >= 0, "train.sample_tokens", self.sample_tokens, "must not be negative")
+        needs = self.sample_prompt is None or self.sample_tokens > 0
+        check(
+            needs, "train.sample_prompt", repr(self.sample_prompt), "needs train.sample_tokens, how long the sample is"
+        )
         for name in ("seed", "data_seed"):
             value = getattr(self, name)
             check(value is None or 0 <= value < 2**32, f"train.{name}", value, "must be in [0, 2**32)")
@@ -231,7 +236,8 @@ class RunConfig:
     distributed: DistributedSection = dataclasses.field(default_factory=DistributedSection)
     init_from: str | None = key(None, "run whose parameters to start from: RUN, RUN@STEP or RUN/checkpoints/STEP")
     init_optimizer: bool = key(
-        False, "init_from: take also the optimizer state, the step and the position in the data, as a branch of that run"
+        False,
+        "init_from: also take the optimizer state, step and position in the data, as a branch of that run",
     )
 
     def __post_init__(self) -> None:

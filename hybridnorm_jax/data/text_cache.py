@@ -26,6 +26,7 @@ from hybridnorm_jax.data.sources import Corpus, Document, held_out
 from hybridnorm_jax.data.tokenizers import Tokenizer
 from hybridnorm_jax.data.windows import Extent, TokenStream
 from hybridnorm_jax.errors import DataError
+from hybridnorm_jax.streams import can_redraw
 
 # Part of every fingerprint: raise it when the same inputs give other files than before.
 FORMAT = 1
@@ -168,7 +169,10 @@ def _tokenize(partial: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer, fract
                 split = "validation" if held_out(document.digest, fraction) else "train"
                 writers[split].write(ids, document)
 
-        files = stack.enter_context(tqdm(corpus.files, "tokenizing", unit="file", leave=False, disable=not progress))
+        shows_bar = progress and can_redraw(sys.stderr)
+        if progress and not shows_bar:
+            print(f"tokenizing {corpus.name}", file=sys.stderr, flush=True)
+        files = stack.enter_context(tqdm(corpus.files, "tokenizing", unit="file", leave=False, disable=not shows_bar))
         batch: list[Document] = []
         characters = 0
         for file in files:

@@ -6,12 +6,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from hybridnorm_jax.data import Windows, validation_batches
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.mesh.batch_shares import WHOLE_BATCH, BatchShare
 from hybridnorm_jax.model.loss import LossSums
+from hybridnorm_jax.streams import can_redraw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ def evaluate_sets(
     *,
     batch_size: int,
     share: BatchShare = WHOLE_BATCH,
-    batches: int | None = None,
+    sequences: int | None = None,
     progress: bool = True,
 ) -> dict[str, Score]:
     """The score of every validation set.
@@ -86,23 +88,37 @@ def evaluate_sets(
       eval_step: takes this process's part of a batch, and returns the loss sums of the whole batch.
       batch_size: sequences per batch, over all processes.
       share: the stretch of every batch that this process reads.
-      batches: how many of each set, in order; None: all.
+      sequences: how many of each set, its first; None: all. What is left of the last batch is filled up with sequences
+        of weight 0, so the score does not depend on batch_size.
       progress: whether a terminal shows a progress bar.
     """
     scores = {}
     for name, windows in sets.items():
-        stream = validation_batches(windows, batch_size=batch_size, batches=batches, share=share)
-        total = math.ceil(len(windows) / batch_size)
+        scored = windows if sequences is None else _First(windows, sequences)
+        stream = validation_batches(scored, batch_size=batch_size, share=share)
         shown = tqdm(
             stream,
             desc=f"eval {name}",
-            total=total if batches is None else min(total, batches),
+            total=math.ceil(len(scored) / batch_size),
             leave=False,
-            disable=not (progress and sys.stderr.isatty()),
+            disable=not (progress and can_redraw(sys.stderr)),
             dynamic_ncols=True,
         )
         scores[name] = evaluate(eval_step, shown, bytes_per_token=windows.bytes_per_token)
     return scores
+
+
+class _First:
+    """The first rows of a set."""
+
+    def __init__(self, windows: Windows, count: int):
+        self._windows, self._count = windows, min(count, len(windows))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self._windows[index]
 
 
 def table(scores: Mapping[str, Score]) -> str:

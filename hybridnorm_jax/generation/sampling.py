@@ -12,6 +12,9 @@ from jaxtyping import Array, Int, Key
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
 
+# Below 1, so that unlikely tokens are rarer than the model says; well above 0, at which small models repeat themselves.
+TEMPERATURE = 0.8
+
 
 def generate(
     config: ModelConfig,
@@ -21,7 +24,7 @@ def generate(
     num_tokens: int,
     window: int,
     key: Key[Array, ""],
-    temperature: float = 0.8,
+    temperature: float = TEMPERATURE,
 ) -> Int[np.ndarray, "num_tokens"]:
     """Draw num_tokens from softmax(logits / temperature), each after at most the `window` tokens before it.
 

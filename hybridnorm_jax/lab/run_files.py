@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from hybridnorm_jax.errors import UserError
-from hybridnorm_jax.training.metrics_file import Record, read_records
+from hybridnorm_jax.training.metrics_file import STEP_SECONDS, Record, read_records
 
 FINISHED, DIVERGED, UNFINISHED = "finished", "diverged", "unfinished"
 
@@ -116,6 +116,11 @@ def _series(records: Sequence[Record], *, last: str, every: str) -> list[Point]:
         elif last in record:
             series.append(Point(step, as_number(record[last])))
     return series
+
+
+def step_seconds(records: Sequence[Record]) -> list[float]:
+    """The seconds of every step that only trained."""
+    return [seconds for record in records for seconds in record.get(STEP_SECONDS) or () if seconds is not None]
 
 
 def validation_losses(records: Sequence[Record]) -> dict[str, list[Point]]:

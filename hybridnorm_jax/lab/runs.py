@@ -32,7 +32,7 @@ class Run:
       losses: training loss in nats per token, at every step that metrics.jsonl has.
       gradient_norms: the same for the norm of the gradient before clipping.
       validation: validation set -> its loss at every evaluation.
-      rates: tokens per second of every line of metrics.jsonl.
+      step_seconds: of every step that only trained (training/step_clock.py).
       watched: the first and the last step that was watched; one or none where there are no two.
     """
 
@@ -48,7 +48,7 @@ class Run:
     losses: list[Point]
     gradient_norms: list[Point]
     validation: dict[str, list[Point]]
-    rates: list[float]
+    step_seconds: list[float]
     watched: list[WatchedStep]
 
     @property
@@ -158,7 +158,7 @@ def _read_run(path: Path) -> Run:
         losses=run_files.losses(records),
         gradient_norms=run_files.gradient_norms(records),
         validation=run_files.validation_losses(records),
-        rates=[record["tokens_per_second"] for record in records if record.get("tokens_per_second")],
+        step_seconds=run_files.step_seconds(records),
         watched=watched if len(watched) < 2 else [watched[0], watched[-1]],
     )
 

@@ -243,6 +243,10 @@ class Checkpoints:
         """The configuration that was saved with `step`, as YAML; None: with the newest. Verified as `restore` does."""
         return self._saved(step).custom["config_yaml"]
 
+    def read_data_state(self, step: int) -> dict:
+        """What was saved of the data with `step`; empty where parameters alone were saved. Verified first."""
+        return self._saved(step).custom["data_state"]
+
     def read_plugins(self, step: int | None = None) -> list[dict[str, Any]] | None:
         """The plugins that were saved with `step`, as `save` was given them; None: by a version that kept none."""
         return self._saved(step).custom.get("plugins")

@@ -15,7 +15,7 @@ from hybridnorm_jax.training.memory import (
     memory_of,
 )
 from hybridnorm_jax.training.program import Program
-from hybridnorm_jax.training.start_report import run_rows, table
+from hybridnorm_jax.training.start_report import count_text, run_rows, table
 
 
 def dry_run(config: RunConfig) -> None:
@@ -31,7 +31,9 @@ def dry_run(config: RunConfig) -> None:
     compiled, refusal = compile_within_memory(program.lower_train_step())
     directory = epath.Path(config.run.dir) / config.run.name
     source = f"not read: {config.data.source} {', '.join(config.data.files)}".rstrip()
-    rows = run_rows(config, program, f"{directory} (dry run of {config.train.steps} steps, nothing is written)", source)
+    rows = run_rows(
+        config, program, f"{directory}: dry run of {count_text(config.train.steps, 'step')}, nothing is written", source
+    )
     rows += _batch_rows(program) + _state_rows(program)
     if compiled is not None:
         rows += memory_rows(memory_of(compiled), _limit(program))

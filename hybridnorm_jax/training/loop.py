@@ -3,17 +3,16 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data import Data, open_data
 from hybridnorm_jax.errors import RunStopped
 from hybridnorm_jax.evaluation import perplexity
-from hybridnorm_jax.generation.sampling import generate
+from hybridnorm_jax.evaluation.held_out import check_sets, training_files
+from hybridnorm_jax.generation.text_sample import check_prompt, text_sample
 from hybridnorm_jax.mesh.fit_checks import check_batch
 from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.streams import sturdy_streams
@@ -27,9 +26,10 @@ from hybridnorm_jax.training.resume import beginning
 from hybridnorm_jax.training.run import LateMetrics, Run
 from hybridnorm_jax.training.run_directory import open_run_directory, run_directory, write_config
 from hybridnorm_jax.training.run_lock import RunLock
-from hybridnorm_jax.training.start_report import start_report
+from hybridnorm_jax.training.start_report import count_text, start_report, table
 from hybridnorm_jax.training.step import Batch
 from hybridnorm_jax.training.stopping import StopSignals
+from hybridnorm_jax.training.throughput import tokens_per_second
 from hybridnorm_jax.training.time_ledger import TimeLedger
 from hybridnorm_jax.training.watchdog import Watchdog
 
@@ -80,7 +80,7 @@ def train(config: RunConfig, *, began: float | None = None, hooks: Iterable[Hook
         try:
             _run_to_its_end(run)
         finally:
-            say("\n" + ledger.table())
+            _say_time(run)
     _say_results(run)
     return run.scores
 
@@ -161,6 +161,8 @@ def _prepare(config: RunConfig) -> tuple[Program, Data]:
         vocab_size=config.model.vocab_size,
         progress=jax.process_index() == 0,
     )
+    check_sets(config.data.validation, training_files(config.data))
+    check_prompt(config, data)
     return program, data
 
 
@@ -175,28 +177,33 @@ def _metrics_writer(config: RunConfig, directory: epath.Path, resume_step: int |
 
 
 def _say_results(run: Run) -> None:
-    """Print the final scores, and a sample of text if one is asked for."""
-    results = "no validation set: data.validation_fraction=0, data.validation={}"
+    """Print the final scores, a sample of text if one is asked for, and where the files of the run are."""
+    results = "There is no validation set: data.validation_fraction=0, data.validation={}"
     if run.scores:
-        results = perplexity.table(run.scores)
-    say(f"\nEvaluation at step {run.steps}\n{results}")
+        limit = run.config.eval.batches
+        part = "" if limit is None else f"; the first {count_text(limit, 'batch')} of each set"
+        results = f"Evaluation after step {run.steps:,}: loss in nats per token{part}\n{perplexity.table(run.scores)}"
+    say(f"\n{results}")
     if run.config.train.sample_tokens:
-        say(_sample(run.config, run.data, run.state.params))
+        say("\n" + text_sample(run.config, run.data, run.state.params))
+    say(f"\nFiles of the run: {run.directory}\n{_files(run)}")
 
 
-def _sample(config: RunConfig, data: Data, params: Any) -> str:
-    """A sample of text from the trained model, with a heading."""
-    tokenizer = data.tokenizer
-    if tokenizer is None:
-        return "\nNo sample of text: data.tokenizer names no tokenizer for these token files."
-    prompt = [0] if tokenizer.separator_id is None else [tokenizer.separator_id]
-    count = config.train.sample_tokens
-    ids = generate(
-        config.model,
-        params,
-        np.asarray(prompt),
-        num_tokens=count,
-        window=config.train.seq_len,
-        key=jax.random.key(config.train.seed),
-    )
-    return f"\nA sample of {count} tokens:\n{tokenizer.decode(ids)}"
+def _files(run: Run) -> str:
+    """What lies in the run directory, a line each."""
+    rows = [
+        ("config.yaml", "the whole configuration"),
+        ("metrics.jsonl", "losses, speed and evaluations (tensorboard/ has them too)"),
+        ("checkpoints/", f"the state after a step; the newest is {run.steps:06d}"),
+    ]
+    return "\n".join(f"  {name:<14} {what}" for name, what in rows)
+
+
+def _say_time(run: Run) -> None:
+    """Print where the time of this process went, and how fast it trained."""
+    say("\n" + run.ledger.table())
+    rate = tokens_per_second(run.clock.process, run.config.tokens_per_step)
+    if rate is not None:
+        timed = count_text(len(run.clock.process), "step")
+        meaning = f"the median over the {timed} that only trained, their wait for input included"
+        say(table([("throughput", f"{rate:,.0f} tokens/s: {meaning}")]))

@@ -21,7 +21,8 @@ NAME = "metrics.jsonl"
 ROLLBACK = "resumed_from"
 # Keys that hold one number, besides those of evaluations; and keys that hold one for every step.
 NUMBER_KEYS = ("train/loss", "train/grad_norm", "tokens_per_second")
-SERIES_KEYS = ("train/losses", "train/grad_norms")
+STEP_SECONDS = "time/step_seconds"
+SERIES_KEYS = ("train/losses", "train/grad_norms", STEP_SECONDS)
 
 Record = dict[str, Any]
 

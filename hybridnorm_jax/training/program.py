@@ -20,7 +20,7 @@ from hybridnorm_jax.kernels.attention_backends import resolve_backend, sequence_
 from hybridnorm_jax.kernels.expert_dispatch import resolve_dispatch
 from hybridnorm_jax.mesh.batch_shares import BatchShare, batch_parts, batch_sharding, batch_share
 from hybridnorm_jax.mesh.device_mesh import make_mesh, use_mesh
-from hybridnorm_jax.mesh.fit_checks import check_batch, check_experts, check_sequence
+from hybridnorm_jax.mesh.fit_checks import check_experts, check_sequence
 from hybridnorm_jax.mesh.sharding_rules import resolve_rules
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
@@ -95,9 +95,7 @@ class Program:
         return NamedSharding(self.mesh, PartitionSpec())
 
     def _check_devices(self) -> None:
-        """Raise ConfigError where evaluation batches or experts cannot be split over the mesh."""
-        if self.config.eval.batch_size is not None:
-            check_batch("eval.batch_size", self.config.eval.batch_size, self.mesh, self.rules)
+        """Raise ConfigError where experts cannot be split over the mesh."""
         check_experts(self.config.model.num_experts, self.mesh)
 
     def _check_sequence(self) -> None:
@@ -176,9 +174,19 @@ class Program:
 
     @property
     def eval_batch_size(self) -> int:
-        """Sequences per evaluation batch, over all devices; by default a microbatch, made a multiple of its split."""
+        """Sequences per evaluation batch, over all devices: eval.batch_size, made a multiple of the mesh's split."""
         parts = batch_parts(self.mesh, self.rules)
-        return self.config.eval.batch_size or math.ceil(self.config.microbatch_size / parts) * parts
+        return math.ceil(self._asked_eval_batch_size / parts) * parts
+
+    @property
+    def eval_sequences(self) -> int | None:
+        """How many sequences of each validation set are scored, the same on any number of devices; None: all."""
+        batches = self.config.eval.batches
+        return None if batches is None else batches * self._asked_eval_batch_size
+
+    @property
+    def _asked_eval_batch_size(self) -> int:
+        return self.config.eval.batch_size or self.config.microbatch_size
 
     def fresh_state(self) -> TrainState:
         """The state before the first step."""

@@ -20,6 +20,7 @@ from hybridnorm_jax.training.run_lock import RunLock
 from hybridnorm_jax.training.state import TrainState
 from hybridnorm_jax.training.step_clock import StepClock
 from hybridnorm_jax.training.stopping import StopSignals
+from hybridnorm_jax.training.throughput import tokens_per_second
 from hybridnorm_jax.training.time_ledger import TimeLedger
 
 
@@ -72,7 +73,7 @@ class Run:
       iterator: its next batch is that of the step to come.
       late: metrics that were not read yet; None: all were.
       numbers: what was read last; None: nothing.
-      clock: the times of single steps. A hook that keeps the device waiting pauses it.
+      clock: the times of single steps. A hook that does other work in a step tells it so (hook.py).
       series: losses and gradient norms of all steps.
       scores: of the newest evaluation, by validation set; None: there was none.
     """
@@ -107,9 +108,8 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Since the last line of metrics, without the steps that the clock leaves out; None where there is no other."""
-        rate = self.clock.rate()
-        return None if rate is None else rate * self.config.tokens_per_step
+        """Since the last line of metrics (throughput.tokens_per_second); None where no step only trained."""
+        return tokens_per_second(self.clock.line, self.config.tokens_per_step)
 
     def due(self, step: int) -> list[Hook]:
         """The hooks that are due in a step, in order."""
@@ -123,14 +123,19 @@ class Run:
         """Wait for the metrics that were not read yet, if there are any, and give them to the hooks."""
         late = self.late
         self.late = None
-        self.read(late)
+        self.read(late, at_once=True)
 
-    def read(self, late: LateMetrics | None) -> None:
-        """Wait for the metrics of a step, and give them to the hooks that are due in it."""
+    def read(self, late: LateMetrics | None, *, at_once: bool = False) -> None:
+        """Wait for the metrics of a step, and give them to the hooks that are due in it.
+
+        Args:
+          late: None: there are none.
+          at_once: whether the next batch was not waited for yet.
+        """
         if late is None:
             return
         numbers = Numbers(late.step, {name: np.asarray(value) for name, value in late.metrics.items()})
-        seconds = self.clock.tick()
+        seconds = self.clock.tick(numbers.step, was_skipped=numbers.skipped, at_once=at_once)
         self.numbers = numbers
         self.series.add(numbers.metrics)
         if numbers.skipped and seconds is not None:

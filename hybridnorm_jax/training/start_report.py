@@ -1,6 +1,7 @@
 """The block of lines a run begins with."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 import jax
@@ -12,43 +13,113 @@ from hybridnorm_jax.mesh.shardings import undivided
 from hybridnorm_jax.model.placement import runs
 from hybridnorm_jax.training.program import Program
 
+WIDTH = 80
+
 
 def start_report(config: RunConfig, program: Program, data: Data, directory: epath.Path, *, resumed: int) -> str:
     """What will be trained, on what, and where its files go."""
-    state = f"resumed at step {resumed} of" if resumed else "new,"
-    return table(run_rows(config, program, f"{directory} ({state} {config.train.steps} steps)", data.description))
+    steps = config.train.steps
+    if resumed >= steps:
+        state = f"all {steps:,} steps were made before"
+    elif resumed:
+        state = f"goes on after step {resumed:,} of {steps:,}"
+    else:
+        state = f"new, {count_text(steps, 'step')}"
+    rows = run_rows(config, program, f"{directory}: {state}", data.description)
+    return table([*rows, *_plan_rows(config, data)])
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
-    """(name, text) pairs as lines."""
-    return "\n".join(f"{name:<12} {text}" for name, text in rows)
+    """(name, text) pairs as lines of at most 80 columns; what cannot be broken, such as a path, may be longer."""
+    return "\n".join(
+        textwrap.fill(
+            text,
+            WIDTH,
+            initial_indent=f"{name:<12} ",
+            subsequent_indent=" " * 13,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for name, text in rows
+    )
+
+
+def count_text(number: int, noun: str) -> str:
+    """1 step, 2 steps, 1,000 batches."""
+    ending = "" if number == 1 else "es" if noun.endswith(("s", "ch")) else "s"
+    return f"{number:,} {noun}{ending}"
 
 
 def run_rows(config: RunConfig, program: Program, run: str, data: str) -> list[tuple[str, str]]:
     """(name, text) of all that is known before the first step; `run` and `data` are the texts of these two."""
-    model, train, mesh = config.model, config.train, program.mesh
+    model, mesh = config.model, program.mesh
     params = program.abstract_state.params
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    asked = "" if model.attention == program.backend else f" ({model.attention})"
-    count = len(runs(model.placements))
-    parts = "1 run" if count == 1 else f"{count} runs"
+    larger = [f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1]
     rows = [
         ("run", run),
-        ("devices", f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {jax.process_count()} process(es)"),
-        ("mesh", ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())),
-        ("parameters", f"{total:,} ({model.param_dtype}; computes in {model.dtype})"),
+        (
+            "devices",
+            f"{mesh.size} x {mesh.devices.flat[0].device_kind} in {count_text(jax.process_count(), 'process')}",
+        ),
+        ("mesh", ", ".join(larger) or "nothing is split: one device"),
+        ("model", _shape(config)),
+        ("parameters", f"{total:,} in {model.param_dtype}; computes in {model.dtype}"),
     ]
     if model.num_experts:
         rows.append(("experts", _experts(program, total)))
-    rows.append(("scheme", f"{model.scheme}, {model.num_layers} layers in {parts}, {model.norm}"))
+    rows.append(("scheme", _scheme(config)))
     if program.conversion is not None:
         rows.append(("form", _form(program)))
     rows += [
-        ("attention", f"{program.backend}{asked}"),
-        ("tokens/step", f"{config.tokens_per_step:,} = {train.batch_size} sequences x {train.seq_len}"),
+        ("attention", f"{program.backend}{_choice(model.attention, program.backend, 'model.attention')}"),
+        ("step", _step(config)),
         ("data", data),
     ]
     return rows + [("sharding", line) for line in undivided(params, mesh, program.rules)]
+
+
+def _shape(config: RunConfig) -> str:
+    model = config.model
+    layers, heads = count_text(model.num_layers, "layer"), count_text(model.num_heads, "head")
+    return f"{layers} of width {model.d_model:,}, {heads}, vocabulary of {model.vocab_size:,}"
+
+
+def _scheme(config: RunConfig) -> str:
+    """The placement of norms; equal layers in a row are compiled once, so their groups say how long compiling takes."""
+    model = config.model
+    groups = len(runs(model.placements))
+    in_groups = "" if groups == 1 else f"; the layers form {groups} groups of equal ones"
+    return f"{model.scheme} with {model.norm}{in_groups}"
+
+
+def _choice(asked: str, chosen: str, key: str) -> str:
+    return "" if asked == chosen else f", chosen by {key}={asked}"
+
+
+def _step(config: RunConfig) -> str:
+    train = config.train
+    accumulated = train.grad_accumulation
+    parts = "" if accumulated == 1 else f", in {accumulated} microbatches of {config.microbatch_size:,}"
+    sequences = count_text(train.batch_size, "sequence")
+    return f"{config.tokens_per_step:,} tokens: {sequences} of {train.seq_len:,}{parts}"
+
+
+def _plan_rows(config: RunConfig, data: Data) -> list[tuple[str, str]]:
+    """How much is trained on, and how often the run writes something."""
+    tokens = config.train.steps * config.tokens_per_step
+    passes = tokens / data.train.num_tokens
+    passes_text = f"{passes:,.2f} passes" if passes >= 0.005 else "less than 0.01 passes"
+    every = {
+        "metrics": config.train.log_every,
+        "evaluation": config.eval.every,
+        "checkpoint": config.checkpoint.every,
+    }
+    often = ", ".join(f"{what} every {count_text(steps, 'step')}" for what, steps in every.items())
+    return [
+        ("training", f"{tokens:,} tokens, {passes_text} over the training data"),
+        ("writes", often),
+    ]
 
 
 def _experts(program: Program, total: int) -> str:
@@ -58,7 +129,7 @@ def _experts(program: Program, total: int) -> str:
     experts = sum(math.prod(leaf.shape) for path, leaf in params if "expert_" in jax.tree_util.keystr(path))
     active = total - experts * (model.num_experts - model.experts_per_token) // model.num_experts
     shared = f" and {model.shared_experts} shared" if model.shared_experts else ""
-    asked = "" if model.expert_dispatch == program.dispatch else f" ({model.expert_dispatch})"
+    asked = _choice(model.expert_dispatch, program.dispatch, "model.expert_dispatch")
     each = f"{model.num_experts}, {model.experts_per_token} per token{shared}, width {model.mlp_dim}"
     return f"{each}; {active:,} parameters active; dispatch {program.dispatch}{asked}"
 

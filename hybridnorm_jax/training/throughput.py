@@ -1,4 +1,8 @@
-"""Model FLOPs and how much of the hardware's peak they use."""
+"""Tokens per second, model FLOPs, and how much of the hardware's peak they use."""
+
+from collections.abc import Sequence
+
+import numpy as np
 
 from hybridnorm_jax.model.config import ModelConfig
 
@@ -23,6 +27,20 @@ PEAK_FLOPS = {
     "NVIDIA GH200 480GB": 989e12,
     "NVIDIA B200": 2250e12,
 }
+
+
+def tokens_per_second(step_seconds: Sequence[float], tokens_per_step: int) -> float | None:
+    """tokens_per_step / median(step_seconds): the throughput of training; None where there are no steps.
+
+    The median does not move with a few slow steps. What slows every step down, such as other work on the machine or
+    input that comes too late, shows in full.
+
+    Args:
+      step_seconds: of the steps that only trained (StepClock), the wait for their batches included.
+      tokens_per_step: positions that a step reads, train.batch_size x train.seq_len, on all devices together. Positions
+        whose target has weight 0 count too.
+    """
+    return tokens_per_step / float(np.median(step_seconds)) if len(step_seconds) else None
 
 
 def peak_flops(device_kind: str) -> float | None:

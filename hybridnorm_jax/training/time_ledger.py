@@ -6,8 +6,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
+from hybridnorm_jax.streams import duration
+
 # "skipped" is the time of steps that were computed and not made; "other" is profiling and what has no name.
 PHASES = ("start-up", "compilation", "steps", "input", "checkpoint", "evaluation", "skipped", "other")
+
+SHOWN_SECONDS = 0.05
 
 
 class Phase(NamedTuple):
@@ -66,12 +70,15 @@ class TimeLedger:
         return goodput(self.seconds())
 
     def table(self) -> str:
-        """Seconds and shares by phase, one line each; phases without any are left out."""
+        """Seconds and shares by phase, one line each; phases that round to 0.0 s are left out."""
         seconds = self.seconds()
         total = sum(seconds.values())
-        lines = [f"Time of this process: {total:,.1f} s, goodput {100 * seconds['steps'] / total:.1f} %"]
+        share = 100 * seconds["steps"] / total
+        lines = [f"Time of this process: {duration(total)}, of which {share:.1f} % in training steps (goodput)"]
         lines += [
-            f"{name:<12} {spent:12,.1f} s {100 * spent / total:6.1f} %" for name, spent in seconds.items() if spent
+            f"  {name:<12} {spent:10,.1f} s {100 * spent / total:6.1f} %"
+            for name, spent in seconds.items()
+            if spent >= SHOWN_SECONDS
         ]
         return "\n".join(lines)
 

@@ -224,6 +224,7 @@ def test_a_directory_that_cannot_be_made_is_named(files, tmp_path):
 
 
 def test_a_progress_bar_counts_files_and_tokens(files, root, capsys, monkeypatch):
+    monkeypatch.setattr("hybridnorm_jax.data.text_cache.can_redraw", lambda stream: True)
     monkeypatch.setattr("hybridnorm_jax.data.text_cache.BATCH_CHARACTERS", 100)
     corpus = text_corpus("data.files", [str(files)], "text")
     open_text_cache(corpus, ByteTokenizer(), fraction=0.3, cache_dir=str(root), progress=True)
@@ -232,3 +233,6 @@ def test_a_progress_bar_counts_files_and_tokens(files, root, capsys, monkeypatch
     assert "tokens" in shown
     build(files, root, fraction=0.1)
     assert capsys.readouterr().err == ""
+    monkeypatch.undo()  # standard error is no terminal here
+    open_text_cache(corpus, ByteTokenizer(), fraction=0.2, cache_dir=str(root), progress=True)
+    assert capsys.readouterr().err == "tokenizing 3 text files\n"

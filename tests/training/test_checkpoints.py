@@ -301,9 +301,7 @@ def test_a_damaged_checkpoint_without_digests_is_named_and_the_one_before_it_is_
     as_older_version(directory / "000002")
     damage(directory / "000002")
     checkpoints = Checkpoints(directory, keep=1)
-    with pytest.raises(
-        CheckpointError, match=rf"^{directory}/000002: cannot be read \(.*\); .* move this dir[^\n]*$"
-    ):
+    with pytest.raises(CheckpointError, match=rf"^{directory}/000002: cannot be read \(.*\); .* move this dir[^\n]*$"):
         checkpoints.restore(abstract(state))
     assert_same(checkpoints.restore(abstract(state), step=1)[0], make_state(1))
 
@@ -391,9 +389,7 @@ def test_odd_names_beside_the_checkpoints_are_left_alone(saved):
 
 def test_while_steps_are_skipped_the_checkpoint_before_them_is_kept(tmp_path):
     def save_after(checkpoints, step, skipped):
-        checkpoints.save(
-            step, make_state(step), data_state={}, config_yaml="", skipped_in_a_row=skipped, wait=True
-        )
+        checkpoints.save(step, make_state(step), data_state={}, config_yaml="", skipped_in_a_row=skipped, wait=True)
         return checkpoints.steps()
 
     with Checkpoints(tmp_path, keep=2) as checkpoints:

@@ -11,9 +11,12 @@ import pytest
 from etils import epath
 
 from hybridnorm_jax.config.run_config import RunConfig, TrainSection
+from hybridnorm_jax.config.yaml_files import from_yaml, to_yaml
 from hybridnorm_jax.training import loop, watchdog
+from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.step_clock import StepClock
+from hybridnorm_jax.training.throughput import tokens_per_second
 from hybridnorm_jax.training.time_ledger import TimeLedger, process_began
 from hybridnorm_jax.training.time_metrics import memory_in_use
 from hybridnorm_jax.training.watchdog import Watchdog
@@ -50,28 +53,109 @@ def test_the_phases_add_up_to_the_time_that_passed():
     assert ledger.goodput() == pytest.approx(10 / 29)
     assert sum(ledger.seconds().values()) == clock.seconds - 90
     lines = ledger.table().splitlines()
-    assert lines[0] == "Time of this process: 29.0 s, goodput 34.5 %"
+    assert lines[0] == "Time of this process: 29 s, of which 34.5 % in training steps (goodput)"
     assert [line.split()[0] for line in lines[1:]] == ["start-up", "steps", "input", "checkpoint", "skipped", "other"]
 
 
-def test_step_times_leave_out_what_was_done_in_between():
-    now = _Clock()
-    clock = StepClock(now)
-    assert clock.tick() is None
-    assert clock.rate() is None
-    assert set(clock.percentiles().values()) == {None}
-    for seconds in (1, 2, 3):
+def test_a_step_counts_where_it_only_trained():
+    now, compiled = _Clock(), _Clock()
+    clock = StepClock(now, compilations=compiled)
+
+    def pass_step(step, seconds, **keys):
         now.seconds += seconds
-        assert clock.tick() == seconds
-    clock.pause()
-    now.seconds += 50
-    assert clock.tick() is None
-    assert clock.rate() == 0.5
+        return clock.tick(step, **keys)
+
+    assert pass_step(1, 90) is None  # nothing says when it began
+    assert set(clock.percentiles().values()) == {None}
+    for step, seconds in ((2, 1), (3, 2), (4, 3)):
+        assert pass_step(step, seconds) == seconds
     assert clock.percentiles() == {"time/step_p50": 2, "time/step_p90": pytest.approx(2.8), "time/step_max": 3}
+    compiled.seconds += 1
+    assert pass_step(5, 70) == 70
+    assert pass_step(6, 5, was_skipped=True) == 5
+    clock.leave_out(8)
+    pass_step(7, 4)
+    pass_step(8, 60)
+    now.seconds += 50  # something else, which compiles as well
+    compiled.seconds += 1
+    clock.restart()
+    pass_step(9, 5, at_once=True)
+    pass_step(10, 0.1, at_once=True)  # its batch was waited for in step 9's time
+    assert clock.line == [1, 2, 3, 4, 5] == list(clock.process)
     clock.begin_line()
-    assert clock.rate() is None
-    now.seconds += 4
-    assert clock.tick() == 4  # no time is lost between lines
+    assert clock.line == []
+    pass_step(11, 6)
+    assert clock.line == [6]  # no time is lost between lines
+    assert list(clock.process) == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_default_clock_sees_that_something_is_compiled():
+    clock = StepClock()
+    clock.tick(1)
+    jax.jit(lambda x: x + 7)(np.arange(5))
+    clock.tick(2)
+    assert clock.line == []
+    clock.tick(3)
+    assert len(clock.line) == 1
+
+
+def test_throughput_is_that_of_the_median_step():
+    assert tokens_per_second([2.0, 1.0, 2.0, 90.0, 2.0], 100) == 50
+    assert tokens_per_second([4.0, 4.0, 4.0], 100) == 25  # what slows all steps down is not hidden
+    assert tokens_per_second([], 100) is None
+
+
+def test_other_work_leaves_the_throughput_alone(config, tmp_path, monkeypatch):
+    """Now and then something takes 0.4 s more, a hundred times what a step of this model takes."""
+
+    def slow_down(owner, method):
+        original = getattr(owner, method)
+
+        def slow(*arguments, **keys):
+            time.sleep(0.4)
+            return original(*arguments, **keys)
+
+        monkeypatch.setattr(owner, method, slow)
+
+    slow_down(Program, "watch")
+    slow_down(Program, "eval_step")
+    slow_down(Checkpoints, "save")
+    run_with(config, ["train.watch_every=3", "eval.every=4", "checkpoint.every=4"])
+    rates = {record["step"]: record["tokens_per_second"] for record in step_lines(tmp_path)}
+    # Layers are watched in steps 1, 3 and 6.
+    assert [step for step, rate in rates.items() if rate is not None] == [2, 4, 5]
+    assert min(rate for rate in rates.values() if rate is not None) > 8 * 8 / 0.4
+
+
+def test_what_slows_every_step_down_shows(config, tmp_path, monkeypatch):
+    original = loop._next_batch
+
+    def slow(run):
+        time.sleep(0.2)
+        return original(run)
+
+    monkeypatch.setattr(loop, "_next_batch", slow)
+    run_with(config, [])
+    records = step_lines(tmp_path)
+    # Step 1 compiles. The results of steps 3 and 6 are read before the next batch is waited for.
+    assert [record["step"] for record in records if record["tokens_per_second"] is not None] == [2, 4, 5]
+    for record in records:
+        if record["tokens_per_second"] is None:
+            continue
+        assert record["tokens_per_second"] < 8 * 8 / 0.2
+        expected = tokens_per_second(record["time/step_seconds"], 8 * 8)
+        assert record["tokens_per_second"] == pytest.approx(expected, rel=1e-3)
+
+
+def run_with(config, settings):
+    """Six steps, each with a line of its own."""
+    base = from_yaml(to_yaml(config), ["train.log_every=1", "train.stall_seconds=null", *settings])
+    loop.train(base)
+
+
+def step_lines(tmp_path):
+    records = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if "train/loss" in record]
 
 
 def test_memory_is_that_of_the_fullest_device():
@@ -104,7 +188,7 @@ def config(tmp_path, small_config):
         run=dataclasses.replace(default.run, name="run", dir=str(tmp_path / "runs")),
         model=small_config(num_layers=1),
         data=dataclasses.replace(
-            default.data, source="tokens", files=files, validation={"same": files}, validation_fraction=0.0
+            default.data, source="tokens", files=files, validation={"train_same": files}, validation_fraction=0.0
         ),
         train=TrainSection(6, 8, 8, log_every=2, stall_seconds=1.0),
         checkpoint=dataclasses.replace(default.checkpoint, every=3),

@@ -25,6 +25,12 @@ def facts(compared: ComparedRuns) -> list[Fact]:
     return [fact for fact in every if fact.text]
 
 
+def has_one_data_order(compared: ComparedRuns) -> bool:
+    """Whether all runs read the data in the same order, whatever their seed."""
+    data_seeds = {run.config.train.data_seed for run in compared.runs}
+    return len(data_seeds) == 1 and None not in data_seeds
+
+
 def distinct(values: Iterable[Any]) -> list[Any]:
     """The values that occur, in their order, without None and empty text."""
     return list(dict.fromkeys(value for value in values if value is not None and value != ""))
@@ -67,8 +73,7 @@ def _time_facts(compared: ComparedRuns) -> Iterator[Fact]:
 
 
 def _setting_facts(compared: ComparedRuns) -> Iterator[Fact]:
-    data_seeds = {run.config.train.data_seed for run in compared.runs}
-    if len(data_seeds) == 1 and None not in data_seeds:
+    if has_one_data_order(compared):
         yield Fact(
             "the seed decides",
             "parameters and dropout. All runs read the data in the same order, so this comparison does not show what "

@@ -18,13 +18,14 @@ from hybridnorm_jax.lab.runs import Run, read_runs
 TITLE = "Norm placements compared"
 
 
-def write_report(directory: str | Path, baseline: str | None = None) -> Path:
+def write_report(directory: str | Path, baseline: str | None = None, *, speed: bool = False) -> Path:
     """Write report.html, report.md, report.csv and figures/*.png into a directory of runs; returns report.html's path.
 
     Args:
       directory: its subdirectories with a config.yaml are the runs; comparison.json, if there, says what made them.
       baseline: a label, or a scheme that only one label has. None: what comparison.json names as `baseline`, or else
         the scheme pre; and the first label where no run has that.
+      speed: whether tokens per second are shown.
 
     Raises:
       UserError: the runs cannot be read or compared (see read_runs), there is no such baseline, or matplotlib is not
@@ -36,7 +37,7 @@ def write_report(directory: str | Path, baseline: str | None = None) -> Path:
     made_by = read_object(file) if file.exists() else {}
     schemes = {run.label: run.scheme for run in runs}
     label = _default_baseline(schemes, made_by) if baseline is None else _named_baseline(schemes, baseline)
-    compared = ComparedRuns(directory=directory, runs=runs, baseline=label, made_by=made_by)
+    compared = ComparedRuns(directory=directory, runs=runs, baseline=label, made_by=made_by, shows_speed=speed)
     blocks = report_blocks(compared)
     (directory / "figures").mkdir(exist_ok=True)
     for block in blocks:

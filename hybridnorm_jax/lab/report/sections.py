@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from hybridnorm_jax.lab.divergence import RISE
 from hybridnorm_jax.lab.report import tables
 from hybridnorm_jax.lab.report.blocks import Block, Command, Heading, Listing, Paragraph, Picture
-from hybridnorm_jax.lab.report.facts import distinct
+from hybridnorm_jax.lab.report.facts import distinct, has_one_data_order
 from hybridnorm_jax.lab.report.formats import rate_text
 from hybridnorm_jax.lab.report.layer_figures import QUANTITIES, layer_figure
 from hybridnorm_jax.lab.report.loss_figures import loss_curves, rate_curves
@@ -106,11 +106,26 @@ def _differences(compared: ComparedRuns) -> Iterator[Block]:
     else:
         yield table
     yield Paragraph(
-        "The difference is the mean over seeds of the label's loss minus the baseline's loss with the same seed. The "
+        "The difference is the mean over seeds of the label's loss minus the baseline's loss with the same seed. "
+        f"{_pairing_sentence(compared)} The "
         "95 % interval is Student's, with n - 1 degrees of freedom for n seeds. It says how far other seeds might "
         "move the difference, on this data and at this size. Where the true difference is 0, about one interval in 20 "
         "misses it by chance. A seed counts only if it finished on both sides, which favors a label that diverges."
     )
+
+
+def _pairing_sentence(compared: ComparedRuns) -> str:
+    """What two runs of one seed have in common, and what all runs have."""
+    drawn = (
+        "Two runs of one seed draw the same numbers for every parameter that both have in the same shape, up to the "
+        "factor of the initializer, and for dropout"
+    )
+    if has_one_data_order(compared):
+        return (
+            f"{drawn}. The order of the data is the same for all seeds: it does not add to the differences, and the "
+            "interval does not say what another order would do."
+        )
+    return f"{drawn}, and read the data in the same order."
 
 
 def _stability(compared: ComparedRuns) -> Iterator[Block]:
@@ -166,10 +181,18 @@ def _spikes(compared: ComparedRuns) -> Iterator[Block]:
 
 def _speed(compared: ComparedRuns) -> Iterator[Block]:
     yield Heading("Throughput")
+    if not compared.shows_speed:
+        yield Paragraph(
+            "This report shows no throughput. The runs of a comparison may have been made one after another, beside "
+            "other work or on different machines, and then their tokens per second say more about that than about the "
+            "labels. `hybridnorm lab report DIR --speed` shows them nevertheless."
+        )
+        return
     yield tables.speed_table(compared)
     sentences = (
-        "Medians are over the lines of metrics.jsonl of all runs. They leave out evaluation, checkpoints and "
-        "compilation."
+        "Tokens of a step, divided by the median time of the steps that only trained, over all steps of the runs that "
+        "finished. Left out are the first step, compilation, evaluation, checkpoints, measurements of the layers, "
+        "profiles and skipped steps. The wait for input is included. What else the machine did meanwhile is not known."
     )
     if len(distinct(run.result.get("hardware") for run in compared.runs)) > 1:
         sentences += " The runs were made on different hardware, so the ratios say little about the labels."

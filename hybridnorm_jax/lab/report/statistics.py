@@ -14,6 +14,7 @@ from scipy import stats
 from hybridnorm_jax.lab.run_files import DIVERGED, FINISHED, UNFINISHED, Point
 from hybridnorm_jax.lab.runs import Run
 from hybridnorm_jax.training.spikes import SpikeScore
+from hybridnorm_jax.training.throughput import tokens_per_second
 
 # Stands for a validation set where there is none: the training loss is compared.
 TRAINING = "training"
@@ -131,9 +132,10 @@ def best_rate(label: str, groups: Groups) -> float | None:
 def paired_difference(ours: RunGroup, theirs: RunGroup, confidence: float = 0.95) -> Difference | None:
     """The mean over seeds s of d_s = ours(s) - theirs(s), with its Student-t confidence interval.
 
-    half_width = t * sd(d) / sqrt(n), t the (1 + confidence)/2 quantile of Student's t with n - 1 degrees of freedom and
-    sd the sample standard deviation. Pairing removes what a seed does to both runs alike. The interval supposes that
-    the d_s are independent and about normal.
+    half_width = t * sd(d) / sqrt(n), t the (1 + confidence)/2 quantile of Student's t, n - 1 degrees of freedom,
+    sd the sample standard deviation. Pairing removes what a seed does to both runs alike: the numbers that both draw
+    for parameters and dropout. It does not remove the order of the data, which all runs of a comparison share. The
+    interval supposes that the d_s are independent and about normal.
 
     Returns:
       None where no seed has a loss on both sides.
@@ -226,12 +228,14 @@ class ComparedRuns:
       directory: of the runs.
       baseline: the label that the others are compared with.
       made_by: the content of comparison.json; empty where there is no such file.
+      shows_speed: whether tokens per second are shown.
     """
 
     directory: Path
     runs: list[Run]
     baseline: str
     made_by: dict[str, Any]
+    shows_speed: bool = False
 
     @cached_property
     def ended(self) -> list[Run]:
@@ -265,8 +269,12 @@ class ComparedRuns:
 
     @cached_property
     def numbers(self) -> dict[str, dict[str, float | int | None]]:
-        """Name of a run -> run_numbers."""
-        return {run.name: run_numbers(run, self.measured) for run in self.runs}
+        """Name of a run -> run_numbers, without its speed where that is not shown."""
+        numbers = {run.name: run_numbers(run, self.measured) for run in self.runs}
+        if not self.shows_speed:
+            for of_run in numbers.values():
+                del of_run["tokens_per_second"]
+        return numbers
 
     def tried(self, label: str) -> list[float]:
         """The learning rates of a label, in rising order."""
@@ -295,7 +303,7 @@ def run_numbers(run: Run, measured: str) -> dict[str, float | int | None]:
         "grad_norm_p50": norms.p50,
         "grad_norm_p90": norms.p90,
         "grad_norm_p99": norms.p99,
-        "tokens_per_second": median(run.rates),
+        "tokens_per_second": tokens_per_second(run.step_seconds, run.config.tokens_per_step),
         "tokens": run.tokens,
         "train_tokens": run.result.get("train_tokens"),
         "seconds": run.result.get("seconds"),

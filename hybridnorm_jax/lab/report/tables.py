@@ -21,12 +21,12 @@ from hybridnorm_jax.lab.report.statistics import (
     ComparedRuns,
     RunGroup,
     mean,
-    median,
     paired_difference,
     percentiles,
 )
 from hybridnorm_jax.lab.run_files import FINISHED
 from hybridnorm_jax.lab.runs import Run
+from hybridnorm_jax.training.throughput import tokens_per_second
 
 LABEL = Column("label")
 RATE = Column("learning rate", holds_numbers=True)
@@ -255,10 +255,12 @@ def _spike_texts(compared: ComparedRuns, runs: Sequence[Run]) -> list[str]:
 
 
 def speed_table(compared: ComparedRuns) -> Table:
-    """Tokens per second of each label."""
+    """Tokens per second of each label, over the steps of all its runs that finished."""
     speeds = {}
     for label in compared.labels:
-        speeds[label] = median([rate for run in compared.ended_runs(label) for rate in run.rates])
+        runs = [run for run in compared.ended_runs(label) if run.status == FINISHED]
+        seconds = [each for run in runs for each in run.step_seconds]
+        speeds[label] = tokens_per_second(seconds, runs[0].config.tokens_per_step) if runs else None
     baseline = speeds[compared.baseline]
     rows = [
         [label, digits_text(speed), f"{speed / baseline:.3f}" if baseline else NONE]

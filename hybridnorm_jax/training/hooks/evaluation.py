@@ -54,7 +54,8 @@ class Evaluation(Hook):
             return
         run.writer.write(run.step, losses)
         if run.step != run.steps:
-            say_above_bar(f"step {run.step}: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+            shown = ", ".join(f"{name} {score.loss:.4f}" for name, score in run.scores.items())
+            say_above_bar(f"step {run.step}: evaluation loss {shown} nats per token")
 
     def _score(self, run: Run) -> None:
         def eval_step(batch: Batch) -> LossSums:
@@ -66,10 +67,10 @@ class Evaluation(Hook):
                 run.data.validation,
                 batch_size=run.program.eval_batch_size,
                 share=run.program.share,
-                batches=run.config.eval.batches,
+                sequences=run.program.eval_sequences,
                 progress=jax.process_index() == 0,
             )
-        run.clock.pause()
+        run.clock.restart()
 
     def _eval_step(self, run: Run, batch: Batch) -> LossSums:
         run.signals.poll()

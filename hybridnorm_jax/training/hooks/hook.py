@@ -30,6 +30,11 @@ class Hook:
       end            All steps were made. Not called where the run is stopped or fails.
       close          However the run ends, also by an error; in reverse order.
 
+    Throughput is measured over the steps that only trained. A hook that does other work in a step, or gives the device
+    some, calls run.read_late() and run.clock.leave_out(run.step + 1) before it, and run.read_late() and
+    run.clock.restart() once it is done; work between two steps needs run.read_late() before and run.clock.restart()
+    after it.
+
     With several processes, all of them call the same methods in the same order. So whether a hook does something
     collective (a computation on global arrays, a save) must not depend on what differs between them, such as the time.
 

@@ -22,11 +22,16 @@ class LayerWatch(Hook):
 
     def before_update(self, run: Run, batch: Batch) -> None:
         """Give the measures to the device, for the state that the step begins with."""
+        run.read_late()
+        run.clock.leave_out(run.step + 1)
         with run.ledger.phase("steps" if self._compiled else "compilation"):
             self._measures[run.step + 1] = run.program.watch(run.state, batch)
-        if not self._compiled:
-            run.clock.pause()
         self._compiled = True
+
+    def after_step(self, run: Run) -> None:
+        """Wait for the measures: the time that they take is no training step's."""
+        run.read_late()
+        run.clock.restart()
 
     def on_numbers(self, run: Run, numbers: Numbers) -> None:
         """Write the measures once their step is done."""

@@ -1,6 +1,7 @@
 """The lines of metrics.jsonl about steps."""
 
 import jax
+import numpy as np
 
 from hybridnorm_jax.training.hooks.hook import Hook
 from hybridnorm_jax.training.run import Numbers, Run
@@ -32,6 +33,7 @@ class MetricsLines(Hook):
         """Write a line."""
         values = {f"train/{name}": value for name, value in numbers.metrics.items()}
         values |= {"tokens_per_second": run.tokens_per_second, "mfu": _mfu(run)}
+        values["time/step_seconds"] = np.round(run.clock.line, 6)
         values |= run.series.summary()
         values |= run.series.take()
         values |= self._times.line()

@@ -27,14 +27,18 @@ class Profile(Hook):
 
     def before_step(self, run: Run) -> None:
         """Begin the trace before the first of these steps."""
+        run.clock.leave_out(run.step + 1)
         if not self._tracing:
+            run.read_late()
             self._attempt(lambda: jax.profiler.start_trace(str(run.directory / "profile")))
             self._tracing = self.every is not None
 
     def after_step(self, run: Run) -> None:
         """End the trace after the last of these steps, or of the run."""
         if run.step == run.steps or not self.is_due(run, run.step + 1):
+            run.read_late()
             self._stop(run)
+            run.clock.restart()
 
     def stopped(self, run: Run) -> None:
         """End the trace early."""

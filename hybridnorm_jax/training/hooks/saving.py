@@ -42,4 +42,4 @@ class Saving(Hook):
                 config_yaml=self._config_yaml,
                 wait=wait,
             )
-        run.clock.pause()
+        run.clock.restart()

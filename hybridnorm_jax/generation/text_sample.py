@@ -1,0 +1,124 @@
+"""The sample of text that training prints at its end: which prompt it goes on from, and how both are shown."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.data import Data, Tokenizer, Windows
+from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.generation.sampling import TEMPERATURE, generate
+
+# A first line may be as short as `"""`, which says little, or as long as a whole document.
+FEWEST_CHARACTERS, MOST_TOKENS = 12, 64
+
+
+class Prompt(NamedTuple):
+    """What a sample goes on from.
+
+    Attributes:
+      ids: at least one token. The first is the separator, where there is one: the prompt begins a document.
+      text: what is shown of it.
+      source: what it is, for people.
+    """
+
+    ids: Int[np.ndarray, "prompt"]
+    text: str
+    source: str
+
+
+def check_prompt(config: RunConfig, data: Data) -> None:
+    """Refuse a train.sample_prompt from which no sample can be made, before anything is trained.
+
+    Raises:
+      ConfigError: there is no tokenizer, the prompt has no token, or one that the model does not know.
+    """
+    text = config.train.sample_prompt
+    if text is None:
+        return
+    if data.tokenizer is None:
+        right = "data.tokenizer names no tokenizer for these token files; name its tokenizer.json"
+        raise ConfigError(f"train.sample_prompt={text!r}: {right}")
+    ids = _own_prompt(text, data.tokenizer).ids
+    if not len(ids):
+        right = "it has no token, and the tokenizer has no separator to begin with; give more text"
+        raise ConfigError(f"train.sample_prompt={text!r}: {right}")
+    if ids.max() >= config.model.vocab_size:
+        right = f"does not fit model.vocab_size={config.model.vocab_size}; data.tokenizer is not that of these tokens"
+        raise ConfigError(f"train.sample_prompt={text!r}: its token {ids.max()} {right}")
+
+
+def text_sample(config: RunConfig, data: Data, params: Any) -> str:
+    """A prompt and its continuation by the model, each below a line that says what it is."""
+    if data.tokenizer is None:
+        return "No sample of text: data.tokenizer names no tokenizer for these token files."
+    count, window = config.train.sample_tokens, config.train.seq_len
+    prompt = _prompt(config.train.sample_prompt, data)
+    ids = generate(
+        config.model,
+        params,
+        prompt.ids,
+        num_tokens=count,
+        window=window,
+        key=jax.random.key(config.train.seed),
+        temperature=TEMPERATURE,
+    )
+    cut = f"; the model reads its last {window:,} tokens" if len(prompt.ids) > window else ""
+    tokens = "1 token" if count == 1 else f"{count:,} tokens"
+    return (
+        f"Sample of text\n--- prompt: {prompt.source}{cut}\n{printable(prompt.text)}\n"
+        f"--- the model goes on: {tokens} at temperature {TEMPERATURE}\n{printable(decoded(ids, data.tokenizer))}\n---"
+    )
+
+
+def decoded(ids: Int[np.ndarray, "tokens"], tokenizer: Tokenizer) -> str:
+    """The text of tokens, with a line of its own where a document ends."""
+    ends = [] if tokenizer.separator_id is None else np.flatnonzero(ids == tokenizer.separator_id)
+    return "\n[end of document]\n".join(tokenizer.decode(part) for part in _split_after(ids, ends))
+
+
+def printable(text: str) -> str:
+    """Text that moves no cursor and changes no color: other control characters than newline and tab are U+FFFD."""
+    shown = "".join(each if each.isprintable() or each in "\n\t" else "\N{REPLACEMENT CHARACTER}" for each in text)
+    return shown.strip("\n")
+
+
+def _split_after(ids: Int[np.ndarray, "tokens"], ends: Any) -> list[Int[np.ndarray, "part"]]:
+    return np.split(ids, np.asarray(ends, int) + 1) if len(ends) else [ids]
+
+
+def _prompt(own: str | None, data: Data) -> Prompt:
+    if own is not None:
+        return _own_prompt(own, data.tokenizer)
+    if data.validation:
+        name, windows = next(iter(data.validation.items()))
+        return _first_line(windows, data.tokenizer, f"the beginning of the held-out set {name}")
+    return _first_line(data.train, data.tokenizer, "the beginning of the training data, since nothing is held out")
+
+
+def _own_prompt(text: str, tokenizer: Tokenizer) -> Prompt:
+    source = "train.sample_prompt" if text else "none, a document begins"
+    return Prompt(_begin_document(tokenizer.encode(text), tokenizer), text, source)
+
+
+def _first_line(windows: Windows, tokenizer: Tokenizer, source: str) -> Prompt:
+    """The first line of a set's first document."""
+    row = windows[0]
+    ids = row["tokens"][: min(len(row["tokens"]), windows.num_tokens, MOST_TOKENS)]
+    ends = np.flatnonzero(ids == tokenizer.separator_id) if tokenizer.separator_id is not None else []
+    # A set of token files may begin with the end of a document.
+    after = next((end for end in ends if tokenizer.decode(ids[:end]).strip()), None)
+    ids = ids[:after]
+    length = next((length for length in range(1, len(ids)) if _is_line(tokenizer.decode(ids[:length]))), len(ids))
+    return Prompt(_begin_document(ids[:length], tokenizer), tokenizer.decode(ids[:length]), source)
+
+
+def _is_line(text: str) -> bool:
+    return text.endswith("\n") and len(text.strip()) >= FEWEST_CHARACTERS
+
+
+def _begin_document(ids: Int[np.ndarray, "tokens"], tokenizer: Tokenizer) -> Int[np.ndarray, "prompt"]:
+    begin = [] if tokenizer.separator_id is None else [tokenizer.separator_id]
+    return np.concatenate([np.array(begin, np.int32), np.asarray(ids, np.int32)])
