@@ -87,8 +87,14 @@ ODD = (
     "run.name=\udcff",
 )
 # What ODD has that is right, or that is right for one command.
-MAYBE = ("data.files=[text.txt, text.txt]", "data.files=['**']", "data.files=[tiny.yaml]", "run.dir=/dev/null/x", "run.dir=/proc/x",
-         "data.cache_dir=/dev/null/x")
+MAYBE = (
+    "data.files=[text.txt, text.txt]",
+    "data.files=['**']",
+    "data.files=[tiny.yaml]",
+    "run.dir=/dev/null/x",
+    "run.dir=/proc/x",
+    "data.cache_dir=/dev/null/x",
+)
 CALLS = {
     "train": ("train", "tiny.yaml"),
     "eval": ("eval", "runs/saved"),

@@ -60,7 +60,13 @@ NPY = {
     "a dtype of no kind": _npy_header("{'descr': '<z9', 'fortran_order': False, 'shape': (1,), }\n"),
     "a zip": b"PK\x03\x04" + b"\0" * 100,
 }
-BIN = {"empty": b"", "an odd size": b"\1" * 1001, "ids beyond": b"\xff" * 1000, "one byte": b"\0", "text": b"some text " * 99}
+BIN = {
+    "empty": b"",
+    "an odd size": b"\1" * 1001,
+    "ids beyond": b"\xff" * 1000,
+    "one byte": b"\0",
+    "text": b"some text " * 99,
+}
 JSONL = {
     "empty": b"",
     "blank": b"\n\n\n",
@@ -143,9 +149,20 @@ def data_cases(rng: random.Random) -> Iterator[Case]:
     for suffix, files, source, maybe in sets:
         for fault, content in files.items():
             yield _data(suffix, fault, source, content, refused=fault not in maybe)
-    for suffix, bomb in (("txt.gz", _gzip_bomb), ("jsonl.gz", _gzip_bomb), ("txt.zst", _zst_bomb), ("jsonl.zst", _zst_bomb)):
+    for suffix, bomb in (
+        ("txt.gz", _gzip_bomb),
+        ("jsonl.gz", _gzip_bomb),
+        ("txt.zst", _zst_bomb),
+        ("jsonl.zst", _zst_bomb),
+    ):
         yield _data(suffix, "a bomb", "text", None, write=bomb, refused=False)
-    for suffix, source in (("npy", "tokens"), ("bin", "tokens"), ("jsonl", "text"), ("txt", "text"), ("txt.gz", "text")):
+    for suffix, source in (
+        ("npy", "tokens"),
+        ("bin", "tokens"),
+        ("jsonl", "text"),
+        ("txt", "text"),
+        ("txt.gz", "text"),
+    ):
         for fault, prepare in PLACES.items():
             name = f"bad.{suffix}"
             arguments = ("train", "tiny.yaml", f"data.source={source}", f"data.files=[{name}]")
@@ -237,14 +254,24 @@ PLUGINS = {
     "returns another thing": SCHEME.format("", "return half").encode(),
     "a scheme raises": SCHEME.format("", "1 / 0").encode(),
     "a scheme raises two lines": SCHEME.format("", "raise ValueError('a\\nb')").encode(),
-    "a scheme takes one argument": SCHEME.format("", "return hn.BlockPlacement(half, half)").replace(", n", "").encode(),
-    "an infinite scale": SCHEME.format(", residual_scale=float('inf')", "return hn.BlockPlacement(half, half)").encode(),
-    "a scale that is no number": SCHEME.format(", branch_scale=float('nan')", "return hn.BlockPlacement(half, half)").encode(),
+    "a scheme takes one argument": SCHEME.format("", "return hn.BlockPlacement(half, half)")
+    .replace(", n", "")
+    .encode(),
+    "an infinite scale": SCHEME.format(
+        ", residual_scale=float('inf')", "return hn.BlockPlacement(half, half)"
+    ).encode(),
+    "a scale that is no number": SCHEME.format(
+        ", branch_scale=float('nan')", "return hn.BlockPlacement(half, half)"
+    ).encode(),
     "a scale of text": SCHEME.format(", input_scale='1'", "return hn.BlockPlacement(half, half)").encode(),
-    "an infinite start": SCHEME.format(", branch=True, branch_norm_init=1e999", "return hn.BlockPlacement(half, half)").encode(),
+    "an infinite start": SCHEME.format(
+        ", branch=True, branch_norm_init=1e999", "return hn.BlockPlacement(half, half)"
+    ).encode(),
     "a wrong residual": SCHEME.format(", residual='x'", "return hn.BlockPlacement(half, half)").encode(),
     "a list as residual": SCHEME.format(", residual=[]", "return hn.BlockPlacement(half, half)").encode(),
-    "no initializer": SCHEME.replace("'mine'", "'mine', initializer='x'").format("", "return hn.BlockPlacement(half, half)").encode(),
+    "no initializer": SCHEME.replace("'mine'", "'mine', initializer='x'")
+    .format("", "return hn.BlockPlacement(half, half)")
+    .encode(),
 }
 
 
@@ -257,7 +284,18 @@ def plugin_cases(rng: random.Random) -> Iterator[Case]:
     for fault, prepare in PLACES.items():
         arguments = ("train", "tiny.yaml", "run.plugins=[bad.py]")
         yield Case(f"plugin: {fault}", arguments, ("bad.py",), prepare=_at("bad.py", prepare))
-    for plugin in ("nowhere.py", "no_such_module", "a.b.c", "''", "..", "a b", "'.py'", "__main__x", "json.nothing", "'a\\0b.py'"):
+    for plugin in (
+        "nowhere.py",
+        "no_such_module",
+        "a.b.c",
+        "''",
+        "..",
+        "a b",
+        "'.py'",
+        "__main__x",
+        "json.nothing",
+        "'a\\0b.py'",
+    ):
         arguments = ("train", "tiny.yaml", f'run.plugins=["{plugin}"]' if "\\" in plugin else f"run.plugins=[{plugin}]")
         yield Case("plugin: no such", arguments, ("run.plugins",))
 
@@ -269,7 +307,9 @@ def huggingface_cases(rng: random.Random) -> Iterator[Case]:
         for key in config:
             for value in (None, "x", -1, 0, 2**70, 1e300, float("nan"), [1], {"a": 1}, True):
                 text = json.dumps({**config, key: value}).encode()
-                yield _converted(base, f"config.json: {type(value).__name__}", {"model/config.json": text}, refused=False)
+                yield _converted(
+                    base, f"config.json: {type(value).__name__}", {"model/config.json": text}, refused=False
+                )
             text = json.dumps({name: value for name, value in config.items() if name != key}).encode()
             yield _converted(base, "config.json: a key is missing", {"model/config.json": text}, refused=False)
     texts = {
@@ -345,9 +385,13 @@ def _safetensors(rng: random.Random) -> Iterator[Case]:
         "no map": b"{}",
         "a map of numbers": json.dumps({"weight_map": dict.fromkeys(original["weight_map"], 3)}).encode(),
         "a list as map": b'{"weight_map": []}',
-        "a path outside": json.dumps({"weight_map": {**original["weight_map"], name: "../../text.safetensors"}}).encode(),
+        "a path outside": json.dumps(
+            {"weight_map": {**original["weight_map"], name: "../../text.safetensors"}}
+        ).encode(),
         "an absolute path": json.dumps({"weight_map": {**original["weight_map"], name: "/etc/passwd"}}).encode(),
-        "a file that is missing": json.dumps({"weight_map": {**original["weight_map"], name: "no.safetensors"}}).encode(),
+        "a file that is missing": json.dumps(
+            {"weight_map": {**original["weight_map"], name: "no.safetensors"}}
+        ).encode(),
         "NUL in a name": json.dumps({"weight_map": {**original["weight_map"], name: "a\0b"}}).encode(),
         "deep": b'{"weight_map": ' + b"[" * 100_000,
     }
@@ -372,7 +416,9 @@ def checkpoint_cases(rng: random.Random) -> Iterator[Case]:
             fault = rng.choice(list(DAMAGES))
             damage = _damage(fault, rng.random(), rng.random(), rng.randrange(1, 256))
             refused = fault not in ("flipped", "removed", "empty", "rubbish behind")
-            yield Case(f"checkpoint: {fault}", command, ("saved",), prepare=damage, base="run", refused=False and refused)
+            yield Case(
+                f"checkpoint: {fault}", command, ("saved",), prepare=damage, base="run", refused=False and refused
+            )
 
 
 def _flip(path: Path, where: float, mask: int) -> None:

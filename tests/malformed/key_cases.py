@@ -10,7 +10,22 @@ from tests.malformed.case import Case
 
 NOT_FINITE = (".inf", "-.inf", ".nan", "inf", "nan", "1e400")
 HUGE = ("1" + "0" * 400, str(2**70), "-" + "9" * 30, "1" * 5000, "1e300", "-1e300")
-NO_NUMBERS = ("abc", "true", "[1]", "{a: 1}", "1:30", "0x10", "010", "2024-01-01", "1__0", "'3'", "--1", "1,5", "½", "३")
+NO_NUMBERS = (
+    "abc",
+    "true",
+    "[1]",
+    "{a: 1}",
+    "1:30",
+    "0x10",
+    "010",
+    "2024-01-01",
+    "1__0",
+    "'3'",
+    "--1",
+    "1,5",
+    "½",
+    "३",
+)
 BY_TYPE = {
     int: {
         "wrong type": (*NO_NUMBERS, "1.5", "null", "", "~", "yes"),
@@ -57,7 +72,10 @@ def _of_key(path: str) -> Iterator[Case]:
     for fault, content in _in_files(hint, kind):
         text = f"{section}:\n  {name}: {content}\n" if section else f"{name}: {content}\n"
         yield Case(
-            f"key in a file: {fault}", ("train", "tiny.yaml", "bad.yaml"), (path, "bad.yaml"), {"bad.yaml": text.encode()}
+            f"key in a file: {fault}",
+            ("train", "tiny.yaml", "bad.yaml"),
+            (path, "bad.yaml"),
+            {"bad.yaml": text.encode()},
         )
     if section:
         text = json.dumps({section: {name: {"inner": {"more": 1}}}})
@@ -79,7 +97,9 @@ def random_key_cases(rng: random.Random) -> Iterator[Case]:
     while True:
         path = rng.choice(keys)
         value = _anything(rng)
-        yield Case("key=value: by chance", ("train", "tiny.yaml", f"{path}={value}"), (path.split(".")[-1],), refused=False)
+        yield Case(
+            "key=value: by chance", ("train", "tiny.yaml", f"{path}={value}"), (path.split(".")[-1],), refused=False
+        )
 
 
 def _anything(rng: random.Random) -> str:
@@ -89,11 +109,15 @@ def _anything(rng: random.Random) -> str:
     if kind == 1:
         return repr(rng.choice((-1, 1)) * 10 ** rng.uniform(-300, 300))
     if kind == 2:
-        return "".join(chr(rng.choice((rng.randrange(32, 127), rng.randrange(160, 0xD7FF)))) for _ in range(rng.randrange(12)))
+        return "".join(
+            chr(rng.choice((rng.randrange(32, 127), rng.randrange(160, 0xD7FF)))) for _ in range(rng.randrange(12))
+        )
     if kind == 3:
         return json.dumps([rng.choice((1, "a", None, [], {}, 1e9)) for _ in range(rng.randrange(4))])
     if kind == 4:
-        return rng.choice(("null", "true", "false", "~", "", ".inf", "auto", "none", "[]", "{}", "''", '"a\\u0001"', "#"))
+        return rng.choice(
+            ("null", "true", "false", "~", "", ".inf", "auto", "none", "[]", "{}", "''", '"a\\u0001"', "#")
+        )
     return "".join(rng.choice("[]{},:'\"&*!|>%@`-?#\\ ae1.") for _ in range(rng.randrange(1, 15)))
 
 

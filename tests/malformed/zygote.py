@@ -36,7 +36,9 @@ def main() -> None:
         os._exit(0)
     os.close(to_warm[0])
     with os.fdopen(to_warm[1], "w") as questions, os.fdopen(to_cold[0]) as replies:
-        _serve(sys.stdin, answers, warm=lambda line: (print(line, end="", file=questions, flush=True), replies.readline()))
+        _serve(
+            sys.stdin, answers, warm=lambda line: (print(line, end="", file=questions, flush=True), replies.readline())
+        )
     os.waitpid(warm, 0)
 
 
