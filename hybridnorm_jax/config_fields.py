@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -141,7 +142,7 @@ def _fault_of_text(text: str) -> str | None:
     if len(text) > LONGEST_TEXT:
         return f"{len(text):,} characters; must be at most {LONGEST_TEXT:,}"
     # A separator or a prompt may hold an end of line or a tab.
-    if not all(character.isprintable() or character.isspace() for character in text) or "\0" in text:
+    if any(unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t" for character in text):
         return "must not hold control characters"
     return None
 

@@ -3,7 +3,9 @@
 yaml_nodes.py reads the YAML, and key_values.py the values, each as the type of its key in run_config.py says.
 """
 
+import copy
 import dataclasses
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -162,10 +164,14 @@ def _put(settings: dict[str, Any], path: str, node: Node, where: str) -> None:
         nearest = nearest_key(path)
         hint = f"did you mean {nearest!r}?" if nearest else "--help lists every key"
         raise ConfigError(f"{where}: no such key; {hint}")
-    if key != path:
+    field, hint = FIELDS[key], read_hint(FIELDS[key].type)
+    if key != path and typing.get_origin(hint.kind) is dict:
         # One entry of a map, such as data.validation.NAME=[FILE].
-        node = {path.removeprefix(f"{key}."): node}
-    new = typed(node, FIELDS[key], where)
+        field = copy.copy(field)
+        field.type = typing.get_args(hint.kind)[1]
+        new = {path.removeprefix(f"{key}."): typed(node, field, where)}
+    else:
+        new = typed({path: node} if key != path else node, field, where)
     settings[key] = settings.get(key, {}) | new if isinstance(new, dict) else new
 
 

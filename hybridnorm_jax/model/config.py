@@ -215,8 +215,6 @@ class ModelConfig:
 
     def _check_scheme(self) -> None:
         check_choice(f"initializer of model.scheme={self.scheme}", self.initializer_name, INITIALIZERS)
-        complete = all(isinstance(placement, BlockPlacement) for placement in self.placements)
-        self._check("scheme", complete, "its function must return a BlockPlacement for every layer")
         right = f"model.scheme={self.scheme} starts a norm's scale at another value than 1, so norms need scales"
         self._check("norm_scale", self.norm_scale or not self._starts_a_scale_elsewhere, right)
 

@@ -2,8 +2,8 @@
 
     python -m tests.malformed.zygote
 
-reads a case a line, {"cwd": ..., "arguments": [...], "devices": ..., "seconds": ...}, and answers in a line, {"status": ..., "error":
-..., "seconds": ..., "peak": ...}. A copy that would lower a program for the devices ends with the status ACCEPTED
+reads a case a line, {"cwd": ..., "arguments": [...], "devices": ..., "seconds": ...}, and answers in a line,
+{"status": ..., "error": ..., "seconds": ..., "peak": ...}. A copy that would lower a program for the devices ends with the status ACCEPTED
 instead: refusals come before, and the threads of the devices do not live on in a copy.
 """
 
