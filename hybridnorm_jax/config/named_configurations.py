@@ -29,7 +29,7 @@ def find(argument: str) -> Path:
         return _existing(Path(argument))
     if argument not in names():
         raise ConfigError(
-            f"{argument}: no such configuration{did_you_mean(argument, names())}; a file is named FILE.yaml"
+            f"{argument or repr(argument)}: no such configuration{did_you_mean(argument, names())}; a file is named FILE.yaml"
         )
     if Path(argument).is_file():
         raise ConfigError(f"{argument}: a file here, and the name of a configuration; write ./{argument} for the file")

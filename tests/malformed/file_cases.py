@@ -228,7 +228,12 @@ def tokenizer_cases(rng: random.Random) -> Iterator[Case]:
         yield Case(f"tokenizer: {fault}", arguments, ("tokenizer.json",), prepare=_at("tokenizer.json", prepare))
 
 
-SCHEME = "import hybridnorm_jax as hn\nhalf = hn.SublayerPlacement(pre=True{})\n@hn.scheme('mine')\ndef mine(layer, n):\n    {}\n"
+SCHEME = """import hybridnorm_jax as hn
+half = hn.SublayerPlacement(pre=True{})
+@hn.scheme('mine')
+def mine(layer, n):
+    {}
+"""
 PLUGINS = {
     "no Python": b"def",
     "a tab and spaces": b"if 1:\n\tx = 1\n        y = 2\n",

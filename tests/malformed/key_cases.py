@@ -38,7 +38,11 @@ BY_TYPE = {
         "out of range": (*HUGE, "-0.001", "-1"),
     },
     bool: {"wrong type": ("1", "0", "yes", "off", "y", "abc", "null", "[true]", "{a: true}", ".nan", "1" * 5000)},
-    str: {"wrong type": ("null",), "too long": ("x" * 100_000,), "control characters": ("a\0b", "a\x1b[31mb", "\x7f")},
+    str: {
+        "wrong type": ("null",),
+        "too long": ("x" * 100_000,),
+        "control characters": ("a\x01b", "a\x1b[31mb", "\x7f"),
+    },
     tuple: {
         "wrong type": ("abc", "3", "true", "{a: 1}", "[[a]]", "[{a: 1}]", "[null]", "null", "[a"),
         "too long": ("[" + "a, " * 200_000 + "a]",),
@@ -126,5 +130,5 @@ def section_cases(rng: random.Random) -> Iterator[Case]:
     for section in SECTIONS:
         for content in ("3", "[a]", "abc", "true", "{x: 1}", "{? [a] : 1}"):
             text = f"{section}: {content}\n".encode()
-            yield Case("section", ("train", "tiny.yaml", "bad.yaml"), (section,), {"bad.yaml": text})
+            yield Case("section", ("train", "tiny.yaml", "bad.yaml"), (section, "bad.yaml"), {"bad.yaml": text})
         yield Case("section", ("train", "tiny.yaml", f"{section}=3"), (section,))

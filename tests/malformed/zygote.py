@@ -3,8 +3,10 @@
     python -m tests.malformed.zygote
 
 reads a case a line, {"cwd": ..., "arguments": [...], "devices": ..., "seconds": ...}, and answers in a line,
-{"status": ..., "error": ..., "seconds": ..., "peak": ...}. A copy that would lower a program for the devices ends with the status ACCEPTED
-instead: refusals come before, and the threads of the devices do not live on in a copy.
+{"status": ..., "error": ..., "seconds": ..., "peak": ...}.
+
+A copy that would lower a program for the devices ends with the status ACCEPTED instead: refusals come before, and the
+threads of the devices do not live on in a copy.
 """
 
 import json
@@ -36,9 +38,12 @@ def main() -> None:
         os._exit(0)
     os.close(to_warm[0])
     with os.fdopen(to_warm[1], "w") as questions, os.fdopen(to_cold[0]) as replies:
-        _serve(
-            sys.stdin, answers, warm=lambda line: (print(line, end="", file=questions, flush=True), replies.readline())
-        )
+
+        def ask(line: str) -> str:
+            print(line, end="", file=questions, flush=True)
+            return replies.readline()
+
+        _serve(sys.stdin, answers, warm=ask)
     os.waitpid(warm, 0)
 
 
@@ -47,7 +52,7 @@ def _serve(questions, answers, warm=None) -> None:
     for line in questions:
         asked = json.loads(line)
         if asked["devices"] and warm is not None:
-            _, answer = warm(line)
+            answer = warm(line)
         else:
             outcome = _run(asked["arguments"], cwd=asked["cwd"], seconds=asked["seconds"])
             outcome["peak"] = max(outcome["peak"] - base, 0)
