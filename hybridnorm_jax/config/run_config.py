@@ -292,9 +292,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_fields("", self)
-        tokens = self.tokens_per_step
-        right = f"{tokens:,} tokens per step with train.seq_len={self.train.seq_len}; must be at most {MOST_TOKENS_PER_STEP:,}"
-        check(tokens <= MOST_TOKENS_PER_STEP, "train.batch_size", self.train.batch_size, right)
+        for name, size in (("train.batch_size", self.train.batch_size), ("eval.batch_size", self.eval.batch_size or 1)):
+            tokens, limit = size * self.train.seq_len, MOST_TOKENS_PER_STEP
+            right = f"{tokens:,} tokens with train.seq_len={self.train.seq_len}; must be at most {limit:,}"
+            check(tokens <= limit, name, size, right)
         number, rows = self.data.separator_id, self.model.vocab_size
         right = f"must be below model.vocab_size={rows}"
         check(number is None or number < rows, "data.separator_id", number, right)
