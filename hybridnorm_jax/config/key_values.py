@@ -22,7 +22,7 @@ from hybridnorm_jax.errors import ConfigError
 
 DIGITS = r"(?:0|[1-9]\d{0,2}(?:_\d{3})+|[1-9]\d*)"
 INTEGER = re.compile(rf"[-+]?{DIGITS}", re.ASCII)
-NUMBER = re.compile(rf"[-+]?(?:{DIGITS}\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", re.ASCII)
+NUMBER = re.compile(rf"[-+]?(?:{DIGITS}(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?", re.ASCII)
 # YAML's spellings, Python's, and those of JSON's writers.
 NOT_FINITE = re.compile(r"[-+]?\.?(?:inf|infinity)|\.?nan", re.ASCII | re.IGNORECASE)
 BOOLS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}

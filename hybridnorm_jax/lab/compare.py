@@ -149,6 +149,8 @@ def compare(asked: Comparison, only: int | None = None) -> list[dict[str, Any]]:
     right = f"must be in [0, {count}), there are {count} combinations"
     check(only is None or 0 <= only < count, "--only", only, right)
     file = epath.Path(asked.directory) / "comparison.json"
+    if not all((epath.Path(config.run.dir) / config.run.name / "result.json").exists() for config in asked.configs):
+        _train_tokens(asked.configs[0])  # data that cannot be read are refused before anything is written
     _write(file, _described(asked, file))
     results = []
     for number, config in enumerate(asked.configs):

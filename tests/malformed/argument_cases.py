@@ -135,7 +135,6 @@ OTHERS = (
     ("lab", "report"),
     ("lab", "report", "nowhere"),
     ("lab", "report", "text.txt"),
-    ("lab", "report", "runs"),
     ("lab", "report", "runs", "baseline=nothing"),
     ("lab", "report", "runs", "runs"),
     ("lab", "compare", "tiny.yaml", "schemes=[]"),
@@ -220,6 +219,8 @@ def _parts(argument: str) -> Iterator[str]:
     """What of it a message may show: escaped, shortened, its key or its value alone."""
     if not argument.strip():
         yield from ("''", "\\n")
+    if argument in ("", "."):
+        yield "/case"
     key, _, value = argument.partition("=")
     for text in (argument, key, value.strip("[]'")):
         shown = text.encode("utf-8", errors="backslashreplace").decode()
