@@ -1,10 +1,17 @@
 """Fields of the configuration's dataclasses: each documents itself, and its value is checked when it is set."""
 
 import dataclasses
-from collections.abc import Iterable
+import math
+import numbers
+import unicodedata
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from hybridnorm_jax.errors import ConfigError, did_you_mean
+from hybridnorm_jax.errors import ConfigError, did_you_mean, one_line
+
+# Of one text, such as a path (Linux allows 4,096 bytes), and of one list, such as data.files.
+LONGEST_TEXT = 4096
+MOST_ITEMS = 100_000
 
 Value = TypeVar("Value")
 
@@ -29,27 +36,132 @@ def present(value: Value | None) -> Value:
     return value
 
 
-def key(default: Any, meaning: str) -> Any:
-    """A dataclass field whose meaning `hybridnorm train --help` prints."""
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a key may have; of a list, each of its numbers. None: no limit on that side."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def holds(self, value: float) -> bool:
+        """Whether the number is in the range; NaN is in none."""
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether it has a limit on both sides."""
+        low = self.at_least if self.above is None else self.above
+        high = self.at_most if self.below is None else self.below
+        return low is not None and high is not None and math.isfinite(low) and math.isfinite(high)
+
+    def __str__(self) -> str:
+        limits = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
+        return " and ".join(f"{words} {_number(limit)}" for words, limit in limits.items() if limit is not None)
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def key(
+    default: Any,
+    meaning: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field whose meaning and range `hybridnorm train --help` prints.
+
+    Every key of numbers has a limit on both sides. The limits let everything pass that a run could mean, and stop what
+    none could: infinity, a slip of the hand by thousands, a size for which no machine has room.
+    """
+    limits = Range(at_least=at_least, above=above, at_most=at_most, below=below)
+    metadata = {"meaning": meaning, "range": limits if limits != Range() else None}
     if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata={"meaning": meaning})
-    return dataclasses.field(default=default, metadata={"meaning": meaning})
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_fields(prefix: str, config: Any) -> None:
+    """Raise ConfigError for the first field of a dataclass whose value is not in its range, or a text too long to be.
+
+    Args:
+      prefix: of the fields' names, such as "train"; "" for none.
+      config: an instance; its fields are made by `key`. Those that hold dataclasses check themselves.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        problem = fault(value, field) if "meaning" in field.metadata else None
+        if problem is not None:
+            name = f"{prefix}.{field.name}" if prefix else field.name
+            raise ConfigError(f"{name}={shortened(value)}: {problem}")
+
+
+def fault(value: Any, field: dataclasses.Field) -> str | None:
+    """What would be right instead of a field's value, such as `must be at least 1`; None where it is right."""
+    limits: Range | None = field.metadata["range"]
+    if isinstance(value, (tuple, list, dict)) and len(value) > MOST_ITEMS:
+        return f"{len(value):,} items; must be at most {MOST_ITEMS:,}"
+    for item in _items(value):
+        if isinstance(item, str):
+            if limits is not None:
+                return "must be a number"
+            problem = _fault_of_text(item)
+            if problem is not None:
+                return problem
+        elif limits is not None and not (isinstance(item, numbers.Real) and not isinstance(item, bool)):
+            return "must be a number"
+        elif limits is not None and not limits.holds(item):
+            return f"must be {limits}"
+    return None
+
+
+def _items(value: Any) -> Iterator[Any]:
+    """The values in lists and maps, names of maps included; of any other value itself; of None nothing."""
+    if isinstance(value, dict):
+        yield from value
+        for each in value.values():
+            yield from _items(each)
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _items(each)
+    elif value is not None:
+        yield value
+
+
+def _fault_of_text(text: str) -> str | None:
+    if len(text) > LONGEST_TEXT:
+        return f"{len(text):,} characters; must be at most {LONGEST_TEXT:,}"
+    # A separator or a prompt may hold an end of line or a tab.
+    if any(unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t" for character in text):
+        return "must not hold control characters"
+    return None
+
+
+def shortened(value: Any) -> str:
+    """A value as an error shows it: on one line, and of a long one the beginning."""
+    if isinstance(value, int) and abs(value) >= 10**100:
+        return f"{'-' if value < 0 else ''}a number of more than 100 digits"
+    text = one_line(str(value))
+    return text if len(text) <= 200 else f"{text[:100]}... ({len(text):,} characters)"
 
 
 def check(condition: bool, key_name: str, value: Any, right: str) -> None:
     """Raise ConfigError(`key_name=value: right`) unless the condition holds."""
     if not condition:
-        raise ConfigError(f"{key_name}={value}: {right}")
+        raise ConfigError(f"{key_name}={shortened(value)}: {right}")
 
 
 def check_choice(key_name: str, value: Any, known: Iterable[str]) -> None:
     """Raise ConfigError unless value is one of the known words."""
     if value not in known:
-        raise ConfigError(f"{key_name}={value}: not known{did_you_mean(value, known)}")
-
-
-def check_positive(prefix: str, config: Any, names: Iterable[str]) -> None:
-    """Raise ConfigError for the first of these attributes that is set and below 1."""
-    for name in names:
-        value = getattr(config, name)
-        check(value is None or value >= 1, f"{prefix}.{name}", value, "must be at least 1")
+        raise ConfigError(f"{key_name}={shortened(value)}: not known{did_you_mean(value, known)}")

@@ -21,8 +21,25 @@ CAUSES = {
 }
 
 
+# Names of keys and the like are shorter.
+LONGEST_WORD = 100
+# Of a message. What is longer came with the input, such as a line of a file that is quoted.
+LONGEST_LINE = 1000
+
+
+def one_line(text: str) -> str:
+    """The text without what would break a line or confuse a terminal: such characters are written as in Python."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+
+
 class UserError(ValueError):
-    """What the caller can mend."""
+    """What the caller can mend; its message is one line, whatever a file or an argument puts into it."""
+
+    def __init__(self, message: str):
+        line = one_line(message)
+        if len(line) > LONGEST_LINE:
+            line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
+        super().__init__(line)
 
 
 class ConfigError(UserError):
@@ -55,5 +72,6 @@ class RunStopped(BaseException):
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` where a known word is close, otherwise `; known: ...`."""
     known = sorted(known)
-    close = difflib.get_close_matches(str(word), known, n=1)
+    # Of a long word difflib would think for minutes.
+    close = difflib.get_close_matches(str(word)[:LONGEST_WORD], known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

@@ -1,6 +1,7 @@
 """`hybridnorm lab signal | compare | report`: what a norm placement does, and honest comparisons of placements."""
 
 import dataclasses
+import re
 import shlex
 import textwrap
 from collections.abc import Sequence
@@ -87,7 +88,7 @@ def _compare(arguments: list[str], processes: Processes) -> None:
         return
     emit, arguments = _option(arguments, "--emit-jobs")
     number, arguments = _option(arguments, "--only")
-    if number is not None and not number.isdecimal():
+    if number is not None and re.fullmatch(r"\d{1,9}", number, re.ASCII) is None:
         raise UserError(f"--only={number}: must be the number of a combination, from 0")
     only = None if number is None else int(number)
     asked = compare.comparison(arguments)

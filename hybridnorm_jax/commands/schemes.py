@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from hybridnorm_jax.commands.program import wants_help
 from hybridnorm_jax.commands.syntax import check_syntax
 from hybridnorm_jax.errors import UserError, did_you_mean
+from hybridnorm_jax.model.config import MOST_LAYERS
 from hybridnorm_jax.model.schemes import SCHEMES
 
 DEPTH = 4
@@ -25,10 +26,16 @@ def run(arguments: Sequence[str]) -> None:
         return
     names, depth = list(arguments), DEPTH
     if names and names[-1].isdecimal():
-        depth = int(names.pop())
+        depth = _depth(names.pop())
     for name in names:
         if name not in SCHEMES:
             raise UserError(f"{name}: no such scheme{did_you_mean(name, SCHEMES)}")
-    if depth < 1:
-        raise UserError(f"{depth}: a model has at least one block")
     print("\n\n".join(SCHEMES[name].table(depth) for name in names or SCHEMES))
+
+
+def _depth(text: str) -> int:
+    # Python reads no number of more than 4,300 digits.
+    depth = int(text[:10])
+    if not 1 <= depth <= MOST_LAYERS:
+        raise UserError(f"{text}: a model has 1 to {MOST_LAYERS:,} blocks")
+    return depth

@@ -1,5 +1,6 @@
 """Every key with its value, type and meaning, for --help."""
 
+import dataclasses
 import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -31,9 +32,7 @@ def key_table(arguments: Sequence[str] = ()) -> str:
     files, overrides = sort(arguments)
     settings = read(files, overrides)
     rows = {
-        path: Row(
-            f"{path}={show(settings.get(path, default(field)))}", type_name(field.type), field.metadata["meaning"]
-        )
+        path: Row(f"{path}={show(settings.get(path, default(field)))}", type_name(field.type), meaning(field))
         for path, field in FIELDS.items()
     }
     lines = _lines(Row("key=value" if arguments else "key=default", "type", "meaning"))
@@ -47,6 +46,12 @@ def key_table(arguments: Sequence[str] = ()) -> str:
         if "." not in path:
             lines += _lines(row)
     return "\n".join(lines)
+
+
+def meaning(field: dataclasses.Field) -> str:
+    """What a key means, and which numbers it may have."""
+    limits = field.metadata["range"]
+    return field.metadata["meaning"] if limits is None else f"{field.metadata['meaning']} [{limits}]"
 
 
 def _first_sentence(text: str) -> str:

@@ -9,6 +9,8 @@ from hybridnorm_jax.config.run_config import RunConfig
 
 # Below this ratio of difflib two names are strangers.
 ALIKE = 0.6
+# Names of keys are shorter; of a long text difflib would think for minutes.
+LONGEST = 100
 
 SECTIONS = {field.name: field.type for field in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(field.type)}
 
@@ -49,6 +51,7 @@ def nearest_key(path: str) -> str | None:
 
     The last part of the name counts most: model.seq_len is taken for train.seq_len.
     """
+    path = path[:LONGEST]
 
     def likeness(known: str) -> tuple[float, float]:
         last = difflib.SequenceMatcher(None, known.rpartition(".")[2], path.rpartition(".")[2])

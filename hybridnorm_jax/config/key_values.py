@@ -1,10 +1,31 @@
-"""Values of keys: from what YAML or the command line gives to the type of the field, and back to text."""
+"""Values of keys: from what YAML or the command line gives to the type of the field, and back to text.
 
+The type of a key decides how its text is read. There is one spelling of each value:
+
+    text     as it is written: `no`, 007 and 2024-01-01 are texts like any other
+    bool     true or false; yes, no, on and off are refused
+    integer  decimal digits, such as 20 or 1_000_000; 010, 0x10, 1:30 and 1e3 are refused
+    number   an integer, or 0.1, .1, 1., 1e-3, 1.5e+3; infinity and NaN are read, and are in no key's range
+    null     null or ~, where the key may be null
+"""
+
+import dataclasses
+import re
 import types
 import typing
+from decimal import Decimal
 from typing import Any, NamedTuple
 
+from hybridnorm_jax.config.yaml_nodes import Node, Scalar
+from hybridnorm_jax.config_fields import fault
 from hybridnorm_jax.errors import ConfigError
+
+DIGITS = r"(?:0|[1-9]\d{0,2}(?:_\d{3})+|[1-9]\d*)"
+INTEGER = re.compile(rf"[-+]?{DIGITS}", re.ASCII)
+NUMBER = re.compile(rf"[-+]?(?:{DIGITS}(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?", re.ASCII)
+# YAML's spellings, Python's, and those of JSON's writers.
+NOT_FINITE = re.compile(r"[-+]?\.?(?:inf|infinity)|\.?nan", re.ASCII | re.IGNORECASE)
+BOOLS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 
 
 class TypeWords(NamedTuple):
@@ -47,35 +68,94 @@ def type_name(annotation: Any) -> str:
     return TYPE_WORDS[hint.kind].name + ("|null" if hint.optional else "")
 
 
-def typed(value: Any, annotation: Any, where: str, written: str | None = None) -> Any:
-    """`value` as the annotation says.
+def typed(node: Node, field: dataclasses.Field, where: str) -> Any:
+    """The value of a key's node, as the field says.
 
     Args:
-      value: what OmegaConf made of the YAML.
-      where: names the key and where it is set, for errors.
-      written: the text after `key=` on the command line, for a key that holds text: 007 stays 007.
+      node: from YAML.
+      field: made by config_fields.key.
+      where: names the key, its value and where it is set, for errors.
 
     Raises:
-      ConfigError: the value has another type, or holds an interpolation.
+      ConfigError: the value has another type, is not in the key's range, or holds an interpolation.
     """
-    kind, optional = read_hint(annotation)
-    if value is None and optional:
+    kind, optional = read_hint(field.type)
+    if optional and isinstance(node, Scalar) and node.is_null:
         return None
-    if kind is str and written is not None and (written == "" or isinstance(value, (bool, int, float))):
-        value = written
-    if kind is str and isinstance(value, bool):
-        value = str(value).lower()
-    if isinstance(value, str) and "${" in value:
-        raise ConfigError(f"{where}: interpolation (${{...}}) is not supported")
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is kind:
-        return value
-    if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
-        return tuple(typed(item, typing.get_args(kind)[0], where) for item in value)
-    if kind == dict[str, tuple[str, ...]] and isinstance(value, dict):
-        return {str(name): typed(item, tuple[str, ...], where) for name, item in value.items()}
-    raise ConfigError(f"{where}: expected {TYPE_WORDS[kind].phrase}{' or null' if optional else ''}")
+    try:
+        value = _read(node, kind)
+    except _WrongTypeError:
+        right = f"expected {TYPE_WORDS[kind].phrase}{' or null' if optional else ''}"
+        raise ConfigError(f"{where}: {right}{_hint(node, kind)}") from None
+    except _InterpolationError:
+        raise ConfigError(f"{where}: interpolation (${{...}}) is not supported") from None
+    problem = fault(value, field)
+    if problem is not None:
+        raise ConfigError(f"{where}: {problem}")
+    return value
+
+
+class _WrongTypeError(Exception):
+    """A node of another type than asked."""
+
+
+class _InterpolationError(Exception):
+    """`${`, with which other programs read the environment; a run is to follow from its configuration alone."""
+
+
+def _read(node: Node, kind: Any) -> Any:
+    """The node as a value of this type, without None."""
+    if typing.get_origin(kind) is tuple and isinstance(node, list):
+        inner = typing.get_args(kind)[0]
+        return tuple(_read(item, inner) for item in node)
+    if typing.get_origin(kind) is dict and isinstance(node, dict):
+        inner = typing.get_args(kind)[1]
+        return {name: _read(item, inner) for name, item in node.items()}
+    if not isinstance(node, Scalar):
+        raise _WrongTypeError
+    if kind is str and not node.is_null:
+        if "${" in node.text:
+            raise _InterpolationError
+        return node.text
+    readers = {bool: _read_bool, int: _read_int, float: _read_float}
+    if not node.plain or kind not in readers:
+        raise _WrongTypeError
+    return readers[kind](node.text)
+
+
+def _read_bool(text: str) -> bool:
+    if text not in BOOLS:
+        raise _WrongTypeError
+    return BOOLS[text]
+
+
+def _read_int(text: str) -> int:
+    if NOT_FINITE.fullmatch(text):
+        return typing.cast(int, _read_float(text))  # no key's range holds it, and to say so is more to the point
+    if not INTEGER.fullmatch(text):
+        raise _WrongTypeError
+    # int() refuses more than 4,300 digits.
+    return int(Decimal(text.replace("_", "")))
+
+
+def _read_float(text: str) -> float:
+    if NOT_FINITE.fullmatch(text):
+        return float(text.replace(".", ""))
+    if not NUMBER.fullmatch(text):
+        raise _WrongTypeError
+    return float(text.replace("_", ""))
+
+
+def _hint(node: Node, kind: Any) -> str:
+    """What is probably wrong with the spelling of a number or bool."""
+    if not isinstance(node, Scalar) or kind not in (bool, int, float):
+        return ""
+    if not node.plain:
+        return ", without quotes"
+    if kind is int and NUMBER.fullmatch(node.text) and float(node.text.replace("_", "")).is_integer():
+        return ", written in digits"
+    is_octal_or_hex = re.fullmatch(r"[-+]?0[0-9_xob][0-9a-fA-F_]*", node.text)
+    return ", in decimal without leading zeros" if is_octal_or_hex and kind is not bool else ""
 
 
 def show(value: Any) -> str:

@@ -28,9 +28,8 @@ def find(argument: str) -> Path:
     if argument.endswith(SUFFIXES) or "/" in argument:
         return _existing(Path(argument))
     if argument not in names():
-        raise ConfigError(
-            f"{argument}: no such configuration{did_you_mean(argument, names())}; a file is named FILE.yaml"
-        )
+        shown = argument or repr(argument)
+        raise ConfigError(f"{shown}: no such configuration{did_you_mean(argument, names())}; a file is named FILE.yaml")
     if Path(argument).is_file():
         raise ConfigError(f"{argument}: a file here, and the name of a configuration; write ./{argument} for the file")
     return DIRECTORY / f"{argument}.yaml"

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from hybridnorm_jax.config_fields import check, check_choice, check_positive, key
+from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
 from hybridnorm_jax.mesh.cluster import DistributedSection
 from hybridnorm_jax.mesh.sharding_rules import MESH_AXES, resolve_rules
 from hybridnorm_jax.model.config import ModelConfig
@@ -11,6 +11,19 @@ SOURCES = ("stdlib", "text", "tokens")
 TOKEN_DTYPES = ("uint16", "uint32")
 EQUIVALENT_FORMS = ("none", "pre_rmsnorm", "pre_crmsnorm")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
+# Limits of several keys. A model of 10^12 parameters trained on 10^14 tokens stays a factor of ten below each.
+MOST_STEPS = 1_000_000_000
+MOST_SEQUENCES = 1_048_576
+LONGEST_SEQUENCE = 16_777_216
+MOST_TOKENS_PER_STEP = 2**31
+MOST_DEVICES = 1_000_000
+LARGEST_WEIGHT = 1_000_000
+LARGEST_RATE = 1000
+# A 32-bit number below it is as good as zero.
+SMALLEST = 1e-30
+LARGEST_SEED = 2**32 - 1
+# Linux allows 255; the names of a run's temporary files are longer than its own.
+LONGEST_NAME = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +39,15 @@ class RunSection:
     wandb_project: str = key("hybridnorm_jax", "project in Weights & Biases")
 
     def __post_init__(self) -> None:
+        check_fields("run", self)
         check(
-            self.name not in ("", ".", "..") and "/" not in self.name,
+            self.name not in ("", ".", "..") and "/" not in self.name and self.name.isprintable(),
             "run.name",
             self.name,
             "must be a plain directory name",
         )
+        short = len(self.name.encode(errors="surrogatepass")) <= LONGEST_NAME
+        check(short, "run.name", self.name, f"must be a directory name of at most {LONGEST_NAME} bytes")
         check(bool(self.dir), "run.dir", self.dir, "must not be empty")
 
 
@@ -46,74 +62,111 @@ class DataSection:
     tokenizer: str = key("bytes", "bytes, or the path of a Hugging Face tokenizer.json")
     separator: str = key("", "token that ends a document, such as <|endoftext|>; empty: found in tokenizer.json")
     token_dtype: str = key("uint16", "dtype of raw .bin token files: uint16 | uint32 (.npy files carry their own)")
-    separator_id: int | None = key(None, "id that ends a document in token files, for segment ids; null: unknown")
+    separator_id: int | None = key(
+        None, "id that ends a document in token files, for segment ids; null: unknown", at_least=0, at_most=2**32 - 1
+    )
     text_field: str = key("text", "field of .jsonl records that holds the text")
-    validation_fraction: float = key(0.02, "share of documents held out, chosen by a hash of each one's identity")
+    validation_fraction: float = key(
+        0.02, "share of documents held out, chosen by a hash of each one's identity", at_least=0, below=1
+    )
     validation: dict[str, tuple[str, ...]] = key({}, "further validation sets: name -> files, as data.files")
     segment_ids: bool = key(False, "documents do not attend to each other, and positions restart in each")
     cache_dir: str = key("~/.cache/hybridnorm_jax", "where tokenized text is kept")
-    read_threads: int = key(2, "threads that read windows ahead")
+    read_threads: int = key(2, "threads that read windows ahead", at_least=1, at_most=1024)
 
     def __post_init__(self) -> None:
+        check_fields("data", self)
         check_choice("data.source", self.source, SOURCES)
         check_choice("data.token_dtype", self.token_dtype, TOKEN_DTYPES)
         needs = self.source == "stdlib" or bool(self.files)
         check(needs, "data.files", list(self.files), f"data.source={self.source} needs at least one file")
         only = self.source != "stdlib" or not self.files
         check(only, "data.files", list(self.files), "data.source=stdlib reads no files; use data.source=text")
-        fraction = self.validation_fraction
-        check(0 <= fraction < 1, "data.validation_fraction", fraction, "must be in [0, 1)")
         only = self.separator_id is None or self.source == "tokens"
         check(only, "data.separator_id", self.separator_id, "only for data.source=tokens; text has data.separator")
-        check_positive("data", self, ("read_threads",))
+        for name in self.validation:
+            check(bool(name.strip()), "data.validation", self.validation, "a validation set needs a name")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainSection:
     """The length and shape of training."""
 
-    steps: int = key(1000, "optimizer steps in all")
-    batch_size: int = key(64, "sequences per optimizer step, over all devices and accumulation")
-    seq_len: int = key(256, "tokens per sequence")
-    grad_accumulation: int = key(1, "microbatches per optimizer step")
-    seed: int = key(0, "seed of parameters, data order and dropout")
-    data_seed: int | None = key(None, "seed of the data order; null: train.seed")
+    steps: int = key(1000, "optimizer steps in all", at_least=1, at_most=MOST_STEPS)
+    batch_size: int = key(
+        64,
+        "sequences per optimizer step, over all devices and accumulation",
+        at_least=1,
+        at_most=MOST_SEQUENCES,
+    )
+    seq_len: int = key(256, "tokens per sequence", at_least=1, at_most=LONGEST_SEQUENCE)
+    grad_accumulation: int = key(1, "microbatches per optimizer step", at_least=1, at_most=MOST_SEQUENCES)
+    seed: int = key(0, "seed of parameters, data order and dropout", at_least=0, at_most=LARGEST_SEED)
+    data_seed: int | None = key(None, "seed of the data order; null: train.seed", at_least=0, at_most=LARGEST_SEED)
     equivalent_form: str = key(
         "none", f"cheaper form in which a Pre-LN model computes the same loss: {' | '.join(EQUIVALENT_FORMS)}"
     )
-    equivalent_pad_to: int = key(1, "pre_crmsnorm: fill the stored stream up with zeros to a multiple of this")
-    check_invariants: bool = key(False, "stop where the invariants of equivalent_form or crmsnorm fail; slower")
-    loss_chunk: int | None = key(None, "positions per chunk of the loss, for large vocabularies; null: all at once")
-    z_loss: float = key(0.0, "weight of the squared log-partition, added to the training loss")
-    balance_loss: float = key(0.01, "weight of the experts' load-balancing loss, summed over layers")
-    router_z_loss: float = key(0.001, "weight of the routers' squared log-partition, summed over layers")
-    max_bad_steps: int = key(10, "the run stops after this many skipped steps in a row (NaN, infinity, spikes)")
-    skip_spikes_sigma: float | None = key(
-        None, "skip a step whose loss is this many standard deviations above the mean of the last losses; null: never"
+    equivalent_pad_to: int = key(
+        1, "pre_crmsnorm: fill the stored stream up with zeros to a multiple of this", at_least=1, at_most=65_536
     )
-    spike_window: int = key(128, "number of last losses that skip_spikes_sigma compares with")
+    check_invariants: bool = key(False, "stop where the invariants of equivalent_form or crmsnorm fail; slower")
+    loss_chunk: int | None = key(
+        None,
+        "positions per chunk of the loss, for large vocabularies; null: all at once",
+        at_least=1,
+        at_most=LONGEST_SEQUENCE,
+    )
+    z_loss: float = key(
+        0.0, "weight of the squared log-partition, added to the training loss", at_least=0, at_most=LARGEST_WEIGHT
+    )
+    balance_loss: float = key(
+        0.01, "weight of the experts' load-balancing loss, summed over layers", at_least=0, at_most=LARGEST_WEIGHT
+    )
+    router_z_loss: float = key(
+        0.001, "weight of the routers' squared log-partition, summed over layers", at_least=0, at_most=LARGEST_WEIGHT
+    )
+    max_bad_steps: int = key(
+        10,
+        "the run stops after this many skipped steps in a row (NaN, infinity, spikes)",
+        at_least=1,
+        at_most=MOST_STEPS,
+    )
+    skip_spikes_sigma: float | None = key(
+        None,
+        "skip a step whose loss is this many standard deviations above the mean of the last losses; null: never",
+        above=0,
+        at_most=1_000_000,
+    )
+    spike_window: int = key(
+        128, "number of last losses that skip_spikes_sigma compares with", at_least=2, at_most=100_000
+    )
     stall_seconds: float | None = key(
         None,
         "seconds after which a wait (a step, a save) is reported, with the stacks of all threads; null: never",
+        above=0,
+        at_most=10_000_000,
     )
     stall_exit: bool = key(False, "end the process after such a report, with status 76")
-    log_every: int = key(10, "steps between lines of metrics.jsonl")
+    log_every: int = key(10, "steps between lines of metrics.jsonl", at_least=1, at_most=MOST_STEPS)
     watch_every: int | None = key(
-        None, "steps between measurements of every layer (docs/lab.md); the first step is measured too; null: none"
+        None,
+        "steps between measurements of every layer (docs/lab.md); the first step is measured too; null: none",
+        at_least=1,
+        at_most=MOST_STEPS,
     )
-    watch_sequences: int = key(1, "sequences of each device's share of a microbatch that watch_every measures")
+    watch_sequences: int = key(
+        1,
+        "sequences of each device's share of a microbatch that watch_every measures",
+        at_least=1,
+        at_most=MOST_SEQUENCES,
+    )
     profile: bool = key(False, "write a JAX profiler trace of steps 2 to 6 to <run>/profile")
-    sample_tokens: int = key(0, "tokens of sample text generated at the end")
+    sample_tokens: int = key(0, "tokens of sample text generated at the end", at_least=0, at_most=1_000_000)
     sample_prompt: str | None = key(None, "text that the sample goes on from; null: a line of held-out text")
 
     def __post_init__(self) -> None:
+        check_fields("train", self)
         check_choice("train.equivalent_form", self.equivalent_form, EQUIVALENT_FORMS)
-        names = ("steps", "batch_size", "seq_len", "grad_accumulation", "loss_chunk", "log_every", "equivalent_pad_to")
-        check_positive("train", self, (*names, "max_bad_steps", "watch_every", "watch_sequences"))
-        for name in ("skip_spikes_sigma", "stall_seconds"):
-            value = getattr(self, name)
-            check(value is None or value > 0, f"train.{name}", value, "must be positive, or null")
-        check(self.spike_window >= 2, "train.spike_window", self.spike_window, "must be at least 2")
         needs = not self.stall_exit or self.stall_seconds is not None
         check(needs, "train.stall_exit", "true", "needs train.stall_seconds")
         divides = self.batch_size % self.grad_accumulation == 0
@@ -122,50 +175,45 @@ class TrainSection:
         if self.loss_chunk is not None:
             right = f"must divide train.seq_len={self.seq_len}"
             check(self.seq_len % self.loss_chunk == 0, "train.loss_chunk", self.loss_chunk, right)
-        for name in ("z_loss", "balance_loss", "router_z_loss"):
-            check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative")
-        check(self.sample_tokens >= 0, "train.sample_tokens", self.sample_tokens, "must not be negative")
         needs = self.sample_prompt is None or self.sample_tokens > 0
         check(
             needs, "train.sample_prompt", repr(self.sample_prompt), "needs train.sample_tokens, how long the sample is"
         )
-        for name in ("seed", "data_seed"):
-            value = getattr(self, name)
-            check(value is None or 0 <= value < 2**32, f"train.{name}", value, "must be in [0, 2**32)")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSection:
     """AdamW and its learning-rate schedule."""
 
-    learning_rate: float = key(3e-4, "peak learning rate")
-    final_ratio: float = key(0.1, "final learning rate / peak")
+    learning_rate: float = key(3e-4, "peak learning rate", at_least=SMALLEST, at_most=LARGEST_RATE)
+    final_ratio: float = key(0.1, "final learning rate / peak", at_least=0, at_most=1)
     schedule: str = key("cosine", "after the warm-up: cosine | linear | wsd | constant")
-    warmup_steps: int = key(0, "steps of linear warm-up from 0")
-    warmup_tokens: int | None = key(None, "tokens of linear warm-up, instead of warmup_steps")
-    wsd_decay_fraction: float = key(0.1, "wsd: share of all steps, at the end, in which the rate falls linearly")
-    b1: float = key(0.9, "decay of the first moment")
-    b2: float = key(0.95, "decay of the second moment")
-    eps: float = key(1e-8, "added to the root of the second moment")
-    weight_decay: float = key(0.1, "decoupled weight decay, times the learning rate")
-    balance_bias_rate: float = key(1e-3, "model.balance_bias: what a step adds to, or takes from, each expert's bias")
+    warmup_steps: int = key(0, "steps of linear warm-up from 0", at_least=0, at_most=MOST_STEPS)
+    warmup_tokens: int | None = key(
+        None, "tokens of linear warm-up, instead of warmup_steps", at_least=0, at_most=10**18
+    )
+    wsd_decay_fraction: float = key(
+        0.1, "wsd: share of all steps, at the end, in which the rate falls linearly", at_least=0, at_most=1
+    )
+    b1: float = key(0.9, "decay of the first moment", at_least=0, below=1)
+    b2: float = key(0.95, "decay of the second moment", at_least=0, below=1)
+    eps: float = key(1e-8, "added to the root of the second moment", at_least=SMALLEST, at_most=1)
+    weight_decay: float = key(0.1, "decoupled weight decay, times the learning rate", at_least=0, at_most=LARGEST_RATE)
+    balance_bias_rate: float = key(
+        1e-3,
+        "model.balance_bias: what a step adds to, or takes from, each expert's bias",
+        at_least=0,
+        at_most=LARGEST_RATE,
+    )
     decay_embeddings: bool = key(False, "token and position embeddings decay too")
     decay_norms_and_biases: bool = key(True, "norm scales and biases decay too")
-    clip: float | None = key(1.0, "largest global norm of the gradient; null: no clipping")
+    clip: float | None = key(
+        1.0, "largest global norm of the gradient; null: no clipping", at_least=SMALLEST, at_most=1e9
+    )
 
     def __post_init__(self) -> None:
+        check_fields("optimizer", self)
         check_choice("optimizer.schedule", self.schedule, SCHEDULES)
-        check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be positive")
-        for name in ("final_ratio", "wsd_decay_fraction"):
-            check(0 <= getattr(self, name) <= 1, f"optimizer.{name}", getattr(self, name), "must be in [0, 1]")
-        for name in ("b1", "b2"):
-            check(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must be in [0, 1)")
-        for name in ("warmup_steps", "weight_decay", "balance_bias_rate"):
-            check(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "must not be negative")
-        tokens = self.warmup_tokens
-        check(tokens is None or tokens >= 0, "optimizer.warmup_tokens", tokens, "must not be negative")
-        check(self.eps > 0, "optimizer.eps", self.eps, "must be positive")
-        check(self.clip is None or self.clip > 0, "optimizer.clip", self.clip, "must be positive, or null")
         one = self.warmup_tokens is None or self.warmup_steps == 0
         check(one, "optimizer.warmup_tokens", self.warmup_tokens, "cannot be set together with optimizer.warmup_steps")
 
@@ -174,21 +222,30 @@ class OptimizerSection:
 class MeshSection:
     """How many devices each mesh axis has; one of them may be -1: all that are left."""
 
-    data: int = key(-1, "data parallel: every device holds all parameters")
-    fsdp: int = key(1, "data parallel with parameters and optimizer state sharded")
-    tensor: int = key(1, "tensor parallel: heads, feed-forward and vocabulary are split")
-    expert: int = key(1, "data parallel with the experts split: every device holds a share of them")
-    context: int = key(1, "sequence parallel: every sequence is split, attention sees all of it")
-    replica: int = key(1, "data parallel across slices or nodes, between which the network is slow")
+    data: int = key(-1, "data parallel: every device holds all parameters", at_least=-1, at_most=MOST_DEVICES)
+    fsdp: int = key(1, "data parallel with parameters and optimizer state sharded", at_least=-1, at_most=MOST_DEVICES)
+    tensor: int = key(
+        1, "tensor parallel: heads, feed-forward and vocabulary are split", at_least=-1, at_most=MOST_DEVICES
+    )
+    expert: int = key(
+        1, "data parallel with the experts split: every device holds a share of them", at_least=-1, at_most=MOST_DEVICES
+    )
+    context: int = key(
+        1, "sequence parallel: every sequence is split, attention sees all of it", at_least=-1, at_most=MOST_DEVICES
+    )
+    replica: int = key(
+        1, "data parallel across slices or nodes, between which the network is slow", at_least=-1, at_most=MOST_DEVICES
+    )
     rules: dict[str, tuple[str, ...]] = key(
         {}, "logical axis -> mesh axes, best first, such as {vocab: [tensor, fsdp]}"
     )
 
     def __post_init__(self) -> None:
+        check_fields("mesh", self)
         resolve_rules(self.rules)
         sizes = self.sizes
         for name, size in sizes.items():
-            check(size == -1 or size >= 1, f"mesh.{name}", size, "must be at least 1, or -1 for all that are left")
+            check(size != 0, f"mesh.{name}", size, "must be at least 1, or -1 for all that are left")
         check(list(sizes.values()).count(-1) <= 1, "mesh", sizes, "only one -1")
 
     @property
@@ -201,24 +258,26 @@ class MeshSection:
 class CheckpointSection:
     """How often the state is saved."""
 
-    every: int = key(1000, "steps between checkpoints; one is always saved at the end")
-    keep: int = key(2, "how many of the newest are kept")
+    every: int = key(1000, "steps between checkpoints; one is always saved at the end", at_least=1, at_most=MOST_STEPS)
+    keep: int = key(2, "how many of the newest are kept", at_least=1, at_most=100_000)
     allow_fallback: bool = key(False, "where the newest is damaged: true goes on from the one before it, false stops")
 
     def __post_init__(self) -> None:
-        check_positive("checkpoint", self, ("every", "keep"))
+        check_fields("checkpoint", self)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalSection:
     """How often and how much is evaluated while training."""
 
-    every: int = key(1000, "steps between evaluations; one is always made at the end")
-    batches: int | None = key(None, "batches per validation set; null: all of it")
-    batch_size: int | None = key(None, "sequences per batch; null: as a training microbatch")
+    every: int = key(1000, "steps between evaluations; one is always made at the end", at_least=1, at_most=MOST_STEPS)
+    batches: int | None = key(None, "batches per validation set; null: all of it", at_least=1, at_most=MOST_STEPS)
+    batch_size: int | None = key(
+        None, "sequences per batch; null: as a training microbatch", at_least=1, at_most=MOST_SEQUENCES
+    )
 
     def __post_init__(self) -> None:
-        check_positive("eval", self, ("every", "batches", "batch_size"))
+        check_fields("eval", self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,8 +300,16 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
+        check_fields("", self)
         needs = not self.init_optimizer or self.init_from is not None
         check(needs, "init_optimizer", "true", "needs init_from=RUN@STEP, the checkpoint to branch from")
+        for name, size in (("train.batch_size", self.train.batch_size), ("eval.batch_size", self.eval.batch_size or 1)):
+            tokens, limit = size * self.train.seq_len, MOST_TOKENS_PER_STEP
+            right = f"{tokens:,} tokens with train.seq_len={self.train.seq_len}; must be at most {limit:,}"
+            check(tokens <= limit, name, size, right)
+        number, rows = self.data.separator_id, self.model.vocab_size
+        right = f"must be below model.vocab_size={rows}"
+        check(number is None or number < rows, "data.separator_id", number, right)
         wide = self.model.param_dtype in ("float32", "float64")
         check(wide, "model.param_dtype", self.model.param_dtype, "training needs float32 or float64 parameters")
         limit = self.model.max_positions

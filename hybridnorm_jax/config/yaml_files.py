@@ -1,34 +1,47 @@
 """A RunConfig from YAML and key=value overrides, and back.
 
-OmegaConf reads the YAML and the overrides and writes the YAML. Types are checked in key_values.py, against the fields
-of run_config.py: OmegaConf's structured configurations take neither mappings of tuples nor defaults that a dataclass
-replaces when it is made, and their messages do not say what was written where.
+yaml_nodes.py reads the YAML, and key_values.py the values, each as the type of its key in run_config.py says.
 """
 
+import copy
 import dataclasses
-import io
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from hybridnorm_jax.config.key_lookup import FIELDS, SECTIONS, flatten, nearest_key
-from hybridnorm_jax.config.key_values import show, typed
+from hybridnorm_jax.config.key_lookup import FIELDS, SECTIONS, nearest_key
+from hybridnorm_jax.config.key_values import BOOLS, INTEGER, NUMBER, read_hint, typed
 from hybridnorm_jax.config.plugins import check_started_with_plugins, import_plugins
 from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.config.yaml_nodes import MOST_CHARACTERS, Node, Scalar, read_yaml
+from hybridnorm_jax.config_fields import shortened
 from hybridnorm_jax.errors import ConfigError, did_you_mean
 
 PLUGINS = "run.plugins"
-# What a configuration may hold once its YAML aliases are written out; each of nine short lines of them can multiply it.
-MOST_VALUES = 10_000
+
+
+class _Writer(yaml.SafeDumper):
+    """Writes YAML in which a text is quoted wherever it might be read as something else, here or elsewhere."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Never: two equal lists are written twice."""
+        return True
+
+
+def _write_text(writer: _Writer, text: str) -> yaml.Node:
+    means_more = text in BOOLS or INTEGER.fullmatch(text) or NUMBER.fullmatch(text)
+    return writer.represent_scalar("tag:yaml.org,2002:str", text, style="'" if means_more else None)
+
+
+_Writer.add_representer(str, _write_text)
 
 
 def to_yaml(config: RunConfig) -> str:
     """The whole configuration as YAML; from_yaml(to_yaml(config)) == config, floats included."""
-    return OmegaConf.to_yaml(OmegaConf.create(_plain(dataclasses.asdict(config))))
+    return yaml.dump(_plain(dataclasses.asdict(config)), Dumper=_Writer, sort_keys=False, allow_unicode=True)
 
 
 def from_yaml(text: str, overrides: Sequence[str] = (), *, origin: str = "saved configuration") -> RunConfig:
@@ -51,24 +64,46 @@ def from_yaml(text: str, overrides: Sequence[str] = (), *, origin: str = "saved 
 
 
 def read_file(path: str | Path) -> str:
-    """The text of a YAML file; ConfigError where there is none."""
+    """The text of a YAML file.
+
+    Raises:
+      ConfigError: there is none, it is no file, too large or not UTF-8.
+    """
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error.reason})"
-        raise ConfigError(f"{path}: cannot be read: {reason}") from error
+        file = Path(path)
+        if file.exists() and not file.is_file():
+            # A pipe may never end, and a device may have no end.
+            raise ConfigError(f"{path}: cannot be read: {'a directory' if file.is_dir() else 'not a plain file'}")
+        with file.open("rb") as stream:
+            content = stream.read(MOST_CHARACTERS + 1)
+        if len(content) > MOST_CHARACTERS:
+            raise ConfigError(f"{path}: too large for a configuration, which has at most {MOST_CHARACTERS:,} bytes")
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: cannot be read: not UTF-8 text ({error.reason})") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: cannot be read: {error}") from error  # NUL in a path
 
 
 def gather(texts: Sequence[tuple[str, str]], overrides: Sequence[str]) -> dict[str, Any]:
     """Typed values by dotted key, of (file, its YAML) pairs and then of overrides; later ones win."""
     settings: dict[str, Any] = {}
     for file, text in texts:
-        for path, value in flatten(_tree(file, OmegaConf.load, io.StringIO(text))):
-            _put(settings, path, value, f"{file}: {path}={show(value)}")
+        tree = read_yaml(text, file)
+        if isinstance(tree, Scalar) and tree.is_null:
+            continue
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{file}: must hold keys and values, such as `train: {{steps: 20}}`")
+        for path, node in _leaves(tree):
+            _put(settings, path, node, f"{file}: {shortened(path)}{_shown(node)}")
     for override in overrides:
-        key, _, text = override.partition("=")
-        for path, value in flatten(_tree(override, OmegaConf.from_dotlist, [override])):
-            _put(settings, path, value, override, written=text if path == key else None)
+        path, _, text = override.partition("=")
+        field = FIELDS.get(path)
+        _put(settings, path, _argument(override, text, field), shortened(override))
     return settings
 
 
@@ -83,13 +118,38 @@ def take(section: type, arguments: Sequence[str]) -> tuple[Any, list[str]]:
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if equals and key in fields:
-            value = _tree(argument, OmegaConf.from_dotlist, [argument])[key]
-            values[key] = typed(value, fields[key].type, argument, written=text)
+            values[key] = typed(_argument(argument, text, fields[key]), fields[key], shortened(argument))
         elif equals and key.isidentifier() and key not in FIELDS and key not in SECTIONS:
-            raise ConfigError(f"{argument}: no such key{did_you_mean(key, fields)}")
+            raise ConfigError(f"{shortened(argument)}: no such key{did_you_mean(key, fields)}")
         else:
             others.append(argument)
     return section(**values), others
+
+
+def _argument(argument: str, text: str, field: dataclasses.Field | None) -> Node:
+    """The value in key=value. A text is taken as it is typed, unless it is in quotes, as in YAML."""
+    hint = None if field is None else read_hint(field.type)
+    if hint is not None and hint.kind is str and not text.lstrip().startswith(("'", '"')):
+        # Nothing is the empty text, where the key cannot be null.
+        return Scalar(text.strip(), plain=bool(text.strip()) or hint.optional)
+    return read_yaml(text, shortened(argument), lines=False)
+
+
+def _leaves(tree: dict[str, Node], prefix: str = "") -> Iterator[tuple[str, Node]]:
+    """(dotted key, value) pairs of nested maps; an empty section has none."""
+    for name, node in tree.items():
+        path = f"{prefix}{name}"
+        if path in SECTIONS and (node == {} or (isinstance(node, Scalar) and node.is_null)):
+            continue
+        if isinstance(node, dict) and node and path not in FIELDS:
+            yield from _leaves(node, f"{path}.")
+        else:
+            yield path, node
+
+
+def _shown(node: Node) -> str:
+    """`=value` for errors; nothing of lists and maps, which may be long."""
+    return f"={shortened(node.text)}" if isinstance(node, Scalar) else ""
 
 
 def build(settings: dict[str, Any]) -> RunConfig:
@@ -102,60 +162,28 @@ def build(settings: dict[str, Any]) -> RunConfig:
     return RunConfig(**{name: section(**values[name]) for name, section in SECTIONS.items()}, **top)
 
 
-def _tree(origin: str, read: Callable, source: Any) -> dict:
-    """`read(source)` as plain dicts, with OmegaConf's and YAML's errors as one line."""
-    try:
-        _check_size(source.getvalue() if read is OmegaConf.load else source[0].partition("=")[2])
-        tree = read(source)
-        # Unresolved: interpolations can read the environment, and a run is to follow from its file alone.
-        plain = OmegaConf.to_container(tree, resolve=False)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark and read is OmegaConf.load else ""
-        raise ConfigError(f"{origin}{line}: not valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
-        raise ConfigError(f"{origin}: cannot be read: {str(error).splitlines()[0]}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{origin}: cannot be read: nested too deeply") from error
-    if not isinstance(plain, dict):
-        raise ConfigError(f"{origin}: must hold keys and values, such as `train: {{steps: 20}}`")
-    return plain
-
-
-def _check_size(text: str) -> None:
-    """Raise YAMLError where YAML aliases make too much of a short text, or refer to what they are in."""
-    if "*" not in text:
-        return
-    sizes: dict[int, int] = {}
-
-    def size(node: yaml.Node) -> int:
-        if id(node) in sizes:
-            return sizes[id(node)]
-        sizes[id(node)] = MOST_VALUES + 1  # until it is known: of one that holds itself
-        children = node.value if isinstance(node, yaml.CollectionNode) else ()
-        pairs = isinstance(node, yaml.MappingNode)
-        parts = (part for child in children for part in (child if pairs else (child,)))
-        sizes[id(node)] = 1 + sum(map(size, parts))
-        return sizes[id(node)]
-
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    if node is not None and size(node) > MOST_VALUES:
-        raise yaml.YAMLError(f"more than {MOST_VALUES:,} values, with YAML aliases written out")
-
-
-def _put(settings: dict[str, Any], path: str, value: Any, where: str, written: str | None = None) -> None:
+def _put(settings: dict[str, Any], path: str, node: Node, where: str) -> None:
     """Set one key to a value of its type; the entries of a map are added to those already there."""
     if path in SECTIONS:
         raise ConfigError(f"{where}: {path} is a section, not a key; --help lists its keys")
-    if path not in FIELDS:
+    key = path if path in FIELDS else next((key for key in FIELDS if path.startswith(f"{key}.")), None)
+    if key is None:
         nearest = nearest_key(path)
         hint = f"did you mean {nearest!r}?" if nearest else "--help lists every key"
         raise ConfigError(f"{where}: no such key; {hint}")
-    new = typed(value, FIELDS[path].type, where, written)
-    settings[path] = settings.get(path, {}) | new if isinstance(new, dict) else new
+    field, hint = FIELDS[key], read_hint(FIELDS[key].type)
+    if key != path and typing.get_origin(hint.kind) is dict:
+        # One entry of a map, such as data.validation.NAME=[FILE].
+        field = copy.copy(field)
+        field.type = typing.get_args(hint.kind)[1]
+        new = {path.removeprefix(f"{key}."): typed(node, field, where)}
+    else:
+        new = typed({path: node} if key != path else node, field, where)
+    settings[key] = settings.get(key, {}) | new if isinstance(new, dict) else new
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists: OmegaConf's own tuples refuse the text `???`."""
+    """Tuples as lists, for which YAML has no type of its own."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     return list(value) if isinstance(value, tuple) else value

@@ -19,9 +19,9 @@ from etils import epath
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.resume_keys import differences
-from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.config.run_config import LARGEST_RATE, LARGEST_SEED, SMALLEST, RunConfig
 from hybridnorm_jax.config.yaml_files import from_yaml, take
-from hybridnorm_jax.config_fields import check, check_choice, key
+from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
 from hybridnorm_jax.data import open_data
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.evaluation.perplexity import Score
@@ -45,11 +45,17 @@ class CompareOptions:
 
     schemes: tuple[str, ...] = key(("pre", "post", "hybrid", "hybrid_star", "span", "peri"), "norm placements")
     seeds: tuple[int, ...] = key(
-        (0, 1, 2), "values of train.seed; train.data_seed, the same for all, decides the order of the data"
+        (0, 1, 2),
+        "values of train.seed; train.data_seed, the same for all, decides the order of the data",
+        at_least=0,
+        at_most=LARGEST_SEED,
     )
-    learning_rates: tuple[float, ...] = key((), "peak learning rates; none: that of the configuration")
+    learning_rates: tuple[float, ...] = key(
+        (), "peak learning rates; none: that of the configuration", at_least=SMALLEST, at_most=LARGEST_RATE
+    )
 
     def __post_init__(self) -> None:
+        check_fields("", self)
         for name, values in dataclasses.asdict(self).items():
             check(bool(values) or name == "learning_rates", name, "[]", "at least one is needed")
             check(len(set(values)) == len(values), name, show(values), "one of them is named twice")
@@ -143,6 +149,8 @@ def compare(asked: Comparison, only: int | None = None) -> list[dict[str, Any]]:
     right = f"must be in [0, {count}), there are {count} combinations"
     check(only is None or 0 <= only < count, "--only", only, right)
     file = epath.Path(asked.directory) / "comparison.json"
+    if not all((epath.Path(config.run.dir) / config.run.name / "result.json").exists() for config in asked.configs):
+        _train_tokens(asked.configs[0])  # data that cannot be read are refused before anything is written
     _write(file, _described(asked, file))
     results = []
     for number, config in enumerate(asked.configs):

@@ -19,7 +19,7 @@ from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import take
-from hybridnorm_jax.config_fields import check, check_choice, check_positive, key
+from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
 from hybridnorm_jax.lab.compare import DEFAULT, refuse
 from hybridnorm_jax.lab.figure_styles import figure
 from hybridnorm_jax.lab.signal_claims import claims
@@ -38,22 +38,20 @@ class SignalOptions:
     schemes: tuple[str, ...] = key(
         ("pre", "post", "hybrid", "hybrid_star", "span", "peri", "deepnorm"), "norm placements; [all]: every one"
     )
-    depths: tuple[int, ...] = key((8, 32, 96), "numbers of blocks")
+    depths: tuple[int, ...] = key((8, 32, 96), "numbers of blocks", at_least=1, at_most=10_000)
     initializers: tuple[str, ...] = key(("normal", "megatron"), "auto: the one each scheme recommends")
-    sequences: int = key(2, "how many sequences of random tokens")
-    seq_len: int = key(128, "tokens of each sequence")
+    sequences: int = key(2, "how many sequences of random tokens", at_least=1, at_most=65_536)
+    seq_len: int = key(128, "tokens of each sequence", at_least=1, at_most=1_048_576)
     out: str = key("runs/lab-signal", "directory for signal.json and the figures")
 
     def __post_init__(self) -> None:
+        check_fields("", self)
         for name in ("schemes", "depths", "initializers"):
             values = getattr(self, name)
             check(bool(values), name, "[]", "at least one is needed")
             check(len(set(values)) == len(values), name, show(values), "one of them is named twice")
-        for depth in self.depths:
-            check(depth >= 1, "depths", depth, "must be at least 1")
         for initializer in self.initializers:
             check_choice("initializers", initializer, ("auto", *INITIALIZERS))
-        check_positive("signal", self, ("sequences", "seq_len"))
 
 
 @dataclasses.dataclass(frozen=True)

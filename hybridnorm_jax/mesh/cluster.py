@@ -8,7 +8,7 @@ import importlib.util
 import re
 from collections.abc import Mapping
 
-from hybridnorm_jax.config_fields import check, check_choice, check_positive, key
+from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
 from hybridnorm_jax.errors import ConfigError
 
 COORDINATOR_VARIABLE = "JAX_COORDINATOR_ADDRESS"
@@ -20,14 +20,23 @@ class DistributedSection:
 
     initialize: str = key("auto", "auto: if there are several processes | true | false: this process is alone")
     coordinator: str | None = key(None, "host:port where process 0 listens; null: found, see docs/clusters.md")
-    num_processes: int | None = key(None, "number of processes on all hosts; null: found")
-    process_id: int | None = key(None, "number of this process, from 0; null: found")
-    timeout_seconds: int = key(300, "how long processes wait for each other at the start")
-    heartbeat_seconds: int = key(100, "a process that is silent for this long counts as dead, and the others are ended")
+    num_processes: int | None = key(
+        None, "number of processes on all hosts; null: found", at_least=1, at_most=1_000_000
+    )
+    process_id: int | None = key(None, "number of this process, from 0; null: found", at_least=0, at_most=1_000_000)
+    timeout_seconds: int = key(
+        300, "how long processes wait for each other at the start", at_least=1, at_most=1_000_000
+    )
+    heartbeat_seconds: int = key(
+        100,
+        "a process that is silent for this long counts as dead, and the others are ended",
+        at_least=1,
+        at_most=1_000_000,
+    )
 
     def __post_init__(self):
+        check_fields("distributed", self)
         check_choice("distributed.initialize", self.initialize, ("auto", "true", "false"))
-        check_positive("distributed", self, ("num_processes", "timeout_seconds", "heartbeat_seconds"))
         if self.coordinator is not None:
             is_address = re.fullmatch(r"\S+:\d{1,5}", self.coordinator) is not None
             right = "must be host:port, such as 10.0.0.2:8476"

@@ -169,7 +169,8 @@ def _early_number(arguments: Sequence[str]) -> int:
     if "distributed.initialize=false" in arguments:
         return 0
     for argument in arguments:
-        stated = re.fullmatch(r"distributed\.process_id=(\d+)", argument)
+        # A larger number is refused, by this process too.
+        stated = re.fullmatch(r"distributed\.process_id=(\d{1,6})", argument)
         if stated is not None:
             return int(stated.group(1))
     try:

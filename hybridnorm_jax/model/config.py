@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from hybridnorm_jax.config_fields import Filled, check, check_choice, check_positive, key
+from hybridnorm_jax.config_fields import Filled, check, check_choice, check_fields, key
 from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS, EXPERT_DISPATCHES
 from hybridnorm_jax.model.placement import BlockPlacement
 from hybridnorm_jax.model.schemes import SCHEMES, Scheme
@@ -15,6 +15,13 @@ INITIALIZERS = ("normal", "depth_scaled", "megatron", "deepnorm", "b2t")
 REMAT_POLICIES = ("none", "full", "all_but_attention", "dots", "dots_no_batch")
 COMPUTE_DTYPES = ("bfloat16", "float32", "float64")
 PARAM_DTYPES = ("float32", "float64", "bfloat16", "float16")
+# Limits of several keys, and of all together. The largest models that were trained have 10^12 parameters.
+WIDEST = 1_048_576
+MOST_LAYERS = 10_000
+MOST_HEADS = 65_536
+MOST_EXPERTS = 65_536
+LONGEST_CONTEXT = 16_777_216
+MOST_PARAMETERS = 10**14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,34 +33,51 @@ class ModelConfig:
     """
 
     scheme: str = key("hybrid_star", "norm placement, a name in hybridnorm_jax.SCHEMES")
-    d_model: int = key(768, "width of the residual stream")
-    num_layers: int = key(12, "number of blocks (attention + feed-forward)")
-    num_heads: int = key(12, "query heads")
-    num_kv_heads: Filled[int] = key(None, "key and value heads; null: num_heads")
-    head_dim: Filled[int] = key(None, "width of one head; null: d_model / num_heads")
+    d_model: int = key(768, "width of the residual stream", at_least=1, at_most=WIDEST)
+    num_layers: int = key(12, "number of blocks (attention + feed-forward)", at_least=1, at_most=MOST_LAYERS)
+    num_heads: int = key(12, "query heads", at_least=1, at_most=MOST_HEADS)
+    num_kv_heads: Filled[int] = key(None, "key and value heads; null: num_heads", at_least=1, at_most=MOST_HEADS)
+    head_dim: Filled[int] = key(None, "width of one head; null: d_model / num_heads", at_least=1, at_most=WIDEST)
     mlp_dim: Filled[int] = key(
-        None, "width of the feed-forward layer, or of each expert; null: 4 d_model, or 8/3 d_model for swiglu"
+        None,
+        "width of the feed-forward layer, or of each expert; null: 4 d_model, or 8/3 d_model for swiglu",
+        at_least=1,
+        at_most=16 * WIDEST,
     )
-    vocab_size: int = key(50304, "rows of the token embedding")
+    vocab_size: int = key(50304, "rows of the token embedding", at_least=1, at_most=16_777_216)
     activation: str = key("swiglu", f"feed-forward: {' | '.join(ACTIVATIONS)} (gelu is the exact one)")
-    num_experts: int = key(0, "experts of every feed-forward layer, each a swiglu of mlp_dim; 0: a dense layer")
+    num_experts: int = key(
+        0,
+        "experts of every feed-forward layer, each a swiglu of mlp_dim; 0: a dense layer",
+        at_least=0,
+        at_most=MOST_EXPERTS,
+    )
     experts_per_token: int | None = key(
-        None, "experts that each token is sent to; none is dropped; needed with num_experts"
+        None,
+        "experts that each token is sent to; none is dropped; needed with num_experts",
+        at_least=1,
+        at_most=MOST_EXPERTS,
     )
     normalize_expert_weights: bool = key(False, "a token's weights of its experts are divided by their sum")
     shared_experts: int = key(
-        0, "experts that every token passes besides, as one swiglu of width shared_experts * mlp_dim"
+        0,
+        "experts that every token passes besides, as one swiglu of width shared_experts * mlp_dim",
+        at_least=0,
+        at_most=MOST_EXPERTS,
     )
     balance_bias: bool = key(False, "balance the experts by a bias on their selection; see optimizer.balance_bias_rate")
     norm: str = key("rmsnorm", " | ".join(NORMS))
     attention_norm: str = key(
         "auto", "norm on q, k, v, context: auto (norm; rmsnorm for crmsnorm) | rmsnorm | layernorm"
     )
-    norm_eps: float = key(1e-5, "added to the mean square inside the root, in every norm")
+    norm_eps: float = key(1e-5, "added to the mean square inside the root, in every norm", at_least=0, at_most=1)
     norm_scale: bool = key(True, "norms have a learned scale")
     norm_bias: bool = key(False, "norms have a learned bias")
     norm_width: int | None = key(
-        None, "crmsnorm: length of the zero-mean vector whose last element is not stored; null: d_model + 1"
+        None,
+        "crmsnorm: length of the zero-mean vector whose last element is not stored; null: d_model + 1",
+        at_least=2,
+        at_most=WIDEST + 1,
     )
     attention_norm_scale: Filled[bool] = key(None, "norm_scale of the norms on q, k, v, context; null: norm_scale")
     attention_norm_bias: Filled[bool] = key(None, "norm_bias of the norms on q, k, v, context; null: norm_bias")
@@ -63,30 +87,41 @@ class ModelConfig:
     tie_embeddings: bool = key(False, "the head is the transposed token embedding")
     embedding_norm: str = key("auto", "norm after the embedding: auto (as the scheme says) | true | false")
     positions: str = key("rope", "rope | learned")
-    rope_theta: float = key(10000.0, "base of the rotary wavelengths")
-    rotary_fraction: float = key(1.0, "leading fraction of head_dim that rotates")
-    max_positions: int | None = key(None, "learned positions there are; null with rope")
-    position_offset: int = key(0, "rows of the learned position table before position 0 (OPT has 2)")
-    dropout: float = key(0.0, "drop probability after the embedding and after every branch")
+    rope_theta: float = key(10000.0, "base of the rotary wavelengths", at_least=1, at_most=1e12)
+    rotary_fraction: float = key(1.0, "leading fraction of head_dim that rotates", above=0, at_most=1)
+    max_positions: int | None = key(
+        None, "learned positions there are; null with rope", at_least=1, at_most=LONGEST_CONTEXT
+    )
+    position_offset: int = key(
+        0, "rows of the learned position table before position 0 (OPT has 2)", at_least=0, at_most=LONGEST_CONTEXT
+    )
+    dropout: float = key(0.0, "drop probability after the embedding and after every branch", at_least=0, below=1)
     initializer: str = key("auto", f"auto (as the scheme says) | {' | '.join(INITIALIZERS)}")
-    init_std: Filled[float] = key(None, "standard deviation of the initializer; null: 1/sqrt(2.5 d_model)")
+    init_std: Filled[float] = key(
+        None, "standard deviation of the initializer; null: 1/sqrt(2.5 d_model)", at_least=1e-30, at_most=1000
+    )
     dtype: str = key("float32", f"compute dtype: {' | '.join(COMPUTE_DTYPES)}")
     param_dtype: str = key("float32", f"dtype of the parameters: {' | '.join(PARAM_DTYPES)}; training needs 32 bits")
     attention: str = key("auto", f"backend: {' | '.join(ATTENTION_BACKENDS)}")
     expert_dispatch: str = key("auto", f"what computes the experts: {' | '.join(EXPERT_DISPATCHES)}")
     remat: str = key("none", f"what the backward pass recomputes: {' | '.join(REMAT_POLICIES)}")
-    scan_unroll: int = key(1, "blocks per iteration of the scan over layers; more is faster and compiles longer")
+    scan_unroll: int = key(
+        1,
+        "blocks per iteration of the scan over layers; more is faster and compiles longer",
+        at_least=1,
+        at_most=MOST_LAYERS,
+    )
 
     def __post_init__(self) -> None:
         # YAML and the command line give true/false; the field holds one of three words.
         object.__setattr__(self, "embedding_norm", str(self.embedding_norm).lower())
+        check_fields("model", self)
         self._check_names()
-        sizes = ("d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "vocab_size")
-        check_positive("model", self, (*sizes, "norm_width", "max_positions", "scan_unroll"))
         self._fill_derived()
+        self._check_size()
         self._check_heads()
         self._check_positions()
-        self._check_numbers()
+        self._check_norm_width()
         self._check_experts()
         self._check_scheme()
 
@@ -132,34 +167,39 @@ class ModelConfig:
         """Raise ConfigError(`model.name=value: right`) unless this field is right."""
         check(is_right, f"model.{name}", getattr(self, name), right)
 
+    def _check_size(self) -> None:
+        """Refuse a model for which no machine has room, before anything is made of its size."""
+        attention = 2 * self.d_model * self.head_dim * (self.num_heads + self.num_kv_heads)
+        kernels = 3 if self.activation == "swiglu" else 2
+        feed_forward = kernels * self.d_model * self.mlp_dim * (max(self.num_experts, 1) + self.shared_experts)
+        tables = self.d_model * (self.vocab_size * (1 if self.tie_embeddings else 2) + (self.max_positions or 0))
+        count = self.num_layers * (attention + feed_forward) + tables
+        right = (
+            f"makes a model of {count:.1e} parameters; must be at most {MOST_PARAMETERS:.0e}, see its other sizes too"
+        )
+        self._check("d_model", count <= MOST_PARAMETERS, right)
+
     def _check_heads(self) -> None:
         divisible = self.num_heads % self.num_kv_heads == 0
         self._check("num_kv_heads", divisible, f"must divide model.num_heads={self.num_heads}")
-        self._check("rotary_fraction", 0 < self.rotary_fraction <= 1, "must be in (0, 1]")
 
     def _check_positions(self) -> None:
         if self.positions == "learned":
-            self._check("position_offset", self.position_offset >= 0, "must not be negative")
             self._check("max_positions", self.max_positions is not None, "positions=learned needs a number")
             return
         right = f"rope rotates pairs, but rotary_fraction * head_dim is {self.rotary_dim}; it must be even"
         self._check("head_dim", self.rotary_dim % 2 == 0 and self.rotary_dim > 0, right)
-        self._check("rope_theta", self.rope_theta > 0, "must be positive")
         self._check("max_positions", self.max_positions is None, "only for positions=learned")
         self._check("position_offset", self.position_offset == 0, "only for positions=learned")
 
-    def _check_numbers(self) -> None:
+    def _check_norm_width(self) -> None:
         width, stored = self.norm_width, self.d_model
         if width is not None:
             self._check("norm_width", self.norm == "crmsnorm", "only for model.norm=crmsnorm")
             right = f"must be at most model.d_model={stored} and the one element that is not stored"
-            self._check("norm_width", 2 <= width <= stored + 1, right)
-        self._check("norm_eps", self.norm_eps >= 0, "must not be negative")
-        self._check("init_std", self.init_std > 0, "must be positive")
-        self._check("dropout", 0 <= self.dropout < 1, "must be in [0, 1)")
+            self._check("norm_width", width <= stored + 1, right)
 
     def _check_experts(self) -> None:
-        self._check("num_experts", self.num_experts >= 0, "must not be negative")
         if self.num_experts == 0:
             no_experts = "there are no experts; set model.num_experts"
             self._check("experts_per_token", self.experts_per_token is None, no_experts)
@@ -168,16 +208,13 @@ class ModelConfig:
             self._check("balance_bias", not self.balance_bias, no_experts)
             return
         chosen = self.experts_per_token
-        possible = chosen is not None and 1 <= chosen <= self.num_experts
+        possible = chosen is not None and chosen <= self.num_experts
         self._check("experts_per_token", possible, f"must be between 1 and model.num_experts={self.num_experts}")
-        self._check("shared_experts", self.shared_experts >= 0, "must not be negative")
         right = f"experts (model.num_experts={self.num_experts}) are swiglu"
         self._check("activation", self.activation == "swiglu", right)
 
     def _check_scheme(self) -> None:
         check_choice(f"initializer of model.scheme={self.scheme}", self.initializer_name, INITIALIZERS)
-        complete = all(isinstance(placement, BlockPlacement) for placement in self.placements)
-        self._check("scheme", complete, "its function must return a BlockPlacement for every layer")
         right = f"model.scheme={self.scheme} starts a norm's scale at another value than 1, so norms need scales"
         self._check("norm_scale", self.norm_scale or not self._starts_a_scale_elsewhere, right)
 

@@ -20,11 +20,15 @@ A scheme of your own is one more entry of the table, in a file of your own:
 """
 
 import dataclasses
+import numbers
 from collections.abc import Collection, Iterable
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 SublayerName = Literal["attention", "feed_forward"]
 HeadNorm = Literal["head", "projection"] | None
+SCALES = ("residual_scale", "branch_scale", "input_scale")
+# The largest of the table is KEEL's 2 L, below 20,000 at the largest depth.
+LARGEST_SCALE = 1_000_000
 HEAD_NORMS = ("q_norm", "k_norm", "v_norm", "context_norm")
 
 Scale = TypeVar("Scale")
@@ -41,6 +45,13 @@ class Scales(NamedTuple, Generic[Scale]):
 def _require(name: str, value: Any, allowed: Collection[Any]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+
+
+def _require_number(name: str, value: Any) -> None:
+    """Refuse what is no number, NaN, infinity, and a size that no scale of a stream can have."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= LARGEST_SCALE:
+        raise ValueError(f"{name}={value!r} must be a number between {-LARGEST_SCALE:,} and {LARGEST_SCALE:,}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +77,10 @@ class SublayerPlacement:
     branch_norm_init: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("pre", "branch", "post"):
+            _require(name, getattr(self, name), (False, True))
+        for name in (*SCALES, "branch_norm_init"):
+            _require_number(name, getattr(self, name))
         _require("residual", self.residual, ("input", "block", "both"))
         _require("reads", self.reads, ("input", "block"))
 
@@ -109,6 +124,9 @@ class BlockPlacement:
     context_norm: HeadNorm = None
 
     def __post_init__(self) -> None:
+        for name in ("attention", "feed_forward"):
+            if not isinstance(getattr(self, name), SublayerPlacement):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a SublayerPlacement")
         for name in HEAD_NORMS:
             _require(name, getattr(self, name), (None, "head", "projection"))
         if self.attention.residual == "both":

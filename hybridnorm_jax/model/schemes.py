@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
-from hybridnorm_jax.errors import UserError, did_you_mean
+from hybridnorm_jax.errors import ConfigError, UserError, did_you_mean
 from hybridnorm_jax.model.placement import HEAD_NORMS, BlockPlacement, HeadNorm, SublayerPlacement
 
+# It becomes part of the name of a run.
+LONGEST_NAME = 60
 BlockRule = Callable[[int, int], BlockPlacement]
 
 
@@ -34,8 +36,22 @@ class Scheme:
     initializer: str = "normal"
 
     def placements(self, num_layers: int) -> tuple[BlockPlacement, ...]:
-        """The placement of every layer, first to last."""
-        return tuple(self.block(layer, num_layers) for layer in range(num_layers))
+        """The placement of every layer, first to last.
+
+        Raises:
+          ConfigError: the rule, which may be a plugin's, fails for a layer or returns another thing than a placement.
+        """
+        return tuple(self._placement(layer, num_layers) for layer in range(num_layers))
+
+    def _placement(self, layer: int, num_layers: int) -> BlockPlacement:
+        where = f"model.scheme={self.name}: its function, called for layer {layer} of {num_layers},"
+        try:
+            placement = self.block(layer, num_layers)
+        except Exception as error:
+            raise ConfigError(f"{where} raises {type(error).__name__}: {error}") from error
+        if not isinstance(placement, BlockPlacement):
+            raise ConfigError(f"{where} must return a BlockPlacement, not {type(placement).__name__}")
+        return placement
 
     def table(self, num_layers: int) -> str:
         """The scheme at this depth as text: one line per stretch of layers with equal placement."""
@@ -72,6 +88,8 @@ def scheme(name: str, **model: Any) -> Callable[[BlockRule], BlockRule]:
     """Decorator: enter `(layer, num_layers) -> BlockPlacement` into SCHEMES. `model` are Scheme's other fields."""
 
     def enter(block: BlockRule) -> BlockRule:
+        if not (isinstance(name, str) and name.isprintable() and 0 < len(name) <= LONGEST_NAME):
+            raise ValueError(f"a scheme's name must be a text of 1 to {LONGEST_NAME} characters, not {name!r}")
         if name in SCHEMES:
             raise ValueError(f"a scheme named {name!r} already exists")
         SCHEMES[name] = Scheme(name=name, block=block, **model)

@@ -19,6 +19,7 @@ from hybridnorm_jax.streams import sturdy_streams
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.hooks.built_in import built_in_hooks
 from hybridnorm_jax.training.hooks.hook import Hook
+from hybridnorm_jax.training.memory import check_room, least_bytes, room_of
 from hybridnorm_jax.training.metrics_file import read_records
 from hybridnorm_jax.training.metrics_writer import MetricsWriter, WandbRun
 from hybridnorm_jax.training.program import Program
@@ -155,6 +156,7 @@ def _prepare(config: RunConfig) -> tuple[Program, Data]:
     """What needs no run directory: the program, checked, and the data, tokenized where they are not yet."""
     program = Program(config)
     check_batch("train.batch_size / train.grad_accumulation", config.microbatch_size, program.mesh, program.rules)
+    check_room(least_bytes(config, program.abstract_state), room_of(program.mesh.devices.flat[0]))
     data = open_data(
         config.data,
         seq_len=config.train.seq_len,

@@ -2,12 +2,19 @@
 
 import dataclasses
 import math
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 import jax
 
+from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import UserError
+
+# What the memory of this process's container is limited to, on Linux.
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+SIZES = "model.d_model, model.num_layers, model.mlp_dim, model.vocab_size, train.batch_size and train.seq_len"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,3 +73,56 @@ def bytes_per_device(tree: Any) -> int:
 
 def _elements(leaf: jax.ShapeDtypeStruct) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class LeastBytes:
+    """What a step needs on one device at the very least: the state, and of each microbatch what backward reads again.
+
+    Attributes:
+      state: parameters and optimizer state.
+      activations: the input of every block, which each policy of model.remat keeps, and the logits of one chunk.
+    """
+
+    state: int
+    activations: int
+
+
+def least_bytes(config: RunConfig, abstract_state: Any) -> LeastBytes:
+    """Of a run, from shapes alone; the activations as if they were split over all devices, as no mesh splits more.
+
+    Args:
+      abstract_state: abstract arrays with shardings.
+    """
+    model, train = config.model, config.train
+    streams = train.seq_len * model.d_model * model.num_layers
+    logits = (train.loss_chunk or train.seq_len) * model.vocab_size
+    numbers = config.microbatch_size * (streams + logits)
+    return LeastBytes(
+        state=bytes_per_device(abstract_state),
+        activations=numbers * jax.numpy.dtype(model.dtype).itemsize // jax.device_count(),
+    )
+
+
+def room_of(device: jax.Device) -> int | None:
+    """Bytes that this device has; of a CPU its share of the machine's or the container's memory. None: unknown."""
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    if CONTAINER_LIMIT.is_file() and (text := CONTAINER_LIMIT.read_text().strip()).isdecimal():
+        limits.append(int(text))
+    return min(limits) // jax.local_device_count()
+
+
+def check_room(least: LeastBytes, room: int | None) -> None:
+    """Raise UserError where the least that a step needs is more than a device has, before anything is made.
+
+    A machine that swaps answers to nothing for minutes, and an operating system that runs out of memory kills.
+    """
+    if room is None or least.state + least.activations <= room:
+        return
+    state, activations, there = (f"{size / 2**30:,.1f} GiB" for size in (least.state, least.activations, room))
+    raise UserError(
+        f"a step needs at least {state} of parameters and optimizer state and {activations} of activations on each "
+        f"device, which has {there}; lower one of {SIZES}, raise train.grad_accumulation, or use more devices"
+    )
