@@ -22,8 +22,6 @@ from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import ConfigError, did_you_mean
 
 PLUGINS = "run.plugins"
-# What a configuration may hold once its YAML aliases are written out; each of nine short lines of them can multiply it.
-MOST_VALUES = 10_000
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -105,7 +103,6 @@ def build(settings: dict[str, Any]) -> RunConfig:
 def _tree(origin: str, read: Callable, source: Any) -> dict:
     """`read(source)` as plain dicts, with OmegaConf's and YAML's errors as one line."""
     try:
-        _check_size(source.getvalue() if read is OmegaConf.load else source[0].partition("=")[2])
         tree = read(source)
         # Unresolved: interpolations can read the environment, and a run is to follow from its file alone.
         plain = OmegaConf.to_container(tree, resolve=False)
@@ -119,27 +116,6 @@ def _tree(origin: str, read: Callable, source: Any) -> dict:
     if not isinstance(plain, dict):
         raise ConfigError(f"{origin}: must hold keys and values, such as `train: {{steps: 20}}`")
     return plain
-
-
-def _check_size(text: str) -> None:
-    """Raise YAMLError where YAML aliases make too much of a short text, or refer to what they are in."""
-    if "*" not in text:
-        return
-    sizes: dict[int, int] = {}
-
-    def size(node: yaml.Node) -> int:
-        if id(node) in sizes:
-            return sizes[id(node)]
-        sizes[id(node)] = MOST_VALUES + 1  # until it is known: of one that holds itself
-        children = node.value if isinstance(node, yaml.CollectionNode) else ()
-        pairs = isinstance(node, yaml.MappingNode)
-        parts = (part for child in children for part in (child if pairs else (child,)))
-        sizes[id(node)] = 1 + sum(map(size, parts))
-        return sizes[id(node)]
-
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    if node is not None and size(node) > MOST_VALUES:
-        raise yaml.YAMLError(f"more than {MOST_VALUES:,} values, with YAML aliases written out")
 
 
 def _put(settings: dict[str, Any], path: str, value: Any, where: str, written: str | None = None) -> None:
