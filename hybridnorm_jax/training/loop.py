@@ -24,6 +24,7 @@ from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.resume import beginning
 from hybridnorm_jax.training.run import LateMetrics, Run
 from hybridnorm_jax.training.run_directory import open_run_directory
+from hybridnorm_jax.training.run_identity import with_origin
 from hybridnorm_jax.training.start_report import start_report
 from hybridnorm_jax.training.step import Batch
 from hybridnorm_jax.training.stopping import StopSignals
@@ -50,6 +51,7 @@ def train(config: RunConfig, *, began: float | None = None, hooks: Iterable[Hook
             # JAX's coordination service, which starts with the devices, has a handler of its own for SIGTERM.
             signals.install()
         directory = open_run_directory(config)
+        config = with_origin(directory, config)
         checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep))
         step = checkpoints.usable(allow_fallback=config.checkpoint.allow_fallback)
         writer = stack.enter_context(contextlib.closing(_metrics_writer(config, directory, step)))
@@ -68,6 +70,7 @@ def train(config: RunConfig, *, began: float | None = None, hooks: Iterable[Hook
             first=start.step,
             state=start.state,
             iterator=start.iterator,
+            files=start.files,
         )
         try:
             _run_to_its_end(run)
