@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.errors import ConfigError, RunStopped
 
 KEY = "run.plugins"
 # The sources of a larger plugin, such as a whole package, are compared but not kept.
@@ -118,9 +118,10 @@ def _import(name: str) -> Plugin:
             del sys.modules[module_name]
             raise
         return _plugin(name, {path.name: source})
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise ConfigError(f"{KEY}: {name} cannot be imported: {type(error).__name__}: {reason}") from error
+    except (KeyboardInterrupt, RunStopped):
+        raise
+    except BaseException as error:  # SystemExit, too: the program is not the plugin's to end
+        raise ConfigError(f"{KEY}: {name} cannot be imported: {_reason(error)}") from error
 
 
 def _describe(name: str) -> Plugin:
@@ -128,8 +129,15 @@ def _describe(name: str) -> Plugin:
     try:
         return _plugin(name, {relative: file.read_bytes() for relative, file in _files(name).items()})
     except (OSError, ImportError, ValueError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise ConfigError(f"{KEY}: {name} cannot be read: {type(error).__name__}: {reason}") from error
+        raise ConfigError(f"{KEY}: {name} cannot be read: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says, if it can say something."""
+    try:
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    except Exception:
+        return type(error).__name__
 
 
 def _files(name: str) -> dict[str, Path]:

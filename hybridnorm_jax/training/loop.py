@@ -26,6 +26,7 @@ from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.resume import beginning
 from hybridnorm_jax.training.run import LateMetrics, Run
 from hybridnorm_jax.training.run_directory import open_run_directory, run_directory, write_config
+from hybridnorm_jax.training.run_identity import with_origin
 from hybridnorm_jax.training.run_lock import RunLock
 from hybridnorm_jax.training.start_report import count_text, start_report, table
 from hybridnorm_jax.training.step import Batch
@@ -56,6 +57,7 @@ def train(config: RunConfig, *, began: float | None = None, hooks: Iterable[Hook
             program, data = _prepare(config)
             # JAX's coordination service, which starts with the devices, has a handler of its own for SIGTERM.
             signals.install()
+        config = with_origin(directory, config)
         checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep))
         step = checkpoints.usable(allow_fallback=config.checkpoint.allow_fallback)
         start = beginning(config, program, data, checkpoints, step)
@@ -77,6 +79,7 @@ def train(config: RunConfig, *, began: float | None = None, hooks: Iterable[Hook
             first=start.step,
             state=start.state,
             iterator=start.iterator,
+            files=start.files,
         )
         try:
             _run_to_its_end(run)

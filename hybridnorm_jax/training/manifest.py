@@ -272,7 +272,7 @@ def _read_parts(directory: epath.Path) -> dict[str, dict[str, Any]]:
         path = part_path(directory, index, count)
         try:
             part = json.loads(path.read_bytes())
-            if part["digest"] != _digest_of(part["files"]):
+            if part["digest"] != _digest_of(part["files"]) or not all(map(_is_entry, part["files"].values())):
                 raise ValueError
             files |= part["files"]
         except FileNotFoundError as error:
@@ -280,10 +280,14 @@ def _read_parts(directory: epath.Path) -> dict[str, dict[str, Any]]:
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise _DamagedPartError(f"{FOLDER}/{path.name}: cannot be read: {reason}") from error
-        except (ValueError, TypeError, KeyError) as error:  # no UTF-8, no JSON, or another digest
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise _DamagedPartError(f"{FOLDER}/{path.name}: is not as it was written: damaged") from error
     # An earlier version listed foreign files, too.
     return {name: entry for name, entry in files.items() if not any(map(FOREIGN.fullmatch, name.split("/")))}
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
 
 
 def _digest_of(entries: dict[str, Any]) -> str:

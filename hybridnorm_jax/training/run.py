@@ -66,6 +66,7 @@ class Run:
       ledger: where the time goes.
       hooks: what happens besides the steps, in the order in which it happens.
       first: how many steps were made before this process; 0 for a new run.
+      files: the identities of the files that it trains on, as run_identity.data_files gives them.
 
     Changed by every step:
       step: how many steps were made. While a hook's before_step and before_update run, the step to come is step + 1.
@@ -91,6 +92,7 @@ class Run:
     first: int
     state: TrainState
     iterator: Any
+    files: Sequence[dict[str, Any]] = ()
     step: int = dataclasses.field(init=False)
     late: LateMetrics | None = None
     numbers: Numbers | None = None
@@ -118,6 +120,12 @@ class Run:
     def was_skipped(self, step: int) -> bool:
         """Whether the numbers of this step were the last that were read, and it was skipped."""
         return self.numbers is not None and self.numbers.step == step and self.numbers.skipped
+
+    def skipped_in_a_row(self, step: int) -> int:
+        """How many steps up to this one were skipped, if its numbers were the last that were read; otherwise 0."""
+        if self.numbers is None or self.numbers.step != step:
+            return 0
+        return int(self.numbers.metrics["skipped_in_a_row"])
 
     def read_late(self) -> None:
         """Wait for the metrics that were not read yet, if there are any, and give them to the hooks."""

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import secrets
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,15 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from hybridnorm_jax.config.resume_keys import differences
+from hybridnorm_jax.config.plugins import import_plugins, imported, plugins_of, to_json
 from hybridnorm_jax.config.run_config import RunConfig, RunSection
 from hybridnorm_jax.config.yaml_files import from_yaml, to_yaml
-from hybridnorm_jax.errors import ConfigError, MissingExtraError, UserError
+from hybridnorm_jax.errors import MissingExtraError, UserError
 from hybridnorm_jax.mesh.sharding_rules import MESH_AXES, resolve_rules
 from hybridnorm_jax.mesh.shardings import tree_shardings
 from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
-from hybridnorm_jax.training.metrics_file import read_metrics
+from hybridnorm_jax.training.run_identity import check_same_plugins, check_same_run, keep_sources
 from hybridnorm_jax.whole_files import write_whole
 
 TOKENIZER = "tokenizer.json"
@@ -41,18 +42,14 @@ def open_run_directory(config: RunConfig) -> epath.Path:
     Nothing is written.
 
     Raises:
-      ConfigError: names every key that differs and decides the trajectory.
+      ConfigError: see run_identity.check_same_run.
     """
     directory = run_directory(config)
     file = directory / "config.yaml"
     try:
-        saved = _saved_config(directory / "checkpoints", file)
-        if saved is None and file.exists() and read_metrics(directory).records:
-            saved = from_yaml(file.read_text(), origin=str(file))
+        check_same_run(directory, config)
     except OSError as error:
         raise UserError(f"{error.filename or file}: cannot be read: {error.strerror or error}") from error
-    if saved is not None and (differing := differences(saved, config)):
-        raise ConfigError(f"{directory} holds another run ({'; '.join(differing)}): choose another run.name")
     return directory
 
 
@@ -67,19 +64,13 @@ def write_config(directory: epath.Path, config: RunConfig) -> None:
         raise UserError(f"{error.filename or file}: cannot be written: {error.strerror or error}") from error
 
 
-def _saved_config(checkpoints: epath.Path, file: epath.Path) -> RunConfig | None:
-    """What a run with checkpoints was trained with: as its config.yaml says, or without one its newest checkpoint."""
-    if not checkpoints.exists():
-        return None
-    if file.exists():
-        return from_yaml(file.read_text(), origin=str(file))
-    with Checkpoints(checkpoints, keep=1) as saved:
-        newest = saved.latest()
-        return None if newest is None else from_yaml(saved.read_config(newest), origin=str(checkpoints))
-
-
 def load_run(
-    path: str, *, mesh: Mesh | None = None, shardings: Any = None, allow_fallback: bool = False
+    path: str,
+    *,
+    mesh: Mesh | None = None,
+    shardings: Any = None,
+    allow_fallback: bool = False,
+    plugins: Sequence[str] = (),
 ) -> tuple[RunConfig, Any]:
     """(configuration, parameters) of a run's newest checkpoint, or of the one named, saved from any devices.
 
@@ -95,17 +86,39 @@ def load_run(
       shardings: instead of a mesh, one jax.sharding.Sharding for all parameters, or a tree of them like the parameters.
         Without either, the parameters lie on this process's first device.
       allow_fallback: where a run's newest checkpoint is damaged, use the one before it, and say so. Never of one named.
+      plugins: Python files or modules to import first, as run.plugins. A run that was trained with plugins needs them;
+        those that its own configuration names are never imported, because the run may be a stranger's.
 
     Raises:
-      UserError: no complete checkpoint there, or a damaged one; a mesh with other axes, or with shardings besides.
+      UserError: no complete checkpoint there, or a damaged one; a mesh with other axes, or with shardings besides; a
+        plugin is missing, or is another file than the run was trained with.
     """
     directory, step = find_checkpoint(path)
     with Checkpoints(directory, keep=1) as checkpoints:
         step = checkpoints.usable(allow_fallback=allow_fallback) if step is None else step
-        config = from_yaml(checkpoints.read_config(step))
+        config = saved_config(checkpoints, step, import_these=plugins)
         shapes = abstract_params(config.model)
         places = _places(shapes, config, mesh, shardings)
         return config, checkpoints.restore_params(jax.tree.map(_abstract, shapes, places), step)
+
+
+def saved_config(checkpoints: Checkpoints, step: int | None, *, import_these: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a step (None: the newest), if this process was started with the run's plugins.
+
+    Args:
+      import_these: plugins that the caller names, which are imported first.
+
+    Raises:
+      ConfigError: a plugin is missing, or is another file than the run was trained with.
+    """
+    import_plugins(import_these)
+    text, saved = checkpoints.read_config(step), checkpoints.read_plugins(step)
+    directory = checkpoints.directory
+    config = from_yaml(text, origin=str(directory))
+    if config.run.plugins:
+        named = [plugin.name for plugin in imported() if any(plugin.digest == each["digest"] for each in saved or ())]
+        check_same_plugins(saved, named or import_these, where=f"{directory}, step {step}", kept=directory.parent)
+    return config
 
 
 def newest_checkpoint(path: str) -> tuple[str, int]:
@@ -192,26 +205,32 @@ def save_run(path: str, config: RunConfig, params: Any, *, step: int = 0, tokeni
         data = dataclasses.replace(data, tokenizer=str(target / TOKENIZER))
     train = dataclasses.replace(config.train, equivalent_form="none", equivalent_pad_to=1, check_invariants=False)
     run = RunSection(name=target.name, dir=str(target.parent), plugins=config.run.plugins)
-    text = to_yaml(dataclasses.replace(config, run=run, data=data, train=train, init_from=None))
+    written = dataclasses.replace(config, run=run, data=data, train=train, init_from=None, init_optimizer=False)
     if _is_remote(path):
-        _write_run(target, text, params, step=step, tokenizer_file=tokenizer_file)
+        _write_run(target, written, params, step=step, tokenizer_file=tokenizer_file)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     # Not mkdtemp, whose directories are for their owner alone, whatever the umask says.
     partial = Path(target.parent) / f".{target.name}.partial-{secrets.token_hex(4)}"
     partial.mkdir()
     try:
-        _write_run(epath.Path(partial), text, params, step=step, tokenizer_file=tokenizer_file)
+        _write_run(epath.Path(partial), written, params, step=step, tokenizer_file=tokenizer_file)
         os.replace(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _write_run(directory: epath.Path, config_yaml: str, params: Any, *, step: int, tokenizer_file: Path | None) -> None:
+def _write_run(
+    directory: epath.Path, config: RunConfig, params: Any, *, step: int, tokenizer_file: Path | None
+) -> None:
+    config_yaml, used = to_yaml(config), plugins_of(config.run.plugins)
     directory.mkdir(parents=True, exist_ok=True)
     if tokenizer_file is not None:
         (directory / TOKENIZER).write_bytes(Path(tokenizer_file).read_bytes())
     with Checkpoints(directory / "checkpoints", keep=1) as checkpoints:
-        checkpoints.save(step, {"params": params}, data_state={}, config_yaml=config_yaml, wait=True)
+        checkpoints.save(
+            step, {"params": params}, data_state={}, config_yaml=config_yaml, plugins=to_json(used), wait=True
+        )
+    keep_sources(directory, used)
     (directory / "config.yaml").write_text(config_yaml)

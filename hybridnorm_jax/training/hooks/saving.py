@@ -1,8 +1,14 @@
 """Checkpoints of a run that is going on."""
 
+from typing import Any
+
+import jax
+
+from hybridnorm_jax.config import plugins
 from hybridnorm_jax.config.yaml_files import to_yaml
 from hybridnorm_jax.training.hooks.hook import Hook
 from hybridnorm_jax.training.run import Run
+from hybridnorm_jax.training.run_identity import keep_sources
 
 
 class Saving(Hook):
@@ -11,10 +17,15 @@ class Saving(Hook):
     def __init__(self, *, every: int):
         self.every = every
         self._config_yaml = ""
+        self._plugins: list[dict[str, Any]] = []
 
     def start(self, run: Run) -> None:
-        """Write the configuration as text, once for all saves."""
+        """Write the configuration as text, once for all saves, and keep the sources of the plugins."""
         self._config_yaml = to_yaml(run.config)
+        used = plugins.plugins_of(run.config.run.plugins)
+        self._plugins = plugins.to_json(used)
+        if jax.process_index() == 0:
+            keep_sources(run.directory, used)
 
     def after_step(self, run: Run) -> None:
         """Save, in the background unless this is the last step."""
@@ -38,8 +49,14 @@ class Saving(Hook):
             run.checkpoints.save(
                 run.step,
                 run.state,
-                data_state={"iterator": run.iterator.get_state(), "train_tokens": run.data.train.num_tokens},
+                data_state={
+                    "iterator": run.iterator.get_state(),
+                    "train_tokens": run.data.train.num_tokens,
+                    "files": list(run.files),
+                },
                 config_yaml=self._config_yaml,
+                plugins=self._plugins,
+                skipped_in_a_row=run.skipped_in_a_row(run.step),
                 wait=wait,
             )
         run.clock.restart()

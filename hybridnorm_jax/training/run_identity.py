@@ -1,0 +1,189 @@
+"""Whether a directory holds the run that a configuration asks for: its keys, its plugins and its data.
+
+What was saved with a checkpoint counts. A run's config.yaml is for people, who may have edited it; it counts only where
+there is no checkpoint.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from hybridnorm_jax.config import plugins
+from hybridnorm_jax.config.resume_keys import differences, resume_differences
+from hybridnorm_jax.config.run_config import DataSection, RunConfig
+from hybridnorm_jax.config.yaml_files import from_yaml, read_file
+from hybridnorm_jax.data.identity import FileIdentity, file_identity, identities
+from hybridnorm_jax.data.sources import find_files, stdlib_corpus
+from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.mesh.processes import say
+from hybridnorm_jax.training.checkpoints import Checkpoints
+
+# The keys that say with what a run began, which its first checkpoint holds from then on.
+ORIGIN = ("init_from", "init_optimizer")
+# Where a run's directory keeps the sources of its plugins.
+SOURCES = "plugins"
+
+
+class _Saved(NamedTuple):
+    """What a directory says of its run.
+
+    Attributes:
+      config: its configuration.
+      step: of its newest checkpoint; None: it has none.
+      plugins: as config.plugins.to_json wrote them; None: unknown.
+    """
+
+    config: RunConfig
+    step: int | None
+    plugins: list[dict[str, Any]] | None
+
+
+def check_same_run(directory: epath.Path, config: RunConfig) -> None:
+    """Refuse a directory whose checkpoints, metrics or result are those of another run.
+
+    Where there is none of these, a run may have been killed before it saved anything. Then other keys may be asked for,
+    but not another beginning (init_from): the user might not notice that the run trains from fresh parameters.
+
+    Raises:
+      ConfigError: names every key that differs, or the plugin.
+    """
+    saved = _saved(directory)
+    if saved is None:
+        return
+    if saved.step is not None:
+        config = _with_origin_of(saved.config, config)
+        differing = resume_differences(saved.config, config, saved.step)
+    else:
+        differing = differences(saved.config, config)
+        if not _has_results(directory):
+            differing = [line for line in differing if line.partition(":")[0] in ORIGIN]
+    if differing:
+        raise ConfigError(f"{directory} holds another run ({'; '.join(differing)}): choose another run.name")
+    if saved.step is not None:
+        check_same_plugins(saved.plugins, config.run.plugins, where=f"{directory}, step {saved.step}", kept=directory)
+
+
+def with_origin(directory: epath.Path, config: RunConfig) -> RunConfig:
+    """The configuration with what the run began with, where it has a checkpoint and init_from is not asked for.
+
+    The command that goes on with a run needs not name its beginning again; the run's files go on naming it.
+    """
+    if config.init_from is not None:
+        return config
+    saved = _saved(directory)
+    return config if saved is None or saved.step is None else _with_origin_of(saved.config, config)
+
+
+def check_same_plugins(
+    saved: Sequence[dict[str, Any]] | None, names: Sequence[str], *, where: str, kept: epath.Path
+) -> None:
+    """Refuse plugins whose sources are not those that were saved; say so where none were saved.
+
+    Args:
+      saved: as config.plugins.to_json wrote them; None: by a version that kept none.
+      names: the plugins that are asked for now.
+      where: what was trained with the saved ones.
+      kept: the run's directory.
+
+    Raises:
+      ConfigError: names the plugin and says where its source of then is.
+    """
+    if saved is None:
+        if names:
+            unknown = "saved by a version that kept no digests of plugins; they may have been others"
+            say(f"{where}: {unknown}", file=sys.stderr)
+        return
+    now = plugins.plugins_of(names)
+    missing = plugins.missing_plugin(saved, now)
+    if missing is not None:
+        digest = next(plugin["digest"] for plugin in saved if plugin["name"] == missing)
+        source = f"its source of then is in {kept / SOURCES / digest[:12]}"
+        wrong = f"{plugins.KEY}: {missing} is not, or no longer, the file that {where}, was trained with"
+        raise ConfigError(f"{wrong}; restore it ({source}), or choose another run.name")
+    digests = {plugin["digest"] for plugin in saved}
+    added = next((plugin.name for plugin in now if plugin.digest not in digests), None)
+    if added is not None:
+        raise ConfigError(f"{plugins.KEY}: {added}: {where}, was trained without it; choose another run.name")
+
+
+def keep_sources(directory: epath.Path, used: Sequence[plugins.Plugin]) -> None:
+    """Write the sources of plugins into a run's directory, each under its digest, for who has edited them since."""
+    for plugin in used:
+        folder = directory / SOURCES / plugin.digest[:12]
+        for name, text in plugin.sources.items():
+            file = folder / name
+            if not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(text)
+
+
+def data_files(data: DataSection) -> list[dict[str, Any]]:
+    """The identities of the files that a run trains on, in order, and of its tokenizer, as JSON has them."""
+    if data.source == "stdlib":
+        files = [file_identity(file.path, name=file.identity) for file in stdlib_corpus().files]
+    else:
+        files = list(identities(find_files("data.files", data.files)))
+    if data.tokenizer != "bytes":
+        files.append(file_identity(epath.Path(data.tokenizer).expanduser(), name="data.tokenizer"))
+    return [dataclasses.asdict(file) for file in files]
+
+
+def check_same_files(saved: Sequence[dict[str, Any]] | None, now: Sequence[dict[str, Any]], *, where: str) -> None:
+    """Refuse data other than those that were saved, by the first file that differs; say so where none were saved.
+
+    Raises:
+      ConfigError: names the file and what is another.
+    """
+    if saved is None:
+        unknown = "saved by a version that kept no digests of data; they may have been others"
+        say(f"{where}: {unknown}", file=sys.stderr)
+        return
+    ours, theirs = ([FileIdentity(**file) for file in files] for files in (now, saved))
+    for index in range(max(len(ours), len(theirs))):
+        before = theirs[index] if index < len(theirs) else None
+        after = ours[index] if index < len(ours) else None
+        if before != after:
+            right = "restore the data as they were, or start a new run with init_from"
+            raise ConfigError(f"data.files: {_other(before, after)} when {where} was saved; {right}")
+
+
+def _other(before: FileIdentity | None, after: FileIdentity | None) -> str:
+    """How one file is another than it was, as the beginning of a sentence that ends with a time."""
+    if after is None:
+        return f"there is no {before.name} now, which was read"
+    if before is None:
+        return f"{after.name} is read now, but was not"
+    if before.name != after.name:
+        return f"{after.name} is read now where {before.name} was"
+    if before.size != after.size:
+        return f"{after.name} has {after.size:,} bytes now, but had {before.size:,}"
+    return f"{after.name} has another content than it had"
+
+
+def _saved(directory: epath.Path) -> _Saved | None:
+    if (directory / "checkpoints").exists():
+        with Checkpoints(directory / "checkpoints", keep=1) as checkpoints:
+            glance = checkpoints.glance()
+        if glance is not None:
+            origin = f"{directory}/checkpoints/{glance.step:06d}"
+            return _Saved(from_yaml(glance.config_yaml, origin=origin), glance.step, glance.plugins)
+    file = directory / "config.yaml"
+    if not file.exists():
+        return None
+    return _Saved(from_yaml(read_file(file), origin=str(file)), None, None)
+
+
+def _has_results(directory: epath.Path) -> bool:
+    """Whether there is something in a run's directory that another run would overwrite or be taken for."""
+    if any((directory / name).exists() for name in ("result.json", "checkpoints")):
+        return True
+    return any(path.name.startswith("metrics") and path.stat().length for path in directory.iterdir())
+
+
+def _with_origin_of(saved: RunConfig, asked: RunConfig) -> RunConfig:
+    if asked.init_from is not None:
+        return asked
+    return dataclasses.replace(asked, init_from=saved.init_from, init_optimizer=saved.init_optimizer)
