@@ -38,6 +38,8 @@ def find_file(directory: Path, name: str, *, asked_by: str = "") -> Path:
         if file.is_symlink():
             _check_link(directory, file)
         kind = file.stat().st_mode
+    except UserError:  # which is a ValueError
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such file" + (f", but {asked_by} names it" if asked_by else "")) from error
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
@@ -77,12 +79,13 @@ def read_json(directory: Path, name: str) -> Any:
     """
     file = find_file(directory, name)
     try:
+        size = file.stat().st_size
+        if size > LARGEST_JSON:
+            raise UserError(f"{file}: {size:,} bytes, more than the {LARGEST_JSON:,} that such a file may have")
         with file.open("rb") as stream:
-            content = stream.read(LARGEST_JSON + 1)
+            content = stream.read(size)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror or one_line(error)}") from error
-    if len(content) > LARGEST_JSON:
-        raise UserError(f"{file}: larger than {LARGEST_JSON:,} bytes")
     return parse_json(content, str(file))
 
 
