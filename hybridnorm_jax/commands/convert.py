@@ -17,6 +17,10 @@ from hybridnorm_jax.model.config import ModelConfig
 SEQUENCES, LONGEST = 2, 128
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 HUGGING_FACE = "Hugging Face"
+# Of any device's lanes; a wider stream would be mostly zeros.
+LARGEST_PAD = 1024
+# Of a file system's 255 bytes, less what a directory that is not yet whole has in its name besides.
+LONGEST_NAME = 200
 FORMS = ("pre_rmsnorm", "pre_crmsnorm")
 DTYPES = ("float32", "float64")
 
@@ -94,6 +98,9 @@ def convert(options: argparse.Namespace) -> None:
     # As wide as it is computed with: files of several dtypes lose nothing.
     source = read_directory(options.checkpoint, options.ignore_key, dtype="float64")
     model = source.config.model
+    if options.pad_to > max(LARGEST_PAD, model.d_model):
+        right = f"must be at most {max(LARGEST_PAD, model.d_model)} for a model of width {model.d_model}"
+        raise UserError(f"--pad-to {options.pad_to}: {right}")
     try:
         conversion = conversion_of(model, options.form, pad_to=options.pad_to)
     except ConfigError as error:
@@ -114,11 +121,16 @@ def convert(options: argparse.Namespace) -> None:
 
 
 def _check_out(checkpoint: str, out: str) -> None:
-    """Raise UserError where the result would lie in what is converted: a file more makes a checkpoint a damaged one."""
-    if "://" in out or not Path(checkpoint).is_dir():
+    """Raise UserError for a name that no file system takes, or one in what is converted.
+
+    A file more in a checkpoint would make it a damaged one.
+    """
+    if "://" in out:
         return
-    inner, outer = Path(out).resolve(), Path(checkpoint).resolve()
-    if inner != outer and inner.is_relative_to(outer):
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(out).parts):
+        raise UserError(f"{out:.60}...: a name in it is longer than {LONGEST_NAME} bytes")
+    inner, outer = Path(os.path.realpath(out)), Path(os.path.realpath(checkpoint))
+    if inner != outer and outer.is_dir() and inner.is_relative_to(outer):
         raise UserError(f"{out}: lies in {checkpoint}, which is only read; choose a directory outside of it")
 
 
@@ -139,7 +151,7 @@ def token_sets(options: argparse.Namespace, source) -> dict:
 
     model, tokenizer = source.config.model, load_tokenizer(source.config.data)
     length = min(LONGEST, model.max_positions or LONGEST)
-    file = Path(options.text or argparse.__file__)
+    file = Path(argparse.__file__ if options.text is None else options.text)
     ids = tokenizer.encode(_beginning(file, 64 * SEQUENCES * length)).astype(np.int32)
     if len(ids) < SEQUENCES * length:
         raise UserError(f"--text {file}: {len(ids)} tokens, {SEQUENCES * length} are needed")

@@ -71,6 +71,8 @@ def config_from_json(document: Any, source: str, ignore_keys: Collection[str] = 
       UserError: a key or value that is not understood; the message names `source` and the key.
     """
     architecture = architecture_of(document, source)
+    if "model_type" in ignore_keys:
+        raise UserError(f"{source}: model_type cannot be ignored: it says what all other keys mean")
     kept = {name: value for name, value in document.items() if name not in ignore_keys}
     return architecture.name, architecture.read(kept, source)
 
