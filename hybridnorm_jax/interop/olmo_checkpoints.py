@@ -86,7 +86,8 @@ def _check(name: str, array: np.ndarray | jax.ShapeDtypeStruct, shape: tuple[int
 
 def _header_of(arrays: "np.lib.npyio.NpzFile", name: str) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an array of an .npz file, whose content is not read."""
-    with arrays.zip.open(name if name in arrays.zip.namelist() else f"{name}.npy") as stream:
+    archive = present(arrays.zip)
+    with archive.open(name if name in archive.namelist() else f"{name}.npy") as stream:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(stream)
