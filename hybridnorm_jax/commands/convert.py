@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,16 @@ from hybridnorm_jax.commands.program import ArgumentParser, again
 from hybridnorm_jax.commands.syntax import check_syntax
 from hybridnorm_jax.config.run_config import DataSection, RunConfig, TrainSection
 from hybridnorm_jax.errors import ConfigError, UserError
+from hybridnorm_jax.interop.checkpoint_files import PICKLE, PICKLES, find_file, foreign_weights
 from hybridnorm_jax.model.config import ModelConfig
 
 SEQUENCES, LONGEST = 2, 128
-TOKENIZER = "tokenizer.json"
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 HUGGING_FACE = "Hugging Face"
+# Of any device's lanes; a wider stream would be mostly zeros.
+LARGEST_PAD = 1024
+# Of a file system's 255 bytes, less what a directory that is not yet whole has in its name besides.
+LONGEST_NAME = 200
 FORMS = ("pre_rmsnorm", "pre_crmsnorm")
 DTYPES = ("float32", "float64")
 
@@ -87,9 +93,14 @@ def convert(options: argparse.Namespace) -> None:
         raise UserError(f"--pad-to {options.pad_to}: must be at least 1")
     if options.pad_to != 1 and options.form != "pre_crmsnorm":
         raise UserError(f"--pad-to {options.pad_to}: only for --form pre_crmsnorm")
+    _check_out(options.checkpoint, options.out)
     check_free(options.out)
-    source = read_directory(options.checkpoint, options.ignore_key)
+    # As wide as it is computed with: files of several dtypes lose nothing.
+    source = read_directory(options.checkpoint, options.ignore_key, dtype="float64")
     model = source.config.model
+    if options.pad_to > max(LARGEST_PAD, model.d_model):
+        right = f"must be at most {max(LARGEST_PAD, model.d_model)} for a model of width {model.d_model}"
+        raise UserError(f"--pad-to {options.pad_to}: {right}")
     try:
         conversion = conversion_of(model, options.form, pad_to=options.pad_to)
     except ConfigError as error:
@@ -107,6 +118,20 @@ def convert(options: argparse.Namespace) -> None:
     save_run(options.out, config, written, step=source.step, tokenizer_file=source.tokenizer_file)
     print(f"{options.out}: {describe(result)}, {options.dtype}")
     _say_next(options.out, has_tokenizer=source.tokenizer_file is not None or source.kind != HUGGING_FACE)
+
+
+def _check_out(checkpoint: str, out: str) -> None:
+    """Raise UserError for a name that no file system takes, or one in what is converted.
+
+    A file more in a checkpoint would make it a damaged one.
+    """
+    if "://" in out:
+        return
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(out).parts):
+        raise UserError(f"{out:.60}...: a name in it is longer than {LONGEST_NAME} bytes")
+    inner, outer = Path(os.path.realpath(out)), Path(os.path.realpath(checkpoint))
+    if inner != outer and outer.is_dir() and inner.is_relative_to(outer):
+        raise UserError(f"{out}: lies in {checkpoint}, which is only read; choose a directory outside of it")
 
 
 def _say_next(out: str, *, has_tokenizer: bool) -> None:
@@ -127,11 +152,8 @@ def token_sets(options: argparse.Namespace, source) -> dict:
 
     model, tokenizer = source.config.model, load_tokenizer(source.config.data)
     length = min(LONGEST, model.max_positions or LONGEST)
-    file = Path(options.text or argparse.__file__)
-    try:
-        ids = tokenizer.encode(file.read_text(encoding="utf-8")[: 64 * SEQUENCES * length]).astype(np.int32)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text {file}: cannot be read as UTF-8 text: {error}") from error
+    file = Path(argparse.__file__ if options.text is None else options.text)
+    ids = tokenizer.encode(_beginning(file, 64 * SEQUENCES * length)).astype(np.int32)
     if len(ids) < SEQUENCES * length:
         raise UserError(f"--text {file}: {len(ids)} tokens, {SEQUENCES * length} are needed")
     # A model without a tokenizer of its own gets bytes, which may be more than its vocabulary.
@@ -140,6 +162,17 @@ def token_sets(options: argparse.Namespace, source) -> dict:
     text = ids[: SEQUENCES * length].reshape(SEQUENCES, length) % model.vocab_size
     random = np.random.default_rng(0).integers(0, model.vocab_size, text.shape, np.int32)
     return {"random tokens": random, f"text ({name})": text}
+
+
+def _beginning(file: Path, characters: int) -> str:
+    """So many characters of a text."""
+    if file.exists() and not file.is_file():
+        raise UserError(f"--text {file}: cannot be read as UTF-8 text: no regular file")
+    try:
+        with file.open(encoding="utf-8") as stream:
+            return stream.read(characters)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--text {file}: cannot be read as UTF-8 text: {error}") from error
 
 
 def describe(model: ModelConfig) -> str:
@@ -170,22 +203,28 @@ class Source:
     tokenizer_file: Path | None = None
 
 
-def read_directory(path: str, ignore_keys: Sequence[str] = ()) -> Source:
+def read_directory(path: str, ignore_keys: Sequence[str] = (), *, dtype: str | None = None) -> Source:
     """A Hugging Face directory (it has a config.json), a run's directory, or one checkpoint of a run.
 
     Args:
       ignore_keys: of config.json, see load_huggingface.
+      dtype: of a Hugging Face directory's parameters, see load_huggingface. Those of a run are as they were saved.
 
     Raises:
       UserError: none of them, or damaged.
     """
     directory = Path(path)
     if not directory.is_dir():
-        raise UserError(f"{path}: {'not a directory' if directory.exists() else 'no such directory'}")
-    if (directory / "config.json").is_file():
-        return _read_huggingface(directory, ignore_keys)
+        if directory.suffix in PICKLES and directory.exists():
+            raise UserError(f"{path}: {PICKLE}")
+        wrong = "not a directory; name the directory that holds it" if directory.exists() else "no such directory"
+        raise UserError(f"{path}: {wrong}")
+    if os.path.lexists(directory / CONFIG):
+        return _read_huggingface(directory, ignore_keys, dtype)
     if any(directory.glob("*.safetensors")) or not any(directory.iterdir()):
         raise UserError(f"{path}: holds neither a config.json (Hugging Face) nor checkpoints (a run)")
+    if weights := foreign_weights(directory):
+        raise UserError(weights)
     from hybridnorm_jax.training.run_directory import load_run, newest_checkpoint
 
     checkpoint, step = newest_checkpoint(path)
@@ -193,11 +232,12 @@ def read_directory(path: str, ignore_keys: Sequence[str] = ()) -> Source:
     return Source(f"run, step {step}", config, params, step)
 
 
-def _read_huggingface(path: Path, ignore_keys: Sequence[str]) -> Source:
+def _read_huggingface(path: Path, ignore_keys: Sequence[str], dtype: str | None) -> Source:
     from hybridnorm_jax.interop.huggingface import load_huggingface
 
-    model, params = load_huggingface(path, ignore_keys=ignore_keys)
-    file = path / TOKENIZER if (path / TOKENIZER).is_file() else None
+    # Its errors come before those of the weights, which take longer to read.
+    file = find_file(path, TOKENIZER) if os.path.lexists(path / TOKENIZER) else None
+    model, params = load_huggingface(path, dtype=dtype, ignore_keys=ignore_keys)
     wide = dataclasses.replace(model, param_dtype="float32")
     seq_len = min(TrainSection.seq_len, model.max_positions or TrainSection.seq_len)
     data = DataSection() if file is None else DataSection(tokenizer=str(file))

@@ -154,7 +154,8 @@ def exit_status(command: Callable[[], int | None], processes: "Processes | None"
         sys.stdout.flush()  # here an error of it can still become a status
         return status
     except UserError as error:
-        say(error, f"error: {error}")
+        # What the message quotes, such as an argument, may hold line breaks.
+        say(error, f"error: {' '.join(str(error).splitlines())}")
         return 2
     except RunStopped as stopped:
         say(stopped, str(stopped))

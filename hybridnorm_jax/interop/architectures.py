@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hybridnorm_jax.errors import UserError
-from hybridnorm_jax.interop.hf_config_keys import Architecture, Json, Key, Rope, names
+from hybridnorm_jax.interop.hf_config_keys import Architecture, Json, Key, names
+from hybridnorm_jax.interop.hf_rope_keys import Rope
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.placement import HEAD_NORMS, BlockPlacement
 
@@ -70,6 +71,8 @@ def config_from_json(document: Any, source: str, ignore_keys: Collection[str] = 
       UserError: a key or value that is not understood; the message names `source` and the key.
     """
     architecture = architecture_of(document, source)
+    if "model_type" in ignore_keys:
+        raise UserError(f"{source}: model_type cannot be ignored: it says what all other keys mean")
     kept = {name: value for name, value in document.items() if name not in ignore_keys}
     return architecture.name, architecture.read(kept, source)
 
@@ -114,6 +117,11 @@ def _lost(config: ModelConfig, architecture: Architecture, document: Json) -> li
 
 # ---- The tables.
 
+# Far beyond every published model, and few enough to be listed.
+MOST_LAYERS = 10_000
+# With OPT's two further rows still an int32, which positions are.
+MOST_POSITIONS = 2**30
+
 _GELUS = {
     "gelu": "gelu",
     "gelu_python": "gelu",
@@ -146,7 +154,7 @@ def _llama_keys(default: _LlamaDefaults) -> tuple[Key, ...]:
         Key("vocab_size", ("vocab_size",), default.vocab_size),
         Key("hidden_size", ("d_model",), default.hidden_size),
         Key("intermediate_size", ("mlp_dim",), default.intermediate_size),
-        Key("num_hidden_layers", ("num_layers",), default.layers),
+        Key("num_hidden_layers", ("num_layers",), default.layers, most=MOST_LAYERS),
         Key("num_attention_heads", ("num_heads",), default.heads),
         Key("num_key_value_heads", ("num_kv_heads",), default.kv_heads, null=_derived),
         Key("hidden_act", ("activation",), "silu", words={"silu": "swiglu", "swish": "swiglu"}),
@@ -158,6 +166,11 @@ def _llama_keys(default: _LlamaDefaults) -> tuple[Key, ...]:
 
 def _derived(document: Json) -> None:
     """Null leaves it to ModelConfig to derive the value."""
+
+
+def _four_times_the_width(document: Json) -> int:
+    """GPT-2's n_inner where it is null; the width has been checked by then."""
+    return 4 * document.get("n_embd", document.get("hidden_size", 768))
 
 
 _GPT2 = Architecture(
@@ -172,11 +185,11 @@ _GPT2 = Architecture(
     },
     keys=(
         Key("vocab_size", ("vocab_size",), 50257),
-        Key("n_embd", ("d_model",), 768),
-        Key("n_layer", ("num_layers",), 12),
-        Key("n_head", ("num_heads",), 12),
-        Key("n_inner", ("mlp_dim",), None, null=lambda document: 4 * document.get("n_embd", 768)),
-        Key("n_positions", ("max_positions",), 1024),
+        Key("n_embd", ("d_model",), 768, alias="hidden_size"),
+        Key("n_layer", ("num_layers",), 12, most=MOST_LAYERS, alias="num_hidden_layers"),
+        Key("n_head", ("num_heads",), 12, alias="num_attention_heads"),
+        Key("n_inner", ("mlp_dim",), None, null=_four_times_the_width),
+        Key("n_positions", ("max_positions",), 1024, most=MOST_POSITIONS, alias="max_position_embeddings"),
         Key("activation_function", ("activation",), "gelu_new", words=_GELUS),
         Key("layer_norm_epsilon", ("norm_eps",), 1e-5),
         Key("tie_word_embeddings", ("tie_embeddings",), True),
@@ -194,7 +207,7 @@ _GPT_NEOX = Architecture(
     keys=(
         Key("vocab_size", ("vocab_size",), 50432),
         Key("hidden_size", ("d_model",), 6144),
-        Key("num_hidden_layers", ("num_layers",), 44),
+        Key("num_hidden_layers", ("num_layers",), 44, most=MOST_LAYERS),
         Key("num_attention_heads", ("num_heads",), 64),
         Key("intermediate_size", ("mlp_dim",), 24576),
         Key("hidden_act", ("activation",), "gelu", words=_GELUS),
@@ -203,7 +216,13 @@ _GPT_NEOX = Architecture(
         Key("tie_word_embeddings", ("tie_embeddings",), False),
         Key("use_parallel_residual", ("scheme",), True, words={True: "parallel", False: "pre"}),
     ),
-    rope=Rope(theta="rotary_emb_base", fraction="rotary_pct", default_fraction=0.25),
+    rope=Rope(
+        theta="rotary_emb_base",
+        fraction="rotary_pct",
+        default_fraction=0.25,
+        # transformers 4.43 to 4.57 wrote both names; neither reads these two.
+        restated={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+    ),
 )
 _OPT = Architecture(
     name="opt",
@@ -218,10 +237,10 @@ _OPT = Architecture(
     keys=(
         Key("vocab_size", ("vocab_size",), 50272),
         Key("hidden_size", ("d_model",), 768),
-        Key("num_hidden_layers", ("num_layers",), 12),
+        Key("num_hidden_layers", ("num_layers",), 12, most=MOST_LAYERS),
         Key("num_attention_heads", ("num_heads",), 12),
         Key("ffn_dim", ("mlp_dim",), 3072),
-        Key("max_position_embeddings", ("max_positions",), 2048),
+        Key("max_position_embeddings", ("max_positions",), 2048, most=MOST_POSITIONS),
         Key("activation_function", ("activation",), "relu", words=_GELUS),
         Key("enable_bias", ("attention_bias", "mlp_bias"), True),
         Key("layer_norm_elementwise_affine", ("norm_scale", "norm_bias"), True),

@@ -4,10 +4,12 @@ The tables of the architectures, which are made of these, stand in architectures
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from hybridnorm_jax.errors import ConfigError, UserError
+from hybridnorm_jax.interop.hf_rope_keys import PLACES, Rope
+from hybridnorm_jax.interop.messages import shown
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.schemes import SCHEMES
 
@@ -30,6 +32,7 @@ class Key:
       null: where it is null, a function of the document; without one null is an error.
       words: their value -> ours where these differ. Of several that mean one of ours the first is written.
       least: their smallest number. Without one ModelConfig decides.
+      most: their largest number. A few bytes of config.json must not make anybody build a list of so many layers.
       alias: another name that the architecture's class reads as this one; it is never written.
     """
 
@@ -39,6 +42,7 @@ class Key:
     null: Callable[[Json], Any] | None = None
     words: Mapping[Any, Any] | None = None
     least: int | None = None
+    most: int = 2**31 - 1
     alias: str | None = None
 
     @property
@@ -81,7 +85,7 @@ class Key:
         is_truth, wants_truth = isinstance(value, bool), kind is bool
         if is_truth != wants_truth or not isinstance(value, fitting):
             raise UserError(f"{source}: {name}={value!r:.80} must be of type {kind.__name__}")
-        if kind in (int, float) and not -(2**31) < value < 2**31:  # NaN and Infinity, too
+        if kind in (int, float) and not -(2**31) < value <= self.most:  # NaN and Infinity, too
             raise UserError(f"{source}: {name}={value!r:.80} is out of range")
         if self.least is not None and value < self.least:
             raise UserError(f"{source}: {name}={value}: must be at least {self.least}")
@@ -96,69 +100,6 @@ class Key:
         if self.least is not None:
             return self.default if value < self.least else value
         return self.default if value is None and self.null is None else value
-
-
-# Where config.json may state the rotation, at the top or in one of ROPE_PLACES, and what it is to us.
-ROPE_KEYS = {
-    "rope_theta": "rope_theta",
-    "rotary_emb_base": "rope_theta",
-    "partial_rotary_factor": "rotary_fraction",
-    "rotary_pct": "rotary_fraction",
-}
-ROPE_PLACES = ("rope_parameters", "rope_scaling")
-
-
-@dataclasses.dataclass(frozen=True)
-class Rope:
-    """The keys that state the rotation.
-
-    Attributes:
-      theta: the older key of the base, which is written because every version of transformers reads it.
-      fraction: the older key of the fraction that rotates; None: whole heads rotate.
-      default_fraction: where none is stated.
-    """
-
-    theta: str = "rope_theta"
-    fraction: str | None = None
-    default_fraction: float = 1.0
-
-    def read(self, document: Json, source: str) -> dict[str, float]:
-        """ModelConfig's rope_theta and rotary_fraction."""
-        found: dict[str, float] = {}
-        for name, value in _rope_statements(document, source):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise UserError(f"{source}: {name}={value!r:.80} must be a number")
-            if not 0 < value < 2**63:
-                raise UserError(f"{source}: {name}={value!r:.80} is out of range")
-            ours = ROPE_KEYS[name]
-            if found.setdefault(ours, float(value)) != value:
-                raise UserError(f"{source}: {name}={value}, but elsewhere in the file it is {found[ours]}")
-        found = {"rope_theta": 10000.0, "rotary_fraction": self.default_fraction} | found
-        if self.fraction is None and found["rotary_fraction"] != 1:
-            right = "this architecture rotates whole heads"
-            raise UserError(f"{source}: partial_rotary_factor={found['rotary_fraction']}: {right}")
-        return found
-
-    def write(self, config: ModelConfig) -> dict[str, float]:
-        """The keys of a model."""
-        keys = {self.theta: config.rope_theta}
-        if self.fraction is not None:
-            keys[self.fraction] = config.rotary_fraction
-        return keys
-
-
-def _rope_statements(document: Json, source: str) -> Iterator[tuple[str, Any]]:
-    """Every key of ROPE_KEYS that is stated, with its value; anything but the plain rotation is an error."""
-    yield from ((name, document[name]) for name in ROPE_KEYS if document.get(name) is not None)
-    for place in ROPE_PLACES:
-        values = document.get(place) or {}
-        if not isinstance(values, Mapping):
-            raise UserError(f"{source}: {place}={values!r:.80} must be a mapping")
-        for name, value in values.items():
-            if name in ROPE_KEYS:
-                yield name, value
-            elif value is not None and (name, value) not in (("rope_type", "default"), ("type", "default")):
-                raise UserError(f"{source}: {place}.{name}={value!r:.80}: only the plain rotation is implemented")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +131,7 @@ class Architecture:
         for key in self.keys:
             fields |= dict.fromkeys(key.fields, key.read(document, source))
         if self.rope is not None:
-            fields |= self.rope.read(document, source)
+            fields |= self.rope.read(document, source, head_dim=_head_dim(fields))
         try:
             return ModelConfig(**fields)
         except ConfigError as error:
@@ -219,7 +160,7 @@ class Architecture:
             known.update(key.names)
         known.update(COMMON_HARMLESS, self.harmless)
         if self.rope is not None:
-            known.update(ROPE_KEYS, ROPE_PLACES)
+            known.update(self.rope.names, PLACES)
         return known
 
     def _check(self, document: Json, source: str) -> None:
@@ -232,8 +173,20 @@ class Architecture:
                 if not (right(value, document) if callable(right) else value == right):
                     raise UserError(f"{source}: {name}={value!r:.80} is not implemented for {self.name}")
             elif name not in known:
-                right = f"might change what the model computes; if it does not, load with ignore_keys=[{name!r}]"
-                raise UserError(f"{source}: {name}={value!r:.80} is not known for {self.name} and {right}")
+                ignored = shown(name)
+                right = (
+                    f"might change what the model computes; if it does not, load with ignore_keys=[{ignored!r}], or "
+                    f"convert with --ignore-key {ignored}"
+                )
+                raise UserError(f"{source}: {ignored}={value!r:.80} is not known for {self.name} and {right}")
+
+
+def _head_dim(fields: Mapping[str, Any]) -> int | None:
+    """The width of a head; None where ModelConfig will refuse the sizes."""
+    if fields.get("head_dim") is not None:
+        return fields["head_dim"]
+    width, heads = fields["d_model"], fields["num_heads"]
+    return width // heads if heads > 0 and width % heads == 0 else None
 
 
 def _in_schemes(config: ModelConfig, names: Sequence[str]) -> ModelConfig:
@@ -249,7 +202,7 @@ def _in_schemes(config: ModelConfig, names: Sequence[str]) -> ModelConfig:
 # Bookkeeping, token ids, generation, outputs, training.
 COMMON_HARMLESS = names(
     """
-    architectures dtype torch_dtype transformers_version _name_or_path name_or_path _commit_hash _from_model_config
+    architectures transformers_version _name_or_path name_or_path _commit_hash _from_model_config
     _attn_implementation attn_implementation _attn_implementation_autoset _flash_attn_2_enabled gradient_checkpointing
     use_cache output_hidden_states output_attentions return_dict torchscript use_bfloat16 tf_legacy_loss
     chunk_size_feed_forward is_decoder
@@ -280,12 +233,19 @@ def _null_or_empty(value: Any, document: Json) -> bool:
     return value is None or value == {}
 
 
+def _dtype(value: Any, document: Json) -> bool:
+    """The parameters are read as they are stored, so any dtype that they may have is as good as none."""
+    return value is None or value in ("float64", "float32", "bfloat16", "float16")
+
+
 def _full_attention(value: Any, document: Json) -> bool:
     return value is None or (isinstance(value, list) and set(map(str, value)) == {"full_attention"})
 
 
 COMMON_FIXED: Mapping[str, Any] = {
     "is_causal": True,
+    "dtype": _dtype,
+    "torch_dtype": _dtype,
     "layer_types": _full_attention,
     "pruned_heads": _null_or_empty,
     "per_layer_config": _null_or_empty,

@@ -1,7 +1,8 @@
 """Hugging Face checkpoints in and out: a directory of config.json and safetensors files.
 
 No torch is needed and no pickle is read. What config.json means is in architectures.py, where every tensor belongs in
-tensors.py, and how the files are read and written in safetensors_files.py.
+tensors.py, which files may be opened in checkpoint_files.py, and how weights are read and written in
+safetensors_files.py.
 """
 
 import contextlib
@@ -20,14 +21,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from hybridnorm_jax.config_fields import check_choice
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.interop.architectures import ARCHITECTURES, config_from_json, config_to_json
-from hybridnorm_jax.interop.safetensors_files import (
-    CONFIG,
-    StoredTensors,
-    one_line,
-    read_json,
-    split_into_shards,
-    write_shards,
-)
+from hybridnorm_jax.interop.checkpoint_files import read_json
+from hybridnorm_jax.interop.messages import one_line
+from hybridnorm_jax.interop.safetensors_files import CONFIG, StoredTensors, split_into_shards, write_shards
 from hybridnorm_jax.interop.tensors import TABLES, Place, TensorTable, leaf_shapes
 from hybridnorm_jax.model.config import PARAM_DTYPES, ModelConfig
 
@@ -63,8 +59,7 @@ def load_huggingface(
     if not directory.is_dir():
         wrong = "not a directory" if directory.exists() else "no such directory"
         raise UserError(f"{directory}: {wrong}")
-    file = directory / CONFIG
-    name, config = config_from_json(read_json(file), str(file), ignore_keys)
+    name, config = config_from_json(read_json(directory, CONFIG), str(directory / CONFIG), ignore_keys)
     table = TABLES[name]
     with contextlib.ExitStack() as stack:
         tensors = StoredTensors(directory, table, stack)
@@ -135,7 +130,8 @@ def _make_parent(path: Path) -> None:
 
 def _stored_dtype(dtypes: set[str], directory: Path) -> str:
     if len(dtypes) > 1:
-        raise UserError(f"{directory}: tensors of several dtypes ({', '.join(sorted(dtypes))}); pass dtype= to convert")
+        found = ", ".join(sorted(dtypes))
+        raise UserError(f"{directory}: tensors of several dtypes ({found}); pass dtype=, such as dtype='float32'")
     return next(iter(dtypes))
 
 

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.interop.messages import one_line, shown
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.placement import HEAD_NORMS, SublayerPlacement, runs
 
@@ -28,30 +30,68 @@ _Norms = dict[_NormPlace | str, dict[str, np.ndarray]]
 
 
 class _Arrays:
-    """Their arrays by name; remembers what was read, so that nothing is left over unnoticed."""
+    """Their arrays by name; remembers what was read, so that nothing is left over unnoticed.
+
+    An array is read when it is asked for, and its shape is compared before: in a compressed file a few bytes can stand
+    for any amount of zeros.
+    """
 
     def __init__(self, arrays: Mapping[str, np.ndarray]):
-        self.arrays = {name.removeprefix("param/"): array for name, array in arrays.items()}
+        if not isinstance(arrays, Mapping):
+            raise UserError(f"arrays: must map names to arrays, not {type(arrays).__name__}")
+        self.arrays = arrays
+        self.stored_names: dict[str, str] = {}
+        for stored in arrays:
+            name = stored.removeprefix("param/")
+            if name in self.stored_names:
+                raise UserError(f"{shown(name)}: twice in the checkpoint")
+            self.stored_names[name] = stored
         self.read: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
-        return name in self.arrays
+        return name in self.stored_names
 
     def take(self, name: str, *shape: int) -> np.ndarray:
         """The array, which must have this shape."""
-        if name not in self.arrays:
+        if name not in self.stored_names:
             raise UserError(f"{name}: not in the checkpoint, but the configuration asks for it")
-        array = np.asarray(self.arrays[name])
-        if array.shape != shape:
-            raise UserError(f"{name}: shape {array.shape} in the checkpoint, {shape} by the configuration")
+        stored = self.stored_names[name]
+        try:
+            if isinstance(self.arrays, np.lib.npyio.NpzFile):
+                _check(name, _header_of(self.arrays, stored), shape)
+            array = np.asarray(self.arrays[stored])
+        except UserError:
+            raise
+        except Exception as error:  # a damaged archive, a pickle, a header that is none: each library has its own
+            raise UserError(f"{name}: cannot be read from the checkpoint: {one_line(error)}") from error
+        _check(name, array, shape)
         self.read.add(name)
         return array
 
     def check_all_read(self) -> None:
         """Raise for the first array that no part of the model took."""
-        for name in self.arrays:
+        for name in self.stored_names:
             if name not in self.read:
-                raise UserError(f"{name}: in the checkpoint, but a model of this configuration has no place for it")
+                right = "in the checkpoint, but a model of this configuration has no place for it"
+                raise UserError(f"{shown(name)}: {right}")
+
+
+def _check(name: str, array: np.ndarray | jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> None:
+    """Raise UserError unless the array has this shape and holds floats."""
+    if array.shape != shape:
+        raise UserError(f"{name}: shape {array.shape} in the checkpoint, {shape} by the configuration")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise UserError(f"{name}: dtype {array.dtype} in the checkpoint, but parameters are floats")
+
+
+def _header_of(arrays: "np.lib.npyio.NpzFile", name: str) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array of an .npz file, whose content is not read."""
+    archive = present(arrays.zip)
+    with archive.open(name if name in archive.namelist() else f"{name}.npy") as stream:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(stream)
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def params_from_olmo(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -64,14 +104,16 @@ def params_from_olmo(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> d
 
     Args:
       config: of the model; its scheme must be one that their code has.
-      arrays: parameter name -> array in PyTorch's (out, in) layout, with or without the prefix "param/".
+      arrays: parameter name -> array in PyTorch's (out, in) layout, with or without the prefix "param/"; also an open
+        .npz file. Pickles are not read: `np.load` with its default allow_pickle=False.
         `att_proj` holds q, k, v stacked, `ff_proj` up and then gate.
 
     Returns:
       The tree described in model/decoder.py, float32 or as the arrays are.
 
     Raises:
-      UserError: an array is missing, left over or of another shape, or the scheme is not expressible in their code.
+      UserError: an array is missing, left over, unreadable, of another shape or not of floats, or the scheme is not
+        expressible in their code.
     """
     source = _Arrays(arrays)
     width = config.d_model

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face directory: safetensors, one or several with an index, and JSON.
+"""The weights of a Hugging Face directory: safetensors files, one or several with an index.
 
 Which tensors a model has is in tensors.py; here they are found, read, checked and written.
 """
@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,11 +16,16 @@ from typing import Any
 import numpy as np
 
 from hybridnorm_jax.errors import MissingExtraError, UserError
+from hybridnorm_jax.interop.checkpoint_files import find_file, foreign_weights, parse_json, read_json
+from hybridnorm_jax.interop.messages import one_line, shown
 from hybridnorm_jax.interop.tensors import Place, TensorTable
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SUFFIX = ".safetensors"
+# safetensors refuses a longer one.
+LARGEST_HEADER = 100_000_000
 STORED_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -31,25 +37,6 @@ def _safetensors() -> ModuleType:
     except ModuleNotFoundError as error:
         raise MissingExtraError("Hugging Face checkpoints", extra="hf") from error
     return safetensors
-
-
-def read_json(file: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-      UserError: it is missing or damaged.
-    """
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: no such file") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read as JSON: {one_line(error)}") from error
-
-
-def one_line(error: Exception) -> str:
-    """An error's message without line breaks."""
-    return " ".join(str(error).split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +67,13 @@ class StoredTensors:
             names = set(handle.keys())
             for raw in indexed or ():
                 if raw not in names:
-                    raise UserError(f"{file}: does not hold {raw}, which {INDEX} places there")
+                    raise UserError(f"{file}: does not hold {shown(raw)}, which {INDEX} places there")
             for raw in sorted(names):
                 name = table.full_name(raw)
                 if table.is_buffer(name):
                     continue
                 if name in self._found:
-                    raise UserError(f"{file}: {raw} is also in {self._found[name].file}")
+                    raise UserError(f"{file}: {shown(raw)} is also in {self._found[name].file}")
                 self._found[name] = _StoredTensor(file=file, name=raw, handle=handle)
 
     def __contains__(self, name: str) -> bool:
@@ -95,7 +82,7 @@ class StoredTensors:
     def where(self, name: str) -> str:
         """`file: name`, for messages."""
         stored = self._found[name]
-        return f"{stored.file}: {stored.name}"
+        return f"{stored.file}: {shown(stored.name)}"
 
     def check(self, places: Iterable[Place], beside: Sequence[str]) -> CheckedPlaces:
         """The places of a model, whose tensors are all there.
@@ -123,7 +110,10 @@ class StoredTensors:
     def check_tensor(self, name: str, shape: tuple[int, ...]) -> str:
         """The dtype of a tensor, which must have this shape."""
         stored = self._found[name]
-        contents = stored.handle.get_slice(stored.name)
+        try:
+            contents = stored.handle.get_slice(stored.name)
+        except (_safetensors().SafetensorError, OSError) as error:
+            raise UserError(f"{self.where(name)}: cannot be read: {one_line(error)}") from error
         found, dtype = tuple(contents.get_shape()), contents.get_dtype()
         if found != shape:
             raise UserError(f"{self.where(name)}: shape {found}, but {CONFIG} asks for {shape}")
@@ -143,37 +133,59 @@ class StoredTensors:
 
 def _files(directory: Path) -> dict[Path, list[str] | None]:
     """The safetensors files, and the names that the index places in each; None without an index."""
-    if (directory / WEIGHTS).exists():
-        return {directory / WEIGHTS: None}
+    if _is_there(directory / WEIGHTS):
+        return {find_file(directory, WEIGHTS): None}
     index = directory / INDEX
-    if not index.exists():
-        pickles = sorted(file.name for file in directory.glob("*.bin"))
-        if pickles:
-            right = "a pickle, which can run any code and is never read; convert it to safetensors"
-            raise UserError(f"{directory / pickles[0]}: {right}")
-        raise UserError(f"{directory}: holds neither {WEIGHTS} nor {INDEX}")
-    document = read_json(index)
+    if not _is_there(index):
+        raise UserError(foreign_weights(directory) or f"{directory}: holds neither {WEIGHTS} nor {INDEX}")
+    document = read_json(directory, INDEX)
     places = document.get("weight_map") if isinstance(document, dict) else None
-    is_map = isinstance(places, dict) and bool(places)
-    if not is_map or not all(isinstance(name, str) for name in places.values()):
-        raise UserError(f"{index}: weight_map must map names of tensors to names of files")
-    files: dict[Path, list[str] | None] = {}
-    for name, file in places.items():
-        if Path(file).name != file:
-            raise UserError(f"{index}: weight_map.{name}={file} must be the name of a file beside it")
-        files.setdefault(directory / file, []).append(name)
-    return files
+    right = "weight_map must map names of tensors to names of files"
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"{index}: {right}")
+    names: dict[str, list[str]] = {}
+    for tensor, file in places.items():
+        if not isinstance(file, str):
+            raise UserError(f"{index}: {right}, but weight_map.{shown(tensor)}={file!r:.80}")
+        if Path(file).name != file or not file.isprintable() or not file.endswith(SUFFIX):
+            right = f"must be the name of a file beside it that ends in {SUFFIX}"
+            raise UserError(f"{index}: weight_map.{shown(tensor)}={shown(file)} {right}")
+        names.setdefault(file, []).append(tensor)
+    return {find_file(directory, file, asked_by=INDEX): tensors for file, tensors in names.items()}
+
+
+def _is_there(file: Path) -> bool:
+    """Whether something of this name is there, if only a link to nothing."""
+    return file.is_symlink() or file.exists()
 
 
 def _open(file: Path, stack: contextlib.ExitStack) -> Any:
-    """The open file, which closes with the stack."""
-    if not file.is_file():
-        raise UserError(f"{file}: no such file, but {INDEX} names it")
+    """The open file, which closes with the stack.
+
+    The library checks that every tensor's offsets are inside the file, overlap no other's and fit its shape.
+    """
     try:
+        _check_header(file)
         # Read, not mapped: mapped pages would count as memory for as long as the file is open.
         return stack.enter_context(_safetensors().safe_open(file, framework="np", backend="pread"))
     except (_safetensors().SafetensorError, OSError) as error:
         raise UserError(f"{file}: damaged or cut off: {one_line(error)}") from error
+
+
+def _check_header(file: Path) -> None:
+    """Raise UserError for a header that is longer than the file, no JSON, or names a tensor twice.
+
+    The library takes the last of two entries of one name.
+    """
+    with file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8:
+            raise UserError(f"{file}: damaged or cut off: {size} bytes are no safetensors file")
+        if length > min(size - 8, LARGEST_HEADER):
+            claim = f"as safetensors its header would have {length:,} bytes, but the whole file has {size:,}"
+            raise UserError(f"{file}: damaged or cut off: {claim}")
+        parse_json(stream.read(length), f"{file}: header")
 
 
 def split_into_shards(places: Iterable[Place], itemsize: int, limit: int) -> list[list[Place]]:

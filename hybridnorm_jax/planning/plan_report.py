@@ -262,7 +262,13 @@ def write_table(file: Path, rows: dict[str, dict[str, str]]) -> None:
 
 
 def _between_marks(file: Path) -> str:
-    _, begin, rest = file.read_text(encoding="utf-8").partition(BEGIN)
+    if file.exists() and not file.is_file():
+        raise UserError(f"{file}: must be a file with a table")
+    try:
+        content = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: cannot be read as UTF-8 text: {error}") from error
+    _, begin, rest = content.partition(BEGIN)
     inside, end, _ = rest.partition(END)
     if not begin or not end:
         raise UserError(f"{file}: needs the lines {BEGIN} and {END}, between which the table is written")

@@ -13,6 +13,10 @@ from hybridnorm_jax.errors import MissingExtraError, UserError
 
 GIB = 2**30
 
+# A simulated device costs memory and time of this machine.
+MOST_SIMULATED = 4096
+MOST_DIGITS = 6
+
 NAMING = "such as v5p:4x4x4, 2xv6e:16x16 (two slices) or gpu:8x80GB"
 
 
@@ -116,12 +120,17 @@ def parse_topology(text: str) -> Topology:
     kinds = ", ".join((*CHIPS, "gpu"))
     if not match or match[2] not in (*CHIPS, "gpu"):
         raise UserError(f"--topology {text}: must be [SLICESx]KIND:SHAPE, KIND one of {kinds}, {NAMING}")
+    if max(map(len, re.findall(r"\d+", text))) > MOST_DIGITS:
+        raise UserError(f"--topology {text:.60}: a number in it has more than {MOST_DIGITS} digits")
     slices, kind, shape = int(match[1] or 1), match[2], match[3]
     if kind == "gpu":
         node = re.fullmatch(r"([1-9]\d*)x(\d+(?:\.\d+)?)GB", shape)
         if not node or float(node[2]) == 0:
             raise UserError(f"--topology {text}: must be [NODESx]gpu:DEVICESxMEMORYGB, such as gpu:8x80GB")
-        return Topology(kind=kind, shape=(int(node[1]),), slices=slices, hbm=float(node[2]) * 1e9)
+        topology = Topology(kind=kind, shape=(int(node[1]),), slices=slices, hbm=float(node[2]) * 1e9)
+        if topology.size > MOST_SIMULATED:
+            raise UserError(f"--topology {text}: {topology.size:,} devices; at most {MOST_SIMULATED:,} are simulated")
+        return topology
     chip = CHIPS[kind]
     if shape not in chip.shapes:
         raise UserError(f"--topology {text}: no such slice; {kind} has {', '.join(chip.shapes)}")
