@@ -55,7 +55,7 @@ def text_sample(config: RunConfig, data: Data, params: Any) -> str:
     if data.tokenizer is None:
         return "No sample of text: data.tokenizer names no tokenizer for these token files."
     count, window = config.train.sample_tokens, config.train.seq_len
-    prompt = _prompt(config.train.sample_prompt, data)
+    prompt = _prompt(config.train.sample_prompt, data, window)
     ids = generate(
         config.model,
         params,
@@ -89,13 +89,14 @@ def _split_after(ids: Int[np.ndarray, "tokens"], ends: Any) -> list[Int[np.ndarr
     return np.split(ids, np.asarray(ends, int) + 1) if len(ends) else [ids]
 
 
-def _prompt(own: str | None, data: Data) -> Prompt:
+def _prompt(own: str | None, data: Data, window: int) -> Prompt:
     if own is not None:
         return _own_prompt(own, data.tokenizer)
     if data.validation:
         name, windows = next(iter(data.validation.items()))
-        return _first_line(windows, data.tokenizer, f"the beginning of the held-out set {name}")
-    return _first_line(data.train, data.tokenizer, "the beginning of the training data, since nothing is held out")
+        return _first_line(windows, data.tokenizer, window, f"the beginning of the held-out set {name}")
+    source = "the beginning of the training data, since nothing is held out"
+    return _first_line(data.train, data.tokenizer, window, source)
 
 
 def _own_prompt(text: str, tokenizer: Tokenizer) -> Prompt:
@@ -103,10 +104,10 @@ def _own_prompt(text: str, tokenizer: Tokenizer) -> Prompt:
     return Prompt(_begin_document(tokenizer.encode(text), tokenizer), text, source)
 
 
-def _first_line(windows: Windows, tokenizer: Tokenizer, source: str) -> Prompt:
-    """The first line of a set's first document."""
+def _first_line(windows: Windows, tokenizer: Tokenizer, window: int, source: str) -> Prompt:
+    """The first line of a set's first document, as far as it and the separator fit the window."""
     row = windows[0]
-    ids = row["tokens"][: min(len(row["tokens"]), windows.num_tokens, MOST_TOKENS)]
+    ids = row["tokens"][: min(len(row["tokens"]), windows.num_tokens, MOST_TOKENS, max(window - 1, 1))]
     ends = np.flatnonzero(ids == tokenizer.separator_id) if tokenizer.separator_id is not None else []
     # A set of token files may begin with the end of a document.
     after = next((end for end in ends if tokenizer.decode(ids[:end]).strip()), None)

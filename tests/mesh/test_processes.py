@@ -114,12 +114,12 @@ def test_two_processes_are_one_and_their_checkpoint_is_its(arguments, one, tmp_p
         "Time of this process",
         "Evaluation after step 6",
         "Sample of text",
-        "Next: ",
+        "Next:",
     ):
         assert told in first
         assert told not in second
     assert "step" not in second_errors
-    assert "distributed." not in first.partition("Next: ")[2]
+    assert "distributed." not in first.partition("Next:")[2]
 
     resumed = _stopped_after_save(two, tmp_path / "alone")
     _alone(arguments, tmp_path / "alone", DATA)
