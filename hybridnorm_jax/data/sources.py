@@ -1,41 +1,65 @@
-"""Text on disk as a stream of documents, and the rule that holds some of them out.
+"""Text on disk as a stream of documents, and the identity whose hash decides which of them are held out.
 
-A document is a whole text file, or one line of a .jsonl file. Its identity, whose hash decides the split, is
+A document is a whole text file, or one record of a file of JSON. Its identity is
 
 - for the standard library, the path relative to the library: the same file has the same fate in every Python;
-- for any other file, the text itself: moving, renaming or reordering files changes nothing, and two copies of a text
+- for any other text, the text itself: moving, renaming or reordering files changes nothing, and two copies of a text
   never fall on both sides of the split.
+
+Where few files are given, and wherever a file is long, what is held out are blocks of a file's lines, by their text.
 """
 
 import dataclasses
 import glob
-import gzip
 import hashlib
-import json
 import os
 import pathlib
 import platform
+import re
 import sysconfig
-import zlib
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO
 
-import zstandard
 from etils import epath
 
+from hybridnorm_jax.config.data_file_names import RECORD_SUFFIXES
+from hybridnorm_jax.data.archives import chunks, plain_name
+from hybridnorm_jax.data.blocks import block_length
+from hybridnorm_jax.data.identity import FileIdentity, identities
+from hybridnorm_jax.data.records import BOM, record_text, records
 from hybridnorm_jax.errors import DataError
 
-CHUNK_BYTES = 1 << 20
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+# A text file above this size, and every one where so few files are held out, is held out in blocks.
+WHOLE_BYTES = 1 << 20
+FEWEST_WHOLE = 10
+# A line of a text file may be cut where it is longer.
+LINE_BYTES = 1 << 20
+MAGICS = {
+    b"PAR1": "a Parquet file; write its texts as one JSON record a line (.jsonl)",
+    b"ARROW1": "an Arrow file; write its texts as one JSON record a line (.jsonl)",
+    b"%PDF": "a PDF file; extract its text",
+    b"PK\x03\x04": "a zip archive; unpack it, and name its files",
+    b"\x93NUMPY": "a NumPy array; for token ids set data.source=tokens",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself; fetch that with git lfs pull",
+    b"\xff\xfe": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
+    b"\x89HDF": "an HDF5 file; write its texts as one JSON record a line (.jsonl)",
+}
+_OBJECT_BEGINS = re.compile(r'\s*(\[\s*)?\{\s*"(?:[^"\\]|\\.)*+"\s*:', re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text, its length in UTF-8 bytes, and the SHA-256 of its identity."""
+    """A text, or a block of one; its length in UTF-8 bytes, and the SHA-256 of its identity.
+
+    Attributes:
+      continues: whether it is the next block of the same text as the document before it.
+    """
 
     text: str
     num_bytes: int
     digest: bytes
+    continues: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,44 +69,167 @@ class TextFile:
     path: epath.Path
     identity: str | None = None
 
-    def signature(self) -> list:
-        """[name, size in bytes, time of last change], which differs once the file was written again."""
-        if "://" in os.fspath(self.path):
-            stat = self.path.stat()
-            return [os.fspath(self.path), stat.length, stat.mtime]
-        stat = os.stat(self.path)
-        return [self.identity or os.path.abspath(self.path), stat.st_size, stat.st_mtime_ns]
-
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Text files in the order they are read; `name` is for people, `text_field` for .jsonl records."""
+    """Text files in the order they are read.
+
+    Attributes:
+      name: for people.
+      files: in their order.
+      text_field: of records of JSON.
+      root: the directory to which the files' names are relative.
+    """
 
     name: str
     files: tuple[TextFile, ...]
     text_field: str = "text"
+    root: str | None = None
 
-    def documents(self, file: TextFile) -> Iterator[Document]:
+    def signature(self) -> list:
+        """[name, size in bytes, digest of sampled content, time of last change] of every file.
+
+        The time is no part of a file's identity. It only makes sure that text is tokenized again after a change that
+        the samples do not show.
+        """
+        found = self.identities()
+        paths = [file.path for file in self.files]
+        return [[*dataclasses.astuple(one), _changed(path)] for one, path in zip(found, paths, strict=True)]
+
+    def identities(self) -> tuple[FileIdentity, ...]:
+        """The identity of every file."""
+        return identities([file.path for file in self.files], self.root)
+
+    def holds_whole_files_out(self, fraction: float) -> bool:
+        """Whether there are enough text files to hold whole ones out."""
+        return fraction in (0, 1) or fraction * len(self.files) >= FEWEST_WHOLE
+
+    def documents(self, file: TextFile, *, whole: bool = True) -> Iterator[Document]:
         """The documents of one of the files.
+
+        Args:
+          file: one of `files`.
+          whole: whether a text file of up to WHOLE_BYTES is one document; a longer one always comes in blocks.
 
         Raises:
           DataError: it cannot be read or holds no text.
         """
         found = False
-        for text, data in _texts(file.path, self.text_field):
-            if not text or text.isspace():
+        for text, data, continues in self._texts(file, whole):
+            if not continues and (not text or text.isspace()):
                 continue
-            found = True
+            continues, found = continues and found, True
             identity = data if file.identity is None else file.identity.encode()
-            yield Document(text, len(data), hashlib.sha256(identity).digest())
+            yield Document(text, len(data), hashlib.sha256(identity).digest(), continues)
         # The standard library has empty __init__.py files; anybody else's empty file is a mistake.
         if not found and file.identity is None:
             raise DataError(f"{file.path}: holds no text; remove it from data.files or data.validation")
 
+    def _texts(self, file: TextFile, whole: bool) -> Iterator[tuple[str, bytes, bool]]:
+        """(text, its UTF-8, whether it continues the text before)."""
+        path = file.path
+        if plain_name(path.name).endswith(RECORD_SUFFIXES):
+            for record in records(os.fspath(path), _checked(path)):
+                text = record_text(_decode(record.json, path, record.offset), record.place, self.text_field)
+                yield text, _encode(text, record.place), False
+        elif file.identity is not None:
+            data = b"".join(chunks(path)).removeprefix(BOM)
+            yield _decode(data, path, 0), data, False
+        else:
+            yield from _text_blocks(path, whole)
 
-def held_out(digest: bytes, fraction: float) -> bool:
-    """Whether an identity with this SHA-256 digest belongs to the held-out `fraction`."""
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+def _changed(path: epath.Path) -> int:
+    return path.stat().mtime if "://" in os.fspath(path) else os.stat(path).st_mtime_ns
+
+
+def _checked(path: epath.Path) -> Iterator[bytes]:
+    """A file's content, unless its begin shows that it is no text in UTF-8."""
+    content = chunks(path)
+    first = next(content, b"")
+    for magic, what in MAGICS.items():
+        if first.startswith(magic):
+            raise DataError(f"{path}: {what}")
+    head = first[:4096]
+    if head.count(0) > len(head) / 5:
+        raise DataError(f"{path}: no text: many of its bytes are 0; if it is UTF-16, convert it to UTF-8")
+    yield first
+    yield from content
+
+
+def _text_blocks(path: epath.Path, whole: bool) -> Iterator[tuple[str, bytes, bool]]:
+    """A text file as one text if it is short and `whole`, otherwise in blocks of lines."""
+    content = _checked(path)
+    begin = bytearray()
+    for chunk in content:
+        begin += chunk
+        if len(begin) > WHOLE_BYTES + len(BOM):
+            break
+    skipped = len(BOM) if begin.startswith(BOM) else 0
+    del begin[:skipped]
+    _refuse_records(path, begin)
+    if whole and len(begin) <= WHOLE_BYTES:
+        data = bytes(begin)
+        yield _decode(data, path, skipped), data, False
+        return
+
+    def all_chunks() -> Iterator[bytes]:
+        yield bytes(begin)
+        yield from content
+
+    offset = skipped
+    for block in _line_blocks(all_chunks()):
+        yield _decode(block, path, offset), block, offset > skipped
+        offset += len(block)
+
+
+def _line_blocks(content: Iterable[bytes]) -> Iterator[bytes]:
+    """Whole lines, of block_length or a little more together; a line of more than LINE_BYTES is cut."""
+    start, parts, length = 0, [], 0
+    for line in _bounded_lines(content):
+        parts.append(line)
+        length += len(line)
+        if length >= block_length(start):
+            yield b"".join(parts)
+            start, parts, length = start + length, [], 0
+    if parts:
+        yield b"".join(parts)
+
+
+def _bounded_lines(content: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines; of a longer one pieces of at most LINE_BYTES, which do not cut a character of UTF-8."""
+    rest = b""
+    for chunk in content:
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            yield from _cut(line + b"\n")
+        *pieces, rest = _cut(rest) if rest else [b""]
+        yield from pieces
+    if rest:
+        yield rest
+
+
+def _cut(line: bytes) -> list[bytes]:
+    pieces = []
+    while len(line) > LINE_BYTES:
+        cut = LINE_BYTES
+        while cut > LINE_BYTES - 4 and line[cut] & 0xC0 == 0x80:  # inside a character
+            cut -= 1
+        pieces.append(line[:cut])
+        line = line[cut:]
+    return [*pieces, line]
+
+
+def _refuse_records(path: epath.Path, begin: bytes) -> None:
+    """Raise DataError for a text file that holds records of JSON: as prose, its syntax would be trained on."""
+    text = bytes(begin[:65536]).decode(errors="replace")
+    match = _OBJECT_BEGINS.match(text)
+    if match is None:
+        return
+    several = [line for line in text.split("\n") if line.strip()][:2]
+    if match.group(1) or all(line.lstrip().startswith("{") and _OBJECT_BEGINS.match(line) for line in several):
+        right = "name it .jsonl, and each record's field data.text_field is read"
+        raise DataError(f"{path}: looks like records of JSON, but its name says text; {right}")
 
 
 def find_files(key: str, patterns: Iterable[str]) -> tuple[epath.Path, ...]:
@@ -91,32 +238,71 @@ def find_files(key: str, patterns: Iterable[str]) -> tuple[epath.Path, ...]:
     Raises:
       DataError: a directory, or a name without a file; the message names `key`.
     """
-    found: dict[epath.Path, None] = {}
+    found: dict[str, epath.Path] = {}
     for pattern in patterns:
         path = epath.Path(pattern).expanduser()
-        if path.is_dir():
+        if _is_directory(path):
             raise DataError(f"{key}: {pattern} is a directory; name its files, such as {path / '*.txt'}")
-        matches = [path] if path.exists() else _glob(os.fspath(path))
+        matches = [path] if _exists(path) else _glob(os.fspath(path))
         if not matches:
             raise DataError(f"{key}: no such file: {pattern}")
-        found.update(dict.fromkeys(matches))
-    return tuple(found)
+        for match in matches:
+            found.setdefault(_plain(os.fspath(match)), match)
+    return tuple(found.values())
+
+
+def _is_directory(path: epath.Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name too long for a file, or with a zero byte
+        return False
+
+
+def _exists(path: epath.Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _plain(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
 
 
 def _glob(pattern: str) -> list[epath.Path]:
     if "://" not in pattern:
-        matches = [epath.Path(match) for match in glob.glob(pattern, recursive=True)]
+        try:
+            matches = [epath.Path(match) for match in glob.glob(pattern, recursive=True)]
+        except (ValueError, re.error):
+            return []
     else:
         path = epath.Path(pattern)
         matches = list(path.parent.glob(path.name))
     return sorted(match for match in matches if not match.is_dir())
 
 
+def pattern_root(patterns: Iterable[str]) -> str:
+    """The deepest directory that holds everything the patterns can match: names are relative to it."""
+    roots = []
+    for pattern in patterns:
+        path = _plain(os.path.expanduser(pattern)).rstrip("/")
+        parts = path.split("/")[:-1]
+        if not _exists(epath.Path(path)):
+            parts = parts[: next((place for place, part in enumerate(parts) if glob.has_magic(part)), len(parts))]
+        roots.append(parts)
+    common = roots[0] if roots else []
+    for parts in roots[1:]:
+        same = [mine == other for mine, other in zip(common, parts, strict=False)]
+        common = common[: same.index(False) if False in same else len(same)]
+    return "/".join(common) or "/"
+
+
 def text_corpus(key: str, patterns: Iterable[str], text_field: str) -> Corpus:
-    """Any text files: .jsonl is one document per line, everything else one per file; .gz and .zst are unpacked."""
+    """Any text files: those of JSON are one document a record, all others one each; packed ones are unpacked."""
+    patterns = tuple(patterns)
     files = tuple(TextFile(path) for path in find_files(key, patterns))
     name = "1 text file" if len(files) == 1 else f"{len(files)} text files"
-    return Corpus(name, files, text_field)
+    return Corpus(name, files, text_field, pattern_root(patterns))
 
 
 def stdlib_corpus() -> Corpus:
@@ -131,62 +317,7 @@ def stdlib_corpus() -> Corpus:
         raise DataError(f"data.source=stdlib: no .py files under {root}; set data.source=text and data.files")
     files.sort(key=lambda file: hashlib.sha256(file.identity.encode()).digest())
     name = f"standard library of {platform.python_implementation()} {platform.python_version()}"
-    return Corpus(name, tuple(files))
-
-
-def _texts(path: epath.Path, text_field: str) -> Iterator[tuple[str, bytes]]:
-    """Every text of a file, as a string and in UTF-8."""
-    plain_name = path.name.removesuffix(".gz").removesuffix(".zst")
-    if not plain_name.endswith(".jsonl"):
-        data = b"".join(_chunks(path))
-        yield _decode(data, path, 0), data
-        return
-    offset = 0
-    for number, line in enumerate(_lines(_chunks(path)), start=1):
-        if not line.isspace():
-            text = _record_text(_decode(line, path, offset), f"{path}:{number}", text_field)
-            yield text, _encode(text, f"{path}:{number}")
-        offset += len(line)
-
-
-def _chunks(path: epath.Path) -> Iterator[bytes]:
-    """A file's content, unpacked."""
-    try:
-        with path.open("rb") as stream:
-            if path.name.endswith(".zst"):
-                yield from _unpack_zst(stream)
-            else:
-                plain = gzip.GzipFile(fileobj=stream) if path.name.endswith(".gz") else stream
-                while chunk := plain.read(CHUNK_BYTES):
-                    yield chunk
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        raise DataError(f"{path}: damaged or truncated archive ({error})") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def _unpack_zst(stream: BinaryIO) -> Iterator[bytes]:
-    """Zstandard frames one after the other. `ZstdDecompressor.stream_reader` would take a truncated file for whole."""
-    unpacker = None
-    while chunk := stream.read(CHUNK_BYTES):
-        while chunk:
-            unpacker = unpacker or zstandard.ZstdDecompressor().decompressobj()
-            yield unpacker.decompress(chunk)
-            chunk = unpacker.unused_data
-            if unpacker.eof:
-                unpacker = None
-    if unpacker:
-        raise EOFError("it ends inside a frame")
-
-
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines with their newline, the last one perhaps without."""
-    rest = b""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from (line + b"\n" for line in lines)
-    if rest:
-        yield rest
+    return Corpus(name, tuple(files), root=os.fspath(root))
 
 
 def _decode(data: bytes, path: epath.Path, offset: int) -> str:
@@ -201,17 +332,3 @@ def _encode(text: str, place: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise DataError(f"{place}: the text holds half of a surrogate pair ({error.object[error.start]!r})") from error
-
-
-def _record_text(line: str, place: str, text_field: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place}: not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(record, dict) or text_field not in record:
-        fields = f"; it has: {', '.join(record)}" if isinstance(record, dict) else "; it is no object"
-        raise DataError(f"{place}: the record has no field {text_field!r} (data.text_field){fields}")
-    if not isinstance(record[text_field], str):
-        kind = type(record[text_field]).__name__
-        raise DataError(f"{place}: field {text_field!r} (data.text_field) must hold a string, not {kind}")
-    return record[text_field]

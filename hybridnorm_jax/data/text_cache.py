@@ -16,22 +16,28 @@ import pathlib
 import shutil
 import socket
 import sys
+from collections.abc import Callable, Iterator
 from typing import Self
 
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
+from hybridnorm_jax.data.blocks import held_out
 from hybridnorm_jax.data.cache_directory import cache_root
-from hybridnorm_jax.data.sources import Corpus, Document, held_out
-from hybridnorm_jax.data.tokenizers import Tokenizer
+from hybridnorm_jax.data.sources import Corpus, Document
+from hybridnorm_jax.data.token_files import open_token_file
+from hybridnorm_jax.data.tokenizers import LongTokens, Tokenizer
 from hybridnorm_jax.data.windows import Extent, TokenStream
 from hybridnorm_jax.errors import DataError
 from hybridnorm_jax.streams import can_redraw
 
 # Part of every fingerprint: raise it when the same inputs give other files than before.
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "validation")
-BATCH_CHARACTERS = 1 << 20
+BATCH_CHARACTERS = 1 << 19
+# A longer text is tokenized in pieces.
+LONG_CHARACTERS = 1 << 18
 PARTIAL = ".partial"
 
 
@@ -57,7 +63,7 @@ class TextCache:
         if not self.splits[split].tokens:  # an empty file cannot be mapped
             return TokenStream((), vocab_size)
         path = self.directory / f"{split}.npy"
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = open_token_file(epath.Path(path), "uint16")
         return TokenStream((Extent(array, str(path), 0, len(array)),), vocab_size)
 
 
@@ -76,7 +82,7 @@ def open_text_cache(
     inputs = {
         "format": FORMAT,
         "corpus": corpus.name,
-        "files": [file.signature() for file in corpus.files],
+        "files": corpus.signature(),
         "text_field": corpus.text_field,
         "tokenizer": tokenizer.fingerprint,
         "separator": tokenizer.separator_id,
@@ -156,39 +162,137 @@ def _publish(partial: pathlib.Path, directory: pathlib.Path) -> None:
 
 def _tokenize(partial: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer, fraction: float, progress: bool) -> dict:
     """Write both splits' token files, and return what meta.json says of them."""
+    seen = _Seen()
+    meta = _write(
+        partial, corpus, tokenizer, fraction, seen.choose(lambda digest: held_out(digest, fraction)), progress
+    )
+    if fraction in (0, 1) or len(seen.sides) == 2:
+        return meta
+    if seen.least == seen.most:
+        what = "all documents are the same" if seen.count > 1 else "there is one document, or one block of lines, only"
+        right = "give more text, or set it to 0 and name files in data.validation"
+        raise DataError(f"data.validation_fraction={fraction}: {what}, and of one nothing can be held out; {right}")
+    # Few documents: the hash has chosen none of them, or all. One is held out then, or one is trained on.
+    if seen.sides == {False}:
+        return _write(partial, corpus, tokenizer, fraction, lambda digest: digest == seen.least, progress)
+    return _write(partial, corpus, tokenizer, fraction, lambda digest: digest != seen.most, progress)
+
+
+class _Seen:
+    """What was chosen of which documents."""
+
+    def __init__(self):
+        self.sides: set[bool] = set()
+        self.count = 0
+        self.least = b"\xff" * 32
+        self.most = b""
+
+    def choose(self, is_held_out: Callable[[bytes], bool]) -> Callable[[bytes], bool]:
+        """The same choice, which is noted down."""
+
+        def chosen(digest: bytes) -> bool:
+            side = is_held_out(digest)
+            self.sides.add(side)
+            self.count += 1
+            self.least, self.most = min(self.least, digest), max(self.most, digest)
+            return side
+
+        return chosen
+
+
+def _write(
+    partial: pathlib.Path,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    fraction: float,
+    is_held_out: Callable[[bytes], bool],
+    progress: bool,
+) -> dict:
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     with contextlib.ExitStack() as stack:
         writers = {
             split: stack.enter_context(_TokenWriter(partial / f"{split}.npy", dtype, tokenizer.separator_id))
             for split in SPLITS
         }
-
-        def write(batch: list[Document]) -> None:
-            encoded = tokenizer.encode_batch([document.text for document in batch])
-            for document, ids in zip(batch, encoded, strict=True):
-                split = "validation" if held_out(document.digest, fraction) else "train"
-                writers[split].write(ids, document)
-
+        texts = _Texts(tokenizer, writers)
         shows_bar = progress and can_redraw(sys.stderr)
         if progress and not shows_bar:
             print(f"tokenizing {corpus.name}", file=sys.stderr, flush=True)
         files = stack.enter_context(tqdm(corpus.files, "tokenizing", unit="file", leave=False, disable=not shows_bar))
-        batch: list[Document] = []
-        characters = 0
+        whole = corpus.holds_whole_files_out(fraction)
         for file in files:
-            for document in corpus.documents(file):
-                batch.append(document)
-                characters += len(document.text)
-                if characters >= BATCH_CHARACTERS:
-                    write(batch)
-                    batch, characters = [], 0
-                    files.set_postfix_str(f"{sum(writer.tokens for writer in writers.values()):,} tokens")
-        write(batch)
+            for document in corpus.documents(file, whole=whole):
+                texts.add("validation" if is_held_out(document.digest) else "train", document)
+                files.set_postfix_str(f"{sum(writer.tokens for writer in writers.values()):,} tokens", refresh=False)
+        texts.finish()
     return {
         "file_sizes": {writer.path.name: writer.path.stat().st_size for writer in writers.values()},
         "max_id": max(writer.max_id for writer in writers.values()),
         "splits": {split: dataclasses.asdict(writer.counts) for split, writer in writers.items()},
     }
+
+
+class _Texts:
+    """Documents on their way to the two splits: short ones are tokenized many at once, a long one in pieces.
+
+    Blocks that follow each other in a file, and in a split, are one text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, writers: dict[str, "_TokenWriter"]):
+        self._tokenizer = tokenizer
+        self._writers = writers
+        self._batch: list[tuple[str, str]] = []
+        self._batch_characters = 0
+        # The text that may go on: its split, and its parts as long as it is short.
+        self._split = ""
+        self._parts: list[str] = []
+        self._characters = 0
+        self._long: LongTokens | None = None
+
+    def add(self, split: str, document: Document) -> None:
+        """The next document or block."""
+        if not (document.continues and split == self._split):
+            self._end()
+            self._split = split
+        self._writers[split].bytes += document.num_bytes
+        self._parts.append(document.text)
+        self._characters += len(document.text)
+        if self._long is None and self._characters > LONG_CHARACTERS:
+            self._flush()
+            self._long = self._tokenizer.long_text()
+        if self._long is not None:
+            for text in self._parts:
+                for part in _parts(text):
+                    self._writers[split].write(self._long.feed(part))
+            self._parts = []
+
+    def finish(self) -> None:
+        """No document follows."""
+        self._end()
+        self._flush()
+
+    def _end(self) -> None:
+        if self._long is not None:
+            self._writers[self._split].write(self._long.finish())
+            self._writers[self._split].end()
+        elif self._parts:
+            self._batch.append((self._split, "".join(self._parts)))
+            self._batch_characters += self._characters
+            if self._batch_characters >= BATCH_CHARACTERS:
+                self._flush()
+        self._split, self._parts, self._characters, self._long = "", [], 0, None
+
+    def _flush(self) -> None:
+        encoded = self._tokenizer.encode_batch([text for _, text in self._batch])
+        for (split, _), ids in zip(self._batch, encoded, strict=True):
+            self._writers[split].write([ids])
+            self._writers[split].end()
+        self._batch, self._batch_characters = [], 0
+
+
+def _parts(text: str) -> Iterator[str]:
+    for start in range(0, len(text), LONG_CHARACTERS):
+        yield text[start : start + LONG_CHARACTERS]
 
 
 class _TokenWriter:
@@ -221,14 +325,18 @@ class _TokenWriter:
         header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.tokens,)}
         np.lib.format.write_array_header_1_0(self._stream, header)
 
-    def write(self, ids: np.ndarray, document: Document) -> None:
-        """Append a document's ids and the separator."""
-        for part in (ids.astype(self._dtype), self._separator):
+    def write(self, pieces: list[np.ndarray]) -> None:
+        """Append ids."""
+        for ids in pieces:
+            part = ids.astype(self._dtype)
             self._stream.write(part.data)
             self.tokens += len(part)
             self.max_id = max(self.max_id, int(part.max(initial=0)))
+
+    def end(self) -> None:
+        """End a document: append the separator."""
+        self.write([self._separator])
         self.documents += 1
-        self.bytes += document.num_bytes
 
     @property
     def counts(self) -> SplitCounts:

@@ -1,23 +1,103 @@
-"""Token ids that somebody else has written: NumPy and raw files, memory-mapped and never copied."""
+"""Token ids that somebody else has written: read in place, and cut into what is trained on and what is held out."""
 
+import functools
 import hashlib
 import itertools
-import math
 import os
+import resource
 from collections.abc import Iterator, Mapping
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
-from hybridnorm_jax.data.sources import held_out
+from hybridnorm_jax.data.blocks import blocks, held_out
+from hybridnorm_jax.data.token_formats import Layout, read_layout
 from hybridnorm_jax.data.windows import Extent
 from hybridnorm_jax.errors import DataError
 
-MAGIC = b"\x93NUMPY"
-DTYPES = ("<u2", "<u4", "<i4")
-# The unit of the split: a constant, so that the split does not depend on the length of the windows.
-BLOCK_TOKENS = 65536
+MOST_OPEN = 256
+
+
+class OpenFiles:
+    """The files that are open at once: the last ones used, at most MOST_OPEN, and a quarter of what the system allows.
+
+    A file is closed when it has left this list and nobody reads it any more.
+    """
+
+    def __init__(self):
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = MOST_OPEN if soft == resource.RLIM_INFINITY else min(MOST_OPEN, max(soft // 4, 1))
+        self.open = functools.lru_cache(maxsize=most)(_Descriptor)
+
+
+class _Descriptor:
+    """An open file, closed when the last reference to it goes."""
+
+    def __init__(self, path: str):
+        self.number = -1  # for __del__, if os.open raises
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.size = os.fstat(self.number).st_size
+
+    def __del__(self):
+        if self.number >= 0:
+            os.close(self.number)
+
+
+class TokenFile:
+    """The tokens of one file, read when they are asked for: `file[start:stop]` is a 1-D array of the file's dtype.
+
+    Raises:
+      DataError: on reading, if the file has another size than when it was opened, or cannot be read.
+    """
+
+    def __init__(self, path: epath.Path, layout: Layout, files: OpenFiles):
+        self._path = os.fspath(path)
+        self._layout = layout
+        self._files = files
+        self.dtype = layout.dtype
+
+    def __len__(self) -> int:
+        return self._layout.count
+
+    def __getitem__(self, places: slice) -> np.ndarray:
+        start, stop, _ = places.indices(len(self))
+        dtype, _, offset = self._layout
+        wanted = max(stop - start, 0) * dtype.itemsize
+        try:
+            file = self._files.open(self._path)
+            content = _read(file, wanted, offset + start * dtype.itemsize)
+        except OSError as error:
+            raise DataError(f"{self._path}: cannot be read ({error.strerror or error})") from error
+        if len(content) != wanted:
+            right = "start again with files that nobody writes to"
+            raise DataError(f"{self._path}: became shorter while it was in use; {right}")
+        return np.frombuffer(content, dtype)
+
+
+def _read(file: _Descriptor, count: int, offset: int) -> bytes:
+    """`count` bytes from `offset` on, fewer only at the end of the file; not moving a position, threads share it."""
+    content = os.pread(file.number, count, offset)
+    while len(content) < count:
+        more = os.pread(file.number, count - len(content), offset + len(content))
+        if not more:
+            break
+        content += more
+    return content
+
+
+def open_token_file(path: epath.Path, raw_dtype: str, files: OpenFiles | None = None) -> TokenFile:
+    """A file of integers: NumPy's, llm.c's, or raw numbers of `raw_dtype`.
+
+    Args:
+      path: of the file.
+      raw_dtype: of a file without a header, "uint16" or "uint32".
+      files: those that are open at once, shared by all files of a run.
+
+    Raises:
+      DataError: as read_layout.
+    """
+    return TokenFile(path, read_layout(path, raw_dtype), files or OpenFiles())
 
 
 class SplitExtents(NamedTuple):
@@ -27,97 +107,76 @@ class SplitExtents(NamedTuple):
     held_out: tuple[Extent, ...]
 
 
-class _Layout(NamedTuple):
-    """What a file holds: `count` tokens from byte `offset` on."""
+class _Block(NamedTuple):
+    """A block of tokens [start, stop) of a file, and the digest of its identity."""
 
-    dtype: np.dtype
-    count: int
-    offset: int
+    path: epath.Path
+    start: int
+    stop: int
+    digest: bytes
 
 
-class _Stretch(NamedTuple):
+class _Piece(NamedTuple):
     """Tokens [start, stop) of a file, all on one side of the split."""
 
+    path: epath.Path
     start: int
     stop: int
     is_held_out: bool
 
 
-def open_token_file(path: epath.Path, raw_dtype: str) -> np.ndarray:
-    """A memory map of a 1-D array of uint16, uint32 or int32.
-
-    A file that begins with NumPy's magic carries its dtype. Any other, whatever it is called, is raw `raw_dtype`: OLMo
-    publishes raw tokens as .npy.
-
-    Raises:
-      DataError: the file cannot be read, holds no tokens, or its size is not what its header or dtype says.
-    """
-    if "://" in os.fspath(path):
-        raise DataError(f"{path}: token files are memory-mapped; copy it to a local disk and name that in data.files")
-    try:
-        with open(path, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            has_header = stream.read(len(MAGIC)) == MAGIC
-            layout = _read_header(stream, path, size) if has_header else _raw_layout(path, size, np.dtype(raw_dtype))
-            if not layout.count:
-                raise DataError(f"{path}: holds no tokens")
-            return np.memmap(stream, layout.dtype, mode="r", offset=layout.offset, shape=(layout.count,))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def _read_header(stream: BinaryIO, path: epath.Path, size: int) -> _Layout:
-    """The layout of a .npy file of this size."""
-    stream.seek(0)
-    try:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(stream)
-    except ValueError as error:
-        raise DataError(f"{path}: its NumPy header is damaged or truncated") from error
-    if len(shape) != 1 or dtype.str not in DTYPES:
-        known = "a 1-D array of uint16, uint32 or int32"
-        raise DataError(f"{path}: holds {dtype} of shape {shape}, but tokens must be {known}")
-    layout = _Layout(dtype, count=shape[0], offset=stream.tell())
-    promised = layout.offset + layout.count * dtype.itemsize
-    if size < promised:
-        raise DataError(f"{path}: truncated: its header promises {promised} bytes, the file has {size}")
-    return layout
-
-
-def _raw_layout(path: epath.Path, size: int, dtype: np.dtype) -> _Layout:
-    """The layout of a file of nothing but tokens."""
-    count, rest = divmod(size, dtype.itemsize)
-    if rest:
-        right = f"no whole number of {dtype} tokens; the file is truncated or data.token_dtype is another"
-        raise DataError(f"{path}: {size} bytes are {right}")
-    return _Layout(dtype, count, offset=0)
-
-
-def split_extents(arrays: Mapping[epath.Path, np.ndarray], fraction: float) -> SplitExtents:
+def split_extents(arrays: Mapping[epath.Path, TokenFile], names: tuple[str, ...], fraction: float) -> SplitExtents:
     """The training and the held-out parts of token files.
 
-    Blocks of BLOCK_TOKENS are held out by a hash of (file name, number of the block): moving a file to another
-    directory, or adding others, changes nothing.
+    Blocks are held out by a hash of (name, place of the block). Where the hash chooses none, or all, a part of one
+    block is cut off, so that the held-out share is `fraction` of all tokens.
+
+    Args:
+      arrays: the tokens by file.
+      names: the identity of each file: its path relative to the root of the patterns.
+      fraction: of all tokens, about.
     """
-    train: list[Extent] = []
-    held_out: list[Extent] = []
-    for path, array in arrays.items():
-        for stretch in _stretches(path.name, len(array), fraction):
-            part = held_out if stretch.is_held_out else train
-            part.append(Extent(array, name=os.fspath(path), start=stretch.start, stop=stretch.stop))
-    return SplitExtents(tuple(train), tuple(held_out))
-
-
-def _stretches(name: str, size: int, fraction: float) -> Iterator[_Stretch]:
-    """A file's tokens, neighbouring blocks of one side joined."""
-    block_tokens = BLOCK_TOKENS if 0 < fraction < 1 else size
-
-    def is_held_out(block: int) -> bool:
-        return held_out(hashlib.sha256(f"{name}:{block}".encode()).digest(), fraction)
-
-    blocks = range(math.ceil(size / block_tokens))
-    for side, neighbours in itertools.groupby(blocks, key=is_held_out):
+    pieces = _pieces(arrays, names, fraction)
+    sides: dict[bool, list[Extent]] = {False: [], True: []}
+    for (path, side), neighbours in itertools.groupby(pieces, key=lambda piece: (piece.path, piece.is_held_out)):
         first, *others = neighbours
-        last = others[-1] if others else first
-        yield _Stretch(first * block_tokens, min((last + 1) * block_tokens, size), side)
+        stop = others[-1].stop if others else first.stop
+        sides[side].append(Extent(arrays[path], name=os.fspath(path), start=first.start, stop=stop))
+    return SplitExtents(train=tuple(sides[False]), held_out=tuple(sides[True]))
+
+
+def _pieces(arrays: Mapping[epath.Path, TokenFile], names: tuple[str, ...], fraction: float) -> Iterator[_Piece]:
+    if fraction in (0, 1):
+        return iter([_Piece(path, 0, len(array), fraction == 1) for path, array in arrays.items()])
+    every = list(_blocks(arrays, names))
+    sides = [held_out(block.digest, fraction) for block in every]
+    if len(set(sides)) == 2:
+        pairs = zip(every, sides, strict=True)
+        return (_Piece(block.path, block.start, block.stop, side) for block, side in pairs)
+    return _cut_one(every, fraction, all_held_out=sides[0])
+
+
+def _cut_one(every: list[_Block], fraction: float, *, all_held_out: bool) -> Iterator[_Piece]:
+    """All blocks on one side but for the end (the begin, if all are held out) of one that its hash chooses."""
+    total = sum(block.stop - block.start for block in every)
+    choose = max if all_held_out else min
+    chosen = choose(every, key=lambda block: block.digest)
+    share = round(total * (1 - fraction if all_held_out else fraction))
+    # Two tokens, so that one has a target.
+    share = min(max(share, 2), chosen.stop - chosen.start)
+    for block in every:
+        if block is not chosen:
+            yield _Piece(block.path, block.start, block.stop, all_held_out)
+            continue
+        cut = block.start + share if all_held_out else block.stop - share
+        yield from (
+            piece
+            for piece in (_Piece(block.path, block.start, cut, False), _Piece(block.path, cut, block.stop, True))
+            if piece.start < piece.stop
+        )
+
+
+def _blocks(arrays: Mapping[epath.Path, TokenFile], names: tuple[str, ...]) -> Iterator[_Block]:
+    for (path, array), name in zip(arrays.items(), names, strict=True):
+        for start, stop in blocks(len(array)):
+            yield _Block(path, start, stop, hashlib.sha256(f"{name}:{start}".encode()).digest())

@@ -1,15 +1,20 @@
 """Text to token ids and back."""
 
 import hashlib
+import json
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
 
 from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.data import token_pieces
+from hybridnorm_jax.data.identity import regular_file_size
 from hybridnorm_jax.errors import DataError, MissingExtraError
 
+# The largest known file has 34 MB.
+MOST_FILE_BYTES = 256 << 20
 SEPARATORS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 
 
@@ -34,8 +39,21 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The same for several texts at once."""
 
+    def long_text(self) -> "LongTokens":
+        """Begin a text that is too long to be tokenized at once."""
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids; separators, and ids that stand for nothing, are left out."""
+
+
+class LongTokens(Protocol):
+    """A text that comes in parts, and whose ids are those of the whole text."""
+
+    def feed(self, text: str) -> list[np.ndarray]:
+        """Go on with the text; returns the ids, in pieces, that are certain by now."""
+
+    def finish(self) -> list[np.ndarray]:
+        """End the text; returns the last ids."""
 
 
 class ByteTokenizer:
@@ -54,9 +72,42 @@ class ByteTokenizer:
         """UTF-8 bytes of each text."""
         return [self.encode(text) for text in texts]
 
+    def long_text(self) -> LongTokens:
+        """The bytes of every part."""
+        return _LongBytes()
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids below 256; what is no UTF-8 becomes U+FFFD."""
         return bytes(int(token) for token in ids if token < 256).decode(errors="replace")
+
+
+class _LongBytes:
+    """Bytes do not depend on their neighbours."""
+
+    def feed(self, text: str) -> list[np.ndarray]:
+        """Its bytes."""
+        return [np.frombuffer(text.encode(), np.uint8)]
+
+    def finish(self) -> list[np.ndarray]:
+        """Nothing is left."""
+        return []
+
+
+class _LongPieces:
+    """token_pieces.LongText without separators in its ids."""
+
+    def __init__(self, text: token_pieces.LongText, checked: Any):
+        self._text = text
+        self._checked = checked
+
+    def feed(self, text: str) -> list[np.ndarray]:
+        """The ids that are certain by now."""
+        return [self._checked(part, ids) for part, ids in self._text.feed(text)]
+
+    def finish(self) -> list[np.ndarray]:
+        """The last ids."""
+        part, ids = self._text.finish()
+        return [self._checked(part, ids)]
 
 
 class HuggingFaceTokenizer:
@@ -72,20 +123,44 @@ class HuggingFaceTokenizer:
             import tokenizers  # brought by the extra `hf`, which bytes do not need
         except ModuleNotFoundError as error:
             raise MissingExtraError(f"data.tokenizer={name}", extra="hf") from error
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(f"data.tokenizer={name}: not a tokenizer.json ({error})") from error
+        self.name = name
+        self._what = f"data.tokenizer={name}"
+        self._tokenizer = self._parse(tokenizers, content)
+        self.separator_id = self._find_separator(separator, needs_separator)
+        settings = json.loads(content.decode("utf-8-sig"))
+        if self._make_plain(settings):
+            self._tokenizer = self._parse(tokenizers, json.dumps(settings).encode())
         # The file may carry its authors' settings: none of them may cut or pad a document, and a text that spells
         # out the separator must not end a document.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        self.name = name
         # get_vocab_size() counts entries, which is too few where ids have gaps.
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.fingerprint = hashlib.sha256(content).hexdigest()
-        self.separator_id = self._find_separator(separator, needs_separator)
+        self._obstacle = token_pieces.obstacle(settings)
+        self._cuts_before_spaces = token_pieces.cuts_inside_words(settings)
+
+    def _parse(self, tokenizers: Any, content: bytes) -> Any:
+        try:
+            text = content.decode("utf-8-sig")
+            return token_pieces.within_time(
+                self._what, token_pieces.SECONDS, lambda: tokenizers.Tokenizer.from_str(text)
+            )
+        except (UnicodeDecodeError, DataError) as error:
+            reason = str(error).removeprefix(f"{self._what}: the library tokenizers failed ").strip("()")
+            raise DataError(f"{self._what}: not a tokenizer.json ({reason})") from error
+
+    def _make_plain(self, settings: dict[str, Any]) -> bool:
+        """Change what would put the separator, or chance, into the ids of a text; returns whether there was any."""
+        changed = False
+        for token in settings.get("added_tokens", ()):
+            # The library reads a token that is not special in every text, whatever it is told of special ones.
+            if token["id"] == self.separator_id and not token["special"]:
+                token["special"] = changed = True
+        if settings["model"].get("dropout"):
+            settings["model"]["dropout"], changed = None, True
+        return changed
 
     def _find_separator(self, separator: str, needed: bool) -> int | None:
         candidates = (separator,) if separator else SEPARATORS
@@ -104,8 +179,40 @@ class HuggingFaceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text; the library spreads the texts over its threads."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        texts = list(texts)
+        encodings = token_pieces.within_time(
+            self._what,
+            token_pieces.SECONDS,
+            lambda: self._tokenizer.encode_batch_fast(texts, add_special_tokens=False),
+        )
+        ids = (np.array(encoding.ids, np.int32) for encoding in encodings)
+        return [self._without_separator(text, one) for text, one in zip(texts, ids, strict=True)]
+
+    def long_text(self) -> LongTokens:
+        """Pieces that end where a word ends; see token_pieces."""
+        text = token_pieces.LongText(self.name, self._encoding, self._obstacle, self._cuts_before_spaces)
+        return _LongPieces(text, self._without_separator)
+
+    def _encoding(self, text: str) -> Any:
+        return token_pieces.within_time(
+            self._what, token_pieces.SECONDS, lambda: self._tokenizer.encode(text, add_special_tokens=False)
+        )
+
+    def _without_separator(self, text: str, ids: np.ndarray) -> np.ndarray:
+        """The ids of a text; where some of it got the separator's id, it is cut there and tokenized in two parts."""
+        if self.separator_id is None or not (ids == self.separator_id).any():
+            return ids
+        encoding = self._encoding(text)
+        spelled = [
+            place for token, place in zip(encoding.ids, encoding.offsets, strict=True) if token == self.separator_id
+        ]
+        if any(stop - start < 2 for start, stop in spelled):
+            start, stop = next(place for place in spelled if place[1] - place[0] < 2)
+            wrong = f"gives the text {text[start:stop]!r} the id {self.separator_id}, which ends a document"
+            raise DataError(f"{self._what}: {wrong}; name another token in data.separator, or use another tokenizer")
+        cuts = [0, *((start + stop) // 2 for start, stop in spelled), len(text)]
+        parts = [text[start:stop] for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]
+        return np.concatenate(self.encode_batch(parts))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text without special tokens."""
@@ -125,10 +232,17 @@ def load_tokenizer(data: DataSection) -> Tokenizer:
     path = epath.Path(data.tokenizer).expanduser()
     if path.is_dir():
         raise DataError(f"data.tokenizer={data.tokenizer}: a directory; name the file, {path / 'tokenizer.json'}")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        right = "give bytes, or the path of a tokenizer.json"
-        raise DataError(f"data.tokenizer={data.tokenizer}: {error.strerror or error}; {right}") from error
+    content = _read(path, f"data.tokenizer={data.tokenizer}")
     # Token files come with their separators in them.
     return HuggingFaceTokenizer(data.tokenizer, content, data.separator, needs_separator=data.source != "tokens")
+
+
+def _read(path: epath.Path, what: str) -> bytes:
+    try:
+        size = regular_file_size(path)
+        if size > MOST_FILE_BYTES:
+            raise DataError(f"{path}: {size} bytes, but no tokenizer.json has more than {MOST_FILE_BYTES}")
+        return path.read_bytes()
+    except (OSError, DataError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{what}: {reason}; give bytes, or the path of a tokenizer.json") from error

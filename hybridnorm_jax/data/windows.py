@@ -1,24 +1,33 @@
 """Fixed windows over one long stream of tokens."""
 
 import dataclasses
+from typing import Protocol
 
 import numpy as np
 
 from hybridnorm_jax.errors import DataError
 
 
+class Tokens(Protocol):
+    """A 1-D array of integers, or a file of them that is read in slices."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, places: slice) -> np.ndarray: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Extent:
-    """Tokens [start, stop) of a (memory-mapped) 1-D array; `name` is the file, for messages."""
+    """Tokens [start, stop) of an array; `name` is the file, for messages."""
 
-    array: np.ndarray
+    array: Tokens
     name: str
     start: int
     stop: int
 
 
 class TokenStream:
-    """The tokens of several extents, one after the other."""
+    """The tokens of several extents, one after the other. None of them continues another's text."""
 
     def __init__(self, extents: tuple[Extent, ...], vocab_size: int):
         self._extents = extents
@@ -45,6 +54,13 @@ class TokenStream:
             index += 1
         return np.concatenate(pieces)
 
+    def begins(self, start: int, stop: int) -> np.ndarray:
+        """Which of the tokens [start, stop) are the first of an extent, as bool."""
+        begins = np.zeros(stop - start, bool)
+        first, last = np.searchsorted(self._ends, [start, stop])
+        begins[self._ends[first:last] - start] = True
+        return begins
+
     def _checked(self, extent: Extent, first: int, tokens: np.ndarray) -> np.ndarray:
         wrong = (tokens < 0) | (tokens >= self._vocab_size)
         if wrong.any():
@@ -61,8 +77,9 @@ class Windows:
     Row i covers tokens [i seq_len, i seq_len + seq_len] and runs across documents. So every token but the very first is
     a target once. A row is a dict of arrays (seq_len,): `tokens` int32, `targets` int32 (the following token) and
     `weights` float32. With a `separator_id` it also has `segment_ids` int32, which count the row's documents from 1,
-    and `positions` int32, which restart at 0 in each document. A separator belongs to the document it ends. A target in
-    another document than its input has weight 0.
+    and `positions` int32, which restart at 0 in each document. A separator belongs to the document it ends. A file
+    ends a document, also without a separator, and so does a held-out part. A target in another document than its input
+    has weight 0.
 
     Without `tail` the tokens after the last full row are dropped; with it they make one more row, filled up with
     zeros (weight 0, segment 0).
@@ -103,16 +120,21 @@ class Windows:
             "weights": np.ones(len(tokens) - 1, np.float32),
         }
         if self._separator_id is not None:
-            row |= _documents(tokens, self._separator_id)
+            begins = self._stream.begins(start, start + len(tokens))
+            row |= _documents(tokens, self._separator_id, begins)
         missing = self._seq_len - len(row["tokens"])
         if missing == 0:
             return row
         return {name: np.pad(values, (0, missing)) for name, values in row.items()}
 
 
-def _documents(tokens: np.ndarray, separator_id: int) -> dict[str, np.ndarray]:
-    """Weights, segment ids and positions of a row of inputs and their last target."""
+def _documents(tokens: np.ndarray, separator_id: int, begins: np.ndarray) -> dict[str, np.ndarray]:
+    """Weights, segment ids and positions of a row of inputs and their last target.
+
+    A document ends with a separator, and before a token of which `begins` says that it begins a file or a part of one.
+    """
     ends = tokens == separator_id
+    ends[:-1] |= begins[1:]
     document = np.cumsum(ends) - ends
     index = np.arange(len(tokens))
     begins = np.diff(document, prepend=-1) > 0
