@@ -33,8 +33,8 @@ MODEL = (
     Fault(
         name="rotation_in_the_compute_dtype",
         file="model/attention.py",
-        right='''    dtype = jnp.promote_types(dtype, jnp.float32)
-    wavelengths''',
+        right="""    dtype = jnp.promote_types(dtype, jnp.float32)
+    wavelengths""",
         wrong="    wavelengths",
         tests=("model",),
     ),
@@ -88,11 +88,11 @@ MODEL = (
         tests=("kernels/test_attention_backends.py",),
     ),
     Fault(
-        name="gradients_of_shared_keys_summed_in_the_compute_dtype",
-        file="kernels/blockwise_attention.py",
-        right="joined = jnp.concatenate(blocks, axis=2).swapaxes(1, 2)",
-        wrong="joined = jnp.concatenate(blocks, axis=2).swapaxes(1, 2).astype(like.dtype)",
-        tests=("kernels/test_attention_backends.py",),
+        name="softmax_over_a_split_sequence_in_the_compute_dtype",
+        file="kernels/split_sequence.py",
+        right="weights = jnp.exp(scores - highest[..., None])",
+        wrong="weights = jnp.exp((scores - highest[..., None]).astype(inputs.query.dtype)).astype(scores.dtype)",
+        tests=("kernels/test_split_sequence.py",),
     ),
     Fault(
         name="initial_weights_cut_at_two_deviations",
@@ -121,8 +121,8 @@ LOSS = (
     Fault(
         name="loss_in_the_compute_dtype",
         file="model/loss.py",
-        right='''    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    log_z''',
+        right="""    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    log_z""",
         wrong="    log_z",
         tests=("model/test_loss.py",),
     ),
@@ -136,10 +136,10 @@ LOSS = (
     Fault(
         name="perplexity_is_the_mean_of_batches",
         file="evaluation/perplexity.py",
-        right='''        nll += float(sums.nll)
-        weight += float(sums.weight)''',
-        wrong='''        nll += float(sums.nll) / float(sums.weight)
-        weight += 1.0''',
+        right="""        nll += float(sums.nll)
+        weight += float(sums.weight)""",
+        wrong="""        nll += float(sums.nll) / float(sums.weight)
+        weight += 1.0""",
         tests=("evaluation/test_perplexity.py",),
     ),
 )
@@ -194,8 +194,8 @@ ACCUMULATION = (
         name="mean_of_the_means_of_microbatches",
         file="training/step.py",
         right="totals, sown, grads = gradient(microbatch, jax.random.fold_in(key, number))",
-        wrong='''totals, sown, grads = gradient(microbatch, jax.random.fold_in(key, number))
-        grads = _divide(grads, totals.loss.weight * count / batch["weights"].sum())''',
+        wrong="""totals, sown, grads = gradient(microbatch, jax.random.fold_in(key, number))
+        grads = _divide(grads, totals.loss.weight * count / batch["weights"].sum())""",
         tests=("training/test_step.py",),
     ),
     Fault(
@@ -216,8 +216,8 @@ ACCUMULATION = (
         name="gradients_of_microbatches_summed_in_bfloat16",
         file="training/step.py",
         right="return jax.tree.map(jnp.add, carry, (totals, grads)), sown",
-        wrong='''rounded = jax.tree.map(lambda g: g.astype(jnp.bfloat16).astype(g.dtype), grads)
-        return jax.tree.map(jnp.add, carry, (totals, rounded)), sown''',
+        wrong="""rounded = jax.tree.map(lambda g: g.astype(jnp.bfloat16).astype(g.dtype), grads)
+        return jax.tree.map(jnp.add, carry, (totals, rounded)), sown""",
         tests=("training/test_step.py",),
     ),
 )
@@ -240,9 +240,9 @@ MOMENTS = (
     Fault(
         name="the_balance_bias_decays",
         file="training/optimizer.py",
-        right='''        if name == "balance_bias":
+        right="""        if name == "balance_bias":
             return False
-''',
+""",
         wrong="",
         tests=("training/test_moe_training.py", "training/test_step.py"),
     ),
@@ -294,9 +294,9 @@ SHARDING = (
     Fault(
         name="split_hidden_layers_are_not_summed",
         file="kernels/split_experts.py",
-        right='''    if summed:
+        right="""    if summed:
         y = jax.lax.psum(y, summed)
-''',
+""",
         wrong="",
         tests=("kernels/test_split_experts.py",),
     ),
