@@ -12,7 +12,7 @@ class Fault:
       file: below hybridnorm_jax/.
       right: stands in the file exactly once.
       wrong: stands there instead while the fault is planted.
-      tests: files below tests/ of which at least one test must fail.
+      tests: files below tests/, or tests in them as pytest names them, of which at least one test must fail.
     """
 
     name: str
@@ -131,7 +131,7 @@ LOSS = (
         file="training/step.py",
         right="gathered = nn.with_logical_constraint(params[module][name], axes)",
         wrong="gathered = nn.with_logical_constraint(params[module][name].astype(jnp.bfloat16), axes)",
-        tests=("training/test_step.py", "model/test_loss.py"),
+        tests=("training/test_step.py::test_the_chunked_loss_trains_the_same",),
     ),
     Fault(
         name="perplexity_is_the_mean_of_batches",
@@ -185,7 +185,7 @@ DATA = (
         file="training/resume.py",
         right='iterator.set_state(data_state["iterator"])',
         wrong="pass",
-        tests=("training/test_resume.py",),
+        tests=("training/test_resume.py::test_stopped_and_resumed_equals_uninterrupted_bit_for_bit",),
     ),
 )
 
@@ -196,21 +196,21 @@ ACCUMULATION = (
         right="totals, sown, grads = gradient(microbatch, jax.random.fold_in(key, number))",
         wrong="""totals, sown, grads = gradient(microbatch, jax.random.fold_in(key, number))
         grads = _divide(grads, totals.loss.weight * count / batch["weights"].sum())""",
-        tests=("training/test_step.py",),
+        tests=("training/test_step.py::test_four_microbatches_equal_one_large_batch",),
     ),
     Fault(
         name="every_microbatch_has_the_same_dropout",
         file="training/step.py",
         right="gradient(microbatch, jax.random.fold_in(key, number))",
         wrong="gradient(microbatch, key)",
-        tests=("training/test_step.py",),
+        tests=("training/test_step.py::test_dropout_differs_between_steps_and_microbatches",),
     ),
     Fault(
         name="every_step_has_the_same_dropout",
         file="training/step.py",
         right="key = jax.random.fold_in(dropout_root, state.step)",
         wrong="key = dropout_root",
-        tests=("training/test_step.py",),
+        tests=("training/test_step.py::test_dropout_differs_between_steps_and_microbatches",),
     ),
     Fault(
         name="gradients_of_microbatches_summed_in_bfloat16",
@@ -218,7 +218,7 @@ ACCUMULATION = (
         right="return jax.tree.map(jnp.add, carry, (totals, grads)), sown",
         wrong="""rounded = jax.tree.map(lambda g: g.astype(jnp.bfloat16).astype(g.dtype), grads)
         return jax.tree.map(jnp.add, carry, (totals, rounded)), sown""",
-        tests=("training/test_step.py",),
+        tests=("training/test_step.py::test_four_microbatches_equal_one_large_batch",),
     ),
 )
 
@@ -228,14 +228,25 @@ MOMENTS = (
         file="training/optimizer.py",
         right="b1=config.b1, b2=config.b2",
         wrong="b1=config.b2, b2=config.b1",
-        tests=("training/test_step.py",),
+        tests=("training/test_optimizer.py",),
+    ),
+    Fault(
+        name="updates_are_clipped_and_not_gradients",
+        file="training/optimizer.py",
+        right="""        *clip,
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+""",
+        wrong="""        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        *clip,
+""",
+        tests=("training/test_optimizer.py",),
     ),
     Fault(
         name="biases_decay",
         file="training/optimizer.py",
         right='if name in ("scale", "bias")',
         wrong='if name == "scale"',
-        tests=("training/test_step.py",),
+        tests=("training/test_step.py::test_what_decays",),
     ),
     Fault(
         name="the_balance_bias_decays",
@@ -244,14 +255,14 @@ MOMENTS = (
             return False
 """,
         wrong="",
-        tests=("training/test_moe_training.py", "training/test_step.py"),
+        tests=("training/test_moe_training.py::test_the_balance_bias_moves_by_its_own_rule_alone",),
     ),
     Fault(
         name="the_warm_up_begins_with_a_rate_of_zero",
         file="training/optimizer.py",
         right="return lambda count: schedule(count + 1)",
         wrong="return lambda count: schedule(count)",
-        tests=("training/test_step.py",),
+        tests=("training/test_step.py::test_schedules",),
     ),
     Fault(
         name="a_skipped_step_moves_the_moments",
@@ -271,11 +282,11 @@ MOMENTS = (
 
 SHARDING = (
     Fault(
-        name="processes_read_each_others_share",
+        name="every_process_reads_the_first_share",
         file="mesh/batch_shares.py",
         right="return BatchShare(number=stretches.index(own), count=len(stretches))",
-        wrong="return BatchShare(number=len(stretches) - 1 - stretches.index(own), count=len(stretches))",
-        tests=("mesh/test_processes.py",),
+        wrong="return BatchShare(number=0, count=len(stretches))",
+        tests=("mesh/test_processes.py::test_no_process_reads_the_rows_of_another",),
     ),
     Fault(
         name="a_split_sequence_forgets_documents",
@@ -305,7 +316,7 @@ SHARDING = (
         file="training/router_balance.py",
         right="first = layers.stop",
         wrong="first = 0",
-        tests=("training/test_moe_training.py",),
+        tests=("training/test_moe_training.py::test_balance_improves_in_100_steps_from_a_skewed_start",),
     ),
 )
 
