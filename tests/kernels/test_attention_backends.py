@@ -77,6 +77,38 @@ def test_narrow_dtypes_stay_within_their_rounding(dtype, tolerance):
     assert_equal_to(expected, got, tolerance)
 
 
+def many_far_keys(seq=401):
+    """(query, key, value) in bfloat16, and the context of the last query in float64.
+
+    The first key's score is 0. The others' is -6.0104, which lies between two values of bfloat16 that are 0.03 apart.
+    Together they weigh as much as the first one, so an exponential of rounded scores is 1 % off in half the context.
+    """
+    query = np.zeros((1, seq, 1, 8))
+    query[..., 0] = 8
+    key = np.zeros((1, seq, 1, 8))
+    key[:, 1:, :, 0] = -2.125
+    value = np.full((1, seq, 1, 8), -1.0)
+    value[:, 0] = 1
+    other = np.exp(8 * -2.125 / np.sqrt(8))
+    context = (1 - (seq - 1) * other) / (1 + (seq - 1) * other)
+    return (*(jnp.asarray(array, jnp.bfloat16) for array in (query, key, value)), context)
+
+
+# In many_far_keys the weights of half the context are rounded once, for their product with the values.
+ROUNDED_WEIGHTS = 2.0**-9 / 2
+
+
+def as_written(function):
+    """Compiled with every rounding that the source asks for; XLA otherwise leaves out those that are undone."""
+    return jax.jit(function, compiler_options={"xla_allow_excess_precision": False})
+
+
+def test_the_softmax_of_bfloat16_is_computed_in_float32():
+    query, key, value, expected = many_far_keys()
+    last = np.asarray(as_written(causal_attention)(query, key, value)[0, -1], np.float64)
+    np.testing.assert_allclose(last, expected, rtol=2.0**-9, atol=ROUNDED_WEIGHTS)
+
+
 def test_scores_far_beyond_the_range_of_exp_do_no_harm():
     query, key, value, d_context = draw(1, 70, 2, 2, 8)
     for array in context_and_gradients(causal_attention, 1e4 * query, key, value, d_context):

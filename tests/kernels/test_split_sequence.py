@@ -8,7 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_attention_backends import assert_equal_to, context_and_gradients, documents, draw, textbook
+from test_attention_backends import (
+    ROUNDED_WEIGHTS,
+    as_written,
+    assert_equal_to,
+    context_and_gradients,
+    documents,
+    draw,
+    many_far_keys,
+    textbook,
+)
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.config.run_config import MeshSection, RunConfig, TrainSection
@@ -73,6 +82,13 @@ def test_narrow_dtypes_stay_within_their_rounding(dtype, tolerance):
             got = context_and_gradients(_attention(None), *rounded)
     assert {array.dtype for array in got} == {jnp.dtype(dtype)}
     assert_equal_to(expected, got, tolerance)
+
+
+def test_the_softmax_of_bfloat16_is_computed_in_float32():
+    query, key, value, expected = many_far_keys(seq=404)  # as in test_attention_backends.py
+    with use_mesh(_mesh(context=2)):
+        context = as_written(_attention(None))(query, key, value)
+    np.testing.assert_allclose(np.asarray(context[0, -1], np.float64), expected, rtol=2.0**-9, atol=ROUNDED_WEIGHTS)
 
 
 def test_scores_far_beyond_the_range_of_exp_do_no_harm():

@@ -23,6 +23,14 @@ def test_definition():
     assert float(sums.weight) == WEIGHTS.sum()
 
 
+def test_narrow_logits_have_a_loss_in_float32():
+    logits = jnp.asarray(HIDDEN @ KERNEL, jnp.bfloat16)
+    ours = cross_entropy(logits, TARGETS, WEIGHTS)
+    wide = cross_entropy(logits.astype(jnp.float32), TARGETS, WEIGHTS)
+    assert {field.dtype for field in jax.tree.leaves(ours)} == {jnp.dtype(jnp.float32)}
+    jax.tree.map(np.testing.assert_array_equal, ours, wide)
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 12])
 def test_chunks_equal_the_whole_in_value_and_gradient(chunk):
     def whole(hidden, kernel):

@@ -1,0 +1,323 @@
+"""Faults that give wrong numbers without a word, each with the tests that must fail where it is planted."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A piece of the package's source, and what it would be if somebody had got it wrong.
+
+    Attributes:
+      name: what is wrong, as an identifier.
+      file: below hybridnorm_jax/.
+      right: stands in the file exactly once.
+      wrong: stands there instead while the fault is planted.
+      tests: files below tests/, or tests in them as pytest names them, of which at least one test must fail.
+    """
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: tuple[str, ...]
+
+
+MODEL = (
+    Fault(
+        name="embedding_has_no_dropout",
+        file="model/decoder.py",
+        right="self.dropout(stream, deterministic=deterministic)",
+        wrong="self.dropout(stream, deterministic=True)",
+        tests=("model",),
+    ),
+    Fault(
+        name="rotation_in_the_compute_dtype",
+        file="model/attention.py",
+        right="""    dtype = jnp.promote_types(dtype, jnp.float32)
+    wavelengths""",
+        wrong="    wavelengths",
+        tests=("model",),
+    ),
+    Fault(
+        name="epsilon_outside_the_root",
+        file="model/norms.py",
+        right="wide * jax.lax.rsqrt(mean_square + eps)",
+        wrong="wide / (jnp.sqrt(mean_square) + eps)",
+        tests=("model/test_norms.py",),
+    ),
+    Fault(
+        name="crmsnorm_divides_by_the_stored_width",
+        file="model/norms.py",
+        right="width = x.shape[-1] + 1 if width is None else width",
+        wrong="width = x.shape[-1] if width is None else width",
+        tests=("model/test_norms.py",),
+    ),
+    Fault(
+        name="router_in_the_compute_dtype",
+        file="model/moe.py",
+        right="dtype=jnp.promote_types(self.dtype, jnp.float32),",
+        wrong="dtype=self.dtype,",
+        tests=("model/test_moe.py",),
+    ),
+    Fault(
+        name="balance_bias_enters_the_weights",
+        file="model/moe.py",
+        right="return jnp.take_along_axis(p, chosen, axis=-1), chosen",
+        wrong="return jnp.take_along_axis(scores, chosen, axis=-1), chosen",
+        tests=("model/test_moe.py",),
+    ),
+    Fault(
+        name="balance_loss_counts_first_choices_only",
+        file="model/moe.py",
+        right="(chosen[..., None] == jnp.arange(experts)).mean((0, 1, 2)",
+        wrong="(chosen[..., :1, None] == jnp.arange(experts)).mean((0, 1, 2)",
+        tests=("model/test_moe.py",),
+    ),
+    Fault(
+        name="gradient_of_the_embedding_summed_in_the_compute_dtype",
+        file="model/decoder.py",
+        right="jnp.take(table, ids, axis=0)",
+        wrong="jnp.take(table.astype(self.dtype), ids, axis=0)",
+        tests=("model",),
+    ),
+    Fault(
+        name="softmax_of_attention_in_the_compute_dtype",
+        file="kernels/blockwise_attention.py",
+        right="weights = jnp.exp(scores - highest)",
+        wrong="weights = jnp.exp((scores - highest).astype(inputs.query.dtype)).astype(scores.dtype)",
+        tests=("kernels/test_attention_backends.py",),
+    ),
+    Fault(
+        name="softmax_over_a_split_sequence_in_the_compute_dtype",
+        file="kernels/split_sequence.py",
+        right="weights = jnp.exp(scores - highest[..., None])",
+        wrong="weights = jnp.exp((scores - highest[..., None]).astype(inputs.query.dtype)).astype(scores.dtype)",
+        tests=("kernels/test_split_sequence.py",),
+    ),
+    Fault(
+        name="initial_weights_cut_at_two_deviations",
+        file="model/initializers.py",
+        right="truncated_normal(key, -3, 3,",
+        wrong="truncated_normal(key, -2, 2,",
+        tests=("model/test_initializers.py",),
+    ),
+)
+
+LOSS = (
+    Fault(
+        name="targets_without_weight_are_counted",
+        file="model/loss.py",
+        right="weight=jnp.sum(weights),",
+        wrong="weight=jnp.sum(jnp.ones_like(weights)),",
+        tests=("model/test_loss.py",),
+    ),
+    Fault(
+        name="z_loss_ignores_weights",
+        file="model/loss.py",
+        right="jnp.sum(weights * jnp.square(log_z))",
+        wrong="jnp.sum(jnp.square(log_z))",
+        tests=("model/test_loss.py",),
+    ),
+    Fault(
+        name="loss_in_the_compute_dtype",
+        file="model/loss.py",
+        right="""    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    log_z""",
+        wrong="    log_z",
+        tests=("model/test_loss.py",),
+    ),
+    Fault(
+        name="head_read_in_bfloat16_once_for_all_chunks",
+        file="training/step.py",
+        right="gathered = nn.with_logical_constraint(params[module][name], axes)",
+        wrong="gathered = nn.with_logical_constraint(params[module][name].astype(jnp.bfloat16), axes)",
+        tests=("training/test_step.py::test_the_chunked_loss_trains_the_same",),
+    ),
+    Fault(
+        name="perplexity_is_the_mean_of_batches",
+        file="evaluation/perplexity.py",
+        right="""        nll += float(sums.nll)
+        weight += float(sums.weight)""",
+        wrong="""        nll += float(sums.nll) / float(sums.weight)
+        weight += 1.0""",
+        tests=("evaluation/test_perplexity.py",),
+    ),
+)
+
+DATA = (
+    Fault(
+        name="a_token_between_two_rows_is_no_target",
+        file="data/windows.py",
+        right="start = index * self._seq_len",
+        wrong="start = index * (self._seq_len + 1)",
+        tests=("data/test_windows.py",),
+    ),
+    Fault(
+        name="a_separator_begins_the_next_document",
+        file="data/windows.py",
+        right="document = np.cumsum(ends) - ends",
+        wrong="document = np.cumsum(ends)",
+        tests=("data/test_windows.py",),
+    ),
+    Fault(
+        name="every_epoch_has_the_same_order",
+        file="data/pipeline.py",
+        right="windows[order[step * batch_size + int(row)]]",
+        wrong="windows[order[(step * batch_size + int(row)) % len(windows)]]",
+        tests=("data/test_pipeline.py",),
+    ),
+    Fault(
+        name="the_number_of_processes_changes_the_microbatches",
+        file="data/pipeline.py",
+        right=".reshape(accumulation, share.count, local)[:, share.number]",
+        wrong=".reshape(share.count, accumulation, local)[share.number]",
+        tests=("data/test_pipeline.py",),
+    ),
+    Fault(
+        name="the_last_batch_of_validation_repeats_rows",
+        file="data/pipeline.py",
+        right="return _stack(rows + [blank] * missing)",
+        wrong="return _stack(rows + [windows[0]] * missing)",
+        tests=("data/test_pipeline.py",),
+    ),
+    Fault(
+        name="a_resumed_run_begins_with_the_first_batch",
+        file="training/resume.py",
+        right='iterator.set_state(data_state["iterator"])',
+        wrong="pass",
+        tests=("training/test_resume.py::test_stopped_and_resumed_equals_uninterrupted_bit_for_bit",),
+    ),
+)
+
+ACCUMULATION = (
+    Fault(
+        name="mean_of_the_means_of_microbatches",
+        file="training/step.py",
+        right="totals, sown, grads = gradient(microbatch, jax.random.fold_in(key, number))",
+        wrong="""totals, sown, grads = gradient(microbatch, jax.random.fold_in(key, number))
+        grads = _divide(grads, totals.loss.weight * count / batch["weights"].sum())""",
+        tests=("training/test_step.py::test_four_microbatches_equal_one_large_batch",),
+    ),
+    Fault(
+        name="every_microbatch_has_the_same_dropout",
+        file="training/step.py",
+        right="gradient(microbatch, jax.random.fold_in(key, number))",
+        wrong="gradient(microbatch, key)",
+        tests=("training/test_step.py::test_dropout_differs_between_steps_and_microbatches",),
+    ),
+    Fault(
+        name="every_step_has_the_same_dropout",
+        file="training/step.py",
+        right="key = jax.random.fold_in(dropout_root, state.step)",
+        wrong="key = dropout_root",
+        tests=("training/test_step.py::test_dropout_differs_between_steps_and_microbatches",),
+    ),
+    Fault(
+        name="gradients_of_microbatches_summed_in_bfloat16",
+        file="training/step.py",
+        right="return jax.tree.map(jnp.add, carry, (totals, grads)), sown",
+        wrong="""rounded = jax.tree.map(lambda g: g.astype(jnp.bfloat16).astype(g.dtype), grads)
+        return jax.tree.map(jnp.add, carry, (totals, rounded)), sown""",
+        tests=("training/test_step.py::test_four_microbatches_equal_one_large_batch",),
+    ),
+)
+
+MOMENTS = (
+    Fault(
+        name="decay_rates_of_the_moments_exchanged",
+        file="training/optimizer.py",
+        right="b1=config.b1, b2=config.b2",
+        wrong="b1=config.b2, b2=config.b1",
+        tests=("training/test_optimizer.py",),
+    ),
+    Fault(
+        name="updates_are_clipped_and_not_gradients",
+        file="training/optimizer.py",
+        right="""        *clip,
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+""",
+        wrong="""        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        *clip,
+""",
+        tests=("training/test_optimizer.py",),
+    ),
+    Fault(
+        name="biases_decay",
+        file="training/optimizer.py",
+        right='if name in ("scale", "bias")',
+        wrong='if name == "scale"',
+        tests=("training/test_step.py::test_what_decays",),
+    ),
+    Fault(
+        name="the_balance_bias_decays",
+        file="training/optimizer.py",
+        right="""        if name == "balance_bias":
+            return False
+""",
+        wrong="",
+        tests=("training/test_moe_training.py::test_the_balance_bias_moves_by_its_own_rule_alone",),
+    ),
+    Fault(
+        name="the_warm_up_begins_with_a_rate_of_zero",
+        file="training/optimizer.py",
+        right="return lambda count: schedule(count + 1)",
+        wrong="return lambda count: schedule(count)",
+        tests=("training/test_step.py::test_schedules",),
+    ),
+    Fault(
+        name="a_skipped_step_moves_the_moments",
+        file="training/step.py",
+        right="params, opt_state = keep_where(skip, before, after)",
+        wrong="params, _ = keep_where(skip, before, after)",
+        tests=("training/test_anomalies.py", "training/test_step.py"),
+    ),
+    Fault(
+        name="a_skipped_loss_is_remembered",
+        file="training/anomalies.py",
+        right="losses=jnp.where(skip, before.losses, before.losses.at[before.made % window].set(loss)),",
+        wrong="losses=before.losses.at[before.made % window].set(loss),",
+        tests=("training/test_anomalies.py",),
+    ),
+)
+
+SHARDING = (
+    Fault(
+        name="every_process_reads_the_first_share",
+        file="mesh/batch_shares.py",
+        right="return BatchShare(number=stretches.index(own), count=len(stretches))",
+        wrong="return BatchShare(number=0, count=len(stretches))",
+        tests=("mesh/test_processes.py::test_no_process_reads_the_rows_of_another",),
+    ),
+    Fault(
+        name="a_split_sequence_forgets_documents",
+        file="kernels/split_sequence.py",
+        right="visible = (visible & (row_ids[:, :, None] == column_ids[:, None]))[:, None, None]",
+        wrong="pass",
+        tests=("kernels/test_split_sequence.py",),
+    ),
+    Fault(
+        name="experts_of_the_next_device_are_taken",
+        file="kernels/split_experts.py",
+        right="chosen = chosen - len(kernels.gate) * jax.lax.axis_index(split.experts)",
+        wrong="chosen = chosen - len(kernels.gate) * (jax.lax.axis_index(split.experts) ^ 1)",
+        tests=("kernels/test_split_experts.py",),
+    ),
+    Fault(
+        name="split_hidden_layers_are_not_summed",
+        file="kernels/split_experts.py",
+        right="""    if summed:
+        y = jax.lax.psum(y, summed)
+""",
+        wrong="",
+        tests=("kernels/test_split_experts.py",),
+    ),
+    Fault(
+        name="balance_biases_of_the_first_run_for_all_layers",
+        file="training/router_balance.py",
+        right="first = layers.stop",
+        wrong="first = 0",
+        tests=("training/test_moe_training.py::test_balance_improves_in_100_steps_from_a_skewed_start",),
+    ),
+)
+
+FAULTS = MODEL + LOSS + DATA + ACCUMULATION + MOMENTS + SHARDING
