@@ -105,10 +105,7 @@ class Dropout(nn.Dropout):
     @nn.compact
     def __call__(self, x: Array, deterministic: bool | None = None, rng: Array | None = None) -> Array:
         """x / (1 - rate) where it is kept, and 0 elsewhere, in the dtype of x; arguments as in flax.linen.Dropout."""
-        deterministic = nn.merge_param("deterministic", self.deterministic, deterministic)
-        if deterministic or self.rate == 0:
-            return x
-        dropped: Array = super().__call__(widened(x), rng=rng)
+        dropped: Array = super().__call__(widened(x), deterministic=deterministic, rng=rng)
         return dropped.astype(x.dtype)
 
 

@@ -160,7 +160,9 @@ def _dropped(scheme, **keys):
 def _masks(scheme, **keys):
     """Which elements are kept, by (absolute layer, path)."""
     config, sown = _dropped(scheme, **keys)
-    return {where: out != 0 for where, out in _by_layer(config, sown["intermediates"], lambda _: True).items()}
+    # Flax captures what Dropout returns, and what the Dropout that it extends returns, which has the same mask.
+    outputs = _by_layer(config, sown["intermediates"], lambda name: name.endswith("__call__/0"))
+    return {where: out != 0 for where, out in outputs.items()}
 
 
 def test_every_layer_and_every_branch_has_a_dropout_mask_of_its_own():
