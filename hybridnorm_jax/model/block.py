@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.config_fields import present
+from hybridnorm_jax.kernels.precision import wide_dtype, widened
 from hybridnorm_jax.model.attention import Attention, Rotation
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.feed_forward import FeedForward
@@ -59,15 +60,15 @@ def apply_formula(
 
 
 def times(scale: Float[Array, ""] | None, x: Array) -> Array:
-    """scale * x in the dtype of x; a scale of None is 1."""
-    return x if scale is None else scale.astype(x.dtype) * x
+    """scale * x, multiplied in float32 at least and rounded once to the dtype of x; a scale of None is 1."""
+    return x if scale is None else (scale.astype(wide_dtype(x.dtype)) * widened(x)).astype(x.dtype)
 
 
 def scale_arrays(scales: Scales[float], dtype: str) -> ScaleArrays:
-    """The scales of one layer as arrays in this dtype, None where a scale is 1."""
+    """The scales of one layer for a stream of this dtype, in float32 at least; None where a scale is 1."""
 
     def array(scale: float) -> Float[Array, ""] | None:
-        return None if scale == 1.0 else jnp.asarray(scale, dtype)
+        return None if scale == 1.0 else jnp.asarray(scale, wide_dtype(dtype))
 
     return Scales(residual=array(scales.residual), branch=array(scales.branch), input=array(scales.input))
 
@@ -79,11 +80,14 @@ class LayerInputs:
     Attributes:
       layer: number of the layer, from 0.
       attention, feed_forward: the scales of the formula in the two sublayers.
+      keys: what the layer draws its parameters and its dropout from, by the name of Flax's stream. The Decoder gives
+        them; a Block alone leaves keys to Flax.
     """
 
     layer: int | Int[Array, ""]
     attention: ScaleArrays
     feed_forward: ScaleArrays
+    keys: dict[str, Array] = flax.struct.field(default_factory=dict)
 
 
 @flax.struct.dataclass
@@ -93,6 +97,16 @@ class SharedInputs:
     rotation: Rotation | None = None
     segment_ids: Int[Array, "batch seq"] | None = None
     positions: Int[Array, "batch seq"] | None = None
+
+
+class Dropout(nn.Dropout):
+    """flax.linen.Dropout that divides by the keep probability in float32 at least, and rounds once."""
+
+    @nn.compact
+    def __call__(self, x: Array, deterministic: bool | None = None, rng: Array | None = None) -> Array:
+        """x / (1 - rate) where it is kept, and 0 elsewhere, in the dtype of x; arguments as in flax.linen.Dropout."""
+        dropped: Array = super().__call__(widened(x), deterministic=deterministic, rng=rng)
+        return dropped.astype(x.dtype)
 
 
 class Block(nn.Module):
@@ -150,7 +164,7 @@ class Block(nn.Module):
             return attention(x, positions=shared.positions, segment_ids=shared.segment_ids, rotation=shared.rotation)
 
         after_attention = apply_formula(
-            self._with_dropout(attend, deterministic),
+            self._with_dropout(attend, deterministic, "attention_dropout"),
             sublayer_input=x,
             block_input=x,
             placement=self.placement.attention,
@@ -158,7 +172,7 @@ class Block(nn.Module):
             scales=layer.attention,
         )
         y = apply_formula(
-            self._with_dropout(feed_forward, deterministic),
+            self._with_dropout(feed_forward, deterministic, "feed_forward_dropout"),
             sublayer_input=after_attention,
             block_input=x,
             placement=self.placement.feed_forward,
@@ -167,8 +181,8 @@ class Block(nn.Module):
         )
         return nn.with_logical_constraint(watch_stream(self, y), ("batch", "seq", None))
 
-    def _with_dropout(self, f: StreamFunction, deterministic: bool) -> StreamFunction:
-        dropout = nn.Dropout(self.config.dropout, deterministic=deterministic)
+    def _with_dropout(self, f: StreamFunction, deterministic: bool, name: str) -> StreamFunction:
+        dropout = Dropout(self.config.dropout, deterministic=deterministic, name=name)
         return lambda x: dropout(f(x))
 
     def _norms(self, sublayer: str, placement: SublayerPlacement) -> SublayerNorms:

@@ -4,21 +4,25 @@ docs/parameters.md lists its parameter tree, plain nested dicts of arrays. `run_
 structure (placement.runs), first to last, stacked along the first axis of every leaf.
 """
 
+from collections.abc import Mapping
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.core.scope import LazyRng
 from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.kernels.backend_names import SAVED
+from hybridnorm_jax.kernels.precision import wide_dtype
 from hybridnorm_jax.model.attention import Rotation, default_positions, rotation
 from hybridnorm_jax.model.block import (
     DEFECT,
     STREAM,
     Block,
+    Dropout,
     LayerInputs,
     SharedInputs,
     Stream,
@@ -34,6 +38,8 @@ from hybridnorm_jax.model.signal_measures import PROBE, SIGNAL
 _ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)
 # Of every layer its own.
 COLLECTIONS = ("params", "intermediates", STREAM, DEFECT, ROUTER, CHOSEN, SIGNAL, PROBE)
+# The streams of keys that a block draws from.
+KEYS = ("params", "dropout")
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "all_but_attention": _ATTENTION,
@@ -108,6 +114,9 @@ class ScannedBlock(Block):
         self, stream: Stream, layer: LayerInputs, shared: SharedInputs
     ) -> tuple[Stream, None]:
         """(stream after this block, None)."""
+        # Flax folds a module's path into its keys, and the path of this block says which run it belongs to. So it gets
+        # the layer's own keys, into which Flax then folds the path inside the block. No child may exist before this.
+        present(self.scope).rngs = {name: LazyRng.create(key) for name, key in layer.keys.items()}
         return self.transform(stream, layer, shared, deterministic=self.deterministic), None
 
 
@@ -139,7 +148,7 @@ class Decoder(nn.Module):
         if config.has_final_norm:
             self.final_norm = stream_norm(config)
         self.head = Head(config.vocab_size, std=std, use_bias=config.head_bias, param_dtype=config.param_dtype)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def __call__(
         self,
@@ -187,10 +196,11 @@ class Decoder(nn.Module):
         stream = nn.with_logical_constraint(self.dropout(stream, deterministic=deterministic), ("batch", "seq", None))
         stream = watch_stream(self, stream)
 
+        keys = {name: self.make_rng(name) for name in KEYS if self.has_rng(name)}
         shared = SharedInputs(segment_ids=segment_ids, rotation=turn)
         for number, run in enumerate(runs(config.placements)):
             scanned = self._scanned(run, f"run_{number}", deterministic)
-            stream, _ = scanned(stream, layer_inputs(run, config.dtype), shared)
+            stream, _ = scanned(stream, layer_inputs(run, config.dtype, keys), shared)
         return self.final_norm(stream) if config.has_final_norm else stream
 
     def logits(self, hidden: Stream) -> Float[Array, "batch seq vocab"]:
@@ -209,7 +219,7 @@ class Decoder(nn.Module):
         scanned = nn.scan(
             block,
             variable_axes=dict.fromkeys(COLLECTIONS, 0),
-            split_rngs={"params": True, "dropout": True},
+            split_rngs=dict.fromkeys(KEYS, False),  # see ScannedBlock
             in_axes=(0, nn.broadcast),
             length=run.length,
             unroll=min(config.scan_unroll, run.length),
@@ -222,17 +232,28 @@ class Decoder(nn.Module):
             raise ValueError(f"{length} tokens, but model.max_positions={largest}")
 
 
-def layer_inputs(run: Run, dtype: str) -> LayerInputs:
-    """The scanned inputs of a run: numbers of its layers and their scales, in the stream's dtype."""
+def layer_inputs(run: Run, dtype: str, keys: Mapping[str, Array]) -> LayerInputs:
+    """The scanned inputs of a run: numbers of its layers, their scales, and their keys.
+
+    A layer's keys depend on its number in the model and not on the run that it belongs to: so all schemes draw the same
+    numbers for it.
+
+    Args:
+      dtype: of the stream; the scales are in float32 at least.
+      keys: of the whole model, by the name of their stream.
+    """
+    wide = wide_dtype(dtype)
 
     def columns(scales: Scales[tuple[float, ...] | None]) -> Scales[Float[Array, " layers"] | None]:
         return Scales(residual=column(scales.residual), branch=column(scales.branch), input=column(scales.input))
 
     def column(values: tuple[float, ...] | None) -> Float[Array, " layers"] | None:
-        return None if values is None else jnp.asarray(np.asarray(values), dtype)
+        return None if values is None else jnp.asarray(np.asarray(values), wide)
 
+    layers = jnp.arange(run.start, run.start + run.length)
     return LayerInputs(
-        layer=jnp.arange(run.start, run.start + run.length),
+        layer=layers,
         attention=columns(run.scales("attention")),
         feed_forward=columns(run.scales("feed_forward")),
+        keys={name: jax.vmap(partial(jax.random.fold_in, key))(layers) for name, key in keys.items()},
     )

@@ -200,5 +200,9 @@ class MoE(nn.Module):
             ..., :embed
         ]
         one_hot = chosen[..., None] == jnp.arange(experts)
-        per_expert = jnp.where(one_hot, weights[..., None], 0).sum(-2).astype(self.dtype)
-        return y + per_expert @ present(down_bias)
+        per_expert = jnp.where(one_hot, weights[..., None], 0).sum(-2)
+        # The weights are not rounded to the compute dtype, and the sum is rounded once.
+        biases = jnp.einsum(
+            "bse,ed->bsd", per_expert, present(down_bias).astype(weights.dtype), precision=jax.lax.Precision.HIGHEST
+        )
+        return (y.astype(weights.dtype) + biases).astype(self.dtype)

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import hybridnorm_jax as hn
+from hybridnorm_jax.model.block import Dropout, scale_arrays, times
 from hybridnorm_jax.model.decoder import layer_inputs
 from hybridnorm_jax.model.placement import runs
 
@@ -120,8 +122,49 @@ def test_dropout_acts_on_the_branch_and_not_on_the_residual(small_config, random
     np.testing.assert_array_equal(apply(params, 0), apply(params, 0))
 
 
-def test_scales_take_the_streams_dtype(small_config):
-    (run,) = runs(small_config(scheme="deepnorm").placements)
-    inputs = layer_inputs(run, "bfloat16")
-    assert inputs.attention.residual.dtype == jnp.bfloat16
-    assert (inputs.attention.branch, inputs.attention.input) == (None, None)
+def test_scales_are_multiplied_in_float32_and_rounded_once():
+    """Rounded to bfloat16 first, DeepNorm's alpha at 24 layers would be 0.27 % too small."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=1000), jnp.bfloat16)
+    for alpha in (48**0.25, 3**-0.5, 7**-0.5):
+        scale = jnp.float32(alpha)
+        expected = (scale * x.astype(jnp.float32)).astype(jnp.bfloat16)
+        np.testing.assert_array_equal(times(scale, x), expected)
+        assert times(scale, x).dtype == jnp.bfloat16
+        assert not np.array_equal(scale.astype(jnp.bfloat16) * x, expected)
+
+
+@pytest.mark.parametrize("scheme", ["deepnorm", "layernorm_scaling", "hybrid_depth_scaled"])
+def test_a_bfloat16_model_has_its_scales_in_float32(scheme, small_config):
+    config = small_config(scheme=scheme, num_layers=5, dtype="bfloat16")
+    (run,) = runs(config.placements)
+    inputs = layer_inputs(run, config.dtype, {})
+    alone = scale_arrays(run.placements[2].feed_forward.scales, config.dtype)
+    exact = run.placements[2].feed_forward.scales
+    for scanned, single, scale in zip(inputs.feed_forward, alone, exact, strict=True):
+        if scale == 1.0:
+            assert scanned is None
+            assert single is None
+        else:
+            assert scanned[2] == single == np.float32(scale)
+            assert scanned.dtype == single.dtype == jnp.float32
+
+
+def test_dropout_divides_in_float32_and_rounds_once():
+    """bfloat16 has no 0.9: divided by 0.8984, what is kept would be 0.17 % too large."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=4000), jnp.bfloat16)
+    dropped = Dropout(0.1, deterministic=False).apply({}, x, rngs={"dropout": jax.random.key(0)})
+    kept = dropped != 0
+    assert dropped.dtype == jnp.bfloat16
+    # 4000 draws of probability 0.9 have a standard deviation of 19.
+    assert abs(kept.sum() - 3600) < 100
+    expected = (x.astype(jnp.float32) / jnp.float32(0.9)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(dropped[kept], expected[kept])
+    assert not np.array_equal(x / jnp.bfloat16(0.9), expected)
+
+
+def test_dropout_is_flaxs_in_float32():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 100)), jnp.float32)
+    key = {"dropout": jax.random.key(3)}
+    ours, theirs = (module(0.3, deterministic=False).apply({}, x, rngs=key) for module in (Dropout, nn.Dropout))
+    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(Dropout(0.3).apply({}, x, deterministic=True), x)
