@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 
 from hybridnorm_jax.config.run_config import DataSection
-from hybridnorm_jax.data.sources import Corpus, find_files, stdlib_corpus, text_corpus
+from hybridnorm_jax.data.identity import relative_names
+from hybridnorm_jax.data.sources import Corpus, find_files, pattern_root, stdlib_corpus, text_corpus
 from hybridnorm_jax.data.text_cache import TextCache, open_text_cache
-from hybridnorm_jax.data.token_files import BLOCK_TOKENS, SplitExtents, open_token_file, split_extents
+from hybridnorm_jax.data.token_files import OpenFiles, SplitExtents, open_token_file, split_extents
 from hybridnorm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from hybridnorm_jax.data.windows import Extent, TokenStream, Windows
 from hybridnorm_jax.errors import DataError
@@ -136,9 +137,11 @@ def _open_token_files(data: DataSection, vocab_size: int) -> _Opened:
         raise DataError(f"data.separator_id=null: data.segment_ids=true with data.source=tokens: {right}")
     tokenizer = None if data.tokenizer == "bytes" else load_tokenizer(data)
 
+    open_files = OpenFiles()
+
     def extents(key: str, files: tuple[str, ...], fraction: float) -> SplitExtents:
-        arrays = {path: open_token_file(path, data.token_dtype) for path in find_files(key, files)}
-        return split_extents(arrays, fraction)
+        arrays = {path: open_token_file(path, data.token_dtype, open_files) for path in find_files(key, files)}
+        return split_extents(arrays, relative_names(arrays, pattern_root(files)), fraction)
 
     def split(parts: tuple[Extent, ...]) -> _Split:
         stream = TokenStream(parts, vocab_size)
@@ -179,9 +182,9 @@ def _check_lengths(data: DataSection, seq_len: int, opened: _Opened) -> None:
     """Raise DataError for splits from which no window, or no target, can be made."""
     # One token has no target.
     if data.validation_fraction and len(opened.held_out.stream) < 2:
-        unit = f"block of {BLOCK_TOKENS} tokens" if data.source == "tokens" else "document"
         right = "raise it, give more data, or set it to 0 and name files in data.validation"
-        raise DataError(f"data.validation_fraction={data.validation_fraction}: no {unit} was held out; {right}")
+        wrong = f"{len(opened.held_out.stream)} tokens were held out, of which none is a target"
+        raise DataError(f"data.validation_fraction={data.validation_fraction}: {wrong}; {right}")
     for name, split in opened.sets.items():
         if len(split.stream) < 2:
             raise DataError(f"data.validation.{name}: one token is too few to predict any; give more data")
