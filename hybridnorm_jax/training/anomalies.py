@@ -1,4 +1,4 @@
-"""Steps that are not made: NaN or infinity in the loss or the gradient, and sudden rises of the loss."""
+"""Steps that are not made: NaN or infinity in the loss, the gradient or the update, and sudden rises of the loss."""
 
 from typing import Any
 
@@ -38,17 +38,28 @@ def no_anomalies(window: int) -> Anomalies:
     )
 
 
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Whether no number in the arrays of a tree is NaN or infinite."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
 def judge(
-    before: Anomalies, loss: Float[Array, ""], grad_norm: Float[Array, ""], *, sigma: float | None
+    before: Anomalies,
+    loss: Float[Array, ""],
+    grad_norm: Float[Array, ""],
+    *,
+    update_is_finite: Bool[Array, ""],
+    sigma: float | None,
 ) -> tuple[Bool[Array, ""], Anomalies]:
     """(whether to skip this step, what is remembered after it).
 
-    A step is skipped where the loss or the norm of the gradient is NaN or infinite, and, unless sigma is None, where
+    A step is skipped where the loss, the norm of the gradient or a parameter after the update is NaN or infinite, and,
+    unless sigma is None, where
         loss > mean(losses) + sigma * std(losses)
     over the last `window` steps that were made (std: divided by the window), as soon as there are so many.
     """
     loss, window = loss.astype(jnp.float32), before.losses.size
-    nonfinite = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
+    nonfinite = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm) & update_is_finite)
     spike = jnp.zeros((), bool)
     if sigma is not None:
         limit = before.losses.mean() + sigma * before.losses.std()

@@ -1,17 +1,26 @@
 """Where a run begins: with the checkpoint it goes on from, with the parameters of another run, or with fresh ones."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
+from hybridnorm_jax.config.resume_keys import differences, parameter_differences
 from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.data import Data, train_iterator
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.training.anomalies import no_anomalies
 from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
 from hybridnorm_jax.training.program import Program
+from hybridnorm_jax.training.run_directory import saved_config
+from hybridnorm_jax.training.run_identity import check_same_files, data_files
 from hybridnorm_jax.training.state import TrainState
+
+# Of a branch these are the same as of the run that it leaves: they say which rows a step reads, or shape the state.
+PLACE_IN_DATA = ("data.", "train.batch_size", "train.seq_len", "train.seed", "train.data_seed", "train.spike_window")
 
 
 class Beginning(NamedTuple):
@@ -21,15 +30,17 @@ class Beginning(NamedTuple):
       state: after `step` steps.
       iterator: whose next batch is that of step + 1.
       step: how many steps were made before.
+      files: the identities of the files that are trained on, as run_identity.data_files gives them.
     """
 
     state: TrainState
     iterator: Any
     step: int
+    files: list[dict[str, Any]]
 
 
 def beginning(config: RunConfig, program: Program, data: Data, checkpoints: Checkpoints, step: int | None) -> Beginning:
-    """The checkpoint of `step`; without one the parameters that config.init_from names, or fresh ones.
+    """The checkpoint of `step`; without one what config.init_from names, or fresh parameters.
 
     Args:
       checkpoints: of the run.
@@ -39,15 +50,27 @@ def beginning(config: RunConfig, program: Program, data: Data, checkpoints: Chec
       UserError: a checkpoint cannot be used for this model, or the data are not those that it was trained on.
     """
     iterator = _iterator(config, program, data)
+    files = data_files(config.data)
     if step is not None:
         state, data_state = restore(program, checkpoints, step)
-        _check_same_data(data, data_state["train_tokens"], step)
+        _check_same_data(data, data_state, files, where=f"step {step}")
         iterator.set_state(data_state["iterator"])
-        return Beginning(state, iterator, step)
+        return Beginning(state, iterator, step, files)
     if config.init_from is None:
-        return Beginning(program.fresh_state(), iterator, step=0)
-    params = _params_of(config.init_from, config, program)
-    return Beginning(dataclasses.replace(program.fresh_state(), params=params), iterator, step=0)
+        return Beginning(program.fresh_state(), iterator, step=0, files=files)
+    with _source(config) as source:
+        if not config.init_optimizer:
+            params = source.checkpoints.restore_params(program.abstract_state.params, source.step)
+            state = dataclasses.replace(program.fresh_state(), params=params)
+            return Beginning(state, iterator, step=0, files=files)
+        _check_branch(source, config)
+        state, data_state = restore(program, source.checkpoints, source.step)
+        if "iterator" not in data_state:
+            wrong = "holds parameters alone, without a place in the data"
+            raise ConfigError(f"init_optimizer=true: {config.init_from} {wrong}; leave init_optimizer out")
+        _check_same_data(data, data_state, files, where=f"step {source.step} of {config.init_from}")
+        iterator.set_state(data_state["iterator"])
+        return Beginning(state, iterator, source.step, files)
 
 
 def restore(program: Program, checkpoints: Checkpoints, step: int) -> tuple[TrainState, dict]:
@@ -73,20 +96,53 @@ def _iterator(config: RunConfig, program: Program, data: Data) -> Any:
     )
 
 
-def _check_same_data(data: Data, tokens_before: int, step: int) -> None:
-    """Raise ConfigError unless there are as many tokens to train on as when `step` was saved."""
-    now = data.train.num_tokens
-    if now != tokens_before:
+def _check_same_data(data: Data, saved: Mapping[str, Any], files: list[dict[str, Any]], *, where: str) -> None:
+    """Raise ConfigError unless the files, and the tokens in them that are trained on, are those that were saved."""
+    check_same_files(saved.get("files"), files, where=where)
+    now, before = data.train.num_tokens, saved["train_tokens"]
+    if now != before:
         right = "restore the data as it was, or start a new run with init_from"
-        raise ConfigError(
-            f"data: {now:,} tokens to train on, but {tokens_before:,} when step {step} was saved; {right}"
-        )
+        raise ConfigError(f"data: {now:,} tokens to train on, but {before:,} when {where} was saved; {right}")
 
 
-def _params_of(path: str, config: RunConfig, program: Program) -> Any:
-    """The parameters of another run, of the step that its path names or of its newest."""
-    directory, step = find_checkpoint(path)
+class _Source(NamedTuple):
+    """The checkpoint that init_from names, and the configuration that it was trained with."""
+
+    checkpoints: Checkpoints
+    step: int
+    config: RunConfig
+
+
+@contextlib.contextmanager
+def _source(config: RunConfig) -> Iterator[_Source]:
+    """What config.init_from names, where its parameters mean the same in the model of this run.
+
+    Raises:
+      ConfigError: names the first key of the model that is another.
+    """
+    directory, step = find_checkpoint(present(config.init_from))
     with Checkpoints(directory, keep=1) as checkpoints:
         if step is None:
-            step = checkpoints.usable(allow_fallback=config.checkpoint.allow_fallback)
-        return checkpoints.restore_params(program.abstract_state.params, step)
+            step = present(checkpoints.usable(allow_fallback=config.checkpoint.allow_fallback))
+        saved = saved_config(checkpoints, step)
+        if differing := parameter_differences(saved, config):
+            wrong = f"its parameters belong to another model ({differing[0]})"
+            raise ConfigError(f"init_from={config.init_from}: {wrong}; ask for the model that it was trained as")
+        yield _Source(checkpoints, step, saved)
+
+
+def _check_branch(source: _Source, config: RunConfig) -> None:
+    """Raise ConfigError where a run cannot go on from another one's moments and place in the data.
+
+    Learning rate, schedule and number of steps may be others: that is what a branch is for.
+    """
+    saved, step = source.config, source.step
+    if step >= config.train.steps:
+        wrong = f"{config.init_from} has made {step} steps already"
+        raise ConfigError(f"train.steps={config.train.steps}: {wrong}; ask for more with init_optimizer=true")
+    fixed = [line for line in differences(saved, config) if line.startswith(PLACE_IN_DATA)]
+    if (saved.optimizer.clip is None) != (config.optimizer.clip is None):
+        fixed.append(f"optimizer.clip: saved {saved.optimizer.clip}, asked {config.optimizer.clip}")
+    if fixed:
+        right = "leave it as it was, or start without init_optimizer"
+        raise ConfigError(f"init_optimizer=true: a branch of {config.init_from} needs the same {fixed[0]}; {right}")

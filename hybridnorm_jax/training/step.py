@@ -19,7 +19,7 @@ from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.loss import LossSums, chunked_cross_entropy, cross_entropy
 from hybridnorm_jax.model.moe import ROUTER, RouterStatistics
 from hybridnorm_jax.training import router_balance
-from hybridnorm_jax.training.anomalies import anomaly_metrics, judge, keep_where
+from hybridnorm_jax.training.anomalies import all_finite, anomaly_metrics, judge, keep_where
 from hybridnorm_jax.training.state import TrainState
 
 Convert = Callable[[Any], Any]
@@ -129,8 +129,8 @@ def make_train_step(
     number of targets. The balance loss is no sum over tokens: that of a large batch is not the mean of its
     microbatches', so accumulation changes it.
 
-    Where the loss or the gradient is NaN or infinite, whichever microbatch it came from, or the loss is a spike
-    (anomalies.judge), parameters, moments and balance biases stay bit for bit as they are; the step counts.
+    Where the loss, the gradient (whichever microbatch it came from) or the update is NaN or infinite, or the loss is a
+    spike (anomalies.judge), parameters, moments and balance biases stay bit for bit as they are; the step counts.
 
     Metrics: loss (nats per target, without any other term), grad_norm (before clipping), learning_rate, z_loss (its
     weighted term) where there is one, those of anomalies.anomaly_metrics, and with experts those of
@@ -163,8 +163,13 @@ def make_train_step(
             metrics |= router_balance.router_metrics(routers, balance=options.balance_loss, z=options.router_z_loss)
             if model.config.balance_bias:
                 params = router_balance.move_balance_biases(params, routers.fraction, options.balance_bias_rate)
-        sigma = options.skip_spikes_sigma
-        skip, anomalies = judge(state.anomalies, metrics["loss"], metrics["grad_norm"], sigma=sigma)
+        skip, anomalies = judge(
+            state.anomalies,
+            metrics["loss"],
+            metrics["grad_norm"],
+            update_is_finite=all_finite(params),
+            sigma=options.skip_spikes_sigma,
+        )
         metrics |= anomaly_metrics(anomalies)
         before, after = (state.params, state.opt_state), (params, opt_state)
         params, opt_state = keep_where(skip, before, after)

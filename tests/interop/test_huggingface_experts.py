@@ -216,13 +216,13 @@ def test_an_experts_tensor_that_does_not_fit_is_refused_by_name(copy, change, me
         ({"num_experts": 8.0}, "config.json: num_experts=8.0 must be of type int"),
         ({"num_local_experts": 4}, "num_experts=8, but num_local_experts, another name of it, is 4"),
         ({"num_experts_per_tok": 9}, "model.experts_per_token=9: must be between 1 and model.num_experts=8"),
-        ({"num_experts_per_tok": 0}, "model.experts_per_token=0: must be between 1 and model.num_experts=8"),
+        ({"num_experts_per_tok": 0}, "model.experts_per_token=0: must be at least 1 and at most 65,536"),
         ({"norm_topk_prob": 1}, "config.json: norm_topk_prob=1 must be of type bool"),
         ({"n_shared_experts": 1}, "config.json: n_shared_experts=1 is not known for olmoe"),
         ({"num_experts": 7}, "shape (8, 32), but config.json asks for (7, 32)"),
         ({"num_experts": 9}, "shape (8, 32), but config.json asks for (9, 32)"),
         # Beyond any memory, were all the tensors it claims listed before the first is looked for.
-        ({"num_experts": 2**31 - 1}, "shape (8, 32), but config.json asks for (2147483647, 32)"),
+        ({"num_experts": 2**31 - 1}, "model.num_experts=2147483647: must be at least 0 and at most 65,536"),
     ],
 )
 def test_experts_that_cannot_be_are_refused(copy, keys, message):

@@ -5,6 +5,7 @@ import json
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -16,6 +17,7 @@ from hybridnorm_jax.training import loop, resume
 from hybridnorm_jax.training.anomalies import judge, no_anomalies
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.program import Program
+from hybridnorm_jax.training.step import StepOptions, make_train_step
 
 EXPERTS = {"num_experts": 4, "experts_per_token": 2, "balance_bias": True, "activation": "swiglu", "mlp_dim": 16}
 
@@ -79,6 +81,22 @@ def test_a_gradient_that_overflows_is_skipped_though_the_loss_is_finite(small_co
     _assert_bitwise(state.params, before.params)
 
 
+def test_an_update_that_is_not_finite_is_not_made(small_config):
+    """The loss and the gradient are finite, and the update overflows."""
+    config = _config(small_config)
+    program = Program(config, _one_device())
+    options = StepOptions(seed=0)
+    optimizer = optax.chain(optax.scale(1e38), optax.scale(1e38))
+    step = make_train_step(program.model, optimizer, optax.constant_schedule(1.0), options)
+    fresh = program.fresh_state()
+    state = dataclasses.replace(fresh, opt_state=optimizer.init(fresh.params))
+    after, metrics, _ = jax.jit(step)(state, _batch())
+    assert np.isfinite(metrics["loss"])
+    assert np.isfinite(metrics["grad_norm"])
+    assert [int(metrics[name]) for name in ("skipped_nonfinite", "skipped_in_a_row")] == [1, 1]
+    _assert_bitwise(after.params, state.params)
+
+
 @pytest.mark.parametrize("sigma", [None, 2.0])
 def test_the_judgement_is_that_of_its_formula(sigma):
     """Against a list in Python, over a random walk with spikes, NaNs and infinities in it."""
@@ -88,7 +106,7 @@ def test_the_judgement_is_that_of_its_formula(sigma):
     losses[[10, 61]], losses[40] = np.nan, np.inf
     norms = np.where(np.arange(120) == 50, np.nan, 1.0).astype(np.float32)
     window, made, counts = 8, [], {"nonfinite": 0, "spikes": 0, "in_a_row": 0}
-    decide = jax.jit(lambda state, loss, norm: judge(state, loss, norm, sigma=sigma))
+    decide = jax.jit(lambda state, loss, norm: judge(state, loss, norm, update_is_finite=jnp.array(True), sigma=sigma))
     state = no_anomalies(window)
     for loss, norm in zip(losses, norms, strict=True):
         skip, state = decide(state, loss, norm)

@@ -10,7 +10,7 @@ from hybridnorm_jax.commands.eval import evaluate_run
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.training import loop
-from hybridnorm_jax.training.checkpoints import CheckpointError, Checkpoints
+from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.metrics_file import read_records
 from hybridnorm_jax.training.program import Program
 
@@ -133,7 +133,9 @@ def test_a_finished_run_is_evaluated_again_and_left_as_it_is(config, tmp_path):
 
     # And a model of another shape may not.
     wider = dataclasses.replace(_named(heir, "wider"), model=dataclasses.replace(heir.model, mlp_dim=64))
-    with pytest.raises(CheckpointError, match=r"checkpoint of another model: .*kernel"):
+    with pytest.raises(
+        ConfigError, match=r"its parameters belong to another model \(model\.mlp_dim: saved 48, asked 64"
+    ):
         loop.train(wider)
 
 
@@ -162,6 +164,6 @@ def test_data_that_changed_since_the_checkpoint_is_refused(config, tmp_path):
     before = [file.read_bytes() for file in files]
     for number in range(100, 110):  # enough for some to be trained on
         (tmp_path / f"{number}.txt").write_text(f"{number} " * 30)
-    with pytest.raises(UserError, match=r"data: [\d,]+ tokens to train on, but [\d,]+ when step 6 was saved"):
+    with pytest.raises(UserError, match=r"data\.files: 100\.txt is read now where 11\.txt was when step 6 was saved"):
         loop.train(dataclasses.replace(short, eval=dataclasses.replace(config.eval, every=50)))
     assert [file.read_bytes() for file in files] == before
