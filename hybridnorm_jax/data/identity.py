@@ -17,7 +17,7 @@ from etils import epath
 
 from hybridnorm_jax.errors import DataError
 
-# The first and the last piece, and the others evenly between them. A file of at most PIECES * PIECE_BYTES is read whole.
+# The first and the last piece, and the others evenly between. A file of at most PIECES * PIECE_BYTES is read whole.
 PIECES = 16
 PIECE_BYTES = 1 << 16
 READERS = 8

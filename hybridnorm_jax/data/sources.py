@@ -25,7 +25,7 @@ from hybridnorm_jax.config.data_file_names import RECORD_SUFFIXES
 from hybridnorm_jax.data.archives import chunks, plain_name
 from hybridnorm_jax.data.blocks import block_length
 from hybridnorm_jax.data.identity import FileIdentity, identities
-from hybridnorm_jax.data.records import BOM, lines, record_text, records
+from hybridnorm_jax.data.records import BOM, record_text, records
 from hybridnorm_jax.errors import DataError
 
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}

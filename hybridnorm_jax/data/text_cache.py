@@ -160,7 +160,9 @@ def _publish(partial: pathlib.Path, directory: pathlib.Path) -> None:
 def _tokenize(partial: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer, fraction: float, progress: bool) -> dict:
     """Write both splits' token files, and return what meta.json says of them."""
     seen = _Seen()
-    meta = _write(partial, corpus, tokenizer, fraction, seen.choose(lambda digest: held_out(digest, fraction)), progress)
+    meta = _write(
+        partial, corpus, tokenizer, fraction, seen.choose(lambda digest: held_out(digest, fraction)), progress
+    )
     if fraction in (0, 1) or len(seen.sides) == 2:
         return meta
     if seen.least == seen.most:

@@ -146,7 +146,11 @@ class LongText:
             if cut < len(window) // 2 or tried == CUTS_TRIED:
                 break
             tried += 1
-            expected = [one for one, (_, end) in zip(ids[index:], ends[index:], strict=True) if end <= len(window) - NOT_COMPARED]
+            expected = [
+                one
+                for one, (_, end) in zip(ids[index:], ends[index:], strict=True)
+                if end <= len(window) - NOT_COMPARED
+            ]
             # Some tokenizers put a space before every text: there the text's own space is left out.
             for rest in (cut, cut + 1) if window[cut] == " " else (cut,):
                 alone = self._encode(window[rest:]).ids

@@ -1,6 +1,7 @@
 """Text to token ids and back."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -211,7 +212,7 @@ class HuggingFaceTokenizer:
             wrong = f"gives the text {text[start:stop]!r} the id {self.separator_id}, which ends a document"
             raise DataError(f"{self._what}: {wrong}; name another token in data.separator, or use another tokenizer")
         cuts = [0, *((start + stop) // 2 for start, stop in spelled), len(text)]
-        parts = [text[start:stop] for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]
+        parts = [text[start:stop] for start, stop in itertools.pairwise(cuts)]
         return np.concatenate(self.encode_batch(parts))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
