@@ -169,7 +169,7 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with socket.socket(socket.AF_UNIX) as unreadable:
         unreadable.bind("socket.txt")
-        with pytest.raises(DataError, match=r"socket\.txt: cannot be read") as error:
+        with pytest.raises(DataError, match=r"socket\.txt: no regular file") as error:
             texts("socket.txt")
     one_line(error)
 
