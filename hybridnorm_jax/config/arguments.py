@@ -1,17 +1,20 @@
-"""What the arguments `[NAME or FILE.yaml ...] [key=value ...]` of every command mean."""
+"""What the arguments `[NAME or FILE.yaml or DATA_FILE ...] [key=value ...]` of every command mean."""
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hybridnorm_jax.config import named_configurations
+from hybridnorm_jax.config.data_file_names import source_of
 from hybridnorm_jax.config.key_lookup import FIELDS
 from hybridnorm_jax.config.plugins import check_started_with_plugins, import_plugins
 from hybridnorm_jax.config.resume_keys import decides_trajectory
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import PLUGINS, build, gather, read_file
+from hybridnorm_jax.errors import ConfigError
 
 LONGEST_NAME = 120
 # What a run writes; whoever has a run may have it from somebody else.
@@ -29,6 +32,8 @@ def parse(arguments: Sequence[str], default: str = named_configurations.DEFAULT)
     """The configuration that `[NAME or FILE.yaml ...] [key=value ...]` asks for.
 
     Files are merged first, then overrides; later ones win. Without a file the configuration named `default` is read.
+    An argument that is named as text or tokens, such as book.txt, is one of data.files; and data.source follows from
+    the names in data.files where nobody sets it to anything but the default.
     Plugins (run.plugins) are imported, unless it is a run's own config.yaml that names them. run.name=auto becomes the
     name of all configurations, such as 151m+mine, followed by -key=value for each override. Only what decides the
     trajectory enters it (resume_keys.decides_trajectory), so that the same training is the same run wherever it runs.
@@ -39,6 +44,7 @@ def parse(arguments: Sequence[str], default: str = named_configurations.DEFAULT)
     files, overrides = sort(arguments)
     files = files or [named_configurations.find(default)]
     settings = read(files, overrides)
+    _choose_source(settings, overrides)
     if settings.get("run.name", "auto") == "auto":
         settings["run.name"] = _run_name(files, overrides)
     _import_plugins(files, overrides, settings.get(PLUGINS, ()))
@@ -67,15 +73,42 @@ def is_of_a_run(file: Path) -> bool:
 
 
 def sort(arguments: Sequence[str]) -> Arguments:
-    """Tell files and overrides apart. The name of a run holds `=`, and so may the path of its config.yaml."""
-    files, overrides = [], []
+    """Tell files and overrides apart; data files become an override.
+
+    The name of a run holds `=`, and so may the path of its config.yaml.
+
+    Raises:
+      ConfigError: no such configuration; data files beside data.files=...
+    """
+    files, overrides, data_files = [], [], []
     for argument in arguments:
         is_yaml = argument.endswith(named_configurations.SUFFIXES) and not re.match(r"[\w.]+=", argument)
-        if is_yaml or "=" not in argument:
+        if "=" not in argument and source_of(argument) is not None:
+            data_files.append(argument)
+        elif is_yaml or "=" not in argument:
             files.append(named_configurations.find(argument))
         else:
             overrides.append(argument)
+    if data_files:
+        twice = next((override for override in overrides if override.startswith("data.files=")), None)
+        if twice is not None:
+            raise ConfigError(f"{data_files[0]}: a data file beside {twice}; name all of them in one place")
+        overrides.append(f"data.files={json.dumps(data_files, ensure_ascii=False)}")
     return Arguments(files, overrides)
+
+
+def _choose_source(settings: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set data.source to what the names in data.files say, where it would be stdlib, which reads no files."""
+    names = settings.get("data.files", ())
+    is_asked = any(override.startswith("data.source=") for override in overrides)
+    if is_asked or not names or settings.get("data.source", "stdlib") != "stdlib":
+        return
+    sources = {name: source_of(name) for name in names}
+    known = sorted({source for source in sources.values() if source is not None})
+    if len(known) > 1:
+        raise ConfigError(f"data.files={list(names)}: names of text and of token files; a run reads one kind")
+    if known:
+        settings["data.source"] = known[0]
 
 
 def read(files: Sequence[Path], overrides: Sequence[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 import zstandard
 from etils import epath
 
+from hybridnorm_jax.config.data_file_names import PACKED_SUFFIXES
 from hybridnorm_jax.data.identity import regular_file_size
 from hybridnorm_jax.errors import DataError
 
@@ -74,11 +75,8 @@ PACKINGS = {
 def plain_name(name: str) -> str:
     """A file's name in lower case, without the end that says how it is packed."""
     name = name.lower()
-    for packing in PACKINGS.values():
-        for suffix in packing.suffixes:
-            if name.endswith(suffix):
-                return name.removesuffix(suffix)
-    return name
+    ends = (suffix for suffix in PACKED_SUFFIXES if name.endswith(suffix))
+    return name.removesuffix(next(ends, ""))
 
 
 def chunks(path: epath.Path) -> Iterator[bytes]:

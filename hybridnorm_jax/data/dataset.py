@@ -3,12 +3,14 @@
 import dataclasses
 
 import numpy as np
+from etils import epath
 
 from hybridnorm_jax.config.run_config import DataSection
-from hybridnorm_jax.data.identity import relative_names
+from hybridnorm_jax.data.identity import FileIdentity, identities, relative_names
+from hybridnorm_jax.data.overlap import check_apart
 from hybridnorm_jax.data.sources import Corpus, find_files, pattern_root, stdlib_corpus, text_corpus
 from hybridnorm_jax.data.text_cache import TextCache, open_text_cache
-from hybridnorm_jax.data.token_files import OpenFiles, SplitExtents, open_token_file, split_extents
+from hybridnorm_jax.data.token_files import OpenFiles, TokenFile, open_token_file, split_extents
 from hybridnorm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from hybridnorm_jax.data.windows import Extent, TokenStream, Windows
 from hybridnorm_jax.errors import DataError
@@ -17,6 +19,8 @@ HELD_OUT = "validation"
 # Token files do not know the length of their text: it is measured on up to this many stretches of this many tokens.
 SAMPLES = 16
 SAMPLE_TOKENS = 16384
+# More paths than these are counted, not listed.
+SHOWN_FILES = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +32,14 @@ class Data:
       validation: name -> windows; "validation" is the held-out split, the others are data.validation's sets.
       tokenizer: None where token files are read and data.tokenizer names no file.
       description: one line for people.
+      files: the identity of every file of data.files, or of the standard library, in the order they are read.
     """
 
     train: Windows
     validation: dict[str, Windows]
     tokenizer: Tokenizer | None
     description: str
+    files: tuple[FileIdentity, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +57,7 @@ class _Opened:
     Attributes:
       train, held_out: the two parts of data.files, or of the standard library.
       sets: the sets of data.validation, by name.
-      tokenizer, description: as in Data.
+      tokenizer, description, files: as in Data.
       separator_id: the id that ends a document, if there is one.
     """
 
@@ -61,6 +67,7 @@ class _Opened:
     tokenizer: Tokenizer | None
     separator_id: int | None
     description: str
+    files: tuple[FileIdentity, ...]
 
 
 def open_data(data: DataSection, *, seq_len: int, vocab_size: int, progress: bool = True) -> Data:
@@ -91,6 +98,7 @@ def open_data(data: DataSection, *, seq_len: int, vocab_size: int, progress: boo
         validation={name: windows(split, tail=True) for name, split in (held_out | opened.sets).items()},
         tokenizer=opened.tokenizer,
         description=opened.description,
+        files=opened.files,
     )
 
 
@@ -111,11 +119,18 @@ def _open_texts(data: DataSection, vocab_size: int, progress: bool) -> _Opened:
         return _Split(cache.stream(name, vocab_size), bytes_per_token)
 
     corpus = stdlib_corpus() if data.source == "stdlib" else text_corpus("data.files", data.files, data.text_field)
+    others = {
+        name: text_corpus(f"data.validation.{name}", files, data.text_field) for name, files in data.validation.items()
+    }
+    files = corpus.identities()
+    paths = {name: [file.path for file in other.files] for name, other in others.items()}
+    check_apart(
+        [file.path for file in corpus.files],
+        files,
+        {name: (paths[name], other.identities()) for name, other in others.items()},
+    )
     cache = tokenized(corpus, data.validation_fraction)
-    sets = {}
-    for name, files in data.validation.items():
-        whole = tokenized(text_corpus(f"data.validation.{name}", files, data.text_field), fraction=1.0)
-        sets[name] = split(whole, "validation")
+    sets = {name: split(tokenized(other, fraction=1.0), "validation") for name, other in others.items()}
     train, held_out = cache.splits["train"], cache.splits["validation"]
     description = (
         f"{corpus.name}: {train.documents + held_out.documents:,} documents, {train.tokens:,} tokens "
@@ -128,6 +143,7 @@ def _open_texts(data: DataSection, vocab_size: int, progress: bool) -> _Opened:
         tokenizer=tokenizer,
         separator_id=tokenizer.separator_id,
         description=description,
+        files=files,
     )
 
 
@@ -135,25 +151,33 @@ def _open_token_files(data: DataSection, vocab_size: int) -> _Opened:
     if data.segment_ids and data.separator_id is None:
         right = "the id that ends a document must be given"
         raise DataError(f"data.separator_id=null: data.segment_ids=true with data.source=tokens: {right}")
+    if data.separator_id is not None and not 0 <= data.separator_id < vocab_size:
+        right = f"must be an id of the vocabulary, from 0 to model.vocab_size-1={vocab_size - 1}"
+        raise DataError(f"data.separator_id={data.separator_id}: {right}")
     tokenizer = None if data.tokenizer == "bytes" else load_tokenizer(data)
+    paths = find_files("data.files", data.files)
+    root = pattern_root(data.files)
+    others = {name: find_files(f"data.validation.{name}", files) for name, files in data.validation.items()}
+    descriptors = OpenFiles()
 
-    open_files = OpenFiles()
-
-    def extents(key: str, files: tuple[str, ...], fraction: float) -> SplitExtents:
-        arrays = {path: open_token_file(path, data.token_dtype, open_files) for path in find_files(key, files)}
-        return split_extents(arrays, relative_names(arrays, pattern_root(files)), fraction)
+    def opened(paths: tuple[epath.Path, ...]) -> dict[epath.Path, TokenFile]:
+        return {path: open_token_file(path, data.token_dtype, descriptors) for path in paths}
 
     def split(parts: tuple[Extent, ...]) -> _Split:
         stream = TokenStream(parts, vocab_size)
         return _Split(stream, _measure_bytes_per_token(stream, tokenizer))
 
-    own = extents("data.files", data.files, data.validation_fraction)
+    own = split_extents(opened(paths), relative_names(paths, root), data.validation_fraction)
+    files = identities(paths, root)
+    check_apart(paths, files, {name: (other, identities(other)) for name, other in others.items()})
+    sets = {
+        name: split(split_extents(opened(other), relative_names(other), fraction=1.0).held_out)
+        for name, other in others.items()
+    }
     train, held_out = split(own.train), split(own.held_out)
-    sets = {}
-    for name, files in data.validation.items():
-        sets[name] = split(extents(f"data.validation.{name}", files, fraction=1.0).held_out)
+    named = ", ".join(data.files) if len(data.files) <= SHOWN_FILES else f"{len(data.files)} paths"
     description = (
-        f"token files {', '.join(data.files)}: {len(train.stream):,} tokens and {len(held_out.stream):,} held out, "
+        f"token files {named}: {len(train.stream):,} tokens and {len(held_out.stream):,} held out, "
         f"tokenizer {tokenizer.name if tokenizer else 'unknown'}"
     )
     return _Opened(
@@ -163,6 +187,7 @@ def _open_token_files(data: DataSection, vocab_size: int) -> _Opened:
         tokenizer=tokenizer,
         separator_id=data.separator_id,
         description=description,
+        files=files,
     )
 
 
@@ -183,7 +208,7 @@ def _check_lengths(data: DataSection, seq_len: int, opened: _Opened) -> None:
     # One token has no target.
     if data.validation_fraction and len(opened.held_out.stream) < 2:
         right = "raise it, give more data, or set it to 0 and name files in data.validation"
-        wrong = f"{len(opened.held_out.stream)} tokens were held out, of which none is a target"
+        wrong = "fewer than two tokens were held out"
         raise DataError(f"data.validation_fraction={data.validation_fraction}: {wrong}; {right}")
     for name, split in opened.sets.items():
         if len(split.stream) < 2:

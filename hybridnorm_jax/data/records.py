@@ -67,7 +67,7 @@ def lines(path: str, chunks: Iterable[bytes], most: int = MOST_RECORD_BYTES) -> 
     parts: list[bytes] = []
     length = 0
     for chunk in chunks:
-        for line in chunk.splitlines(keepends=True) if b"\r" not in chunk else _split(chunk):
+        for line in _split(chunk):
             parts.append(line)
             length += len(line)
             if length > most:
@@ -81,7 +81,6 @@ def lines(path: str, chunks: Iterable[bytes], most: int = MOST_RECORD_BYTES) -> 
 
 
 def _split(chunk: bytes) -> list[bytes]:
-    """Lines that end with a newline; bytes.splitlines also ends one at a carriage return."""
     *whole, rest = chunk.split(b"\n")
     ended = [line + b"\n" for line in whole]
     return [*ended, rest] if rest else ended

@@ -222,8 +222,8 @@ def _write(
         whole = corpus.holds_whole_files_out(fraction)
         for file in files:
             for document in corpus.documents(file, whole=whole):
-                texts.add("validation" if is_held_out(document.digest) else "train", document)
-                files.set_postfix_str(f"{sum(writer.tokens for writer in writers.values()):,} tokens", refresh=False)
+                if texts.add("validation" if is_held_out(document.digest) else "train", document):
+                    files.set_postfix_str(f"{sum(writer.tokens for writer in writers.values()):,} tokens")
         texts.finish()
     return {
         "file_sizes": {writer.path.name: writer.path.stat().st_size for writer in writers.values()},
@@ -249,8 +249,9 @@ class _Texts:
         self._characters = 0
         self._long: LongTokens | None = None
 
-    def add(self, split: str, document: Document) -> None:
-        """The next document or block."""
+    def add(self, split: str, document: Document) -> bool:
+        """The next document or block; returns whether something was written."""
+        before = self._writers["train"].tokens + self._writers["validation"].tokens
         if not (document.continues and split == self._split):
             self._end()
             self._split = split
@@ -265,6 +266,7 @@ class _Texts:
                 for part in _parts(text):
                     self._writers[split].write(self._long.feed(part))
             self._parts = []
+        return self._writers["train"].tokens + self._writers["validation"].tokens > before
 
     def finish(self) -> None:
         """No document follows."""

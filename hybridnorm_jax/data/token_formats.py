@@ -1,4 +1,4 @@
-"""Which numbers a file of tokens holds: the formats that are read, and what is said of a file of another kind."""
+"""Which numbers a file of tokens holds: the formats that are read, and what is said of any other file."""
 
 import os
 import struct

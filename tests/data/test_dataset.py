@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hybridnorm_jax.config.run_config import DataSection
-from hybridnorm_jax.data import DataError, open_data, token_files
+from hybridnorm_jax.data import DataError, blocks, open_data
 from hybridnorm_jax.errors import UserError
 
 TEXTS = [f"This is text {number}. " * (number % 5 + 1) for number in range(50)]
@@ -113,7 +113,7 @@ def test_a_tokenizer_json_is_used(text, tmp_path):
 @pytest.fixture
 def tokens(tmp_path, monkeypatch):
     """Makes a DataSection over a raw and a NumPy file, 300 tokens each, split in blocks of 20."""
-    monkeypatch.setattr(token_files, "BLOCK_TOKENS", 20)
+    monkeypatch.setattr(blocks, "block_length", lambda start: 20)
     np.arange(300, dtype=np.uint16).tofile(tmp_path / "raw.bin")
     np.save(tmp_path / "array.npy", np.arange(300, 600, dtype=np.int32))
 

@@ -33,7 +33,7 @@ class CountingTokenizer(ByteTokenizer):
 @pytest.fixture
 def files(tmp_path):
     for part in range(3):
-        records = [json.dumps({"text": word, "body": "other"}) for word in WORDS[20 * part : 20 * (part + 1)]]
+        records = [json.dumps({"text": word, "body": f"other {word}"}) for word in WORDS[20 * part : 20 * (part + 1)]]
         (tmp_path / f"{part}.jsonl").write_text("\n".join(records))
     return tmp_path / "*.jsonl"
 

@@ -9,8 +9,8 @@ import yaml
 from pages import PAGES, REPOSITORY, blocks, name
 
 import hybridnorm_jax as hn
-from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.key_lookup import flatten
+from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import gather
 
 # tests/equivalence/test_foreign.py runs the first page and compares what it prints. test_contributing.py carries out

@@ -122,9 +122,7 @@ def test_parameters_of_another_placement_are_refused_though_their_shapes_are_equ
     loop.train(config)
     model = dataclasses.replace(config.model, rope_theta=500.0)
     heir = _with(config, name="heir", model=model, init_from=f"{config.run.dir}/trunk")
-    with pytest.raises(
-        ConfigError, match=r"trunk: its parameters belong to another model \(model\.rope_theta"
-    ):
+    with pytest.raises(ConfigError, match=r"trunk: its parameters belong to another model \(model\.rope_theta"):
         loop.train(heir)
 
 
