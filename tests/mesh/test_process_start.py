@@ -90,7 +90,7 @@ def test_an_indexed_kubernetes_job_needs_the_package_that_jax_asks_with(monkeypa
     ("keys", "message"),
     [
         ({**GIVEN, "process_id": 2}, r"process_id=2: must be in \[0, distributed.num_processes=2\)"),
-        ({**GIVEN, "process_id": -1}, r"process_id=-1: must be in"),
+        ({**GIVEN, "process_id": -1}, r"process_id=-1: must be at least 0"),
         ({**GIVEN, "process_id": None}, r"num_processes=2: needs distributed.process_id"),
         ({**GIVEN, "num_processes": None}, r"process_id=1: needs distributed.num_processes"),
         ({"coordinator": "10.0.0.2"}, r"coordinator=10.0.0.2: must be host:port"),
