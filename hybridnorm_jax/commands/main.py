@@ -169,7 +169,9 @@ def exit_status(command: Callable[[], int | None], processes: "Processes | None"
             return 2
         if error.strerror is None or (error.filename is None and error.errno != errno.ENOSPC):
             raise
-        say(error, f"error: {error.filename or 'writing a file'}: {error.strerror}")
+        # As a UserError it is one line, whatever the path.
+        said = UserError(f"{error.filename or 'writing a file'}: {error.strerror}")
+        say(error, f"error: {said}")
         return 2
     except ImportError as error:
         # Of fsspec, wherever the first path in a bucket is read.

@@ -28,7 +28,7 @@ def find(argument: str) -> Path:
     if argument.endswith(SUFFIXES) or "/" in argument:
         return _existing(Path(argument))
     if argument not in names():
-        shown = argument or repr(argument)
+        shown = argument if argument.strip() else repr(argument)
         raise ConfigError(f"{shown}: no such configuration{did_you_mean(argument, names())}; a file is named FILE.yaml")
     if Path(argument).is_file():
         raise ConfigError(f"{argument}: a file here, and the name of a configuration; write ./{argument} for the file")

@@ -304,12 +304,14 @@ class RunConfig:
         needs = not self.init_optimizer or self.init_from is not None
         check(needs, "init_optimizer", "true", "needs init_from=RUN@STEP, the checkpoint to branch from")
         for name, size in (("train.batch_size", self.train.batch_size), ("eval.batch_size", self.eval.batch_size or 1)):
-            tokens, limit = size * self.train.seq_len, MOST_TOKENS_PER_STEP
-            right = f"{tokens:,} tokens with train.seq_len={self.train.seq_len}; must be at most {limit:,}"
-            check(tokens <= limit, name, size, right)
-        number, rows = self.data.separator_id, self.model.vocab_size
+            tokens = size * self.train.seq_len
+            right = (
+                f"{tokens:,} tokens with train.seq_len={self.train.seq_len}; must be at most {MOST_TOKENS_PER_STEP:,}"
+            )
+            check(tokens <= MOST_TOKENS_PER_STEP, name, size, right)
+        separator, rows = self.data.separator_id, self.model.vocab_size
         right = f"must be below model.vocab_size={rows}"
-        check(number is None or number < rows, "data.separator_id", number, right)
+        check(separator is None or separator < rows, "data.separator_id", separator, right)
         wide = self.model.param_dtype in ("float32", "float64")
         check(wide, "model.param_dtype", self.model.param_dtype, "training needs float32 or float64 parameters")
         limit = self.model.max_positions

@@ -116,7 +116,7 @@ def parse_topology(text: str) -> Topology:
     Raises:
       UserError: no such slice exists; the message lists those that do.
     """
-    match = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*):(\w[\w.]*)", text)
+    match = re.fullmatch(r"(?:([1-9]\d{0,3})x)?([a-z]\w*):(\w[\w.]*)", text)
     kinds = ", ".join((*CHIPS, "gpu"))
     if not match or match[2] not in (*CHIPS, "gpu"):
         raise UserError(f"--topology {text}: must be [SLICESx]KIND:SHAPE, KIND one of {kinds}, {NAMING}")
@@ -124,7 +124,7 @@ def parse_topology(text: str) -> Topology:
         raise UserError(f"--topology {text:.60}: a number in it has more than {MOST_DIGITS} digits")
     slices, kind, shape = int(match[1] or 1), match[2], match[3]
     if kind == "gpu":
-        node = re.fullmatch(r"([1-9]\d*)x(\d+(?:\.\d+)?)GB", shape)
+        node = re.fullmatch(r"([1-9]\d{0,3})x(\d{1,6}(?:\.\d+)?)GB", shape)
         if not node or float(node[2]) == 0:
             raise UserError(f"--topology {text}: must be [NODESx]gpu:DEVICESxMEMORYGB, such as gpu:8x80GB")
         topology = Topology(kind=kind, shape=(int(node[1]),), slices=slices, hbm=float(node[2]) * 1e9)

@@ -173,9 +173,9 @@ def test_jobs_that_write_at_once_do_not_disturb_each_other(tmp_path):
     ("argument", "message"),
     [
         ("schemes=[pre,hybird]", "schemes=hybird: not known; did you mean 'hybrid'?"),
-        ("seeds=[-1]", "train.seed=-1: must be in"),
+        ("seeds=[-1]", "seeds=[-1]: must be at least 0"),
         ("seeds=[0,0]", "seeds=[0, 0]: one of them is named twice"),
-        ("learning_rates=[0.0]", "optimizer.learning_rate=0.0: must be positive"),
+        ("learning_rates=[0.0]", "learning_rates=[0.0]: must be at least 1e-30"),
         ("learning_rates=0.1", "learning_rates=0.1: expected a list of numbers"),
         ("model.scheme=pre", "model.scheme=pre: schemes=[...] sets it here"),
         ("optimizer.learning_rate=0.1", "learning_rates=[...] sets it here"),

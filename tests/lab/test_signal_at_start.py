@@ -102,8 +102,8 @@ def test_the_command_writes_table_json_and_figures(tmp_path, capsys):
     [
         ("schemes=[hybird]", "schemes=hybird: not known; did you mean 'hybrid'?"),
         ("schemes=[]", "schemes=[]: at least one is needed"),
-        ("depths=[0]", "depths=0: must be at least 1"),
-        ("depths=[a]", "depths=[a]: expected an integer"),
+        ("depths=[0]", "depths=[0]: must be at least 1"),
+        ("depths=[a]", "depths=[a]: expected a list of integers"),
         ("initializers=[meg]", "initializers=meg: not known"),
         ("scheme=[pre]", "scheme=[pre]: no such key; did you mean 'schemes'?"),
         ("model.depth=3", "model.depth=3: no such key"),
