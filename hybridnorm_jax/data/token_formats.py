@@ -4,6 +4,7 @@ import os
 import struct
 import warnings
 import zipfile
+from tokenize import TokenError
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -89,7 +90,7 @@ def _numpy_layout(stream: BinaryIO, path: epath.Path, size: int) -> Layout:
         with warnings.catch_warnings(action="ignore"):  # of headers that Python 2 wrote
             shape, _, dtype = read(stream)
     # NumPy parses the header as a Python literal, and lets more than ValueError out of it.
-    except (ValueError, TypeError, SyntaxError, LookupError, RecursionError, MemoryError) as error:
+    except (ValueError, TypeError, SyntaxError, LookupError, RecursionError, MemoryError, TokenError) as error:
         raise DataError(f"{path}: its NumPy header is damaged or truncated") from error
     if len(shape) != 1 or dtype.kind not in "iu":
         known = "a 1-D array of integers, such as np.save(FILE, np.array(ids, dtype=np.uint16))"
@@ -99,6 +100,8 @@ def _numpy_layout(stream: BinaryIO, path: epath.Path, size: int) -> Layout:
 
 def _exactly(path: epath.Path, size: int, layout: Layout, header: str) -> Layout:
     """The layout, if the file is as long as its header promises."""
+    if layout.count < 0:
+        raise DataError(f"{path}: {header} is damaged: it promises {layout.count} tokens")
     promised = layout.offset + layout.count * layout.dtype.itemsize
     if size < promised:
         raise DataError(f"{path}: truncated: {header} promises {promised} bytes, the file has {size}")

@@ -146,18 +146,22 @@ class LongText:
             if cut < len(window) // 2 or tried == CUTS_TRIED:
                 break
             tried += 1
-            expected = [
-                one
-                for one, (_, end) in zip(ids[index:], ends[index:], strict=True)
-                if end <= len(window) - NOT_COMPARED
-            ]
+            compared = [place for place in range(index, len(ids)) if ends[place][1] <= len(window) - NOT_COMPARED]
+            expected = [(ids[place], ends[place][1]) for place in compared]
             # Some tokenizers put a space before every text: there the text's own space is left out.
             for rest in (cut, cut + 1) if window[cut] == " " else (cut,):
-                alone = self._encode(window[rest:]).ids
-                if len(expected) > 1 and alone[: len(expected)] == expected:
+                if len(expected) > 1 and self._read_alone(window, rest)[: len(expected)] == expected:
                     self._text = self._text[rest:]
                     return window[:rest], np.array(ids[:index], np.int32)
         return None
+
+    def _read_alone(self, window: str, rest: int) -> list[tuple[int, int]]:
+        """(id, its end in the window) of what stands from `rest` on, tokenized without what stands before.
+
+        The ends matter: inside a long run of spaces, ids agree of readings that are one space apart.
+        """
+        encoding = self._encode(window[rest:])
+        return [(one, rest + end) for one, (_, end) in zip(encoding.ids, encoding.offsets, strict=True)]
 
     def _is_word_end(self, window: str, cut: int, word: int | None, following: int | None) -> bool:
         if not 0 < cut < len(window) or not window[cut - 1].isalnum() or window[cut].isalnum():

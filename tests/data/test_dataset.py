@@ -146,8 +146,12 @@ def test_a_tokenizer_gives_token_files_their_bytes(tokens, tmp_path):
     tokenizer = byte_tokenizer_json(tmp_path / "tokenizer.json")
     ids = np.array([*tokenizer.encode("grün" * 30).ids, 256] * 8, np.uint16)
     ids.tofile(tmp_path / "text.bin")
-    files = (str(tmp_path / "text.bin"),)
-    section = tokens(tokenizer=str(tmp_path / "tokenizer.json"), validation={"text": files}, files=files)
+    np.tile(ids, 2).tofile(tmp_path / "train.bin")
+    section = tokens(
+        tokenizer=str(tmp_path / "tokenizer.json"),
+        validation={"text": (str(tmp_path / "text.bin"),)},
+        files=(str(tmp_path / "train.bin"),),
+    )
     data = open_quietly(section)
     assert data.validation["text"].bytes_per_token == 150 / 151
     assert data.tokenizer.decode(data.validation["text"][0]["tokens"]).startswith("grün")
@@ -185,10 +189,20 @@ def test_a_vocabulary_that_is_too_small_is_refused(text):
     assert "at least 257" in message
 
 
-def test_a_split_without_documents_is_refused(text, tokens):
-    assert "data.validation_fraction=1e-09: no document was held out" in refused(text(validation_fraction=1e-9))
-    message = refused(tokens(validation_fraction=1e-9), vocab_size=600)
-    assert "data.validation_fraction=1e-09: no block of 65536 tokens was held out" in message
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+def test_of_few_documents_one_at_least_is_on_each_side(text, fraction):
+    data = open_quietly(text(validation_fraction=fraction), seq_len=8)
+    sizes = [data.train.num_tokens, data.validation["validation"].num_tokens]
+    assert 0 < min(sizes) <= 120 < max(sizes)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.5, 0.97])
+def test_of_one_block_of_tokens_the_share_is_held_out(tmp_path, fraction):
+    np.arange(20_000, dtype=np.uint16).tofile(tmp_path / "a.bin")
+    section = DataSection(source="tokens", files=(str(tmp_path / "a.bin"),), validation_fraction=fraction)
+    data = open_quietly(section, seq_len=1, vocab_size=20_000)
+    assert data.train.num_tokens + data.validation["validation"].num_tokens == 20_000
+    assert data.validation["validation"].num_tokens / 20_000 == pytest.approx(fraction, abs=0.15)
 
 
 def test_too_little_to_train_on_is_refused(text):
