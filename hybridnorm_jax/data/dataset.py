@@ -7,7 +7,6 @@ from etils import epath
 
 from hybridnorm_jax.config.run_config import DataSection
 from hybridnorm_jax.data.identity import FileIdentity, identities, relative_names
-from hybridnorm_jax.data.overlap import check_apart
 from hybridnorm_jax.data.sources import Corpus, find_files, pattern_root, stdlib_corpus, text_corpus
 from hybridnorm_jax.data.text_cache import TextCache, open_text_cache
 from hybridnorm_jax.data.token_files import OpenFiles, TokenFile, open_token_file, split_extents
@@ -123,12 +122,6 @@ def _open_texts(data: DataSection, vocab_size: int, progress: bool) -> _Opened:
         name: text_corpus(f"data.validation.{name}", files, data.text_field) for name, files in data.validation.items()
     }
     files = corpus.identities()
-    paths = {name: [file.path for file in other.files] for name, other in others.items()}
-    check_apart(
-        [file.path for file in corpus.files],
-        files,
-        {name: (paths[name], other.identities()) for name, other in others.items()},
-    )
     cache = tokenized(corpus, data.validation_fraction)
     sets = {name: split(tokenized(other, fraction=1.0), "validation") for name, other in others.items()}
     train, held_out = cache.splits["train"], cache.splits["validation"]
@@ -169,7 +162,6 @@ def _open_token_files(data: DataSection, vocab_size: int) -> _Opened:
 
     own = split_extents(opened(paths), relative_names(paths, root), data.validation_fraction)
     files = identities(paths, root)
-    check_apart(paths, files, {name: (other, identities(other)) for name, other in others.items()})
     sets = {
         name: split(split_extents(opened(other), relative_names(other), fraction=1.0).held_out)
         for name, other in others.items()

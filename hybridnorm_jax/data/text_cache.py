@@ -16,6 +16,7 @@ import pathlib
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Self
 
@@ -39,6 +40,8 @@ BATCH_CHARACTERS = 1 << 19
 # A longer text is tokenized in pieces.
 LONG_CHARACTERS = 1 << 18
 PARTIAL = ".partial"
+# Where no bar is shown, a line says what takes longer than this.
+QUIET_SECONDS = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,12 +219,14 @@ def _write(
         }
         texts = _Texts(tokenizer, writers)
         shows_bar = progress and can_redraw(sys.stderr)
-        if progress and not shows_bar:
-            print(f"tokenizing {corpus.name}", file=sys.stderr, flush=True)
+        is_quiet, began = progress and not shows_bar, time.monotonic()
         files = stack.enter_context(tqdm(corpus.files, "tokenizing", unit="file", leave=False, disable=not shows_bar))
         whole = corpus.holds_whole_files_out(fraction)
         for file in files:
             for document in corpus.documents(file, whole=whole):
+                if is_quiet and time.monotonic() - began > QUIET_SECONDS:
+                    print(f"tokenizing {corpus.name}", file=sys.stderr, flush=True)
+                    is_quiet = False
                 if texts.add("validation" if is_held_out(document.digest) else "train", document):
                     files.set_postfix_str(f"{sum(writer.tokens for writer in writers.values()):,} tokens")
         texts.finish()

@@ -50,7 +50,7 @@ def beginning(config: RunConfig, program: Program, data: Data, checkpoints: Chec
       UserError: a checkpoint cannot be used for this model, or the data are not those that it was trained on.
     """
     iterator = _iterator(config, program, data)
-    files = data_files(config.data)
+    files = data_files(config.data, data.files)
     if step is not None:
         state, data_state = restore(program, checkpoints, step)
         _check_same_data(data, data_state, files, where=f"step {step}")

@@ -15,8 +15,7 @@ from hybridnorm_jax.config import plugins
 from hybridnorm_jax.config.resume_keys import differences, resume_differences
 from hybridnorm_jax.config.run_config import DataSection, RunConfig
 from hybridnorm_jax.config.yaml_files import from_yaml, read_file
-from hybridnorm_jax.data.identity import FileIdentity, file_identity, identities
-from hybridnorm_jax.data.sources import find_files, stdlib_corpus
+from hybridnorm_jax.data.identity import FileIdentity, file_identity
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.training.checkpoints import Checkpoints
@@ -120,12 +119,9 @@ def keep_sources(directory: epath.Path, used: Sequence[plugins.Plugin]) -> None:
                 file.write_text(text)
 
 
-def data_files(data: DataSection) -> list[dict[str, Any]]:
+def data_files(data: DataSection, trained_on: Sequence[FileIdentity]) -> list[dict[str, Any]]:
     """The identities of the files that a run trains on, in order, and of its tokenizer, as JSON has them."""
-    if data.source == "stdlib":
-        files = [file_identity(file.path, name=file.identity) for file in stdlib_corpus().files]
-    else:
-        files = list(identities(find_files("data.files", data.files)))
+    files = list(trained_on)
     if data.tokenizer != "bytes":
         files.append(file_identity(epath.Path(data.tokenizer).expanduser(), name="data.tokenizer"))
     return [dataclasses.asdict(file) for file in files]

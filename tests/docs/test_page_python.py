@@ -58,4 +58,4 @@ def test_yaml_blocks_are_configurations(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_block_has_a_language_that_is_checked(page):
-    assert {block.language for block in blocks(page)} <= {"bash", "python", "text", "yaml"}
+    assert {block.language for block in blocks(page)} <= {"bash", "json", "python", "text", "yaml"}

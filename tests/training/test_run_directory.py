@@ -39,7 +39,18 @@ def test_without_config_yaml_the_newest_checkpoint_says_what_the_run_is(config, 
     loop.train(config)
     assert yaml_files.from_yaml(file.read_text()) == config
 
+    # What people write into config.yaml counts for nothing beside a checkpoint.
+    file.write_text(file.read_text().replace("learning_rate: 0.0003", "learning_rate: 1.0"))
+    with pytest.raises(ConfigError, match=r"holds another run \(optimizer\.learning_rate: saved 0\.0003, asked 1\.0\)"):
+        loop.train(other)
     file.write_text("a: [")
+    loop.train(config)
+    assert yaml_files.from_yaml(file.read_text()) == config
+
+
+def test_without_a_checkpoint_config_yaml_says_what_the_run_is(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match=r"run/config\.yaml, line 2: not valid YAML"):
         loop.train(config)
 
@@ -48,7 +59,7 @@ def test_a_directory_that_cannot_be_made_is_named(config, tmp_path):
     (tmp_path / "file").touch()
     blocked = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(tmp_path / "file")))
     with pytest.raises(UserError, match="file/run"):
-        loop.open_run_directory(blocked)
+        loop.train(blocked)
 
 
 def test_a_signal_that_was_to_be_ignored_stays_so():
