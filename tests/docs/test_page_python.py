@@ -9,8 +9,9 @@ import yaml
 from pages import PAGES, REPOSITORY, blocks, name
 
 import hybridnorm_jax as hn
+from hybridnorm_jax.config.key_lookup import flatten
 from hybridnorm_jax.config.run_config import RunConfig
-from hybridnorm_jax.config.yaml_files import flatten, gather
+from hybridnorm_jax.config.yaml_files import gather
 
 # tests/equivalence/test_foreign.py runs the first page and compares what it prints. test_contributing.py carries out
 # the example of the second. A program writes the third, and another test compares it with what the library has.
