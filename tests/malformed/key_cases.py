@@ -101,9 +101,12 @@ def random_key_cases(rng: random.Random) -> Iterator[Case]:
     while True:
         path = rng.choice(keys)
         value = _anything(rng)
-        yield Case(
-            "key=value: by chance", ("train", "tiny.yaml", f"{path}={value}"), (path.split(".")[-1],), refused=False
+        # A path is named by itself, and so is a text that is neither empty nor odd.
+        names = (
+            path.rpartition(".")[2],
+            *([value.strip()[:15]] if value.strip().isprintable() and value.strip() else []),
         )
+        yield Case("key=value: by chance", ("train", "tiny.yaml", f"{path}={value}"), names, refused=False)
 
 
 def _anything(rng: random.Random) -> str:
