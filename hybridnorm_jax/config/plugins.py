@@ -6,6 +6,7 @@ from a stranger, and never imports anything. Which files are meant is compared b
 """
 
 import dataclasses
+import errno
 import hashlib
 import importlib
 import importlib.machinery
@@ -21,6 +22,7 @@ from hybridnorm_jax.errors import ConfigError, RunStopped
 KEY = "run.plugins"
 # The sources of a larger plugin, such as a whole package, are compared but not kept.
 MOST_KEPT_BYTES = 1 << 20
+MOST_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +98,17 @@ def missing_plugin(saved: Sequence[dict[str, Any]], now: Iterable[Plugin]) -> st
 
 def _place(name: str) -> str:
     """What tells plugins apart in one process: a file by its path, a module by its name."""
-    return str(Path(name).expanduser().resolve()) if name.endswith(".py") else name
+    # Not Path.resolve, which raises where links lead in a circle.
+    return os.path.realpath(os.path.expanduser(name)) if name.endswith(".py") else name
+
+
+def _read(file: Path) -> bytes:
+    """The source in a file; OSError for what is no regular file, which may never end, and for what is no source."""
+    if file.exists() and not file.is_file():
+        raise OSError(errno.EINVAL, "no regular file", str(file))
+    if file.stat().st_size > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"more than {MOST_BYTES >> 20} MiB, which no source has", str(file))
+    return file.read_bytes()
 
 
 def _import(name: str) -> Plugin:
@@ -105,7 +117,7 @@ def _import(name: str) -> Plugin:
             importlib.import_module(name)
             return _describe(name)
         path = Path(_place(name))
-        source = path.read_bytes()
+        source = _read(path)
         # A name that follows from the path, so that what is pickled or registered by module has one.
         module_name = f"hybridnorm_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
         module = types.ModuleType(module_name)
@@ -127,7 +139,7 @@ def _import(name: str) -> Plugin:
 def _describe(name: str) -> Plugin:
     """The plugin as its files are now, without importing it."""
     try:
-        return _plugin(name, {relative: file.read_bytes() for relative, file in _files(name).items()})
+        return _plugin(name, {relative: _read(file) for relative, file in _files(name).items()})
     except (OSError, ImportError, ValueError) as error:
         raise ConfigError(f"{KEY}: {name} cannot be read: {_reason(error)}") from error
 

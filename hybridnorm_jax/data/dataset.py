@@ -18,6 +18,8 @@ HELD_OUT = "validation"
 # Token files do not know the length of their text: it is measured on up to this many stretches of this many tokens.
 SAMPLES = 16
 SAMPLE_TOKENS = 16384
+# Of so many stretches of this many tokens the ids are looked at before anything is compiled.
+CHECKED_TOKENS = 1024
 # More paths than these are counted, not listed.
 SHOWN_FILES = 5
 
@@ -158,6 +160,7 @@ def _open_token_files(data: DataSection, vocab_size: int) -> _Opened:
 
     def split(parts: tuple[Extent, ...]) -> _Split:
         stream = TokenStream(parts, vocab_size)
+        _check_sample(stream)
         return _Split(stream, _measure_bytes_per_token(stream, tokenizer))
 
     own = split_extents(opened(paths), relative_names(paths, root), data.validation_fraction)
@@ -181,6 +184,13 @@ def _open_token_files(data: DataSection, vocab_size: int) -> _Opened:
         description=description,
         files=files,
     )
+
+
+def _check_sample(stream: TokenStream) -> None:
+    """Raise DataError where ids of some stretches are outside the vocabulary; others show once they are read."""
+    for start in np.linspace(0, max(len(stream) - CHECKED_TOKENS, 0), SAMPLES, dtype=np.int64).tolist():
+        if len(stream):
+            stream.read(start, min(start + CHECKED_TOKENS, len(stream)))
 
 
 def _measure_bytes_per_token(stream: TokenStream, tokenizer: Tokenizer | None) -> float | None:

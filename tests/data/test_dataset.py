@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hybridnorm_jax.config.run_config import DataSection
-from hybridnorm_jax.data import DataError, blocks, open_data
+from hybridnorm_jax.data import DataError, blocks, dataset, open_data
 from hybridnorm_jax.errors import UserError
 
 TEXTS = [f"This is text {number}. " * (number % 5 + 1) for number in range(50)]
@@ -166,10 +166,19 @@ def test_token_files_with_segment_ids_need_the_separators_id(tokens):
     assert first["segment_ids"][place + 1] == first["segment_ids"][place] + 1
 
 
-def test_token_files_are_checked_when_a_window_is_read(tokens):
+OUTSIDE = r"array\.npy: token 150 is 450, .*model\.vocab_size=450"
+
+
+def test_some_ids_of_token_files_are_checked_before_training(tokens):
+    with pytest.raises(DataError, match=OUTSIDE):
+        open_quietly(tokens(validation_fraction=0.0), vocab_size=450)
+
+
+def test_all_ids_of_token_files_are_checked_when_a_window_is_read(tokens, monkeypatch):
+    monkeypatch.setattr(dataset, "CHECKED_TOKENS", 0)
     data = open_quietly(tokens(validation_fraction=0.0), vocab_size=450)
     data.train[0]
-    with pytest.raises(DataError, match=r"array\.npy: token 150 is 450, .*model\.vocab_size=450"):
+    with pytest.raises(DataError, match=OUTSIDE):
         scored(data.train)
 
 

@@ -235,4 +235,7 @@ def test_a_progress_bar_counts_files_and_tokens(files, root, capsys, monkeypatch
     assert capsys.readouterr().err == ""
     monkeypatch.undo()  # standard error is no terminal here
     open_text_cache(corpus, ByteTokenizer(), fraction=0.2, cache_dir=str(root), progress=True)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("hybridnorm_jax.data.text_cache.QUIET_SECONDS", 0.0)
+    open_text_cache(corpus, ByteTokenizer(), fraction=0.4, cache_dir=str(root), progress=True)
     assert capsys.readouterr().err == "tokenizing 3 text files\n"

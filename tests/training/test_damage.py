@@ -80,10 +80,10 @@ def test_a_run_goes_on_before_the_damage_if_allowed_and_ends_as_if_there_had_bee
     program = Program(heir)
     data = loop.open_data(heir.data, seq_len=8, vocab_size=61)
     with Checkpoints(tmp_path / "runs/heir/checkpoints", keep=1) as none:
-        state, _, step = loop.beginning(_with_fallback(heir), program, data, none, None)
-    assert step == 0
+        start = loop.beginning(_with_fallback(heir), program, data, none, None)
+    assert start.step == 0
     with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
-        assert_same(state.params, checkpoints.restore_params(program.abstract_state.params, 4))
+        assert_same(start.state.params, checkpoints.restore_params(program.abstract_state.params, 4))
 
     capfd.readouterr()
     loop.train(_with_fallback(config))
