@@ -149,7 +149,9 @@ def test_a_finite_run_may_have_diverged(losses, arguments, tmp_path, monkeypatch
 
     def train(config, began):
         lines = [json.dumps({"step": 6, "train/losses": losses})]
-        (tmp_path / f"lab/{config.run.name}/metrics.jsonl").write_text("\n".join(lines))
+        directory = tmp_path / "lab" / config.run.name
+        directory.mkdir()
+        (directory / "metrics.jsonl").write_text("\n".join(lines))
         return {"held": Score(float("nan") if config.train.seed else losses[-1], 1.0, None, 8)}
 
     monkeypatch.setattr(compare, "train", train)

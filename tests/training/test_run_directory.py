@@ -48,7 +48,7 @@ def test_a_directory_that_cannot_be_made_is_named(config, tmp_path):
     (tmp_path / "file").touch()
     blocked = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(tmp_path / "file")))
     with pytest.raises(UserError, match="file/run"):
-        loop.open_run_directory(blocked)
+        loop.train(blocked)
 
 
 def test_a_signal_that_was_to_be_ignored_stays_so():
