@@ -23,6 +23,9 @@ key=value; later ones win. Values are YAML:
 
   hybridnorm train train.steps=20 model.scheme=peri
   hybridnorm train 151m 'data.files=[a.npy, b.npy]' optimizer.clip=null
+  hybridnorm train book.txt
+
+A text or token file, such as book.txt, is one of data.files.
 
 The same command again resumes the run from its newest checkpoint.
 
@@ -33,6 +36,7 @@ Exit status:
     0  done
     2  an error that you can mend; one line says which
    75  stopped by SIGTERM and saved: the same command goes on
+  129  the same at the end of its terminal
   130  the same by Ctrl-C
    76  stalled (train.stall_exit=true)
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from etils.epath.backend import fsspec_backend
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 from tensorboardX.proto.event_pb2 import Event
@@ -231,8 +232,10 @@ def bucket(monkeypatch):
     monkeypatch.setattr(MemoryFileSystem, "store", {})
     monkeypatch.setattr(InMemory, "uploaded", 0)
     run_dir = epath.Path("gs://bucket/runs/name")
+    fsspec_backend._get_filesystem.cache_clear()
     run_dir.mkdir(parents=True, exist_ok=True)
-    return run_dir
+    yield run_dir
+    fsspec_backend._get_filesystem.cache_clear()  # other tests want to see what is missing
 
 
 class InMemory(MemoryFileSystem):

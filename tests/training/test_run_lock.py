@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 from etils import epath
+from etils.epath.backend import fsspec_backend
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
@@ -70,6 +71,7 @@ def test_a_killed_process_leaves_no_lock_and_its_children_none_either(tmp_path):
     code = f"""
 import os, sys, time
 from etils import epath
+from etils.epath.backend import fsspec_backend
 from hybridnorm_jax.training.run_lock import _FileLock
 from pathlib import Path
 lock = _FileLock(Path({str(tmp_path)!r}) / "lock")
@@ -134,7 +136,9 @@ def bucket(monkeypatch):
         monkeypatch.setitem(_registry, protocol, Bucket)
     monkeypatch.setattr(MemoryFileSystem, "store", {})
     _hurry(monkeypatch)
-    return epath.Path("gs://bucket/runs/run")
+    fsspec_backend._get_filesystem.cache_clear()
+    yield epath.Path("gs://bucket/runs/run")
+    fsspec_backend._get_filesystem.cache_clear()  # other tests want to see what is missing
 
 
 def _hurry(monkeypatch):
