@@ -1,17 +1,20 @@
 """What the arguments `[NAME or FILE.yaml ...] [key=value ...]` of every command mean."""
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hybridnorm_jax.config import named_configurations
+from hybridnorm_jax.config.data_file_names import source_of
 from hybridnorm_jax.config.key_lookup import FIELDS
 from hybridnorm_jax.config.plugins import check_started_with_plugins, import_plugins
 from hybridnorm_jax.config.resume_keys import decides_trajectory
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import PLUGINS, build, gather, read_file
+from hybridnorm_jax.errors import ConfigError
 
 LONGEST_NAME = 120
 # What a run writes; whoever has a run may have it from somebody else.
@@ -67,15 +70,33 @@ def is_of_a_run(file: Path) -> bool:
 
 
 def sort(arguments: Sequence[str]) -> Arguments:
-    """Tell files and overrides apart. The name of a run holds `=`, and so may the path of its config.yaml."""
-    files, overrides = [], []
+    """Tell files and overrides apart. The name of a run holds `=`, and so may the path of its config.yaml.
+
+    A file of text or tokens, such as book.txt, stands for the overrides data.source and data.files.
+    """
+    files, overrides, data = [], [], []
     for argument in arguments:
         is_yaml = argument.endswith(named_configurations.SUFFIXES) and not re.match(r"[\w.]+=", argument)
         if is_yaml or "=" not in argument:
-            files.append(named_configurations.find(argument))
+            if not is_yaml and source_of(argument) is not None:
+                data.append(argument)
+            else:
+                files.append(named_configurations.find(argument))
         else:
             overrides.append(argument)
-    return Arguments(files, overrides)
+    return Arguments(files, [*_data_overrides(data), *overrides])
+
+
+def _data_overrides(names: Sequence[str]) -> list[str]:
+    """What sets data.source and data.files to these files."""
+    if not names:
+        return []
+    sources = {source_of(name): name for name in names}
+    if len(sources) > 1:
+        text, tokens = sources["text"], sources["tokens"]
+        raise ConfigError(f"{text} {tokens}: one holds text and the other tokens; name files of one kind")
+    (source,) = sources
+    return [f"data.source={source}", f"data.files={json.dumps(list(names), ensure_ascii=False)}"]
 
 
 def read(files: Sequence[Path], overrides: Sequence[str]) -> dict[str, Any]:

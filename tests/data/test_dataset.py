@@ -113,7 +113,7 @@ def test_a_tokenizer_json_is_used(text, tmp_path):
 @pytest.fixture
 def tokens(tmp_path, monkeypatch):
     """Makes a DataSection over a raw and a NumPy file, 300 tokens each, split in blocks of 20."""
-    monkeypatch.setattr(token_files, "BLOCK_TOKENS", 20)
+    monkeypatch.setattr(blocks, "block_length", lambda _: 20)
     np.arange(300, dtype=np.uint16).tofile(tmp_path / "raw.bin")
     np.save(tmp_path / "array.npy", np.arange(300, 600, dtype=np.int32))
 

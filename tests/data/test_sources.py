@@ -9,7 +9,8 @@ import pytest
 import zstandard
 
 from hybridnorm_jax.data import DataError
-from hybridnorm_jax.data.sources import find_files, held_out, stdlib_corpus, text_corpus
+from hybridnorm_jax.data.blocks import held_out
+from hybridnorm_jax.data.sources import find_files, stdlib_corpus, text_corpus
 
 
 def texts(*patterns, text_field="text"):
@@ -168,7 +169,7 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with socket.socket(socket.AF_UNIX) as unreadable:
         unreadable.bind("socket.txt")
-        with pytest.raises(DataError, match=r"socket\.txt: cannot be read") as error:
+        with pytest.raises(DataError, match=r"socket\.txt: no regular file") as error:
             texts("socket.txt")
     one_line(error)
 

@@ -1,4 +1,4 @@
-"""NumPy and raw token files, memory-mapped."""
+"""NumPy and raw token files, read in place."""
 
 import io
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from hybridnorm_jax.data import DataError, token_files
+from hybridnorm_jax.data import DataError, blocks
 from hybridnorm_jax.data.token_files import open_token_file, split_extents
 
 
@@ -25,9 +25,9 @@ def write(directory, name, content) -> epath.Path:
 def test_a_numpy_file_carries_its_dtype(tmp_path, dtype):
     tokens = np.arange(10, dtype=dtype)
     array = open_token_file(write(tmp_path, "a.npy", npy(tokens)), "uint16")
-    np.testing.assert_array_equal(array, tokens)
+    np.testing.assert_array_equal(array[:], tokens)
+    np.testing.assert_array_equal(array[1:3], tokens[1:3])
     assert array.dtype == tokens.dtype
-    assert isinstance(array, np.memmap)
 
 
 @pytest.mark.parametrize("name", ["a.bin", "olmo.npy"])
@@ -35,8 +35,8 @@ def test_a_numpy_file_carries_its_dtype(tmp_path, dtype):
 def test_a_file_without_numpys_magic_is_raw(tmp_path, name, dtype):
     tokens = np.array([1, 65_535, 3], dtype)
     array = open_token_file(write(tmp_path, name, tokens.tobytes()), dtype)
-    np.testing.assert_array_equal(array, tokens)
-    assert isinstance(array, np.memmap)
+    np.testing.assert_array_equal(array[:], tokens)
+    np.testing.assert_array_equal(array[1:3], tokens[1:3])
 
 
 TOKENS = np.arange(100, dtype=np.uint16)
@@ -76,7 +76,7 @@ def stretches(extents):
 
 @pytest.fixture
 def blocks_of_ten(monkeypatch):
-    monkeypatch.setattr(token_files, "BLOCK_TOKENS", 10)
+    monkeypatch.setattr(blocks, "block_length", lambda _: 10)
 
 
 def tokens_of(extents):
@@ -86,7 +86,7 @@ def tokens_of(extents):
 @pytest.mark.usefixtures("blocks_of_ten")
 def test_every_token_is_in_exactly_one_split_and_blocks_stay_whole():
     arrays = {epath.Path(f"/d/{name}"): np.zeros(size) for name, size in (("a", 1005), ("b", 7), ("c", 400))}
-    train, held_out = split_extents(arrays, 0.3)
+    train, held_out = split_extents(arrays, ("a", "b", "c"), 0.3)
     assert tokens_of(train) | tokens_of(held_out) == {(p.name, i) for p, a in arrays.items() for i in range(len(a))}
     assert not tokens_of(train) & tokens_of(held_out)
     assert 0.2 < len(tokens_of(held_out)) / 1412 < 0.4
@@ -96,14 +96,44 @@ def test_every_token_is_in_exactly_one_split_and_blocks_stay_whole():
 
 @pytest.mark.usefixtures("blocks_of_ten")
 def test_the_split_survives_moving_and_growing():
-    here = split_extents({epath.Path("/here/a"): np.zeros(500)}, 0.3)
+    here = split_extents({epath.Path("/here/a"): np.zeros(500)}, ("a",), 0.3)
     there = {epath.Path("/there/z"): np.zeros(300), epath.Path("/there/a"): np.zeros(900)}
-    moved = split_extents(there, 0.3)
+    moved = split_extents(there, ("z", "a"), 0.3)
     for before, after in zip(here, moved, strict=True):
         assert tokens_of(before) == {(name, place) for name, place in tokens_of(after) if name == "a" and place < 500}
 
 
 def test_without_a_held_out_share_a_file_is_one_piece():
     arrays = {epath.Path("/d/a"): np.zeros(200_000)}
-    assert [stretches(split) for split in split_extents(arrays, 0.0)] == [[("a", 0, 200_000)], []]
-    assert [stretches(split) for split in split_extents(arrays, 1.0)] == [[], [("a", 0, 200_000)]]
+    assert [stretches(split) for split in split_extents(arrays, ("a",), 0.0)] == [[("a", 0, 200_000)], []]
+    assert [stretches(split) for split in split_extents(arrays, ("a",), 1.0)] == [[], [("a", 0, 200_000)]]
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.01, 0.5, 0.99])
+def test_files_of_one_block_are_never_held_out_all_or_none(fraction):
+    arrays = {epath.Path(f"/d/{number}/part.npy"): np.zeros(1000) for number in range(6)}
+    names = tuple(f"{number}/part.npy" for number in range(6))
+    train, held_out = (
+        sum(extent.stop - extent.start for extent in side) for side in split_extents(arrays, names, fraction)
+    )
+    assert train + held_out == 6000
+    assert train >= 2
+    assert held_out >= 2
+
+
+def test_files_of_one_name_have_fates_of_their_own():
+    arrays = {epath.Path(f"/d/{number}/part.npy"): np.zeros(1000) for number in range(40)}
+    names = tuple(f"{number}/part.npy" for number in range(40))
+    train, held_out = split_extents(arrays, names, 0.5)
+    assert 10 <= len(held_out) <= 30
+    assert len(train) + len(held_out) == 40
+
+
+def test_a_large_file_is_cut_into_long_blocks():
+    size = 10_000_000
+    cuts = list(blocks.blocks(size))
+    assert cuts[0] == (0, 1024)
+    assert cuts[-1][1] == size
+    assert all(stop - start == 65536 for start, stop in cuts[:-1] if start >= 1 << 20)
+    assert [stop for _, stop in cuts[:-1]] == [start for start, _ in cuts[1:]]
+    assert len(cuts) < 64 + 240 + 138
