@@ -2,6 +2,7 @@
 
 import os
 import struct
+import tokenize
 import warnings
 import zipfile
 from typing import BinaryIO, NamedTuple
@@ -89,7 +90,7 @@ def _numpy_layout(stream: BinaryIO, path: epath.Path, size: int) -> Layout:
         with warnings.catch_warnings(action="ignore"):  # of headers that Python 2 wrote
             shape, _, dtype = read(stream)
     # NumPy parses the header as a Python literal, and lets more than ValueError out of it.
-    except (ValueError, TypeError, SyntaxError, LookupError, RecursionError, MemoryError) as error:
+    except (ValueError, TypeError, SyntaxError, LookupError, RecursionError, MemoryError, tokenize.TokenError) as error:
         raise DataError(f"{path}: its NumPy header is damaged or truncated") from error
     if len(shape) != 1 or dtype.kind not in "iu":
         known = "a 1-D array of integers, such as np.save(FILE, np.array(ids, dtype=np.uint16))"

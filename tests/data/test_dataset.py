@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hybridnorm_jax.config.run_config import DataSection
-from hybridnorm_jax.data import DataError, open_data, token_files
+from hybridnorm_jax.data import DataError, blocks, open_data
 from hybridnorm_jax.errors import UserError
 
 TEXTS = [f"This is text {number}. " * (number % 5 + 1) for number in range(50)]
