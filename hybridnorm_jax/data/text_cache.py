@@ -16,6 +16,7 @@ import pathlib
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Self
 
@@ -39,6 +40,7 @@ BATCH_CHARACTERS = 1 << 19
 # A longer text is tokenized in pieces.
 LONG_CHARACTERS = 1 << 18
 PARTIAL = ".partial"
+BAR_SECONDS = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,10 +222,14 @@ def _write(
             print(f"tokenizing {corpus.name}", file=sys.stderr, flush=True)
         files = stack.enter_context(tqdm(corpus.files, "tokenizing", unit="file", leave=False, disable=not shows_bar))
         whole = corpus.holds_whole_files_out(fraction)
+        shown = 0.0
         for file in files:
             for document in corpus.documents(file, whole=whole):
                 texts.add("validation" if is_held_out(document.digest) else "train", document)
-                files.set_postfix_str(f"{sum(writer.tokens for writer in writers.values()):,} tokens", refresh=False)
+                # By time: one file may be long, and many may be short.
+                is_due = time.monotonic() - shown >= BAR_SECONDS
+                files.set_postfix_str(f"{sum(writer.tokens for writer in writers.values()):,} tokens", refresh=is_due)
+                shown = time.monotonic() if is_due else shown
         texts.finish()
     return {
         "file_sizes": {writer.path.name: writer.path.stat().st_size for writer in writers.values()},

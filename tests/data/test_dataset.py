@@ -185,10 +185,18 @@ def test_a_vocabulary_that_is_too_small_is_refused(text):
     assert "at least 257" in message
 
 
-def test_a_split_without_documents_is_refused(text, tokens):
-    assert "data.validation_fraction=1e-09: no document was held out" in refused(text(validation_fraction=1e-9))
-    message = refused(tokens(validation_fraction=1e-9), vocab_size=600)
-    assert "data.validation_fraction=1e-09: no block of 65536 tokens was held out" in message
+def test_the_smallest_fraction_holds_something_out(text, tokens):
+    for section in (text(validation_fraction=1e-9), tokens(validation_fraction=1e-9)):
+        data = open_quietly(section, seq_len=1, vocab_size=600)
+        assert data.validation["validation"].num_tokens >= 2
+        assert data.train.num_tokens > data.validation["validation"].num_tokens
+
+
+def test_two_lines_are_too_few_to_hold_any_out(text, tmp_path):
+    (tmp_path / "two_lines.txt").write_text("one\ntwo\n")
+    message = refused(text(files=(str(tmp_path / "two_lines.txt"),)))
+    assert message.startswith("data.validation_fraction=")
+    assert "one block of lines" in message
 
 
 def test_too_little_to_train_on_is_refused(text):

@@ -58,7 +58,6 @@ BAD_FILES = {
     "negative": (shaped("(-4,)"), []),
     "boolean": (shaped("(True,)"), []),
     "joined": (npy(TOKENS) + npy(TOKENS), ["follow the 100 tokens", "data.files"]),
-    "zip": (b"PK\x03\x04 and so on", []),
     "truncated": (npy(TOKENS)[:-10], ["328 bytes", "has 318", "truncated"]),
     "header": (npy(TOKENS)[:40], ["header"]),
     "odd": (b"123", ["3 bytes", "uint16", "data.token_dtype"]),
