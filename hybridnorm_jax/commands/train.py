@@ -15,7 +15,7 @@ from hybridnorm_jax.mesh.processes import Processes, check_alike
 from hybridnorm_jax.streams import sturdy_streams
 
 DRY_RUN = "--dry-run"
-USAGE = """usage: hybridnorm train [CONFIG ...] [key=value ...] [--dry-run]
+USAGE = """usage: hybridnorm train [CONFIG ...] [FILE ...] [key=value ...] [--dry-run]
 
 CONFIG is the name of a configuration, such as 151m, or the path of a YAML file.
 Without one it is quickstart. Several are merged in their order, then the
@@ -26,6 +26,11 @@ key=value; later ones win. Values are YAML:
   hybridnorm train book.txt
 
 A text or token file, such as book.txt, is one of data.files.
+
+FILE is data to train on: text (.txt, .md, .jsonl, packed or not) or token ids
+(.npy, .bin). It sets data.source and data.files:
+
+  hybridnorm train book.txt train.steps=20
 
 The same command again resumes the run from its newest checkpoint.
 

@@ -2,6 +2,7 @@
 
 import os
 import struct
+import tokenize
 import warnings
 import zipfile
 from tokenize import TokenError

@@ -1,4 +1,4 @@
-"""NumPy and raw token files, memory-mapped."""
+"""NumPy and raw token files, read in place."""
 
 import io
 
@@ -38,7 +38,24 @@ def test_a_file_without_numpys_magic_is_raw(tmp_path, name, dtype):
 
 
 TOKENS = np.arange(100, dtype=np.uint16)
+
+
+def npy_header(text: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+def shaped(shape: str) -> bytes:
+    return npy_header(f"{{'descr': '<u2', 'fortran_order': False, 'shape': {shape}}}\n") + b"\0" * 8
+
+
 BAD_FILES = {
+    "brackets": (npy_header("(" * 500), ["header"]),
+    "open string": (npy_header("{'a': '''"), ["header"]),
+    "signs": (npy_header("-" * 9000 + "1"), ["header"]),
+    "old long": (npy_header("{'shape': (4L,"), ["header"]),
+    "negative": (shaped("(-4,)"), []),
+    "boolean": (shaped("(True,)"), []),
+    "joined": (npy(TOKENS) + npy(TOKENS), ["follow the 100 tokens", "data.files"]),
     "truncated": (npy(TOKENS)[:-10], ["328 bytes", "has 318", "truncated"]),
     "header": (npy(TOKENS)[:40], ["header"]),
     "odd": (b"123", ["3 bytes", "uint16", "data.token_dtype"]),
