@@ -23,9 +23,6 @@ key=value; later ones win. Values are YAML:
 
   hybridnorm train train.steps=20 model.scheme=peri
   hybridnorm train 151m 'data.files=[a.npy, b.npy]' optimizer.clip=null
-  hybridnorm train book.txt
-
-A text or token file, such as book.txt, is one of data.files.
 
 FILE is data to train on: text (.txt, .md, .jsonl, packed or not) or token ids
 (.npy, .bin). It sets data.source and data.files:

@@ -222,7 +222,6 @@ def _write(
         is_quiet, began = progress and not shows_bar, time.monotonic()
         files = stack.enter_context(tqdm(corpus.files, "tokenizing", unit="file", leave=False, disable=not shows_bar))
         whole = corpus.holds_whole_files_out(fraction)
-        shown = 0.0
         for file in files:
             for document in corpus.documents(file, whole=whole):
                 if is_quiet and time.monotonic() - began > QUIET_SECONDS:

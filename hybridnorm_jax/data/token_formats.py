@@ -2,7 +2,6 @@
 
 import os
 import struct
-import tokenize
 import warnings
 import zipfile
 from tokenize import TokenError
