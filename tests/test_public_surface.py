@@ -169,7 +169,7 @@ def test_a_block_honours_the_scales_of_its_placement(scheme, dtype, small_config
     stream = x["value"][0]
     for layer, (placement, own) in enumerate(zip(config.placements, layers, strict=True)):
         stream = hn.Block(config=config, placement=placement, layer=layer).apply({"params": own}, stream)
-        assert stream.dtype == outputs.dtype
+        assert stream.dtype == outputs[layer].dtype
         # The same operations one by one and in a compiled scan, which may keep a bfloat16 sum in float32.
         wide, expected = np.asarray(stream, np.float64), np.asarray(outputs[layer], np.float64)
         unit = 2**-6 if dtype == "bfloat16" else 1e-5
