@@ -161,11 +161,15 @@ def test_a_block_honours_the_scales_of_its_placement(scheme, dtype, small_config
     config = small_config(scheme=scheme, dtype=dtype)
     params = random_params(config)
     x = hn.Decoder(config).apply({"params": params}, tokens, mutable=["stream"], return_hidden=True)[1]["stream"]
-    stream, outputs = x["value"][0], x["run_0"]["value"][0]
-    for layer, placement in enumerate(config.placements):
-        own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["run_0"])
+    names = [name for name in sorted(params) if name.startswith("run_")]  # keel's first block is a run of its own
+    outputs = [output for name in names for output in x[name]["value"][0]]
+    layers = [
+        jax.tree.map(lambda leaf, i=i: leaf[i], params[name]) for name in names for i in range(len(x[name]["value"][0]))
+    ]
+    stream = x["value"][0]
+    for layer, (placement, own) in enumerate(zip(config.placements, layers, strict=True)):
         stream = hn.Block(config=config, placement=placement, layer=layer).apply({"params": own}, stream)
-        assert stream.dtype == outputs.dtype
+        assert stream.dtype == outputs[layer].dtype
         # The same operations one by one and in a compiled scan, which may keep a bfloat16 sum in float32.
         wide, expected = np.asarray(stream, np.float64), np.asarray(outputs[layer], np.float64)
         unit = 2**-6 if dtype == "bfloat16" else 1e-5

@@ -187,8 +187,12 @@ class ModelConfig:
         if self.positions == "learned":
             self._check("max_positions", self.max_positions is not None, "positions=learned needs a number")
             return
-        right = f"rope rotates pairs, but rotary_fraction * head_dim is {self.rotary_dim}; it must be even"
-        self._check("head_dim", self.rotary_dim % 2 == 0 and self.rotary_dim > 0, right)
+        product = self.rotary_fraction * self.head_dim
+        right = (
+            f"times model.head_dim={self.head_dim} is {product:.6g}; rope rotates pairs, so it must be an even integer"
+        )
+        even = self.rotary_dim % 2 == 0 and self.rotary_dim > 0
+        self._check("rotary_fraction", even and abs(product - self.rotary_dim) < 1e-6, right)
         self._check("max_positions", self.max_positions is None, "only for positions=learned")
         self._check("position_offset", self.position_offset == 0, "only for positions=learned")
 
@@ -232,8 +236,8 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """How many of head_dim's leading channels rotate."""
-        return int(self.head_dim * self.rotary_fraction)
+        """How many of head_dim's leading channels rotate: the integer that rotary_fraction * head_dim stands for."""
+        return round(self.head_dim * self.rotary_fraction)
 
     @property
     def scheme_rule(self) -> Scheme:

@@ -29,7 +29,7 @@ def std_factor(initializer: str, role: str, layer: int | Array, num_layers: int)
     depth_scaled  output: 1/sqrt(2l) (HybridNorm, "Depth-Scaled")
     megatron      output: 1/sqrt(2L) (HybridNorm, "Megatron")
     deepnorm      value, feed_forward and output: (8L)^(-1/4) (DeepNorm 2203.00555, decoder-only)
-    b2t           1/sqrt(L) everywhere (B2T 2206.00330)
+    b2t           every weight inside a block: 1/sqrt(L) (B2T 2206.00330); embeddings and head: 1
     """
     if role not in ROLES:
         raise ValueError(f"role={role!r} must be one of {ROLES}")
@@ -42,8 +42,8 @@ def std_factor(initializer: str, role: str, layer: int | Array, num_layers: int)
             return 1 / math.sqrt(2 * num_layers)
         case "deepnorm", "value" | "feed_forward" | "output":
             return (8 * num_layers) ** -0.25
-        case "b2t", _:
+        case "b2t", "input" | "value" | "feed_forward" | "output":
             return 1 / math.sqrt(num_layers)
-        case "depth_scaled" | "megatron" | "deepnorm", _:
+        case "depth_scaled" | "megatron" | "deepnorm" | "b2t", _:
             return 1.0
     raise ValueError(f"initializer={initializer!r} is not known")

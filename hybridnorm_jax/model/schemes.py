@@ -227,8 +227,15 @@ def layernorm_scaling(layer: int, num_layers: int) -> BlockPlacement:
 
 @scheme("keel", final_norm=False)
 def keel(layer: int, num_layers: int) -> BlockPlacement:
-    """Y = N(aX + Attn(N(X))); X' = N(aY + FFN(N(Y))), a = 2L, the number of sublayers. KEEL (2601.19895)."""
+    """Y = N(aX + Attn(N(X))); X' = N(aY + FFN(N(Y))), a = 2L, the number of sublayers. KEEL (2601.19895).
+
+    Block 1: Y = X + Attn(N(X)); X' = N(Y + FFN(N(Y))). No code of the authors was found.
+    Implementations by others agree on block 1's attention and on an FFN without a; they disagree on the FFN's post
+    norm, which stands here.
+    """
     sublayer = SublayerPlacement(pre=True, post=True, residual_scale=2.0 * num_layers)
+    if layer == 0:
+        return BlockPlacement(PRE, dataclasses.replace(sublayer, residual_scale=1.0))
     return BlockPlacement(sublayer, sublayer)
 
 

@@ -10,6 +10,7 @@ import pytest
 import hybridnorm_jax as hn
 from hybridnorm_jax.model.attention import rotate, rotation
 from hybridnorm_jax.model.block import stream_norm
+from hybridnorm_jax.model.decoder import Embedding
 from hybridnorm_jax.model.placement import runs
 
 
@@ -222,3 +223,31 @@ def test_dropout_needs_asking_for_and_changes_the_logits(small_config, random_pa
 def test_an_id_outside_the_vocabulary_does_not_pass_for_a_token(small_config, random_params):
     logits = _logits(small_config(), random_params(small_config()), np.array([[3, 61, 2]]))
     assert np.isnan(logits[:, 1:]).all()
+
+
+def test_a_bfloat16_model_rotates_in_float32():
+    positions, width, theta = np.arange(99_990, 100_000)[None], 8, 1e4
+    cos, sin = hn.rotation(jnp.asarray(positions), width, theta, jnp.bfloat16)
+    angles = positions[..., None, None] * theta ** (-np.arange(0, width, 2) / width)
+    assert cos.dtype == sin.dtype == jnp.float32
+    # A float32 angle of 100,000 is known to 2^-8, and its wavelength to one more rounding.
+    np.testing.assert_allclose(cos, np.cos(angles), rtol=0, atol=2.0**-6)
+    np.testing.assert_allclose(sin, np.sin(angles), rtol=0, atol=2.0**-6)
+    x = jax.random.normal(jax.random.key(0), (1, 10, 2, width), jnp.bfloat16)
+    expected = rotate(x.astype(jnp.float32), (cos, sin)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(rotate(x, (cos, sin)), expected)
+
+
+def test_the_gradient_of_the_embedding_is_summed_in_float32():
+    table = Embedding(rows=2, width=3, std=1.0, dtype="bfloat16", param_dtype="float32")
+    tokens = jnp.zeros((1, 1024), jnp.int32)
+    params = table.init(jax.random.key(0), tokens)
+    gradient = jax.grad(lambda params: table.apply(params, tokens).astype(jnp.float32).sum())(params)
+    np.testing.assert_array_equal(gradient["params"]["embedding"], [[1024.0] * 3, [0.0] * 3])
+
+
+def test_rotary_fraction_stands_for_an_even_integer(small_config):
+    assert small_config(head_dim=100, rotary_fraction=0.58).rotary_dim == 58
+    for fraction in (0.32, 0.25 + 1e-3, 0.03, 1e-9):
+        with pytest.raises(hn.UserError, match=r"^model\.rotary_fraction=.* must be an even integer$"):
+            small_config(head_dim=64 if fraction != 0.03 else 100, rotary_fraction=fraction)

@@ -74,6 +74,10 @@ def test_first_blocks_that_differ():
     assert star[0].feed_forward.formula("F") == "x + F(N(x))"
     assert star[0].v_norm == "head"
     assert hn.SCHEMES["span"].block(0, 3).attention.formula("A") == "N(x + A(N(x)))"
+    keel = hn.SCHEMES["keel"].placements(4)
+    assert keel[0].attention.formula("A") == "x + A(N(x))"
+    assert keel[0].feed_forward.formula("F") == "N(x + F(N(x)))"
+    assert keel[1].attention.formula("A") == "N(8 x + A(N(x)))"
     mixed = hn.SCHEMES["mix_ln"].placements(9)
     assert [placement.attention.post for placement in mixed] == [True] * 2 + [False] * 7
 

@@ -77,7 +77,7 @@ ATTENTION = {"num_heads": 4, "num_kv_heads": 2, "q_norm": "head", "context_norm"
 def _pairs(small_config):
     """{name: (makes the NNX module, the Linen module, an input)}."""
     config = small_config(scheme="hybrid_star")
-    placement = hn.SCHEMES["keel"].block(0, 3)
+    placement = hn.SCHEMES["keel"].block(1, 3)
     stream = jax.random.normal(jax.random.key(7), (2, 12, WIDTH))
     tokens = jax.random.randint(jax.random.key(8), (2, 12), 0, config.vocab_size)
     return {

@@ -28,7 +28,7 @@ MODEL = (
         file="model/decoder.py",
         right="self.dropout(stream, deterministic=deterministic)",
         wrong="self.dropout(stream, deterministic=True)",
-        tests=("model",),
+        tests=("model/test_layer_keys.py::test_the_embedding_is_dropped",),
     ),
     Fault(
         name="rotation_in_the_compute_dtype",
@@ -36,7 +36,28 @@ MODEL = (
         right="""    dtype = jnp.promote_types(dtype, jnp.float32)
     wavelengths""",
         wrong="    wavelengths",
-        tests=("model",),
+        tests=("model/test_decoder.py::test_a_bfloat16_model_rotates_in_float32",),
+    ),
+    Fault(
+        name="every_layer_has_the_same_keys",
+        file="model/decoder.py",
+        right="jax.vmap(partial(jax.random.fold_in, key))(layers)",
+        wrong="jax.vmap(partial(jax.random.fold_in, key))(0 * layers)",
+        tests=("model/test_layer_keys.py::test_every_layer_and_every_branch_has_a_dropout_mask_of_its_own",),
+    ),
+    Fault(
+        name="the_keys_of_a_layer_depend_on_its_run",
+        file="model/decoder.py",
+        right="jax.vmap(partial(jax.random.fold_in, key))(layers)",
+        wrong="jax.vmap(partial(jax.random.fold_in, key))(layers - run.start)",
+        tests=("model/test_layer_keys.py::test_schemes_of_every_grouping_start_from_the_same_matrices",),
+    ),
+    Fault(
+        name="scales_rounded_before_the_product",
+        file="model/block.py",
+        right="scale.astype(wide_dtype(x.dtype)) * widened(x)",
+        wrong="scale.astype(x.dtype).astype(wide_dtype(x.dtype)) * widened(x)",
+        tests=("model/test_block.py::test_scales_are_multiplied_in_float32_and_rounded_once",),
     ),
     Fault(
         name="epsilon_outside_the_root",
@@ -78,7 +99,7 @@ MODEL = (
         file="model/decoder.py",
         right="jnp.take(table, ids, axis=0)",
         wrong="jnp.take(table.astype(self.dtype), ids, axis=0)",
-        tests=("model",),
+        tests=("model/test_decoder.py::test_the_gradient_of_the_embedding_is_summed_in_float32",),
     ),
     Fault(
         name="softmax_of_attention_in_the_compute_dtype",
