@@ -69,7 +69,7 @@ class _Share:
         self.scale = head_dim**-0.5
         self._batch, self._heads, self._head_dim = batch, heads, head_dim
         self.half = local // 2
-        self.block = _largest_divisor(self.half, at_most=BLOCK)
+        self.block = _block_length(self.half)
         device = jax.lax.axis_index(axes)
         self.starts = self.half * jnp.stack([device, 2 * self._shards - 1 - device])
         self.ids = None if inputs.segment_ids is None else gather_sequence(inputs.segment_ids, axes)
@@ -118,8 +118,14 @@ class _Share:
         return jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
 
 
-def _largest_divisor(number: int, at_most: int) -> int:
-    return max(size for size in range(1, min(at_most, number) + 1) if number % size == 0)
+def _block_length(half: int) -> int:
+    """A divisor of `half`: the largest up to BLOCK or, where that is tiny (half a prime number, say), the next one.
+
+    Blocks of a few keys would make thousands of steps of a loop out of one product.
+    """
+    divisors = [size for size in range(1, half + 1) if half % size == 0]
+    up_to = max(size for size in divisors if size <= BLOCK)
+    return up_to if 8 * up_to >= min(BLOCK, half) else min(size for size in divisors if size > BLOCK)
 
 
 class _RunningSoftmax(NamedTuple):

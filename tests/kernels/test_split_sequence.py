@@ -51,6 +51,13 @@ def test_every_device_computes_as_much(shards, seq):
 
 
 @pytest.mark.parametrize(
+    ("half", "block"), [(8, 8), (512, 512), (2048, 512), (514, 257), (521, 521), (1042, 521), (768, 384)]
+)
+def test_no_length_makes_tiny_blocks_of_keys(half, block):
+    assert split_sequence._block_length(half) == block
+
+
+@pytest.mark.parametrize(
     ("sizes", "seq", "kv_heads", "segmented"),
     [
         ({"context": 8}, 80, 1, True),
@@ -58,6 +65,7 @@ def test_every_device_computes_as_much(shards, seq):
         ({"context": 2, "tensor": 4}, 64, 2, True),
         ({"data": 2, "context": 3}, 66, 2, False),
         ({"context": 2}, 48, 2, True),
+        ({"context": 2}, 188, 2, True),  # a half is 47, a prime number beyond BLOCK
     ],
     ids=str,
 )
