@@ -9,6 +9,7 @@ from flax import linen as nn
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from hybridnorm_jax.config_fields import check_choice
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.mesh.sharding_rules import MESH_AXES, RULES, Rules
 
@@ -21,8 +22,11 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
       devices: by default all there are.
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices, or replica is no multiple of the slices.
+      ConfigError: an axis that there is not; the sizes do not multiply to the number of devices, or replica is no
+        multiple of the slices.
     """
+    for axis in sizes:
+        check_choice("mesh", axis, MESH_AXES)
     devices = jax.devices() if devices is None else devices
     shape = [sizes.get(axis, 1) for axis in MESH_AXES]
     given = math.prod(size for size in shape if size != -1)

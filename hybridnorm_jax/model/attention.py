@@ -163,6 +163,8 @@ class Attention(nn.Module):
         extent: HeadNorm = getattr(self, name)
         if extent is None:
             return heads
+        if extent not in ("head", "projection"):
+            raise ValueError(f"{name}={extent!r}: must be None, 'head' or 'projection'")
         norm = Norm(
             kind=self.norm,
             epsilon=self.norm_epsilon,

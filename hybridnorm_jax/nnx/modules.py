@@ -44,10 +44,11 @@ class Shell(nnx.Module):
             setattr(self, name, _parameters(tree))
 
     def _apply(
-        self, x: Array, *, mutable: Sequence[str] = (), dropout_rngs: nnx.Rngs | None = None, **inputs: Any
+        self, x: Array, *, mutable: str | Sequence[str] = (), dropout_rngs: nnx.Rngs | None = None, **inputs: Any
     ) -> Any:
         rngs = None if dropout_rngs is None else {"dropout": dropout_rngs.dropout()}
-        collections = list(mutable) if mutable else False
+        names = [mutable] if isinstance(mutable, str) else list(mutable)
+        collections = names if names else False
         return self.linen.apply({"params": to_linen_params(self)}, x, rngs=rngs, mutable=collections, **inputs)
 
 

@@ -18,7 +18,7 @@ from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.streams import sturdy_streams
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.hooks.built_in import built_in_hooks
-from hybridnorm_jax.training.hooks.hook import Hook
+from hybridnorm_jax.training.hooks.hook import Hook, check_hook
 from hybridnorm_jax.training.memory import check_room, least_bytes, room_of
 from hybridnorm_jax.training.metrics_file import read_records
 from hybridnorm_jax.training.metrics_writer import MetricsWriter, WandbRun
@@ -47,6 +47,9 @@ def train(config: RunConfig, *, began: float | None = None, hooks: Iterable[Hook
       UserError: anything the caller can mend, in one line; what was saved before stays as it is.
       RunStopped: by SIGTERM, SIGINT or a preemption notice; every step that was made is saved.
     """
+    hooks = tuple(hooks)
+    for hook in hooks:
+        check_hook(hook)
     ledger = TimeLedger(began)
     with contextlib.ExitStack() as stack:
         stack.enter_context(sturdy_streams())

@@ -19,6 +19,7 @@ from hybridnorm_jax.errors import MissingExtraError, UserError
 from hybridnorm_jax.mesh.sharding_rules import MESH_AXES, resolve_rules
 from hybridnorm_jax.mesh.shardings import tree_shardings
 from hybridnorm_jax.model.abstract_params import abstract_params
+from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
 from hybridnorm_jax.training.run_identity import check_same_plugins, check_same_run, keep_sources
 from hybridnorm_jax.whole_files import write_whole
@@ -196,9 +197,13 @@ def save_run(path: str, config: RunConfig, params: Any, *, step: int = 0, tokeni
       step: of the checkpoint.
 
     Raises:
-      UserError: a directory cannot be made there.
+      UserError: a directory cannot be made there; the parameters are not those of the model, or the step is negative.
     """
+    path = os.path.expanduser(path)  # as load_run does
     check_free(path)
+    _check_params(params, config.model)
+    if step < 0:
+        raise UserError(f"step={step}: must not be negative")
     target = epath.Path(path) if _is_remote(path) else epath.Path(Path(path).absolute())
     data = config.data
     if tokenizer_file is not None:
@@ -219,6 +224,24 @@ def save_run(path: str, config: RunConfig, params: Any, *, step: int = 0, tokeni
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _check_params(params: Any, model: ModelConfig) -> None:
+    """Raise UserError unless these are the parameters of Decoder(model), which `load_run` will look for."""
+
+    def kinds(tree: Any) -> dict[str, str]:
+        leaves = jax.tree.leaves_with_path(tree)
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+            for path, leaf in leaves
+        }
+
+    ours, expected = kinds(params), kinds(abstract_params(model))
+    for name in [*expected, *ours]:
+        if ours.get(name) != expected.get(name):
+            found, needed = ours.get(name, "nothing"), expected.get(name, "nothing")
+            right = "give the tree of Decoder(config.model), as docs/parameters.md lists it"
+            raise UserError(f"params: {name} is {found}, but the model has {needed}; {right}")
 
 
 def _write_run(

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.training.step import Batch
 
 if TYPE_CHECKING:  # run.py imports this file
@@ -71,3 +72,15 @@ class Hook:
 
     def close(self) -> None:
         """However the run ends, and whether or not `start` was called."""
+
+
+def check_hook(hook: Hook) -> None:
+    """Raise UserError for what is no hook, before anything is computed.
+
+    Raises:
+      UserError: names the class, and what would be right.
+    """
+    if not isinstance(hook, Hook):
+        raise UserError(f"hooks: {hook!r} is no object of a subclass of Hook; make one, such as MyHook()")
+    if hook.every is not None and (type(hook.every) is not int or hook.every < 1):
+        raise UserError(f"hooks: {type(hook).__name__}.every={hook.every!r}: must be at least 1, or None for never")
