@@ -40,7 +40,7 @@ class Data:
     validation: dict[str, Windows]
     tokenizer: Tokenizer | None
     description: str
-    files: tuple[FileIdentity, ...]
+    files: tuple[FileIdentity, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

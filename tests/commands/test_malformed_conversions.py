@@ -193,7 +193,7 @@ def test_an_option_that_cannot_be(refused, model, tmp_path, options):
 
 WRONG_TOPOLOGIES = {
     "gpu:99999999x80GB": "a number in it has more than 6 digits",
-    "9" * 5000 + "xgpu:8x80GB": "a number in it has more than 6 digits",
+    "9" * 5000 + "xgpu:8x80GB": "must be [SLICESx]KIND:SHAPE",
     "gpu:8x" + "9" * 400 + "GB": "a number in it has more than 6 digits",
     "900xgpu:8x80GB": "7,200 devices; at most 4,096 are simulated",
     "gpu:0x80GB": "must be [NODESx]gpu:DEVICESxMEMORYGB",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hybridnorm_jax.config.arguments import parse, sort
+from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.errors import ConfigError
 
 
@@ -17,10 +17,10 @@ def test_files_of_data_set_source_and_files():
     assert named.model == parse(["151m", "data.files=[b.npy]"]).model
 
 
-def test_an_override_wins_over_a_file_among_the_arguments():
-    assert sort(["data.source=tokens", "book.txt"]).overrides[-1] == "data.source=tokens"
+def test_the_source_that_is_asked_for_wins_over_what_the_name_says():
+    assert parse(["data.source=tokens", "book.txt"]).data.source == "tokens"
 
 
 def test_text_and_tokens_together_are_refused():
-    with pytest.raises(ConfigError, match=r"^book\.txt a\.npy: one holds text and the other tokens"):
-        sort(["book.txt", "a.npy"])
+    with pytest.raises(ConfigError, match="names of text and of token files; a run reads one kind"):
+        parse(["book.txt", "a.npy"])
