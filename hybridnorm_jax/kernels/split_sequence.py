@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from hybridnorm_jax.kernels.attention_arrays import AttentionInputs, AttentionResiduals
 from hybridnorm_jax.kernels.precision import wide_dtype, wide_einsum
@@ -55,7 +55,7 @@ class _Share:
 
     Attributes:
       half: positions in a half.
-      block: keys in a block.
+      block: keys in a block, which divides a half.
       starts: the position of each half's first query.
       ids: segment ids of the whole sequence, or None.
       scale: of the scores.
@@ -66,24 +66,13 @@ class _Share:
         self._kv_heads = inputs.key.shape[2]
         self._readers = heads // self._kv_heads
         self._shards = jax.lax.axis_size(axes)
-        self._seq = local * self._shards
         self.scale = head_dim**-0.5
         self._batch, self._heads, self._head_dim = batch, heads, head_dim
         self.half = local // 2
-        self.block = _block_size(self.half)
+        self.block = _largest_divisor(self.half, at_most=BLOCK)
         device = jax.lax.axis_index(axes)
         self.starts = self.half * jnp.stack([device, 2 * self._shards - 1 - device])
-        self.ids = None if inputs.segment_ids is None else self.gather(inputs.segment_ids, axes)
-
-    def gather(self, x: Shaped[Array, "batch local ..."], axes: Axes) -> Shaped[Array, "batch blocks ..."]:
-        """The whole sequence, filled up to whole blocks with positions that no query sees, since they come last."""
-        whole = gather_sequence(x, axes)
-        filling = -self._seq % self.block
-        return jnp.pad(whole, [(0, 0), (0, filling)] + [(0, 0)] * (whole.ndim - 2)) if filling else whole
-
-    def scatter(self, x: Keys, axes: Axes) -> Float[Array, "batch local kv_heads head_dim"]:
-        """The gradient of `gather`: summed over the devices, each keeps its own stretch."""
-        return jax.lax.psum_scatter(x[:, : self._seq], axes, scatter_dimension=1, tiled=True)
+        self.ids = None if inputs.segment_ids is None else gather_sequence(inputs.segment_ids, axes)
 
     def split(self, x: LocalHeads) -> Halves:
         """A device's queries, or what belongs to them, by half and by key head."""
@@ -97,18 +86,16 @@ class _Share:
 
     def for_each_block(self, visit: Callable[[Array, Array, Carry], Carry], carry: Carry) -> Carry:
         """carry = visit(half, first key, carry) for every block of keys that half 0, and then half 1, sees."""
+        blocks_in_half = self.half // self.block
         # The low half of device i sees i + 1 halves of keys, the high half 2n - i.
-        of_low, of_high = -(-(self.starts + self.half) // self.block)
-        # All devices visit as many blocks where blocks divide the halves; otherwise one more or less.
-        divides = self.half % self.block == 0
-        count = (2 * self._shards + 1) * (self.half // self.block) if divides else of_low + of_high
+        seen_by_low = self.starts[0] // self.block + blocks_in_half
 
         def body(step: Array, carry: Carry) -> Carry:
-            is_high = step >= of_low
-            number = jnp.where(is_high, step - of_low, step)
+            is_high = step >= seen_by_low
+            number = jnp.where(is_high, step - seen_by_low, step)
             return visit(is_high.astype(jnp.int32), number * self.block, carry)
 
-        return jax.lax.fori_loop(0, count, body, carry)
+        return jax.lax.fori_loop(0, (2 * self._shards + 1) * blocks_in_half, body, carry)
 
     def keys(self, x: Keys, first: Array) -> KeyBlock:
         """The block of keys, or of values, from `first` on."""
@@ -131,13 +118,8 @@ class _Share:
         return jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
 
 
-def _block_size(half: int) -> int:
-    """Keys of a block: the largest divisor of a half up to BLOCK, so that no block is looked at in part.
-
-    Where that is less than a quarter of BLOCK, it is BLOCK: a half of prime length would be visited key by key.
-    """
-    divisor = max(size for size in range(1, min(BLOCK, half) + 1) if half % size == 0)
-    return divisor if 4 * divisor >= min(BLOCK, half) else BLOCK
+def _largest_divisor(number: int, at_most: int) -> int:
+    return max(size for size in range(1, min(at_most, number) + 1) if number % size == 0)
 
 
 class _RunningSoftmax(NamedTuple):
@@ -157,7 +139,7 @@ class _RunningSoftmax(NamedTuple):
 def _forward(inputs: AttentionInputs, axes: Axes, saved_as: str) -> tuple[LocalHeads, AttentionResiduals]:
     share = _Share(inputs, axes)
     q = share.split(inputs.query)
-    k, v = share.gather(inputs.key, axes), share.gather(inputs.value, axes)
+    k, v = gather_sequence(inputs.key, axes), gather_sequence(inputs.value, axes)
 
     def visit(half: Array, first: Array, running: _RunningSoftmax) -> _RunningSoftmax:
         before = jax.tree.map(lambda array: array[half], running)
@@ -198,7 +180,7 @@ def _backward(
 ) -> tuple[AttentionInputs]:
     inputs, share = residuals.inputs, _Share(residuals.inputs, axes)
     q = share.split(inputs.query)
-    k, v = share.gather(inputs.key, axes), share.gather(inputs.value, axes)
+    k, v = gather_sequence(inputs.key, axes), gather_sequence(inputs.value, axes)
     d_c = share.split(d_context)
     dtype = wide_dtype(q.dtype)
     # What softmax's derivative subtracts in each row: sum_k weight d_weight = context . d_context.
@@ -221,12 +203,17 @@ def _backward(
     zeros = _Gradients(query=jnp.zeros(q.shape, dtype), key=jnp.zeros(k.shape, dtype), value=jnp.zeros(v.shape, dtype))
     total = share.for_each_block(visit, zeros)
     gradients = AttentionInputs(
-        key=share.scatter(total.key, axes).astype(inputs.key.dtype),
-        value=share.scatter(total.value, axes).astype(inputs.key.dtype),
+        key=_scatter_sequence(total.key, axes).astype(inputs.key.dtype),
+        value=_scatter_sequence(total.value, axes).astype(inputs.key.dtype),
         query=share.join(total.query).astype(inputs.query.dtype),
         segment_ids=None,
     )
     return (gradients,)
+
+
+def _scatter_sequence(x: Keys, axes: Axes) -> Float[Array, "batch local kv_heads head_dim"]:
+    """The gradient of gather_sequence: summed over the devices, each keeps its own stretch."""
+    return jax.lax.psum_scatter(x, axes, scatter_dimension=1, tiled=True)
 
 
 _attend.defvjp(_forward, _backward)

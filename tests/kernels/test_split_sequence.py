@@ -64,25 +64,6 @@ def test_xla_in_shares_is_softmax_attention(sizes, seq, kv_heads, segmented, mon
     assert_equal_to(expected, got, 1e-12)
 
 
-@pytest.mark.parametrize("segmented", [False, True])
-def test_halves_of_prime_length_are_not_visited_key_by_key(segmented, monkeypatch):
-    """No block of several keys divides a half of 13: the last block of a half is looked at in part."""
-    monkeypatch.setattr(split_sequence, "BLOCK", 8)
-    assert split_sequence._block_size(13) == 8
-    segment_ids = documents(2, 52) if segmented else None
-    with jax.enable_x64(True):
-        inputs = draw(2, 52, 4, 2, 8, np.float64)
-        expected = context_and_gradients(functools.partial(textbook, segment_ids=segment_ids), *inputs)
-        with use_mesh(_mesh(context=2)):
-            got = context_and_gradients(_attention(segment_ids), *inputs)
-    assert_equal_to(expected, got, 1e-12)
-
-
-@pytest.mark.parametrize(("half", "block"), [(7, 7), (512, 512), (521, 512), (768, 384), (1042, 512), (2048, 512)])
-def test_blocks_are_neither_long_nor_very_short(half, block):
-    assert split_sequence._block_size(half) == block
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
 def test_narrow_dtypes_stay_within_their_rounding(dtype, tolerance):
     with jax.enable_x64(True):
