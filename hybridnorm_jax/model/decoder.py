@@ -66,7 +66,9 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", init, (self.rows, self.width), jnp.dtype(self.param_dtype))
 
     def __call__(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
-        """Look the rows up; an id beyond the table gives NaN. The gradient is summed in the parameters' dtype."""
+        """Look the rows up; an id outside the table gives NaN. The gradient is summed in the parameters' dtype."""
+        # JAX would count a negative id from the table's end.
+        ids = jnp.where(ids < 0, self.rows, ids)
         # Gathered along embed before the lookup: XLA cannot get from a result sharded by embed to one sharded by batch.
         table = nn.with_logical_constraint(self.embedding, ("vocab", None))
         rows: Stream = jnp.take(table, ids, axis=0)

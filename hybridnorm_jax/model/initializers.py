@@ -8,16 +8,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from hybridnorm_jax.kernels.precision import wide_dtype
+
 # "output" writes the residual stream (W_O, FFN-out); "value" is W_V; "feed_forward" reads the stream into the FFN;
 # "input" is every other weight inside a block (W_Q, W_K); "outer" stands outside the blocks (embeddings, head).
 ROLES = ("input", "value", "feed_forward", "output", "outer")
 
 
 def truncated_normal(std: float | Array) -> Callable[..., Array]:
-    """Initializer: N(0, std^2) cut at 3 std, not rescaled (HybridNorm 2503.04598; its code's cutoff factor)."""
+    """Initializer: N(0, std^2) cut at 3 std, not rescaled (HybridNorm 2503.04598; its code's cutoff factor).
+
+    Drawn in float32 at least and rounded once: a normal distribution drawn in bfloat16 has 128 values and no tails.
+    """
 
     def initialize(key: Array, shape: Sequence[int], dtype: Any = float) -> Array:
-        return jax.random.truncated_normal(key, -3, 3, shape, dtype) * jnp.asarray(std, dtype)
+        wide = wide_dtype(dtype)
+        drawn = jax.random.truncated_normal(key, -3, 3, shape, wide) * jnp.asarray(std, wide)
+        return drawn.astype(dtype)
 
     return initialize
 

@@ -1,10 +1,12 @@
 """What the weights of each initializer look like, layer by layer."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import hybridnorm_jax as hn
+from hybridnorm_jax.model.initializers import truncated_normal
 
 L = 4
 KEPT = 0.98658  # standard deviation of a standard normal cut at 3, not rescaled: from its density, not from our code
@@ -75,3 +77,10 @@ def test_the_branch_norm_of_the_7b_model_starts_small():
     params = hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
     np.testing.assert_allclose(params["run_1"]["attention_branch_norm"]["scale"], 0.25)
     np.testing.assert_allclose(params["run_1"]["attention_post_norm"]["scale"], 1.0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_parameters_are_drawn_in_float32_and_rounded_once(dtype):
+    draw, key = truncated_normal(0.0361), jax.random.key(0)
+    exact = draw(key, (10_000,), jnp.float32)
+    np.testing.assert_array_equal(draw(key, (10_000,), dtype), exact.astype(dtype))
