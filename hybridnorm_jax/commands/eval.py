@@ -24,6 +24,7 @@ from hybridnorm_jax.mesh.cluster import DistributedSection
 from hybridnorm_jax.mesh.processes import Processes, say
 from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
 from hybridnorm_jax.training.program import Program
+from hybridnorm_jax.training.run_directory import saved_config
 
 # Where a run trained says nothing of where it is evaluated: by default on all devices there are.
 ANYWHERE = (
@@ -67,7 +68,8 @@ def evaluate_run(path: str, overrides: Sequence[str] = (), *, progress: bool = T
         if step is None:
             step = checkpoints.usable(allow_fallback=_allows_fallback(overrides))
         text = checkpoints.read_config(step)
-        saved, config = from_yaml(text), from_yaml(text, [*ANYWHERE, *overrides])
+        saved = saved_config(checkpoints, step, import_these=gather([], overrides).get("run.plugins", ()))
+        config = from_yaml(text, [*ANYWHERE, *overrides])
         for line in differences(saved, config):
             if line.startswith(("model.", "data.tokenizer")) and not line.startswith(SAME_FUNCTION):
                 raise ConfigError(f"{line}: {directory.parent} holds that model and no other")

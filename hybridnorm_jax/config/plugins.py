@@ -90,10 +90,10 @@ def to_json(plugins: Iterable[Plugin]) -> list[dict[str, Any]]:
     return [dataclasses.asdict(plugin) for plugin in plugins]
 
 
-def missing_plugin(saved: Sequence[dict[str, Any]], now: Iterable[Plugin]) -> str | None:
-    """The name of the first saved plugin (as `to_json` wrote it) whose source is not among those of `now`, or None."""
+def missing_plugin(saved: Sequence[dict[str, Any]], now: Iterable[Plugin]) -> dict[str, Any] | None:
+    """The first saved plugin (as `to_json` wrote it) whose source is not among those of `now`, or None."""
     digests = {plugin.digest for plugin in now}
-    return next((plugin["name"] for plugin in saved if plugin["digest"] not in digests), None)
+    return next((plugin for plugin in saved if plugin["digest"] not in digests), None)
 
 
 def _place(name: str) -> str:

@@ -221,7 +221,7 @@ class Checkpoints:
         """
         saved = self._saved(step)
         if list(saved.leaves) == ["params"]:
-            right = "start a new run from it: init_from=THIS_RUN run.name=ANOTHER"
+            right = "start a new run from it: init_from=THIS_RUN run.name=ANOTHER, without init_optimizer"
             raise CheckpointError(f"{self._path(saved.step)}: holds parameters alone, no optimizer state; {right}")
         self._check_same_leaves(saved.step, saved.leaves, abstract_state)
         return self._load(saved.step, abstract_state), saved.custom["data_state"]

@@ -20,7 +20,7 @@ from hybridnorm_jax.training.run_identity import check_same_files, data_files
 from hybridnorm_jax.training.state import TrainState
 
 # Of a branch these are the same as of the run that it leaves: they say which rows a step reads, or shape the state.
-PLACE_IN_DATA = ("data.", "train.batch_size", "train.seq_len", "train.seed", "train.data_seed", "train.spike_window")
+SAME_IN_A_BRANCH = ("data.", "train.batch_size", "train.seq_len", "train.spike_window")
 
 
 class Beginning(NamedTuple):
@@ -49,28 +49,35 @@ def beginning(config: RunConfig, program: Program, data: Data, checkpoints: Chec
     Raises:
       UserError: a checkpoint cannot be used for this model, or the data are not those that it was trained on.
     """
-    iterator = _iterator(config, program, data)
-    files = data_files(config.data, data.files)
     if step is not None:
-        state, data_state = restore(program, checkpoints, step)
-        _check_same_data(data, data_state, files, where=f"step {step}")
-        iterator.set_state(data_state["iterator"])
-        return Beginning(state, iterator, step, files)
-    if config.init_from is None:
-        return Beginning(program.fresh_state(), iterator, step=0, files=files)
-    with _source(config) as source:
-        if not config.init_optimizer:
+        return _go_on(config, program, data, checkpoints, step, where=f"step {step}")
+    if config.init_from is not None:
+        with _source(config) as source:
+            if config.init_optimizer:
+                _check_branch(source, config)
+                where = f"step {source.step} of {config.init_from}"
+                return _go_on(config, program, data, source.checkpoints, source.step, where=where)
             params = source.checkpoints.restore_params(program.abstract_state.params, source.step)
-            state = dataclasses.replace(program.fresh_state(), params=params)
-            return Beginning(state, iterator, step=0, files=files)
-        _check_branch(source, config)
-        state, data_state = restore(program, source.checkpoints, source.step)
-        if "iterator" not in data_state:
-            wrong = "holds parameters alone, without a place in the data"
-            raise ConfigError(f"init_optimizer=true: {config.init_from} {wrong}; leave init_optimizer out")
-        _check_same_data(data, data_state, files, where=f"step {source.step} of {config.init_from}")
-        iterator.set_state(data_state["iterator"])
-        return Beginning(state, iterator, source.step, files)
+        state = dataclasses.replace(program.fresh_state(), params=params)
+    else:
+        state = program.fresh_state()
+    return Beginning(state, _iterator(config, program, data), step=0, files=data_files(config.data, data.files))
+
+
+def _go_on(
+    config: RunConfig, program: Program, data: Data, checkpoints: Checkpoints, step: int, *, where: str
+) -> Beginning:
+    """After a step of this run or of another one: with its moments, and at its place in the same data.
+
+    Args:
+      where: what was saved, for messages.
+    """
+    state, data_state = restore(program, checkpoints, step)
+    files = data_files(config.data, data.files)
+    _check_same_data(data, data_state, files, where=where)
+    iterator = _iterator(config, program, data)
+    iterator.set_state(data_state["iterator"])
+    return Beginning(state, iterator, step, files)
 
 
 def restore(program: Program, checkpoints: Checkpoints, step: int) -> tuple[TrainState, dict]:
@@ -90,10 +97,15 @@ def _iterator(config: RunConfig, program: Program, data: Data) -> Any:
         data.train,
         batch_size=config.train.batch_size,
         accumulation=config.train.grad_accumulation,
-        seed=config.train.seed if config.train.data_seed is None else config.train.data_seed,
+        seed=_data_seed(config),
         share=program.share,
         read_threads=config.data.read_threads,
     )
+
+
+def _data_seed(config: RunConfig) -> int:
+    """The seed of the order of the data."""
+    return config.train.seed if config.train.data_seed is None else config.train.data_seed
 
 
 def _check_same_data(data: Data, saved: Mapping[str, Any], files: list[dict[str, Any]], *, where: str) -> None:
@@ -142,7 +154,9 @@ def _check_branch(source: _Source, config: RunConfig) -> None:
     if step >= config.train.steps:
         wrong = f"{config.init_from} has made {step} steps already"
         raise ConfigError(f"train.steps={config.train.steps}: {wrong}; ask for more with init_optimizer=true")
-    fixed = [line for line in differences(saved, config) if line.startswith(PLACE_IN_DATA)]
+    fixed = [line for line in differences(saved, config) if line.startswith(SAME_IN_A_BRANCH)]
+    if _data_seed(saved) != _data_seed(config):
+        fixed.append(f"train.data_seed: saved {_data_seed(saved)}, asked {_data_seed(config)}")
     if (saved.optimizer.clip is None) != (config.optimizer.clip is None):
         fixed.append(f"optimizer.clip: saved {saved.optimizer.clip}, asked {config.optimizer.clip}")
     if fixed:

@@ -113,12 +113,16 @@ def saved_config(checkpoints: Checkpoints, step: int | None, *, import_these: Se
       ConfigError: a plugin is missing, or is another file than the run was trained with.
     """
     import_plugins(import_these)
-    text, saved = checkpoints.read_config(step), checkpoints.read_plugins(step)
     directory = checkpoints.directory
-    config = from_yaml(text, origin=str(directory))
+    config = from_yaml(checkpoints.read_config(step), origin=str(directory))
     if config.run.plugins:
-        named = [plugin.name for plugin in imported() if any(plugin.digest == each["digest"] for each in saved or ())]
-        check_same_plugins(saved, named or import_these, where=f"{directory}, step {step}", kept=directory.parent)
+        check_same_plugins(
+            checkpoints.read_plugins(step),
+            imported(),
+            where=f"{directory}, step {step}",
+            kept=directory.parent,
+            more_allowed=True,
+        )
     return config
 
 

@@ -62,7 +62,8 @@ def check_same_run(directory: epath.Path, config: RunConfig) -> None:
     if differing:
         raise ConfigError(f"{directory} holds another run ({'; '.join(differing)}): choose another run.name")
     if saved.step is not None:
-        check_same_plugins(saved.plugins, config.run.plugins, where=f"{directory}, step {saved.step}", kept=directory)
+        now = plugins.plugins_of(config.run.plugins)
+        check_same_plugins(saved.plugins, now, where=f"{directory}, step {saved.step}", kept=directory)
 
 
 def with_origin(directory: epath.Path, config: RunConfig) -> RunConfig:
@@ -77,34 +78,38 @@ def with_origin(directory: epath.Path, config: RunConfig) -> RunConfig:
 
 
 def check_same_plugins(
-    saved: Sequence[dict[str, Any]] | None, names: Sequence[str], *, where: str, kept: epath.Path
+    saved: Sequence[dict[str, Any]] | None,
+    now: Sequence[plugins.Plugin],
+    *,
+    where: str,
+    kept: epath.Path,
+    more_allowed: bool = False,
 ) -> None:
     """Refuse plugins whose sources are not those that were saved; say so where none were saved.
 
     Args:
       saved: as config.plugins.to_json wrote them; None: by a version that kept none.
-      names: the plugins that are asked for now.
+      now: the plugins of this start.
       where: what was trained with the saved ones.
       kept: the run's directory.
+      more_allowed: there may be plugins that were not saved.
 
     Raises:
       ConfigError: names the plugin and says where its source of then is.
     """
     if saved is None:
-        if names:
+        if now:
             unknown = "saved by a version that kept no digests of plugins; they may have been others"
             say(f"{where}: {unknown}", file=sys.stderr)
         return
-    now = plugins.plugins_of(names)
     missing = plugins.missing_plugin(saved, now)
     if missing is not None:
-        digest = next(plugin["digest"] for plugin in saved if plugin["name"] == missing)
-        source = f"its source of then is in {kept / SOURCES / digest[:12]}"
-        wrong = f"{plugins.KEY}: {missing} is not, or no longer, the file that {where}, was trained with"
-        raise ConfigError(f"{wrong}; restore it ({source}), or choose another run.name")
+        source = f"its source of then is in {kept / SOURCES / missing['digest'][:12]}"
+        wrong = f"{plugins.KEY}: {missing['name']} is not the file that {where}, was trained with"
+        raise ConfigError(f"{wrong}; name that file ({source}), or start a new run under another run.name")
     digests = {plugin["digest"] for plugin in saved}
     added = next((plugin.name for plugin in now if plugin.digest not in digests), None)
-    if added is not None:
+    if added is not None and not more_allowed:
         raise ConfigError(f"{plugins.KEY}: {added}: {where}, was trained without it; choose another run.name")
 
 

@@ -204,9 +204,8 @@ DATA = (
     Fault(
         name="a_resumed_run_begins_with_the_first_batch",
         file="training/resume.py",
-        right="""        iterator.set_state(data_state["iterator"])
-        return Beginning(state, iterator, step, files)""",
-        wrong="        return Beginning(state, iterator, step, files)",
+        right='    iterator.set_state(data_state["iterator"])\n',
+        wrong="",
         tests=("training/test_resume.py::test_stopped_and_resumed_equals_uninterrupted_bit_for_bit",),
     ),
 )
