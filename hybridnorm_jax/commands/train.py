@@ -14,13 +14,17 @@ from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.mesh.processes import Processes, check_alike
 
 DRY_RUN = "--dry-run"
-USAGE = """usage: hybridnorm train [CONFIG ...] [key=value ...] [--dry-run]
+USAGE = """usage: hybridnorm train [CONFIG ...] [DATA_FILE ...] [key=value ...] [--dry-run]
 
 CONFIG is the name of a configuration, such as 151m, or the path of a YAML file. Without one it is
 quickstart. Several are merged in their order, then the key=value; later ones win. Values are YAML:
 
   hybridnorm train train.steps=20 model.scheme=peri
+  hybridnorm train book.txt
   hybridnorm train 151m data.source=text 'data.files=[a.txt, b.txt]' optimizer.clip=null
+
+DATA_FILE is text or token ids, known by its name: .txt .md .jsonl .ndjson .json, each also packed;
+.npy .bin. It stands for data.files=[DATA_FILE] with the data.source that reads it.
 
 The same command again resumes the run from its newest checkpoint.
 

@@ -40,15 +40,15 @@ class DataSection:
     """What is read, how it becomes tokens, and what is held out."""
 
     source: str = key(
-        "stdlib", "stdlib (this Python's own sources) | text (.txt, .jsonl, .gz, .zst) | tokens (.npy, .bin)"
+        "stdlib", "stdlib (this Python's own sources) | text (.txt, .jsonl, also packed) | tokens (.npy, .bin)"
     )
     files: tuple[str, ...] = key((), "paths or glob patterns, for text and tokens")
     tokenizer: str = key("bytes", "bytes, or the path of a Hugging Face tokenizer.json")
     separator: str = key("", "token that ends a document, such as <|endoftext|>; empty: found in tokenizer.json")
     token_dtype: str = key("uint16", "dtype of raw .bin token files: uint16 | uint32 (.npy files carry their own)")
     separator_id: int | None = key(None, "id that ends a document in token files, for segment ids; null: unknown")
-    text_field: str = key("text", "field of .jsonl records that holds the text")
-    validation_fraction: float = key(0.02, "share of documents held out, chosen by a hash of each one's identity")
+    text_field: str = key("text", "field of JSON records that holds the text")
+    validation_fraction: float = key(0.02, "share of the data held out, chosen by a hash (docs/data.md)")
     validation: dict[str, tuple[str, ...]] = key({}, "further validation sets: name -> files, as data.files")
     segment_ids: bool = key(False, "documents do not attend to each other, and positions restart in each")
     cache_dir: str = key("~/.cache/hybridnorm_jax", "where tokenized text is kept")

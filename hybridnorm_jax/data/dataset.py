@@ -134,7 +134,7 @@ def _open_texts(data: DataSection, vocab_size: int, progress: bool) -> _Opened:
     train, held_out = cache.splits["train"], cache.splits["validation"]
     description = (
         f"{corpus.name}: {train.documents + held_out.documents:,} documents, {train.tokens:,} tokens "
-        f"and {held_out.tokens:,} held out, tokenizer {tokenizer.name}, cached in {cache.directory}"
+        f"and {held_out.tokens:,} held out{_share(held_out.tokens, train.tokens)}, tokenizer {tokenizer.name}, cached in {cache.directory}"
     )
     return _Opened(
         train=split(cache, "train"),
@@ -177,8 +177,8 @@ def _open_token_files(data: DataSection, vocab_size: int) -> _Opened:
     train, held_out = split(own.train), split(own.held_out)
     named = ", ".join(data.files) if len(data.files) <= SHOWN_FILES else f"{len(data.files)} paths"
     description = (
-        f"token files {named}: {len(train.stream):,} tokens and {len(held_out.stream):,} held out, "
-        f"tokenizer {tokenizer.name if tokenizer else 'unknown'}"
+        f"token files {named}: {len(train.stream):,} tokens and {len(held_out.stream):,} held out"
+        f"{_share(len(held_out.stream), len(train.stream))}, tokenizer {tokenizer.name if tokenizer else 'unknown'}"
     )
     return _Opened(
         train=train,
@@ -189,6 +189,10 @@ def _open_token_files(data: DataSection, vocab_size: int) -> _Opened:
         description=description,
         files=files,
     )
+
+
+def _share(held_out: int, train: int) -> str:
+    return f" ({held_out / (held_out + train):.2%})" if held_out else ""
 
 
 def _measure_bytes_per_token(stream: TokenStream, tokenizer: Tokenizer | None) -> float | None:

@@ -253,7 +253,7 @@ def test_moving_all_token_files_changes_nothing(tmp_path, monkeypatch):
         return scored(data.validation["validation"]), data.files
 
     before = held_out("old")
-    assert 20 < len(before[0]) < 100
+    assert 0 < len(before[0]) < 119
     (tmp_path / "old").rename(tmp_path / "new")
     assert held_out("new") == before
     assert [file.name for file in before[1]] == [f"{part}/same.bin" for part in range(6)]

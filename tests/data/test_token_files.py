@@ -168,7 +168,7 @@ def test_megatrons_index_says_which_numbers_its_file_holds(tmp_path, code, right
     else:
         with pytest.raises(DataError, match=right):
             open_token_file(path, "uint16")
-    with pytest.raises(DataError, match="name its .bin file only"):
+    with pytest.raises(DataError, match=r"name its \.bin file only"):
         open_token_file(index, "uint16")
 
 
