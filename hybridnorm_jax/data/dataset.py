@@ -132,9 +132,10 @@ def _open_texts(data: DataSection, vocab_size: int, progress: bool) -> _Opened:
     cache = tokenized(corpus, data.validation_fraction)
     sets = {name: split(tokenized(other, fraction=1.0), "validation") for name, other in others.items()}
     train, held_out = cache.splits["train"], cache.splits["validation"]
+    share = _share(held_out.tokens, train.tokens)
     description = (
         f"{corpus.name}: {train.documents + held_out.documents:,} documents, {train.tokens:,} tokens "
-        f"and {held_out.tokens:,} held out{_share(held_out.tokens, train.tokens)}, tokenizer {tokenizer.name}, cached in {cache.directory}"
+        f"and {held_out.tokens:,} held out{share}, tokenizer {tokenizer.name}, cached in {cache.directory}"
     )
     return _Opened(
         train=split(cache, "train"),
