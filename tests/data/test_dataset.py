@@ -272,6 +272,17 @@ def test_one_text_is_held_out_in_blocks_of_its_lines(tmp_path):
     assert not set(train.splitlines()) & set(held.splitlines()[1:])
 
 
+@pytest.mark.parametrize("line", ["word " * 60_000, "a" * 300_000, "grün" * 60_000])
+def test_one_line_without_end_is_cut_between_characters(tmp_path, line):
+    text = "".join(f"{part}{line[:500]}" for part in range(400))
+    (tmp_path / "a.txt").write_text(text)
+    section = DataSection(source="text", files=(str(tmp_path / "a.txt"),), cache_dir=str(tmp_path / "cache"))
+    data = open_quietly(dataclasses.replace(section, validation_fraction=0.2))
+    held = data.validation["validation"].num_tokens
+    assert held / (held + data.train.num_tokens) == pytest.approx(0.2, abs=0.1)
+    assert "\ufffd" not in data.tokenizer.decode(scored(data.validation["validation"]))
+
+
 def test_a_text_of_two_lines_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("two\nlines\n")
     section = DataSection(source="text", files=(str(tmp_path / "a.txt"),), cache_dir=str(tmp_path / "cache"))
