@@ -70,8 +70,17 @@ class _Opened:
     files: tuple[FileIdentity, ...]
 
 
-def open_data(data: DataSection, *, seq_len: int, vocab_size: int, progress: bool = True) -> Data:
+def open_data(
+    data: DataSection, *, seq_len: int, vocab_size: int, progress: bool = True, for_training: bool = False
+) -> Data:
     """Open, and where needed first tokenize, everything that data.* names.
+
+    Args:
+      data: what to open.
+      seq_len: of the windows.
+      vocab_size: of the model.
+      progress: whether tokenizing shows a bar.
+      for_training: whether data.files is about to be trained on, so that no set of data.validation may hold one of them.
 
     Raises:
       DataError: something cannot be read; ids do not fit `vocab_size` (in token files this shows only once they are
@@ -80,6 +89,8 @@ def open_data(data: DataSection, *, seq_len: int, vocab_size: int, progress: boo
     if data.validation_fraction and HELD_OUT in data.validation:
         right = "the held-out split has that name; choose another, or set data.validation_fraction=0"
         raise DataError(f"data.validation.{HELD_OUT}: {right}")
+    if for_training:
+        check_apart(data)
     opened = _open_token_files(data, vocab_size) if data.source == "tokens" else _open_texts(data, vocab_size, progress)
     _check_lengths(data, seq_len, opened)
 
@@ -122,13 +133,6 @@ def _open_texts(data: DataSection, vocab_size: int, progress: bool) -> _Opened:
     others = {
         name: text_corpus(f"data.validation.{name}", files, data.text_field) for name, files in data.validation.items()
     }
-    files = corpus.identities()
-    paths = {name: [file.path for file in other.files] for name, other in others.items()}
-    check_apart(
-        [file.path for file in corpus.files],
-        files,
-        {name: (paths[name], other.identities()) for name, other in others.items()},
-    )
     cache = tokenized(corpus, data.validation_fraction)
     sets = {name: split(tokenized(other, fraction=1.0), "validation") for name, other in others.items()}
     train, held_out = cache.splits["train"], cache.splits["validation"]
@@ -144,7 +148,7 @@ def _open_texts(data: DataSection, vocab_size: int, progress: bool) -> _Opened:
         tokenizer=tokenizer,
         separator_id=tokenizer.separator_id,
         description=description,
-        files=files,
+        files=corpus.identities(),
     )
 
 
@@ -169,8 +173,6 @@ def _open_token_files(data: DataSection, vocab_size: int) -> _Opened:
         return _Split(stream, _measure_bytes_per_token(stream, tokenizer))
 
     own = split_extents(opened(paths), relative_names(paths, root), data.validation_fraction)
-    files = identities(paths, root)
-    check_apart(paths, files, {name: (other, identities(other)) for name, other in others.items()})
     sets = {
         name: split(split_extents(opened(other), relative_names(other), fraction=1.0).held_out)
         for name, other in others.items()
@@ -188,7 +190,7 @@ def _open_token_files(data: DataSection, vocab_size: int) -> _Opened:
         tokenizer=tokenizer,
         separator_id=data.separator_id,
         description=description,
-        files=files,
+        files=identities(paths, root),
     )
 
 

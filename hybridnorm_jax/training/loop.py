@@ -151,6 +151,7 @@ def _prepare(config: RunConfig) -> tuple[Program, Data]:
         seq_len=config.train.seq_len,
         vocab_size=config.model.vocab_size,
         progress=jax.process_index() == 0,
+        for_training=True,
     )
     return program, data
 

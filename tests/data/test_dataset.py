@@ -27,8 +27,8 @@ def text(tmp_path):
     return section
 
 
-def open_quietly(section, seq_len=16, vocab_size=257):
-    return open_data(section, seq_len=seq_len, vocab_size=vocab_size, progress=False)
+def open_quietly(section, seq_len=16, vocab_size=257, **keys):
+    return open_data(section, seq_len=seq_len, vocab_size=vocab_size, progress=False, **keys)
 
 
 def scored(windows):
@@ -177,7 +177,7 @@ def test_token_files_are_checked_when_a_window_is_read(tokens):
 
 def refused(section, **keys):
     with pytest.raises(UserError) as error:
-        open_quietly(section, **keys)
+        open_quietly(section, for_training=True, **keys)
     message = str(error.value)
     assert "\n" not in message
     return message
@@ -238,6 +238,8 @@ def test_a_set_that_is_trained_on_is_refused(tokens, text, tmp_path):
         assert message.startswith("data.validation.x: ")
         assert "trained on" in message
     assert "trained on" in refused(text(validation={"x": (str(tmp_path / "*.jsonl"),)}))
+    named = tokens(validation={"training": (str(tmp_path / "raw.bin"),)})
+    assert "training" in open_quietly(named, vocab_size=600, for_training=True).validation
 
 
 def test_moving_all_token_files_changes_nothing(tmp_path, monkeypatch):
