@@ -80,7 +80,7 @@ def open_data(
       seq_len: of the windows.
       vocab_size: of the model.
       progress: whether tokenizing shows a bar.
-      for_training: whether data.files is about to be trained on, so that no set of data.validation may hold one of them.
+      for_training: whether data.files will be trained on: then no set of data.validation may hold one of them.
 
     Raises:
       DataError: something cannot be read; ids do not fit `vocab_size` (in token files this shows only once they are
