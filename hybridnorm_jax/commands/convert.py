@@ -112,8 +112,8 @@ def convert(options: argparse.Namespace) -> None:
 def _say_next(out: str, *, has_tokenizer: bool) -> None:
     data = ""
     if not has_tokenizer:
-        print("no tokenizer.json came with it: the model can read token files only, F.npy below")
-        data = " data.source=tokens 'data.files=[F.npy]' data.validation_fraction=0 'data.validation.name=[F.npy]'"
+        print("no tokenizer.json came with it: the model can read token files only, F.npy and G.npy below")
+        data = " data.source=tokens 'data.files=[F.npy]' data.validation_fraction=0 'data.validation.name=[G.npy]'"
     print(f"\nNext: {again(['eval', out])}{data}")
     print(f"  or: {again(['train', f'{out}/config.yaml', f'init_from={out}', 'run.name=NAME'])}{data}")
 

@@ -35,7 +35,7 @@ def trained(tmp_path):
     tokens = tmp_path / "tokens.npy"
     np.save(tokens, np.random.default_rng(0).integers(0, 257, 400).astype(np.uint16))
     words = [f"run.dir={tmp_path}/runs", "run.name=pre_ln", "data.source=tokens", f"data.files=[{tokens}]"]
-    assert main(["train", *words, f"data.validation.all=[{tokens}]", *PRE_LN_RUN]) == 0
+    assert main(["train", *words, f"data.validation.train=[{tokens}]", *PRE_LN_RUN]) == 0
     return tmp_path / "runs" / "pre_ln"
 
 
@@ -73,7 +73,7 @@ def test_a_run_and_its_conversion_score_the_same(trained, capsys, tmp_path):
     losses = []
     for directory in (trained, tmp_path / "stored"):
         assert main(["eval", str(directory), "--json"]) == 0
-        losses.append(json.loads(capsys.readouterr().out)["sets"]["all"]["loss"])
+        losses.append(json.loads(capsys.readouterr().out)["sets"]["train"]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     # And a run can start from it.
     words = [f"run.dir={tmp_path}/runs", "run.name=further", f"init_from={tmp_path}/stored", "train.steps=1"]
@@ -128,12 +128,15 @@ def test_the_printed_next_commands_run(tmp_path, capsys):
     """Of a directory without a tokenizer, on a file of tokens."""
     tokens = tmp_path / "F.npy"
     np.save(tokens, np.random.default_rng(0).integers(0, 61, 4000).astype(np.uint16))
+    np.save(tmp_path / "G.npy", np.random.default_rng(1).integers(0, 61, 400).astype(np.uint16))
     out = tmp_path / "o"
     assert main(["convert", str(GOLDENS / "hf_gpt2"), str(out), "--form", "pre_rmsnorm"]) == 0
     first, second = [line.partition("hybridnorm ")[2] for line in capsys.readouterr().out.splitlines()[-2:]]
     jax.config.update("jax_enable_x64", False)
     for line in (first, second):
-        command, *words = shlex.split(line.replace("F.npy", str(tokens)).replace("NAME", "further"))
+        command, *words = shlex.split(
+            line.replace("F.npy", str(tokens)).replace("G.npy", str(tmp_path / "G.npy")).replace("NAME", "further")
+        )
         short = ["train.steps=1", "train.batch_size=8"] if command == "train" else []
         assert main([command, *words, *short]) == 0
 

@@ -303,7 +303,7 @@ def trained(tmp_path):
     arguments += ["model.num_layers=2", "model.num_heads=2", "model.mlp_dim=16", "model.num_experts=4"]
     arguments += ["model.experts_per_token=2", "model.shared_experts=1", "train.steps=2", "train.batch_size=8"]
     arguments += ["train.seq_len=8", "train.sample_tokens=0", "data.validation_fraction=0"]
-    assert main(["train", *arguments, f"data.validation.all=[{tokens}]"]) == 0
+    assert main(["train", *arguments, f"data.validation.train=[{tokens}]"]) == 0
     yield tmp_path / "runs" / "moe"
     jax.config.update("jax_enable_x64", False)  # the command switches it on for its whole process
 
@@ -327,7 +327,7 @@ def test_the_command_converts_a_run_with_experts_and_says_how_many_choices_diffe
     losses = []
     for directory in (trained, tmp_path / "stored"):
         assert main(["eval", str(directory), "--json"]) == 0
-        losses.append(json.loads(capsys.readouterr().out)["sets"]["all"]["loss"])
+        losses.append(json.loads(capsys.readouterr().out)["sets"]["train"]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 

@@ -73,7 +73,7 @@ class Harness:
         return [
             *("model.d_model=16", "model.num_layers=1", "model.num_heads=2", "model.mlp_dim=16", "model.vocab_size=61"),
             *("model.dropout=0.1", "data.source=tokens", f"data.files=[{tokens}]"),
-            *("data.validation_fraction=0", f"data.validation.held=[{tokens}]"),
+            *("data.validation_fraction=0", f"data.validation.train=[{tokens}]"),
             *(f"train.steps={STEPS}", "train.batch_size=4", "train.seq_len=16", "train.log_every=1"),
             *("train.skip_spikes_sigma=3", "train.spike_window=4", "train.max_bad_steps=1000"),
             *(f"checkpoint.every={SAVE_EVERY}", f"eval.every={EVALUATE_EVERY}", "eval.batches=4"),

@@ -27,7 +27,7 @@ def config(tmp_path, small_config):
     """Six steps over random tokens, saved at every second."""
     np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 61, 2000).astype(np.uint16))
     default = RunConfig()
-    validation = {"same": (str(tmp_path / "tokens.npy"),)}
+    validation = {"train": (str(tmp_path / "tokens.npy"),)}
     files, runs = (str(tmp_path / "tokens.npy"),), str(tmp_path / "runs")
     return RunConfig(
         run=dataclasses.replace(default.run, name="run", dir=runs),

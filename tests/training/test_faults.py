@@ -60,7 +60,7 @@ def config(tmp_path_factory):
         run=dataclasses.replace(default.run, name="whole", dir=str(directory / "runs")),
         model=hn.ModelConfig(d_model=16, num_layers=1, num_heads=2, mlp_dim=16, vocab_size=61, dropout=0.1),
         data=dataclasses.replace(
-            default.data, source="tokens", files=files, validation={"same": files}, validation_fraction=0.0
+            default.data, source="tokens", files=files, validation={"train": files}, validation_fraction=0.0
         ),
         train=TrainSection(STEPS, 8, 8, log_every=1),
         checkpoint=dataclasses.replace(default.checkpoint, every=2, keep=10),

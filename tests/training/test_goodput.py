@@ -104,7 +104,7 @@ def config(tmp_path, small_config):
         run=dataclasses.replace(default.run, name="run", dir=str(tmp_path / "runs")),
         model=small_config(num_layers=1),
         data=dataclasses.replace(
-            default.data, source="tokens", files=files, validation={"same": files}, validation_fraction=0.0
+            default.data, source="tokens", files=files, validation={"train": files}, validation_fraction=0.0
         ),
         train=TrainSection(6, 8, 8, log_every=2, stall_seconds=1.0),
         checkpoint=dataclasses.replace(default.checkpoint, every=3),

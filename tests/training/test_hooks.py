@@ -73,7 +73,7 @@ def config(tmp_path, small_config):
         run=dataclasses.replace(default.run, name="run", dir=str(tmp_path)),
         model=small_config(num_layers=1),
         data=dataclasses.replace(
-            default.data, source="tokens", files=files, validation={"same": files}, validation_fraction=0.0
+            default.data, source="tokens", files=files, validation={"train": files}, validation_fraction=0.0
         ),
         train=TrainSection(STEPS, 8, 8, log_every=100),
         checkpoint=dataclasses.replace(default.checkpoint, every=100),
@@ -221,7 +221,7 @@ def test_every_built_in_hook_keeps_to_its_every(config, tmp_path, monkeypatch):
 
     assert written("train/loss") == [4, 8, 11]
     assert written("watch/stream_rms") == [1, 5, 10]  # the first too, and not the last
-    assert written("eval/same/loss") == [2, 4, 6, 8, 10, 11]
+    assert written("eval/train/loss") == [2, 4, 6, 8, 10, 11]
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == [
         f"{number:06d}" for number in (3, 6, 9, 11)
     ]
