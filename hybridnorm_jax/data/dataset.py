@@ -123,13 +123,13 @@ def _open_texts(data: DataSection, vocab_size: int, progress: bool) -> _Opened:
     others = {
         name: text_corpus(f"data.validation.{name}", files, data.text_field) for name, files in data.validation.items()
     }
-    files = corpus.identities()
     cache = tokenized(corpus, data.validation_fraction)
     sets = {name: split(tokenized(other, fraction=1.0), "validation") for name, other in others.items()}
     train, held_out = cache.splits["train"], cache.splits["validation"]
+    share = _share(held_out.tokens, train.tokens)
     description = (
         f"{corpus.name}: {train.documents + held_out.documents:,} documents, {train.tokens:,} tokens "
-        f"and {held_out.tokens:,} held out, tokenizer {tokenizer.name}, cached in {cache.directory}"
+        f"and {held_out.tokens:,} held out{share}, tokenizer {tokenizer.name}, cached in {cache.directory}"
     )
     return _Opened(
         train=split(cache, "train"),
@@ -138,7 +138,7 @@ def _open_texts(data: DataSection, vocab_size: int, progress: bool) -> _Opened:
         tokenizer=tokenizer,
         separator_id=tokenizer.separator_id,
         description=description,
-        files=files,
+        files=corpus.identities,
     )
 
 
@@ -164,7 +164,6 @@ def _open_token_files(data: DataSection, vocab_size: int) -> _Opened:
         return _Split(stream, _measure_bytes_per_token(stream, tokenizer))
 
     own = split_extents(opened(paths), relative_names(paths, root), data.validation_fraction)
-    files = identities(paths, root)
     sets = {
         name: split(split_extents(opened(other), relative_names(other), fraction=1.0).held_out)
         for name, other in others.items()
@@ -172,8 +171,8 @@ def _open_token_files(data: DataSection, vocab_size: int) -> _Opened:
     train, held_out = split(own.train), split(own.held_out)
     named = ", ".join(data.files) if len(data.files) <= SHOWN_FILES else f"{len(data.files)} paths"
     description = (
-        f"token files {named}: {len(train.stream):,} tokens and {len(held_out.stream):,} held out, "
-        f"tokenizer {tokenizer.name if tokenizer else 'unknown'}"
+        f"token files {named}: {len(train.stream):,} tokens and {len(held_out.stream):,} held out"
+        f"{_share(len(held_out.stream), len(train.stream))}, tokenizer {tokenizer.name if tokenizer else 'unknown'}"
     )
     return _Opened(
         train=train,
@@ -182,7 +181,7 @@ def _open_token_files(data: DataSection, vocab_size: int) -> _Opened:
         tokenizer=tokenizer,
         separator_id=data.separator_id,
         description=description,
-        files=files,
+        files=identities(paths, root),
     )
 
 
@@ -191,6 +190,10 @@ def _check_sample(stream: TokenStream) -> None:
     for start in np.linspace(0, max(len(stream) - CHECKED_TOKENS, 0), SAMPLES, dtype=np.int64).tolist():
         if len(stream):
             stream.read(start, min(start + CHECKED_TOKENS, len(stream)))
+
+
+def _share(held_out: int, train: int) -> str:
+    return f" ({held_out / (held_out + train):.2%})" if held_out else ""
 
 
 def _measure_bytes_per_token(stream: TokenStream, tokenizer: Tokenizer | None) -> float | None:

@@ -10,6 +10,7 @@ Where few files are given, and wherever a file is long, what is held out are blo
 """
 
 import dataclasses
+import functools
 import glob
 import hashlib
 import os
@@ -32,8 +33,9 @@ NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__", "test", "tests", 
 # A text file above this size, and every one where so few files are held out, is held out in blocks.
 WHOLE_BYTES = 1 << 20
 FEWEST_WHOLE = 10
-# A line of a text file may be cut where it is longer.
+# No longer line of a text file is in memory at once, and one of more blocks than this is cut.
 LINE_BYTES = 1 << 20
+LONG_LINE_BLOCKS = 4
 MAGICS = {
     b"PAR1": "a Parquet file; write its texts as one JSON record a line (.jsonl)",
     b"ARROW1": "an Arrow file; write its texts as one JSON record a line (.jsonl)",
@@ -41,6 +43,7 @@ MAGICS = {
     b"PK\x03\x04": "a zip archive; unpack it, and name its files",
     b"\x93NUMPY": "a NumPy array; for token ids set data.source=tokens",
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself; fetch that with git lfs pull",
+    b"\xff\xfe\x00\x00": "UTF-32; convert it: iconv -f UTF-32 -t UTF-8",
     b"\xff\xfe": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
     b"\xfe\xff": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
     b"\x89HDF": "an HDF5 file; write its texts as one JSON record a line (.jsonl)",
@@ -92,12 +95,13 @@ class Corpus:
         The time is no part of a file's identity. It only makes sure that text is tokenized again after a change that
         the samples do not show.
         """
-        found = self.identities()
+        found = self.identities
         paths = [file.path for file in self.files]
         return [[*dataclasses.astuple(one), _changed(path)] for one, path in zip(found, paths, strict=True)]
 
+    @functools.cached_property
     def identities(self) -> tuple[FileIdentity, ...]:
-        """The identity of every file."""
+        """The identity of every file, read once."""
         return identities([file.path for file in self.files], self.root)
 
     def holds_whole_files_out(self, fraction: float) -> bool:
@@ -184,9 +188,14 @@ def _text_blocks(path: epath.Path, whole: bool) -> Iterator[tuple[str, bytes, bo
 
 
 def _line_blocks(content: Iterable[bytes]) -> Iterator[bytes]:
-    """Whole lines, of block_length or a little more together; a line of more than LINE_BYTES is cut."""
+    """Whole lines, of block_length or a little more together; a line as long as several blocks is cut."""
     start, parts, length = 0, [], 0
     for line in _bounded_lines(content):
+        while len(line) > LONG_LINE_BLOCKS * block_length(start):
+            cut = _cut_place(line, block_length(start))
+            yield b"".join([*parts, line[:cut]])
+            start, parts, length = start + length + cut, [], 0
+            line = line[cut:]
         parts.append(line)
         length += len(line)
         if length >= block_length(start):
@@ -194,6 +203,17 @@ def _line_blocks(content: Iterable[bytes]) -> Iterator[bytes]:
             start, parts, length = start + length, [], 0
     if parts:
         yield b"".join(parts)
+
+
+def _cut_place(line: bytes, most: int) -> int:
+    """Where to cut a line into at most `most` bytes: after a space, or else between two characters."""
+    place = line.rfind(b" ", most // 2, most) + 1
+    if place:
+        return place
+    place = most
+    while place > most - 4 and line[place] & 0xC0 == 0x80:  # inside a character of UTF-8
+        place -= 1
+    return place
 
 
 def _bounded_lines(content: Iterable[bytes]) -> Iterator[bytes]:
@@ -212,9 +232,7 @@ def _bounded_lines(content: Iterable[bytes]) -> Iterator[bytes]:
 def _cut(line: bytes) -> list[bytes]:
     pieces = []
     while len(line) > LINE_BYTES:
-        cut = LINE_BYTES
-        while cut > LINE_BYTES - 4 and line[cut] & 0xC0 == 0x80:  # inside a character
-            cut -= 1
+        cut = _cut_place(line, LINE_BYTES)
         pieces.append(line[:cut])
         line = line[cut:]
     return [*pieces, line]

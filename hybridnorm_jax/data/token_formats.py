@@ -71,6 +71,9 @@ def _layout(stream: BinaryIO, path: epath.Path, size: int, raw_dtype: np.dtype) 
         if (magic, version) in LLMC_DTYPES and len(start) == LLMC_HEADER_BYTES:
             layout = Layout(np.dtype(LLMC_DTYPES[magic, version]), count, LLMC_HEADER_BYTES)
             return _exactly(path, size, layout, "its llm.c header")
+        if magic in {known for known, _ in LLMC_DTYPES}:
+            right = "known are 1 of 20240520 and 7 of 20240801"
+            raise DataError(f"{path}: version {version} of llm.c's format {magic} of token files is not known; {right}")
         if magic in LLMC_OTHERS:
             raise DataError(f"{path}: a file of llm.c that holds {LLMC_OTHERS[magic]}, not tokens")
     _check_megatron(path, raw_dtype)

@@ -322,3 +322,33 @@ def test_a_paper_configuration_is_the_paper_model_and_recipe(name, millions, tok
     )
     for scheme in ("pre", "post", "span"):
         assert parse([file, "data.files=[a.npy]", f"model.scheme={scheme}"]).model.scheme == scheme
+
+
+@pytest.mark.parametrize(
+    ("arguments", "source", "files"),
+    [
+        (["book.txt"], "text", ("book.txt",)),
+        (["a b.TXT", "quickstart", "c.jsonl.gz"], "text", ("a b.TXT", "c.jsonl.gz")),
+        (["ids.npy"], "tokens", ("ids.npy",)),
+        (["data.files=[one.txt]"], "text", ("one.txt",)),
+        (["data.files=[shards/*.bin]"], "tokens", ("shards/*.bin",)),
+        (["data.files=[odd.npy]", "data.source=text"], "text", ("odd.npy",)),
+    ],
+)
+def test_data_files_are_known_by_their_names(arguments, source, files):
+    config = parse(arguments)
+    assert (config.data.source, config.data.files) == (source, files)
+    assert config.model.vocab_size == 257
+
+
+@pytest.mark.parametrize(
+    ("arguments", "right"),
+    [
+        (["a.txt", "data.files=[b.txt]"], "name all of them in one place"),
+        (["a.txt", "b.npy"], "a run reads one kind"),
+        (["data.files=[nameless]"], "data.source=stdlib reads no files"),
+    ],
+)
+def test_data_files_that_contradict_each_other_are_refused(arguments, right):
+    with pytest.raises(ConfigError, match=right):
+        parse(arguments)

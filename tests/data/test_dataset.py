@@ -1,5 +1,6 @@
 """From data.* to windows: sources, splits, named sets, and what is refused."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hybridnorm_jax.config.run_config import DataSection
-from hybridnorm_jax.data import DataError, blocks, dataset, open_data
+from hybridnorm_jax.data import DataError, blocks, dataset, open_data, sources, text_cache
 from hybridnorm_jax.errors import UserError
 
 TEXTS = [f"This is text {number}. " * (number % 5 + 1) for number in range(50)]
@@ -25,8 +26,8 @@ def text(tmp_path):
     return section
 
 
-def open_quietly(section, seq_len=16, vocab_size=257):
-    return open_data(section, seq_len=seq_len, vocab_size=vocab_size, progress=False)
+def open_quietly(section, seq_len=16, vocab_size=257, **keys):
+    return open_data(section, seq_len=seq_len, vocab_size=vocab_size, progress=False, **keys)
 
 
 def scored(windows):
@@ -228,3 +229,71 @@ def test_a_named_set_must_be_good_too(text, tokens, tmp_path):
     assert message.startswith("data.validation.one: ")
     assert "data.validation.news: no such file" in refused(text(validation={"news": ("/nowhere.txt",)}))
     assert refused(text(validation={"validation": ("x",)})).startswith("data.validation.validation: ")
+
+
+@pytest.mark.parametrize("separator_id", [600, 10**6])
+def test_a_separator_outside_the_vocabulary_is_refused(tokens, separator_id):
+    message = refused(tokens(segment_ids=True, separator_id=separator_id), vocab_size=600)
+    assert message.startswith(f"data.separator_id={separator_id}: ")
+
+
+def test_moving_all_token_files_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "block_length", lambda start: 20)
+    for part in range(6):
+        (tmp_path / "old" / str(part)).mkdir(parents=True)
+        np.arange(part * 20, part * 20 + 20, dtype=np.uint16).tofile(tmp_path / "old" / str(part) / "same.bin")
+
+    def held_out(directory):
+        files = (str(tmp_path / directory / "*" / "*.bin"),)
+        section = DataSection(source="tokens", files=files, validation_fraction=0.5)
+        data = open_quietly(section, seq_len=1, vocab_size=120)
+        return scored(data.validation["validation"]), data.files
+
+    before = held_out("old")
+    assert 0 < len(before[0]) < 119
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert held_out("new") == before
+    assert [file.name for file in before[1]] == [f"{part}/same.bin" for part in range(6)]
+
+
+def test_one_text_is_held_out_in_blocks_of_its_lines(tmp_path):
+    lines = [f"This is line {number} of a text.\n" for number in range(4000)]
+    (tmp_path / "a.txt").write_text("".join(lines))
+    section = DataSection(source="text", files=(str(tmp_path / "a.txt"),), cache_dir=str(tmp_path / "cache"))
+    data = open_quietly(dataclasses.replace(section, validation_fraction=0.1))
+    held = data.tokenizer.decode(scored(data.validation["validation"]))
+    share = data.validation["validation"].num_tokens / sum(map(len, lines))
+    assert share == pytest.approx(0.1, abs=0.06)
+    assert set(held.splitlines(keepends=True)[1:]) <= set(lines)
+    train = data.tokenizer.decode(scored(data.train))
+    assert not set(train.splitlines()) & set(held.splitlines()[1:])
+
+
+@pytest.mark.parametrize("line", ["word " * 60_000, "a" * 300_000, "grün" * 60_000])
+def test_one_line_without_end_is_cut_between_characters(tmp_path, line):
+    text = "".join(f"{part}{line[:500]}" for part in range(400))
+    (tmp_path / "a.txt").write_text(text)
+    section = DataSection(source="text", files=(str(tmp_path / "a.txt"),), cache_dir=str(tmp_path / "cache"))
+    data = open_quietly(dataclasses.replace(section, validation_fraction=0.2))
+    held = data.validation["validation"].num_tokens
+    assert held / (held + data.train.num_tokens) == pytest.approx(0.2, abs=0.1)
+    assert "\ufffd" not in data.tokenizer.decode(scored(data.validation["validation"]))
+
+
+def test_a_text_of_two_lines_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("two\nlines\n")
+    section = DataSection(source="text", files=(str(tmp_path / "a.txt"),), cache_dir=str(tmp_path / "cache"))
+    assert "one block of lines, only" in refused(section)
+
+
+def test_a_long_text_is_one_document_whatever_its_length(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "WHOLE_BYTES", 3000)
+    monkeypatch.setattr(text_cache, "LONG_CHARACTERS", 2000)
+    text = "".join(f"Line {number} grün\n" for number in range(2000))
+    (tmp_path / "a.txt").write_text(text)
+    section = DataSection(
+        source="text", files=(str(tmp_path / "a.txt"),), cache_dir=str(tmp_path / "cache"), validation_fraction=0
+    )
+    data = open_quietly(section, seq_len=1)
+    assert data.train.num_tokens == len(text.encode()) + 1
+    assert data.tokenizer.decode(scored(data.train)) == text[1:]

@@ -120,6 +120,17 @@ def test_a_touched_added_or_changed_file_is_tokenized_again(files, root):
     assert {"one more", "another"} <= {*documents(cache, "train"), *documents(cache, "validation")}
 
 
+def test_a_file_changed_with_an_equal_size_and_time_is_tokenized_again(files, root):
+    build(files, root)
+    path = files.parent / "1.jsonl"
+    time = path.stat().st_mtime_ns
+    path.write_text(path.read_text().replace("number 25", "NUMBER 25"))
+    os.utime(path, ns=(time, time))
+    cache, tokenized = build(files, root)
+    assert tokenized == len(WORDS)
+    assert "document NUMBER 25 ä" in documents(cache, "train") + documents(cache, "validation")
+
+
 def test_other_settings_get_another_cache_and_leave_the_first(files, root):
     class Renamed(CountingTokenizer):
         fingerprint = "another tokenizer"

@@ -1,13 +1,15 @@
 """NumPy and raw token files, read in place."""
 
 import io
+import os
 
 import numpy as np
 import pytest
 from etils import epath
 
-from hybridnorm_jax.data import DataError, blocks
-from hybridnorm_jax.data.token_files import open_token_file, split_extents
+from hybridnorm_jax.data import DataError, blocks, token_files
+from hybridnorm_jax.data.token_files import OpenFiles, open_token_file, split_extents
+from hybridnorm_jax.data.windows import Extent, TokenStream
 
 
 def npy(array) -> bytes:
@@ -127,3 +129,91 @@ def test_without_a_held_out_share_a_file_is_one_piece():
     arrays = {epath.Path("/d/a"): np.zeros(200_000)}
     assert [stretches(split) for split in split_extents(arrays, ("a",), 0.0)] == [[("a", 0, 200_000)], []]
     assert [stretches(split) for split in split_extents(arrays, ("a",), 1.0)] == [[], [("a", 0, 200_000)]]
+
+
+@pytest.mark.parametrize("dtype", [">u2", ">i4", "int64", "uint8", ">i8"])
+def test_any_integers_in_a_numpy_file_are_read(tmp_path, dtype):
+    tokens = np.array([1, 2, 100], dtype)
+    path = write(tmp_path, "a.npy", npy(tokens))
+    stream = TokenStream((Extent(open_token_file(path, "uint16"), "a", 0, 3),), 101)
+    assert stream.read(0, 3).tolist() == [1, 2, 100]
+
+
+@pytest.mark.parametrize(("magic", "version", "dtype"), [(20240520, 1, "uint16"), (20240801, 7, "uint32")])
+def test_the_header_of_llm_c_is_no_tokens(tmp_path, magic, version, dtype):
+    tokens = np.arange(50, dtype=dtype) + 40_000
+    header = np.zeros(256, np.int32)
+    header[:3] = magic, version, len(tokens)
+    content = header.tobytes() + tokens.tobytes()
+    np.testing.assert_array_equal(open_token_file(write(tmp_path, "a.bin", content), "uint16")[:], tokens)
+    with pytest.raises(DataError, match=r"truncated: its llm\.c header"):
+        open_token_file(write(tmp_path, "a.bin", content[:-8]), "uint16")
+    header[0] = 20240326
+    with pytest.raises(DataError, match="not tokens"):
+        open_token_file(write(tmp_path, "a.bin", header.tobytes()), "uint16")
+
+
+IDS = np.random.default_rng(0).integers(0, 50_000, 4000)
+WRONG_DTYPES = [
+    (IDS.astype("<u4"), "uint16", "set data.token_dtype=uint32"),
+    ((IDS * 3).astype("<u4"), "uint16", "set data.token_dtype=uint32"),
+    (IDS.astype("<u2"), "uint32", "set data.token_dtype=uint16"),
+    (IDS.astype("<i8"), "uint16", "64-bit"),
+    (IDS.astype("<i8"), "uint32", "64-bit"),
+]
+
+
+@pytest.mark.parametrize(("ids", "dtype", "right"), WRONG_DTYPES)
+def test_raw_numbers_of_another_width_are_refused(tmp_path, ids, dtype, right):
+    with pytest.raises(DataError, match=right):
+        open_token_file(write(tmp_path, "a.bin", ids.tobytes()), dtype)
+
+
+@pytest.mark.parametrize("ids", [IDS, IDS % 257, IDS % 3, IDS * 0, np.arange(40) * 0 + 7])
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_raw_numbers_of_the_right_width_are_read(tmp_path, ids, dtype):
+    path = write(tmp_path, "a.bin", ids.astype(dtype).tobytes())
+    np.testing.assert_array_equal(open_token_file(path, dtype)[:], ids)
+
+
+@pytest.mark.parametrize(("code", "right"), [(4, "data.token_dtype=uint32"), (5, "write them"), (8, None)])
+def test_megatrons_index_says_which_numbers_its_file_holds(tmp_path, code, right):
+    index = write(tmp_path, "a.idx", b"MMIDIDX\x00\x00" + (1).to_bytes(8, "little") + bytes([code]) + bytes(40))
+    path = write(tmp_path, "a.bin", (IDS % 500).astype("<u2").tobytes())
+    if right is None:
+        assert len(open_token_file(path, "uint16")) == len(IDS)
+    else:
+        with pytest.raises(DataError, match=right):
+            open_token_file(path, "uint16")
+    with pytest.raises(DataError, match=r"name its \.bin file only"):
+        open_token_file(index, "uint16")
+
+
+def test_few_files_are_open_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_files, "MOST_OPEN", 3)
+    files = OpenFiles()
+    arrays = [
+        open_token_file(write(tmp_path, f"{number}.bin", bytes([number, 1] * 20)), "uint16", files)
+        for number in range(20)
+    ]
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        assert [int(array[5:6][0]) for array in arrays] == [256 + number for number in range(20)]
+    assert len(os.listdir("/proc/self/fd")) <= before + 3
+
+
+def test_a_file_that_becomes_shorter_is_an_error(tmp_path):
+    array = open_token_file(write(tmp_path, "a.bin", bytes(80)), "uint16")
+    write(tmp_path, "a.bin", bytes(8))
+    with pytest.raises(DataError, match=r"a\.bin: became shorter"):
+        array[0:40]
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.3, 0.7])
+def test_many_small_files_and_one_large_one_give_the_same_share(fraction):
+    small = {epath.Path(f"/d/{number}/a"): np.zeros(20_000) for number in range(50)}
+    large = {epath.Path("/d/a"): np.zeros(1_000_000)}
+    for arrays in (small, large):
+        names = tuple(str(path.relative_to("/d")) for path in arrays)
+        share = sum(extent.stop - extent.start for extent in split_extents(arrays, names, fraction).held_out)
+        assert share / 1e6 == pytest.approx(fraction, abs=0.06)

@@ -71,6 +71,39 @@ def test_a_text_cannot_spell_the_separator(path):
     assert tokenizer.decode(ids) == "a<|endoftext|>b"
 
 
+def test_a_text_cannot_spell_a_separator_that_is_not_special(path):
+    tokenizer = byte_level(special=())
+    tokenizer.add_tokens([AddedToken("<|endoftext|>", special=False)])
+    tokenizer.save(str(path))
+    loaded = load(path)
+    for text in ("a<|endoftext|>b", "<|endoftext|>" * 3):
+        ids = loaded.encode(text)
+        assert loaded.separator_id not in ids
+        assert loaded.decode(ids) == text
+    assert "<|endoftext|>" not in loaded.decode([loaded.separator_id])
+
+
+def test_a_text_cannot_spell_a_separator_that_is_a_word(path):
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(path))
+    ids = load(path).encode("a </s> a").tolist()
+    assert (ids[0], ids[-1]) == (0, 0)
+    assert 1 not in ids
+    Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="</s>")).save(str(path))
+    with pytest.raises(DataError, match="ends a document"):
+        load(path).encode("x")
+
+
+def test_chance_and_a_byte_order_mark_are_no_part_of_a_tokenizer(path):
+    tokenizer = byte_level()
+    expected = tokenizer.encode("low lower lowest").ids
+    tokenizer.model.dropout = 0.9
+    path.write_bytes(b"\xef\xbb\xbf" + tokenizer.to_str().encode())
+    loaded = load(path)
+    assert all(loaded.encode("low lower lowest").tolist() == expected for _ in range(5))
+
+
 def test_the_vocabulary_reaches_to_the_largest_id(path):
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 90, "</s>": 3}, unk_token="a"))
     tokenizer.save(str(path))

@@ -104,3 +104,10 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_place(tokens, dtype, wro
     windows[0]
     with pytest.raises(DataError, match=rf"^bad\.bin: token 3 is {wrong}, .*model\.vocab_size=256"):
         windows[1]
+
+
+def test_a_document_does_not_run_into_the_next_file():
+    (row,) = Windows(stream([1, 2], [3, END], [4, 5]), seq_len=5, tail=False, separator_id=END)
+    assert row["weights"].tolist() == [1, 0, 1, 0, 1]
+    assert row["segment_ids"].tolist() == [1, 1, 2, 2, 3]
+    assert row["positions"].tolist() == [0, 1, 0, 1, 0]
