@@ -119,7 +119,7 @@ class Run:
 
     def was_skipped(self, step: int) -> bool:
         """Whether the numbers of this step were the last that were read, and it was skipped."""
-        return self.numbers is not None and self.numbers.step == step and self.numbers.skipped
+        return self.skipped_in_a_row(step) > 0
 
     def skipped_in_a_row(self, step: int) -> int:
         """How many steps up to this one were skipped, if its numbers were the last that were read; otherwise 0."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,9 @@ from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.training import loop, resume
 from hybridnorm_jax.training.anomalies import judge, no_anomalies
 from hybridnorm_jax.training.checkpoints import Checkpoints
+from hybridnorm_jax.training.hooks.skipped_steps import SkippedSteps
 from hybridnorm_jax.training.program import Program
+from hybridnorm_jax.training.run import Numbers
 from hybridnorm_jax.training.step import StepOptions, make_train_step
 
 EXPERTS = {"num_experts": 4, "experts_per_token": 2, "balance_bias": True, "activation": "swiglu", "mlp_dim": 16}
@@ -216,11 +219,16 @@ def test_bad_steps_are_recorded_and_resuming_among_them_changes_nothing(config, 
     assert [record["train/skipped_in_a_row"] for record in records] == [0, 1, 2, 0, 0]
 
 
-def test_too_many_in_a_row_stop_the_run_and_what_was_saved_among_them_is_good(config, tmp_path, monkeypatch):
+def test_too_many_in_a_row_stop_the_run_which_names_a_checkpoint_from_before_them(config, tmp_path, monkeypatch):
+    """Step 3 is the last that is made; if its parameters are the cause, the checkpoint of step 4 does not help."""
     _plant(monkeypatch, range(4, 9))
     message = (
-        r"^step 6: loss is nan .*; 3 steps in a row were skipped \(train\.max_bad_steps\); .* is that of step 4, in "
+        r"^step 6: loss is nan .*; 3 steps in a row were skipped \(train\.max_bad_steps\); .* is that of step 2, in "
     )
+    rotated = dataclasses.replace(config, run=dataclasses.replace(config.run, name="rotated"))
+    with pytest.raises(UserError, match=message):
+        loop.train(dataclasses.replace(rotated, checkpoint=dataclasses.replace(config.checkpoint, every=2, keep=1)))
+    assert {path.name for path in (tmp_path / "runs/rotated/checkpoints").iterdir()} == {"000002", "000004"}
     with pytest.raises(UserError, match=message):
         loop.train(config)
     state = _restored(config, tmp_path, 4)
@@ -234,6 +242,26 @@ def test_too_many_in_a_row_stop_the_run_and_what_was_saved_among_them_is_good(co
         with pytest.raises(_KilledError):
             loop.train(dataclasses.replace(three, checkpoint=dataclasses.replace(config.checkpoint, every=3)))
     _assert_bitwise(state.params, _restored(three, tmp_path, 3).params)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "reason"),
+    [
+        ({"loss": np.nan, "grad_norm": np.inf, "skipped_spikes": 2}, "loss is nan and gradient norm is inf"),
+        ({"loss": 3.0, "grad_norm": 1.0, "skipped_spikes": 2}, "the parameters after its update are not finite"),
+        ({"loss": 9.0, "grad_norm": 1.0, "skipped_spikes": 3}, "loss 9.0000 is a spike"),
+    ],
+    ids=["loss", "update", "spike"],
+)
+def test_a_skipped_step_says_why(metrics, reason, capsys):
+    hook = SkippedSteps(most_in_a_row=10)
+    state = SimpleNamespace(anomalies=no_anomalies(4).replace(spikes=jnp.array(2)))
+    run = SimpleNamespace(state=state)
+    hook.start(run)
+    hook.on_numbers(
+        run, Numbers(7, {name: np.asarray(each) for name, each in (metrics | {"skipped_in_a_row": 1}).items()})
+    )
+    assert capsys.readouterr().err == f"step 7: skipped, {reason}\n"
 
 
 class _OldState(NamedTuple):
