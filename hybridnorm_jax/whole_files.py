@@ -1,8 +1,14 @@
-"""Files that are written whole or not at all."""
+"""Files on a file system or in a bucket, and how one is written whole or not at all."""
 
+import os
 import secrets
 
 from etils import epath
+
+
+def is_local(path: epath.PathLike) -> bool:
+    """Whether this path is on a file system and not in a bucket such as gs://."""
+    return "://" not in os.fspath(path)
 
 
 def write_whole(path: epath.PathLike, text: str, *, concurrent: bool = False) -> None:

@@ -13,6 +13,7 @@ from hybridnorm_jax.config.run_config import DataSection, RunConfig, TrainSectio
 from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.interop.checkpoint_files import PICKLE, PICKLES, find_file, foreign_weights
 from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.whole_files import is_local
 
 SEQUENCES, LONGEST = 2, 128
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
@@ -125,7 +126,7 @@ def _check_out(checkpoint: str, out: str) -> None:
 
     A file more in a checkpoint would make it a damaged one.
     """
-    if "://" in out:
+    if not is_local(out):
         return
     if any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(out).parts):
         raise UserError(f"{out:.60}...: a name in it is longer than {LONGEST_NAME} bytes")

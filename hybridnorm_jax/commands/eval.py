@@ -25,6 +25,7 @@ from hybridnorm_jax.mesh.processes import Processes, say
 from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.run_directory import saved_config
+from hybridnorm_jax.training.run_identity import data_files
 
 # Where a run trained says nothing of where it is evaluated: by default on all devices there are.
 ANYWHERE = (
@@ -99,13 +100,20 @@ def _open_data(saved: RunConfig, config: RunConfig, data_state: Mapping[str, Any
     data = open_data(config.data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size, progress=progress)
     if not data.validation:
         raise ConfigError("data.validation={}: the run held nothing out; name a set, data.validation.NAME=[FILE]")
-    is_same = data_state.get("train_tokens") == data.train.num_tokens
+    is_same = _is_same_data(data_state, config.data, data)
     check_same_data(config.data, differences(saved, config), is_same_data=is_same)
     if config.data.validation_fraction and data_state and not is_same:
         _judge_other_data(config.data, before=data_state["train_tokens"], now=data.train.num_tokens)
     if config.data.validation:
         check_sets(config.data.validation, _trained_on(saved.data, config.data, is_same_data=is_same))
     return data
+
+
+def _is_same_data(data_state: Mapping[str, Any], section: DataSection, data: Data) -> bool:
+    """Whether the data are those that were saved: by their files, of which an old version kept the tokens alone."""
+    if data_state.get("train_tokens") != data.train.num_tokens:
+        return False
+    return data_state.get("files") in (None, data_files(section, data.files))
 
 
 def _judge_other_data(data: DataSection, *, before: int, now: int) -> None:
@@ -118,6 +126,8 @@ def _judge_other_data(data: DataSection, *, before: int, now: int) -> None:
       ConfigError: the data are token files.
     """
     changed = f"{now:,} tokens to train on, but {before:,} when the checkpoint was saved"
+    if now == before:
+        changed = "other files than when the checkpoint was saved, with as many tokens"
     if data.source == "tokens":
         right = "restore them, or set data.validation_fraction=0 and name sets in data.validation"
         raise ConfigError(f"data.files: {changed}: what is held out now may have been trained on; {right}")

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybridnorm_jax.errors import ConfigError, RunStopped
+from hybridnorm_jax.errors import ConfigError, RunStopped, first_line
 
 KEY = "run.plugins"
 # The sources of a larger plugin, such as a whole package, are compared but not kept.
@@ -147,7 +147,7 @@ def _describe(name: str) -> Plugin:
 def _reason(error: BaseException) -> str:
     """The kind of an error and the first line of what it says, if it can say something."""
     try:
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return f"{type(error).__name__}: {first_line(error)}"
     except Exception:
         return type(error).__name__
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import yaml
 from yaml import events
 
-from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.errors import ConfigError, first_line
 
 MOST_CHARACTERS = 1_000_000
 # A configuration needs four levels.
@@ -56,8 +56,7 @@ def read_yaml(text: str, origin: str, *, lines: bool = True) -> Node:
         line = None if mark is None else mark.line
         raise ConfigError(f"{_where(origin, line, lines)}: not valid YAML: {error.problem}") from error
     except (yaml.YAMLError, UnicodeError) as error:  # a character that YAML does not allow, or bytes that are no UTF-8
-        reason = (str(error).splitlines() or [""])[0]
-        raise ConfigError(f"{origin}: not valid YAML: {reason}") from error
+        raise ConfigError(f"{origin}: not valid YAML: {first_line(error)}") from error
     return Scalar("", plain=True) if builder.document is None else builder.document
 
 

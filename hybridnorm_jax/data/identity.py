@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from hybridnorm_jax.errors import DataError
+from hybridnorm_jax.whole_files import is_local
 
 # The first and the last piece, and the others evenly between. A file of at most PIECES * PIECE_BYTES is read whole.
 PIECES = 16
@@ -84,7 +85,7 @@ def regular_file_size(path: epath.Path) -> int:
       DataError: the file cannot be read, or is no regular file.
     """
     try:
-        if "://" in os.fspath(path):
+        if not is_local(path):
             return path.stat().length
         status = os.stat(path)
     except OSError as error:
@@ -102,7 +103,7 @@ def _starts(size: int) -> list[int]:
 
 def _parts(path: str | os.PathLike[str]) -> tuple[str, ...]:
     text = os.fspath(path)
-    if "://" not in text:
+    if is_local(text):
         text = os.path.abspath(os.path.expanduser(text))
     return tuple(text.rstrip("/").split("/"))
 

@@ -28,6 +28,7 @@ from hybridnorm_jax.data.blocks import block_length
 from hybridnorm_jax.data.identity import FileIdentity, identities
 from hybridnorm_jax.data.records import BOM, record_text, records
 from hybridnorm_jax.errors import DataError
+from hybridnorm_jax.whole_files import is_local
 
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 # A text file above this size, and every one where so few files are held out, is held out in blocks.
@@ -144,7 +145,7 @@ class Corpus:
 
 
 def _changed(path: epath.Path) -> int:
-    return path.stat().mtime if "://" in os.fspath(path) else os.stat(path).st_mtime_ns
+    return os.stat(path).st_mtime_ns if is_local(path) else path.stat().mtime
 
 
 def _checked(path: epath.Path) -> Iterator[bytes]:
@@ -284,11 +285,11 @@ def _exists(path: epath.Path) -> bool:
 
 
 def _plain(path: str) -> str:
-    return path if "://" in path else os.path.abspath(path)
+    return os.path.abspath(path) if is_local(path) else path
 
 
 def _glob(pattern: str) -> list[epath.Path]:
-    if "://" not in pattern:
+    if is_local(pattern):
         try:
             matches = [epath.Path(match) for match in glob.glob(pattern, recursive=True)]
         except (ValueError, re.error):

@@ -32,6 +32,7 @@ from hybridnorm_jax.data.tokenizers import LongTokens, Tokenizer
 from hybridnorm_jax.data.windows import Extent, TokenStream
 from hybridnorm_jax.errors import DataError
 from hybridnorm_jax.streams import can_redraw
+from hybridnorm_jax.whole_files import is_local
 
 # Part of every fingerprint: raise it when the same inputs give other files than before.
 FORMAT = 2
@@ -80,7 +81,7 @@ def open_text_cache(
     Raises:
       DataError: text that cannot be read, a cache directory that cannot be written.
     """
-    if "://" in cache_dir:
+    if not is_local(cache_dir):
         raise DataError(f"data.cache_dir={cache_dir}: the cache is memory-mapped; name a local directory")
     inputs = {
         "format": FORMAT,

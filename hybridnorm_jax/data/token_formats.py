@@ -1,6 +1,5 @@
 """Which numbers a file of tokens holds: the formats that are read, and what is said of any other file."""
 
-import os
 import struct
 import warnings
 import zipfile
@@ -12,6 +11,7 @@ from etils import epath
 
 from hybridnorm_jax.data.identity import regular_file_size
 from hybridnorm_jax.errors import DataError
+from hybridnorm_jax.whole_files import is_local
 
 NUMPY_MAGIC = b"\x93NUMPY"
 # The header of llm.c and modded-nanogpt: 256 int32, of which the first three are magic number, version, tokens.
@@ -48,7 +48,7 @@ def read_layout(path: epath.Path, raw_dtype: str) -> Layout:
       DataError: the file cannot be read, is something else, holds no tokens, or its size is not what its header or
         dtype says.
     """
-    if "://" in os.fspath(path):
+    if not is_local(path):
         raise DataError(f"{path}: token files are read in place; copy it to a local disk and name that in data.files")
     size = regular_file_size(path)
     try:

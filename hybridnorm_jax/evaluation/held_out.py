@@ -10,6 +10,7 @@ from hybridnorm_jax.data import DataError
 from hybridnorm_jax.data.identity import file_identity
 from hybridnorm_jax.data.sources import find_files, stdlib_corpus
 from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.whole_files import is_local
 
 # A set whose name begins so says itself that the model was trained on it.
 TRAINING_SET = "train"
@@ -104,7 +105,7 @@ def _refusal(name: str, path: epath.Path, trained_on: epath.Path) -> str:
 
 def _place(path: epath.Path) -> str:
     text = os.fspath(path)
-    return text if "://" in text else os.path.realpath(text)
+    return os.path.realpath(text) if is_local(text) else text
 
 
 def _size(path: epath.Path) -> int:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hybridnorm_jax.errors import UserError
-from hybridnorm_jax.interop.messages import one_line, shown
+from hybridnorm_jax.config_fields import shortened
+from hybridnorm_jax.errors import UserError, first_line
 
 # The largest published index of tensors has some ten megabytes.
 LARGEST_JSON = 64_000_000
@@ -43,7 +43,7 @@ def find_file(directory: Path, name: str, *, asked_by: str = "") -> Path:
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such file" + (f", but {asked_by} names it" if asked_by else "")) from error
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
-        raise UserError(f"{file}: cannot be read: {one_line(error)}") from error
+        raise UserError(f"{file}: cannot be read: {first_line(error)}") from error
     if not stat.S_ISREG(kind):
         raise UserError(f"{file}: must be a regular file")
     _check_no_pointer(directory, file)
@@ -64,7 +64,7 @@ def _check_no_pointer(directory: Path, file: Path) -> None:
         with file.open("rb") as stream:
             beginning = stream.read(len(LFS_POINTER))
     except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror or one_line(error)}") from error
+        raise UserError(f"{file}: cannot be read: {error.strerror or first_line(error)}") from error
     if beginning == LFS_POINTER:
         right = f"a pointer of git-lfs, not the file itself; run `git lfs pull` in {directory}"
         raise UserError(f"{file}: {right}")
@@ -85,7 +85,7 @@ def read_json(directory: Path, name: str) -> Any:
         with file.open("rb") as stream:
             content = stream.read(size)
     except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror or one_line(error)}") from error
+        raise UserError(f"{file}: cannot be read: {error.strerror or first_line(error)}") from error
     return parse_json(content, str(file))
 
 
@@ -102,9 +102,9 @@ def parse_json(content: bytes, source: str) -> Any:
     except RecursionError as error:
         raise UserError(f"{source}: {_key_nested_deeply(content)}: nested too deeply") from error
     except ValueError as error:
-        raise UserError(f"{source}: cannot be read as JSON: {one_line(error)}") from error
+        raise UserError(f"{source}: cannot be read as JSON: {first_line(error)}") from error
     for path, wrong in _wrong_values(document, ""):
-        raise UserError(f"{source}: {shown(path) or 'its value'}: {wrong}")
+        raise UserError(f"{source}: {shortened(path) or 'its value'}: {wrong}")
     return document
 
 
@@ -172,7 +172,7 @@ def _key_nested_deeply(content: bytes) -> str:
             key = last
         elif token != b":":
             last = match[1].decode(errors="replace")
-    return shown(key) if key else "its value"
+    return shortened(key) if key else "its value"
 
 
 def foreign_weights(directory: Path) -> str | None:

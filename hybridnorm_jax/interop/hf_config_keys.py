@@ -7,9 +7,9 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from hybridnorm_jax.config_fields import shortened
 from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.interop.hf_rope_keys import PLACES, Rope
-from hybridnorm_jax.interop.messages import shown
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.schemes import SCHEMES
 
@@ -173,7 +173,7 @@ class Architecture:
                 if not (right(value, document) if callable(right) else value == right):
                     raise UserError(f"{source}: {name}={value!r:.80} is not implemented for {self.name}")
             elif name not in known:
-                ignored = shown(name)
+                ignored = shortened(name)
                 right = (
                     f"might change what the model computes; if it does not, load with ignore_keys=[{ignored!r}], or "
                     f"convert with --ignore-key {ignored}"

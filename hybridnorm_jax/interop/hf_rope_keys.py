@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from hybridnorm_jax.config_fields import shortened
 from hybridnorm_jax.errors import UserError
-from hybridnorm_jax.interop.messages import shown
 from hybridnorm_jax.model.config import ModelConfig
 
 Json = Mapping[str, Any]
@@ -132,7 +132,7 @@ def _statements_in_place(document: Json, source: str) -> Iterator[_Statement]:
                 yield _Statement(name, name, value, is_read)
             elif name not in ("rope_type", "type") or value != "default":
                 raise UserError(
-                    f"{source}: {place}.{shown(name)}={value!r:.80}: only the plain rotation is implemented"
+                    f"{source}: {place}.{shortened(name)}={value!r:.80}: only the plain rotation is implemented"
                 )
         is_read = is_read and not values
 

@@ -19,10 +19,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hybridnorm_jax.config_fields import check_choice
-from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.errors import UserError, first_line
 from hybridnorm_jax.interop.architectures import ARCHITECTURES, config_from_json, config_to_json
 from hybridnorm_jax.interop.checkpoint_files import read_json
-from hybridnorm_jax.interop.messages import one_line
 from hybridnorm_jax.interop.safetensors_files import CONFIG, StoredTensors, split_into_shards, write_shards
 from hybridnorm_jax.interop.tensors import TABLES, Place, TensorTable, leaf_shapes
 from hybridnorm_jax.model.config import PARAM_DTYPES, ModelConfig
@@ -182,7 +181,7 @@ def _config_text(name: str, decided: Mapping[str, Any], config: ModelConfig, ext
     try:
         text = json.dumps(document, indent=2, sort_keys=True) + "\n"
     except (TypeError, ValueError) as error:
-        raise UserError(f"extra: cannot be written as JSON: {one_line(error)}") from error
+        raise UserError(f"extra: cannot be written as JSON: {first_line(error)}") from error
     config_from_json(document, "extra")  # Raises for a key that is not known, or changes the mathematics.
     return text
 

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridnorm_jax.config_fields import present
-from hybridnorm_jax.errors import UserError
-from hybridnorm_jax.interop.messages import one_line, shown
+from hybridnorm_jax.config_fields import present, shortened
+from hybridnorm_jax.errors import UserError, first_line
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.placement import HEAD_NORMS, SublayerPlacement, runs
 
@@ -44,7 +43,7 @@ class _Arrays:
         for stored in arrays:
             name = stored.removeprefix("param/")
             if name in self.stored_names:
-                raise UserError(f"{shown(name)}: twice in the checkpoint")
+                raise UserError(f"{shortened(name)}: twice in the checkpoint")
             self.stored_names[name] = stored
         self.read: set[str] = set()
 
@@ -63,7 +62,7 @@ class _Arrays:
         except UserError:
             raise
         except Exception as error:  # a damaged archive, a pickle, a header that is none: each library has its own
-            raise UserError(f"{name}: cannot be read from the checkpoint: {one_line(error)}") from error
+            raise UserError(f"{name}: cannot be read from the checkpoint: {first_line(error)}") from error
         _check(name, array, shape)
         self.read.add(name)
         return array
@@ -73,7 +72,7 @@ class _Arrays:
         for name in self.stored_names:
             if name not in self.read:
                 right = "in the checkpoint, but a model of this configuration has no place for it"
-                raise UserError(f"{shown(name)}: {right}")
+                raise UserError(f"{shortened(name)}: {right}")
 
 
 def _check(name: str, array: np.ndarray | jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from hybridnorm_jax.errors import MissingExtraError, UserError
+from hybridnorm_jax.config_fields import shortened
+from hybridnorm_jax.errors import MissingExtraError, UserError, first_line
 from hybridnorm_jax.interop.checkpoint_files import find_file, foreign_weights, parse_json, read_json
-from hybridnorm_jax.interop.messages import one_line, shown
 from hybridnorm_jax.interop.tensors import Place, TensorTable
 
 CONFIG = "config.json"
@@ -67,13 +67,13 @@ class StoredTensors:
             names = set(handle.keys())
             for raw in indexed or ():
                 if raw not in names:
-                    raise UserError(f"{file}: does not hold {shown(raw)}, which {INDEX} places there")
+                    raise UserError(f"{file}: does not hold {shortened(raw)}, which {INDEX} places there")
             for raw in sorted(names):
                 name = table.full_name(raw)
                 if table.is_buffer(name):
                     continue
                 if name in self._found:
-                    raise UserError(f"{file}: {shown(raw)} is also in {self._found[name].file}")
+                    raise UserError(f"{file}: {shortened(raw)} is also in {self._found[name].file}")
                 self._found[name] = _StoredTensor(file=file, name=raw, handle=handle)
 
     def __contains__(self, name: str) -> bool:
@@ -82,7 +82,7 @@ class StoredTensors:
     def where(self, name: str) -> str:
         """`file: name`, for messages."""
         stored = self._found[name]
-        return f"{stored.file}: {shown(stored.name)}"
+        return f"{stored.file}: {shortened(stored.name)}"
 
     def check(self, places: Iterable[Place], beside: Sequence[str]) -> CheckedPlaces:
         """The places of a model, whose tensors are all there.
@@ -113,7 +113,7 @@ class StoredTensors:
         try:
             contents = stored.handle.get_slice(stored.name)
         except (_safetensors().SafetensorError, OSError) as error:
-            raise UserError(f"{self.where(name)}: cannot be read: {one_line(error)}") from error
+            raise UserError(f"{self.where(name)}: cannot be read: {first_line(error)}") from error
         found, dtype = tuple(contents.get_shape()), contents.get_dtype()
         if found != shape:
             raise UserError(f"{self.where(name)}: shape {found}, but {CONFIG} asks for {shape}")
@@ -128,7 +128,7 @@ class StoredTensors:
         try:
             return stored.handle.get_tensor(stored.name)
         except (_safetensors().SafetensorError, OSError) as error:
-            raise UserError(f"{self.where(name)}: cannot be read: {one_line(error)}") from error
+            raise UserError(f"{self.where(name)}: cannot be read: {first_line(error)}") from error
 
 
 def _files(directory: Path) -> dict[Path, list[str] | None]:
@@ -146,10 +146,10 @@ def _files(directory: Path) -> dict[Path, list[str] | None]:
     names: dict[str, list[str]] = {}
     for tensor, file in places.items():
         if not isinstance(file, str):
-            raise UserError(f"{index}: {right}, but weight_map.{shown(tensor)}={file!r:.80}")
+            raise UserError(f"{index}: {right}, but weight_map.{shortened(tensor)}={file!r:.80}")
         if Path(file).name != file or not file.isprintable() or not file.endswith(SUFFIX):
             right = f"must be the name of a file beside it that ends in {SUFFIX}"
-            raise UserError(f"{index}: weight_map.{shown(tensor)}={shown(file)} {right}")
+            raise UserError(f"{index}: weight_map.{shortened(tensor)}={shortened(file)} {right}")
         names.setdefault(file, []).append(tensor)
     return {find_file(directory, file, asked_by=INDEX): tensors for file, tensors in names.items()}
 
@@ -169,7 +169,7 @@ def _open(file: Path, stack: contextlib.ExitStack) -> Any:
         # Read, not mapped: mapped pages would count as memory for as long as the file is open.
         return stack.enter_context(_safetensors().safe_open(file, framework="np", backend="pread"))
     except (_safetensors().SafetensorError, OSError) as error:
-        raise UserError(f"{file}: damaged or cut off: {one_line(error)}") from error
+        raise UserError(f"{file}: damaged or cut off: {first_line(error)}") from error
 
 
 def _check_header(file: Path) -> None:

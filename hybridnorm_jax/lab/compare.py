@@ -18,7 +18,6 @@ from etils import epath
 
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.key_values import show
-from hybridnorm_jax.config.resume_keys import differences
 from hybridnorm_jax.config.run_config import LARGEST_RATE, LARGEST_SEED, SMALLEST, RunConfig
 from hybridnorm_jax.config.yaml_files import from_yaml, take
 from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
@@ -33,7 +32,8 @@ from hybridnorm_jax.model.schemes import SCHEMES
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.hooks.skipped_steps import DivergedError
 from hybridnorm_jax.training.loop import train
-from hybridnorm_jax.training.run_directory import open_run_directory
+from hybridnorm_jax.training.run_directory import run_directory
+from hybridnorm_jax.training.run_identity import check_same_run
 from hybridnorm_jax.whole_files import write_whole
 
 DEFAULT = "lab"
@@ -167,7 +167,7 @@ def _result(asked: Comparison, number: int, config: RunConfig) -> dict[str, Any]
         result = _earlier(file, config)
         say(f"{result['status']} before")
         return result
-    directory = open_run_directory(config)
+    directory = run_directory(config)
     with Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as saved:
         first = saved.latest() or 0
     began = time.perf_counter()
@@ -226,11 +226,11 @@ def _earlier(file: epath.Path, config: RunConfig) -> dict[str, Any]:
     """The result of a run that ended before.
 
     Raises:
-      ConfigError: its configuration is another one. Its files stay as they are.
+      ConfigError: its configuration or one of its plugins is another one. Its files stay as they are.
     """
+    check_same_run(file.parent, config)
     saved_file = file.parent / "config.yaml"
-    saved = from_yaml(saved_file.read_text(), origin=str(saved_file))
-    different = differences(saved, config) or measured_otherwise(saved, config)
+    different = measured_otherwise(from_yaml(saved_file.read_text(), origin=str(saved_file)), config)
     if different:
         raise ConfigError(f"{file.parent} holds another run ({'; '.join(different)}): choose another run.name")
     return read_result(file)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.errors import UserError, first_line
 from hybridnorm_jax.training.metrics_file import STEP_SECONDS, Record, read_records
 
 FINISHED, DIVERGED, UNFINISHED = "finished", "diverged", "unfinished"
@@ -42,7 +42,7 @@ def read_object(file: Path | epath.Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as JSON: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{file}: cannot be read as JSON: {first_line(error)}") from error
     if not isinstance(value, dict):
         raise UserError(f"{file}: must hold a JSON object")
     return value

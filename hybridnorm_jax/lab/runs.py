@@ -9,7 +9,7 @@ from typing import Any
 
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import from_yaml
-from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.errors import UserError, first_line
 from hybridnorm_jax.lab import run_files
 from hybridnorm_jax.lab.divergence import rising_since
 from hybridnorm_jax.lab.labels import labels, measured_otherwise
@@ -141,7 +141,7 @@ def _read_run(path: Path) -> Run:
     try:
         config = from_yaml(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{file}: {first_line(error)}") from error
     records = read_records(path)
     outcome = _outcome(path / "result.json", config, records)
     watched = run_files.watched_steps(records)

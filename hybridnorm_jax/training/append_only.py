@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
+from hybridnorm_jax.whole_files import is_local
+
 # Each object of a bucket is uploaded again for each of its appends, so this many times at most.
 APPENDS_PER_OBJECT = 64
 READING_THREADS = 16
@@ -42,11 +44,6 @@ class AppendOnlyFile:
         """Release the file."""
         if self._file is not None:
             self._file.close()
-
-
-def is_local(path: epath.PathLike) -> bool:
-    """Whether this path is in a file system and not in a bucket such as gs://."""
-    return "://" not in os.fspath(path)
 
 
 def existing_parts(path: epath.Path) -> list[epath.Path]:

@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.errors import UserError, first_line
 from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.training import manifest
 from hybridnorm_jax.training.orbax_log import quiet_orbax
@@ -495,7 +495,7 @@ def _reason(error: BaseException) -> str:
     """The start of what the innermost error says, without TensorStore's specification of the whole store."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).splitlines() or [type(error).__name__])[0].partition(" [tensorstore_spec")[0][:300]
+    return first_line(error).partition(" [tensorstore_spec")[0][:300]
 
 
 def _is_no_space(error: BaseException) -> bool:

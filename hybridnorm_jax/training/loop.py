@@ -26,7 +26,6 @@ from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.resume import beginning
 from hybridnorm_jax.training.run import LateMetrics, Run
 from hybridnorm_jax.training.run_directory import open_run_directory, run_directory, write_config
-from hybridnorm_jax.training.run_identity import with_origin
 from hybridnorm_jax.training.run_lock import RunLock
 from hybridnorm_jax.training.start_report import count_text, start_report, table
 from hybridnorm_jax.training.step import Batch
@@ -56,11 +55,10 @@ def train(config: RunConfig, *, began: float | None = None, hooks: Iterable[Hook
         signals = stack.enter_context(StopSignals())
         with signals.interruptible():
             lock = stack.enter_context(RunLock(run_directory(config)))
-            directory = open_run_directory(config)
+            directory, config = open_run_directory(config)
             program, data = _prepare(config)
             # JAX's coordination service, which starts with the devices, has a handler of its own for SIGTERM.
             signals.install()
-        config = with_origin(directory, config)
         checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep))
         step = checkpoints.usable(allow_fallback=config.checkpoint.allow_fallback)
         start = beginning(config, program, data, checkpoints, step)

@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from hybridnorm_jax.whole_files import write_whole
+from hybridnorm_jax.whole_files import is_local, write_whole
 
 FOLDER = "manifest"
 PART = re.compile(r"(\d+)-of-(\d+)\.json")
@@ -171,7 +171,7 @@ def leading_out(directory: epath.PathLike) -> str | None:
 
     A checkpoint may be a stranger's, and its links may name any file here.
     """
-    if "://" in os.fspath(directory):
+    if not is_local(directory):
         return None
     root = os.path.realpath(directory)
     for folder, folders, files in os.walk(root):
@@ -249,7 +249,7 @@ def _entry(path: epath.Path) -> dict[str, Any]:
 def _difference(directory: epath.Path, name: str, expected: dict[str, Any]) -> str | None:
     """What is wrong with one file that is there, or None."""
     try:
-        if "://" not in os.fspath(directory) and not os.path.isfile(directory / name):
+        if is_local(directory) and not os.path.isfile(directory / name):
             return f"{name}: is no file"  # a pipe may never end, or never begin
         size = (directory / name).stat().length
         if size != expected["bytes"]:

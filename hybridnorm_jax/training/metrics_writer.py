@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from hybridnorm_jax.errors import MissingExtraError, UserError
-from hybridnorm_jax.training.append_only import is_local
+from hybridnorm_jax.errors import MissingExtraError, UserError, first_line
 from hybridnorm_jax.training.courier import Courier
 from hybridnorm_jax.training.metrics_file import NAME, MetricsFile
 from hybridnorm_jax.training.tensorboard_events import EventFile
+from hybridnorm_jax.whole_files import is_local
 
 # A network file system may take minutes until another server has taken over.
 RECORD_SECONDS, COPY_SECONDS = 600.0, 120.0
@@ -168,7 +168,7 @@ def _reason(error: BaseException) -> str:
     """One line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def _finite_or_none(value: float | np.ndarray | None) -> float | list | None:

@@ -22,7 +22,7 @@ from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
 from hybridnorm_jax.training.run_identity import check_same_plugins, check_same_run, keep_sources
-from hybridnorm_jax.whole_files import write_whole
+from hybridnorm_jax.whole_files import is_local, write_whole
 
 TOKENIZER = "tokenizer.json"
 
@@ -37,21 +37,19 @@ def run_directory(config: RunConfig) -> epath.Path:
     return directory
 
 
-def open_run_directory(config: RunConfig) -> epath.Path:
-    """The run's directory, which may not be there yet; one with checkpoints or metrics of another run is refused.
+def open_run_directory(config: RunConfig) -> tuple[epath.Path, RunConfig]:
+    """(the run's directory, which may not be there yet, the configuration as run_identity.check_same_run returns it).
 
-    Nothing is written.
+    A directory with checkpoints or metrics of another run is refused. Nothing is written.
 
     Raises:
       ConfigError: see run_identity.check_same_run.
     """
     directory = run_directory(config)
-    file = directory / "config.yaml"
     try:
-        check_same_run(directory, config)
+        return directory, check_same_run(directory, config)
     except OSError as error:
-        raise UserError(f"{error.filename or file}: cannot be read: {error.strerror or error}") from error
-    return directory
+        raise UserError(f"{error.filename or directory}: cannot be read: {error.strerror or error}") from error
 
 
 def write_config(directory: epath.Path, config: RunConfig) -> None:
@@ -162,7 +160,7 @@ def _abstract(shape: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.
 
 def check_free(path: str) -> None:
     """Raise UserError unless a directory can be made at this path: nothing is there, or an empty directory."""
-    if _is_remote(path):
+    if not is_local(path):
         if _exists_remotely(path):
             raise UserError(f"{path}: exists already; choose a new directory, or remove it")
         return
@@ -172,10 +170,6 @@ def check_free(path: str) -> None:
     parent = next(parent for parent in target.parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"{path}: cannot be made, {parent} is no directory that can be written to")
-
-
-def _is_remote(path: str) -> bool:
-    return "://" in str(path)
 
 
 def _exists_remotely(path: str) -> bool:
@@ -208,14 +202,14 @@ def save_run(path: str, config: RunConfig, params: Any, *, step: int = 0, tokeni
     _check_params(params, config.model)
     if step < 0:
         raise UserError(f"step={step}: must not be negative")
-    target = epath.Path(path) if _is_remote(path) else epath.Path(Path(path).absolute())
+    target = epath.Path(Path(path).absolute()) if is_local(path) else epath.Path(path)
     data = config.data
     if tokenizer_file is not None:
         data = dataclasses.replace(data, tokenizer=str(target / TOKENIZER))
     train = dataclasses.replace(config.train, equivalent_form="none", equivalent_pad_to=1, check_invariants=False)
     run = RunSection(name=target.name, dir=str(target.parent), plugins=config.run.plugins)
     written = dataclasses.replace(config, run=run, data=data, train=train, init_from=None, init_optimizer=False)
-    if _is_remote(path):
+    if not is_local(path):
         _write_run(target, written, params, step=step, tokenizer_file=tokenizer_file)
         return
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -40,8 +40,11 @@ class _Saved(NamedTuple):
     plugins: list[dict[str, Any]] | None
 
 
-def check_same_run(directory: epath.Path, config: RunConfig) -> None:
+def check_same_run(directory: epath.Path, config: RunConfig) -> RunConfig:
     """Refuse a directory whose checkpoints, metrics or result are those of another run.
+
+    Returns the configuration with what the run began with (init_from), where it has a checkpoint and none is asked for:
+    the command that goes on with a run needs not name its beginning again, and the run's files go on naming it.
 
     Where there is none of these, a run may have been killed before it saved anything. Then other keys may be asked for,
     but not another beginning (init_from): the user might not notice that the run trains from fresh parameters.
@@ -51,9 +54,11 @@ def check_same_run(directory: epath.Path, config: RunConfig) -> None:
     """
     saved = _saved(directory)
     if saved is None:
-        return
+        return config
     if saved.step is not None:
-        config = _with_origin_of(saved.config, config)
+        if config.init_from is None:
+            begun = {name: getattr(saved.config, name) for name in ORIGIN}
+            config = dataclasses.replace(config, **begun)
         differing = resume_differences(saved.config, config, saved.step)
     else:
         differing = differences(saved.config, config)
@@ -64,17 +69,7 @@ def check_same_run(directory: epath.Path, config: RunConfig) -> None:
     if saved.step is not None:
         now = plugins.plugins_of(config.run.plugins)
         check_same_plugins(saved.plugins, now, where=f"{directory}, step {saved.step}", kept=directory)
-
-
-def with_origin(directory: epath.Path, config: RunConfig) -> RunConfig:
-    """The configuration with what the run began with, where it has a checkpoint and init_from is not asked for.
-
-    The command that goes on with a run needs not name its beginning again; the run's files go on naming it.
-    """
-    if config.init_from is not None:
-        return config
-    saved = _saved(directory)
-    return config if saved is None or saved.step is None else _with_origin_of(saved.config, config)
+    return config
 
 
 def check_same_plugins(
@@ -182,9 +177,3 @@ def _has_results(directory: epath.Path) -> bool:
     if any((directory / name).exists() for name in ("result.json", "checkpoints")):
         return True
     return any(path.name.startswith("metrics") and path.stat().length for path in directory.iterdir())
-
-
-def _with_origin_of(saved: RunConfig, asked: RunConfig) -> RunConfig:
-    if asked.init_from is not None:
-        return asked
-    return dataclasses.replace(asked, init_from=saved.init_from, init_optimizer=saved.init_optimizer)

@@ -26,9 +26,8 @@ import jax
 from etils import epath
 
 from hybridnorm_jax.errors import UserError
-from hybridnorm_jax.training.append_only import is_local
 from hybridnorm_jax.training.manifest import agree
-from hybridnorm_jax.whole_files import write_whole
+from hybridnorm_jax.whole_files import is_local, write_whole
 
 NAME = "lock"
 BEAT_SECONDS, LEFT_OVER_SECONDS, SETTLE_SECONDS = 10.0, 60.0, 3.0

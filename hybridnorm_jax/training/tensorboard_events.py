@@ -15,7 +15,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import scalar
 
-from hybridnorm_jax.training.append_only import AppendOnlyFile, is_local
+from hybridnorm_jax.training.append_only import AppendOnlyFile
+from hybridnorm_jax.whole_files import is_local
 
 # Bytes are uploaded several times over (append_only.py), so not for every step.
 UPLOAD_SECONDS = 60

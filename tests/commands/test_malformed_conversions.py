@@ -85,7 +85,7 @@ WRONG_FILES = {
     ("config.json", "[" * 100_000): "config.json: its value: nested too deeply",
     ("config.json", '{"model_type": "gpt2", "n_embd": ' + "9" * 6000 + "}"): "config.json: n_embd: an integer of 6,000",
     ("config.json", '{"model_type": "gpt2", "n_layer": 1000000000}'): "config.json: n_layer=1000000000 is out of range",
-    ("config.json", '{"model_type": "gpt2", "x\\ny": 1}'): r"config.json: 'x\ny'=1 is not known for gpt2",
+    ("config.json", '{"model_type": "gpt2", "x\\ny": 1}'): r"config.json: x\ny=1 is not known for gpt2",
     ("config.json", POINTER): "config.json: a pointer of git-lfs, not the file itself; run `git lfs pull`",
     ("model.safetensors", ""): "model.safetensors: damaged or cut off",
     ("model.safetensors", "PK\x03\x04" * 50): "model.safetensors: damaged or cut off",

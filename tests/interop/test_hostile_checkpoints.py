@@ -158,7 +158,7 @@ WRONG_JSON = {
     '{"a": {"b": -Infinity}}': "a.b: -Infinity is no number of JSON",
     '{"hidden_size": 32, "hidden_size": 64}': "hidden_size: stated twice",
     '{"rope_parameters": {"rope_theta": 3, "rope_theta": 4}}': "rope_parameters.rope_theta: stated twice",
-    '{"a\\nb": 1, "a\\nb": 1}': "'a\\nb': stated twice",
+    '{"a\\nb": 1, "a\\nb": 1}': "a\\nb: stated twice",
     "NaN": "its value: NaN is no number of JSON",
     "": "cannot be read as JSON",
     "{": "cannot be read as JSON",
@@ -286,6 +286,4 @@ def test_a_tensors_name_is_shown_on_one_line(copy):
     directory = copy()
     arrays = load_file(directory / WEIGHTS)
     save_file(arrays | {"a\n\x1b[31mb": np.ones(3, np.float32)}, directory / WEIGHTS)
-    assert refused(directory).startswith(f"{WEIGHTS}: 'model.a\\n\\x1b[31mb'") or "'a\\n\\x1b[31mb'" in refused(
-        directory
-    )
+    assert "a\\n\\x1b[31mb" in refused(directory)

@@ -142,7 +142,7 @@ def test_a_finished_run_is_evaluated_again_and_left_as_it_is(config, tmp_path):
 def test_another_configuration_in_the_same_directory_is_refused_by_key(config, tmp_path):
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1))
     file = tmp_path / "runs/resumed/config.yaml"
-    assert not loop.open_run_directory(other).exists()  # nothing is made before all is checked
+    assert not loop.open_run_directory(other)[0].exists()  # nothing is made before all is checked
     file.parent.mkdir(parents=True)
     loop.write_config(file.parent, other)
     loop.open_run_directory(config)  # nothing was saved or recorded yet, so nothing stands in the way
@@ -153,7 +153,7 @@ def test_another_configuration_in_the_same_directory_is_refused_by_key(config, t
         loop.open_run_directory(other)
     assert file.read_text() == before
     more_often = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=3))
-    loop.write_config(loop.open_run_directory(more_often), more_often)
+    loop.write_config(*loop.open_run_directory(more_often))
     assert "every: 3" in file.read_text()
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 
+from hybridnorm_jax.errors import first_line
 from hybridnorm_jax.training.hooks.hook import Hook
 from hybridnorm_jax.training.hooks.progress_bar import say_above_bar
 from hybridnorm_jax.training.run import Run
@@ -56,5 +57,6 @@ class Profile(Hook):
             action()
         except Exception as error:
             self.every = None
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            say_above_bar(f"train.profile=true: {reason}; the run goes on without a profile", file=sys.stderr)
+            say_above_bar(
+                f"train.profile=true: {first_line(error)}; the run goes on without a profile", file=sys.stderr
+            )

@@ -1,0 +1,156 @@
+"""Plugins are code: they run where this start names them and nowhere else, and an edited one is another run."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import hybridnorm_jax as hn
+from hybridnorm_jax.commands.eval import evaluate_run
+from hybridnorm_jax.commands.main import main
+from hybridnorm_jax.config import plugins
+from hybridnorm_jax.config.arguments import parse
+from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.training import loop
+
+SOURCE = """
+from pathlib import Path
+
+import hybridnorm_jax.model.schemes as schemes
+
+with Path({marker!r}).open("a") as file:
+    file.write("x")
+schemes.scheme("of_a_plugin")(schemes.SCHEMES[{of!r}].block)
+"""
+TINY = [
+    *("model.d_model=16", "model.num_heads=2", "model.num_layers=1", "model.mlp_dim=16", "model.vocab_size=61"),
+    *("model.scheme=of_a_plugin", "train.steps=2", "train.batch_size=8", "train.seq_len=8", "eval.batches=1"),
+]
+
+
+@pytest.fixture
+def new_start(monkeypatch):
+    """Makes this process one that has imported no plugin."""
+
+    def forget():
+        monkeypatch.setattr(plugins, "_imported", {})
+        hn.SCHEMES.pop("of_a_plugin", None)
+
+    forget()
+    yield forget
+    hn.SCHEMES.pop("of_a_plugin", None)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes the plugin; returns its path."""
+
+    def write(of="pre"):
+        file = tmp_path / "mine.py"
+        file.write_text(SOURCE.format(marker=str(tmp_path / "marker"), of=of))
+        return file
+
+    return write
+
+
+@pytest.fixture
+def arguments(tmp_path, write):
+    """Of a run with the plugin."""
+    for seed, name in enumerate(("tokens", "held")):
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(seed).integers(0, 61, 600).astype(np.uint16))
+    return [
+        *TINY,
+        f"run.plugins=[{write()}]",
+        f"run.dir={tmp_path}/runs",
+        "run.name=run",
+        "data.source=tokens",
+        "data.validation_fraction=0",
+        f"data.files=[{tmp_path}/tokens.npy]",
+        f"data.validation.held=[{tmp_path}/held.npy]",
+    ]
+
+
+@pytest.fixture
+def trained(arguments, new_start, tmp_path):
+    """The directory of a run whose plugin has run, in a process that has imported none."""
+    loop.train(parse(arguments))
+    (tmp_path / "marker").unlink()
+    new_start()
+    return tmp_path / "runs/run"
+
+
+def readers(directory):
+    """What reads a run's directory."""
+    return {
+        "eval": lambda: evaluate_run(str(directory)),
+        "load_run": lambda: hn.load_run(str(directory)),
+        "resume": lambda: parse([str(directory / "config.yaml")]),
+    }
+
+
+@pytest.mark.parametrize("reader", ["eval", "load_run", "resume"])
+def test_what_a_saved_configuration_names_is_not_imported(reader, trained, tmp_path):
+    message = r"run\.plugins=\[.*mine\.py\]: a saved configuration runs no code; .* name them yourself: run\.plugins="
+    with pytest.raises(ConfigError, match=message):
+        readers(trained)[reader]()
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_report_does_not_import_it_either(trained, tmp_path, capsys):
+    main(["lab", "report", str(trained.parent)])
+    assert not (tmp_path / "marker").exists()
+    assert "a saved configuration runs no code" in capsys.readouterr().err
+
+
+def test_what_this_start_names_is_imported_once(trained, write, new_start, tmp_path):
+    file = str(write())
+    assert set(evaluate_run(str(trained), [f"run.plugins=[{file}]"], progress=False).scores) == {"held"}
+    assert hn.load_run(str(trained), plugins=[file])[0].model.scheme == "of_a_plugin"
+    assert (tmp_path / "marker").read_text() == "x"
+
+
+def test_an_edited_plugin_is_another_run_and_the_old_source_is_kept(trained, arguments, write, new_start, tmp_path):
+    edited = write(of="post")
+    for use in (
+        lambda: loop.train(parse(arguments)),
+        lambda: hn.load_run(str(trained), plugins=[str(edited)]),
+        lambda: evaluate_run(str(trained), [f"run.plugins=[{edited}]"]),
+    ):
+        new_start()
+        with pytest.raises(ConfigError, match=r"mine\.py is not the file that .* was trained with; name that file"):
+            use()
+    (kept,) = (trained / "plugins").rglob("mine.py")
+    assert "'pre'" in kept.read_text()
+    # The kept source is the same plugin, wherever it lies.
+    new_start()
+    assert hn.load_run(str(trained), plugins=[str(kept)])[0].model.scheme == "of_a_plugin"
+
+
+def test_a_comparison_does_not_take_the_result_of_an_edited_plugin(arguments, write, new_start, capsys):
+    words = [word for word in arguments if not word.startswith(("run.name", "model.scheme"))]
+    compare = [
+        "lab",
+        "compare",
+        "lab",
+        *words,
+        "run.name=lab",
+        "schemes=[of_a_plugin]",
+        "seeds=[0]",
+        "train.watch_every=null",
+    ]
+    assert main(compare) == 0
+    new_start()
+    assert main(compare) == 0
+    assert "finished before" in capsys.readouterr().out
+    write(of="post")
+    new_start()
+    assert main(compare) == 2
+    assert "mine.py is not the file that" in capsys.readouterr().err
+
+
+def test_a_saved_plugin_that_no_start_named_is_no_obstacle_for_a_run_without_plugins(arguments, new_start):
+    plain = [word for word in arguments if not word.startswith(("run.plugins", "model.scheme"))]
+    config = parse(plain)
+    loop.train(config)
+    with pytest.raises(ConfigError, match=r"run\.plugins: .*mine\.py: .* was trained without it"):
+        loop.train(dataclasses.replace(config, run=parse(arguments).run))
