@@ -22,10 +22,11 @@ from hybridnorm_jax.evaluation.held_out import check_same_data, check_sets, chec
 from hybridnorm_jax.evaluation.perplexity import Score, evaluate_sets, table
 from hybridnorm_jax.mesh.cluster import DistributedSection
 from hybridnorm_jax.mesh.processes import Processes, say
-from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
+from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.run_directory import saved_config
 from hybridnorm_jax.training.run_identity import data_files
+from hybridnorm_jax.training.step_directories import find_checkpoint
 
 # Where a run trained says nothing of where it is evaluated: by default on all devices there are.
 ANYWHERE = (

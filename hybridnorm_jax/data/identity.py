@@ -18,9 +18,11 @@ from etils import epath
 from hybridnorm_jax.errors import DataError
 from hybridnorm_jax.whole_files import is_local
 
-# The first and the last piece, and the others evenly between. A file of at most PIECES * PIECE_BYTES is read whole.
-PIECES = 16
-PIECE_BYTES = 1 << 16
+# A file of at most so many bytes is read whole; of a longer one the first piece, the last, and others evenly between.
+# Ten thousand shards are looked at whenever a run starts.
+WHOLE_BYTES = 1 << 20
+PIECES = 8
+PIECE_BYTES = 1 << 14
 READERS = 8
 
 
@@ -96,7 +98,7 @@ def regular_file_size(path: epath.Path) -> int:
 
 
 def _starts(size: int) -> list[int]:
-    if size <= PIECES * PIECE_BYTES:
+    if size <= WHOLE_BYTES:
         return list(range(0, size, PIECE_BYTES))
     return np.linspace(0, size - PIECE_BYTES, PIECES, dtype=np.int64).tolist()
 

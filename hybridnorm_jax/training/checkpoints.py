@@ -1,18 +1,11 @@
-"""Checkpoints of a run. The only file that knows Orbax, whose names still move.
+"""Checkpoints of a run. This file and step_directories.py alone know Orbax, whose names still move.
 
-A step is a directory such as <run>/checkpoints/000500. Its `state` holds the arrays; the data iterator's state and the
-configuration are Orbax's custom metadata. Orbax marks what it has committed with commit_success.txt; then follows a
-manifest of digests (manifest.py), and only with all of its parts is the step complete. A save that is running, or was
-killed, lacks one of them, and is 000500.orbax-checkpoint-tmp on a file system until it is committed. The metadata
-promise the manifest, so that a step of a version that wrote none, which is used with a warning, is told from a killed
-save. What is damaged, or is in the way of a save and is no leftover of one, is kept as 000500.damaged, which nothing
-deletes or reads. Other names in the directory are nobody's business here.
+step_directories.py says how a step lies in its directory, and when it is complete.
 """
 
 import contextlib
 import errno
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,27 +13,27 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from hybridnorm_jax.errors import UserError, first_line
+from hybridnorm_jax.errors import first_line
 from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.training import manifest
+from hybridnorm_jax.training.leaf_kinds import first_difference
 from hybridnorm_jax.training.orbax_log import quiet_orbax
+from hybridnorm_jax.training.step_directories import (
+    METADATA,
+    PARTS,
+    CheckpointError,
+    absolute,
+    complete_step,
+    delete,
+    is_leftover,
+    named_step,
+    set_aside,
+)
 
 STATE = "state"
-# Written last by Orbax, before the rename on a file system and instead of it on an object store.
-COMMITTED = "commit_success.txt"
-METADATA = "_CHECKPOINT_METADATA"
-# The key in Orbax's custom metadata that promises a manifest; its value is the number of parts.
-PARTS = "manifest_parts"
-STEP_NAME = re.compile(r"(\d{6,})(\.orbax-checkpoint-tmp)?")
-AT_STEP = re.compile(r"(.+)@(\d+)/?")
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be found, read, written, or used for this model."""
 
 
 class _Saved(NamedTuple):
@@ -73,7 +66,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike, *, keep: int):
-        self.directory = _absolute(directory)
+        self.directory = absolute(directory)
         self._keep = keep
         self.blocked_seconds: float | None = None
         self._running: Future | None = None
@@ -95,7 +88,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The complete steps, ascending, without those that `usable` passed over."""
         found = self.directory.iterdir() if self.directory.exists() else ()
-        steps = {step for path in found if (step := _complete_step(path)) is not None}
+        steps = {step for path in found if (step := complete_step(path)) is not None}
         return sorted(steps - self._damaged)
 
     def latest(self) -> int | None:
@@ -286,7 +279,7 @@ class Checkpoints:
         good = max((old for old in steps if old < last_made), default=None) if last_made < step else None
         for old in steps[: -self._keep]:
             if old != good:
-                _delete(self._path(old))
+                delete(self._path(old))
 
     def _set_damaged_aside(self) -> None:
         """Make room for steps that were passed over, or are in the way and no leftovers, to be saved again."""
@@ -294,29 +287,29 @@ class Checkpoints:
         self._damaged.clear()
         if jax.process_index() == 0:
             for step in sorted(in_the_way):
-                _set_aside(self._path(step))
+                set_aside(self._path(step))
 
     def _delete_leftovers(self) -> None:
         """Remove what killed saves and deletions left. Never while reading: a save that is running looks the same."""
         if jax.process_index() == 0:
             for path in self._leftovers():
-                _delete(path)
+                delete(path)
 
     def _incomplete(self) -> dict[int, epath.Path]:
         """What has the name of a step, is no complete one, and is no leftover of a save: step -> path."""
         return {
             int(path.name): path
             for path in self._of_steps()
-            if path.name.isdecimal() and _complete_step(path) is None and not _is_leftover(path)
+            if path.name.isdecimal() and complete_step(path) is None and not is_leftover(path)
         }
 
     def _leftovers(self) -> list[epath.Path]:
-        return [path for path in self._of_steps() if _complete_step(path) is None and _is_leftover(path)]
+        return [path for path in self._of_steps() if complete_step(path) is None and is_leftover(path)]
 
     def _of_steps(self) -> list[epath.Path]:
         """Everything that has the name of a step, or of a save of one, in order."""
         found = self.directory.iterdir() if self.directory.exists() else ()
-        return sorted(path for path in found if _named_step(path) is not None)
+        return sorted(path for path in found if named_step(path) is not None)
 
     @contextlib.contextmanager
     def _saving(self, step: int) -> Iterator[None]:
@@ -392,103 +385,11 @@ class Checkpoints:
 
     def _check_same_leaves(self, step: int, saved: Any, expected: Any) -> None:
         """Raise CheckpointError for the first leaf, by path, that is not in both trees with one shape and dtype."""
-        saved, expected = _describe(saved), _describe(expected)
-        for path in sorted(saved.keys() | expected.keys()):
-            has, wanted = saved.get(path, "nothing"), expected.get(path, "nothing")
-            if has != wanted:
-                message = f"a checkpoint of another model: {path} is {has} there, but this model has {wanted}"
-                raise CheckpointError(f"{self._path(step)}: {message}")
-
-
-def find_checkpoint(path: epath.PathLike) -> tuple[epath.Path, int | None]:
-    """(directory for `Checkpoints`, step) of a run's directory, its checkpoints directory, or one step's directory.
-
-    RUN@STEP stands for RUN/checkpoints/STEP. The step is None, the newest, unless one is named.
-
-    Raises:
-      CheckpointError: there is nothing of the kind.
-    """
-    at_step = AT_STEP.fullmatch(str(path))
-    path = _absolute(path)
-    if at_step is not None and not path.exists():
-        directory, newest = find_checkpoint(at_step[1])
-        if newest is not None:
-            raise CheckpointError(f"{path}: {at_step[1]} is one checkpoint already; name it without @{at_step[2]}")
-        return find_checkpoint(directory / f"{int(at_step[2]):06d}")
-    if (path / "checkpoints").is_dir():
-        return path / "checkpoints", None
-    if (step := _complete_step(path)) is not None:
-        return path.parent, step
-    if path.is_dir() and any(_complete_step(child) is not None for child in path.iterdir()):
-        return path, None
-    problem = "no complete checkpoint there" if path.is_dir() else "no such directory"
-    right = "give a run's directory, or one step's such as RUN/checkpoints/000500 or RUN@500"
-    raise CheckpointError(f"{path}: {problem}; {right}")
-
-
-def _absolute(path: epath.PathLike) -> epath.Path:
-    """What Orbax wants. resolve() and absolute() of etils would put the working directory before gs://."""
-    path = epath.Path(path).expanduser()
-    return path if path.is_absolute() else path.resolve()
-
-
-def _named_step(path: epath.Path) -> int | None:
-    """The step that a name says, complete or not; None for a name that is no step's, such as 0000500."""
-    match = STEP_NAME.fullmatch(path.name)
-    return int(match[1]) if match is not None and match[1] == f"{int(match[1]):06d}" else None
-
-
-def _complete_step(path: epath.Path) -> int | None:
-    """The step whose complete checkpoint this directory is, or None."""
-    step = _named_step(path)
-    if step is None or not path.name.isdecimal():
-        return None
-    # A manifest is complete only after Orbax has committed: without its mark the step is damaged, and is named so when
-    # it is verified. Only a step of a version without manifests may lack one.
-    # Orbax's mark is looked for last, since a deletion that is going on takes it before the metadata.
-    complete = manifest.is_complete(path) or (not _promises_manifest(path) and (path / COMMITTED).exists())
-    return step if complete else None
-
-
-def _is_leftover(path: epath.Path) -> bool:
-    """Whether something incomplete is what a killed save or deletion leaves: Orbax had not committed, or had just."""
-    if not path.name.isdecimal() or manifest.is_unfinished(path):
-        return path.is_dir()
-    return path.is_dir() and not (path / COMMITTED).exists() and not manifest.has_lost_parts(path)
-
-
-def _promises_manifest(path: epath.Path) -> bool:
-    try:
-        return PARTS in json.loads((path / METADATA).read_bytes())["custom_metadata"]
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        return False  # damaged; `_saved` says so to who wants to read it
-
-
-def _set_aside(path: epath.Path) -> None:
-    """Rename it to such as 000500.damaged, or 000500.damaged-2."""
-    if not path.exists():
-        return
-    number = 1
-    while (target := path.parent / f"{path.name}.damaged{'' if number == 1 else f'-{number}'}").exists():
-        number += 1
-    path.rename(target)
-
-
-def _delete(path: epath.Path) -> None:
-    # Unmarked first, so that a deletion that is killed leaves a leftover and no damaged checkpoint. The manifest before
-    # Orbax's mark: a step that has lost its mark alone is damaged.
-    manifest.remove(path)
-    (path / COMMITTED).unlink(missing_ok=True)
-    path.rmtree()
-
-
-def _describe(tree: Any) -> dict[str, str]:
-    """{path: "dtype[shape]"}; paths do not tell attributes from keys, since Orbax stores both as keys."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
-        for path, leaf in leaves
-    }
+        difference = first_difference(saved, expected)
+        if difference is not None:
+            path, has, wanted = difference
+            message = f"a checkpoint of another model: {path} is {has} there, but this model has {wanted}"
+            raise CheckpointError(f"{self._path(step)}: {message}")
 
 
 def _reason(error: BaseException) -> str:

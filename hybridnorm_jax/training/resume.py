@@ -13,11 +13,12 @@ from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.data import Data, train_iterator
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.training.anomalies import no_anomalies
-from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
+from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.run_directory import saved_config
 from hybridnorm_jax.training.run_identity import check_same_files, data_files
 from hybridnorm_jax.training.state import TrainState
+from hybridnorm_jax.training.step_directories import find_checkpoint
 
 # Of a branch these are the same as of the run that it leaves: they say which rows a step reads, or shape the state.
 SAME_IN_A_BRANCH = ("data.", "train.batch_size", "train.seq_len", "train.spike_window")

@@ -20,8 +20,10 @@ from hybridnorm_jax.mesh.sharding_rules import MESH_AXES, resolve_rules
 from hybridnorm_jax.mesh.shardings import tree_shardings
 from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.training.checkpoints import Checkpoints, find_checkpoint
+from hybridnorm_jax.training.checkpoints import Checkpoints
+from hybridnorm_jax.training.leaf_kinds import first_difference
 from hybridnorm_jax.training.run_identity import check_same_plugins, check_same_run, keep_sources
+from hybridnorm_jax.training.step_directories import find_checkpoint
 from hybridnorm_jax.whole_files import is_local, write_whole
 
 TOKENIZER = "tokenizer.json"
@@ -226,20 +228,11 @@ def save_run(path: str, config: RunConfig, params: Any, *, step: int = 0, tokeni
 
 def _check_params(params: Any, model: ModelConfig) -> None:
     """Raise UserError unless these are the parameters of Decoder(model), which `load_run` will look for."""
-
-    def kinds(tree: Any) -> dict[str, str]:
-        leaves = jax.tree.leaves_with_path(tree)
-        return {
-            jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
-            for path, leaf in leaves
-        }
-
-    ours, expected = kinds(params), kinds(abstract_params(model))
-    for name in [*expected, *ours]:
-        if ours.get(name) != expected.get(name):
-            found, needed = ours.get(name, "nothing"), expected.get(name, "nothing")
-            right = "give the tree of Decoder(config.model), as docs/parameters.md lists it"
-            raise UserError(f"params: {name} is {found}, but the model has {needed}; {right}")
+    difference = first_difference(params, abstract_params(model))
+    if difference is not None:
+        path, found, needed = difference
+        right = "give the tree of Decoder(config.model), as docs/parameters.md lists it"
+        raise UserError(f"params: {path} is {found}, but the model has {needed}; {right}")
 
 
 def _write_run(

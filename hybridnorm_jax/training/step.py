@@ -11,6 +11,7 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array
 
+from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.equivalence.forward_pass import collected
 from hybridnorm_jax.equivalence.measurements import Measured
 from hybridnorm_jax.mesh.split_axes import parts, split_axes
@@ -151,18 +152,11 @@ def make_train_step(
         grads = _divide(summed, weight)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {
-            "loss": totals.loss.nll / weight,
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": schedule(state.step),
-        }
-        if options.z_loss:
-            metrics["z_loss"] = options.z_loss * totals.loss.z / weight
-        if totals.routers is not None:
-            routers = _divide(totals.routers, weight)
-            metrics |= router_balance.router_metrics(routers, balance=options.balance_loss, z=options.router_z_loss)
-            if model.config.balance_bias:
-                params = router_balance.move_balance_biases(params, routers.fraction, options.balance_bias_rate)
+        routers = None if totals.routers is None else _divide(totals.routers, weight)
+        if model.config.balance_bias:
+            params = router_balance.move_balance_biases(params, present(routers).fraction, options.balance_bias_rate)
+        metrics = _loss_metrics(totals.loss, weight, routers, options)
+        metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
         skip, anomalies = judge(
             state.anomalies,
             metrics["loss"],
@@ -170,13 +164,24 @@ def make_train_step(
             update_is_finite=all_finite(params),
             sigma=options.skip_spikes_sigma,
         )
-        metrics |= anomaly_metrics(anomalies)
         before, after = (state.params, state.opt_state), (params, opt_state)
         params, opt_state = keep_where(skip, before, after)
         measured = {} if measure is None else _measured(measure, state.params, batch, sown)
-        return TrainState(state.step + 1, params, opt_state, anomalies), metrics, measured
+        return TrainState(state.step + 1, params, opt_state, anomalies), metrics | anomaly_metrics(anomalies), measured
 
     return train_step
+
+
+def _loss_metrics(
+    loss: LossSums, weight: Array, routers: RouterStatistics | None, options: StepOptions
+) -> dict[str, Array]:
+    """What is reported of the loss and its terms; `weight` is what the sums are divided by."""
+    metrics = {"loss": loss.nll / weight}
+    if options.z_loss:
+        metrics["z_loss"] = options.z_loss * loss.z / weight
+    if routers is not None:
+        metrics |= router_balance.router_metrics(routers, balance=options.balance_loss, z=options.router_z_loss)
+    return metrics
 
 
 def _make_objective(model: Decoder, options: StepOptions, *, defects: bool) -> Objective:

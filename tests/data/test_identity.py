@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from hybridnorm_jax.data.identity import PIECE_BYTES, PIECES, file_identity, identities
+from hybridnorm_jax.data.identity import PIECE_BYTES, WHOLE_BYTES, file_identity, identities
 from hybridnorm_jax.errors import DataError
 
 
@@ -26,7 +26,7 @@ def test_a_time_of_last_change_is_no_part_of_it(tmp_path):
 
 @pytest.mark.parametrize("place", [0, PIECE_BYTES - 1, -1, -PIECE_BYTES])
 def test_a_large_file_is_sampled_at_both_ends(tmp_path, place):
-    content = bytearray(3 * PIECES * PIECE_BYTES + 5)
+    content = bytearray(3 * WHOLE_BYTES + 5)
     (tmp_path / "a.bin").write_bytes(content)
     first = file_identity(tmp_path / "a.bin")
     content[place] = 1
@@ -35,7 +35,7 @@ def test_a_large_file_is_sampled_at_both_ends(tmp_path, place):
 
 
 def test_a_file_below_the_samples_size_is_read_whole(tmp_path):
-    content = bytearray(PIECES * PIECE_BYTES)
+    content = bytearray(WHOLE_BYTES)
     (tmp_path / "a.bin").write_bytes(content)
     first = file_identity(tmp_path / "a.bin")
     for place in range(1, len(content), len(content) // 7):

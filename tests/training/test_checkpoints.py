@@ -18,7 +18,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybridnorm_jax.training import checkpoints as checkpoints_module
-from hybridnorm_jax.training.checkpoints import CheckpointError, Checkpoints, find_checkpoint
+from hybridnorm_jax.training.checkpoints import Checkpoints
+from hybridnorm_jax.training.step_directories import CheckpointError, find_checkpoint
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 

@@ -14,10 +14,11 @@ from test_manifest import flip
 from hybridnorm_jax.commands.eval import evaluate_run
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.training import loop
-from hybridnorm_jax.training.checkpoints import CheckpointError, Checkpoints
+from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.metrics_file import read_records
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.run_directory import load_run
+from hybridnorm_jax.training.step_directories import CheckpointError
 
 STEPS = 6
 

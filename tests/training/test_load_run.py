@@ -79,7 +79,7 @@ def test_what_is_no_run_is_refused(tmp_path):
 
 def test_an_object_store_gets_the_configuration_last(config, params, tmp_path, monkeypatch):
     """A directory there cannot be renamed; this one is local, and treated as if it were there."""
-    monkeypatch.setattr(run_directory, "_is_remote", lambda path: True)
+    monkeypatch.setattr(run_directory, "is_local", lambda path: False)
     path = str(tmp_path / "bucket/run")
     real, seen = run_directory.Checkpoints.save, []
 

@@ -15,7 +15,8 @@ import pytest
 from test_checkpoints import abstract, assert_same, make_state, save
 
 from hybridnorm_jax.training import manifest
-from hybridnorm_jax.training.checkpoints import CheckpointError, Checkpoints, find_checkpoint
+from hybridnorm_jax.training.checkpoints import Checkpoints
+from hybridnorm_jax.training.step_directories import CheckpointError, find_checkpoint
 
 FILES = {
     "mark": b"done",

@@ -4,10 +4,10 @@ import math
 import sys
 
 from hybridnorm_jax.errors import UserError
-from hybridnorm_jax.training.checkpoints import CheckpointError
 from hybridnorm_jax.training.hooks.hook import Hook
 from hybridnorm_jax.training.hooks.progress_bar import say_above_bar
 from hybridnorm_jax.training.run import Numbers, Run
+from hybridnorm_jax.training.step_directories import CheckpointError
 
 # The metrics that must be finite, as they are named in a line.
 MUST_BE_FINITE = {"loss": "loss", "grad_norm": "gradient norm"}
