@@ -1,7 +1,6 @@
 """Fields of the configuration's dataclasses: each documents itself, and its value is checked when it is set."""
 
 import dataclasses
-import math
 import numbers
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -53,13 +52,6 @@ class Range:
             and (self.at_most is None or value <= self.at_most)
             and (self.below is None or value < self.below)
         )
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether it has a limit on both sides."""
-        low = self.at_least if self.above is None else self.above
-        high = self.at_most if self.below is None else self.below
-        return low is not None and high is not None and math.isfinite(low) and math.isfinite(high)
 
     def __str__(self) -> str:
         limits = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}

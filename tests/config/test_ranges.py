@@ -1,6 +1,7 @@
 """Every key of numbers has a finite range, which is checked where it is set and where a section is made."""
 
 import dataclasses
+import math
 import typing
 
 import pytest
@@ -41,7 +42,8 @@ def test_every_number_has_a_finite_range_that_holds_its_default():
     for path, field in NUMBERS.items():
         limits = field.metadata["range"]
         assert isinstance(limits, Range), f"{path} has no range"
-        assert limits.is_finite, f"{path}: {limits}"
+        assert not limits.holds(math.inf), f"{path}: {limits}"
+        assert not limits.holds(-math.inf), f"{path}: {limits}"
         values = default(field)
         for value in values if isinstance(values, tuple) else (values,):
             assert value is None or limits.holds(value), path

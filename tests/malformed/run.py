@@ -15,8 +15,10 @@ from collections.abc import Iterator
 
 from tests.malformed.argument_cases import argument_cases
 from tests.malformed.case import Case, judge
-from tests.malformed.file_cases import checkpoint_cases, data_cases, huggingface_cases, plugin_cases, tokenizer_cases
+from tests.malformed.checkpoint_cases import checkpoint_cases, huggingface_cases
+from tests.malformed.data_cases import data_cases, tokenizer_cases
 from tests.malformed.key_cases import key_cases, random_key_cases, section_cases
+from tests.malformed.plugin_cases import plugin_cases
 from tests.malformed.runner import Runner
 from tests.malformed.yaml_cases import random_yaml_cases, yaml_cases
 

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from hybridnorm_jax.training import checkpoints as checkpoints_module
 from hybridnorm_jax.training.checkpoints import Checkpoints
-from hybridnorm_jax.training.step_directories import CheckpointError, find_checkpoint
+from hybridnorm_jax.training.step_directories import CheckpointError
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
@@ -227,18 +227,6 @@ def test_a_failed_save_gives_its_space_back(saved, full_disk):
     assert sorted(path.name for path in directory.iterdir()) == ["000001", "000002"]
 
 
-def test_the_leftover_of_a_killed_save_is_ignored_by_readers_and_removed_by_the_next_save(saved):
-    directory, state = saved
-    leftover = directory / "000003.orbax-checkpoint-tmp"
-    shutil.copytree(directory / "000001", leftover)
-    with Checkpoints(directory, keep=2) as checkpoints:
-        assert checkpoints.steps() == [1, 2]
-        assert_same(checkpoints.restore(abstract(state))[0], state)
-        assert leftover.exists()  # to a reader it might be a save that is running
-        save(checkpoints, 4, make_state(4))
-    assert sorted(path.name for path in directory.iterdir()) == ["000002", "000004"]
-
-
 def test_no_space_as_tensorstore_reports_it(tmp_path, monkeypatch):
     # The text that TensorStore 0.1.86 raises on a full tmpfs.
     text = "RESOURCE_EXHAUSTED: Failed to write 17006592 bytes to file 14: No space left on device [os_error_code='28']"
@@ -250,25 +238,6 @@ def test_no_space_as_tensorstore_reports_it(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints_module.ocp, "save_checkpointables_async", lambda *args, **keys: Pending())
     with pytest.raises(CheckpointError, match=r"failed: no space left on device; complete steps, unharmed: none$"):
         save(Checkpoints(tmp_path, keep=1), 1, make_state(), wait=True)
-
-
-def test_a_deletion_that_was_killed_leaves_no_step_behind(saved, monkeypatch):
-    directory, _ = saved
-
-    class KilledError(BaseException):
-        pass
-
-    def kill(path):
-        raise KilledError
-
-    with monkeypatch.context() as patch:
-        patch.setattr("etils.epath.gpath.PosixGPath.rmtree", kill)
-        with pytest.raises(KilledError):
-            save(Checkpoints(directory, keep=1), 3, make_state(3), wait=True)
-    with Checkpoints(directory, keep=1) as checkpoints:
-        assert checkpoints.steps() == [2, 3]
-        save(checkpoints, 4, make_state(4))
-    assert [path.name for path in directory.iterdir()] == ["000004"]
 
 
 def as_older_version(step):
@@ -344,50 +313,6 @@ def test_an_error_in_the_run_is_not_hidden_by_one_of_its_last_save(saved, full_d
     assert "saving step 3 failed: no space" in caught.value.__notes__[0]
 
 
-def test_a_run_its_checkpoints_and_one_step_are_all_found(saved, monkeypatch):
-    directory, state = saved
-    assert find_checkpoint(directory.parent) == (directory, None)
-    assert find_checkpoint(f"{directory}/") == (directory, None)
-    assert find_checkpoint(directory / "000001") == (directory, 1)
-    monkeypatch.chdir(directory.parent)
-    found, step = find_checkpoint("checkpoints/000002")
-    assert_same(Checkpoints(found, keep=1).restore_params(abstract(state.params), step), state.params)
-
-
-def test_a_step_is_also_named_after_its_run(saved, monkeypatch):
-    directory, _ = saved
-    run = directory.parent
-    assert find_checkpoint(f"{run}@2") == find_checkpoint(f"{run}@000002") == (directory, 2)
-    monkeypatch.chdir(run.parent)
-    assert find_checkpoint(f"{run.name}@1") == (directory, 1)
-    with pytest.raises(CheckpointError, match=r"000003: no such directory; give .* or RUN@500$"):
-        find_checkpoint(f"{run}@3")
-    with pytest.raises(CheckpointError, match=r"@1: .*000002 is one checkpoint already; name it without @1$"):
-        find_checkpoint(f"{directory}/000002@1")
-    (run.parent / "name@2").mkdir()  # a directory of just this name is what is meant
-    with pytest.raises(CheckpointError, match=r"name@2: no complete checkpoint there"):
-        find_checkpoint("name@2")
-
-
-def test_odd_names_beside_the_checkpoints_are_left_alone(saved):
-    directory, state = saved
-    odd = [".DS_Store", "000007", "0000002", "12", "000002.orig", "latest", "000009.damaged"]
-    for name in odd:
-        (directory / name).write_text("not ours")
-    shutil.copytree(directory / "000002", directory / "0000008")
-    with Checkpoints(directory, keep=2) as checkpoints:
-        assert checkpoints.steps() == [1, 2]
-        assert checkpoints.usable() == 2
-        with pytest.raises(CheckpointError, match="0000008: no complete checkpoint there"):
-            find_checkpoint(directory / "0000008")
-        save(checkpoints, 7, make_state(7), wait=True)
-        assert checkpoints.steps() == [2, 7]
-        assert_same(checkpoints.restore(abstract(state))[0], make_state(7))
-    left = {path.name for path in directory.iterdir()}
-    assert left == {*odd, "0000008", "000002", "000007.damaged"}
-    assert (directory / "000007.damaged").read_text() == "not ours"  # it was in the way
-
-
 def test_while_steps_are_skipped_the_checkpoint_before_them_is_kept(tmp_path):
     def save_after(checkpoints, step, skipped):
         checkpoints.save(step, make_state(step), data_state={}, config_yaml="", skipped_in_a_row=skipped, wait=True)
@@ -429,14 +354,3 @@ def test_a_bucket_stays_a_bucket():
     assert (
         str(Checkpoints("gs://bucket/runs/name/checkpoints", keep=1).directory) == "gs://bucket/runs/name/checkpoints"
     )
-
-
-@pytest.mark.parametrize("place", ["missing", ".", "checkpoints/000003", "checkpoints/000004"])
-def test_a_place_without_a_checkpoint_is_named(saved, monkeypatch, place):
-    directory, _ = saved
-    (directory / "000004").mkdir()
-    monkeypatch.chdir(directory if place == "." else directory.parent)
-    for step in (1, 2):
-        shutil.rmtree(directory / f"{step:06d}")
-    with pytest.raises(CheckpointError, match=r"no (such directory|complete checkpoint there); give a run's directory"):
-        find_checkpoint(place)
