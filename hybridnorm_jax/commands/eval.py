@@ -68,7 +68,7 @@ def evaluate_run(path: str, overrides: Sequence[str] = (), *, progress: bool = T
     directory, step = find_checkpoint(path)
     with Checkpoints(directory, keep=1) as checkpoints:
         if step is None:
-            step = checkpoints.usable(allow_fallback=_allows_fallback(overrides))
+            step = checkpoints.needed(allow_fallback=_allows_fallback(overrides))
         text = checkpoints.read_config(step)
         saved = saved_config(checkpoints, step, import_these=gather([], overrides).get("run.plugins", ()))
         config = from_yaml(text, [*ANYWHERE, *overrides])

@@ -25,7 +25,7 @@ def run(arguments: Sequence[str]) -> None:
         print(USAGE.format(depth=DEPTH, names=names))
         return
     names, depth = list(arguments), DEPTH
-    if names and names[-1].isdecimal():
+    if names and names[-1].isascii() and names[-1].isdecimal():
         depth = _depth(names.pop())
     for name in names:
         if name not in SCHEMES:

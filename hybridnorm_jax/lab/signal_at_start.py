@@ -46,6 +46,7 @@ class SignalOptions:
 
     def __post_init__(self) -> None:
         check_fields("", self)
+        check(bool(self.out), "out", "''", "must name a directory")
         for name in ("schemes", "depths", "initializers"):
             values = getattr(self, name)
             check(bool(values), name, "[]", "at least one is needed")

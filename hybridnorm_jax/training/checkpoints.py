@@ -106,10 +106,31 @@ class Checkpoints:
           CheckpointError: the newest is damaged; with allow_fallback, all are.
         """
         self.wait()
-        incomplete = self._incomplete()
-        lost = [step for step, path in incomplete.items() if manifest.has_lost_parts(path)]
-        for path in self._leftovers() + [path for step, path in incomplete.items() if step not in lost]:
-            say(f"{path}: a save that is running, or was killed; not used", file=sys.stderr)
+        for line in self._unused():
+            say(line, file=sys.stderr)
+        return self._newest_undamaged(allow_fallback)
+
+    def needed(self, *, allow_fallback: bool = False) -> int:
+        """As `usable`, for a reader who has nothing to do without a step.
+
+        Raises:
+          CheckpointError: there is none, or as `usable`.
+        """
+        self.wait()
+        step, unused = self._newest_undamaged(allow_fallback), self._unused()
+        if step is None:
+            raise CheckpointError("; ".join([f"{self.directory}: no complete checkpoint in it", *unused]))
+        for line in unused:
+            say(line, file=sys.stderr)
+        return step
+
+    def _unused(self) -> list[str]:
+        """A line for each save that is running or was killed."""
+        rest = [path for path in self._incomplete().values() if not manifest.has_lost_parts(path)]
+        return [f"{path}: a save that is running, or was killed; not used" for path in self._leftovers() + rest]
+
+    def _newest_undamaged(self, allow_fallback: bool) -> int | None:
+        lost = [step for step, path in self._incomplete().items() if manifest.has_lost_parts(path)]
         steps = sorted([*self.steps(), *lost])
         for step in reversed(steps):
             damage = self._find_damage(step)
@@ -251,7 +272,7 @@ class Checkpoints:
         """
         for step in reversed(self.steps()):
             line = manifest.find_damage_of(self._path(step), METADATA)
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
                 custom = json.loads((self._path(step) / METADATA).read_bytes())["custom_metadata"]
                 if line is None:
                     return Glance(step, custom["config_yaml"], custom.get("plugins"))

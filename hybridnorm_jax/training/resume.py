@@ -136,9 +136,7 @@ def _source(config: RunConfig) -> Iterator[_Source]:
     directory, step = find_checkpoint(present(config.init_from))
     with Checkpoints(directory, keep=1) as checkpoints:
         if step is None:
-            step = checkpoints.usable(allow_fallback=config.checkpoint.allow_fallback)
-        if step is None:
-            raise ConfigError(f"init_from={config.init_from}: no complete checkpoint there; name another run or step")
+            step = checkpoints.needed(allow_fallback=config.checkpoint.allow_fallback)
         saved = saved_config(checkpoints, step)
         if differing := parameter_differences(saved, config):
             wrong = f"its parameters belong to another model ({differing[0]})"

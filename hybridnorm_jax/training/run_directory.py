@@ -96,7 +96,7 @@ def load_run(
     """
     directory, step = find_checkpoint(path)
     with Checkpoints(directory, keep=1) as checkpoints:
-        step = checkpoints.usable(allow_fallback=allow_fallback) if step is None else step
+        step = checkpoints.needed(allow_fallback=allow_fallback) if step is None else step
         config = saved_config(checkpoints, step, import_these=plugins)
         shapes = abstract_params(config.model)
         places = _places(shapes, config, mesh, shardings)

@@ -22,8 +22,8 @@ COMMITTED = "commit_success.txt"
 METADATA = "_CHECKPOINT_METADATA"
 # The key in Orbax's custom metadata that promises a manifest; its value is the number of parts.
 PARTS = "manifest_parts"
-STEP_NAME = re.compile(r"(\d{6,})(\.orbax-checkpoint-tmp)?")
-AT_STEP = re.compile(r"(.+)@(\d+)/?")
+STEP_NAME = re.compile(r"(\d{6,18})(\.orbax-checkpoint-tmp)?", re.ASCII)
+AT_STEP = re.compile(r"(.+)@(\d{1,18})/?", re.ASCII)
 
 
 class CheckpointError(UserError):
@@ -90,7 +90,7 @@ def is_leftover(path: epath.Path) -> bool:
 def _promises_manifest(path: epath.Path) -> bool:
     try:
         return PARTS in json.loads((path / METADATA).read_bytes())["custom_metadata"]
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
         return False  # damaged; `_saved` says so to who wants to read it
 
 

@@ -190,6 +190,7 @@ def test_every_help_has_at_most_100_columns_and_begins_with_the_usage(command, c
         ("lab report A train.steps=3", "train.steps=3: a key of `hybridnorm train`, not of `hybridnorm lab report`"),
         ("schemes --json", "--json: an option of `hybridnorm eval` and `hybridnorm plan`, not of `hybridnorm schemes`"),
         ("schemes 0", "0: a model has 1 to 10,000 blocks"),
+        ("schemes pre \u0663", "\u0663: no such scheme"),  # an Arabic three is no depth
     ],
 )
 def test_what_was_not_meant_ends_in_one_line(words, message, tmp_path, capsys, monkeypatch):

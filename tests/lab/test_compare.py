@@ -185,6 +185,7 @@ def test_jobs_that_write_at_once_do_not_disturb_each_other(tmp_path):
         ("--only=x", "--only=x: must be the number of a combination"),
         ("--emit-jobs=pbs", "--emit-jobs=pbs: not known; known: jobset, slurm"),
         ("--emit-jobs=jobset", "pods share no disk; a JobSet needs run.dir=gs://..."),
+        ("init_from=nowhere", "nowhere: no such directory; give a run's directory"),
         ("train.equivalent_form=pre_rmsnorm", "train.equivalent_form=pre_rmsnorm: model.norm=rmsnorm"),
     ],
 )

@@ -109,6 +109,7 @@ def test_the_command_writes_table_json_and_figures(tmp_path, capsys):
         ("model.depth=3", "model.depth=3: no such key"),
         ("model.num_layers=3", "model.num_layers=3: depths=[...] sets it here"),
         ("model.dtype=float64", "model.dtype=float64: needs JAX_ENABLE_X64=1"),
+        ("out=", "out='': must name a directory"),
         ("out=/proc/nowhere", "/proc/nowhere: No such file or directory"),
     ],
 )

@@ -212,13 +212,13 @@ def argument_cases(rng: random.Random) -> Iterator[Case]:
         yield Case(f"call of {call[0]}"[:30], call, names, base="run")
     for command in COMMANDS:
         for option in ("--no-such-option", "-z", "--=", "--\udcff"):
-            yield Case(f"option of {command}", (command, option), (command, option.encode(errors="replace").decode()))
+            yield Case(f"option of {command}", (command, option), (command, *_parts(option)))
 
 
 def _parts(argument: str) -> Iterator[str]:
     """What of it a message may show: escaped, shortened, its key or its value alone."""
     if not argument.strip():
-        yield from ("''", "\\n")
+        yield from ("''", "' '", "\\n")
     if argument in ("", "."):
         yield "/case"
     key, _, value = argument.partition("=")

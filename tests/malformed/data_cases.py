@@ -135,7 +135,7 @@ ZST = {
 def data_cases(rng: random.Random) -> Iterator[Case]:
     """Each damaged file as data.files."""
     sets = (
-        ("npy", NPY, "tokens", ("big endian",)),
+        ("npy", NPY, "tokens", ("big endian", "int8")),
         ("bin", BIN, "tokens", ("text",)),
         ("jsonl", JSONL, "text", JSONL_MAYBE),
         ("json", JSONL, "text", JSONL_MAYBE),

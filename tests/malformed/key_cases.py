@@ -30,7 +30,7 @@ BY_TYPE = {
     int: {
         "wrong type": (*NO_NUMBERS, "1.5", "null", "", "~", "yes"),
         "not finite": NOT_FINITE,
-        "out of range": (*HUGE, "-5", "99999999999999999"),
+        "out of range": (*HUGE, "-5", "99999999999999999999"),
     },
     float: {
         "wrong type": (*NO_NUMBERS, "null", "", "1e", "e3", "1e-3x", "yes"),

@@ -6,7 +6,7 @@ import pytest
 from test_checkpoints import abstract, assert_same, make_state, save
 
 from hybridnorm_jax.training.checkpoints import Checkpoints
-from hybridnorm_jax.training.step_directories import CheckpointError, find_checkpoint
+from hybridnorm_jax.training.step_directories import METADATA, CheckpointError, find_checkpoint
 
 
 @pytest.fixture
@@ -73,6 +73,42 @@ def test_a_step_is_also_named_after_its_run(saved, monkeypatch):
     (run.parent / "name@2").mkdir()  # a directory of just this name is what is meant
     with pytest.raises(CheckpointError, match=r"name@2: no complete checkpoint there"):
         find_checkpoint("name@2")
+
+
+def test_a_number_that_no_step_can_have_is_part_of_a_name(saved):
+    directory, state = saved
+    for name in ("9" * 5000, "\u0663\u0663\u0663\u0663\u0663\u0663"):  # int() refuses the first and reads the second
+        with pytest.raises(CheckpointError):
+            find_checkpoint(f"{directory.parent}@{name}")
+    shutil.copytree(directory / "000002", directory / "\u0663\u0663\u0663\u0663\u0663\u0663")
+    shutil.copytree(directory / "000002", directory / ("9" * 30))
+    with Checkpoints(directory, keep=2) as checkpoints:
+        assert checkpoints.steps() == [1, 2]
+        assert_same(checkpoints.restore(abstract(state))[0], state)
+
+
+def test_a_reader_who_needs_a_step_hears_why_there_is_none_in_one_line(saved):
+    directory, _ = saved
+    leftover = directory / "000003.orbax-checkpoint-tmp"
+    (directory / "000001").rename(leftover)
+    with Checkpoints(directory, keep=2) as checkpoints:
+        assert checkpoints.needed() == 2
+        shutil.rmtree(directory / "000002")
+        with pytest.raises(CheckpointError) as caught:
+            checkpoints.needed()
+    message = str(caught.value)
+    assert message.startswith(f"{directory}: no complete checkpoint in it; {leftover}: a save that is running")
+    assert "\n" not in message
+
+
+def test_metadata_nested_deeper_than_python_reads_is_damage(saved):
+    directory, _ = saved
+    (directory / "000002" / METADATA).write_text("[" * 100_000)
+    with Checkpoints(directory, keep=2) as checkpoints:
+        glance = checkpoints.glance()
+        assert glance.step in (None, 1)
+        with pytest.raises(CheckpointError, match="000002"):
+            checkpoints.usable()
 
 
 def test_odd_names_beside_the_checkpoints_are_left_alone(saved):
