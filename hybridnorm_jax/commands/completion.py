@@ -14,11 +14,12 @@ from hybridnorm_jax.errors import UserError, did_you_mean
 
 USAGE = """usage: hybridnorm completion bash | zsh | fish
 
-Prints a script that completes commands, configurations, YAML files, run directories, keys and their
-values. To install it:
+Prints a script that completes commands, configurations, YAML files, run
+directories, keys and their values. To install it:
 
   mkdir -p ~/.local/share/bash-completion/completions
-  hybridnorm completion bash > ~/.local/share/bash-completion/completions/hybridnorm
+  cd ~/.local/share/bash-completion/completions
+  hybridnorm completion bash > hybridnorm
 
   mkdir -p ~/.zfunc && hybridnorm completion zsh > ~/.zfunc/_hybridnorm
   # and in ~/.zshrc, before compinit:  fpath+=~/.zfunc

@@ -26,9 +26,11 @@ FORMS = ("pre_rmsnorm", "pre_crmsnorm")
 DTYPES = ("float32", "float64")
 
 USAGE = "hybridnorm convert CHECKPOINT_DIR OUT_DIR --form FORM [OPTION ...]"
-DESCRIPTION = """Converts a Pre-LN model to a cheaper form, whose logits are the same up to rounding.
+DESCRIPTION = """Converts a Pre-LN model to a cheaper form, whose logits are the same up to
+rounding.
 
-Both models are compared in float64. Where they are not equal, nothing is written."""
+Both models are compared in float64. Where they are not equal, nothing is
+written."""
 
 
 class NotEqualError(UserError):

@@ -19,30 +19,32 @@ USAGE = """usage: hybridnorm lab signal  [CONFIG ...] [key=value ...]
        hybridnorm lab report  DIR [baseline=SCHEME] [--speed]
 
 signal   measures models at initialization and writes a table, JSON and figures
-compare  trains every combination of schemes, seeds and learning rates on the same data
+compare  trains every combination of schemes, seeds and learning rates
 report   writes one page about the runs that compare has trained
 
 Without CONFIG it is the configuration `lab`.
 `hybridnorm lab compare --help` says more about compare."""
 SIGNAL_USAGE = """usage: hybridnorm lab signal [CONFIG ...] [key=value ...]
 
-Measures freshly initialized models on random tokens, without training. Needs the extra lab.
+Measures freshly initialized models on random tokens, without training. Needs
+the extra lab.
 
   hybridnorm lab signal 'schemes=[pre, post]' 'depths=[8, 32]' model.d_model=256
 
 Its own keys are these. All other keys are those of `hybridnorm train`.
 """
-COMPARE_USAGE = """usage: hybridnorm lab compare [CONFIG ...] [key=value ...] [--emit-jobs=KIND | --only=K]
+COMPARE_USAGE = """usage: hybridnorm lab compare [CONFIG ...] [key=value ...]
+                              [--emit-jobs=KIND | --only=K]
 
-Trains every combination, one after another. The same command again skips what has a result and
-resumes the rest. A run that diverges is a result. Everything goes to run.dir/compare-CONFIG, or to
-run.dir/run.name where run.name is given.
+Trains every combination, one after another. The same command again skips what
+has a result and resumes the rest. A run that diverges is a result. Everything
+goes to run.dir/compare-CONFIG, or to run.dir/run.name where run.name is given.
 
-  hybridnorm lab compare 'schemes=[pre, hybrid_star]' 'seeds=[0, 1]' train.steps=200
+  hybridnorm lab compare 'schemes=[pre, span]' 'seeds=[0, 1]' train.steps=200
 
---emit-jobs=slurm    train nothing; write a SLURM array with one job for each combination
+--emit-jobs=slurm    train nothing; write a SLURM array of one job a combination
 --emit-jobs=jobset   train nothing; write the same for GKE, as a JobSet
---only=K             train combination number K only, as these jobs do; the first is 0
+--only=K             train combination number K only, as these jobs do; from 0
 
 Its own keys are these. All other keys are those of `hybridnorm train`.
 """
@@ -128,9 +130,9 @@ def _option(arguments: Sequence[str], name: str) -> tuple[str | None, list[str]]
 
 
 def _keys(options: type) -> str:
-    """The fields of a dataclass of options as key=value with their meanings, in at most 100 columns."""
+    """The fields of a dataclass of options as key=value with their meanings, in at most 80 columns."""
     lines = []
     for field in dataclasses.fields(options):
         lines.append(f"\n  {field.name}={show(default(field))}")
-        lines += textwrap.wrap(field.metadata["meaning"], 94, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += textwrap.wrap(field.metadata["meaning"], 80, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)

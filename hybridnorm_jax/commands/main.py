@@ -47,23 +47,23 @@ COMMANDS = {
         "[CONFIG ...] [key=value ...]", "pretrain a model, or resume a run", has_processes=True, requeue=True
     ),
     "eval": Command("RUN_DIR [key=value ...]", "score a run on its validation sets", has_processes=True),
-    "convert": Command("CHECKPOINT_DIR OUT_DIR --form FORM", "make a Pre-LN model cheaper, and prove it equal"),
-    "plan": Command("CONFIG [key=value ...]", "say whether a run fits on devices that are not here"),
+    "convert": Command("DIR OUT_DIR --form FORM", "make a Pre-LN model cheaper, proven equal"),
+    "plan": Command("CONFIG [key=value ...]", "say whether a run fits on other devices"),
     "lab": Command("signal | compare | report", "compare norm placements", has_processes=True),
     "schemes": Command("[SCHEME ...] [DEPTH]", "print norm placements as tables"),
-    "completion": Command("bash | zsh | fish", "print a script that completes commands and keys"),
+    "completion": Command("bash | zsh | fish", "print a script that completes arguments"),
 }
 
-WIDTH = 100
+WIDTH = 80
 USAGE = """usage: hybridnorm COMMAND [ARGUMENT ...]
 
 {commands}
 
-CONFIG is the path of a YAML file, or the name of a configuration that comes with the package:
+CONFIG is a YAML file, or the name of a configuration of the package:
 {names}
 
-key=value sets one key, such as train.steps=20. `hybridnorm train --help` lists all keys.
-`hybridnorm COMMAND --help` says more about one command. `hybridnorm --version` prints the version.
+key=value sets one key, such as train.steps=20; `hybridnorm train --help` lists
+all. `hybridnorm COMMAND --help` says more; `hybridnorm --version` the version.
 
 Exit status:
     0  done
@@ -126,7 +126,7 @@ def _version() -> str:
 
 
 def usage() -> str:
-    """What `hybridnorm --help` prints; it fits a screen of 100 columns."""
+    """What `hybridnorm --help` prints; it fits a screen of 80 columns."""
     from hybridnorm_jax.config import named_configurations
 
     calls = {f"{name} {command.arguments}": command.meaning for name, command in COMMANDS.items()}

@@ -16,18 +16,21 @@ FITS, DOES_NOT_FIT, UNKNOWN = 0, 3, 4
 
 USAGE = """hybridnorm plan CONFIG [key=value ...] [--topology TOPOLOGY] [--json]
        hybridnorm plan --table FILE.md [CONFIG ...]"""
-DESCRIPTION = """Compiles the train step of a run for devices that nobody has to own, and says whether it fits.
+DESCRIPTION = """Compiles the train step of a run for devices that nobody has to own, and says
+whether it fits.
 
 TOPOLOGY is one of
   v5e:4x8, v6e:16x16, v5p:4x4x8  one slice; needs the extra tpu, but no TPU
   2xv6e:16x16                    two slices; set mesh.replica
-  gpu:8x80GB                     one node of GPUs. The step is compiled for simulated CPU devices:
-                                 whether it fits stays unknown.
-Without --topology it is the one in the line `# Topology: v5p:4x4x4` of the configuration.
+  gpu:8x80GB                     one node of GPUs. The step is compiled for
+                                 simulated CPU devices: whether it fits stays
+                                 unknown.
+Without --topology it is the one in the line `# Topology: v5p:4x4x4` of the
+configuration.
 No data is read, so data.files may be missing.
 
-Exit status: 0 it fits; 3 it does not fit; 4 that cannot be known; 2 an error that you can mend, in
-one line."""
+Exit status: 0 it fits; 3 it does not fit; 4 that cannot be known; 2 an error
+that you can mend, in one line."""
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -30,7 +30,7 @@ def wants_help(arguments: Sequence[str]) -> bool:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, whose errors are UserErrors: one line, status 2. Its help has 100 columns."""
+    """argparse's, whose errors are UserErrors: one line, status 2. Its help has 80 columns."""
 
     def __init__(self, prog: str, *, usage: str, description: str):
         # An abbreviation would stop to work on the day that a second option begins like it.
@@ -44,4 +44,4 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def _help_formatter(prog: str) -> argparse.HelpFormatter:
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=100)
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=80)

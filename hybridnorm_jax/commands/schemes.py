@@ -12,8 +12,8 @@ from hybridnorm_jax.model.schemes import SCHEMES
 DEPTH = 4
 USAGE = """usage: hybridnorm schemes [SCHEME ...] [DEPTH]
 
-Prints where each scheme normalizes: one table for each, of a model of {depth} blocks or of DEPTH blocks.
-Without SCHEME it prints all of them:
+Prints where each scheme normalizes: one table for each, of a model of {depth} blocks
+or of DEPTH blocks. Without SCHEME it prints all of them:
 {names}"""
 
 
@@ -21,7 +21,7 @@ def run(arguments: Sequence[str]) -> None:
     """`hybridnorm schemes [SCHEME ...] [DEPTH]`."""
     check_syntax("schemes", arguments)
     if wants_help(arguments):
-        names = textwrap.fill(", ".join(SCHEMES), 100, initial_indent="  ", subsequent_indent="  ")
+        names = textwrap.fill(", ".join(SCHEMES), 80, initial_indent="  ", subsequent_indent="  ")
         print(USAGE.format(depth=DEPTH, names=names))
         return
     names, depth = list(arguments), DEPTH

@@ -133,12 +133,12 @@ HELPS = [[name] for name in COMMANDS] + [["lab", name] for name in ("signal", "c
 
 
 @pytest.mark.parametrize("command", HELPS, ids=" ".join)
-def test_every_help_has_at_most_100_columns_and_begins_with_the_usage(command, capsys):
+def test_every_help_has_at_most_80_columns_and_begins_with_the_usage(command, capsys):
     assert main([*command, "--help"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     assert captured.out.startswith(f"usage: hybridnorm {' '.join(command) or 'COMMAND'} ")
-    assert max(len(line) for line in captured.out.splitlines()) <= 100
+    assert max(len(line) for line in captured.out.splitlines()) <= 80
 
 
 @pytest.mark.parametrize(
