@@ -1,7 +1,9 @@
 from . import equivalence as equivalence
 from . import nnx as nnx
+from .config.arguments import parse as parse
 from .config.run_config import RunConfig as RunConfig
 from .errors import ConfigError as ConfigError
+from .errors import RunStopped as RunStopped
 from .errors import UserError as UserError
 from .interop.huggingface import load_huggingface as load_huggingface
 from .interop.huggingface import save_huggingface as save_huggingface
@@ -27,5 +29,8 @@ from .model.schemes import Scheme as Scheme
 from .model.schemes import describe as describe
 from .model.schemes import scheme as scheme
 from .model.schemes import schemes as schemes
+from .training.hooks.hook import Hook as Hook
+from .training.loop import train as train
 from .training.run_directory import load_run as load_run
 from .training.run_directory import save_run as save_run
+from .training.step_directories import CheckpointError as CheckpointError

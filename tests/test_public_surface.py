@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from importlib import metadata
 
 import flax.linen as nn
 import jax
@@ -49,6 +50,7 @@ def test_defaults_follow_from_the_sizes():
 def test_every_name_is_there():
     for name in hn.__all__:
         assert getattr(hn, name) is not None
+    assert hn.__version__ == metadata.version("hybridnorm-jax")
     assert {"layer_norm", "rms_norm", "crms_norm", "Norm", "SCHEMES", "params_from_olmo"} <= set(hn.__all__)
 
 

@@ -1,5 +1,6 @@
 """How weights start: one truncated normal, and by what each initializer scales it for each kind of matrix."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,14 +20,15 @@ def truncated_normal(std: float | Array) -> Callable[..., Array]:
     """Initializer: N(0, std^2) cut at 3 std, not rescaled (HybridNorm 2503.04598; its code's cutoff factor).
 
     Drawn in float32 at least and rounded once: a normal distribution drawn in bfloat16 has 128 values and no tails.
+    The initializer can be pickled, and so can modules that have it.
     """
+    return functools.partial(_draw_truncated_normal, std=std)
 
-    def initialize(key: Array, shape: Sequence[int], dtype: Any = float) -> Array:
-        wide = wide_dtype(dtype)
-        drawn = jax.random.truncated_normal(key, -3, 3, shape, wide) * jnp.asarray(std, wide)
-        return drawn.astype(dtype)
 
-    return initialize
+def _draw_truncated_normal(key: Array, shape: Sequence[int], dtype: Any = float, *, std: float | Array) -> Array:
+    wide = wide_dtype(dtype)
+    drawn = jax.random.truncated_normal(key, -3, 3, shape, wide) * jnp.asarray(std, wide)
+    return drawn.astype(dtype)
 
 
 def std_factor(initializer: str, role: str, layer: int | Array, num_layers: int) -> float | Array:

@@ -43,13 +43,31 @@ class Shell(nnx.Module):
         for name, tree in variables.get("params", {}).items():
             setattr(self, name, _parameters(tree))
 
-    def _apply(
-        self, x: Array, *, mutable: str | Sequence[str] = (), dropout_rngs: nnx.Rngs | None = None, **inputs: Any
-    ) -> Any:
-        rngs = None if dropout_rngs is None else {"dropout": dropout_rngs.dropout()}
+    def _apply(self, x: Array, *, mutable: str | Sequence[str] = (), **inputs: Any) -> Any:
         names = [mutable] if isinstance(mutable, str) else list(mutable)
         collections = names if names else False
-        return self.linen.apply({"params": to_linen_params(self)}, x, rngs=rngs, mutable=collections, **inputs)
+        return self.linen.apply({"params": to_linen_params(self)}, x, mutable=collections, **inputs)
+
+
+class WithDropout(Shell):
+    """A shell of a module that has dropout: on as a module starts and after train(), off after eval().
+
+    Attributes:
+      deterministic: whether dropout is off. train() and eval() set it, as for flax.nnx.Dropout.
+    """
+
+    def __init__(self, linen: nn.Module, *, sample: Array, rngs: nnx.Rngs, initialized_as: nn.Module):
+        """Draw the parameters; arguments as in Shell."""
+        super().__init__(linen, sample=sample, rngs=rngs, initialized_as=initialized_as)
+        self.deterministic = False
+
+    def _apply_with_dropout(self, x: Array, rate: float, rngs: nnx.Rngs | None, **inputs: Any) -> Any:
+        if self.deterministic or rate == 0:
+            return self._apply(x, deterministic=True, **inputs)
+        if not isinstance(rngs, nnx.Rngs):
+            right = "give the call rngs=nnx.Rngs(...), or switch dropout off with eval()"
+            raise ValueError(f"rngs={rngs}: dropout={rate} is on and draws from them; {right}")
+        return self._apply(x, deterministic=False, rngs={"dropout": rngs.dropout()}, **inputs)
 
 
 def _parameters(tree: Any) -> Any:
@@ -171,7 +189,7 @@ class MoE(Shell):
         sample = _stream_sample(in_features, linen.dtype)
         super().__init__(linen, sample=sample, rngs=rngs, initialized_as=linen.clone(dispatch="dense"))
 
-    def __call__(self, x: Stream, *, mutable: Sequence[str] = ()) -> Any:
+    def __call__(self, x: Stream, *, mutable: str | Sequence[str] = ()) -> Any:
         """What the experts add to the stream.
 
         Args:
@@ -180,7 +198,7 @@ class MoE(Shell):
         return self._apply(x, mutable=mutable)
 
 
-class Block(Shell):
+class Block(WithDropout):
     """One transformer block; see hn.Block.
 
         placement = hn.SCHEMES["span"].block(0, config.num_layers)
@@ -204,26 +222,26 @@ class Block(Shell):
         segment_ids: Int[Array, "batch seq"] | None = None,
         rotation: Rotation | None = None,
         rngs: nnx.Rngs | None = None,
-        mutable: Sequence[str] = (),
+        mutable: str | Sequence[str] = (),
     ) -> Any:
         """The stream after this block; arguments as in hn.Block.
 
         Args:
-          rngs: switches dropout on; has a stream "dropout", or a default.
+          rngs: what dropout draws from: its stream "dropout", or its default. Needed only where dropout is on.
           mutable: collections to return, such as "router": the result is then (y, {collection: ...}).
         """
-        return self._apply(
+        return self._apply_with_dropout(
             x,
+            self.linen.config.dropout,
+            rngs,
             positions=positions,
             segment_ids=segment_ids,
             rotation=rotation,
-            deterministic=rngs is None,
-            dropout_rngs=rngs,
             mutable=mutable,
         )
 
 
-class Decoder(Shell):
+class Decoder(WithDropout):
     """A causal language model whose norms stand where config.scheme says; see hn.Decoder.
 
         model = hn.nnx.Decoder(config, rngs=nnx.Rngs(0))
@@ -246,21 +264,21 @@ class Decoder(Shell):
         segment_ids: Int[Array, "batch seq"] | None = None,
         return_hidden: bool = False,
         rngs: nnx.Rngs | None = None,
-        mutable: Sequence[str] = (),
+        mutable: str | Sequence[str] = (),
     ) -> Any:
         """Logits of the next token at every position; arguments as in hn.Decoder.
 
         Args:
           return_hidden: return what the head reads, and skip the head.
-          rngs: switches dropout on; has a stream "dropout", or a default.
+          rngs: what dropout draws from: its stream "dropout", or its default. Needed only where dropout is on.
           mutable: collections to return, such as "router": the result is then (y, {collection: ...}).
         """
-        return self._apply(
+        return self._apply_with_dropout(
             tokens,
+            self.linen.config.dropout,
+            rngs,
             positions=positions,
             segment_ids=segment_ids,
             return_hidden=return_hidden,
-            deterministic=rngs is None,
-            dropout_rngs=rngs,
             mutable=mutable,
         )

@@ -87,7 +87,7 @@ def train(config: RunConfig, *, began: float | None = None, hooks: Iterable[Hook
         finally:
             _say_time(run)
     _say_results(run)
-    return run.scores
+    return run.scores or {}
 
 
 def _run_to_its_end(run: Run) -> None:

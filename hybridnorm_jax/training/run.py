@@ -33,7 +33,7 @@ class LateMetrics(NamedTuple):
     @property
     def are_ready(self) -> bool:
         """Whether the device has finished the step."""
-        return self.metrics["loss"].is_ready()
+        return bool(self.metrics["loss"].is_ready())  # type: ignore[attr-defined]  # JAX has it, its stubs do not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Run:
     series: Series = dataclasses.field(default_factory=Series)
     scores: dict[str, Score] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.step = self.first
 
     @property

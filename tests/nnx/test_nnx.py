@@ -169,13 +169,27 @@ def test_parameters_of_another_model_are_refused(change, message, small_config):
     _assert_same(hn.nnx.to_linen_params(model), before)
 
 
-def test_dropout_needs_rngs_and_differs_by_them(small_config, tokens):
+def test_dropout_follows_train_and_eval_and_needs_rngs(small_config, tokens):
+    config = small_config(dropout=0.5)
+    model = hn.nnx.Decoder(config, rngs=nnx.Rngs(0))
+    plain = hn.Decoder(config).apply({"params": hn.nnx.to_linen_params(model)}, tokens)
+    for rngs in (None, 1):
+        with pytest.raises(ValueError, match=r"rngs=(None|1): dropout=0\.5 is on .* or switch dropout off with eval"):
+            model(tokens, rngs=rngs)
+    whole = nnx.Dict(part=model)  # as part of somebody's model
+    whole.eval()
+    np.testing.assert_array_equal(model(tokens), plain)
+    np.testing.assert_array_equal(model(tokens, rngs=nnx.Rngs(3)), plain)
+    whole.train()
+    assert np.abs(model(tokens, rngs=nnx.Rngs(3)) - plain).max() > 0.01
+
+
+def test_dropout_differs_by_rngs(small_config, tokens):
     model = hn.nnx.Decoder(small_config(dropout=0.5), rngs=nnx.Rngs(0))
     rngs = nnx.Rngs(dropout=3)
     first, second, again = model(tokens, rngs=rngs), model(tokens, rngs=rngs), model(tokens, rngs=nnx.Rngs(dropout=3))
     assert np.abs(first - second).max() > 0
     np.testing.assert_array_equal(first, again)
-    np.testing.assert_array_equal(model(tokens), model(tokens))
 
 
 def test_inputs_and_collections_are_those_of_linen(small_config, tokens):
