@@ -207,7 +207,7 @@ def test_attention_rotates_by_rope_theta_and_positions():
         (
             hn.Attention(num_heads=4),
             {"positions": POSITIONS},
-            "^positions: nothing here reads them",
+            r"^positions: nothing here reads them, because nothing rotates \(rope_theta=None\)",
         ),
         (
             hn.Attention(num_heads=4, rope_theta=1e4),
@@ -221,8 +221,20 @@ def test_attention_rotates_by_rope_theta_and_positions():
             {},
             "^rotary_dim=3: must be even, and at most",
         ),
+        (hn.Attention(num_heads=4, rotary_dim=4), {}, "^rotary_dim=4: nothing rotates without rope_theta"),
+        (hn.Attention(num_heads=4, num_kv_heads=0), {}, "^num_kv_heads=0: must be at least 1"),
+        (hn.Attention(num_heads=4, backend="flash"), {}, "^backend='flash': must be auto, xla, cudnn, splash"),
+        (hn.Attention(num_heads=4), {"segment_ids": POSITIONS[0]}, r"^segment_ids: shape \(5,\) must be \(1, 5\)"),
+        (
+            hn.Attention(num_heads=4, rope_theta=1e4),
+            {"positions": POSITIONS[:, :4]},
+            r"^positions: shape \(1, 4\) must be \(1, 5\)",
+        ),
     ],
-    ids=["positions", "both", "kv_heads", "heads", "rotary_dim"],
+    ids=[
+        *("positions", "both", "kv_heads", "heads", "rotary_dim", "rotary_dim_alone", "no_kv_heads", "backend"),
+        *("flat_segment_ids", "short_positions"),
+    ],
 )
 def test_impossible_attention_names_its_argument(module, inputs, message):
     with pytest.raises(ValueError, match=message):

@@ -34,7 +34,7 @@ from hybridnorm_jax.training.hooks.skipped_steps import DivergedError
 from hybridnorm_jax.training.loop import train
 from hybridnorm_jax.training.run_directory import run_directory
 from hybridnorm_jax.training.run_identity import check_same_run
-from hybridnorm_jax.training.step_directories import find_checkpoint
+from hybridnorm_jax.training.step_directories import absolute, check_place, find_checkpoint
 from hybridnorm_jax.whole_files import write_whole
 
 DEFAULT = "lab"
@@ -151,7 +151,8 @@ def compare(asked: Comparison, only: int | None = None) -> list[dict[str, Any]]:
     check(only is None or 0 <= only < count, "--only", only, right)
     file = epath.Path(asked.directory) / "comparison.json"
     if not all((epath.Path(config.run.dir) / config.run.name / "result.json").exists() for config in asked.configs):
-        # What cannot be read is refused before anything is written.
+        # What cannot be read or written is refused before anything is written.
+        check_place(absolute(asked.directory))
         _train_tokens(asked.configs[0])
         if asked.configs[0].init_from is not None:
             find_checkpoint(asked.configs[0].init_from)

@@ -9,8 +9,10 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.kernels.attention_backends import causal_attention
+from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS
 from hybridnorm_jax.kernels.blockwise_attention import attention_statistics
 from hybridnorm_jax.model.initializers import truncated_normal
+from hybridnorm_jax.model.input_checks import check_at_least_one, check_per_token, check_stream
 from hybridnorm_jax.model.norms import Norm
 from hybridnorm_jax.model.placement import HeadNorm
 from hybridnorm_jax.model.signal_measures import SIGNAL
@@ -66,7 +68,7 @@ class Attention(nn.Module):
       input_init, value_init, output_init: initializers of q and k, of v, and of the output projection.
 
     Raises:
-      ValueError: sizes that do not divide, or positions where nothing rotates; names the argument.
+      ValueError: sizes or shapes that do not fit, or positions where nothing rotates; names the argument.
     """
 
     num_heads: int
@@ -107,6 +109,11 @@ class Attention(nn.Module):
           rotation: what hn.rotation(positions, ...) gives, where many layers share it; takes the place of positions,
             rope_theta and rotary_dim.
         """
+        check_stream(x)
+        for name, array in (("positions", positions), ("segment_ids", segment_ids)):
+            check_per_token(name, array, batch=x.shape[0], seq=x.shape[1])
+        if self.backend not in ATTENTION_BACKENDS:
+            raise ValueError(f"backend={self.backend!r}: must be {', '.join(ATTENTION_BACKENDS)}")
         num_kv_heads, head_dim = self._sizes(x.shape[-1])
         if rotation is None:
             rotation = self._rotation(x.shape[1], head_dim, positions)
@@ -128,6 +135,8 @@ class Attention(nn.Module):
     def _sizes(self, embed: int) -> tuple[int, int]:
         """(num_kv_heads, head_dim)."""
         num_kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        check_at_least_one("num_heads", self.num_heads)
+        check_at_least_one("num_kv_heads", num_kv_heads)
         if self.num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads={num_kv_heads}: must divide num_heads={self.num_heads}")
         if self.head_dim is None and embed % self.num_heads:
@@ -137,7 +146,9 @@ class Attention(nn.Module):
     def _rotation(self, seq: int, head_dim: int, positions: Int[Array, "batch seq"] | None) -> Rotation | None:
         if self.rope_theta is None:
             if positions is not None:
-                raise ValueError("positions: nothing here reads them; set rope_theta")
+                raise ValueError("positions: nothing here reads them, because nothing rotates (rope_theta=None)")
+            if self.rotary_dim is not None:
+                raise ValueError(f"rotary_dim={self.rotary_dim}: nothing rotates without rope_theta")
             return None
         rotary_dim = head_dim if self.rotary_dim is None else self.rotary_dim
         if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:

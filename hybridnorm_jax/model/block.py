@@ -147,6 +147,9 @@ class Block(nn.Module):
           rotation: what hn.rotation(positions, ...) gives, where many blocks share it; takes the place of positions.
           deterministic: False switches dropout on and needs a "dropout" key.
         """
+        if not 0 <= self.layer < self.config.num_layers:
+            right = f"must be in [0, num_layers={self.config.num_layers})"
+            raise ValueError(f"layer={self.layer}: {right}")
         layer = LayerInputs(
             layer=self.layer,
             attention=scale_arrays(self.placement.attention.scales, self.config.dtype),

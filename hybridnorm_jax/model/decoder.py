@@ -31,6 +31,7 @@ from hybridnorm_jax.model.block import (
 )
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.initializers import std_factor, truncated_normal
+from hybridnorm_jax.model.input_checks import check_per_token, check_tokens
 from hybridnorm_jax.model.moe import CHOSEN, ROUTER
 from hybridnorm_jax.model.placement import Run, Scales, runs
 from hybridnorm_jax.model.signal_measures import PROBE, SIGNAL
@@ -184,6 +185,9 @@ class Decoder(nn.Module):
     ) -> Stream:
         """What the head reads, in the compute dtype; arguments as in `__call__`."""
         config = self.config
+        check_tokens(tokens)
+        for name, array in (("positions", positions), ("segment_ids", segment_ids)):
+            check_per_token(name, array, batch=tokens.shape[0], seq=tokens.shape[1])
         if positions is None:
             positions = default_positions(tokens.shape[1])
         stream = self.token_embedding(tokens)

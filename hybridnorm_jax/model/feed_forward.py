@@ -10,6 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from hybridnorm_jax.model.initializers import truncated_normal
+from hybridnorm_jax.model.input_checks import check_at_least_one
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -44,6 +45,7 @@ class FeedForward(nn.Module):
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
         if self.activation not in ("swiglu", *ACTIVATIONS):
             raise ValueError(f"activation={self.activation!r} must be swiglu or one of {', '.join(ACTIVATIONS)}")
+        check_at_least_one("mlp_dim", self.mlp_dim)
         dense = partial(nn.Dense, use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
         up = dense(self.mlp_dim, kernel_init=self.input_init, name="up")(x)
         if self.activation == "swiglu":

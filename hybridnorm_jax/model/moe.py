@@ -11,10 +11,12 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.config_fields import present
+from hybridnorm_jax.kernels.backend_names import EXPERT_DISPATCHES
 from hybridnorm_jax.kernels.split_experts import apply_experts_on_mesh
 from hybridnorm_jax.kernels.swiglu import ExpertKernels
 from hybridnorm_jax.model.feed_forward import FeedForward
 from hybridnorm_jax.model.initializers import truncated_normal
+from hybridnorm_jax.model.input_checks import check_at_least_one, check_stream
 
 # Collections that MoE fills where they are mutable; nothing is computed otherwise.
 ROUTER, CHOSEN = "router", "chosen"
@@ -143,8 +145,10 @@ class MoE(nn.Module):
         if not 1 <= self.experts_per_token <= self.num_experts:
             right = f"must be between 1 and num_experts={self.num_experts}"
             raise ValueError(f"experts_per_token={self.experts_per_token} {right}")
-        if x.ndim != 3:
-            raise ValueError(f"x: shape {x.shape} must be (batch, seq, embed)")
+        if self.dispatch not in EXPERT_DISPATCHES:
+            raise ValueError(f"dispatch={self.dispatch!r}: must be {', '.join(EXPERT_DISPATCHES)}")
+        check_at_least_one("mlp_dim", self.mlp_dim)
+        check_stream(x)
         logits = nn.Dense(
             self.num_experts,
             use_bias=self.use_bias,

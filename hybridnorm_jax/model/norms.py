@@ -3,6 +3,7 @@
 Statistics are computed in at least float32, eps stands inside the root, and the functions' result has the dtype of x.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -95,7 +96,10 @@ def crms_norm(
     Source: CRMSNorm, Pre-RMSNorm (2305.14858), eq. 5.
     """
     wide = _wide(x)
-    width = x.shape[-1] + 1 if width is None else width
+    stored = x.shape[-1]
+    if width is not None and not 1 <= width <= stored + 1:
+        raise ValueError(f"width={width}: x has {stored} channels, so it must be in [1, {stored + 1}]")
+    width = stored + 1 if width is None else width
     total = jnp.square(wide).sum(-1, keepdims=True) + jnp.square(wide.sum(-1, keepdims=True))
     return _affine(wide * jax.lax.rsqrt(total / width + eps), scale, bias, x.dtype)
 
@@ -141,7 +145,7 @@ class Norm(nn.Module, kw_only=True):
       width: crmsnorm only: true length of the vector, see crms_norm.
 
     Raises:
-      ValueError: an argument that this norm does not have; names it.
+      ValueError: an argument that this norm does not have, or an axis that x does not have; names it.
     """
 
     kind: str = "rmsnorm"
@@ -161,9 +165,10 @@ class Norm(nn.Module, kw_only=True):
     width: int | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        self._check()
+    def __call__(self, x: Float[Array, "*batch width"], *, mask: None = None) -> Float[Array, "*batch width"]:
+        """The normalized array. `mask` is there so that flax.linen's can be refused by name."""
         x = jnp.asarray(x)
+        self._check(x.ndim, mask)
         use_bias = self.kind == "layernorm" if self.use_bias is None else self.use_bias
         scale = self._parameter("scale", self.scale_init, x) if self.use_scale else None
         bias = self._parameter("bias", self.bias_init, x) if use_bias else None
@@ -176,25 +181,39 @@ class Norm(nn.Module, kw_only=True):
             case "crmsnorm":
                 y = crms_norm(x, scale, bias, eps=self.epsilon, width=self.width)
             case "layernorm":
-                y = layer_norm(x, scale, bias, eps=self.epsilon, axis=self.reduction_axes)
+                y = layer_norm(x, scale, bias, eps=self.epsilon, axis=self._axes("reduction_axes", x.ndim))
             case _:
-                y = rms_norm(x, scale, bias, eps=self.epsilon, axis=self.reduction_axes)
+                y = rms_norm(x, scale, bias, eps=self.epsilon, axis=self._axes("reduction_axes", x.ndim))
         return y.astype(dtype)
 
     def _parameter(self, name: str, init: Callable[..., Array], x: Array) -> Array:
         """The parameter, of the shape of feature_axes, shaped so that it broadcasts against x."""
-        axes = _normal_axes(self.feature_axes, x.ndim)
+        axes = self._axes("feature_axes", x.ndim)
         array: Array = self.param(name, init, tuple(x.shape[axis] for axis in axes), self.param_dtype)
         if axes == (x.ndim - 1,):
             return array
         return array.reshape([x.shape[axis] if axis in axes else 1 for axis in range(x.ndim)])
 
-    def _check(self) -> None:
+    def _axes(self, name: str, ndim: int) -> tuple[int, ...]:
+        """reduction_axes or feature_axes, each once, counted from the front, ascending."""
+        given = getattr(self, name)
+        axes = as_axes(given)
+        for axis in axes:
+            if not -ndim <= axis < ndim:
+                right = f"x has {ndim} axes, from -{ndim} to {ndim - 1}" if ndim else "x is a scalar, without axes"
+                raise ValueError(f"{name}={given}: {right}")
+        return tuple(sorted({axis % ndim for axis in axes}))
+
+    def _check(self, ndim: int, mask: object) -> None:
+        if mask is not None:
+            raise ValueError("mask: hn.Norm has mask=None only; set what does not count to zero yourself")
+        if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.inexact):
+            raise ValueError(f"dtype={jnp.dtype(self.dtype).name}: must be a floating-point dtype")
         if self.kind not in ("rmsnorm", "layernorm", "crmsnorm"):
             raise ValueError(f"kind={self.kind!r}: must be rmsnorm, layernorm or crmsnorm")
         if self.width is not None and self.kind != "crmsnorm":
             raise ValueError(f"width={self.width}: only for kind='crmsnorm', not for {self.kind!r}")
-        if self.kind == "crmsnorm" and self.reduction_axes not in (-1, (-1,), [-1]):
+        if self.kind == "crmsnorm" and self._axes("reduction_axes", ndim) != (ndim - 1,):
             right = "kind='crmsnorm' knows the missing element of the last axis alone; must be -1"
             raise ValueError(f"reduction_axes={self.reduction_axes}: {right}")
         for name, only in ONLY_VALUES.items():
@@ -211,10 +230,9 @@ ONLY_VALUES = {
 }
 
 
-def _normal_axes(axes: Axes, ndim: int) -> tuple[int, ...]:
-    """The axes, each once, counted from the front, ascending."""
-    sequence = (axes,) if isinstance(axes, int) else axes
-    for axis in sequence:
-        if not -ndim <= axis < ndim:
-            raise ValueError(f"feature_axes={axes}: x has {ndim} axes, from -{ndim} to {ndim - 1}")
-    return tuple(sorted({axis % ndim for axis in sequence}))
+def as_axes(axes: Axes) -> tuple[int, ...]:
+    """One axis, of Python or NumPy, or several, as a tuple."""
+    try:
+        return (operator.index(axes),)  # type: ignore[arg-type]  # a sequence is what the exception is for
+    except TypeError:
+        return tuple(operator.index(axis) for axis in axes)  # type: ignore[union-attr]

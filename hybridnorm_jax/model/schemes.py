@@ -111,6 +111,8 @@ def describe(scheme: str, depth: int) -> str:
     """
     if scheme not in SCHEMES:
         raise UserError(f"{scheme}: no such scheme{did_you_mean(scheme, SCHEMES)}")
+    if type(depth) is not int:
+        raise UserError(f"depth={depth!r}: must be an integer")
     if depth < 1:
         raise UserError(f"{depth}: a model has at least one block")
     return SCHEMES[scheme].table(depth)

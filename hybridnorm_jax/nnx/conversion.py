@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict
@@ -29,9 +32,11 @@ def from_linen_params(module: nnx.Module, params: Mapping[str, Any]) -> None:
       UserError: a parameter is missing, is one too many, or has another shape or dtype; names the first.
     """
     state = nnx.state(module, nnx.Param)
-    pure = unfreeze(dict(params))
+    if set(params) == {"params"}:
+        raise UserError('params: gives {"params": ...}; give what is inside')
+    pure = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else np.asarray(leaf), unfreeze(dict(params)))
     _check_same_leaves(expected=nnx.to_pure_dict(state), given=pure)
-    nnx.replace_by_pure_dict(state, pure)
+    nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, pure))
     nnx.update(module, state)
 
 

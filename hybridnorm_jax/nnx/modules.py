@@ -102,10 +102,11 @@ class Norm(Shell):
           attributes: those of hn.Norm, such as kind and epsilon.
         """
         linen = norms.Norm(**attributes)
-        if linen.feature_axes not in (-1, (-1,)):
+        if norms.as_axes(linen.feature_axes) != (-1,):
             raise ValueError(f"feature_axes={linen.feature_axes}: must be -1, the axis of size num_features")
-        axes = (linen.reduction_axes,) if isinstance(linen.reduction_axes, int) else linen.reduction_axes
-        rank = max(axis + 1 if axis >= 0 else -axis for axis in axes)  # of the smallest x that has these axes
+        axes = norms.as_axes(linen.reduction_axes)
+        # Of the smallest x that has these axes and a last one.
+        rank = max([1, *(axis + 1 if axis >= 0 else -axis for axis in axes)])
         sample = jnp.zeros((num_features,)).reshape((1,) * (rank - 1) + (num_features,))
         super().__init__(linen, sample=sample, rngs=rngs)
 

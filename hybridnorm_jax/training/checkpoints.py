@@ -26,6 +26,7 @@ from hybridnorm_jax.training.step_directories import (
     PARTS,
     CheckpointError,
     absolute,
+    check_place,
     complete_step,
     delete,
     is_leftover,
@@ -67,6 +68,7 @@ class Checkpoints:
 
     def __init__(self, directory: epath.PathLike, *, keep: int):
         self.directory = absolute(directory)
+        check_place(self.directory)
         self._keep = keep
         self.blocked_seconds: float | None = None
         self._running: Future | None = None

@@ -2,14 +2,15 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 from etils import epath
 
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data import Data, open_data
-from hybridnorm_jax.errors import RunStopped
+from hybridnorm_jax.errors import RunStopped, first_line
 from hybridnorm_jax.evaluation import perplexity
 from hybridnorm_jax.evaluation.held_out import check_sets, training_files
 from hybridnorm_jax.generation.text_sample import check_prompt, text_sample
@@ -101,15 +102,37 @@ def _run_to_its_end(run: Run) -> None:
         where=lambda: f"after step {run.step}",
         end=run.config.train.stall_exit,
     )
-    with watchdog, contextlib.ExitStack() as stack:
-        for hook in run.hooks:
-            stack.callback(hook.close)
+    with watchdog, _closing(run.hooks):
         try:
             _make_steps(run)
         except RunStopped as stopped:
             outcomes = [outcome for hook in run.hooks if (outcome := hook.stopped(run)) is not None]
             raise RunStopped(stopped.exit_code, "; ".join(outcomes)) from None
     run.ledger.enter("other")
+
+
+@contextlib.contextmanager
+def _closing(hooks: Sequence[Hook]) -> Iterator[None]:
+    """Close all hooks at the end, the last one first. An error that ended the run is not replaced by one of theirs."""
+    try:
+        yield
+    except BaseException:
+        for line, _ in _close(hooks):
+            say(line, file=sys.stderr)
+        raise
+    for _, error in _close(hooks):
+        raise error
+
+
+def _close(hooks: Sequence[Hook]) -> list[tuple[str, Exception]]:
+    """Close all hooks; returns what failed: a line that names the hook, and the error."""
+    failed = []
+    for hook in reversed(hooks):
+        try:
+            hook.close()
+        except Exception as error:
+            failed.append((f"{type(hook).__name__}.close: {first_line(error)}", error))
+    return failed
 
 
 def _make_steps(run: Run) -> None:

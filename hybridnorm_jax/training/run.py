@@ -102,6 +102,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.step = self.first
+        self._is_reading = False
 
     @property
     def steps(self) -> int:
@@ -128,7 +129,13 @@ class Run:
         return int(self.numbers.metrics["skipped_in_a_row"])
 
     def read_late(self) -> None:
-        """Wait for the metrics that were not read yet, if there are any, and give them to the hooks."""
+        """Wait for the metrics that were not read yet, if there are any, and give them to the hooks.
+
+        Raises:
+          RuntimeError: a hook calls it in on_numbers, where hooks after it still wait for the numbers of a step before.
+        """
+        if self._is_reading:
+            raise RuntimeError("run.read_late() in on_numbers: later hooks would get the numbers out of order")
         late = self.late
         self.late = None
         self.read(late, at_once=True)
@@ -148,5 +155,9 @@ class Run:
         self.series.add(numbers.metrics)
         if numbers.skipped and seconds is not None:
             self.ledger.move(seconds, source="steps", target="skipped")
-        for hook in self.due(numbers.step):
-            hook.on_numbers(self, numbers)
+        self._is_reading = True
+        try:
+            for hook in self.due(numbers.step):
+                hook.on_numbers(self, numbers)
+        finally:
+            self._is_reading = False

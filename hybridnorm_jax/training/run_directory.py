@@ -23,15 +23,21 @@ from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.leaf_kinds import first_difference
 from hybridnorm_jax.training.run_identity import check_same_plugins, check_same_run, keep_sources
-from hybridnorm_jax.training.step_directories import find_checkpoint
+from hybridnorm_jax.training.step_directories import absolute, check_place, find_checkpoint
 from hybridnorm_jax.whole_files import is_local, write_whole
 
 TOKENIZER = "tokenizer.json"
 
 
 def run_directory(config: RunConfig) -> epath.Path:
-    """Where the run's files go; MissingExtraError where that is a bucket and cannot be reached."""
+    """Where the run's files go.
+
+    Raises:
+      CheckpointError: no checkpoints can be there (step_directories.check_place).
+      MissingExtraError: it is a bucket and cannot be reached.
+    """
     directory = epath.Path(config.run.dir) / config.run.name
+    check_place(absolute(directory))
     try:
         directory.exists()
     except ImportError as error:  # what etils needs for gs:// is not there
@@ -161,12 +167,15 @@ def _abstract(shape: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.
 
 
 def check_free(path: str) -> None:
-    """Raise UserError unless a directory can be made at this path: nothing is there, or an empty directory."""
+    """Raise UserError unless a run can be made at this path: nothing is there, or an empty directory."""
+    check_place(absolute(path))
     if not is_local(path):
         if _exists_remotely(path):
             raise UserError(f"{path}: exists already; choose a new directory, or remove it")
         return
     target = Path(path).absolute()
+    if target.is_symlink():
+        raise UserError(f"{path}: is a symbolic link; name the directory that is meant, and that is not there yet")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{path}: exists already; choose a new directory, or remove it")
     parent = next(parent for parent in target.parents if parent.exists())
@@ -199,6 +208,8 @@ def save_run(path: str, config: RunConfig, params: Any, *, step: int = 0, tokeni
     Raises:
       UserError: a directory cannot be made there; the parameters are not those of the model, or the step is negative.
     """
+    if not isinstance(config, RunConfig):
+        raise UserError(f"config: is a {type(config).__name__}; give hn.RunConfig(model=...)")
     path = os.path.expanduser(path)  # as load_run does
     check_free(path)
     _check_params(params, config.model)

@@ -80,6 +80,12 @@ def complete_step(path: epath.Path) -> int | None:
     return step if complete else None
 
 
+def check_place(directory: epath.Path) -> None:
+    """Raise CheckpointError for a path that Orbax would read as a pattern, and not find its files there."""
+    if pattern := next((character for character in "*?[" if character in str(directory)), None):
+        raise CheckpointError(f"{directory}: checkpoints cannot be in a path with {pattern} in it; choose another")
+
+
 def is_leftover(path: epath.Path) -> bool:
     """Whether something incomplete is what a killed save or deletion leaves: Orbax had not committed, or had just."""
     if not path.name.isdecimal() or manifest.is_unfinished(path):

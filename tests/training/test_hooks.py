@@ -132,6 +132,33 @@ def test_every_counts_from_the_beginning_of_the_run_also_after_a_stop(every, due
     assert again[-2:] == [("own", "end", STEPS), ("own", "close")]
 
 
+class _FailsToClose(Hook):
+    def close(self):
+        raise OSError("no space for the summary")
+
+
+def test_what_ends_a_run_is_not_hidden_by_a_hook_that_fails_to_close(config, monkeypatch, capfd):
+    calls = []
+    with monkeypatch.context() as patch:
+        _stop_before_step(patch, 3)
+        with pytest.raises(RunStopped, match="step 2 is saved"):
+            loop.train(config, hooks=[Recorder(1, calls), _FailsToClose()])
+    assert calls[-1] == ("own", "close")
+    assert "_FailsToClose.close: no space for the summary\n" in capfd.readouterr().err
+    with pytest.raises(OSError, match="no space for the summary"):
+        loop.train(config, hooks=[Recorder(1, calls), _FailsToClose()])
+    assert calls[-1] == ("own", "close")
+
+
+def test_numbers_are_not_read_while_they_are_given_out(config):
+    class ReadsMore(Hook):
+        def on_numbers(self, run, numbers):
+            run.read_late()
+
+    with pytest.raises(RuntimeError, match=r"^run\.read_late\(\) in on_numbers: later hooks would get"):
+        loop.train(config, hooks=[ReadsMore()])
+
+
 def test_hooks_are_called_in_the_order_of_the_list_and_closed_in_reverse(config, monkeypatch):
     calls = []
 
