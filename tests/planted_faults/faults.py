@@ -155,6 +155,22 @@ LOSS = (
         tests=("training/test_step.py::test_the_chunked_loss_trains_the_same",),
     ),
     Fault(
+        name="gradient_of_the_head_summed_over_chunks_in_the_compute_dtype",
+        file="training/step.py",
+        right="gathered = nn.with_logical_constraint(params[module][name], axes)",
+        wrong="""dtype = params[module][name].dtype if model.config.tie_embeddings else model.config.dtype
+    gathered = nn.with_logical_constraint(params[module][name].astype(dtype), axes)""",
+        tests=("training/test_step.py::test_the_gradient_of_the_head_is_summed_over_chunks_in_float32",),
+    ),
+    Fault(
+        name="gradient_of_a_tied_head_summed_over_chunks_in_the_compute_dtype",
+        file="training/step.py",
+        right="gathered = nn.with_logical_constraint(params[module][name], axes)",
+        wrong="""dtype = model.config.dtype if model.config.tie_embeddings else params[module][name].dtype
+    gathered = nn.with_logical_constraint(params[module][name].astype(dtype), axes)""",
+        tests=("training/test_step.py::test_the_gradient_of_the_head_is_summed_over_chunks_in_float32",),
+    ),
+    Fault(
         name="perplexity_is_the_mean_of_batches",
         file="evaluation/perplexity.py",
         right="""        nll += float(sums.nll)

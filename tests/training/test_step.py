@@ -18,6 +18,7 @@ from hybridnorm_jax.mesh.shardings import partition_spec, undivided
 from hybridnorm_jax.training.loop import train
 from hybridnorm_jax.training.optimizer import decay_mask, learning_rate_schedule
 from hybridnorm_jax.training.program import Program
+from hybridnorm_jax.training.step import loss_sums
 
 BATCH, SEQ = 8, 16
 
@@ -142,6 +143,25 @@ def test_the_chunked_loss_trains_the_same(small_config):
     np.testing.assert_allclose(losses_chunked, losses, rtol=1e-6)
     np.testing.assert_allclose(metrics_chunked["z_loss"], metrics["z_loss"], rtol=1e-6)
     assert metrics["z_loss"] > 0
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_gradient_of_the_head_is_summed_over_chunks_in_float32(tied, small_config):
+    """256 equal chunks in a bfloat16 model: summed in bfloat16, their gradient would be 7 % short."""
+    config = small_config(num_layers=1, dtype="bfloat16", tie_embeddings=tied)
+    model, same = hn.Decoder(config), jnp.full((1, 256), 7)
+    batch = {"tokens": same, "targets": same, "weights": jnp.ones((1, 256))}
+    params = model.init(jax.random.key(0), same)["params"]
+
+    def gradient(chunk):
+        grads = jax.jit(jax.grad(lambda params: loss_sums(model, {"params": params}, batch, chunk=chunk)[0].nll))(
+            params
+        )
+        return grads["token_embedding"]["embedding"] if tied else grads["head"]["kernel"]
+
+    whole, chunked = gradient(None), gradient(1)
+    # Each is a sum in float32 of equal numbers that were rounded to bfloat16 once, by half a unit in 8 bits at most.
+    assert np.linalg.norm(chunked - whole) < 2**-8 * np.linalg.norm(whole)
 
 
 def test_a_batch_without_any_target_changes_no_moment(small_config):
