@@ -148,24 +148,28 @@ def split_extents(arrays: Mapping[epath.Path, TokenFile], names: tuple[str, ...]
 def _pieces(arrays: Mapping[epath.Path, TokenFile], names: tuple[str, ...], fraction: float) -> Iterator[_Piece]:
     if fraction in (0, 1):
         return iter([_Piece(path, 0, len(array), fraction == 1) for path, array in arrays.items()])
-    every = list(_blocks(arrays, names))
-    sides = [held_out(block.digest, fraction) for block in every]
-    if len(set(sides)) == 2:
-        pairs = zip(every, sides, strict=True)
-        return (_Piece(block.path, block.start, block.stop, side) for block, side in pairs)
-    return _cut_one(every, fraction, all_held_out=sides[0])
+    # A trillion tokens are millions of blocks: they are gone through anew instead of being kept.
+    sides: set[bool] = set()
+    for block in _blocks(arrays, names):
+        sides.add(held_out(block.digest, fraction))
+        if len(sides) == 2:
+            every = _blocks(arrays, names)
+            return (_Piece(each.path, each.start, each.stop, held_out(each.digest, fraction)) for each in every)
+    return _cut_one(arrays, names, fraction, all_held_out=sides == {True})
 
 
-def _cut_one(every: list[_Block], fraction: float, *, all_held_out: bool) -> Iterator[_Piece]:
+def _cut_one(
+    arrays: Mapping[epath.Path, TokenFile], names: tuple[str, ...], fraction: float, *, all_held_out: bool
+) -> Iterator[_Piece]:
     """All blocks on one side but for the end (the begin, if all are held out) of one that its hash chooses."""
-    total = sum(block.stop - block.start for block in every)
+    total = sum(len(array) for array in arrays.values())
     choose = max if all_held_out else min
-    chosen = choose(every, key=lambda block: block.digest)
+    chosen = choose(_blocks(arrays, names), key=lambda block: block.digest)
     share = round(total * (1 - fraction if all_held_out else fraction))
     # Two tokens, so that one has a target.
     share = min(max(share, 2), chosen.stop - chosen.start)
-    for block in every:
-        if block is not chosen:
+    for block in _blocks(arrays, names):
+        if block != chosen:
             yield _Piece(block.path, block.start, block.stop, all_held_out)
             continue
         cut = block.start + share if all_held_out else block.stop - share

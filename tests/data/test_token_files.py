@@ -2,6 +2,7 @@
 
 import io
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -114,6 +115,20 @@ def test_every_token_is_in_exactly_one_split_and_blocks_stay_whole():
     assert 0.2 < len(tokens_of(held_out)) / 1412 < 0.4
     edges = [(name, edge) for name, *both in stretches(train + held_out) for edge in both]
     assert all(edge % 10 == 0 or edge == len(arrays[epath.Path(f"/d/{name}")]) for name, edge in edges)
+
+
+def test_splitting_keeps_no_list_of_all_blocks():
+    """Ten billion tokens are 150,000 blocks; what is kept are the pieces that the held-out ones leave."""
+    arrays = {epath.Path(f"/nowhere/{number}"): range(10**9) for number in range(10)}
+    tracemalloc.start()
+    try:
+        splits = split_extents(arrays, tuple("0123456789"), fraction=1e-3)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    kept = splits.train + splits.held_out
+    assert sum(extent.stop - extent.start for extent in kept) == 10**10
+    assert most < 3e6  # a list of all blocks takes ten times as much
 
 
 @pytest.mark.usefixtures("blocks_of_ten")
