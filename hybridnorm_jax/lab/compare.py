@@ -21,11 +21,11 @@ from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.run_config import LARGEST_RATE, LARGEST_SEED, SMALLEST, RunConfig
 from hybridnorm_jax.config.yaml_files import from_yaml, take
 from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
-from hybridnorm_jax.data import open_data
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.evaluation.perplexity import Score
 from hybridnorm_jax.lab.divergence import rising_since
 from hybridnorm_jax.lab.labels import measured_otherwise
+from hybridnorm_jax.lab.run_data import RunData, check_same_data, read_data
 from hybridnorm_jax.lab.run_files import DIVERGED, FINISHED, read_losses, read_object, read_result
 from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.model.schemes import SCHEMES
@@ -150,26 +150,25 @@ def compare(asked: Comparison, only: int | None = None) -> list[dict[str, Any]]:
     right = f"must be in [0, {count}), there are {count} combinations"
     check(only is None or 0 <= only < count, "--only", only, right)
     file = epath.Path(asked.directory) / "comparison.json"
-    if not all((epath.Path(config.run.dir) / config.run.name / "result.json").exists() for config in asked.configs):
-        # What cannot be read or written is refused before anything is written.
-        check_place(absolute(asked.directory))
-        _train_tokens(asked.configs[0])
-        if asked.configs[0].init_from is not None:
-            find_checkpoint(asked.configs[0].init_from)
+    # What cannot be read or written is refused before anything is written.
+    check_place(absolute(asked.directory))
+    if asked.configs[0].init_from is not None:
+        find_checkpoint(asked.configs[0].init_from)
+    data = read_data(asked.configs[0])
     _write(file, _described(asked, file))
     results = []
     for number, config in enumerate(asked.configs):
         if only is None or number == only:
             say(f"\n== {number + 1} of {count}: {config.run.name}")
-            results.append(_result(asked, number, config))
+            results.append(_result(asked, number, config, data))
     return results
 
 
-def _result(asked: Comparison, number: int, config: RunConfig) -> dict[str, Any]:
+def _result(asked: Comparison, number: int, config: RunConfig, data: RunData) -> dict[str, Any]:
     """The result of one combination, which is trained unless it has one."""
     file = epath.Path(config.run.dir) / config.run.name / "result.json"
     if file.exists():
-        result = _earlier(file, config)
+        result = _earlier(file, config, data)
         say(f"{result['status']} before")
         return result
     directory = run_directory(config)
@@ -184,7 +183,8 @@ def _result(asked: Comparison, number: int, config: RunConfig) -> dict[str, Any]
         "step": ended.step,
         "diverged_at": ended.diverged_at,
         "scores": ended.scores,
-        "train_tokens": _train_tokens(config),
+        "train_tokens": data.train_tokens,
+        "data": data.files,
         "tokens": ended.step * config.tokens_per_step,
         "seconds": round(time.perf_counter() - began, 1),
         "resumed_from": first,
@@ -227,29 +227,26 @@ def _train(config: RunConfig, directory: epath.Path, began: float) -> _Ended:
     return _Ended(step=last, diverged_at=diverged_at, scores=scores)
 
 
-def _earlier(file: epath.Path, config: RunConfig) -> dict[str, Any]:
+def _earlier(file: epath.Path, config: RunConfig, data: RunData) -> dict[str, Any]:
     """The result of a run that ended before.
 
     Raises:
-      ConfigError: its configuration or one of its plugins is another one. Its files stay as they are.
+      ConfigError: its configuration, one of its plugins or its data are others. Its files stay as they are.
     """
     check_same_run(file.parent, config)
     saved_file = file.parent / "config.yaml"
     different = measured_otherwise(from_yaml(saved_file.read_text(), origin=str(saved_file)), config)
     if different:
         raise ConfigError(f"{file.parent} holds another run ({'; '.join(different)}): choose another run.name")
-    return read_result(file)
+    result = read_result(file)
+    check_same_data(result, data, file=file)
+    return result
 
 
 def _plain(score: Score) -> dict[str, Any]:
     """The score as JSON has it, with null for what is not finite."""
     values = dataclasses.asdict(score)
     return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
-
-
-def _train_tokens(config: RunConfig) -> int:
-    data = open_data(config.data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size, progress=False)
-    return data.train.num_tokens
 
 
 def _described(asked: Comparison, file: epath.Path) -> dict[str, Any]:

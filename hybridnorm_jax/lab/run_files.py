@@ -70,7 +70,15 @@ def read_result(file: Path | epath.Path) -> dict[str, Any]:
     numbers = ("train_tokens", "tokens", "seconds", "resumed_from")
     require(all(_is_number(result.get(key, 0)) for key in numbers), ", ".join(numbers), "must be numbers")
     require(isinstance(result.get("versions", {}), dict), "versions", "must map packages to versions")
+    require(_are_files(result.get("data", {})), "data", "must map keys to files with a name, a size and a digest")
     return result
+
+
+def _are_files(data: Any) -> bool:
+    if not isinstance(data, dict) or not all(isinstance(files, list) for files in data.values()):
+        return False
+    files = [file for files in data.values() for file in files]
+    return all(isinstance(file, dict) and set(file) == {"name", "size", "digest"} for file in files)
 
 
 def _are_scores(scores: Any) -> bool:

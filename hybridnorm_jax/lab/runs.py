@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,15 +125,27 @@ def _check_comparable(directory: Path, runs: Sequence[Run]) -> None:
         if differences:
             pair = f"{first.name} and {other.name}"
             raise UserError(f"{directory}: {pair} differ in {differences[0]}: such runs cannot be compared")
-    known = [run for run in runs if "train_tokens" in run.result]
-    for other in known[1:]:
-        before, now = known[0].result["train_tokens"], other.result["train_tokens"]
+    _check_same_data(directory, runs)
+
+
+def _check_same_data(directory: Path, runs: Sequence[Run]) -> None:
+    """Refuse runs on different data, as far as their results say on what they were trained and scored."""
+    right = "runs on different data cannot be compared"
+    for one, other in _pairs_with("train_tokens", runs):
+        before, now = one.result["train_tokens"], other.result["train_tokens"]
         if before != now:
-            pair = f"{known[0].name} and {other.name}"
-            raise UserError(
-                f"{directory}: {pair} differ in train_tokens ({before} and {now}): "
-                "runs on different data cannot be compared"
-            )
+            pair = f"{one.name} and {other.name}"
+            raise UserError(f"{directory}: {pair} differ in train_tokens ({before} and {now}): {right}")
+    for one, other in _pairs_with("data", runs):
+        for key, files in one.result["data"].items():
+            if other.result["data"].get(key) != files:
+                raise UserError(f"{directory}: {one.name} and {other.name} differ in the files of {key}: {right}")
+
+
+def _pairs_with(key: str, runs: Sequence[Run]) -> Iterator[tuple[Run, Run]]:
+    """The first run whose result has this key, with each of the others."""
+    first, *others = [run for run in runs if key in run.result] or [None]
+    return ((first, other) for other in others if first is not None)
 
 
 def _read_run(path: Path) -> Run:

@@ -127,8 +127,21 @@ def data_files(data: DataSection, trained_on: Sequence[FileIdentity]) -> list[di
     return [dataclasses.asdict(file) for file in files]
 
 
-def check_same_files(saved: Sequence[dict[str, Any]] | None, now: Sequence[dict[str, Any]], *, where: str) -> None:
+def check_same_files(
+    saved: Sequence[dict[str, Any]] | None,
+    now: Sequence[dict[str, Any]],
+    *,
+    where: str,
+    key: str = "data.files",
+    right: str = "restore the data as they were, or start a new run with init_from",
+) -> None:
     """Refuse data other than those that were saved, by the first file that differs; say so where none were saved.
+
+    Args:
+      saved, now: identities, as data_files gives them.
+      where: what they were saved in.
+      key: names the data.
+      right: what can be done, for the message.
 
     Raises:
       ConfigError: names the file and what is another.
@@ -142,8 +155,7 @@ def check_same_files(saved: Sequence[dict[str, Any]] | None, now: Sequence[dict[
         before = theirs[index] if index < len(theirs) else None
         after = ours[index] if index < len(ours) else None
         if before != after:
-            right = "restore the data as they were, or start a new run with init_from"
-            raise ConfigError(f"data.files: {_other(before, after)} when {where} was saved; {right}")
+            raise ConfigError(f"{key}: {_other(before, after)} when {where} was saved; {right}")
 
 
 def _other(before: FileIdentity | None, after: FileIdentity | None) -> str:

@@ -143,6 +143,20 @@ def test_a_result_of_another_configuration_is_refused_and_left(arguments, traine
     assert "result.json: status: must be" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "key"), [("tokens", "data.files"), ("held", "data.validation.held")])
+def test_a_result_on_other_data_is_no_result_of_these(name, key, arguments, tmp_path, capsys):
+    one = [*_without(arguments, "schemes", "seeds"), "schemes=[pre]", "seeds=[0]"]
+    assert main(["lab", "compare", *one]) == 0
+    capsys.readouterr()
+    np.save(tmp_path / f"{name}.npy", np.random.default_rng(9).integers(0, 61, 2000).astype(np.uint16))  # as large
+    result = tmp_path / "lab/pre-lr0.001-seed0/result.json"
+    before = result.read_text()
+    assert main(["lab", "compare", *one]) == 2
+    told = capsys.readouterr().err
+    assert f"{key}: {name}.npy has another content than it had when {result} was saved; restore the data" in told
+    assert result.read_text() == before
+
+
 @pytest.mark.parametrize("losses", [[5.0, 4.0, 3.0, 2.0, 2.0, 2.0], [5.0, 4.0, 2.0, 3.0, 4.0, 5.0]])
 def test_a_finite_run_may_have_diverged(losses, arguments, tmp_path, monkeypatch, capsys):
     """Training is replaced: metrics.jsonl says what became of it."""

@@ -59,6 +59,18 @@ def test_other_training_sets_and_the_same_run_twice(tmp_path):
         read_runs(tmp_path)
 
 
+def test_other_files_of_the_same_size(tmp_path):
+    for seed, digest in enumerate(("aa", "bb")):
+        files = {"data.files": [{"name": "a.txt", "size": 3, "digest": digest}]}
+        plant(tmp_path, Planted(loss=3.0, seed=seed, name=f"run{seed}", result={"data": files}))
+    plant(tmp_path, Planted(loss=3.0, seed=2, name="run2"))  # by a version that did not say
+    with pytest.raises(UserError, match=r"run0 and run1 differ in the files of data\.files: runs on different data"):
+        read_runs(tmp_path)
+    (tmp_path / "run1/result.json").write_text('{"status": "finished", "step": 1, "scores": {}, "data": [1]}')
+    with pytest.raises(UserError, match=r"run1/result\.json: data: must map keys to files with a name, a size and"):
+        read_runs(tmp_path)
+
+
 def test_directories_without_runs(tmp_path):
     with pytest.raises(UserError, match="no such directory"):
         read_runs(tmp_path / "nowhere")
