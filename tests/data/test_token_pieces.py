@@ -3,6 +3,8 @@
 import inspect
 import json
 import random
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -155,3 +157,39 @@ def test_a_long_text_that_must_not_be_cut_is_refused(monkeypatch):
 def test_what_never_ends_is_stopped():
     with pytest.raises(DataError, match="may never end"):
         token_pieces.within_time("data.tokenizer=x", 0.05, lambda: time.sleep(1))
+
+
+MEASURE = """
+import resource, sys
+import numpy as np
+from hybridnorm_jax.config.arguments import parse
+from hybridnorm_jax.data import open_data
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+before = peak()
+config = parse(sys.argv[1:])
+data = open_data(config.data, seq_len=256, vocab_size=700, progress=False)
+print(peak() - before, data.train.num_tokens)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lines", [True, False], ids=["lines", "one line"])
+def test_64_mb_of_text_are_tokenized_in_less_than_1_gb(lines, tmp_path):
+    bpe(pre_tokenizers.ByteLevel(add_prefix_space=False)).save(str(tmp_path / "tokenizer.json"))
+    text = SOURCE if lines else SOURCE.replace("\n", " ")
+    (tmp_path / "big.txt").write_text(text * ((64 << 20) // len(text) + 1))
+    arguments = [
+        f"data.files=[{tmp_path}/big.txt]",
+        f"data.tokenizer={tmp_path}/tokenizer.json",
+        f"data.cache_dir={tmp_path}/cache",
+        "data.separator=<s>",
+        "data.source=text",
+    ]
+    done = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    grown, tokens = map(int, done.stdout.split())
+    assert tokens > (64 << 20) / 10
+    assert grown < 1 << 30
