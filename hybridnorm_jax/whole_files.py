@@ -1,14 +1,37 @@
-"""Files on a file system or in a bucket, and how one is written whole or not at all."""
+"""Files on a file system or in a bucket: their names and sizes, and how one is written whole or not at all."""
 
 import os
 import secrets
 
 from etils import epath
 
+from hybridnorm_jax.errors import UserError
+
 
 def is_local(path: epath.PathLike) -> bool:
     """Whether this path is on a file system and not in a bucket such as gs://."""
     return "://" not in os.fspath(path)
+
+
+def expanded(path: epath.PathLike) -> str:
+    """The path as text, with the user's home directory in place of a `~` that begins it.
+
+    Raises:
+      UserError: the user has no home directory.
+    """
+    text = os.fspath(path)
+    whole = os.path.expanduser(text)
+    if whole == text and (text == "~" or text.startswith("~/")):  # as expanduser leaves it where it knows no home
+        raise UserError(f"{text}: this user has no home directory; write the whole path")
+    return whole
+
+
+def size_of(path: epath.Path) -> int:
+    """The bytes of a file; OSError where it cannot be asked.
+
+    `epath.Path.stat` also asks for the name of the file's owner, which the system need not know (as in OpenShift).
+    """
+    return os.stat(path).st_size if is_local(path) else int(path.stat().length)
 
 
 def write_whole(path: epath.PathLike, text: str, *, concurrent: bool = False) -> None:

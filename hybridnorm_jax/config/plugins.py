@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridnorm_jax.errors import ConfigError, RunStopped, first_line
+from hybridnorm_jax.whole_files import expanded
 
 KEY = "run.plugins"
 # The sources of a larger plugin, such as a whole package, are compared but not kept.
@@ -99,7 +100,7 @@ def missing_plugin(saved: Sequence[dict[str, Any]], now: Iterable[Plugin]) -> di
 def _place(name: str) -> str:
     """What tells plugins apart in one process: a file by its path, a module by its name."""
     # Not Path.resolve, which raises where links lead in a circle.
-    return os.path.realpath(os.path.expanduser(name)) if name.endswith(".py") else name
+    return os.path.realpath(expanded(name)) if name.endswith(".py") else name
 
 
 def _read(file: Path) -> bytes:

@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from hybridnorm_jax.errors import DataError
-from hybridnorm_jax.whole_files import is_local
+from hybridnorm_jax.whole_files import expanded, is_local
 
 # A file of at most so many bytes is read whole; of a longer one the first piece, the last, and others evenly between.
 # Ten thousand shards are looked at whenever a run starts.
@@ -106,7 +106,7 @@ def _starts(size: int) -> list[int]:
 def _parts(path: str | os.PathLike[str]) -> tuple[str, ...]:
     text = os.fspath(path)
     if is_local(text):
-        text = os.path.abspath(os.path.expanduser(text))
+        text = os.path.abspath(expanded(text))
     return tuple(text.rstrip("/").split("/"))
 
 

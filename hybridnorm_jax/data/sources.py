@@ -28,7 +28,7 @@ from hybridnorm_jax.data.blocks import block_length
 from hybridnorm_jax.data.identity import FileIdentity, identities
 from hybridnorm_jax.data.records import BOM, record_text, records
 from hybridnorm_jax.errors import DataError
-from hybridnorm_jax.whole_files import is_local
+from hybridnorm_jax.whole_files import expanded, is_local
 
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 # A text file above this size, and every one where so few files are held out, is held out in blocks.
@@ -259,7 +259,7 @@ def find_files(key: str, patterns: Iterable[str]) -> tuple[epath.Path, ...]:
     """
     found: dict[str, epath.Path] = {}
     for pattern in patterns:
-        path = epath.Path(pattern).expanduser()
+        path = epath.Path(expanded(pattern))
         if _is_directory(path):
             raise DataError(f"{key}: {pattern} is a directory; name its files, such as {path / '*.txt'}")
         matches = [path] if _exists(path) else _glob(os.fspath(path))
@@ -304,7 +304,7 @@ def pattern_root(patterns: Iterable[str]) -> str:
     """The deepest directory that holds everything the patterns can match: names are relative to it."""
     roots = []
     for pattern in patterns:
-        path = _plain(os.path.expanduser(pattern)).rstrip("/")
+        path = _plain(expanded(pattern)).rstrip("/")
         parts = path.split("/")[:-1]
         if not _exists(epath.Path(path)):
             parts = parts[: next((place for place, part in enumerate(parts) if glob.has_magic(part)), len(parts))]

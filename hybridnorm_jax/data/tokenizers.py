@@ -13,6 +13,7 @@ from hybridnorm_jax.config.run_config import DataSection
 from hybridnorm_jax.data import token_pieces
 from hybridnorm_jax.data.identity import regular_file_size
 from hybridnorm_jax.errors import DataError, MissingExtraError
+from hybridnorm_jax.whole_files import expanded
 
 # The largest known file has 34 MB.
 MOST_FILE_BYTES = 256 << 20
@@ -230,7 +231,7 @@ def load_tokenizer(data: DataSection) -> Tokenizer:
         if data.separator:
             raise DataError(f"data.separator={data.separator}: data.tokenizer=bytes has a separator of its own")
         return ByteTokenizer()
-    path = epath.Path(data.tokenizer).expanduser()
+    path = epath.Path(expanded(data.tokenizer))
     if path.is_dir():
         raise DataError(f"data.tokenizer={data.tokenizer}: a directory; name the file, {path / 'tokenizer.json'}")
     content = _read(path, f"data.tokenizer={data.tokenizer}")

@@ -10,7 +10,7 @@ from hybridnorm_jax.data import DataError
 from hybridnorm_jax.data.identity import file_identity
 from hybridnorm_jax.data.sources import find_files, stdlib_corpus
 from hybridnorm_jax.errors import ConfigError
-from hybridnorm_jax.whole_files import is_local
+from hybridnorm_jax.whole_files import is_local, size_of
 
 # A set whose name begins so says itself that the model was trained on it.
 TRAINING_SET = "train"
@@ -110,7 +110,7 @@ def _place(path: epath.Path) -> str:
 
 def _size(path: epath.Path) -> int:
     try:
-        return path.stat().length
+        return size_of(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 

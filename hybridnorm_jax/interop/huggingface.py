@@ -25,6 +25,7 @@ from hybridnorm_jax.interop.checkpoint_files import read_json
 from hybridnorm_jax.interop.safetensors_files import CONFIG, StoredTensors, split_into_shards, write_shards
 from hybridnorm_jax.interop.tensors import TABLES, Place, TensorTable, leaf_shapes
 from hybridnorm_jax.model.config import PARAM_DTYPES, ModelConfig
+from hybridnorm_jax.whole_files import expanded
 
 
 def load_huggingface(
@@ -54,7 +55,7 @@ def load_huggingface(
     """
     if dtype is not None:
         check_choice("dtype", dtype, PARAM_DTYPES)
-    directory = Path(path)
+    directory = Path(expanded(path))
     if not directory.is_dir():
         wrong = "not a directory" if directory.exists() else "no such directory"
         raise UserError(f"{directory}: {wrong}")
@@ -97,7 +98,7 @@ def save_huggingface(
         way); the parameters are not of this config or not finite; `extra` contradicts the model or is not known for
         the architecture; the path is taken.
     """
-    path = Path(path).absolute()
+    path = Path(expanded(path)).absolute()
     is_empty_directory = path.is_dir() and not any(path.iterdir())
     if path.exists() and not is_empty_directory:
         raise UserError(f"{path}: exists already; name a new directory")

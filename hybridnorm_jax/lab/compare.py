@@ -35,7 +35,7 @@ from hybridnorm_jax.training.loop import train
 from hybridnorm_jax.training.run_directory import run_directory
 from hybridnorm_jax.training.run_identity import check_same_run
 from hybridnorm_jax.training.step_directories import absolute, check_place, find_checkpoint
-from hybridnorm_jax.whole_files import write_whole
+from hybridnorm_jax.whole_files import expanded, write_whole
 
 DEFAULT = "lab"
 
@@ -100,7 +100,7 @@ def comparison(arguments: Sequence[str]) -> Comparison:
         check_choice("schemes", scheme, SCHEMES)
     is_named = any(argument.startswith("run.name=") for argument in others)
     name = base.run.name if is_named else f"compare-{base.run.name}"
-    directory = f"{base.run.dir}/{name}"
+    directory = f"{expanded(base.run.dir)}/{name}"
     rates = options.learning_rates or (base.optimizer.learning_rate,)
     configs = [
         _config(base, directory, scheme=scheme, rate=rate, seed=seed)

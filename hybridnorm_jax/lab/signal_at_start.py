@@ -29,6 +29,7 @@ from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.schemes import SCHEMES
 from hybridnorm_jax.training.layer_measures import measure_signal
 from hybridnorm_jax.training.program import check_precision
+from hybridnorm_jax.whole_files import expanded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ def run(arguments: Sequence[str]) -> list[Signal]:
     """
     began = time.perf_counter()
     options, config = _read(arguments)
-    out = Path(options.out)
+    out = Path(expanded(options.out))
     out.mkdir(parents=True, exist_ok=True)
     print(header())
     signals = []

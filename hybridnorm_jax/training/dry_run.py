@@ -1,7 +1,6 @@
 """`train.py --dry-run`: everything up to the first step, for the devices at hand, and nothing left behind."""
 
 import jax
-from etils import epath
 
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import UserError
@@ -15,6 +14,7 @@ from hybridnorm_jax.training.memory import (
     memory_of,
 )
 from hybridnorm_jax.training.program import Program
+from hybridnorm_jax.training.run_directory import run_directory
 from hybridnorm_jax.training.start_report import count_text, run_rows, table
 
 
@@ -29,7 +29,7 @@ def dry_run(config: RunConfig) -> None:
     program = Program(config)
     check_batch("train.batch_size / train.grad_accumulation", config.microbatch_size, program.mesh, program.rules)
     compiled, refusal = compile_within_memory(program.lower_train_step())
-    directory = epath.Path(config.run.dir) / config.run.name
+    directory = run_directory(config)
     source = f"not read: {config.data.source} {', '.join(config.data.files)}".rstrip()
     rows = run_rows(
         config, program, f"{directory}: dry run of {count_text(config.train.steps, 'step')}, nothing is written", source

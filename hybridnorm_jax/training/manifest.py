@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from hybridnorm_jax.whole_files import is_local, write_whole
+from hybridnorm_jax.whole_files import is_local, size_of, write_whole
 
 FOLDER = "manifest"
 PART = re.compile(r"(\d+)-of-(\d+)\.json")
@@ -251,7 +251,7 @@ def _difference(directory: epath.Path, name: str, expected: dict[str, Any]) -> s
     try:
         if is_local(directory) and not os.path.isfile(directory / name):
             return f"{name}: is no file"  # a pipe may never end, or never begin
-        size = (directory / name).stat().length
+        size = size_of(directory / name)
         if size != expected["bytes"]:
             kind = "truncated" if size < expected["bytes"] else "damaged"
             return f"{name}: has {size:,} bytes, but {expected['bytes']:,} in the manifest: {kind}"

@@ -24,7 +24,7 @@ from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.leaf_kinds import first_difference
 from hybridnorm_jax.training.run_identity import check_same_plugins, check_same_run, keep_sources
 from hybridnorm_jax.training.step_directories import absolute, check_place, find_checkpoint
-from hybridnorm_jax.whole_files import is_local, write_whole
+from hybridnorm_jax.whole_files import expanded, is_local, write_whole
 
 TOKENIZER = "tokenizer.json"
 
@@ -36,7 +36,7 @@ def run_directory(config: RunConfig) -> epath.Path:
       CheckpointError: no checkpoints can be there (step_directories.check_place).
       MissingExtraError: it is a bucket and cannot be reached.
     """
-    directory = epath.Path(config.run.dir) / config.run.name
+    directory = epath.Path(expanded(config.run.dir)) / config.run.name
     check_place(absolute(directory))
     try:
         directory.exists()
@@ -210,7 +210,7 @@ def save_run(path: str, config: RunConfig, params: Any, *, step: int = 0, tokeni
     """
     if not isinstance(config, RunConfig):
         raise UserError(f"config: is a {type(config).__name__}; give hn.RunConfig(model=...)")
-    path = os.path.expanduser(path)  # as load_run does
+    path = expanded(path)  # as load_run does
     check_free(path)
     _check_params(params, config.model)
     if step < 0:

@@ -19,6 +19,7 @@ from hybridnorm_jax.data.identity import FileIdentity, file_identity
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.training.checkpoints import Checkpoints
+from hybridnorm_jax.whole_files import expanded, size_of
 
 # The keys that say with what a run began, which its first checkpoint holds from then on.
 ORIGIN = ("init_from", "init_optimizer")
@@ -123,7 +124,7 @@ def data_files(data: DataSection, trained_on: Sequence[FileIdentity]) -> list[di
     """The identities of the files that a run trains on, in order, and of its tokenizer, as JSON has them."""
     files = list(trained_on)
     if data.tokenizer != "bytes":
-        files.append(file_identity(epath.Path(data.tokenizer).expanduser(), name="data.tokenizer"))
+        files.append(file_identity(epath.Path(expanded(data.tokenizer)), name="data.tokenizer"))
     return [dataclasses.asdict(file) for file in files]
 
 
@@ -188,4 +189,4 @@ def _has_results(directory: epath.Path) -> bool:
     """Whether there is something in a run's directory that another run would overwrite or be taken for."""
     if any((directory / name).exists() for name in ("result.json", "checkpoints")):
         return True
-    return any(path.name.startswith("metrics") and path.stat().length for path in directory.iterdir())
+    return any(path.name.startswith("metrics") and size_of(path) for path in directory.iterdir())

@@ -16,6 +16,7 @@ from etils import epath
 
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.training import manifest
+from hybridnorm_jax.whole_files import expanded
 
 # Written last by Orbax, before the rename on a file system and instead of it on an object store.
 COMMITTED = "commit_success.txt"
@@ -58,7 +59,7 @@ def find_checkpoint(path: epath.PathLike) -> tuple[epath.Path, int | None]:
 
 def absolute(path: epath.PathLike) -> epath.Path:
     """What Orbax wants. resolve() and absolute() of etils would put the working directory before gs://."""
-    path = epath.Path(path).expanduser()
+    path = epath.Path(expanded(path))
     return path if path.is_absolute() else path.resolve()
 
 
