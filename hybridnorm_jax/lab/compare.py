@@ -1,5 +1,6 @@
 """Train every combination of scheme, learning rate and seed on the same data, in one directory."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -9,7 +10,7 @@ import platform
 import re
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.run_config import LARGEST_RATE, LARGEST_SEED, SMALLEST, RunConfig
 from hybridnorm_jax.config.yaml_files import from_yaml, take
 from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
-from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.evaluation.perplexity import Score
 from hybridnorm_jax.lab.divergence import rising_since
 from hybridnorm_jax.lab.labels import measured_otherwise
@@ -155,13 +156,28 @@ def compare(asked: Comparison, only: int | None = None) -> list[dict[str, Any]]:
     if asked.configs[0].init_from is not None:
         find_checkpoint(asked.configs[0].init_from)
     data = read_data(asked.configs[0])
-    _write(file, _described(asked, file))
     results = []
-    for number, config in enumerate(asked.configs):
-        if only is None or number == only:
-            say(f"\n== {number + 1} of {count}: {config.run.name}")
-            results.append(_result(asked, number, config, data))
+    with _gone_if_nothing_follows(file):
+        _write(file, _described(asked, file))
+        for number, config in enumerate(asked.configs):
+            if only is None or number == only:
+                say(f"\n== {number + 1} of {count}: {config.run.name}")
+                results.append(_result(asked, number, config, data))
     return results
+
+
+@contextlib.contextmanager
+def _gone_if_nothing_follows(file: epath.Path) -> Iterator[None]:
+    """Remove the file of a comparison that is new, and whose first run was refused before it wrote anything."""
+    is_new = not file.exists()
+    try:
+        yield
+    except UserError:
+        if is_new and jax.process_index() == 0 and list(file.parent.iterdir()) == [file]:
+            file.unlink()
+            with contextlib.suppress(OSError):
+                file.parent.rmdir()
+        raise
 
 
 def _result(asked: Comparison, number: int, config: RunConfig, data: RunData) -> dict[str, Any]:

@@ -6,8 +6,11 @@ does not: where one of them fails or hangs, the run goes on without it.
 
 import dataclasses
 import math
+import os
 import secrets
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from hybridnorm_jax.errors import MissingExtraError, UserError, first_line
+from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.training.courier import Courier
 from hybridnorm_jax.training.metrics_file import NAME, MetricsFile
 from hybridnorm_jax.training.tensorboard_events import EventFile
@@ -22,6 +26,9 @@ from hybridnorm_jax.whole_files import is_local
 
 # A network file system may take minutes until another server has taken over.
 RECORD_SECONDS, COPY_SECONDS = 600.0, 120.0
+# Weights & Biases may take so long to answer when a run begins.
+WANDB_SECONDS = 60
+REASON_CHARACTERS = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +199,7 @@ def _single_values(values: dict[str, Any]) -> dict[str, float | None]:
 
 def _start_wandb(run_dir: epath.Path, resume_step: int | None, shown: WandbRun) -> Any:
     """A Weights & Biases run with "step" on its axes; the id kept in <run>/wandb_id ties it to this run directory."""
+    os.environ.setdefault("WANDB_SILENT", "true")  # it would write dozens of lines between ours
     try:
         import wandb
     except ImportError as error:
@@ -199,6 +207,7 @@ def _start_wandb(run_dir: epath.Path, resume_step: int | None, shown: WandbRun) 
     id_file = run_dir / "wandb_id"
     is_known = resume_step is not None and id_file.exists()
     name = id_file.read_text() if is_known else secrets.token_hex(4)
+    had_files = (run_dir / "wandb").exists()
     try:
         run = wandb.init(
             project=shown.project,
@@ -207,13 +216,19 @@ def _start_wandb(run_dir: epath.Path, resume_step: int | None, shown: WandbRun) 
             resume="allow",
             dir=str(run_dir) if is_local(run_dir) else None,
             config=shown.config,
+            settings=wandb.Settings(init_timeout=WANDB_SECONDS),
         )
         # wandb's own step must grow, and falls back on resuming; ours is an axis like any other.
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
     except Exception as error:
+        if not had_files and is_local(run_dir):
+            shutil.rmtree(run_dir / "wandb", ignore_errors=True)
         right = "log in with `wandb login` or WANDB_API_KEY, or set WANDB_MODE=offline"
-        raise UserError(f"run.wandb=true: Weights & Biases cannot be started ({_reason(error)}); {right}") from error
+        reason = textwrap.shorten(str(error), REASON_CHARACTERS, placeholder=" ...") or type(error).__name__
+        raise UserError(f"run.wandb=true: Weights & Biases cannot be started ({reason}); {right}") from error
+    if not run.offline:
+        say(f"Weights & Biases: {run.url}")
     if not is_known:
         try:
             id_file.write_text(name)

@@ -143,6 +143,12 @@ def test_a_result_of_another_configuration_is_refused_and_left(arguments, traine
     assert "result.json: status: must be" in capsys.readouterr().err
 
 
+def test_a_comparison_whose_first_run_is_refused_leaves_nothing(arguments, tmp_path, capsys):
+    assert main(["lab", "compare", *arguments, "train.watch_every=1", "train.watch_sequences=100"]) == 2
+    assert "train.watch_sequences=100: must be at most" in capsys.readouterr().err
+    assert not (tmp_path / "lab").exists()
+
+
 @pytest.mark.parametrize(("name", "key"), [("tokens", "data.files"), ("held", "data.validation.held")])
 def test_a_result_on_other_data_is_no_result_of_these(name, key, arguments, tmp_path, capsys):
     one = [*_without(arguments, "schemes", "seeds"), "schemes=[pre]", "seeds=[0]"]

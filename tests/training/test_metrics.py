@@ -304,13 +304,15 @@ def start_wandb(monkeypatch, **methods):
     """A stand-in for wandb, whose run has these methods; returns what init is called with."""
     started = []
     run = {"log": lambda values: None, "finish": lambda: None, "define_metric": lambda *args, **keys: None} | methods
+    run |= {"url": "https://wandb.example/run", "offline": False}
     fake = types.ModuleType("wandb")
+    fake.Settings = dict
     fake.init = lambda **keys: started.append(keys) or types.SimpleNamespace(**run)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     return started
 
 
-def test_wandb_gets_the_step_and_goes_on_in_the_same_run(tmp_path, monkeypatch):
+def test_wandb_gets_the_step_and_goes_on_in_the_same_run(tmp_path, monkeypatch, capsys):
     logged = []
     started = start_wandb(monkeypatch, log=logged.append)
     for resume_step in (None, 5, None):
@@ -322,15 +324,18 @@ def test_wandb_gets_the_step_and_goes_on_in_the_same_run(tmp_path, monkeypatch):
     assert first == resumed != anew
     assert started[0]["project"] == "project"
     assert started[0]["config"] == {"train": {"steps": 3}}
+    assert started[0]["settings"] == {"init_timeout": 60}
+    assert capsys.readouterr().out == 3 * "Weights & Biases: https://wandb.example/run\n"
 
 
 def test_wandb_without_a_key_ends_in_one_line_and_writes_nothing(tmp_path, monkeypatch):
     def refuse(**keys):
-        raise RuntimeError("No API key configured.\nmore")
+        (tmp_path / "wandb/run-1").mkdir(parents=True)
+        raise RuntimeError("1 validation error for Settings\nmode\n  Input should be 'online' or 'offline'")
 
     start_wandb(monkeypatch)
     monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
-    with pytest.raises(UserError, match=r"^run\.wandb=true: .*\(No API key configured\.\); log in with `wandb login`"):
+    with pytest.raises(UserError, match=r"^run\.wandb=true: .* mode Input should be 'online' or 'offline'\); log in"):
         open_writer(tmp_path, wandb=True)
     assert list(tmp_path.iterdir()) == []
 
