@@ -119,11 +119,13 @@ SHAPES = {
 }
 
 
-def one_pass_layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, *, eps: float = 1e-5) -> jax.Array:
+def one_pass_layer_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, *, eps: float = 1e-5, axis: norms.Axes = -1
+) -> jax.Array:
     """norms.layer_norm with the variance as mean(x^2) - mean(x)^2, which cancels where the mean is large."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean = wide.mean(-1, keepdims=True)
-    mean_square = jnp.square(wide).mean(-1, keepdims=True)
+    mean = wide.mean(axis, keepdims=True)
+    mean_square = jnp.square(wide).mean(axis, keepdims=True)
     factor = jax.lax.rsqrt(jnp.maximum(mean_square - jnp.square(mean), 0) + eps)
     return ((wide - mean) * (factor * scale.astype(wide.dtype)) + bias.astype(wide.dtype)).astype(x.dtype)
 

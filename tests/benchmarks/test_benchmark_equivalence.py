@@ -1,5 +1,7 @@
 """benchmarks/equivalence.py from start to JSON, with models so small that their times mean nothing."""
 
+import importlib
+import inspect
 import json
 import math
 import os
@@ -7,7 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+import hybridnorm_jax as hn
 
 REPOSITORY = Path(__file__).parents[2]
 FORMS = {
@@ -40,6 +47,17 @@ def _check(contest):
         assert 0 < lower <= form["ratio"] <= upper < math.inf
         assert 0 < form["seconds"] < math.inf
     assert contest["forms"]["pre_ln"]["ratio"] == 1
+
+
+def test_the_one_pass_norm_can_take_the_place_of_ours(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    one_pass = importlib.import_module("norm_forms").one_pass_layer_norm
+    ours, theirs = (set(inspect.signature(function).parameters) for function in (hn.layer_norm, one_pass))
+    assert ours == theirs
+    x = jax.random.normal(jax.random.key(0), (2, 3, 8))
+    for axis in (-1, (2,), (1, 2)):
+        arguments = {"scale": jnp.full(8, 2.0), "bias": jnp.ones(8), "eps": 1e-5, "axis": axis}
+        np.testing.assert_allclose(one_pass(x, **arguments), hn.layer_norm(x, **arguments), atol=1e-5)
 
 
 @pytest.mark.slow
