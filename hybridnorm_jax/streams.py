@@ -54,7 +54,7 @@ class SturdyStream:
         other = sys.stderr if self._name == "stdout" else sys.stdout
         if other is not None:
             with contextlib.suppress(OSError, ValueError):
-                print(f"{NAMES[self._name]}: {reason}; the run goes on without it", file=other, flush=True)
+                print(f"{NAMES[self._name]}: {reason}; the command goes on without it", file=other, flush=True)
 
 
 def drop_output(stream: TextIO) -> None:

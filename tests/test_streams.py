@@ -22,7 +22,7 @@ def test_output_whose_reader_has_gone_is_said_once_and_stops_nothing(monkeypatch
         for number in range(3):
             print(number, flush=True)
     sys.stdout.close()  # what was left in its buffer is dropped and no error
-    assert capsys.readouterr().err == "standard output: Broken pipe; the run goes on without it\n"
+    assert capsys.readouterr().err == "standard output: Broken pipe; the command goes on without it\n"
 
 
 def test_output_on_a_full_disk_is_said_once_and_stops_nothing(monkeypatch, capsys):
@@ -31,7 +31,7 @@ def test_output_on_a_full_disk_is_said_once_and_stops_nothing(monkeypatch, capsy
         with sturdy_streams():
             print("x" * 100_000)
             print("more", flush=True)
-    assert capsys.readouterr().err == "standard output: No space left on device; the run goes on without it\n"
+    assert capsys.readouterr().err == "standard output: No space left on device; the command goes on without it\n"
 
 
 def test_what_an_encoding_lacks_is_written_as_an_escape(monkeypatch):
@@ -69,7 +69,7 @@ def test_a_path_below_no_home_directory_ends_in_one_line(capsys):
 def test_bytes_that_are_no_text_are_refused(capsys):
     assert main(["train", "run.name=gr\udcf6\udcdfe"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: run.name=gr\\udcf6\\udcdfe: not text in this environment's encoding, utf-8")
+    assert line.startswith("error: run.name=gr\\udcf6\\udcdfe: not UTF-8 text; rename what it names")
 
 
 @pytest.mark.parametrize(

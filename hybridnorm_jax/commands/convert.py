@@ -13,6 +13,7 @@ from hybridnorm_jax.config.run_config import DataSection, RunConfig, TrainSectio
 from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.interop.checkpoint_files import PICKLE, PICKLES, find_file, foreign_weights
 from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.streams import sturdy_streams
 from hybridnorm_jax.whole_files import is_local
 
 SEQUENCES, LONGEST = 2, 128
@@ -40,7 +41,9 @@ class NotEqualError(UserError):
 def run(arguments: Sequence[str]) -> None:
     """`hybridnorm convert CHECKPOINT_DIR OUT_DIR --form FORM [OPTION ...]`."""
     check_syntax("convert", arguments)
-    convert(_parser().parse_args(arguments))
+    options = _parser().parse_args(arguments)
+    with sturdy_streams():  # nobody need read what is said for OUT_DIR to be written
+        convert(options)
 
 
 def _parser() -> ArgumentParser:

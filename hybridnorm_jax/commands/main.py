@@ -102,6 +102,8 @@ def _is_text(argument: str) -> bool:
 def _refuse_bytes(argument: str) -> int:
     shown = argument.encode("ascii", "backslashreplace").decode()
     encoding = sys.getfilesystemencoding()
+    if encoding.lower().replace("_", "-") == "utf-8":
+        raise UserError(f"{shown}: not UTF-8 text; rename what it names, or write it in UTF-8")
     raise UserError(f"{shown}: not text in this environment's encoding, {encoding}; PYTHONUTF8=1 makes it UTF-8")
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from hybridnorm_jax.config.key_lookup import flatten
+from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.run_config import OptimizerSection, RunConfig
 
 # Keys that may change between two stretches of one run: they decide where it runs and what is reported, not
@@ -39,6 +40,8 @@ SAME_MEANING = {
     "model.param_dtype",
 }
 STEPS = "train.steps"
+# Where the data are. A checkpoint holds the identities of the files, which are compared instead (run_identity.py).
+PLACES_OF_DATA = ("data.files", "data.tokenizer")
 
 
 def decides_trajectory(path: str) -> bool:
@@ -53,7 +56,12 @@ def differences(saved: RunConfig, asked: RunConfig) -> list[str]:
 
     Keys that may change when a run is resumed (where it runs, what it reports and saves) are left out.
     """
-    return [line for path, line in _differing(saved, asked).items() if decides_trajectory(path)]
+    return list(differences_by_key(saved, asked).values())
+
+
+def differences_by_key(saved: RunConfig, asked: RunConfig) -> dict[str, str]:
+    """`differences`, each under its key."""
+    return {path: line for path, line in _differing(saved, asked).items() if decides_trajectory(path)}
 
 
 def parameter_differences(saved: RunConfig, asked: RunConfig) -> list[str]:
@@ -66,8 +74,12 @@ def parameter_differences(saved: RunConfig, asked: RunConfig) -> list[str]:
 
 
 def resume_differences(saved: RunConfig, asked: RunConfig, step: int) -> list[str]:
-    """`differences`, but train.steps may be another where no step of the first `step` had another learning rate."""
-    differing = {path: line for path, line in _differing(saved, asked).items() if decides_trajectory(path)}
+    """`differences`, but the data may have moved, and train.steps may be another where no step of the first `step` had
+    another learning rate.
+    """
+    differing = differences_by_key(saved, asked)
+    for path in PLACES_OF_DATA:
+        differing.pop(path, None)
     if STEPS in differing:
         obstacle = _obstacle_of_steps(saved, asked, step)
         differing[STEPS] = "" if obstacle is None else f"{differing[STEPS]}, but {obstacle}"
@@ -99,7 +111,9 @@ def _differing(saved: RunConfig, asked: RunConfig) -> dict[str, str]:
     """Every key with another value -> what is said of it."""
     pairs = zip(flatten(dataclasses.asdict(saved)), flatten(dataclasses.asdict(asked)), strict=True)
     return {
-        path: f"{path}: saved {before!r}, asked {after!r}" for (path, before), (_, after) in pairs if before != after
+        path: f"{path}: saved {show(before)}, asked {show(after)}"
+        for (path, before), (_, after) in pairs
+        if before != after
     }
 
 

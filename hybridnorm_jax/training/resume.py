@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hybridnorm_jax.config.resume_keys import differences, parameter_differences
+from hybridnorm_jax.config.resume_keys import PLACES_OF_DATA, differences_by_key, parameter_differences
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.data import Data, train_iterator
@@ -75,6 +75,8 @@ def _go_on(
     """
     state, data_state = restore(program, checkpoints, step)
     files = data_files(config.data, data.files)
+    if "files" not in data_state:
+        _check_same_places(config, saved_config(checkpoints, step), where=where)
     _check_same_data(data, data_state, files, where=where)
     iterator = _iterator(config, program, data)
     iterator.set_state(data_state["iterator"])
@@ -118,6 +120,14 @@ def _check_same_data(data: Data, saved: Mapping[str, Any], files: list[dict[str,
         raise ConfigError(f"data: {now:,} tokens to train on, but {before:,} when {where} was saved; {right}")
 
 
+def _check_same_places(config: RunConfig, saved: RunConfig, *, where: str) -> None:
+    """Raise ConfigError where data that nothing else identifies are not at their old places."""
+    for key, line in differences_by_key(saved, config).items():
+        if key in PLACES_OF_DATA:
+            wrong = f"{line}, and {where} holds no digests of data that would say whether they are the same"
+            raise ConfigError(f"{wrong}; name the data as they were")
+
+
 class _Source(NamedTuple):
     """The checkpoint that init_from names, and the configuration that it was trained with."""
 
@@ -153,7 +163,8 @@ def _check_branch(source: _Source, config: RunConfig) -> None:
     if step >= config.train.steps:
         wrong = f"{config.init_from} has made {step} steps already"
         raise ConfigError(f"train.steps={config.train.steps}: {wrong}; ask for more with init_optimizer=true")
-    fixed = [line for line in differences(saved, config) if line.startswith(SAME_IN_A_BRANCH)]
+    differing = differences_by_key(saved, config)
+    fixed = [line for key, line in differing.items() if key.startswith(SAME_IN_A_BRANCH) and key not in PLACES_OF_DATA]
     if _data_seed(saved) != _data_seed(config):
         fixed.append(f"train.data_seed: saved {_data_seed(saved)}, asked {_data_seed(config)}")
     if (saved.optimizer.clip is None) != (config.optimizer.clip is None):

@@ -3,6 +3,8 @@
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -83,6 +85,15 @@ def test_a_run_and_its_conversion_score_the_same(trained, capsys, tmp_path):
     capsys.readouterr()
     assert main(["train", config]) == 2
     assert "start a new run from it: init_from=" in capsys.readouterr().err
+
+
+def test_nobody_need_read_what_is_said(tmp_path):
+    """As of `hybridnorm convert ... | head`: what was asked for is the directory."""
+    words = ["convert", str(GOLDENS / "hf_llama"), str(tmp_path / "out"), "--form", "pre_rmsnorm"]
+    command = shlex.join([sys.executable, "-m", "hybridnorm_jax", *words])
+    done = subprocess.run(f"{command} | true; exit ${{PIPESTATUS[0]}}", shell=True, executable="/bin/bash", check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "out/config.yaml").exists()
 
 
 def test_float64_parameters(tmp_path, capsys):

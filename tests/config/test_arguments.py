@@ -241,7 +241,7 @@ def test_differences_name_what_decides_the_trajectory():
     saved = parse([])
     assert differences(saved, saved) == []
     assert differences(parse(["model.scheme=hybrid"]), parse(["model.scheme=span", "train.seed=1"])) == [
-        "model.scheme: saved 'hybrid', asked 'span'",
+        "model.scheme: saved hybrid, asked span",
         "train.seed: saved 0, asked 1",
     ]
     free = "run.dir=x mesh.fsdp=2 checkpoint.every=7 eval.batches=1 train.log_every=1 train.profile=true "

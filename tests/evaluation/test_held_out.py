@@ -72,7 +72,7 @@ def test_only_the_runs_own_share_is_held_out():
     for fraction in (0.05, 0.5):
         with pytest.raises(ConfigError, match=r"^data\.validation_fraction: saved 0\.1, asked 0"):
             check_share(saved, dataclasses.replace(saved, validation_fraction=fraction))
-    files_changed = ["data.files: saved ('a.txt',), asked ('b.txt',)"]
+    files_changed = ["data.files: saved [a.txt], asked [b.txt]"]
     check_same_data(saved, [], is_same_data=False)
     check_same_data(saved, files_changed, is_same_data=True)  # moved
     check_same_data(nothing, files_changed, is_same_data=False)

@@ -42,7 +42,7 @@ def test_a_hundred_kills(tmp_path):
     harness = Harness(tmp_path, random.Random(8))
     harness.prepare()
     kills = 0
-    for run in range(50):
+    for run in range(100):  # some signals come after the end of their run
         signals = harness.random.choices([signal.SIGKILL, signal.SIGTERM], k=4)
         kills += harness.disturb(f"run{run}", signals, list(MOMENTS))
         if kills >= 100:

@@ -137,3 +137,38 @@ def test_exchanged_shards_of_one_size_are_not_the_data_of_before(config, tmp_pat
     first.write_bytes(content[0])
     second.write_bytes(content[1])
     loop.train(config)
+
+
+def test_data_that_have_moved_are_the_same_data_and_others_are_not(config, tmp_path):
+    loop.train(_with(config, steps=2))
+    (tmp_path / "moved").mkdir()
+    for number in range(2):
+        (tmp_path / f"shard_{number}.npy").rename(tmp_path / f"moved/shard_{number}.npy")
+    moved = dataclasses.replace(config.data, files=(str(tmp_path / "moved/shard_*.npy"),))
+    loop.train(_with(config, data=moved))
+    # A branch starts from data that have moved, too.
+    loop.train(
+        _with(config, name="branch", steps=6, init_from=f"{config.run.dir}/trunk@2", init_optimizer=True, data=moved)
+    )
+    one = dataclasses.replace(moved, files=(str(tmp_path / "moved/shard_0.npy"),))
+    with pytest.raises(ConfigError, match=r"data\.files: there is no shard_1\.npy now, which was read when step 4 was"):
+        loop.train(_with(config, steps=8, data=one))
+
+
+def test_data_without_digests_are_known_by_their_place(config, tmp_path, monkeypatch):
+    """As a version wrote checkpoints that kept no identities of data."""
+    save = Checkpoints.save
+
+    def without_files(self, step, state, *, data_state, **keywords):
+        data_state = {name: value for name, value in data_state.items() if name != "files"}
+        return save(self, step, state, data_state=data_state, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", without_files)
+        loop.train(_with(config, steps=2))
+    (tmp_path / "moved").mkdir()
+    for number in range(2):
+        (tmp_path / f"shard_{number}.npy").rename(tmp_path / f"moved/shard_{number}.npy")
+    moved = dataclasses.replace(config.data, files=(str(tmp_path / "moved/shard_*.npy"),))
+    with pytest.raises(ConfigError, match=r"data\.files: saved \[.*\], asked \[.*moved.*holds no digests of data"):
+        loop.train(_with(config, data=moved))
