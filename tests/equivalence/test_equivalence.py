@@ -14,7 +14,7 @@ from hybridnorm_jax.equivalence.comparison import compare_forms
 from hybridnorm_jax.equivalence.decoder_params import assert_decoder_params
 from hybridnorm_jax.equivalence.invariants import InvariantError, assert_measured, tolerances
 from hybridnorm_jax.equivalence.measurements import centring_defects
-from hybridnorm_jax.model.norms import zero_mean_defect
+from hybridnorm_jax.model.norms import padding_defect, zero_mean_defect
 
 GPT2_LIKE = {
     "scheme": "pre",
@@ -213,7 +213,7 @@ def test_nan_is_a_violation_of_the_block_it_is_in():
 def test_nan_is_measured_as_nan_everywhere(small_config, random_params, tokens):
     config, params = _model(small_config, random_params, {"scheme": "pre"}, "float32")
     assert np.isnan(zero_mean_defect(jnp.array([np.nan, 1.0, 2.0])))
-    assert np.isnan(zero_mean_defect(jnp.array([1.0, 2.0, np.nan]), 3))
+    assert np.isnan(padding_defect(jnp.array([1.0, 2.0, np.nan]), 3))
     params["run_0"]["attention"]["out"]["kernel"][1, 0, 0, 0] = np.nan
     measured = compare_forms(config, params, tokens)
     with pytest.raises(InvariantError, match=r"step 1: run_0/attention/out/kernel is not centred: .* is nan"):
