@@ -69,8 +69,8 @@ MODEL = (
     Fault(
         name="crmsnorm_divides_by_the_stored_width",
         file="model/norms.py",
-        right="width = x.shape[-1] + 1 if width is None else width",
-        wrong="width = x.shape[-1] if width is None else width",
+        right="width = stored + 1 if width is None else width",
+        wrong="width = stored if width is None else width",
         tests=("model/test_norms.py",),
     ),
     Fault(
