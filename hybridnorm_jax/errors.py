@@ -46,6 +46,14 @@ class UserError(ValueError):
             line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
         super().__init__(line)
 
+    @property
+    def may_be_of_this_host_alone(self) -> bool:
+        """Whether other hosts of the run may not have it: a file, a package or the system has caused it.
+
+        Code that turns such an error into a UserError says `raise UserError(...) from error`.
+        """
+        return self.__cause__ is not None
+
 
 class ConfigError(UserError):
     """A configuration that cannot be."""

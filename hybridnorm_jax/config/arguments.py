@@ -75,26 +75,35 @@ def is_of_a_run(file: Path) -> bool:
 def sort(arguments: Sequence[str]) -> Arguments:
     """Tell files and overrides apart; data files become an override.
 
-    The name of a run holds `=`, and so may the path of its config.yaml.
-
     Raises:
       ConfigError: no such configuration; data files beside data.files=...
     """
     files, overrides, data_files = [], [], []
     for argument in arguments:
-        is_yaml = argument.endswith(named_configurations.SUFFIXES) and not re.match(r"[\w.]+=", argument)
-        if "=" not in argument and source_of(argument) is not None:
-            data_files.append(argument)
-        elif is_yaml or "=" not in argument:
-            files.append(named_configurations.find(argument))
-        else:
+        if is_override(argument):
             overrides.append(argument)
+        elif "=" not in argument and source_of(argument) is not None:
+            data_files.append(argument)
+        else:
+            files.append(named_configurations.find(argument))
     if data_files:
         twice = next((override for override in overrides if override.startswith("data.files=")), None)
         if twice is not None:
             raise ConfigError(f"{data_files[0]}: a data file beside {twice}; name all of them in one place")
         overrides.append(f"data.files={json.dumps(data_files, ensure_ascii=False)}")
     return Arguments(files, overrides)
+
+
+def is_override(argument: str) -> bool:
+    """Whether an argument is key=value, and not a file: the path of a YAML file may hold `=`, since names of runs do.
+
+    `init_from=runs/trunk/config.yaml` is an override: a key stands before its `=`.
+    `runs/lab-steps=100/config.yaml` is a file: `runs/lab-steps` is no key.
+    """
+    if "=" not in argument:
+        return False
+    could_be_key = re.fullmatch(r"[\w.]+", argument.partition("=")[0]) is not None
+    return could_be_key or not argument.endswith(named_configurations.SUFFIXES)
 
 
 def _choose_source(settings: dict[str, Any], overrides: Sequence[str]) -> None:

@@ -1,16 +1,15 @@
 """The three forms of one model, computed side by side."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from hybridnorm_jax.equivalence.decoder_forms import conversion_of
-from hybridnorm_jax.equivalence.expert_choices import RoutingDifference, compare_routing
-from hybridnorm_jax.equivalence.forward_pass import forward
+from hybridnorm_jax.equivalence.expert_choices import compare_routing
+from hybridnorm_jax.equivalence.forward_pass import ForwardPass, forward
 from hybridnorm_jax.equivalence.measurements import (
     Measured,
     centring_defects,
@@ -28,7 +27,8 @@ def compare_forms(
     """Convert Pre-LN parameters to both forms, run all three in float32 at least, and measure every invariant.
 
     In a mixture of experts a different choice of experts reaches later positions. Of these nothing but `stream`,
-    `padding` and `ties` is measured; see expert_choices.py.
+    `padding` and `ties` is measured; see expert_choices.py. Of `routers`, `ties` and `left_out` the result has the
+    largest of the three pairs of forms.
 
     Args:
       config: of the Pre-LN model.
@@ -38,13 +38,7 @@ def compare_forms(
       inputs: further arguments of the Decoder, such as segment_ids.
 
     Returns:
-      leaves: path -> see centring_defects.
-      stream: zero_mean_defect of the Pre-RMSNorm form's stream, (layers + 1,).
-      stored, last, norm, padding: see stream_defects, (layers + 1,).
-      logits: form -> largest difference from the Pre-LN logits over their largest value.
-      routers, ties: of a mixture of experts, see RoutingDifference, the largest of the three pairs of forms, (layers,).
-      left_out: of a mixture of experts, the share of positions that were left out, of the pair with the largest,
-        (layers + 1,). No limit belongs to it: a single tie at the first token leaves out its sequence.
+      All but `trained`; `padding`, and what is measured of experts, where the model has them.
     """
     wide = _in_wide_dtype(config)
     to_full = conversion_of(wide, "pre_rmsnorm")
@@ -54,52 +48,69 @@ def compare_forms(
     full = forward(to_full.config, centred, tokens, **inputs)
     stored = forward(to_stored.config, to_stored.convert(params), tokens, **inputs)
 
-    pairs: dict[str, RoutingDifference] = {}
-    if original.routing is not None:
-        segment_ids = inputs.get("segment_ids")
-        pairs = {
-            "pre_rmsnorm": compare_routing(full.routing, original.routing, segment_ids),
-            "pre_crmsnorm": compare_routing(stored.routing, original.routing, segment_ids),
-            "streams": compare_routing(stored.routing, full.routing, segment_ids),
-        }
-    left_out = {name: pair.left_out for name, pair in pairs.items()}
-    return {
-        "leaves": centring_defects(centred, to_full.layout, before=params),
-        "stream": jax.vmap(zero_mean_defect)(full.stream),
-        **stream_defects(full.stream, stored.stream, config.norm_eps, left_out.get("streams")),
-        "logits": {
-            form: relative_difference(converted.logits, original.logits, left_out[form][-1] if pairs else None)
-            for form, converted in (("pre_rmsnorm", full), ("pre_crmsnorm", stored))
+    choices = _compare_choices(original, full, stored, inputs.get("segment_ids"))
+    streams = stream_defects(full.stream, stored.stream, config.norm_eps, choices.streams_left_out)
+    return Measured(
+        leaves=centring_defects(centred, to_full.layout, before=params),
+        stream=jax.vmap(zero_mean_defect)(full.stream),
+        stored=streams.stored,
+        last=streams.last,
+        norm=streams.norm,
+        padding=streams.padding,
+        logits={
+            "pre_rmsnorm": relative_difference(full.logits, original.logits, choices.full_left_out),
+            "pre_crmsnorm": relative_difference(stored.logits, original.logits, choices.stored_left_out),
         },
-        **_of_all(pairs),
-    }
+        routers=choices.routers,
+        ties=choices.ties,
+        left_out=choices.left_out,
+    )
 
 
-def _of_all(pairs: Mapping[str, RoutingDifference]) -> Measured:
-    """The largest of all pairs; nothing for a dense model."""
-    if not pairs:
-        return {}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Choices:
+    """How the three forms choose experts; all None for a dense model.
 
-    def largest(value: Callable[[RoutingDifference], Array]) -> Array:
-        return jnp.stack([value(pair) for pair in pairs.values()]).max(0)
+    Attributes:
+      full_left_out: where the logits of the Pre-RMSNorm form and the original are not compared.
+      stored_left_out: where those of the Pre-CRMSNorm form and the original are not.
+      streams_left_out: where the streams of the two forms are not.
+      routers, ties, left_out: see Measured; the largest of the three pairs.
+    """
 
-    return {
-        "routers": largest(lambda pair: pair.routers),
-        "ties": largest(lambda pair: pair.ties),
-        "left_out": largest(lambda pair: pair.left_out.mean((1, 2))),
-    }
+    full_left_out: Bool[Array, "batch seq"] | None = None
+    stored_left_out: Bool[Array, "batch seq"] | None = None
+    streams_left_out: Bool[Array, "layers_and_1 batch seq"] | None = None
+    routers: Float[Array, " layers"] | None = None
+    ties: Float[Array, " layers"] | None = None
+    left_out: Float[Array, " layers_and_1"] | None = None
+
+
+def _compare_choices(
+    original: ForwardPass, full: ForwardPass, stored: ForwardPass, segment_ids: Int[Array, "batch seq"] | None
+) -> _Choices:
+    if original.routing is None:
+        return _Choices()
+    of_full = compare_routing(full.routing, original.routing, segment_ids)
+    of_stored = compare_routing(stored.routing, original.routing, segment_ids)
+    of_streams = compare_routing(stored.routing, full.routing, segment_ids)
+    pairs = (of_full, of_stored, of_streams)
+    return _Choices(
+        full_left_out=of_full.left_out[-1],
+        stored_left_out=of_stored.left_out[-1],
+        streams_left_out=of_streams.left_out,
+        routers=jnp.stack([pair.routers for pair in pairs]).max(0),
+        ties=jnp.stack([pair.ties for pair in pairs]).max(0),
+        left_out=jnp.stack([pair.left_out.mean((1, 2)) for pair in pairs]).max(0),
+    )
 
 
 def compare_norm(config: ModelConfig, params: Any, tokens: Int[Array, "batch seq"], **inputs: Any) -> Measured:
-    """For a model with CRMSNorm: its norm against RMSNorm of the stream with its last element recovered.
-
-    Returns:
-      norm: (layers + 1,), see stream_defects.
-    """
+    """`norm` for a model with CRMSNorm: its norm against RMSNorm of the stream with its last element recovered."""
     stored = forward(_in_wide_dtype(config), params, tokens, **inputs).stream
     kept = stored if config.norm_width is None else stored[..., : config.norm_width - 1]
     full = jnp.concatenate([kept, -kept.sum(-1, keepdims=True)], axis=-1)
-    return {"norm": stream_defects(full, stored, config.norm_eps)["norm"]}
+    return Measured(norm=stream_defects(full, stored, config.norm_eps).norm)
 
 
 def _in_wide_dtype(config: ModelConfig) -> ModelConfig:

@@ -64,8 +64,7 @@ def assert_measured(step: Any, measured: Measured, limits: Mapping[str, float]) 
 
     Args:
       step: number of the training step, for the message.
-      measured: {"leaves": {path: value}, "logits": {form: value}, "routers" and "ties": a value for each block,
-        another name: a value for the embedding and each block}; names that are none of these are not asserted.
+      measured: of which all that is there is asserted, but for `left_out`.
       limits: as `tolerances`.
 
     Raises:
@@ -103,20 +102,21 @@ _ROUTER_PHRASES = {
 
 def _assert_all(limits: dict[str, float], step: Array, measured: Measured) -> Array:
     """Leaves first: a leaf that is not centred is the cause of all that follows."""
-    for path, value in measured.get("leaves", {}).items():
+    for path, value in (measured.leaves or {}).items():
         _check(value, limits["leaves"], f"step {{step}}: {path} is not centred: {_UNIT} is {{size}}", step=step)
     for name, phrase in _PHRASES.items():
-        if name in measured:
-            values = measured[name]
+        values = getattr(measured, name)
+        if values is not None:
             worst = _worst(values)
             message = f"step {{step}}, after block {{block}} (0: the embedding): {phrase} is {{size}}"
             _check(values[worst], limits[name], message, step=step, block=worst)
     for name, phrase in _ROUTER_PHRASES.items():
-        if name in measured:
-            worst = _worst(measured[name])
+        values = getattr(measured, name)
+        if values is not None:
+            worst = _worst(values)
             message = f"step {{step}}, in block {{block}}: {phrase} {{size}}"
-            _check(measured[name][worst], limits[name], message, step=step, block=worst + 1)
-    for form, value in measured.get("logits", {}).items():
+            _check(values[worst], limits[name], message, step=step, block=worst + 1)
+    for form, value in (measured.logits or {}).items():
         _check(value, limits["logits"], f"step {{step}}: logits of {form} differ by {{size}}", step=step)
     return step
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import flax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Bool, Float
@@ -10,8 +11,39 @@ from hybridnorm_jax.equivalence.layout import ResidualLayout, resolve
 from hybridnorm_jax.kernels.precision import widened
 from hybridnorm_jax.model.norms import crms_norm, rms_norm
 
-# Name of a measurement -> its values, as invariants.assert_measured takes them.
-Measured = dict[str, Any]
+
+@flax.struct.dataclass
+class Measured:
+    """What was measured of one model and batch; None: that was not. invariants.tolerances has the limits.
+
+    "The stream" is a value after the embedding and after each block, (layers + 1,). "The routers" is a value for each
+    layer.
+
+    Attributes:
+      leaves: path -> see centring_defects.
+      trained: norms.zero_mean_defect or padding_defect of the stream of the training forward pass.
+      stream: zero_mean_defect of the Pre-RMSNorm form's stream.
+      stored: of the stream: the first width - 1 elements of the Pre-CRMSNorm form's against the full ones.
+      last: of the stream: the recovered last element, -sum(stored), against the full one.
+      norm: of the stream: CRMSNorm of the stored one against RMSNorm of the full one, absolute.
+      padding: of the stream: what lies behind the first width - 1 elements; None where nothing does.
+      logits: form -> largest difference from the Pre-LN logits over their largest value.
+      routers, ties: of the routers: see expert_choices.RoutingDifference; None for a dense model, as is left_out.
+      left_out: of the stream: the share of positions at which the forms are not compared (expert_choices.py). No limit
+        belongs to it: a single tie at the first token leaves out its sequence.
+    """
+
+    leaves: dict[str, Float[Array, ""]] | None = None
+    trained: Float[Array, " layers_and_1"] | None = None
+    stream: Float[Array, " layers_and_1"] | None = None
+    stored: Float[Array, " layers_and_1"] | None = None
+    last: Float[Array, " layers_and_1"] | None = None
+    norm: Float[Array, " layers_and_1"] | None = None
+    padding: Float[Array, " layers_and_1"] | None = None
+    logits: dict[str, Float[Array, ""]] | None = None
+    routers: Float[Array, " layers"] | None = None
+    ties: Float[Array, " layers"] | None = None
+    left_out: Float[Array, " layers_and_1"] | None = None
 
 
 def centring_defects(centred: Any, layout: ResidualLayout, before: Any | None = None) -> dict[str, Float[Array, ""]]:
@@ -43,16 +75,10 @@ def stream_defects(
     eps: float,
     left_out: Bool[Array, "layers batch seq"] | None = None,
 ) -> Measured:
-    """Per layer, how far a stored stream and its norm are from the full, zero-mean one; all relative to its rms.
+    """`stored`, `last`, `norm` and `padding` of a stored stream and the full, zero-mean one; relative to the full rms.
 
     Args:
       left_out: where the streams are not compared, see expert_choices.py; the padding is measured everywhere.
-
-    Returns:
-      stored: of the first width - 1 elements.
-      padding: of what lies behind them.
-      last: of the recovered element, -sum(stored).
-      norm: CRMSNorm of the stored stream against RMSNorm of the full one, absolute.
     """
     width = full.shape[-1]
     rms = jnp.sqrt(jnp.square(full).mean(-1, keepdims=True))
@@ -67,7 +93,7 @@ def stream_defects(
         differences = {name: jnp.where(left_out[..., None], 0, value) for name, value in differences.items()}
     if padding.shape[-1]:
         differences["padding"] = padding / rms
-    return {name: jnp.abs(value).max((1, 2, 3)) for name, value in differences.items()}
+    return Measured(**{name: jnp.abs(value).max((1, 2, 3)) for name, value in differences.items()})
 
 
 def relative_difference(

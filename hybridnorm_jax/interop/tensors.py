@@ -154,6 +154,28 @@ class _Group(NamedTuple):
     ours: str
     layer: Index
 
+    def leaves_present(self, tensor: Tensor, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Path and shape of the leaves that one of these tensors holds; empty where the model has none of them.
+
+        Args:
+          shapes: of all leaves of the model, by path.
+
+        Raises:
+          UserError: the model has only some of them.
+        """
+        paths = [self.ours + leaf for leaf in tensor.leaves]
+        present = {path: shapes[path] for path in paths if path in shapes}
+        if present and len(present) < len(paths):
+            raise UserError(f"{self.theirs}{tensor.name}: the model has only part of {', '.join(paths)}")
+        return present
+
+    def places(self, tensor: Tensor, leaves: Mapping[str, Shape], experts: int) -> Iterator[Place]:
+        """Where one of these tensors, or that of every expert, holds these leaves."""
+        for name, expert in tensor.of_experts(experts):
+            index = self.layer + expert
+            slices = [LeafSlice(path, index, shape=shape[len(index) :]) for path, shape in leaves.items()]
+            yield Place(self.theirs + name, tuple(slices), tensor.layout)
+
 
 @dataclasses.dataclass(frozen=True)
 class TensorTable:
@@ -191,22 +213,19 @@ class TensorTable:
         """
         shapes = leaf_shapes(config)
         left = set(shapes)
-        for group in self._groups(config):
-            for tensor in group.tensors:
-                paths = [group.ours + leaf for leaf in tensor.leaves]
-                present = [path in shapes for path in paths]
-                if not any(present):
-                    continue
-                if not all(present):
-                    raise UserError(f"{group.theirs}{tensor.name}: the model has only part of {', '.join(paths)}")
-                left.difference_update(paths)
-                for name, expert in tensor.of_experts(config.num_experts):
-                    index = group.layer + expert
-                    slices = [LeafSlice(path, index, shape=shapes[path][len(index) :]) for path in paths]
-                    yield Place(group.theirs + name, tuple(slices), tensor.layout)
+        for group, tensor in self._tensors(config):
+            leaves = group.leaves_present(tensor, shapes)
+            left.difference_update(leaves)
+            if leaves:
+                yield from group.places(tensor, leaves, config.num_experts)
         for path in shapes:
             if path in left:
                 raise UserError(f"{path}: this architecture has no tensor for this parameter of the model")
+
+    def _tensors(self, config: ModelConfig) -> Iterator[tuple[_Group, Tensor]]:
+        for group in self._groups(config):
+            for tensor in group.tensors:
+                yield group, tensor
 
     def _groups(self, config: ModelConfig) -> Iterator[_Group]:
         yield _Group(self.outer, theirs="", ours="", layer=())

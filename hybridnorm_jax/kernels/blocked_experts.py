@@ -4,6 +4,7 @@ A group is the rows of one expert. A block that ends past its group's end overla
 group ends and overwrites the rest.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -148,47 +149,73 @@ def _blocked_forward(
 def _blocked_backward(residuals: _Residuals, d_outputs: Rows) -> tuple[Rows, RowWeights, None, ExpertKernels]:
     rows, row_weights, sizes, kernels, gated, upped = residuals
     length = block_size(len(rows), len(sizes))
-    padded, padded_weights = pad_rows(rows, length), pad_rows(row_weights, length)
-    padded_d_outputs = pad_rows(d_outputs, length)
-
-    def visit_group(group: Group, gradients: _Gradients) -> _Gradients:
-        of_expert = kernels.of(group.expert)
-
-        def visit(block: _Block, total: _Gradients) -> _Gradients:
-            added = _block_gradients(
-                x=block.read(padded),
-                weights=block.read(padded_weights),
-                d_output=block.read(padded_d_outputs),
-                gated=block.read(gated),
-                upped=block.read(upped),
-                kernels=of_expert,
-            )
-            return _Gradients(
-                rows=block.write(total.rows, added.rows),
-                row_weights=block.write(total.row_weights, added.row_weights),
-                kernels=jax.tree.map(jnp.add, total.kernels, added.kernels),
-            )
-
-        # The sums over an expert's blocks run in float32 at least, whatever the dtype of the result.
-        nothing = jax.tree.map(lambda kernel: jnp.zeros(kernel.shape, wide_dtype(kernel.dtype)), of_expert)
-        total = _for_each_block(group, length, visit, gradients._replace(kernels=nothing))
-
-        def put(stack: Array, gradient: Array) -> Array:
-            return stack.at[group.expert].set(gradient.astype(stack.dtype))
-
-        return total._replace(kernels=jax.tree.map(put, gradients.kernels, total.kernels))
-
-    zeros = jax.tree.map(jnp.zeros_like, _Gradients(padded, padded_weights, kernels))
+    inputs = _BackwardInputs(
+        x=pad_rows(rows, length),
+        weights=pad_rows(row_weights, length),
+        d_output=pad_rows(d_outputs, length),
+        gated=gated,
+        upped=upped,
+    )
+    zeros = jax.tree.map(jnp.zeros_like, _Gradients(inputs.x, inputs.weights, kernels))
+    visit_group = functools.partial(_fill_in_group, inputs, kernels, length)
     gradients = for_each_group(sizes, visit_group, zeros)
     return gradients.rows[: len(rows)], gradients.row_weights[: len(rows)], None, gradients.kernels
 
 
-def _block_gradients(
-    *, x: Rows, weights: RowWeights, d_output: Rows, gated: Hidden, upped: Hidden, kernels: ExpertKernels
+class _BackwardInputs(NamedTuple):
+    """What the gradients are made of: the arrays of all rows, padded by one block, or those of one block."""
+
+    x: Rows
+    weights: RowWeights
+    d_output: Rows
+    gated: Hidden
+    upped: Hidden
+
+
+def _fill_in_group(
+    inputs: _BackwardInputs, kernels: ExpertKernels, length: int, group: Group, gradients: _Gradients
 ) -> _Gradients:
-    """The gradients of one block of one expert, in float32 at least."""
+    """`gradients` with those of one group's rows, and of its expert's kernels, filled in."""
+    of_expert = kernels.of(group.expert)
+
+    def visit(block: _Block, total: _Gradients) -> _Gradients:
+        added = _block_gradients(jax.tree.map(block.read, inputs), of_expert)
+        return _Gradients(
+            rows=block.write(total.rows, added.rows),
+            row_weights=block.write(total.row_weights, added.row_weights),
+            kernels=jax.tree.map(jnp.add, total.kernels, added.kernels),
+        )
+
+    # The sums over an expert's blocks run in float32 at least, whatever the dtype of the result.
+    nothing = jax.tree.map(lambda kernel: jnp.zeros(kernel.shape, wide_dtype(kernel.dtype)), of_expert)
+    total = _for_each_block(group, length, visit, gradients._replace(kernels=nothing))
+
+    def put(stack: Array, gradient: Array) -> Array:
+        return stack.at[group.expert].set(gradient.astype(stack.dtype))
+
+    return total._replace(kernels=jax.tree.map(put, gradients.kernels, total.kernels))
+
+
+def _block_gradients(inputs: _BackwardInputs, kernels: ExpertKernels) -> _Gradients:
+    """The gradients of one block of one expert, in float32 at least.
+
+    The forward pass of a block is, with the expert's kernels G (gate), U (up), D (down) and w the rows' weights,
+
+        g = x G,    u = x U,    h = silu(g) u,    y = w h D.
+
+    Given dy, with dh = w (dy D^T), du = dh silu(g) and dg = dh u silu'(g), the five gradients are
+
+        dx = dg G^T + du U^T
+        dw = the sum of (dy D^T) h over the hidden channels, row by row
+        dG = x^T dg
+        dU = x^T du
+        dD = (w h)^T dy
+
+    where silu(g) = g s and silu'(g) = s (1 + g (1 - s)), s = sigmoid(g).
+    """
+    x, d_output = inputs.x, inputs.d_output
     wide, dtype = wide_dtype(x.dtype), x.dtype
-    weights, gated, upped = weights.astype(wide)[:, None], gated.astype(wide), upped.astype(wide)
+    weights, gated, upped = inputs.weights.astype(wide)[:, None], inputs.gated.astype(wide), inputs.upped.astype(wide)
     sigmoid = jax.nn.sigmoid(gated)
     hidden = gated * sigmoid * upped
     d_weighted = wide_einsum("bd,md->bm", d_output, kernels.down)

@@ -1,5 +1,7 @@
 """Rows sorted by expert: one for each choice that a token makes, and the way back to the tokens.
 
+Each of T tokens chooses k experts: `chosen`, (T, k). Choice c is element c of chosen.reshape(-1), made by token c // k.
+
 `spread` and `collect` are each other's transpose, and each is the other's gradient. So both gradients gather, too. The
 scatter-add that JAX would derive instead adds one row after the other on a CPU.
 """
@@ -18,11 +20,11 @@ GroupSizes = Int[Array, " experts"]
 
 
 class RowOrder(NamedTuple):
-    """Where the tokens * k choices lie when they are sorted by expert, and for one expert by token.
+    """The tokens * k choices sorted by expert, those of one expert by token; each choice has one row.
 
     Attributes:
-      choice_of_row: the choice that a row is, its number in the flattened (tokens, k) choices.
-      row_of_choice: the row that a choice is.
+      choice_of_row: for each row, the index of its choice in chosen.reshape(-1).
+      row_of_choice: for each choice, the index of its row; the inverse permutation, in the shape of `chosen`.
     """
 
     choice_of_row: Int[Array, " rows"]
@@ -40,14 +42,14 @@ def sort_by_expert(chosen: Int[Array, "tokens k"], experts: int) -> tuple[RowOrd
 
 @jax.custom_vjp
 def spread(x: Tokens, order: RowOrder) -> Rows:
-    """Row by row the token whose choice the row is."""
+    """rows[i] = x[the token that made the choice of row i]."""
     _, k = order.row_of_choice.shape
     return x[order.choice_of_row // k]
 
 
 @jax.custom_vjp
 def collect(rows: Rows, order: RowOrder) -> Tokens:
-    """Each token's k rows summed, in float32 at least."""
+    """tokens[t] = the sum of the k rows of token t, in float32 at least."""
     return rows[order.row_of_choice].sum(1, dtype=wide_dtype(rows.dtype)).astype(rows.dtype)
 
 

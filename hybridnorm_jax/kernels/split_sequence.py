@@ -5,6 +5,7 @@ device's own share. (Ring attention, 2310.01889, passes keys around instead and 
 they take seq * kv_heads * head_dim * 4 bytes with their values: 0.5 GB for 131,072 tokens and 8 heads of 128.)
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
@@ -12,7 +13,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.kernels.attention_arrays import AttentionInputs, AttentionResiduals
 from hybridnorm_jax.kernels.precision import wide_dtype, wide_einsum
@@ -50,39 +51,46 @@ def _attend(inputs: AttentionInputs, axes: Axes, saved_as: str) -> LocalHeads:
     return context
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Share:
     """One device's two halves of queries, 0 (low) and 1 (high), and the blocks of keys that they see.
 
     Attributes:
+      batch: sequences.
+      heads: query heads.
+      kv_heads: key heads; the same number of query heads reads each.
+      head_dim: channels of a head.
+      shards: devices that share a sequence.
       half: positions in a half.
       block: keys in a block, which divides a half.
       starts: the position of each half's first query.
       ids: segment ids of the whole sequence, or None.
-      scale: of the scores.
     """
 
-    def __init__(self, inputs: AttentionInputs, axes: Axes):
-        batch, local, heads, head_dim = inputs.query.shape
-        self._kv_heads = inputs.key.shape[2]
-        self._readers = heads // self._kv_heads
-        self._shards = jax.lax.axis_size(axes)
-        self.scale = head_dim**-0.5
-        self._batch, self._heads, self._head_dim = batch, heads, head_dim
-        self.half = local // 2
-        self.block = _block_length(self.half)
-        device = jax.lax.axis_index(axes)
-        self.starts = self.half * jnp.stack([device, 2 * self._shards - 1 - device])
-        self.ids = None if inputs.segment_ids is None else gather_sequence(inputs.segment_ids, axes)
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    shards: int
+    half: int
+    block: int
+    starts: Int[Array, "2"]
+    ids: Int[Array, "batch seq"] | None
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied by."""
+        return self.head_dim**-0.5
 
     def split(self, x: LocalHeads) -> Halves:
         """A device's queries, or what belongs to them, by half and by key head."""
-        x = x.reshape(self._batch, 2, self.half, self._kv_heads, self._readers, self._head_dim)
+        x = x.reshape(self.batch, 2, self.half, self.kv_heads, self.heads // self.kv_heads, self.head_dim)
         return jnp.einsum("bhskrd->hbkrsd", x)  # h: halves, s: positions of a half, k: key heads, r: readers
 
     def join(self, x: Halves) -> LocalHeads:
         """The inverse of `split`."""
         x = jnp.einsum("hbkrsd->bhskrd", x)
-        return x.reshape(self._batch, 2 * self.half, self._heads, self._head_dim)
+        return x.reshape(self.batch, 2 * self.half, self.heads, self.head_dim)
 
     def for_each_block(self, visit: Callable[[Array, Array, Carry], Carry], carry: Carry) -> Carry:
         """carry = visit(half, first key, carry) for every block of keys that half 0, and then half 1, sees."""
@@ -95,7 +103,7 @@ class _Share:
             number = jnp.where(is_high, step - seen_by_low, step)
             return visit(is_high.astype(jnp.int32), number * self.block, carry)
 
-        return jax.lax.fori_loop(0, (2 * self._shards + 1) * blocks_in_half, body, carry)
+        return jax.lax.fori_loop(0, (2 * self.shards + 1) * blocks_in_half, body, carry)
 
     def keys(self, x: Keys, first: Array) -> KeyBlock:
         """The block of keys, or of values, from `first` on."""
@@ -116,6 +124,24 @@ class _Share:
             visible = (visible & (row_ids[:, :, None] == column_ids[:, None]))[:, None, None]
         # Finite: where a whole row of a block is invisible, its weights are wiped out by the next visible score.
         return jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
+
+
+def _share_of(inputs: AttentionInputs, axes: Axes) -> _Share:
+    """The share of the device that this runs on, whose sequences the mesh axes `axes` split."""
+    batch, local, heads, head_dim = inputs.query.shape
+    shards, device = jax.lax.axis_size(axes), jax.lax.axis_index(axes)
+    half = local // 2
+    return _Share(
+        batch=batch,
+        heads=heads,
+        kv_heads=inputs.key.shape[2],
+        head_dim=head_dim,
+        shards=shards,
+        half=half,
+        block=_block_length(half),
+        starts=half * jnp.stack([device, 2 * shards - 1 - device]),
+        ids=None if inputs.segment_ids is None else gather_sequence(inputs.segment_ids, axes),
+    )
 
 
 def _block_length(half: int) -> int:
@@ -143,7 +169,7 @@ class _RunningSoftmax(NamedTuple):
 
 
 def _forward(inputs: AttentionInputs, axes: Axes, saved_as: str) -> tuple[LocalHeads, AttentionResiduals]:
-    share = _Share(inputs, axes)
+    share = _share_of(inputs, axes)
     q = share.split(inputs.query)
     k, v = gather_sequence(inputs.key, axes), gather_sequence(inputs.value, axes)
 
@@ -184,7 +210,7 @@ class _Gradients(NamedTuple):
 def _backward(
     axes: Axes, saved_as: str, residuals: AttentionResiduals, d_context: LocalHeads
 ) -> tuple[AttentionInputs]:
-    inputs, share = residuals.inputs, _Share(residuals.inputs, axes)
+    inputs, share = residuals.inputs, _share_of(residuals.inputs, axes)
     q = share.split(inputs.query)
     k, v = gather_sequence(inputs.key, axes), gather_sequence(inputs.value, axes)
     d_c = share.split(d_context)

@@ -78,10 +78,14 @@ class Processes:
     def speaks(self, error: BaseException) -> bool:
         """Whether this process prints the line of an error.
 
-        Process 0 speaks for all. Every process speaks of what may have happened on its host alone: an error of a file,
-        or one that the others did not have.
+        Process 0 speaks for all. The others speak too of what may have happened on their host alone, such as an error
+        of a file, and of an error that not all processes had.
         """
-        return self.number == 0 or error.__cause__ is not None or isinstance(error, OSError) or not self._alike
+        if isinstance(error, UserError):
+            may_be_alone = error.may_be_of_this_host_alone
+        else:
+            may_be_alone = isinstance(error, OSError | ImportError)
+        return self.number == 0 or may_be_alone or not self._alike
 
     def supervise(self, command: Callable[[], int]) -> int:
         """The exit status that `command` returns; where the others have not ended, ends this process with it at once.

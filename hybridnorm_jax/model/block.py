@@ -15,7 +15,7 @@ from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.feed_forward import FeedForward
 from hybridnorm_jax.model.initializers import std_factor, truncated_normal
 from hybridnorm_jax.model.moe import MoE
-from hybridnorm_jax.model.norms import Norm, zero_mean_defect
+from hybridnorm_jax.model.norms import Norm, padding_defect, zero_mean_defect
 from hybridnorm_jax.model.placement import BlockPlacement, Scales, SublayerPlacement
 from hybridnorm_jax.model.signal_measures import PROBE, SIGNAL, gradient_probe, stream_rms, token_similarity
 
@@ -263,8 +263,11 @@ class Block(nn.Module):
 
 
 def watch_stream(module: nn.Module, stream: Stream) -> Stream:
-    """Sow the stream into STREAM, norms.zero_mean_defect of it into DEFECT, and what signal_measures says of it into
-    SIGNAL, each where it is mutable. Returns the stream, whose gradient is measured where PROBE has a place for it.
+    """Sow what is wanted of the stream, and return the stream.
+
+    Of the collections that are mutable, STREAM gets the stream, DEFECT its zero_mean_defect (with norm_width its
+    padding_defect), and SIGNAL what signal_measures says of it. Where PROBE has a place for it, the gradient of the
+    stream that is returned is measured.
 
     Args:
       module: a Block or the Decoder; it has a `config`.
@@ -274,7 +277,9 @@ def watch_stream(module: nn.Module, stream: Stream) -> Stream:
     if module.is_mutable_collection(STREAM):
         module.sow(STREAM, "value", stream)
     if module.is_mutable_collection(DEFECT):
-        module.sow(DEFECT, "value", zero_mean_defect(stream, module.config.norm_width))
+        width = module.config.norm_width
+        defect = zero_mean_defect(stream) if width is None else padding_defect(stream, width)
+        module.sow(DEFECT, "value", defect)
     if module.is_mutable_collection(SIGNAL):
         module.sow(SIGNAL, "stream_rms", stream_rms(stream))
         module.sow(SIGNAL, "token_similarity", token_similarity(stream))

@@ -104,20 +104,32 @@ def crms_norm(
     return _affine(wide * jax.lax.rsqrt(total / width + eps), scale, bias, x.dtype)
 
 
-def zero_mean_defect(x: Float[Array, "*batch stored"], width: int | None = None) -> Float[Array, ""]:
-    """How far x is from what RMSNorm or CRMSNorm takes for granted where it replaces LayerNorm; 0 where it holds.
+def zero_mean_defect(x: Float[Array, "*batch width"]) -> Float[Array, ""]:
+    """How far vectors are from zero mean, which RMSNorm needs to be equal to LayerNorm; 0 where they have it.
 
-        max |sum x| / (sqrt(len) * rms(x))            the whole vector has zero mean (width=None)
-        max |x_i|, i >= width - 1, / rms(x)           a stored one has zeros after its width - 1 elements
+        max |sum x| / (sqrt(width) * rms(x))
 
-    The first is about 1 for a random vector, whatever its length, and about one rounding error for a centred one.
+    About 1 for a random vector, whatever its length, and about one rounding error for a centred one.
     """
     wide = _wide(x)
     rms = jnp.sqrt(jnp.square(wide).mean(-1))
-    if width is None:
-        size = jnp.abs(wide.sum(-1)) / x.shape[-1] ** 0.5
-    else:
-        size = jnp.abs(wide[..., width - 1 :]).max(-1, initial=0.0)
+    return _largest_in_rms(jnp.abs(wide.sum(-1)) / x.shape[-1] ** 0.5, rms)
+
+
+def padding_defect(x: Float[Array, "*batch stored"], width: int) -> Float[Array, ""]:
+    """How far stored vectors are from being zero behind their width - 1 elements, which crms_norm needs; 0: they are.
+
+        max |x_i| / rms(x), i >= width - 1
+
+    Args:
+      width: true length of the vectors, see crms_norm.
+    """
+    wide = _wide(x)
+    rms = jnp.sqrt(jnp.square(wide).mean(-1))
+    return _largest_in_rms(jnp.abs(wide[..., width - 1 :]).max(-1, initial=0.0), rms)
+
+
+def _largest_in_rms(size: Float[Array, "*batch"], rms: Float[Array, "*batch"]) -> Float[Array, ""]:
     # NaN is no zero: it stays NaN.
     return jnp.max(jnp.where(size == 0, 0, size / jnp.where(rms > 0, rms, 1)))
 

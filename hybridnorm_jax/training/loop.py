@@ -25,7 +25,7 @@ from hybridnorm_jax.training.metrics_file import read_records
 from hybridnorm_jax.training.metrics_writer import MetricsWriter, WandbRun
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.resume import beginning
-from hybridnorm_jax.training.run import LateMetrics, Run
+from hybridnorm_jax.training.run import Run
 from hybridnorm_jax.training.run_directory import open_run_directory, run_directory, write_config
 from hybridnorm_jax.training.run_lock import RunLock
 from hybridnorm_jax.training.start_report import count_text, start_report, table
@@ -161,10 +161,7 @@ def _make_step(run: Run) -> None:
     with run.ledger.phase("compilation" if run.step == run.first else "steps"):
         run.state, metrics = run.program.train_step(run.state, batch)
     run.step = step
-    # The metrics of the step before are read while the device is busy with this one.
-    before = run.late
-    run.late = LateMetrics(step, metrics)
-    run.read(before)
+    run.exchange_late(step, metrics)
     for hook in due:
         hook.after_step(run)
 

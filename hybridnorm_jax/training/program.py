@@ -200,7 +200,7 @@ class Program:
         """
         with use_mesh(self.mesh, self.rules):
             state, metrics, measured = self._train_step(state, self.put(batch, leading=1))
-        if measured:
+        if measured is not None:
             assert_measured(state.step, measured, tolerances(self.config.model, self._platform))
         return state, metrics
 

@@ -128,6 +128,15 @@ class Run:
             return 0
         return int(self.numbers.metrics["skipped_in_a_row"])
 
+    def exchange_late(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Read the metrics of the step before, if they were not read yet, and keep those of this one for later.
+
+        So the host reads them while the device is busy with this step.
+        """
+        before = self.late
+        self.late = LateMetrics(step, metrics)
+        self._read(before)
+
     def read_late(self) -> None:
         """Wait for the metrics that were not read yet, if there are any, and give them to the hooks.
 
@@ -138,9 +147,9 @@ class Run:
             raise RuntimeError("run.read_late() in on_numbers: later hooks would get the numbers out of order")
         late = self.late
         self.late = None
-        self.read(late, at_once=True)
+        self._read(late, at_once=True)
 
-    def read(self, late: LateMetrics | None, *, at_once: bool = False) -> None:
+    def _read(self, late: LateMetrics | None, *, at_once: bool = False) -> None:
         """Wait for the metrics of a step, and give them to the hooks that are due in it.
 
         Args:

@@ -119,7 +119,7 @@ def make_train_step(
     *,
     convert: Convert | None = None,
     measure: Measure | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array], Measured]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array], Measured | None]]:
     """(state, batch) -> (state after one step, metrics, measured invariants).
 
     The batch's arrays are (microbatches, sequences, positions). The gradient is that of
@@ -139,7 +139,7 @@ def make_train_step(
 
     Args:
       convert: the state's parameters -> those of `model`, for a model that is trained as another form of itself.
-      measure: (the state's parameters, one sequence) -> invariants to return; None: the last result is empty.
+      measure: (the state's parameters, one sequence) -> invariants to return; None: the last result is None.
     """
     dropout_root = jax.random.key(options.seed)
     objective = _make_objective(model, options, defects=measure is not None and convert is not None)
@@ -166,7 +166,7 @@ def make_train_step(
         )
         before, after = (state.params, state.opt_state), (params, opt_state)
         params, opt_state = keep_where(skip, before, after)
-        measured = {} if measure is None else _measured(measure, state.params, batch, sown)
+        measured = None if measure is None else _measured(measure, state.params, batch, sown)
         return TrainState(state.step + 1, params, opt_state, anomalies), metrics | anomaly_metrics(anomalies), measured
 
     return train_step
@@ -207,7 +207,7 @@ def _measured(measure: Measure, params: Any, batch: Batch, sown: dict[str, Any])
     """The invariants of the first sequence, and those of all sequences that the model sowed, if it did."""
     measured = measure(params, jax.tree.map(lambda x: x[0, :1], batch))
     if DEFECT in sown:
-        measured |= {"trained": jax.vmap(partial(collected, collection=DEFECT))(sown).max(0)}
+        return measured.replace(trained=jax.vmap(partial(collected, collection=DEFECT))(sown).max(0))
     return measured
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridnorm_jax.config.arguments import parse
+from hybridnorm_jax.config.arguments import is_override, parse
 from hybridnorm_jax.config.key_help import key_table
 from hybridnorm_jax.config.key_lookup import FIELDS
 from hybridnorm_jax.config.resume_keys import differences
@@ -75,6 +75,24 @@ def test_values_take_the_type_of_their_key(override, value):
     found = getattr(getattr(config, section) if section else config, name)
     assert found == value
     assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "is_key"),
+    [
+        ("train.steps=3", True),
+        ("init_from=runs/trunk/config.yaml", True),
+        ("data.files=[a/b.yaml]", True),
+        ("no-key=3", True),  # refused later, as a key that there is not
+        ("runs/lab-steps=100/config.yaml", False),
+        ("lab-steps=100.yml", False),
+        ("=.yaml", False),
+        ("quickstart", False),
+        ("book.txt", False),
+    ],
+)
+def test_overrides_and_files_are_told_apart(argument, is_key):
+    assert is_override(argument) == is_key
 
 
 def test_embedding_norm_may_be_a_boolean_in_yaml(write):

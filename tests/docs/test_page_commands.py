@@ -164,8 +164,9 @@ def test_commands_within_a_sentence_exist(page):
 
 def test_the_keys_that_may_change_on_resume_are_those_of_the_code():
     text = (REPOSITORY / "docs" / "training.md").read_text()
-    (listed,) = re.findall(r"resume_keys\.py`\):\n\n((?:- .*\n(?:  .*\n)*)+)", text)
-    sections, *keys = listed.split("\n- ")
-    named = set(re.findall(r"`(\w+)`", sections))
-    assert {f"{section}." for section in named} == set(resume_keys.FREE_SECTIONS)
-    assert set(re.findall(r"`([\w.]+)`", "\n".join(keys))) == resume_keys.FREE_KEYS
+    (rows,) = re.findall(r"resume_keys\.py`\):\n\n\| key \| .*\n\|---\|---\|\n((?:\|.*\n)+)", text)
+    cells = [row.split("|")[1] for row in rows.splitlines()]
+    named = set(re.findall(r"`([\w.]+)`", "\n".join(cells)))
+    sections = {name for cell in cells if cell.startswith(" all of ") for name in re.findall(r"`([\w.]+)`", cell)}
+    assert {f"{section}." for section in sections} == set(resume_keys.FREE_SECTIONS)
+    assert named - sections == resume_keys.FREE_KEYS | set(resume_keys.PLACES_OF_DATA)

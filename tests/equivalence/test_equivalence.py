@@ -13,8 +13,8 @@ from hybridnorm_jax.equivalence import decoder_forms, transforms
 from hybridnorm_jax.equivalence.comparison import compare_forms
 from hybridnorm_jax.equivalence.decoder_params import assert_decoder_params
 from hybridnorm_jax.equivalence.invariants import InvariantError, assert_measured, tolerances
-from hybridnorm_jax.equivalence.measurements import centring_defects
-from hybridnorm_jax.model.norms import zero_mean_defect
+from hybridnorm_jax.equivalence.measurements import Measured, centring_defects
+from hybridnorm_jax.model.norms import padding_defect, zero_mean_defect
 
 GPT2_LIKE = {
     "scheme": "pre",
@@ -191,9 +191,9 @@ def test_recentring_along_the_wrong_axis_is_caught_and_named(small_config, rando
     # Each of the others sees it too.
     for name in ("stream", "stored", "last", "norm"):
         with pytest.raises(InvariantError, match=r"after block [123] \(0: the embedding\)"):
-            assert_measured(7, {name: measured[name]}, limits)
+            assert_measured(7, Measured(**{name: getattr(measured, name)}), limits)
     with pytest.raises(InvariantError, match=r"logits of pre_crmsnorm differ by [01]\.\d+, at most 0\.001"):
-        assert_measured(7, {"logits": measured["logits"]}, limits)
+        assert_measured(7, Measured(logits=measured.logits), limits)
 
 
 def test_compressing_what_is_not_centred_is_caught(small_config, random_params, tokens, monkeypatch):
@@ -207,13 +207,13 @@ def test_compressing_what_is_not_centred_is_caught(small_config, random_params, 
 def test_nan_is_a_violation_of_the_block_it_is_in():
     limits = tolerances(hn.ModelConfig())
     with pytest.raises(InvariantError, match=r"step 3, after block 2 .*: the stream is not centred: .* is nan"):
-        assert_measured(3, {"stream": jnp.array([0.0, 0.0, jnp.nan, 1.0])}, limits)
+        assert_measured(3, Measured(stream=jnp.array([0.0, 0.0, jnp.nan, 1.0])), limits)
 
 
 def test_nan_is_measured_as_nan_everywhere(small_config, random_params, tokens):
     config, params = _model(small_config, random_params, {"scheme": "pre"}, "float32")
     assert np.isnan(zero_mean_defect(jnp.array([np.nan, 1.0, 2.0])))
-    assert np.isnan(zero_mean_defect(jnp.array([1.0, 2.0, np.nan]), 3))
+    assert np.isnan(padding_defect(jnp.array([1.0, 2.0, np.nan]), 3))
     params["run_0"]["attention"]["out"]["kernel"][1, 0, 0, 0] = np.nan
     measured = compare_forms(config, params, tokens)
     with pytest.raises(InvariantError, match=r"step 1: run_0/attention/out/kernel is not centred: .* is nan"):

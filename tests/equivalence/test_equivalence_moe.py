@@ -17,6 +17,7 @@ from hybridnorm_jax.equivalence import comparison, decoder_forms, proof, transfo
 from hybridnorm_jax.equivalence.comparison import compare_forms
 from hybridnorm_jax.equivalence.expert_choices import compare_routing
 from hybridnorm_jax.equivalence.invariants import InvariantError, assert_measured, tolerances
+from hybridnorm_jax.equivalence.measurements import Measured
 from hybridnorm_jax.mesh.device_mesh import make_mesh
 from hybridnorm_jax.mesh.sharding_rules import MESH_AXES
 from hybridnorm_jax.training.program import Program
@@ -121,10 +122,10 @@ def test_ties_are_no_alarm_and_what_they_do_not_reach_is_compared(small_config, 
     tokens = np.random.default_rng(1).integers(0, 61, (2, 24)).astype(np.int32)
     measured = jax.jit(lambda p: compare_forms(config, p, tokens))(params)
     assert_measured(1, measured, tolerances(config))
-    assert measured["left_out"][0] == measured["left_out"][1] == 0
-    assert 0 < measured["left_out"][2] < 0.5
-    assert measured["left_out"][2] < measured["left_out"][3]
-    assert 0 < measured["ties"][1] < 1e-6
+    assert measured.left_out[0] == measured.left_out[1] == 0
+    assert 0 < measured.left_out[2] < 0.5
+    assert measured.left_out[2] < measured.left_out[3]
+    assert 0 < measured.ties[1] < 1e-6
 
 
 def test_without_leaving_out_ties_would_be_an_alarm(small_config, random_params, monkeypatch):
@@ -146,7 +147,8 @@ def test_without_leaving_out_ties_would_be_an_alarm(small_config, random_params,
 def test_dense_models_measure_no_routing(small_config, random_params, tokens):
     config = small_config(scheme="pre", norm="layernorm")
     measured = compare_forms(config, random_params(config), tokens)
-    assert measured.keys() == {"leaves", "stream", "stored", "last", "norm", "logits"}
+    found = {field.name for field in dataclasses.fields(measured) if getattr(measured, field.name) is not None}
+    assert found == {"leaves", "stream", "stored", "last", "norm", "logits"}
 
 
 # ---- Planted errors: each is caught, by every measurement that it must show in.
@@ -233,7 +235,7 @@ def test_planted_errors_are_caught(plant, message, seen_in, small_config, random
         assert_measured(7, measured, limits)
     for name in seen_in:
         with pytest.raises(InvariantError):
-            assert_measured(7, {name: measured[name]}, limits)
+            assert_measured(7, Measured(**{name: getattr(measured, name)}), limits)
 
 
 # ---- Training, and the command.

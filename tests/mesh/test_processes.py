@@ -1,5 +1,6 @@
 """Several real processes on this machine (gloo, loopback) are one: the same losses, the same files, one voice."""
 
+import errno
 import re
 import shutil
 import signal
@@ -15,9 +16,10 @@ from processes import environment, free_port, run, run_together, together
 from hybridnorm_jax.commands.eval import evaluate_run
 from hybridnorm_jax.commands.main import main
 from hybridnorm_jax.config.arguments import parse
-from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.errors import REQUEUE, ConfigError, MissingExtraError, RunStopped, UserError
 from hybridnorm_jax.mesh import batch_shares
 from hybridnorm_jax.mesh.device_mesh import make_mesh
+from hybridnorm_jax.mesh.processes import Processes
 from hybridnorm_jax.training import loop
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.metrics_file import read_records
@@ -237,6 +239,28 @@ def test_a_typo_needs_no_cluster_and_is_told_once(number, capsys):
 def test_a_file_of_one_host_is_told_by_that_host(capsys):
     assert main(["train", "/nowhere.yaml", *together(1, 2, 1)]) == 2
     assert capsys.readouterr().err.startswith("process 1: error: /nowhere.yaml: cannot be read")
+
+
+def _caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "speaks"),
+    [
+        (UserError("train.steps=0"), False),
+        (RunStopped(REQUEUE, "saved"), False),
+        (_caused(UserError("a.txt: cannot be read"), OSError()), True),
+        (_caused(MissingExtraError("run.wandb=true", extra="wandb"), ImportError()), True),
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (_caused(ImportError("install gcsfs"), ImportError("gcsfs")), True),  # as fsspec raises it
+    ],
+    ids=str,
+)
+def test_the_others_speak_of_what_may_be_of_their_host_alone(error, speaks):
+    assert Processes(together(1, 2, 1)).speaks(error) == speaks
+    assert Processes(together(1, 2, 0)).speaks(error)
 
 
 def test_processes_of_one_run_give_it_one_name():

@@ -10,6 +10,7 @@ import pytest
 from hybridnorm_jax.config.run_config import MeshSection, OptimizerSection, RunConfig, TrainSection
 from hybridnorm_jax.equivalence import decoder_forms, transforms
 from hybridnorm_jax.equivalence.invariants import InvariantError
+from hybridnorm_jax.equivalence.measurements import Measured
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.kernels.precision import widened
 from hybridnorm_jax.mesh.device_mesh import make_mesh
@@ -117,7 +118,7 @@ def test_a_bug_planted_in_a_training_step_stops_the_run(form, small_config, monk
 def test_the_training_forward_pass_itself_is_measured(small_config, monkeypatch):
     """With the other measurements left out, the mean that the gradient's own forward pass sows stops the run."""
     monkeypatch.setattr(decoder_forms, "recenter", _recentring_one_kernel_along_its_input)
-    monkeypatch.setattr(program_module, "compare_forms", lambda *args, **kwargs: {})
+    monkeypatch.setattr(program_module, "compare_forms", lambda *args, **kwargs: Measured())
     with pytest.raises(
         InvariantError, match=r"step 1, after block [12] .*: the stream of the training forward pass is"
     ):
@@ -146,7 +147,7 @@ def test_padding_that_is_not_zero_stops_the_run(small_config, monkeypatch):
         return stored
 
     monkeypatch.setattr(decoder_forms, "compress", noisy)
-    monkeypatch.setattr(program_module, "compare_forms", lambda *args, **kwargs: {})
+    monkeypatch.setattr(program_module, "compare_forms", lambda *args, **kwargs: Measured())
     config = _config(small_config, "pre_crmsnorm", equivalent_pad_to=16, check_invariants=True)
     with pytest.raises(InvariantError, match=r"step 1, after block [12] .*: the stream of the training forward pass"):
         _run(config, 1)

@@ -22,7 +22,8 @@ class Hook:
 
       on_numbers     The metrics are there. This comes one step late, between before_update and after_step of the next
                      step, so that the device has work while they are read. A hook that is to have all numbers sooner
-                     calls run.read_late(), which calls on_numbers: saving and evaluation do so first.
+                     calls run.read_late(), which calls on_numbers: saving and evaluation do so first. Where one does
+                     so in its after_step, the hooks behind it get the numbers of that step before their after_step.
 
     In each run it calls, for all hooks in the order of the list:
 
