@@ -29,6 +29,7 @@ from hybridnorm_jax.model.block import (
     stream_norm,
     watch_stream,
 )
+from hybridnorm_jax.model.cache import CACHE, Slots
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.initializers import std_factor, truncated_normal
 from hybridnorm_jax.model.input_checks import check_per_token, check_tokens
@@ -161,6 +162,7 @@ class Decoder(nn.Module):
         segment_ids: Int[Array, "batch seq"] | None = None,
         deterministic: bool = True,
         return_hidden: bool = False,
+        slots: Slots | None = None,
     ) -> Float[Array, "batch seq vocab"] | Float[Array, "batch seq embed"]:
         """Logits of the next token at every position.
 
@@ -170,8 +172,12 @@ class Decoder(nn.Module):
           deterministic: False switches dropout on and needs a "dropout" key.
           return_hidden: return what the head reads (batch, seq, embed) in the compute dtype, and skip the head. In
             `init` that leaves the head's parameters out.
+          slots: keep keys and values in the collection CACHE, and with a single token per sequence attend to those that
+            are kept (cache.py). Positions must be given.
         """
-        hidden = self.hidden(tokens, positions=positions, segment_ids=segment_ids, deterministic=deterministic)
+        hidden = self.hidden(
+            tokens, positions=positions, segment_ids=segment_ids, deterministic=deterministic, slots=slots
+        )
         return hidden if return_hidden else self.logits(hidden)
 
     @nn.compact
@@ -182,6 +188,7 @@ class Decoder(nn.Module):
         positions: Int[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
         deterministic: bool = True,
+        slots: Slots | None = None,
     ) -> Stream:
         """What the head reads, in the compute dtype; arguments as in `__call__`."""
         config = self.config
@@ -193,7 +200,8 @@ class Decoder(nn.Module):
         stream = self.token_embedding(tokens)
         turn: Rotation | None = None
         if config.positions == "learned":
-            self._check_length(tokens.shape[1])
+            if slots is None:  # whose padding has positions, too
+                self._check_length(tokens.shape[1])
             stream = stream + self.position_embedding(positions + config.position_offset)
         else:
             turn = rotation(positions, config.rotary_dim, config.rope_theta, config.dtype)
@@ -203,7 +211,7 @@ class Decoder(nn.Module):
         stream = watch_stream(self, stream)
 
         keys = {name: self.make_rng(name) for name in KEYS if self.has_rng(name)}
-        shared = SharedInputs(segment_ids=segment_ids, rotation=turn)
+        shared = SharedInputs(segment_ids=segment_ids, rotation=turn, slots=slots)
         for number, run in enumerate(runs(config.placements)):
             scanned = self._scanned(run, f"run_{number}", deterministic)
             stream, _ = scanned(stream, layer_inputs(run, config.dtype, keys), shared)
@@ -225,6 +233,7 @@ class Decoder(nn.Module):
         scanned = nn.scan(
             block,
             variable_axes=dict.fromkeys(COLLECTIONS, 0),
+            variable_carry=CACHE,  # the whole of it, so that a layer's new tokens are written in place
             split_rngs=dict.fromkeys(KEYS, False),  # see ScannedBlock
             in_axes=(0, nn.broadcast),
             length=run.length,
@@ -259,6 +268,7 @@ def layer_inputs(run: Run, dtype: str, keys: Mapping[str, Array]) -> LayerInputs
     layers = jnp.arange(run.start, run.start + run.length)
     return LayerInputs(
         layer=layers,
+        in_run=jnp.arange(run.length),
         attention=columns(run.scales("attention")),
         feed_forward=columns(run.scales("feed_forward")),
         keys={name: jax.vmap(partial(jax.random.fold_in, key))(layers) for name, key in keys.items()},

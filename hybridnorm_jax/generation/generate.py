@@ -1,0 +1,153 @@
+"""Text from a model, as tokens: each after all tokens before it, whose keys and values are kept."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.generation.decoding import Writing, read_prompts, write
+from hybridnorm_jax.generation.next_token import Sampling
+from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.decoder import Decoder
+
+Tokens = Int[np.ndarray, " tokens"]
+# Tokens that are written before the caller sees them.
+STRIDE = 32
+SMALLEST = 32
+
+
+def generate(
+    config: ModelConfig,
+    params: Any,
+    prompts: Sequence[Sequence[int] | Tokens],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stop_ids: Sequence[int] = (),
+    seeds: int | Sequence[int] = 0,
+    on_tokens: Callable[[list[Tokens]], bool | None] | None = None,
+) -> list[Tokens]:
+    """Go on from each prompt, token by token.
+
+        (new,) = hn.generate(config, params, [prompt], max_new_tokens=100)
+
+    The prompts are read at once. Then each token costs one pass over the parameters and over the keys and values of the
+    tokens before it: batch * slots * kv_heads * head_dim * 2 * layers numbers of the compute dtype, where slots are the
+    longest prompt and max_new_tokens, rounded up by a quarter at most. Programs are compiled for these rounded lengths.
+
+    Args:
+      params: of Decoder(config); they may lie on a mesh.
+      prompts: the tokens of each, at least one; their lengths may differ.
+      max_new_tokens: at most so many are written after each prompt.
+      sampling: how tokens are chosen; None: always the likeliest.
+      stop_ids: a sequence ends with the first of these tokens, which is returned too.
+      seeds: of each sequence, or one from which all are made. A sequence does not depend on those beside it but for
+        rounding.
+      on_tokens: is called with the newest tokens of all sequences every few tokens; generation ends where it returns
+        True.
+
+    Returns:
+      The new tokens of each sequence.
+
+    Raises:
+      UserError: what is asked for cannot be; names the argument.
+    """
+    sampling = Sampling() if sampling is None else sampling
+    rows = [np.asarray(prompt, np.int64) for prompt in prompts]
+    _check(config, rows, max_new_tokens, stop_ids)
+    # Plain attention takes any length, and XLA cannot split a Pallas kernel over the devices of the parameters.
+    model = Decoder(dataclasses.replace(config, attention="xla", expert_dispatch="blocked", remat="none"))
+    width = rounded_up(max(len(row) for row in rows))
+    padded = np.stack([np.pad(row, (width - len(row), 0)) for row in rows]).astype(np.int32)
+    stops = jnp.asarray(np.asarray(stop_ids, np.int32))
+    writing = read_prompts(
+        model,
+        params,
+        jnp.asarray(padded),
+        jnp.asarray([len(row) for row in rows]),
+        _keys(seeds, len(rows)),
+        stops,
+        slots=rounded_up(width + max_new_tokens),
+        sampling=sampling,
+    )
+    return _collect(model, params, writing, stops, max_new_tokens, sampling, on_tokens)
+
+
+def rounded_up(length: int) -> int:
+    """The length for which programs are compiled: at most a quarter more than asked for, and SMALLEST at least."""
+    step = max(SMALLEST, 1 << max(length.bit_length() - 3, 0))
+    return -(-length // step) * step
+
+
+def _collect(
+    model: Decoder,
+    params: Any,
+    writing: Writing,
+    stops: Int[jax.Array, " stops"],
+    max_new_tokens: int,
+    sampling: Sampling,
+    on_tokens: Callable[[list[Tokens]], bool | None] | None,
+) -> list[Tokens]:
+    """All tokens, in the order in which they are written; given to on_tokens on the way."""
+    ends = np.asarray(stops)
+    columns = np.asarray(writing.last)[:, None]
+    pieces = [columns]
+    is_done = np.zeros(len(columns), bool)
+    while True:
+        new = [column[: _length(column, ends, done)] for column, done in zip(columns, is_done, strict=True)]
+        if on_tokens is not None and on_tokens(new):
+            break
+        is_done |= np.isin(columns, ends).any(1)
+        left = max_new_tokens - sum(piece.shape[1] for piece in pieces)
+        if left == 0 or is_done.all():
+            break
+        writing, tokens, written = write(
+            model, params, writing, stops, jnp.asarray(min(left, STRIDE)), most=STRIDE, sampling=sampling
+        )
+        columns = np.asarray(tokens)[:, : int(written)]
+        pieces.append(columns)
+    every = np.concatenate(pieces, axis=1)
+    return [row[: _length(row, ends, done=False)] for row in every]
+
+
+def _length(tokens: Tokens, ends: Tokens, done: bool) -> int:
+    """How many of these tokens belong to a sequence: up to the first that ends it; none if it has ended before."""
+    if done:
+        return 0
+    places = np.flatnonzero(np.isin(tokens, ends))
+    return int(places[0]) + 1 if len(places) else len(tokens)
+
+
+def _keys(seeds: int | Sequence[int], batch: int) -> jax.Array:
+    if isinstance(seeds, int):
+        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seeds), jnp.arange(batch))
+    if len(seeds) != batch:
+        raise UserError(f"seeds: {len(seeds)} of them for {batch} prompts; give one of each, or one for all")
+    return jnp.stack([jax.random.key(seed) for seed in seeds])
+
+
+def _check(config: ModelConfig, rows: list[np.ndarray], max_new_tokens: int, stop_ids: Sequence[int]) -> None:
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+    if not rows:
+        raise UserError("prompts: there are none; give at least one")
+    for number, row in enumerate(rows):
+        if row.ndim != 1 or not len(row):
+            raise UserError(f"prompts[{number}]: must be a list of at least one token; begin with the separator")
+        _check_tokens(f"prompts[{number}]", row, config)
+    _check_tokens("stop_ids", np.asarray(stop_ids, np.int64), config)
+    longest = max(len(row) for row in rows)
+    if config.positions == "learned" and longest + max_new_tokens - 1 > config.max_positions:
+        right = f"model.max_positions={config.max_positions}; shorten the prompt or ask for fewer"
+        raise UserError(f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} do not fit {right}")
+
+
+def _check_tokens(name: str, tokens: np.ndarray, config: ModelConfig) -> None:
+    unknown = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
+    if len(unknown):
+        raise UserError(f"{name}: token {unknown[0]} is not in the vocabulary of {config.vocab_size:,}")

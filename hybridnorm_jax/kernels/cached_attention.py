@@ -1,0 +1,81 @@
+"""Attention of one new token to the tokens before it, whose keys and values are kept. In plain JAX, on any platform."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from hybridnorm_jax.kernels.precision import wide_dtype, wide_einsum
+
+# Heads before slots: a product over the slots of one head reads memory in order, and nothing is transposed first.
+CachedHeads = Float[Array, "layers batch kv_heads slots head_dim"]
+MOST_BLOCKS = 8
+
+
+def block_of(slots: int) -> int:
+    """How many slots are read at once: a power of two, of which `slots` are at most MOST_BLOCKS."""
+    block = 1
+    while block * MOST_BLOCKS < slots:
+        block *= 2
+    return block
+
+
+def cached_attention(
+    query: Float[Array, "batch 1 heads head_dim"],
+    key: CachedHeads,
+    value: CachedHeads,
+    *,
+    layer: Int[Array, ""],
+    first: Int[Array, " batch"],
+    last: Int[Array, ""],
+) -> Float[Array, "batch 1 heads head_dim"]:
+    """softmax(q k^T / sqrt(head_dim)) v over the slots first, ..., last, in the query's dtype; the softmax in float32.
+
+    Query head h reads key and value head h // (heads / kv_heads), each read once for all of its query heads. The slots
+    are read in blocks, and no block behind `last`. So a token costs what is filled, and the program knows no length.
+    A block's weights are relative to the highest score so far (FlashAttention, 2205.14135).
+
+    Args:
+      key, value: of all layers; what is in slots that are not read may be anything finite.
+      layer: whose keys and values are read.
+      first: of each sequence.
+      last: of all sequences, at least each first.
+    """
+    batch, _, heads, head_dim = query.shape
+    _, _, kv_heads, slots, _ = key.shape
+    block, groups = block_of(slots), heads // kv_heads
+    grouped = query.reshape(batch, kv_heads, groups, head_dim)
+    wide = wide_dtype(query.dtype)
+
+    def add_block(number: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        highest, total, context = sums
+        # The last block may begin earlier, so as not to end behind the cache. What it repeats is hidden.
+        start = jnp.minimum(number * block, slots - block)
+        place, size = (layer, 0, 0, start, 0), (1, batch, kv_heads, block, head_dim)
+        keys, values = (jax.lax.dynamic_slice(cache, place, size)[0] for cache in (key, value))
+        slot = start + jnp.arange(block)
+        seen = (slot >= jnp.maximum(first[:, None], number * block)) & (slot <= last)
+        scores = _scores(grouped, keys, seen)
+        higher = jnp.maximum(highest, scores.max(-1))
+        weights = jnp.where(seen[:, None, None], jnp.exp(scores - higher[..., None]), 0)
+        shrink = jnp.exp(highest - higher)
+        return (
+            higher,
+            total * shrink + weights.sum(-1),
+            context * shrink[..., None] + wide_einsum("bkgs,bksd->bkgd", weights.astype(values.dtype), values),
+        )
+
+    lowest = jnp.full((batch, kv_heads, groups), jnp.finfo(wide).min, wide)
+    start = (lowest, jnp.zeros_like(lowest), jnp.zeros(grouped.shape, wide))
+    # Blocks in which no sequence has begun are passed over.
+    _, total, context = jax.lax.fori_loop(first.min() // block, last // block + 1, add_block, start)
+    return (context / total[..., None]).reshape(query.shape).astype(query.dtype)
+
+
+def _scores(
+    grouped: Float[Array, "batch kv_heads group head_dim"],
+    keys: Float[Array, "batch kv_heads block head_dim"],
+    seen: Bool[Array, "batch block"],
+) -> Float[Array, "batch kv_heads group block"]:
+    """The scores of a block; those of slots that are not seen are lower than any other."""
+    scores = keys.shape[-1] ** -0.5 * wide_einsum("bkgd,bksd->bkgs", grouped, keys)
+    return jnp.where(seen[:, None, None], scores, jnp.finfo(scores.dtype).min)

@@ -1,0 +1,54 @@
+"""The keys and values of the tokens that a model has read, which later tokens attend to.
+
+A cache is the Flax collection CACHE, a plain tree of arrays: `run_<i>/attention/cached_key` and `cached_value` of shape
+(layers, batch, kv_heads, slots, head_dim) for the layers of each run, in the compute dtype. A slot holds one token.
+"""
+
+from typing import Any
+
+import flax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.placement import runs
+
+CACHE = "cache"
+CACHE_AXES = ("layers", "batch", "kv_heads", None, None)
+
+
+@flax.struct.dataclass
+class Slots:
+    """Where new tokens go in the cache, and which slots hold no token of a sequence.
+
+    Attributes:
+      next: the slot of the first new token; all slots before it are filled.
+      first: the first slot of each sequence. Sequences end in the same slot, so shorter ones begin later.
+    """
+
+    next: Int[Array, ""]
+    first: Int[Array, " batch"]
+
+
+@flax.struct.dataclass
+class CachedLayer:
+    """The part of the cache that one layer fills and reads.
+
+    Attributes:
+      layer: number of the layer in its run: the first index of the arrays.
+      slots: where its new tokens go.
+    """
+
+    layer: Int[Array, ""]
+    slots: Slots
+
+
+def empty_cache(config: ModelConfig, *, batch: int, slots: int) -> dict[str, Any]:
+    """A cache of zeros: batch * slots * kv_heads * head_dim * 2 * layers numbers of the compute dtype."""
+
+    def of_run(length: int) -> dict[str, Any]:
+        shape = (length, batch, config.num_kv_heads, slots, config.head_dim)
+        zeros = {name: jnp.zeros(shape, config.dtype) for name in ("cached_key", "cached_value")}
+        return {"attention": zeros}
+
+    return {f"run_{number}": of_run(run.length) for number, run in enumerate(runs(config.placements))}
