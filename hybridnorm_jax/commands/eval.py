@@ -196,7 +196,7 @@ def run(arguments: Sequence[str], processes: Processes) -> None:
     if processes.number != 0:
         return
     if as_json:
-        sets = {name: dataclasses.asdict(score) for name, score in result.scores.items()}
+        sets = {name: score.as_json() for name, score in result.scores.items()}
         print(json.dumps({"checkpoint": result.checkpoint, "step": result.step, "sets": sets}, indent=2))
     else:
         print(f"{result.checkpoint}: loss in nats per token{result.part}\n{table(result.scores)}")

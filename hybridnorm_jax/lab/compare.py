@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import math
 import os
 import platform
 import re
@@ -23,7 +22,6 @@ from hybridnorm_jax.config.run_config import LARGEST_RATE, LARGEST_SEED, SMALLES
 from hybridnorm_jax.config.yaml_files import from_yaml, take
 from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
 from hybridnorm_jax.errors import ConfigError, UserError
-from hybridnorm_jax.evaluation.perplexity import Score
 from hybridnorm_jax.lab.divergence import rising_since
 from hybridnorm_jax.lab.labels import measured_otherwise
 from hybridnorm_jax.lab.run_data import RunData, check_same_data, read_data
@@ -229,7 +227,7 @@ class _Ended:
 
 def _train(config: RunConfig, directory: epath.Path, began: float) -> _Ended:
     try:
-        scores = {name: _plain(score) for name, score in train(config, began=began).items()}
+        scores = {name: score.as_json() for name, score in train(config, began=began).items()}
     except DivergedError as error:
         say(f"diverged: {error}")
         return _Ended(step=error.step, diverged_at=error.step, scores={})
@@ -257,12 +255,6 @@ def _earlier(file: epath.Path, config: RunConfig, data: RunData) -> dict[str, An
     result = read_result(file)
     check_same_data(result, data, file=file)
     return result
-
-
-def _plain(score: Score) -> dict[str, Any]:
-    """The score as JSON has it, with null for what is not finite."""
-    values = dataclasses.asdict(score)
-    return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
 
 
 def _described(asked: Comparison, file: epath.Path) -> dict[str, Any]:

@@ -16,14 +16,16 @@ from etils import epath
 
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.training import manifest
-from hybridnorm_jax.whole_files import expanded
+from hybridnorm_jax.whole_files import expanded, is_local
 
 # Written last by Orbax, before the rename on a file system and instead of it on an object store.
 COMMITTED = "commit_success.txt"
 METADATA = "_CHECKPOINT_METADATA"
 # The key in Orbax's custom metadata that promises a manifest; its value is the number of parts.
 PARTS = "manifest_parts"
-STEP_NAME = re.compile(r"(\d{6,18})(\.orbax-checkpoint-tmp)?", re.ASCII)
+# What Orbax appends to the name of a step on a file system until it is committed.
+UNCOMMITTED = ".orbax-checkpoint-tmp"
+STEP_NAME = re.compile(rf"(\d{{6,18}})({re.escape(UNCOMMITTED)})?", re.ASCII)
 AT_STEP = re.compile(r"(.+)@(\d{1,18})/?", re.ASCII)
 
 
@@ -88,9 +90,15 @@ def check_place(directory: epath.Path) -> None:
 
 
 def is_leftover(path: epath.Path) -> bool:
-    """Whether something incomplete is what a killed save or deletion leaves: Orbax had not committed, or had just."""
+    """Whether something incomplete is what a killed save or deletion leaves: Orbax had not committed, or had just.
+
+    On a file system that has another name than a step until it is committed (see `delete`). So what has the name of a
+    step there, and neither mark nor manifest, is not ours: a copy that is not whole, or somebody's directory.
+    """
     if not path.name.isdecimal() or manifest.is_unfinished(path):
         return path.is_dir()
+    if is_local(path):
+        return False
     return path.is_dir() and not (path / COMMITTED).exists() and not manifest.has_lost_parts(path)
 
 
@@ -112,8 +120,15 @@ def set_aside(path: epath.Path) -> None:
 
 
 def delete(path: epath.Path) -> None:
-    # Unmarked first, so that a deletion that is killed leaves a leftover and no damaged checkpoint. The manifest before
-    # Orbax's mark: a step that has lost its mark alone is damaged.
-    manifest.remove(path)
-    (path / COMMITTED).unlink(missing_ok=True)
+    """Delete a step, or what a killed save has left, so that a deletion that is killed leaves no damaged checkpoint."""
+    if is_local(path) and path.name.isdecimal():
+        # By its name it is a leftover from then on.
+        leftover = path.parent / f"{path.name}{UNCOMMITTED}"
+        if leftover.exists():
+            leftover.rmtree()
+        path = path.rename(leftover)
+    else:
+        # A bucket renames nothing. The manifest before Orbax's mark: a step that lacks its mark alone is damaged.
+        manifest.remove(path)
+        (path / COMMITTED).unlink(missing_ok=True)
     path.rmtree()

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -297,3 +299,21 @@ def test_a_long_text_is_one_document_whatever_its_length(tmp_path, monkeypatch):
     data = open_quietly(section, seq_len=1)
     assert data.train.num_tokens == len(text.encode()) + 1
     assert data.tokenizer.decode(scored(data.train)) == text[1:]
+
+
+def test_a_copied_token_file_would_be_held_out_and_trained_on(tokens, tmp_path):
+    section = tokens()
+    shutil.copy(tmp_path / "array.npy", tmp_path / "copy.npy")
+    twice = dataclasses.replace(section, files=(*section.files, str(tmp_path / "copy.npy")))
+    with pytest.raises(
+        DataError, match=r"data\.files: copy\.npy has the content of array\.npy, so parts of it would be"
+    ):
+        open_quietly(twice)
+    open_quietly(dataclasses.replace(twice, validation_fraction=0.0))  # read twice on purpose
+
+
+def test_a_held_out_share_that_is_far_from_what_was_asked_for_says_so(text, tmp_path):
+    assert "asks for" not in open_quietly(text()).description
+    (tmp_path / "three.jsonl").write_text("\n".join(json.dumps({"text": f"{each} " * 100}) for each in "abc"))
+    few = open_quietly(text(files=(str(tmp_path / "three.jsonl"),), validation_fraction=0.01))
+    assert re.search(r"held out \(33\.\d\d% where data\.validation_fraction asks for 1\.00%\)", few.description)

@@ -217,6 +217,17 @@ def test_few_files_are_open_at_once(tmp_path, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) <= before + 3
 
 
+def test_a_file_of_another_size_than_before_is_an_error(tmp_path):
+    path = write(tmp_path, "a.bin", np.arange(500, dtype=np.uint16).tobytes())
+    files = OpenFiles()
+    tokens = open_token_file(path, "uint16", files)
+    np.testing.assert_array_equal(tokens[3:5], [3, 4])
+    path.write_bytes(np.arange(600, dtype=np.uint16)[::-1].tobytes())
+    files.open.cache_clear()  # as if many other files had been read since
+    with pytest.raises(DataError, match=r"a\.bin: has 1,200 bytes now, but had 1,000; start again"):
+        tokens[3:5]
+
+
 def test_a_file_that_becomes_shorter_is_an_error(tmp_path):
     array = open_token_file(write(tmp_path, "a.bin", bytes(80)), "uint16")
     write(tmp_path, "a.bin", bytes(8))
