@@ -102,7 +102,7 @@ def test_a_reader_who_needs_a_step_hears_why_there_is_none_in_one_line(saved):
 
 
 def test_a_copy_that_is_not_whole_and_somebodys_directory_are_set_aside_and_not_deleted(saved):
-    directory, state = saved
+    directory, _ = saved
     shutil.copytree(directory / "000002", directory / "000003", ignore=shutil.ignore_patterns("commit_*", "manifest"))
     (directory / "000090").mkdir()
     (directory / "000090/notes.txt").write_text("mine")
