@@ -25,6 +25,7 @@ MEANING = {
     "kernels": "who computes attention and experts",
     "mesh": "axes, sharding rules, processes",
     "config_fields": "keys that check themselves",
+    "file_formats": "what a file is by its first bytes",
     "streams": "output that may go away",
     "whole_files": "files written whole or not at all",
     "errors": "errors that a user can mend",
