@@ -58,6 +58,7 @@ GZIP = _format("a file packed with gzip", Kind.PACKED, rb"\x1f\x8b\x08[\x00-\x1f
 ZSTANDARD = _format("a file packed with zstd", Kind.PACKED, rb"(?:\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18)")
 BZIP2 = _format("a file packed with bzip2", Kind.PACKED, rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)")
 XZ = _format("a file packed with xz", Kind.PACKED, rb"\xfd7zXZ\x00")
+ZIP = _format("a zip archive", Kind.ARCHIVE, rb"PK(?:\x03\x04|\x05\x06|\x07\x08)")
 FORMATS = (
     GZIP,
     ZSTANDARD,
@@ -74,7 +75,7 @@ FORMATS = (
     _format("a file packed with lzip", Kind.PACKED, rb"LZIP\x01"),
     _format("a file packed with Snappy", Kind.PACKED, rb"\xff\x06\x00\x00sNaPpY"),
     _format("a tar archive", Kind.ARCHIVE, rb".{257}ustar"),
-    _format("a zip archive", Kind.ARCHIVE, rb"PK(?:\x03\x04|\x05\x06|\x07\x08)"),
+    ZIP,
     _format("a 7z archive", Kind.ARCHIVE, rb"7z\xbc\xaf\x27\x1c"),
     _format("a RAR archive", Kind.ARCHIVE, rb"Rar!\x1a\x07"),
     _format("a NumPy array", Kind.ARRAY, rb"\x93NUMPY"),

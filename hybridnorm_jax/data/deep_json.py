@@ -1,6 +1,6 @@
-"""JSON that Python's parser gives up on: numbers of thousands of digits, and deep nesting.
+"""JSON that is nested too deeply for Python's parser: the strings of an object are found without recursion.
 
-Such a value need not be in the field that is read, so a record is gone through without recursion and without numbers.
+What is nested deeply need not be in the field that is read.
 """
 
 import json

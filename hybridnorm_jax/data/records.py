@@ -5,11 +5,13 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from hybridnorm_jax.data.deep_json import kind_of, read_strings
+from hybridnorm_jax.data.deep_json import Unread, kind_of, read_strings
 from hybridnorm_jax.errors import DataError, first_line
 from hybridnorm_jax.file_formats import BOM
 
 MOST_RECORD_BYTES = 64 << 20
+# Of a record that is nested too deeply for Python's parser, in characters: another reads it, at a MiB a second.
+MOST_DEEP = 4 << 20
 # What matters for finding the end of a value: strings, which may hold brackets, and brackets.
 _MARK = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{}]|"', re.DOTALL)
 
@@ -191,12 +193,24 @@ def _short(names: str) -> str:
 
 def _parsed(content: str, place: str) -> object:
     try:
-        return json.loads(content)
+        try:
+            return json.loads(content)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # a number of thousands of digits, which need not be in the field that is read
+            return json.loads(content, parse_int=_number)
     except json.JSONDecodeError as error:
         several = "; a record may not go over several lines" if content.strip() in ("{", "[") else ""
         raise DataError(f"{place}: not JSON ({error.msg} at column {error.colno}){several}") from error
-    except (ValueError, RecursionError):
-        try:
-            return read_strings(content)
-        except ValueError as error:
-            raise DataError(f"{place}: not JSON ({first_line(error)})") from error
+    except RecursionError as error:
+        if len(content) > MOST_DEEP:
+            right = f"only a record of up to {MOST_DEEP >> 20} MiB may be"
+            raise DataError(f"{place}: nested too deeply; {right}") from error
+    try:
+        return read_strings(content)
+    except ValueError as error:
+        raise DataError(f"{place}: not JSON ({first_line(error)})") from error
+
+
+def _number(digits: str) -> Unread:
+    return Unread("a number")

@@ -369,7 +369,7 @@ def _decode(data: bytes, path: epath.Path, offset: int) -> str:
             right = "convert the file to UTF-8"
         raise DataError(f"{path}: {wrong}; {right}") from error
     if (place := data.find(0)) >= 0:
-        right = "text has none; mend the file, or remove them: tr -d '\\000' < FILE > NEW"
+        right = "text has none; mend the file, or remove such bytes: tr -d '\\000' < FILE > NEW"
         raise DataError(f"{path}: a zero byte at byte {offset + place}; {right}")
     return text
 

@@ -12,7 +12,7 @@ from hybridnorm_jax.config.data_file_names import PACKED_SUFFIXES
 from hybridnorm_jax.data.identity import regular_file_size
 from hybridnorm_jax.data.token_numbers import other_numbers
 from hybridnorm_jax.errors import DataError
-from hybridnorm_jax.file_formats import START_BYTES, Kind, encoding_of_text, format_of, pointer_of_git_lfs
+from hybridnorm_jax.file_formats import START_BYTES, ZIP, Kind, encoding_of_text, format_of, pointer_of_git_lfs
 from hybridnorm_jax.whole_files import is_local
 
 NUMPY_MAGIC = b"\x93NUMPY"
@@ -32,7 +32,7 @@ FEWEST_TEXT_BYTES = 48
 NP_SAVE = "write its token ids with np.save"
 # What to do with a file of another format.
 RIGHT = {
-    Kind.ARCHIVE: f"unpack it, and name its files; of an archive that np.savez wrote, {NP_SAVE}",
+    Kind.ARCHIVE: "unpack it, and name its files",
     Kind.PACKED: "token files are read in place; unpack it, and name the unpacked file",
     Kind.ARRAY: NP_SAVE,
     Kind.TABLE: NP_SAVE,
@@ -144,7 +144,11 @@ def _refuse_others(path: epath.Path, start: bytes) -> None:
         raise DataError(f"{path}: the index of Megatron's tokens, not the tokens; name its .bin file only")
     if pointer := pointer_of_git_lfs(path, start):
         raise DataError(f"{path}: {pointer}")
-    if found := format_of(start):
+    found = format_of(start)
+    if found == ZIP:
+        right = "take the array out of it and write it with np.save"
+        raise DataError(f"{path}: a zip archive, such as np.savez writes; {right}")
+    if found:
         raise DataError(f"{path}: {found.name}; {RIGHT[found.kind]}")
     if path.name.lower().endswith(PACKED):
         raise DataError(f"{path}: {RIGHT[Kind.PACKED]}")

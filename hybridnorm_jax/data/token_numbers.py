@@ -16,7 +16,8 @@ SAMPLE_BYTES = 4096
 FEWEST_SAMPLED = 16
 # Upper halves of the ids of the largest vocabularies: below a million.
 LARGEST_HIGH_HALF = 15
-# Of ids that are stored as floats the last bits are 0 and the exponents few: less than 1 in 1,000 pairs of 16-bit ids.
+# Of ids below 2^20 that are stored as floats the last bits are 0 and the exponents few: of pairs of 16-bit ids that is
+# so in less than 1 of 1,000. So many different ones are certain.
 FEWEST_FLOATS = math.ceil(math.log(CHANCE) / math.log(1e-3))
 # Other floats: between 2^-30 and 2^30, which are 61 of 256 exponents. The lower 16 bits are spread evenly.
 FLOAT_EXPONENTS = (127 - 30, 127 + 30)
@@ -94,7 +95,7 @@ def _floats(groups: np.ndarray) -> str | None:
     for dtype in (np.float32, np.float64):
         values = groups.view(dtype)
         with np.errstate(invalid="ignore"):
-            whole = bool(((values >= 0) & (values < 2**24) & (values == np.floor(values))).all())
+            whole = bool(((values >= 0) & (values < 2**20) & (values == np.floor(values))).all())
         if whole and len(np.unique(values[values > 0])) >= FEWEST_FLOATS:
             return np.dtype(dtype).name
     words = groups.view("<u2")

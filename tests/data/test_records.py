@@ -107,6 +107,15 @@ def test_deep_brackets_must_match(tmp_path, meta):
     assert "a.jsonl:1: not JSON (" in refused(tmp_path / "a.jsonl")
 
 
+def test_a_long_record_may_not_be_deep(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MOST_DEEP", 1 << 20)
+    rest = '"text": "' + "a" * (2 << 20) + '"'
+    (tmp_path / "a.jsonl").write_text('{"meta": ' + "[" * 5000 + "]" * 5000 + f", {rest}}}\n")
+    assert "a.jsonl:1: nested too deeply; only a record of up to 1 MiB may be" in refused(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_text(f'{{"meta": {"9" * 5000}, {rest}}}\n')
+    assert [len(text) for text in texts(tmp_path / "a.jsonl")] == [2 << 20]
+
+
 def test_nesting_that_does_not_end_is_one_line(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"id": ' + "[" * 100_000 + ', "text": "a"}\n')
     assert "not JSON" in refused(tmp_path / "a.jsonl")
