@@ -19,6 +19,7 @@ from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_nodes import MOST_CHARACTERS, Node, Scalar, read_yaml
 from hybridnorm_jax.config_fields import shortened
 from hybridnorm_jax.errors import ConfigError, did_you_mean
+from hybridnorm_jax.file_formats import pointer_of_git_lfs
 
 PLUGINS = "run.plugins"
 
@@ -67,7 +68,7 @@ def read_file(path: str | Path) -> str:
     """The text of a YAML file.
 
     Raises:
-      ConfigError: there is none, it is no file, too large or not UTF-8.
+      ConfigError: there is none, it is no file, too large, not UTF-8 or a pointer of git-lfs.
     """
     try:
         file = Path(path)
@@ -78,6 +79,8 @@ def read_file(path: str | Path) -> str:
             content = stream.read(MOST_CHARACTERS + 1)
         if len(content) > MOST_CHARACTERS:
             raise ConfigError(f"{path}: too large for a configuration, which has at most {MOST_CHARACTERS:,} bytes")
+        if pointer := pointer_of_git_lfs(path, content):
+            raise ConfigError(f"{path}: {pointer}")
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: cannot be read: not UTF-8 text ({error.reason})") from error

@@ -129,7 +129,7 @@ def _open_texts(data: DataSection, vocab_size: int, progress: bool) -> _Opened:
     train, held_out = cache.splits["train"], cache.splits["validation"]
     share = _share(held_out.tokens, train.tokens, data.validation_fraction)
     description = (
-        f"{corpus.name}: {train.documents + held_out.documents:,} documents, {train.tokens:,} tokens "
+        f"{corpus.name}: {_documents(cache.documents, train.pieces + held_out.pieces)}, {train.tokens:,} tokens "
         f"and {held_out.tokens:,} held out{share}, tokenizer {tokenizer.name}, cached in {cache.directory}"
     )
     return _Opened(
@@ -208,6 +208,12 @@ def _check_sample(stream: TokenStream) -> None:
             stream.read(start, min(start + CHECKED_TOKENS, len(stream)))
 
 
+def _documents(count: int, pieces: int) -> str:
+    """How many documents there are, and how many pieces where some are held out in parts."""
+    number = "1 document" if count == 1 else f"{count:,} documents"
+    return number if pieces == count else f"{number} in {pieces:,} pieces"
+
+
 def _share(held_out: int, train: int, asked: float) -> str:
     """The held-out share for people, and that it is far from what was asked for, as with a few large documents."""
     if not held_out:
@@ -241,6 +247,7 @@ def _check_lengths(data: DataSection, seq_len: int, opened: _Opened) -> None:
             raise DataError(f"data.validation.{name}: one token is too few to predict any; give more data")
     train = len(opened.train.stream)
     if train < seq_len + 1:
-        right = "lower train.seq_len, give more data, or lower data.validation_fraction"
+        fraction = ", or lower data.validation_fraction" if data.validation_fraction else ""
+        right = f"lower train.seq_len, or give more data{fraction}"
         wrong = f"a window needs {seq_len + 1} tokens, but there are {train} to train on"
         raise DataError(f"train.seq_len={seq_len}: {wrong}; {right}")

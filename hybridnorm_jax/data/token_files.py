@@ -59,13 +59,14 @@ class TokenFile:
         self._layout = layout
         self._files = files
         self.dtype = layout.dtype
+        self.is_raw = layout.is_raw
 
     def __len__(self) -> int:
         return self._layout.count
 
     def __getitem__(self, places: slice) -> np.ndarray:
         start, stop, _ = places.indices(len(self))
-        dtype, _, offset = self._layout
+        dtype, offset = self._layout.dtype, self._layout.offset
         wanted = max(stop - start, 0) * dtype.itemsize
         try:
             file = self._files.open(self._path)
@@ -149,7 +150,9 @@ def split_extents(arrays: Mapping[epath.Path, TokenFile], names: tuple[str, ...]
     for (path, side), neighbours in itertools.groupby(pieces, key=lambda piece: (piece.path, piece.is_held_out)):
         first, *others = neighbours
         stop = others[-1].stop if others else first.stop
-        sides[side].append(Extent(arrays[path], name=os.fspath(path), start=first.start, stop=stop))
+        array = arrays[path]
+        is_raw = isinstance(array, TokenFile) and array.is_raw
+        sides[side].append(Extent(array, name=os.fspath(path), start=first.start, stop=stop, is_raw=is_raw))
     return SplitExtents(train=tuple(sides[False]), held_out=tuple(sides[True]))
 
 
