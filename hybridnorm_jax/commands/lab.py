@@ -19,7 +19,8 @@ from hybridnorm_jax.streams import sturdy_streams
 
 USAGE = """usage: hybridnorm lab signal  [CONFIG ...] [key=value ...]
        hybridnorm lab compare [CONFIG ...] [key=value ...]
-       hybridnorm lab report  DIR [baseline=SCHEME] [run.plugins=[...]] [--speed]
+       hybridnorm lab report  DIR [baseline=SCHEME] [run.plugins=[...]]
+                              [--speed]
 
 signal   measures models at initialization and writes a table, JSON and figures
 compare  trains every combination of schemes, seeds and learning rates

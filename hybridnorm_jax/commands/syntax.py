@@ -100,7 +100,7 @@ def _check_key(command: str, argument: str, name: str) -> None:
         own = f"; its own are {', '.join(syntax.keys)}" if syntax.keys else ""
         raise UserError(f"{argument}: a key of {_calls(['train'])}, not of {_calls([command])}{own}")
     owners = [other for other, syntax in SYNTAX.items() if name in syntax.keys]
-    if owners:
+    if owners and not is_run_key:
         instead = f"; it takes {OF_ONE_RUN[name]}=..." if syntax.takes_run_keys and name in OF_ONE_RUN else ""
         raise UserError(f"{argument}: a key of {_calls(owners)}, not of {_calls([command])}{instead}")
 
