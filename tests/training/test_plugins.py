@@ -178,6 +178,7 @@ def test_a_report_takes_the_plugins_that_it_asks_for(compare, write, new_start, 
     assert "mine.py is not the file that" in capsys.readouterr().err
     assert compare(seed=1) == 0
     new_start()
+    capsys.readouterr()
     assert main(report) == 2
     told = capsys.readouterr().err
     assert "lab: of_a_plugin-lr0.002-seed0 and of_a_plugin-lr0.002-seed1 differ in the plugin" in told
