@@ -14,7 +14,7 @@ from hybridnorm_jax.commands.program import wants_help
 from hybridnorm_jax.commands.syntax import check_syntax
 from hybridnorm_jax.config.resume_keys import differences
 from hybridnorm_jax.config.run_config import DataSection, RunConfig
-from hybridnorm_jax.config.yaml_files import from_yaml, gather
+from hybridnorm_jax.config.yaml_files import from_yaml, gather, named_plugins
 from hybridnorm_jax.data import Data, DataError, open_data
 from hybridnorm_jax.data.sources import find_files
 from hybridnorm_jax.errors import ConfigError
@@ -70,7 +70,7 @@ def evaluate_run(path: str, overrides: Sequence[str] = (), *, progress: bool = T
         if step is None:
             step = checkpoints.needed(allow_fallback=_allows_fallback(overrides))
         text = checkpoints.read_config(step)
-        saved = saved_config(checkpoints, step, import_these=gather([], overrides).get("run.plugins", ()))
+        saved = saved_config(checkpoints, step, import_these=named_plugins(overrides))
         config = from_yaml(text, [*ANYWHERE, *overrides])
         for line in differences(saved, config):
             if line.startswith(("model.", "data.tokenizer")) and not line.startswith(SAME_FUNCTION):

@@ -14,14 +14,13 @@ import yaml
 
 from hybridnorm_jax.config.key_lookup import FIELDS, SECTIONS, nearest_key
 from hybridnorm_jax.config.key_values import BOOLS, INTEGER, NUMBER, read_hint, typed
+from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.config.plugins import check_started_with_plugins, import_plugins
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_nodes import MOST_CHARACTERS, Node, Scalar, read_yaml
 from hybridnorm_jax.config_fields import shortened
 from hybridnorm_jax.errors import ConfigError, did_you_mean
 from hybridnorm_jax.file_formats import pointer_of_git_lfs
-
-PLUGINS = "run.plugins"
 
 
 class _Writer(yaml.SafeDumper):
@@ -56,12 +55,17 @@ def from_yaml(text: str, overrides: Sequence[str] = (), *, origin: str = "saved 
     Raises:
       ConfigError: as `parse`; or the text names plugins, and this process was started without any.
     """
-    asked = gather([], [override for override in overrides if override.startswith(PLUGINS)])
-    import_plugins(asked.get(PLUGINS, ()))
+    import_plugins(named_plugins(overrides))
     settings = gather([(origin, text)], overrides)
-    if PLUGINS not in asked:
+    if not any(override.startswith(f"{PLUGINS}=") for override in overrides):
         check_started_with_plugins(settings.get(PLUGINS, ()), origin)
     return build(settings)
+
+
+def named_plugins(overrides: Sequence[str]) -> tuple[str, ...]:
+    """The plugins that `key=value` overrides name."""
+    asked = gather([], [override for override in overrides if override.startswith(f"{PLUGINS}=")])
+    return asked.get(PLUGINS, ())
 
 
 def read_file(path: str | Path) -> str:

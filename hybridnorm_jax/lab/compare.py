@@ -19,7 +19,7 @@ from etils import epath
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.run_config import LARGEST_RATE, LARGEST_SEED, SMALLEST, RunConfig
-from hybridnorm_jax.config.yaml_files import from_yaml, take
+from hybridnorm_jax.config.yaml_files import take
 from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
 from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.lab.divergence import rising_since
@@ -32,7 +32,7 @@ from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.hooks.skipped_steps import DivergedError
 from hybridnorm_jax.training.loop import train
 from hybridnorm_jax.training.run_directory import run_directory
-from hybridnorm_jax.training.run_identity import check_same_run
+from hybridnorm_jax.training.run_identity import check_same_run, saved_run
 from hybridnorm_jax.training.step_directories import absolute, check_place, find_checkpoint
 from hybridnorm_jax.whole_files import expanded, write_whole
 
@@ -248,8 +248,10 @@ def _earlier(file: epath.Path, config: RunConfig, data: RunData) -> dict[str, An
       ConfigError: its configuration, one of its plugins or its data are others. Its files stay as they are.
     """
     check_same_run(file.parent, config)
-    saved_file = file.parent / "config.yaml"
-    different = measured_otherwise(from_yaml(saved_file.read_text(), origin=str(saved_file)), config)
+    saved = saved_run(file.parent)
+    if saved is None:
+        raise ConfigError(f"{file}: lies beside no config.yaml and no checkpoints; choose another run.name")
+    different = measured_otherwise(saved.config, config)
     if different:
         raise ConfigError(f"{file.parent} holds another run ({'; '.join(different)}): choose another run.name")
     result = read_result(file)
