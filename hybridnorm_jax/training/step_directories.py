@@ -10,11 +10,12 @@ deletes or reads. Other names in the directory are nobody's business here.
 """
 
 import json
+import os
 import re
 
 from etils import epath
 
-from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.errors import MissingExtraError, UserError
 from hybridnorm_jax.training import manifest
 from hybridnorm_jax.whole_files import expanded, is_local
 
@@ -40,14 +41,22 @@ def find_checkpoint(path: epath.PathLike) -> tuple[epath.Path, int | None]:
 
     Raises:
       CheckpointError: there is nothing of the kind.
+      MissingExtraError: it is in a bucket, and what reaches it is not installed.
     """
+    try:
+        return _find(path)
+    except ImportError as error:  # what etils needs for gs://
+        raise MissingExtraError(os.fspath(path), extra="tpu") from error
+
+
+def _find(path: epath.PathLike) -> tuple[epath.Path, int | None]:
     at_step = AT_STEP.fullmatch(str(path))
     path = absolute(path)
     if at_step is not None and not path.exists():
-        directory, newest = find_checkpoint(at_step[1])
+        directory, newest = _find(at_step[1])
         if newest is not None:
             raise CheckpointError(f"{path}: {at_step[1]} is one checkpoint already; name it without @{at_step[2]}")
-        return find_checkpoint(directory / f"{int(at_step[2]):06d}")
+        return _find(directory / f"{int(at_step[2]):06d}")
     if (path / "checkpoints").is_dir():
         return path / "checkpoints", None
     if (step := complete_step(path)) is not None:
