@@ -76,6 +76,11 @@ class TextFile:
     identity: str | None = None
 
 
+def holds_whole_files_out(count: int, fraction: float) -> bool:
+    """Whether so many text files are enough to hold whole ones out; otherwise blocks of all files are."""
+    return fraction in (0, 1) or fraction * count >= FEWEST_WHOLE
+
+
 @dataclasses.dataclass(frozen=True)
 class Corpus:
     """Text files in the order they are read.
@@ -109,7 +114,7 @@ class Corpus:
 
     def holds_whole_files_out(self, fraction: float) -> bool:
         """Whether there are enough text files to hold whole ones out."""
-        return fraction in (0, 1) or fraction * len(self.files) >= FEWEST_WHOLE
+        return holds_whole_files_out(len(self.files), fraction)
 
     def documents(self, file: TextFile, *, whole: bool = True) -> Iterator[Document]:
         """The documents of one of the files.

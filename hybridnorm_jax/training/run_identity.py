@@ -26,6 +26,8 @@ from hybridnorm_jax.whole_files import expanded, size_of, write_whole
 ORIGIN = ("init_from", "init_optimizer")
 # Where a run's directory keeps the sources of its plugins, and the file in it that says with which ones it began.
 SOURCES, USED = "plugins", "used.json"
+# The name of the tokenizer among the files of a run.
+TOKENIZER_FILE = "data.tokenizer"
 
 
 class SavedRun(NamedTuple):
@@ -134,7 +136,7 @@ def data_files(data: DataSection, trained_on: Sequence[FileIdentity]) -> list[di
     """The identities of the files that a run trains on, in order, and of its tokenizer, as JSON has them."""
     files = list(trained_on)
     if data.tokenizer != "bytes":
-        files.append(file_identity(epath.Path(expanded(data.tokenizer)), name="data.tokenizer"))
+        files.append(file_identity(epath.Path(expanded(data.tokenizer)), name=TOKENIZER_FILE))
     return [dataclasses.asdict(file) for file in files]
 
 
