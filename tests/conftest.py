@@ -46,6 +46,15 @@ def _forget_what_is_compiled():
     gc.collect()
 
 
+@pytest.fixture(autouse=True)
+def _schemes_as_they_were():
+    """What a test enters into the table of schemes is gone after it."""
+    before = dict(hn.SCHEMES)
+    yield
+    hn.SCHEMES.clear()
+    hn.SCHEMES.update(before)
+
+
 @pytest.fixture
 def small_config():
     """Makes a ModelConfig of three narrow layers, with the keys given."""

@@ -24,9 +24,10 @@ MEANING = {
     "model": "placements, the formula, norms, attention, decoder, loss",
     "kernels": "who computes attention and experts",
     "mesh": "axes, sharding rules, processes",
-    "config_fields": "keys that check themselves",
-    "streams": "output that may go away",
-    "whole_files": "files written whole or not at all",
+    "config_fields": "keys with checks",
+    "file_formats": "what a file is by its first bytes",
+    "streams": "output that may end",
+    "whole_files": "files, whole or not",
     "errors": "errors that a user can mend",
 }
 WIDTH, ROW, GAP, MARGIN = 520, 44, 8, 8

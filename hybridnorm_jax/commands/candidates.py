@@ -13,6 +13,7 @@ from hybridnorm_jax.commands.syntax import SYNTAX
 from hybridnorm_jax.config import named_configurations
 from hybridnorm_jax.config.key_lookup import FIELDS, SECTIONS
 from hybridnorm_jax.config.key_values import read_hint
+from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.config.run_config import EQUIVALENT_FORMS, SCHEDULES, SOURCES, TOKEN_DTYPES, RunSection
 from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS, EXPERT_DISPATCHES
 from hybridnorm_jax.model import config as model
@@ -138,8 +139,10 @@ def _values(command: str, typed: str) -> list[str]:
         return []
     if name in PATH_KEYS:
         return [f"{name}={path}" for path in _files(value)]
+    begun = value[: max(value.rfind(","), value.rfind("["), value.rfind(" ")) + 1] or "["
+    if name == PLUGINS:
+        return [f"{name}={begun}{path.rstrip()}" for path in _files(value.removeprefix(begun), (".py",))]
     if name in CHOICES_OF_LISTS:
-        begun = value[: max(value.rfind(","), value.rfind("["), value.rfind(" ")) + 1] or "["
         return [f"{name}={begun}{choice}" for choice in CHOICES_OF_LISTS[name]]
     if name in CHOICES:
         return _whole(f"{name}={choice}" for choice in CHOICES[name])

@@ -9,7 +9,10 @@ from typing import Any
 
 from hybridnorm_jax.commands.program import ArgumentParser, again
 from hybridnorm_jax.commands.syntax import check_syntax
+from hybridnorm_jax.config.plugins import KEY as PLUGINS
+from hybridnorm_jax.config.plugins import as_arguments, import_plugins
 from hybridnorm_jax.config.run_config import DataSection, RunConfig, TrainSection
+from hybridnorm_jax.config.yaml_files import named_plugins
 from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.interop.checkpoint_files import PICKLE, PICKLES, find_file, foreign_weights
 from hybridnorm_jax.model.config import ModelConfig
@@ -26,12 +29,15 @@ LONGEST_NAME = 200
 FORMS = ("pre_rmsnorm", "pre_crmsnorm")
 DTYPES = ("float32", "float64")
 
-USAGE = "hybridnorm convert CHECKPOINT_DIR OUT_DIR --form FORM [OPTION ...]"
+USAGE = "hybridnorm convert CHECKPOINT_DIR OUT_DIR --form FORM [OPTION ...]\n       [run.plugins=[...]]"
 DESCRIPTION = """Converts a Pre-LN model to a cheaper form, whose logits are the same up to
 rounding.
 
 Both models are compared in float64. Where they are not equal, nothing is
-written."""
+written.
+
+run.plugins=[...] names the plugins of a run, which are imported only if you
+name them."""
 
 
 class NotEqualError(UserError):
@@ -39,9 +45,10 @@ class NotEqualError(UserError):
 
 
 def run(arguments: Sequence[str]) -> None:
-    """`hybridnorm convert CHECKPOINT_DIR OUT_DIR --form FORM [OPTION ...]`."""
+    """`hybridnorm convert CHECKPOINT_DIR OUT_DIR --form FORM [OPTION ...] [run.plugins=[...]]`."""
     check_syntax("convert", arguments)
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args([each for each in arguments if not each.startswith(f"{PLUGINS}=")])
+    options.plugins = named_plugins(arguments)
     with sturdy_streams():  # nobody need read what is said for OUT_DIR to be written
         convert(options)
 
@@ -101,6 +108,7 @@ def convert(options: argparse.Namespace) -> None:
         raise UserError(f"--pad-to {options.pad_to}: only for --form pre_crmsnorm")
     _check_out(options.checkpoint, options.out)
     check_free(options.out)
+    import_plugins(options.plugins)
     # As wide as it is computed with: files of several dtypes lose nothing.
     source = read_directory(options.checkpoint, options.ignore_key, dtype="float64")
     model = source.config.model
@@ -120,10 +128,13 @@ def convert(options: argparse.Namespace) -> None:
         found = f"{proof.worst('float64'):.1e} in float64, {proof.worst(WRITTEN):.1e} {WRITTEN}"
         raise NotEqualError(f"{options.checkpoint}: logits differ by {found}, relative; nothing is written")
     result = dataclasses.replace(conversion.config, param_dtype=options.dtype)
-    config = dataclasses.replace(source.config, model=result)
+    # As they are named now: the run may have named them by other paths.
+    needed = source.config.run.plugins and (options.plugins or source.config.run.plugins)
+    run_section = dataclasses.replace(source.config.run, plugins=needed)
+    config = dataclasses.replace(source.config, model=result, run=run_section)
     save_run(options.out, config, written, step=source.step, tokenizer_file=source.tokenizer_file)
     print(f"{options.out}: {describe(result)}, {options.dtype}")
-    _say_next(options.out, has_tokenizer=source.tokenizer_file is not None or source.kind != HUGGING_FACE)
+    _say_next(options.out, needed, has_tokenizer=source.tokenizer_file is not None or source.kind != HUGGING_FACE)
 
 
 def _check_out(checkpoint: str, out: str) -> None:
@@ -140,14 +151,14 @@ def _check_out(checkpoint: str, out: str) -> None:
         raise UserError(f"{out}: lies in {checkpoint}, which is only read; choose a directory outside of it")
 
 
-def _say_next(out: str, *, has_tokenizer: bool) -> None:
-    data = ""
+def _say_next(out: str, plugins: Sequence[str], *, has_tokenizer: bool) -> None:
+    data, needed = "", as_arguments(plugins)
     if not has_tokenizer:
         print("no tokenizer.json came with it: the model can read token files only, below F.npy to train on,")
         print("and V.npy to score")
         data = " data.source=tokens 'data.files=[F.npy]' data.validation_fraction=0 'data.validation.name=[V.npy]'"
-    print(f"\nNext: {again(['eval', out])}{data}")
-    print(f"  or: {again(['train', f'{out}/config.yaml', f'init_from={out}', 'run.name=NAME'])}{data}")
+    print(f"\nNext: {again(['eval', out, *needed])}{data}")
+    print(f"  or: {again(['train', f'{out}/config.yaml', f'init_from={out}', 'run.name=NAME', *needed])}{data}")
 
 
 def token_sets(options: argparse.Namespace, source) -> dict:

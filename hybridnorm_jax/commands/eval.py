@@ -14,7 +14,7 @@ from hybridnorm_jax.commands.program import wants_help
 from hybridnorm_jax.commands.syntax import check_syntax
 from hybridnorm_jax.config.resume_keys import differences
 from hybridnorm_jax.config.run_config import DataSection, RunConfig
-from hybridnorm_jax.config.yaml_files import from_yaml, gather
+from hybridnorm_jax.config.yaml_files import from_yaml, gather, named_plugins
 from hybridnorm_jax.data import Data, DataError, open_data
 from hybridnorm_jax.data.sources import find_files
 from hybridnorm_jax.errors import ConfigError
@@ -27,6 +27,7 @@ from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.run_directory import saved_config
 from hybridnorm_jax.training.run_identity import data_files
 from hybridnorm_jax.training.step_directories import find_checkpoint
+from hybridnorm_jax.training.trained_before import check_tokenizer, is_kept_out
 
 # Where a run trained says nothing of where it is evaluated: by default on all devices there are.
 ANYWHERE = (
@@ -70,13 +71,15 @@ def evaluate_run(path: str, overrides: Sequence[str] = (), *, progress: bool = T
         if step is None:
             step = checkpoints.needed(allow_fallback=_allows_fallback(overrides))
         text = checkpoints.read_config(step)
-        saved = saved_config(checkpoints, step, import_these=gather([], overrides).get("run.plugins", ()))
+        saved = saved_config(checkpoints, step, import_these=named_plugins(overrides))
         config = from_yaml(text, [*ANYWHERE, *overrides])
+        data_state = checkpoints.read_data_state(step)
+        own = ("model.",) if "files" in data_state else ("model.", "data.tokenizer")
         for line in differences(saved, config):
-            if line.startswith(("model.", "data.tokenizer")) and not line.startswith(SAME_FUNCTION):
+            if line.startswith(own) and not line.startswith(SAME_FUNCTION):
                 raise ConfigError(f"{line}: {directory.parent} holds that model and no other")
         program = Program(config)
-        data = _open_data(saved, config, checkpoints.read_data_state(step), progress=progress)
+        data = _open_data(saved, config, data_state, where=str(directory.parent), progress=progress)
         params = checkpoints.restore_params(program.abstract_state.params, step)
     scores = evaluate_sets(
         lambda batch: program.eval_step(params, batch),
@@ -91,20 +94,24 @@ def evaluate_run(path: str, overrides: Sequence[str] = (), *, progress: bool = T
     return RunScores(str(directory / f"{step:06d}"), step, scores, part)
 
 
-def _open_data(saved: RunConfig, config: RunConfig, data_state: Mapping[str, Any], *, progress: bool) -> Data:
+def _open_data(
+    saved: RunConfig, config: RunConfig, data_state: Mapping[str, Any], *, where: str, progress: bool
+) -> Data:
     """The data of this evaluation, if nothing in it is called validation that the run trained on.
 
     Raises:
-      UserError: something is, nothing can be scored, or something cannot be read.
+      UserError: something is, the tokenizer is another one, nothing can be scored, or something cannot be read.
     """
     check_share(saved.data, config.data)
     data = open_data(config.data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size, progress=progress)
     if not data.validation:
         raise ConfigError("data.validation={}: the run held nothing out; name a set, data.validation.NAME=[FILE]")
+    if "files" in data_state:
+        check_tokenizer(data_state["files"], data_files(config.data, data.files), where=where)
     is_same = _is_same_data(data_state, config.data, data)
     check_same_data(config.data, differences(saved, config), is_same_data=is_same)
     if config.data.validation_fraction and data_state and not is_same:
-        _judge_other_data(config.data, before=data_state["train_tokens"], now=data.train.num_tokens)
+        _judge_other_data(saved.data, config.data, data_state, data)
     if config.data.validation:
         check_sets(config.data.validation, _trained_on(saved.data, config.data, is_same_data=is_same))
     return data
@@ -117,19 +124,18 @@ def _is_same_data(data_state: Mapping[str, Any], section: DataSection, data: Dat
     return data_state.get("files") in (None, data_files(section, data.files))
 
 
-def _judge_other_data(data: DataSection, *, before: int, now: int) -> None:
+def _judge_other_data(saved: DataSection, asked: DataSection, data_state: Mapping[str, Any], data: Data) -> None:
     """Of a run whose data were changed under the same name: say what that means, or refuse.
 
-    Which text is held out is decided by the document itself, so none of it was trained on. Of token files it is decided
-    by the names of the files.
-
     Raises:
-      ConfigError: the data are token files.
+      ConfigError: what is held out now may have been trained on (trained_before.is_kept_out).
     """
+    before, now = data_state["train_tokens"], data.train.num_tokens
     changed = f"{now:,} tokens to train on, but {before:,} when the checkpoint was saved"
     if now == before:
         changed = "other files than when the checkpoint was saved, with as many tokens"
-    if data.source == "tokens":
+    files = data_state.get("files")
+    if files is None or not is_kept_out(saved, files, asked, data_files(asked, data.files)):
         right = "restore them, or set data.validation_fraction=0 and name sets in data.validation"
         raise ConfigError(f"data.files: {changed}: what is held out now may have been trained on; {right}")
     say(f"note: data: {changed}: the held-out documents are not those of training", file=sys.stderr)
@@ -196,7 +202,7 @@ def run(arguments: Sequence[str], processes: Processes) -> None:
     if processes.number != 0:
         return
     if as_json:
-        sets = {name: dataclasses.asdict(score) for name, score in result.scores.items()}
+        sets = {name: score.as_json() for name, score in result.scores.items()}
         print(json.dumps({"checkpoint": result.checkpoint, "step": result.step, "sets": sets}, indent=2))
     else:
         print(f"{result.checkpoint}: loss in nats per token{result.part}\n{table(result.scores)}")

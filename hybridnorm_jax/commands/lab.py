@@ -10,13 +10,17 @@ from hybridnorm_jax.commands.program import again, wants_help
 from hybridnorm_jax.commands.syntax import check_syntax
 from hybridnorm_jax.config.key_lookup import default
 from hybridnorm_jax.config.key_values import show
+from hybridnorm_jax.config.plugins import KEY as PLUGINS
+from hybridnorm_jax.config.plugins import as_arguments, import_plugins
+from hybridnorm_jax.config.yaml_files import named_plugins
 from hybridnorm_jax.errors import UserError, did_you_mean
 from hybridnorm_jax.mesh.processes import Processes, check_alike
 from hybridnorm_jax.streams import sturdy_streams
 
 USAGE = """usage: hybridnorm lab signal  [CONFIG ...] [key=value ...]
        hybridnorm lab compare [CONFIG ...] [key=value ...]
-       hybridnorm lab report  DIR [baseline=SCHEME] [--speed]
+       hybridnorm lab report  DIR [baseline=SCHEME] [run.plugins=[...]]
+                              [--speed]
 
 signal   measures models at initialization and writes a table, JSON and figures
 compare  trains every combination of schemes, seeds and learning rates
@@ -48,13 +52,14 @@ goes to run.dir/compare-CONFIG, or to run.dir/run.name where run.name is given.
 
 Its own keys are these. All other keys are those of `hybridnorm train`.
 """
-REPORT_USAGE = """usage: hybridnorm lab report DIR [baseline=SCHEME] [--speed]
+REPORT_USAGE = """usage: hybridnorm lab report DIR [baseline=SCHEME] [run.plugins=[...]] [--speed]
 
 Writes DIR/report.html (one file), DIR/report.md with DIR/figures, and
 DIR/report.csv. Needs the extra lab.
 
 baseline=SCHEME    what differences are to; default: pre, or the first scheme
                    where there is no pre
+run.plugins=[...]  plugins of the runs, which are imported only if you name them
 --speed            also show tokens per second, which say little where runs
                    were made beside other work"""
 
@@ -103,7 +108,8 @@ def _compare(arguments: list[str], processes: Processes) -> None:
         results = compare.compare(asked, only)
     if processes.number == 0:
         print("" if only is not None else f"\n{compare.table(asked, results)}")
-        print(f"\nNext: {again(['lab', 'report', asked.directory])}")
+        needed = as_arguments(asked.configs[0].run.plugins)
+        print(f"\nNext: {again(['lab', 'report', asked.directory, *needed])}")
 
 
 def _report(arguments: list[str], processes: Processes) -> None:
@@ -113,6 +119,8 @@ def _report(arguments: list[str], processes: Processes) -> None:
         print(REPORT_USAGE)
         return
     baseline, arguments = _option(arguments, "baseline")
+    import_plugins(named_plugins(arguments))
+    arguments = [argument for argument in arguments if not argument.startswith(f"{PLUGINS}=")]
     speed = "--speed" in arguments
     arguments = [argument for argument in arguments if argument != "--speed"]
     if len(arguments) != 1:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from hybridnorm_jax.config.key_lookup import FIELDS, SECTIONS, nearest_key
+from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.errors import UserError, did_you_mean
 
 HELP = ("--help", "-h")
@@ -17,7 +18,8 @@ class Syntax:
 
     Attributes:
       options: its own, with their dashes; --help is everybody's.
-      keys: its own, which hold for no run. Those of `lab` are the fields of its dataclasses of options.
+      keys: its own, which hold for no run; those of `lab` are the fields of its dataclasses of options. And PLUGINS,
+        where it is the only one of a run's that the command takes.
       takes_run_keys: whether it takes the keys of `hybridnorm train` as well.
     """
 
@@ -29,7 +31,7 @@ class Syntax:
 SYNTAX = {
     "train": Syntax(options=("--dry-run",), takes_run_keys=True),
     "eval": Syntax(options=("--json",), takes_run_keys=True),
-    "convert": Syntax(options=("--form", "--pad-to", "--dtype", "--text", "--ignore-key")),
+    "convert": Syntax(options=("--form", "--pad-to", "--dtype", "--text", "--ignore-key"), keys=(PLUGINS,)),
     "plan": Syntax(options=("--topology", "--json", "--table"), takes_run_keys=True),
     "lab signal": Syntax(
         keys=("schemes", "depths", "initializers", "sequences", "seq_len", "out"),
@@ -40,7 +42,7 @@ SYNTAX = {
         keys=("schemes", "seeds", "learning_rates"),
         takes_run_keys=True,
     ),
-    "lab report": Syntax(options=("--speed",), keys=("baseline",)),
+    "lab report": Syntax(options=("--speed",), keys=("baseline", PLUGINS)),
     "schemes": Syntax(),
     "completion": Syntax(),
 }
@@ -98,7 +100,7 @@ def _check_key(command: str, argument: str, name: str) -> None:
         own = f"; its own are {', '.join(syntax.keys)}" if syntax.keys else ""
         raise UserError(f"{argument}: a key of {_calls(['train'])}, not of {_calls([command])}{own}")
     owners = [other for other, syntax in SYNTAX.items() if name in syntax.keys]
-    if owners:
+    if owners and not is_run_key:
         instead = f"; it takes {OF_ONE_RUN[name]}=..." if syntax.takes_run_keys and name in OF_ONE_RUN else ""
         raise UserError(f"{argument}: a key of {_calls(owners)}, not of {_calls([command])}{instead}")
 

@@ -10,6 +10,7 @@ from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.key_help import key_table
 from hybridnorm_jax.config.key_lookup import FIELDS
 from hybridnorm_jax.config.key_values import show
+from hybridnorm_jax.config.plugins import as_arguments
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.mesh.processes import Processes, check_alike
 from hybridnorm_jax.streams import sturdy_streams
@@ -90,7 +91,7 @@ def _same_in_all_processes(config: RunConfig) -> dict[str, str]:
 
 
 def _say_next(arguments: Sequence[str], config: RunConfig) -> None:
-    evaluation = again(["eval", f"{config.run.dir}/{config.run.name}"])
+    evaluation = again(["eval", f"{config.run.dir}/{config.run.name}", *as_arguments(config.run.plugins)])
     other = _other_scheme(config)
     trained = again(["train", *_with_scheme(arguments, config, other)])
     print(f"\nNext:\n  score it again, or on other text\n    {evaluation}")

@@ -6,10 +6,8 @@ from a stranger, and never imports anything. Which files are meant is compared b
 """
 
 import dataclasses
-import errno
 import hashlib
 import importlib
-import importlib.machinery
 import os
 import sys
 import types
@@ -17,13 +15,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hybridnorm_jax.config.key_values import show
+from hybridnorm_jax.config.plugin_files import contents, place, read, with_neighbours
 from hybridnorm_jax.errors import ConfigError, RunStopped, first_line
-from hybridnorm_jax.whole_files import expanded
 
 KEY = "run.plugins"
 # The sources of a larger plugin, such as a whole package, are compared but not kept.
 MOST_KEPT_BYTES = 1 << 20
-MOST_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Plugin:
 
     Attributes:
       name: as run.plugins names it.
-      digest: SHA-256 (hexadecimal) of its sources; of a package, of all Python files in its directory.
+      digest: SHA-256 (hexadecimal) of its sources, which are those that plugin_files.contents reads.
       sources: file name -> text; empty where they are larger than MOST_KEPT_BYTES, or are no text.
     """
 
@@ -52,9 +50,9 @@ def import_plugins(names: Iterable[str]) -> None:
       ConfigError: one cannot be imported, or its file is no longer the one that this process imported.
     """
     for name in names:
-        before = _imported.get(_place(name))
+        before = _imported.get(place(name))
         if before is None:
-            _imported[_place(name)] = _import(name)
+            _imported[place(name)] = _import(name)
         elif _describe(name).digest != before.digest:
             raise ConfigError(f"{KEY}: {name} has changed since this process imported it; start again")
 
@@ -62,11 +60,16 @@ def import_plugins(names: Iterable[str]) -> None:
 def check_started_with_plugins(names: Sequence[str], origin: str) -> None:
     """Raise ConfigError where a saved configuration names plugins and this start names none."""
     if names and not _imported:
-        asked = ", ".join(names)
+        (asked,) = as_arguments(names)
         raise ConfigError(
-            f"{origin}: {KEY}=[{asked}]: a saved configuration runs no code; if you trust these files, "
-            f"name them yourself: {KEY}=[{asked}]"
+            f"{origin}: {asked}: a saved configuration runs no code; if you trust these files, "
+            f"name them yourself: {asked}"
         )
+
+
+def as_arguments(names: Sequence[str]) -> list[str]:
+    """What names these plugins to any command that reads their run: one key=value, or nothing where there are none."""
+    return [f"{KEY}={show(names)}"] if names else []
 
 
 def plugins_of(names: Iterable[str]) -> tuple[Plugin, ...]:
@@ -76,7 +79,7 @@ def plugins_of(names: Iterable[str]) -> tuple[Plugin, ...]:
       ConfigError: one cannot be read.
     """
     return tuple(
-        dataclasses.replace(_imported[_place(name)], name=name) if _place(name) in _imported else _describe(name)
+        dataclasses.replace(_imported[place(name)], name=name) if place(name) in _imported else _describe(name)
         for name in names
     )
 
@@ -97,28 +100,13 @@ def missing_plugin(saved: Sequence[dict[str, Any]], now: Iterable[Plugin]) -> di
     return next((plugin for plugin in saved if plugin["digest"] not in digests), None)
 
 
-def _place(name: str) -> str:
-    """What tells plugins apart in one process: a file by its path, a module by its name."""
-    # Not Path.resolve, which raises where links lead in a circle.
-    return os.path.realpath(expanded(name)) if name.endswith(".py") else name
-
-
-def _read(file: Path) -> bytes:
-    """The source in a file; OSError for what is no regular file, which may never end, and for what is no source."""
-    if file.exists() and not file.is_file():
-        raise OSError(errno.EINVAL, "no regular file", str(file))
-    if file.stat().st_size > MOST_BYTES:
-        raise OSError(errno.EFBIG, f"more than {MOST_BYTES >> 20} MiB, which no source has", str(file))
-    return file.read_bytes()
-
-
 def _import(name: str) -> Plugin:
     try:
         if not name.endswith(".py"):
             importlib.import_module(name)
             return _describe(name)
-        path = Path(_place(name))
-        source = _read(path)
+        path = Path(place(name))
+        source = read(path)
         # A name that follows from the path, so that what is pickled or registered by module has one.
         module_name = f"hybridnorm_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
         module = types.ModuleType(module_name)
@@ -130,7 +118,7 @@ def _import(name: str) -> Plugin:
         except BaseException:
             del sys.modules[module_name]
             raise
-        return _plugin(name, {path.name: source})
+        return _plugin(name, with_neighbours(path, source))
     except (KeyboardInterrupt, RunStopped):
         raise
     except BaseException as error:  # SystemExit, too: the program is not the plugin's to end
@@ -140,7 +128,7 @@ def _import(name: str) -> Plugin:
 def _describe(name: str) -> Plugin:
     """The plugin as its files are now, without importing it."""
     try:
-        return _plugin(name, {relative: _read(file) for relative, file in _files(name).items()})
+        return _plugin(name, contents(name))
     except (OSError, ImportError, ValueError) as error:
         raise ConfigError(f"{KEY}: {name} cannot be read: {_reason(error)}") from error
 
@@ -153,47 +141,19 @@ def _reason(error: BaseException) -> str:
         return type(error).__name__
 
 
-def _files(name: str) -> dict[str, Path]:
-    """The files of a plugin by name; a package's by their paths in it. None of a module that is part of Python."""
-    if name.endswith(".py"):
-        path = Path(_place(name))
-        return {path.name: path}
-    spec = _find_spec(name)
-    if spec.submodule_search_locations:
-        found = {}
-        for folder in map(Path, spec.submodule_search_locations):
-            found |= {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*.py"))}
-        return found
-    return {Path(spec.origin).name: Path(spec.origin)} if spec.has_location and spec.origin else {}
-
-
-def _find_spec(name: str) -> importlib.machinery.ModuleSpec:
-    """As importlib.util.find_spec, which would import the packages that a module is in."""
-    if name in sys.builtin_module_names:
-        return importlib.machinery.BuiltinImporter.find_spec(name)
-    folders, found = None, ""
-    for part in name.split("."):
-        found = f"{found}.{part}" if found else part
-        spec = importlib.machinery.PathFinder.find_spec(found, folders)
-        if spec is None:
-            raise ImportError(f"no module named {found}")
-        folders = spec.submodule_search_locations
-    return spec
-
-
-def _plugin(name: str, contents: dict[str, bytes]) -> Plugin:
+def _plugin(name: str, sources: dict[str, bytes]) -> Plugin:
     digest = hashlib.sha256()
-    for relative in sorted(contents):
+    for relative in sorted(sources):
         # Of a single file the name does not count: a copy of it elsewhere is the same plugin.
-        heading = f"{os.fspath(relative)}\0" if len(contents) > 1 else ""
-        digest.update(f"{heading}{len(contents[relative])}\0".encode() + contents[relative])
-    return Plugin(name, digest.hexdigest(), _texts(contents))
+        heading = f"{os.fspath(relative)}\0" if len(sources) > 1 else ""
+        digest.update(f"{heading}{len(sources[relative])}\0".encode() + sources[relative])
+    return Plugin(name, digest.hexdigest(), _texts(sources))
 
 
-def _texts(contents: dict[str, bytes]) -> dict[str, str]:
-    if sum(map(len, contents.values())) > MOST_KEPT_BYTES:
+def _texts(sources: dict[str, bytes]) -> dict[str, str]:
+    if sum(map(len, sources.values())) > MOST_KEPT_BYTES:
         return {}
     try:
-        return {name: content.decode() for name, content in contents.items()}
+        return {name: content.decode() for name, content in sources.items()}
     except UnicodeDecodeError:
         return {}

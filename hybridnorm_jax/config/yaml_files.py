@@ -14,13 +14,13 @@ import yaml
 
 from hybridnorm_jax.config.key_lookup import FIELDS, SECTIONS, nearest_key
 from hybridnorm_jax.config.key_values import BOOLS, INTEGER, NUMBER, read_hint, typed
+from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.config.plugins import check_started_with_plugins, import_plugins
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_nodes import MOST_CHARACTERS, Node, Scalar, read_yaml
 from hybridnorm_jax.config_fields import shortened
 from hybridnorm_jax.errors import ConfigError, did_you_mean
-
-PLUGINS = "run.plugins"
+from hybridnorm_jax.file_formats import pointer_of_git_lfs
 
 
 class _Writer(yaml.SafeDumper):
@@ -55,19 +55,24 @@ def from_yaml(text: str, overrides: Sequence[str] = (), *, origin: str = "saved 
     Raises:
       ConfigError: as `parse`; or the text names plugins, and this process was started without any.
     """
-    asked = gather([], [override for override in overrides if override.startswith(PLUGINS)])
-    import_plugins(asked.get(PLUGINS, ()))
+    import_plugins(named_plugins(overrides))
     settings = gather([(origin, text)], overrides)
-    if PLUGINS not in asked:
+    if not any(override.startswith(f"{PLUGINS}=") for override in overrides):
         check_started_with_plugins(settings.get(PLUGINS, ()), origin)
     return build(settings)
+
+
+def named_plugins(overrides: Sequence[str]) -> tuple[str, ...]:
+    """The plugins that `key=value` overrides name."""
+    asked = gather([], [override for override in overrides if override.startswith(f"{PLUGINS}=")])
+    return asked.get(PLUGINS, ())
 
 
 def read_file(path: str | Path) -> str:
     """The text of a YAML file.
 
     Raises:
-      ConfigError: there is none, it is no file, too large or not UTF-8.
+      ConfigError: there is none, it is no file, too large, not UTF-8 or a pointer of git-lfs.
     """
     try:
         file = Path(path)
@@ -78,6 +83,8 @@ def read_file(path: str | Path) -> str:
             content = stream.read(MOST_CHARACTERS + 1)
         if len(content) > MOST_CHARACTERS:
             raise ConfigError(f"{path}: too large for a configuration, which has at most {MOST_CHARACTERS:,} bytes")
+        if pointer := pointer_of_git_lfs(path, content):
+            raise ConfigError(f"{path}: {pointer}")
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: cannot be read: not UTF-8 text ({error.reason})") from error

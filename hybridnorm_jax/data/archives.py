@@ -13,6 +13,7 @@ from etils import epath
 from hybridnorm_jax.config.data_file_names import PACKED_SUFFIXES
 from hybridnorm_jax.data.identity import regular_file_size
 from hybridnorm_jax.errors import DataError
+from hybridnorm_jax.file_formats import BZIP2, GZIP, XZ, ZSTANDARD, Format, format_of, pointer_of_git_lfs
 
 CHUNK_BYTES = 1 << 20
 # A packed file may unpack to this many bytes for each of its own, on top of a number that every file may have. Text
@@ -23,13 +24,12 @@ ALWAYS_ALLOWED = 256 << 20
 MAX_WINDOW_BYTES = 1 << 31
 # Zstandard has no limit to what one call unpacks; 4 bytes can stand for 128 KiB, so this many for 64 MiB.
 ZSTANDARD_PIECE_BYTES = 2048
-GZIP, ZSTANDARD, BZIP2, XZ = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ\x00"
-SKIPPABLE_FRAME = b"\x2a\x4d\x18"
 
 
 class _Packing(NamedTuple):
-    """One way of packing: the ends of names that promise it, and who unpacks one stream of it."""
+    """One way of packing: the format, the ends of names that promise it, and who unpacks one stream of it."""
 
+    format: Format
     suffixes: tuple[str, ...]
     unpacker: Callable[[], Any]
 
@@ -64,12 +64,12 @@ class _ZstandardUnpacker:
         return b"".join(unpacked)
 
 
-PACKINGS = {
-    "gzip": _Packing((".gz", ".gzip"), _gzip),
-    "zstd": _Packing((".zst", ".zstd"), _ZstandardUnpacker),
-    "bzip2": _Packing((".bz2",), bz2.BZ2Decompressor),
-    "xz": _Packing((".xz",), lzma.LZMADecompressor),
-}
+PACKINGS = (
+    _Packing(GZIP, (".gz", ".gzip"), _gzip),
+    _Packing(ZSTANDARD, (".zst", ".zstd"), _ZstandardUnpacker),
+    _Packing(BZIP2, (".bz2",), bz2.BZ2Decompressor),
+    _Packing(XZ, (".xz",), lzma.LZMADecompressor),
+)
 
 
 def plain_name(name: str) -> str:
@@ -83,7 +83,8 @@ def chunks(path: epath.Path) -> Iterator[bytes]:
     """A file's content, unpacked, in pieces of about CHUNK_BYTES.
 
     Raises:
-      DataError: it cannot be read, is no regular file, is damaged or truncated, or unpacks to far more than text does.
+      DataError: it cannot be read, is no regular file, is a pointer of git-lfs, is damaged or truncated, or unpacks to
+        far more than text does.
     """
     size = regular_file_size(path)
     try:
@@ -94,7 +95,7 @@ def chunks(path: epath.Path) -> Iterator[bytes]:
             if packing is None:
                 yield from raw
             else:
-                yield from _bounded(path, _unpacked(raw, PACKINGS[packing].unpacker), size)
+                yield from _bounded(path, _unpacked(raw, packing.unpacker), size)
     except (EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: damaged or truncated archive ({error})") from error
     except MemoryError as error:
@@ -105,22 +106,16 @@ def chunks(path: epath.Path) -> Iterator[bytes]:
         raise DataError(f"{path}: {kind} ({error.strerror or error})") from error
 
 
-def _packing(path: epath.Path, start: bytes) -> str | None:
+def _packing(path: epath.Path, start: bytes) -> _Packing | None:
     """How a file with this start is packed: its content says so, and its name must not say otherwise."""
-    found = None
-    if start.startswith(GZIP):
-        found = "gzip"
-    elif start.startswith(ZSTANDARD) or (start[1:4] == SKIPPABLE_FRAME and start[:1] >= b"\x50"):
-        found = "zstd"
-    elif start.startswith(BZIP2) and start[4:10] in (b"1AY&SY", b"\x17rE8P\x90"):
-        found = "bzip2"
-    elif start.startswith(XZ):
-        found = "xz"
-    for packing, (suffixes, _) in PACKINGS.items():
-        if start and path.name.lower().endswith(suffixes) and packing != found:
-            is_what = f"is packed with {found}" if found else f"is not packed with {packing}"
-            raise DataError(f"{path}: damaged or truncated archive: by its content it {is_what}; mend its name")
-    return found
+    if pointer := pointer_of_git_lfs(path, start):
+        raise DataError(f"{path}: {pointer}")
+    found = format_of(start)
+    for packing in PACKINGS:
+        if start and path.name.lower().endswith(packing.suffixes) and packing.format != found:
+            is_what = f"it is {found.name}" if found else f"it is not {packing.format.name}"
+            raise DataError(f"{path}: damaged or truncated archive: by its content {is_what}; mend its name")
+    return next((packing for packing in PACKINGS if packing.format == found), None)
 
 
 def _raw_chunks(stream: BinaryIO, start: bytes) -> Iterator[bytes]:

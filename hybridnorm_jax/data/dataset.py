@@ -1,6 +1,7 @@
 """From the configuration's `data` section to training and validation windows."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
@@ -126,9 +127,9 @@ def _open_texts(data: DataSection, vocab_size: int, progress: bool) -> _Opened:
     cache = tokenized(corpus, data.validation_fraction)
     sets = {name: split(tokenized(other, fraction=1.0), "validation") for name, other in others.items()}
     train, held_out = cache.splits["train"], cache.splits["validation"]
-    share = _share(held_out.tokens, train.tokens)
+    share = _share(held_out.tokens, train.tokens, data.validation_fraction)
     description = (
-        f"{corpus.name}: {train.documents + held_out.documents:,} documents, {train.tokens:,} tokens "
+        f"{corpus.name}: {_documents(cache.documents, train.pieces + held_out.pieces)}, {train.tokens:,} tokens "
         f"and {held_out.tokens:,} held out{share}, tokenizer {tokenizer.name}, cached in {cache.directory}"
     )
     return _Opened(
@@ -163,6 +164,9 @@ def _open_token_files(data: DataSection, vocab_size: int) -> _Opened:
         _check_sample(stream)
         return _Split(stream, _measure_bytes_per_token(stream, tokenizer))
 
+    files = identities(paths, root)
+    if data.validation_fraction:
+        _check_no_copies(files)
     own = split_extents(opened(paths), relative_names(paths, root), data.validation_fraction)
     sets = {
         name: split(split_extents(opened(other), relative_names(other), fraction=1.0).held_out)
@@ -170,9 +174,10 @@ def _open_token_files(data: DataSection, vocab_size: int) -> _Opened:
     }
     train, held_out = split(own.train), split(own.held_out)
     named = ", ".join(data.files) if len(data.files) <= SHOWN_FILES else f"{len(data.files)} paths"
+    share = _share(len(held_out.stream), len(train.stream), data.validation_fraction)
     description = (
-        f"token files {named}: {len(train.stream):,} tokens and {len(held_out.stream):,} held out"
-        f"{_share(len(held_out.stream), len(train.stream))}, tokenizer {tokenizer.name if tokenizer else 'unknown'}"
+        f"token files {named}: {len(train.stream):,} tokens and {len(held_out.stream):,} held out{share}, "
+        f"tokenizer {tokenizer.name if tokenizer else 'unknown'}"
     )
     return _Opened(
         train=train,
@@ -181,8 +186,19 @@ def _open_token_files(data: DataSection, vocab_size: int) -> _Opened:
         tokenizer=tokenizer,
         separator_id=data.separator_id,
         description=description,
-        files=identities(paths, root),
+        files=files,
     )
+
+
+def _check_no_copies(files: Sequence[FileIdentity]) -> None:
+    """Refuse a token file that is there twice: what one of the two holds out, the other would be trained on."""
+    by_content: dict[tuple[int, str], str] = {}
+    for file in files:
+        before = by_content.setdefault((file.size, file.digest), file.name)
+        if before != file.name:
+            wrong = f"{file.name} has the content of {before}, so parts of it would be held out and trained on"
+            right = "leave one out, or set data.validation_fraction=0 and name files in data.validation"
+            raise DataError(f"data.files: {wrong}; {right}")
 
 
 def _check_sample(stream: TokenStream) -> None:
@@ -192,8 +208,19 @@ def _check_sample(stream: TokenStream) -> None:
             stream.read(start, min(start + CHECKED_TOKENS, len(stream)))
 
 
-def _share(held_out: int, train: int) -> str:
-    return f" ({held_out / (held_out + train):.2%})" if held_out else ""
+def _documents(count: int, pieces: int) -> str:
+    """How many documents there are, and how many pieces where some are held out in parts."""
+    number = "1 document" if count == 1 else f"{count:,} documents"
+    return number if pieces == count else f"{number} in {pieces:,} pieces"
+
+
+def _share(held_out: int, train: int, asked: float) -> str:
+    """The held-out share for people, and that it is far from what was asked for, as with a few large documents."""
+    if not held_out:
+        return ""
+    share = held_out / (held_out + train)
+    far = "" if asked / 2 <= share <= asked * 2 else f" where data.validation_fraction asks for {asked:.2%}"
+    return f" ({share:.2%}{far})"
 
 
 def _measure_bytes_per_token(stream: TokenStream, tokenizer: Tokenizer | None) -> float | None:
@@ -220,6 +247,7 @@ def _check_lengths(data: DataSection, seq_len: int, opened: _Opened) -> None:
             raise DataError(f"data.validation.{name}: one token is too few to predict any; give more data")
     train = len(opened.train.stream)
     if train < seq_len + 1:
-        right = "lower train.seq_len, give more data, or lower data.validation_fraction"
+        fraction = ", or lower data.validation_fraction" if data.validation_fraction else ""
+        right = f"lower train.seq_len, or give more data{fraction}"
         wrong = f"a window needs {seq_len + 1} tokens, but there are {train} to train on"
         raise DataError(f"train.seq_len={seq_len}: {wrong}; {right}")

@@ -5,16 +5,15 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from hybridnorm_jax.errors import DataError
+from hybridnorm_jax.data.deep_json import Unread, kind_of, read_strings
+from hybridnorm_jax.errors import DataError, first_line
+from hybridnorm_jax.file_formats import BOM
 
 MOST_RECORD_BYTES = 64 << 20
-BOM = b"\xef\xbb\xbf"
+# Of a record that is nested too deeply for Python's parser, in characters: another reads it, at a MiB a second.
+MOST_DEEP = 4 << 20
 # What matters for finding the end of a value: strings, which may hold brackets, and brackets.
 _MARK = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{}]|"', re.DOTALL)
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"', re.DOTALL)
-_SCALAR = re.compile(r"[^\s,\[\]{}\"]+")
-_SPACE = re.compile(r"\s*")
-_BRACKET_OR_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
 
 
 class Record(NamedTuple):
@@ -53,8 +52,10 @@ def _chained(start: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 def _of_lines(path: str, chunks: Iterable[bytes], offset: int) -> Iterator[Record]:
     for number, line in enumerate(lines(path, chunks), start=1):
-        if not line.isspace():
-            yield Record(line, f"{path}:{number}", offset)
+        # A file that was appended to another one may have brought its byte order mark.
+        record = line.removeprefix(BOM)
+        if record and not record.isspace():
+            yield Record(record, f"{path}:{number}", offset + len(line) - len(record))
         offset += len(line)
 
 
@@ -174,13 +175,15 @@ def record_text(content: str, place: str, text_field: str) -> str:
       DataError: no JSON object, or one without text in the field; the message names `place`.
     """
     record = _parsed(content, place)
-    if not isinstance(record, dict) or text_field not in record:
-        fields = f"; it has: {_short(', '.join(record))}" if isinstance(record, dict) else "; it is no object"
-        raise DataError(f"{place}: the record has no field {text_field!r} (data.text_field){fields}")
-    if not isinstance(record[text_field], str):
-        kind = type(record[text_field]).__name__
-        raise DataError(f"{place}: field {text_field!r} (data.text_field) must hold a string, not {kind}")
-    return record[text_field]
+    field = f"field {text_field!r} (data.text_field)"
+    if not isinstance(record, dict):
+        raise DataError(f"{place}: the record is {kind_of(record)}, but must be an object with the {field}")
+    if text_field not in record:
+        raise DataError(f"{place}: the record has no {field}; it has: {_short(', '.join(record)) or 'none'}")
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise DataError(f"{place}: {field} must hold a string, not {kind_of(text)}")
+    return text
 
 
 def _short(names: str) -> str:
@@ -190,64 +193,24 @@ def _short(names: str) -> str:
 
 def _parsed(content: str, place: str) -> object:
     try:
-        return json.loads(content)
+        try:
+            return json.loads(content)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # a number of thousands of digits, which need not be in the field that is read
+            return json.loads(content, parse_int=_number)
     except json.JSONDecodeError as error:
         several = "; a record may not go over several lines" if content.strip() in ("{", "[") else ""
         raise DataError(f"{place}: not JSON ({error.msg} at column {error.colno}){several}") from error
-    except (ValueError, RecursionError):
-        # A number of thousands of digits, or deep nesting, which need not be in the field that is read.
-        return _strings_of_object(content, place)
-
-
-def _strings_of_object(content: str, place: str) -> dict[str, object]:
-    """An object's fields; values that are no strings are stepped over and stand as None."""
+    except RecursionError as error:
+        if len(content) > MOST_DEEP:
+            right = f"only a record of up to {MOST_DEEP >> 20} MiB may be"
+            raise DataError(f"{place}: nested too deeply; {right}") from error
     try:
-        return dict(_fields(content))
+        return read_strings(content)
     except ValueError as error:
-        raise DataError(f"{place}: not JSON ({error})") from error
+        raise DataError(f"{place}: not JSON ({first_line(error)})") from error
 
 
-def _fields(content: str) -> Iterator[tuple[str, object]]:
-    position = _after(_SPACE, content, 0)
-    if content[position : position + 1] != "{":
-        raise ValueError("no object")
-    position = _after(_SPACE, content, position + 1)
-    while content[position : position + 1] == '"':
-        stop = _after(_STRING, content, position)
-        name = json.loads(content[position:stop])
-        position = _after(_SPACE, content, stop)
-        if content[position : position + 1] != ":":
-            raise ValueError(f"no colon at column {position + 1}")
-        position = _after(_SPACE, content, position + 1)
-        stop = _end_of_value(content, position)
-        yield name, json.loads(content[position:stop]) if content[position] == '"' else None
-        position = _after(_SPACE, content, stop)
-        if content[position : position + 1] == "}":
-            if content[position + 1 :].strip():
-                raise ValueError(f"extra data at column {position + 2}")
-            return
-        if content[position : position + 1] != ",":
-            raise ValueError(f"no comma at column {position + 1}")
-        position = _after(_SPACE, content, position + 1)
-    raise ValueError(f"no field at column {position + 1}")
-
-
-def _after(pattern: re.Pattern, content: str, position: int) -> int:
-    match = pattern.match(content, position)
-    if match is None:
-        raise ValueError(f"nothing readable at column {position + 1}")
-    return match.end()
-
-
-def _end_of_value(content: str, position: int) -> int:
-    first = content[position : position + 1]
-    if first == '"':
-        return _after(_STRING, content, position)
-    if first not in ("[", "{"):
-        return _after(_SCALAR, content, position)
-    depth = 0
-    for match in _BRACKET_OR_STRING.finditer(content, position):
-        depth += (match.group() in "[{") - (match.group() in "]}")
-        if depth == 0:
-            return match.end()
-    raise ValueError(f"brackets that are not closed from column {position + 1} on")
+def _number(digits: str) -> Unread:
+    return Unread("a number")

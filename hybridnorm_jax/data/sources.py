@@ -23,11 +23,12 @@ from collections.abc import Iterable, Iterator
 from etils import epath
 
 from hybridnorm_jax.config.data_file_names import RECORD_SUFFIXES
-from hybridnorm_jax.data.archives import chunks, plain_name
+from hybridnorm_jax.data.archives import PACKINGS, chunks, plain_name
 from hybridnorm_jax.data.blocks import block_length
 from hybridnorm_jax.data.identity import FileIdentity, identities
-from hybridnorm_jax.data.records import BOM, record_text, records
+from hybridnorm_jax.data.records import record_text, records
 from hybridnorm_jax.errors import DataError
+from hybridnorm_jax.file_formats import BOM, CONTROL, START_BYTES, Kind, format_of, marked_encoding
 from hybridnorm_jax.whole_files import expanded, is_local
 
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
@@ -37,18 +38,19 @@ FEWEST_WHOLE = 10
 # No longer line of a text file is in memory at once, and one of more blocks than this is cut.
 LINE_BYTES = 1 << 20
 LONG_LINE_BLOCKS = 4
-MAGICS = {
-    b"PAR1": "a Parquet file; write its texts as one JSON record a line (.jsonl)",
-    b"ARROW1": "an Arrow file; write its texts as one JSON record a line (.jsonl)",
-    b"%PDF": "a PDF file; extract its text",
-    b"PK\x03\x04": "a zip archive; unpack it, and name its files",
-    b"\x93NUMPY": "a NumPy array; for token ids set data.source=tokens",
-    b"version https://git-lfs": "a pointer of Git LFS, not the file itself; fetch that with git lfs pull",
-    b"\xff\xfe\x00\x00": "UTF-32; convert it: iconv -f UTF-32 -t UTF-8",
-    b"\xff\xfe": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
-    b"\xfe\xff": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
-    b"\x89HDF": "an HDF5 file; write its texts as one JSON record a line (.jsonl)",
+RECORDS = "write its texts as one JSON record a line (.jsonl)"
+# What to do with a file that is not text.
+RIGHT = {
+    Kind.ARCHIVE: "unpack it, and name its files",
+    Kind.PACKED: "unpack it, and name the unpacked file",
+    Kind.ARRAY: "for token ids set data.source=tokens",
+    Kind.TABLE: RECORDS,
+    Kind.PICKLE: RECORDS,
+    Kind.DOCUMENT: "extract its text",
+    Kind.WEIGHTS: "name files of text",
 }
+# The text of two files that were joined may have a byte order mark where the second one begins: in front of a line.
+_MARKS = re.compile(b"(^|\n)(?:" + BOM + b")+")
 _OBJECT_BEGINS = re.compile(r'\s*(\[\s*)?\{\s*"(?:[^"\\]|\\.)*+"\s*:', re.DOTALL)
 
 
@@ -72,6 +74,11 @@ class TextFile:
 
     path: epath.Path
     identity: str | None = None
+
+
+def holds_whole_files_out(count: int, fraction: float) -> bool:
+    """Whether so many text files are enough to hold whole ones out; otherwise blocks of all files are."""
+    return fraction in (0, 1) or fraction * count >= FEWEST_WHOLE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +114,7 @@ class Corpus:
 
     def holds_whole_files_out(self, fraction: float) -> bool:
         """Whether there are enough text files to hold whole ones out."""
-        return fraction in (0, 1) or fraction * len(self.files) >= FEWEST_WHOLE
+        return holds_whole_files_out(len(self.files), fraction)
 
     def documents(self, file: TextFile, *, whole: bool = True) -> Iterator[Document]:
         """The documents of one of the files.
@@ -151,14 +158,20 @@ def _changed(path: epath.Path) -> int:
 def _checked(path: epath.Path) -> Iterator[bytes]:
     """A file's content, unless its begin shows that it is no text in UTF-8."""
     content = chunks(path)
-    first = next(content, b"")
-    for magic, what in MAGICS.items():
-        if first.startswith(magic):
-            raise DataError(f"{path}: {what}")
-    head = first[:4096]
+    start = b""
+    for chunk in content:
+        start += chunk
+        if len(start) >= START_BYTES:
+            break
+    head = start[: 4 * START_BYTES]
+    if found := format_of(head):
+        twice = "packed twice: it unpacks to " if any(found == packing.format for packing in PACKINGS) else ""
+        raise DataError(f"{path}: {twice}{found.name}; {RIGHT[found.kind]}")
+    if encoding := marked_encoding(head):
+        raise DataError(f"{path}: {encoding}; convert it: iconv -f {encoding} -t UTF-8")
     if head.count(0) > len(head) / 5:
         raise DataError(f"{path}: no text: many of its bytes are 0; if it is UTF-16, convert it to UTF-8")
-    yield first
+    yield start
     yield from content
 
 
@@ -174,18 +187,28 @@ def _text_blocks(path: epath.Path, whole: bool) -> Iterator[tuple[str, bytes, bo
     del begin[:skipped]
     _refuse_records(path, begin)
     if whole and len(begin) <= WHOLE_BYTES:
-        data = bytes(begin)
-        yield _decode(data, path, skipped), data, False
+        yield *_unmarked(bytes(begin), path, skipped, begins_line=True), False
         return
 
     def all_chunks() -> Iterator[bytes]:
         yield bytes(begin)
         yield from content
 
-    offset = skipped
+    offset, begins_line = skipped, True
     for block in _line_blocks(all_chunks()):
-        yield _decode(block, path, offset), block, offset > skipped
+        yield *_unmarked(block, path, offset, begins_line=begins_line), offset > skipped
         offset += len(block)
+        begins_line = block.endswith(b"\n")
+
+
+def _unmarked(block: bytes, path: epath.Path, offset: int, *, begins_line: bool) -> tuple[str, bytes]:
+    """A block as text and as UTF-8, without the byte order marks that begin lines."""
+    text = _decode(block, path, offset)
+    if "\ufeff" not in text:
+        return text, block
+    # In front of what begins inside a line stands one more character, which keeps its mark.
+    data = _MARKS.sub(rb"\1", block) if begins_line else _MARKS.sub(rb"\1", b" " + block)[1:]
+    return data.decode(), data
 
 
 def _line_blocks(content: Iterable[bytes]) -> Iterator[bytes]:
@@ -340,10 +363,20 @@ def stdlib_corpus() -> Corpus:
 
 
 def _decode(data: bytes, path: epath.Path, offset: int) -> str:
+    """The text of a part of a file, which begins at byte `offset`."""
     try:
-        return data.decode()
+        text = data.decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: invalid UTF-8 at byte {offset + error.start}; convert the file to UTF-8") from error
+        wrong = f"invalid UTF-8 at byte {offset + error.start}"
+        if CONTROL.search(data.decode("latin-1")):
+            right = "it also holds control characters, so it is no text, or damaged; name files of text"
+        else:
+            right = "convert the file to UTF-8"
+        raise DataError(f"{path}: {wrong}; {right}") from error
+    if (place := data.find(0)) >= 0:
+        right = "text has none; mend the file, or remove such bytes: tr -d '\\000' < FILE > NEW"
+        raise DataError(f"{path}: a zero byte at byte {offset + place}; {right}")
+    return text
 
 
 def _encode(text: str, place: str) -> bytes:

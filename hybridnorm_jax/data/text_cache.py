@@ -35,7 +35,7 @@ from hybridnorm_jax.streams import can_redraw
 from hybridnorm_jax.whole_files import is_local
 
 # Part of every fingerprint: raise it when the same inputs give other files than before.
-FORMAT = 2
+FORMAT = 3
 SPLITS = ("train", "validation")
 BATCH_CHARACTERS = 1 << 19
 # A longer text is tokenized in pieces.
@@ -47,18 +47,29 @@ QUIET_SECONDS = 3.0
 
 @dataclasses.dataclass(frozen=True)
 class SplitCounts:
-    """What one split holds: `bytes` of UTF-8 text, `tokens` with the separators."""
+    """What one split holds: `bytes` of UTF-8 text, `tokens` with the separators.
 
-    documents: int
+    `pieces` are what separators end: a document, or blocks of one that follow each other.
+    """
+
+    pieces: int
     tokens: int
     bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
 class TextCache:
-    """A complete cache directory; `max_id` is the largest token id in it."""
+    """A complete cache directory.
+
+    Attributes:
+      directory: where it is.
+      documents: of both splits together; one that is held out in blocks is still one.
+      splits: what "train" and "validation" hold.
+      max_id: the largest token id.
+    """
 
     directory: pathlib.Path
+    documents: int
     splits: dict[str, SplitCounts]
     max_id: int
 
@@ -120,7 +131,7 @@ def _open(directory: pathlib.Path) -> TextCache | None:
     if sizes != meta["file_sizes"]:
         return None
     splits = {split: SplitCounts(**meta["splits"][split]) for split in SPLITS}
-    return TextCache(directory, splits, max_id=meta["max_id"])
+    return TextCache(directory, meta["documents"], splits, max_id=meta["max_id"])
 
 
 def _build(directory: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer, inputs: dict, progress: bool) -> None:
@@ -223,8 +234,10 @@ def _write(
         is_quiet, began = progress and not shows_bar, time.monotonic()
         files = stack.enter_context(tqdm(corpus.files, "tokenizing", unit="file", leave=False, disable=not shows_bar))
         whole = corpus.holds_whole_files_out(fraction)
+        documents = 0
         for file in files:
             for document in corpus.documents(file, whole=whole):
+                documents += not document.continues
                 if is_quiet and time.monotonic() - began > QUIET_SECONDS:
                     print(f"tokenizing {corpus.name}", file=sys.stderr, flush=True)
                     is_quiet = False
@@ -233,6 +246,7 @@ def _write(
         texts.finish()
     return {
         "file_sizes": {writer.path.name: writer.path.stat().st_size for writer in writers.values()},
+        "documents": documents,
         "max_id": max(writer.max_id for writer in writers.values()),
         "splits": {split: dataclasses.asdict(writer.counts) for split, writer in writers.items()},
     }
@@ -310,7 +324,7 @@ class _TokenWriter:
         self.path = path
         self._dtype = dtype
         self._separator = np.array([separator_id], dtype)
-        self.documents = 0
+        self.pieces = 0
         self.tokens = 0
         self.bytes = 0
         self.max_id = 0
@@ -342,11 +356,11 @@ class _TokenWriter:
             self.max_id = max(self.max_id, int(part.max(initial=0)))
 
     def end(self) -> None:
-        """End a document: append the separator."""
+        """End a document, or what of one is in this split: append the separator."""
         self.write([self._separator])
-        self.documents += 1
+        self.pieces += 1
 
     @property
     def counts(self) -> SplitCounts:
         """What was written so far."""
-        return SplitCounts(self.documents, self.tokens, self.bytes)
+        return SplitCounts(self.pieces, self.tokens, self.bytes)

@@ -17,6 +17,7 @@ from hybridnorm_jax.data.windows import Extent
 from hybridnorm_jax.errors import DataError
 
 MOST_OPEN = 256
+UNCHANGED = "start again with files that nobody writes to"
 
 
 class OpenFiles:
@@ -48,31 +49,39 @@ class TokenFile:
     """The tokens of one file, read when they are asked for: `file[start:stop]` is a 1-D array of the file's dtype.
 
     Raises:
-      DataError: on reading, if the file has another size than when it was opened, or cannot be read.
+      DataError: on reading, if the file has another size than when it was opened before, ends too early, or cannot be
+        read.
     """
 
     def __init__(self, path: epath.Path, layout: Layout, files: OpenFiles):
         self._path = os.fspath(path)
+        self._size: int | None = None
         self._layout = layout
         self._files = files
         self.dtype = layout.dtype
+        self.is_raw = layout.is_raw
 
     def __len__(self) -> int:
         return self._layout.count
 
     def __getitem__(self, places: slice) -> np.ndarray:
         start, stop, _ = places.indices(len(self))
-        dtype, _, offset = self._layout
+        dtype, offset = self._layout.dtype, self._layout.offset
         wanted = max(stop - start, 0) * dtype.itemsize
         try:
             file = self._files.open(self._path)
+            self._check_size(file.size)
             content = _read(file, wanted, offset + start * dtype.itemsize)
         except OSError as error:
             raise DataError(f"{self._path}: cannot be read ({error.strerror or error})") from error
         if len(content) != wanted:
-            right = "start again with files that nobody writes to"
-            raise DataError(f"{self._path}: became shorter while it was in use; {right}")
+            raise DataError(f"{self._path}: became shorter while it was in use; {UNCHANGED}")
         return np.frombuffer(content, dtype)
+
+    def _check_size(self, size: int) -> None:
+        if self._size not in (None, size):
+            raise DataError(f"{self._path}: has {size:,} bytes now, but had {self._size:,}; {UNCHANGED}")
+        self._size = size
 
 
 def _read(file: _Descriptor, count: int, offset: int) -> bytes:
@@ -141,7 +150,9 @@ def split_extents(arrays: Mapping[epath.Path, TokenFile], names: tuple[str, ...]
     for (path, side), neighbours in itertools.groupby(pieces, key=lambda piece: (piece.path, piece.is_held_out)):
         first, *others = neighbours
         stop = others[-1].stop if others else first.stop
-        sides[side].append(Extent(arrays[path], name=os.fspath(path), start=first.start, stop=stop))
+        array = arrays[path]
+        is_raw = isinstance(array, TokenFile) and array.is_raw
+        sides[side].append(Extent(array, name=os.fspath(path), start=first.start, stop=stop, is_raw=is_raw))
     return SplitExtents(train=tuple(sides[False]), held_out=tuple(sides[True]))
 
 

@@ -2,15 +2,17 @@
 
 import struct
 import warnings
-import zipfile
 from tokenize import TokenError
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from etils import epath
 
+from hybridnorm_jax.config.data_file_names import PACKED_SUFFIXES
 from hybridnorm_jax.data.identity import regular_file_size
+from hybridnorm_jax.data.token_numbers import other_numbers
 from hybridnorm_jax.errors import DataError
+from hybridnorm_jax.file_formats import START_BYTES, ZIP, Kind, encoding_of_text, format_of, pointer_of_git_lfs
 from hybridnorm_jax.whole_files import is_local
 
 NUMPY_MAGIC = b"\x93NUMPY"
@@ -22,20 +24,31 @@ MEGATRON_MAGICS = (b"MMIDIDX\x00\x00", b"TNTIDX\x00\x00")
 MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
 # What raw numbers of one dtype are when they are read as another; int32 without negative numbers is uint32.
 RAW_NAMES = {"int32": "uint32"}
-PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4")
-SAMPLES = 16
-SAMPLE_BYTES = 4096
-# High halves of the ids of the largest vocabularies: below a million.
-LARGEST_HIGH_HALF = 15
-FEWEST_SAMPLED = 16
+# Names that promise packed content, also where that is not known by its first bytes.
+PACKED = (*PACKED_SUFFIXES, ".tgz", ".tar", ".zip", ".7z", ".rar", ".lz4", ".lzma", ".lz", ".z", ".br")
+# Text: both bytes of a random 16-bit id are UTF-8 without control characters with a chance of 0.31 at most (ids below
+# 32,512; 0.25 below 50,257). So 24 ids in a row are with less than 1e-12, and no 32-bit id below 2^24 ever is.
+FEWEST_TEXT_BYTES = 48
+NP_SAVE = "write its token ids with np.save"
+# What to do with a file of another format.
+RIGHT = {
+    Kind.ARCHIVE: "unpack it, and name its files",
+    Kind.PACKED: "token files are read in place; unpack it, and name the unpacked file",
+    Kind.ARRAY: NP_SAVE,
+    Kind.TABLE: NP_SAVE,
+    Kind.PICKLE: NP_SAVE,
+    Kind.DOCUMENT: NP_SAVE,
+    Kind.WEIGHTS: NP_SAVE,
+}
 
 
 class Layout(NamedTuple):
-    """What a file holds: `count` tokens from byte `offset` on."""
+    """What a file holds: `count` tokens from byte `offset` on; `is_raw`: data.token_dtype alone says of what dtype."""
 
     dtype: np.dtype
     count: int
     offset: int
+    is_raw: bool = False
 
 
 def read_layout(path: epath.Path, raw_dtype: str) -> Layout:
@@ -62,27 +75,37 @@ def read_layout(path: epath.Path, raw_dtype: str) -> Layout:
 
 
 def _layout(stream: BinaryIO, path: epath.Path, size: int, raw_dtype: np.dtype) -> Layout:
-    start = stream.read(LLMC_HEADER_BYTES)
+    start = stream.read(max(LLMC_HEADER_BYTES, START_BYTES))
     if start.startswith(NUMPY_MAGIC):
         return _numpy_layout(stream, path, size)
     _refuse_others(path, start)
-    if len(start) >= 12:
-        magic, version, count = struct.unpack("<3i", start[:12])
-        if (magic, version) in LLMC_DTYPES and len(start) == LLMC_HEADER_BYTES:
-            layout = Layout(np.dtype(LLMC_DTYPES[magic, version]), count, LLMC_HEADER_BYTES)
-            return _exactly(path, size, layout, "its llm.c header")
-        if magic in {known for known, _ in LLMC_DTYPES}:
-            right = "known are 1 of 20240520 and 7 of 20240801"
-            raise DataError(f"{path}: version {version} of llm.c's format {magic} of token files is not known; {right}")
-        if magic in LLMC_OTHERS:
-            raise DataError(f"{path}: a file of llm.c that holds {LLMC_OTHERS[magic]}, not tokens")
+    layout = _llmc_layout(path, start)
+    if layout is not None:
+        return _exactly(path, size, layout, "its llm.c header")
     _check_megatron(path, raw_dtype)
     count, rest = divmod(size, raw_dtype.itemsize)
     if rest:
         right = f"no whole number of {raw_dtype} tokens; the file is truncated or data.token_dtype is another"
         raise DataError(f"{path}: {size} bytes are {right}")
     _check_raw_dtype(stream, path, size, raw_dtype)
-    return Layout(raw_dtype, count, offset=0)
+    return Layout(raw_dtype, count, offset=0, is_raw=True)
+
+
+def _llmc_layout(path: epath.Path, start: bytes) -> Layout | None:
+    """What the header of llm.c promises; None if the file begins with none."""
+    magic = int.from_bytes(start[:4], "little")
+    if magic in LLMC_OTHERS:
+        raise DataError(f"{path}: a file of llm.c that holds {LLMC_OTHERS[magic]}, not tokens")
+    if magic not in {known for known, _ in LLMC_DTYPES}:
+        return None
+    if len(start) < LLMC_HEADER_BYTES:
+        wrong = f"its llm.c header has {LLMC_HEADER_BYTES} bytes, but the file has {len(start)}"
+        raise DataError(f"{path}: truncated: {wrong}; get the whole file")
+    _, version, count = struct.unpack("<3i", start[:12])
+    if (magic, version) not in LLMC_DTYPES:
+        right = "known are 1 of 20240520 and 7 of 20240801"
+        raise DataError(f"{path}: version {version} of llm.c's format {magic} of token files is not known; {right}")
+    return Layout(np.dtype(LLMC_DTYPES[magic, version]), count, LLMC_HEADER_BYTES)
 
 
 def _numpy_layout(stream: BinaryIO, path: epath.Path, size: int) -> Layout:
@@ -116,20 +139,23 @@ def _exactly(path: epath.Path, size: int, layout: Layout, header: str) -> Layout
 
 
 def _refuse_others(path: epath.Path, start: bytes) -> None:
-    """Raise DataError for what is no raw token file by its name or its first bytes."""
-    name = path.name.lower()
+    """Raise DataError for what is no raw token file by its first bytes or its name."""
     if start.startswith(MEGATRON_MAGICS):
         raise DataError(f"{path}: the index of Megatron's tokens, not the tokens; name its .bin file only")
-    if start.startswith(b"PK\x03\x04") and zipfile.is_zipfile(path):
+    if pointer := pointer_of_git_lfs(path, start):
+        raise DataError(f"{path}: {pointer}")
+    found = format_of(start)
+    if found == ZIP:
         right = "take the array out of it and write it with np.save"
         raise DataError(f"{path}: a zip archive, such as np.savez writes; {right}")
-    if start.startswith(b"version https://git-lfs"):
-        raise DataError(f"{path}: a pointer of Git LFS, not the file itself; fetch that with git lfs pull")
-    if name.endswith(PACKED):
-        raise DataError(f"{path}: token files are read in place; unpack it, and name the unpacked file")
-    # Both bytes of every token printable: that is text.
-    if len(start) > 32 and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in start):
-        raise DataError(f"{path}: is text, not token ids; set data.source=text")
+    if found:
+        raise DataError(f"{path}: {found.name}; {RIGHT[found.kind]}")
+    if path.name.lower().endswith(PACKED):
+        raise DataError(f"{path}: {RIGHT[Kind.PACKED]}")
+    encoding = encoding_of_text(start) if len(start) >= FEWEST_TEXT_BYTES else None
+    if encoding:
+        converted = "" if encoding == "UTF-8" else f"convert it (iconv -f {encoding} -t UTF-8), and "
+        raise DataError(f"{path}: is text in {encoding}, not token ids; {converted}set data.source=text")
 
 
 def _check_megatron(path: epath.Path, raw_dtype: np.dtype) -> None:
@@ -157,36 +183,7 @@ def _first_bytes(path: epath.Path, count: int) -> bytes:
 
 
 def _check_raw_dtype(stream: BinaryIO, path: epath.Path, size: int, dtype: np.dtype) -> None:
-    """Raise DataError if sampled numbers show that they are of another width than `dtype`.
-
-    Of 32-bit ids the upper halves are tiny, of 64-bit ids also the upper words are 0. 16-bit ids read as 32-bit ones
-    are beyond every vocabulary.
-    """
-    words = _sample(stream, size).reshape(-1, 4)
-    if words.size < FEWEST_SAMPLED:
-        return
-    upper_halves, lower_halves = words[:, 1::2], words[:, ::2]
-    wide = not words[:, 2:].any() and words[:, 0].any() and words[:, 1].max() <= LARGEST_HIGH_HALF
-    wide &= bool((words[:, 0] != 0).mean() > 0.5)
-    double = upper_halves.max() <= LARGEST_HIGH_HALF < lower_halves.max()
-    double |= not upper_halves.any() and bool((lower_halves != 0).mean() > 0.5)
-    carries = "a .npy file that np.save has written carries its dtype"
-    if wide:
-        raise DataError(f"{path}: its numbers look like 64-bit ones, not {dtype}; write uint16 or uint32 ({carries})")
-    if dtype.itemsize == 2 and double:
-        wrong = "read as uint16, every second token is 0 or tiny: its numbers look like 32-bit ones"
-        raise DataError(f"{path}: {wrong}; set data.token_dtype=uint32 ({carries})")
-    if dtype.itemsize == 4 and (upper_halves > 255).mean() > 0.5:
-        wrong = "read as uint32, most tokens are above 16 million: its numbers look like 16-bit ones"
-        raise DataError(f"{path}: {wrong}; set data.token_dtype=uint16 ({carries})")
-
-
-def _sample(stream: BinaryIO, size: int) -> np.ndarray:
-    """16-bit numbers of stretches spread evenly over the file, each from a multiple of 8 bytes on."""
-    last = max(size - SAMPLE_BYTES, 0)
-    pieces = []
-    for start in sorted({int(place) // 8 * 8 for place in np.linspace(0, last, SAMPLES)}):
-        stream.seek(start)
-        piece = stream.read(SAMPLE_BYTES)
-        pieces.append(np.frombuffer(piece[: len(piece) // 8 * 8], "<u2"))
-    return np.concatenate(pieces)
+    """Raise DataError if sampled numbers show that they are no numbers of `dtype`."""
+    if found := other_numbers(stream, size, dtype):
+        wrong, right = found
+        raise DataError(f"{path}: {wrong}; {right} (a .npy file that np.save has written carries its dtype)")

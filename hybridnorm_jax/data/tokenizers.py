@@ -13,6 +13,7 @@ from hybridnorm_jax.config.run_config import DataSection
 from hybridnorm_jax.data import token_pieces
 from hybridnorm_jax.data.identity import regular_file_size
 from hybridnorm_jax.errors import DataError, MissingExtraError
+from hybridnorm_jax.file_formats import format_of, pointer_of_git_lfs
 from hybridnorm_jax.whole_files import expanded
 
 # The largest known file has 34 MB.
@@ -234,7 +235,12 @@ def load_tokenizer(data: DataSection) -> Tokenizer:
     path = epath.Path(expanded(data.tokenizer))
     if path.is_dir():
         raise DataError(f"data.tokenizer={data.tokenizer}: a directory; name the file, {path / 'tokenizer.json'}")
-    content = _read(path, f"data.tokenizer={data.tokenizer}")
+    what = f"data.tokenizer={data.tokenizer}"
+    content = _read(path, what)
+    if pointer := pointer_of_git_lfs(path, content):
+        raise DataError(f"{what}: {pointer}")
+    if found := format_of(content):
+        raise DataError(f"{what}: {found.name}, not a tokenizer.json; give bytes, or the path of a tokenizer.json")
     # Token files come with their separators in them.
     return HuggingFaceTokenizer(data.tokenizer, content, data.separator, needs_separator=data.source != "tokens")
 

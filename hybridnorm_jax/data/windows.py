@@ -18,12 +18,19 @@ class Tokens(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Extent:
-    """Tokens [start, stop) of an array; `name` is the file, for messages."""
+    """Tokens [start, stop) of an array.
+
+    Attributes:
+      array, start, stop: where they are.
+      name: the file, for messages.
+      is_raw: whether data.token_dtype alone says which numbers the file holds, for messages.
+    """
 
     array: Tokens
     name: str
     start: int
     stop: int
+    is_raw: bool = False
 
 
 class TokenStream:
@@ -65,8 +72,12 @@ class TokenStream:
         wrong = (tokens < 0) | (tokens >= self._vocab_size)
         if wrong.any():
             place = int(wrong.argmax())
+            if tokens[place] < 0:
+                right = "ids begin at 0; write them again as uint16 or uint32, which hold ids that int16 does not"
+            else:
+                check = ", and check data.token_dtype" if extent.is_raw else ""
+                right = f"set model.vocab_size to the tokenizer's{check}"
             wrong_token = f"token {first + place} is {tokens[place]}, outside model.vocab_size={self._vocab_size}"
-            right = "set model.vocab_size to the tokenizer's, and check data.token_dtype"
             raise DataError(f"{extent.name}: {wrong_token}; {right}")
         return tokens.astype(np.int32)
 

@@ -32,6 +32,11 @@ class Score:
     bits_per_byte: float | None
     tokens: int
 
+    def as_json(self) -> dict[str, float | int | None]:
+        """The fields as JSON has them, with null for what is not finite."""
+        values = dataclasses.asdict(self)
+        return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
+
 
 Batch = dict[str, Any]
 # The loss sums of one batch, on the device.

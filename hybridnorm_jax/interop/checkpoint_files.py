@@ -14,11 +14,11 @@ from typing import Any
 
 from hybridnorm_jax.config_fields import shortened
 from hybridnorm_jax.errors import UserError, first_line
+from hybridnorm_jax.file_formats import BOM, START_BYTES, pointer_of_git_lfs
 
 # The largest published index of tensors has some ten megabytes.
 LARGEST_JSON = 64_000_000
 DEEPEST_JSON = 50
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 PICKLE = "a pickle, which can run any code and is never read; convert it to safetensors"
@@ -46,7 +46,7 @@ def find_file(directory: Path, name: str, *, asked_by: str = "") -> Path:
         raise UserError(f"{file}: cannot be read: {first_line(error)}") from error
     if not stat.S_ISREG(kind):
         raise UserError(f"{file}: must be a regular file")
-    _check_no_pointer(directory, file)
+    _check_no_pointer(file)
     return file
 
 
@@ -58,16 +58,15 @@ def _check_link(directory: Path, file: Path) -> None:
         raise UserError(f"{file}: a symbolic link that leaves the directory; put a copy of the file in its place")
 
 
-def _check_no_pointer(directory: Path, file: Path) -> None:
+def _check_no_pointer(file: Path) -> None:
     """Raise UserError for what git clones without git-lfs in the place of a large file."""
     try:
         with file.open("rb") as stream:
-            beginning = stream.read(len(LFS_POINTER))
+            start = stream.read(START_BYTES)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror or first_line(error)}") from error
-    if beginning == LFS_POINTER:
-        right = f"a pointer of git-lfs, not the file itself; run `git lfs pull` in {directory}"
-        raise UserError(f"{file}: {right}")
+    if pointer := pointer_of_git_lfs(file, start):
+        raise UserError(f"{file}: {pointer}")
 
 
 def read_json(directory: Path, name: str) -> Any:
@@ -93,9 +92,12 @@ def parse_json(content: bytes, source: str) -> Any:
     """What a JSON text holds; see read_json.
 
     Args:
-      content: the text, in UTF-8.
+      content: the text, in UTF-8 without a byte order mark, as transformers reads it.
       source: the file, for messages.
     """
+    if content.startswith(BOM):
+        right = "begins with a byte order mark; save it as UTF-8 without one"
+        raise UserError(f"{source}: cannot be read as JSON: {right}")
     try:
         text = content.decode()
         document = json.loads(text, object_pairs_hook=_object, parse_int=_integer, parse_constant=_Unusable)

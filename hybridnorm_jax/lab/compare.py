@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import math
 import os
 import platform
 import re
@@ -20,10 +19,9 @@ from etils import epath
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.run_config import LARGEST_RATE, LARGEST_SEED, SMALLEST, RunConfig
-from hybridnorm_jax.config.yaml_files import from_yaml, take
+from hybridnorm_jax.config.yaml_files import take
 from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
 from hybridnorm_jax.errors import ConfigError, UserError
-from hybridnorm_jax.evaluation.perplexity import Score
 from hybridnorm_jax.lab.divergence import rising_since
 from hybridnorm_jax.lab.labels import measured_otherwise
 from hybridnorm_jax.lab.run_data import RunData, check_same_data, read_data
@@ -34,7 +32,7 @@ from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.hooks.skipped_steps import DivergedError
 from hybridnorm_jax.training.loop import train
 from hybridnorm_jax.training.run_directory import run_directory
-from hybridnorm_jax.training.run_identity import check_same_run
+from hybridnorm_jax.training.run_identity import check_same_run, saved_run
 from hybridnorm_jax.training.step_directories import absolute, check_place, find_checkpoint
 from hybridnorm_jax.whole_files import expanded, write_whole
 
@@ -229,7 +227,7 @@ class _Ended:
 
 def _train(config: RunConfig, directory: epath.Path, began: float) -> _Ended:
     try:
-        scores = {name: _plain(score) for name, score in train(config, began=began).items()}
+        scores = {name: score.as_json() for name, score in train(config, began=began).items()}
     except DivergedError as error:
         say(f"diverged: {error}")
         return _Ended(step=error.step, diverged_at=error.step, scores={})
@@ -250,19 +248,15 @@ def _earlier(file: epath.Path, config: RunConfig, data: RunData) -> dict[str, An
       ConfigError: its configuration, one of its plugins or its data are others. Its files stay as they are.
     """
     check_same_run(file.parent, config)
-    saved_file = file.parent / "config.yaml"
-    different = measured_otherwise(from_yaml(saved_file.read_text(), origin=str(saved_file)), config)
+    saved = saved_run(file.parent)
+    if saved is None:
+        raise ConfigError(f"{file}: lies beside no config.yaml and no checkpoints; choose another run.name")
+    different = measured_otherwise(saved.config, config)
     if different:
         raise ConfigError(f"{file.parent} holds another run ({'; '.join(different)}): choose another run.name")
     result = read_result(file)
     check_same_data(result, data, file=file)
     return result
-
-
-def _plain(score: Score) -> dict[str, Any]:
-    """The score as JSON has it, with null for what is not finite."""
-    values = dataclasses.asdict(score)
-    return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
 
 
 def _described(asked: Comparison, file: epath.Path) -> dict[str, Any]:

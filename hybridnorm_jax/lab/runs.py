@@ -7,14 +7,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from hybridnorm_jax.config.plugins import imported
 from hybridnorm_jax.config.run_config import RunConfig
-from hybridnorm_jax.config.yaml_files import from_yaml
 from hybridnorm_jax.errors import UserError, first_line
 from hybridnorm_jax.lab import run_files
 from hybridnorm_jax.lab.divergence import rising_since
 from hybridnorm_jax.lab.labels import labels, measured_otherwise
 from hybridnorm_jax.lab.run_files import DIVERGED, FINISHED, UNFINISHED, Point, WatchedStep
 from hybridnorm_jax.training.metrics_file import Record, read_records
+from hybridnorm_jax.training.run_identity import check_same_plugins, saved_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +26,8 @@ class Run:
 
     Attributes:
       name: of its directory.
+      config: what its newest checkpoint says or, where it has none, config.yaml, which may have been edited.
+      plugins: what it was trained with, name -> digest; None where nothing says so.
       label: its scheme and what else differs between the runs, such as "pre, num_layers=29".
       status: finished | diverged | unfinished.
       step: how many steps it made; None where no file says so.
@@ -39,6 +44,7 @@ class Run:
     name: str
     directory: Path
     config: RunConfig
+    plugins: dict[str, str] | None
     label: str
     status: str
     step: int | None
@@ -103,6 +109,7 @@ def read_runs(directory: Path) -> list[Run]:
         raise UserError(f"{directory}: {hint}: a run is a subdirectory with a config.yaml")
     runs = [_read_run(path) for path in found]
     _check_comparable(directory, runs)
+    _check_imported(runs)
     of_each = labels([run.config for run in runs])
     runs = [dataclasses.replace(run, label=label) for run, label in zip(runs, of_each, strict=True)]
     runs.sort(key=_place)
@@ -126,6 +133,33 @@ def _check_comparable(directory: Path, runs: Sequence[Run]) -> None:
             pair = f"{first.name} and {other.name}"
             raise UserError(f"{directory}: {pair} differ in {differences[0]}: such runs cannot be compared")
     _check_same_data(directory, runs)
+    for one, other in itertools.combinations(runs, 2):
+        plugin = _other_plugin(one, other)
+        if plugin is not None:
+            pair = f"{one.name} and {other.name}"
+            right = "what other plugins made cannot be compared"
+            raise UserError(f"{directory}: {pair} differ in the plugin {plugin}: {right}")
+
+
+def _other_plugin(one: Run, other: Run) -> str | None:
+    """A plugin of one name and two contents, or, between runs of one scheme, one that only one of them had."""
+    if one.plugins is None or other.plugins is None:
+        return None
+    ours, theirs = one.plugins, other.plugins
+    edited = next((name for name, digest in ours.items() if theirs.get(name, digest) != digest), None)
+    if edited is not None or one.scheme != other.scheme:
+        return edited
+    shared = {*ours.values()} & {*theirs.values()}
+    return next((name for name, digest in [*ours.items(), *theirs.items()] if digest not in shared), None)
+
+
+def _check_imported(runs: Sequence[Run]) -> None:
+    """Refuse what this start has imported, where a run was trained with another version of it."""
+    for run in runs:
+        if run.config.run.plugins and run.plugins is not None:
+            saved = [{"name": name, "digest": digest} for name, digest in run.plugins.items()]
+            kept = epath.Path(run.directory)
+            check_same_plugins(saved, imported(), where=str(run.directory), kept=kept, more_allowed=True)
 
 
 def _check_same_data(directory: Path, runs: Sequence[Run]) -> None:
@@ -149,11 +183,13 @@ def _pairs_with(key: str, runs: Sequence[Run]) -> Iterator[tuple[Run, Run]]:
 
 
 def _read_run(path: Path) -> Run:
-    file = path / "config.yaml"
     try:
-        config = from_yaml(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: {first_line(error)}") from error
+        saved = saved_run(epath.Path(path))
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot be read: {first_line(error)}") from error
+    if saved is None:
+        raise UserError(f"{path}: its config.yaml has gone")
+    config = saved.config
     records = read_records(path)
     outcome = _outcome(path / "result.json", config, records)
     watched = run_files.watched_steps(records)
@@ -161,6 +197,7 @@ def _read_run(path: Path) -> Run:
         name=path.name,
         directory=path,
         config=config,
+        plugins=None if saved.plugins is None else {plugin["name"]: plugin["digest"] for plugin in saved.plugins},
         label=config.model.scheme,
         status=outcome.status,
         step=outcome.step,

@@ -172,11 +172,9 @@ def _early_number(arguments: Sequence[str]) -> int:
     """This process's number, as far as arguments and environment tell it before anything is parsed; 0 otherwise."""
     if "distributed.initialize=false" in arguments:
         return 0
-    for argument in arguments:
-        # A larger number is refused, by this process too.
-        stated = re.fullmatch(r"distributed\.process_id=(\d{1,6})", argument)
-        if stated is not None:
-            return int(stated.group(1))
+    numbers = _stated(arguments, "process_id")
+    if numbers:  # one that has no others is alone, and is told so; a larger number is refused, by this process too
+        return numbers[-1] if _stated(arguments, "num_processes") or "JAX_COORDINATOR_ADDRESS" in os.environ else 0
     try:
         cluster = find_cluster(os.environ, tpu=_has_tpu())
     except ConfigError:
@@ -184,6 +182,12 @@ def _early_number(arguments: Sequence[str]) -> int:
     if cluster is None or cluster.process_id is None:
         return 0
     return cluster.process_id
+
+
+def _stated(arguments: Sequence[str], key: str) -> list[int]:
+    """The values that arguments give distributed.KEY."""
+    matches = [re.fullmatch(rf"distributed\.{key}=(\d{{1,6}})", argument) for argument in arguments]
+    return [int(match[1]) for match in matches if match is not None]
 
 
 def _late_error(section: DistributedSection, arguments: RuntimeArguments) -> UserError:

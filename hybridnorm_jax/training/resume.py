@@ -19,6 +19,7 @@ from hybridnorm_jax.training.run_directory import saved_config
 from hybridnorm_jax.training.run_identity import check_same_files, data_files
 from hybridnorm_jax.training.state import TrainState
 from hybridnorm_jax.training.step_directories import find_checkpoint
+from hybridnorm_jax.training.trained_before import check_tokenizer, check_validation
 
 # Of a branch these are the same as of the run that it leaves: they say which rows a step reads, or shape the state.
 SAME_IN_A_BRANCH = ("data.", "train.batch_size", "train.seq_len", "train.spike_window")
@@ -58,6 +59,7 @@ def beginning(config: RunConfig, program: Program, data: Data, checkpoints: Chec
                 _check_branch(source, config)
                 where = f"step {source.step} of {config.init_from}"
                 return _go_on(config, program, data, source.checkpoints, source.step, where=where)
+            _check_trained_before(source, config, data)
             params = source.checkpoints.restore_params(program.abstract_state.params, source.step)
         state = dataclasses.replace(program.fresh_state(), params=params)
     else:
@@ -152,6 +154,16 @@ def _source(config: RunConfig) -> Iterator[_Source]:
             wrong = f"its parameters belong to another model ({differing[0]})"
             raise ConfigError(f"init_from={config.init_from}: {wrong}; ask for the model that it was trained as")
         yield _Source(checkpoints, step, saved)
+
+
+def _check_trained_before(source: _Source, config: RunConfig, data: Data) -> None:
+    """Raise ConfigError for another tokenizer, or validation sets of what the parameters of init_from have seen."""
+    saved = source.checkpoints.read_data_state(source.step).get("files")
+    if saved is None:
+        return
+    files, where = data_files(config.data, data.files), f"init_from={config.init_from}"
+    check_tokenizer(saved, files, where=where)
+    check_validation(source.config.data, saved, config.data, files, where=where)
 
 
 def _check_branch(source: _Source, config: RunConfig) -> None:

@@ -5,6 +5,7 @@ there is no checkpoint.
 """
 
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,21 +20,23 @@ from hybridnorm_jax.data.identity import FileIdentity, file_identity
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.training.checkpoints import Checkpoints
-from hybridnorm_jax.whole_files import expanded, size_of
+from hybridnorm_jax.whole_files import expanded, size_of, write_whole
 
 # The keys that say with what a run began, which its first checkpoint holds from then on.
 ORIGIN = ("init_from", "init_optimizer")
-# Where a run's directory keeps the sources of its plugins.
-SOURCES = "plugins"
+# Where a run's directory keeps the sources of its plugins, and the file in it that says with which ones it began.
+SOURCES, USED = "plugins", "used.json"
+# The name of the tokenizer among the files of a run.
+TOKENIZER_FILE = "data.tokenizer"
 
 
-class _Saved(NamedTuple):
+class SavedRun(NamedTuple):
     """What a directory says of its run.
 
     Attributes:
       config: its configuration.
       step: of its newest checkpoint; None: it has none.
-      plugins: as config.plugins.to_json wrote them; None: unknown.
+      plugins: each with a name and a digest, as config.plugins.to_json wrote them; None: unknown.
     """
 
     config: RunConfig
@@ -53,9 +56,10 @@ def check_same_run(directory: epath.Path, config: RunConfig) -> RunConfig:
     Raises:
       ConfigError: names every key that differs, or the plugin.
     """
-    saved = _saved(directory)
+    saved = saved_run(directory)
     if saved is None:
         return config
+    has_results = saved.step is not None or _has_results(directory)
     if saved.step is not None:
         if config.init_from is None:
             begun = {name: getattr(saved.config, name) for name in ORIGIN}
@@ -63,13 +67,13 @@ def check_same_run(directory: epath.Path, config: RunConfig) -> RunConfig:
         differing = resume_differences(saved.config, config, saved.step)
     else:
         differing = differences(saved.config, config)
-        if not _has_results(directory):
+        if not has_results:
             differing = [line for line in differing if line.partition(":")[0] in ORIGIN]
     if differing:
         raise ConfigError(f"{directory} holds another run ({'; '.join(differing)}): choose another run.name")
-    if saved.step is not None:
+    if has_results:
         now = plugins.plugins_of(config.run.plugins)
-        check_same_plugins(saved.plugins, now, where=f"{directory}, step {saved.step}", kept=directory)
+        check_same_plugins(saved.plugins, now, where=place_of(directory, saved), kept=directory)
     return config
 
 
@@ -110,7 +114,15 @@ def check_same_plugins(
 
 
 def keep_sources(directory: epath.Path, used: Sequence[plugins.Plugin]) -> None:
-    """Write the sources of plugins into a run's directory, each under its digest, for who has edited them since."""
+    """Write the sources of plugins into a run's directory, each under its digest, for who has edited them since.
+
+    A file beside them says which ones are used now: a run may end before its first checkpoint, which would say so.
+    """
+    file = directory / SOURCES / USED
+    if used or file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        names = [{"name": plugin.name, "digest": plugin.digest} for plugin in used]
+        write_whole(file, json.dumps(names, indent=2) + "\n")
     for plugin in used:
         folder = directory / SOURCES / plugin.digest[:12]
         for name, text in plugin.sources.items():
@@ -124,7 +136,7 @@ def data_files(data: DataSection, trained_on: Sequence[FileIdentity]) -> list[di
     """The identities of the files that a run trains on, in order, and of its tokenizer, as JSON has them."""
     files = list(trained_on)
     if data.tokenizer != "bytes":
-        files.append(file_identity(epath.Path(expanded(data.tokenizer)), name="data.tokenizer"))
+        files.append(file_identity(epath.Path(expanded(data.tokenizer)), name=TOKENIZER_FILE))
     return [dataclasses.asdict(file) for file in files]
 
 
@@ -172,17 +184,51 @@ def _other(before: FileIdentity | None, after: FileIdentity | None) -> str:
     return f"{after.name} has another content than it had"
 
 
-def _saved(directory: epath.Path) -> _Saved | None:
+def saved_run(directory: epath.Path) -> SavedRun | None:
+    """What the newest checkpoint in a directory says of its run, or config.yaml where there is none; None: nothing.
+
+    Raises:
+      ConfigError: names the file that cannot be read, or the plugins that it names and this start does not.
+    """
     if (directory / "checkpoints").exists():
         with Checkpoints(directory / "checkpoints", keep=1) as checkpoints:
             glance = checkpoints.glance()
         if glance is not None:
             origin = f"{directory}/checkpoints/{glance.step:06d}"
-            return _Saved(from_yaml(glance.config_yaml, origin=origin), glance.step, glance.plugins)
+            return SavedRun(_configuration(glance.config_yaml, origin), glance.step, glance.plugins)
     file = directory / "config.yaml"
     if not file.exists():
         return None
-    return _Saved(from_yaml(read_file(file), origin=str(file)), None, None)
+    config = _configuration(read_file(file), str(file))
+    return SavedRun(config, None, _used_plugins(directory, config))
+
+
+def place_of(directory: epath.Path, saved: SavedRun) -> str:
+    """Where it was saved, for messages."""
+    return str(directory) if saved.step is None else f"{directory}, step {saved.step}"
+
+
+def _configuration(text: str, origin: str) -> RunConfig:
+    try:
+        return from_yaml(text, origin=origin)
+    except ConfigError as error:
+        if str(error).startswith(origin):
+            raise
+        raise ConfigError(f"{origin}: {error}") from error
+
+
+def _used_plugins(directory: epath.Path, config: RunConfig) -> list[dict[str, Any]] | None:
+    """The plugins of a run without a checkpoint, as keep_sources wrote them; None: by a version that did not."""
+    if not config.run.plugins:
+        return []
+    file = directory / SOURCES / USED
+    if not file.exists():
+        return None
+    try:
+        used = json.loads(file.read_bytes())
+        return [{"name": str(plugin["name"]), "digest": str(plugin["digest"])} for plugin in used]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{file}: must be a JSON list of the names and digests of plugins") from error
 
 
 def _has_results(directory: epath.Path) -> bool:

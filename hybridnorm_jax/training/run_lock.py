@@ -117,7 +117,19 @@ class _HeldError(Exception):
 def _holder() -> dict[str, Any]:
     """Who this process is."""
     now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-    return {"host": socket.gethostname(), "process": os.getpid(), "since": now}
+    return {"host": socket.gethostname(), "process": os.getpid(), "since": now, "among": _processes_that_are_seen()}
+
+
+def _processes_that_are_seen() -> str:
+    """What a process number means something in: this start of the machine, and this namespace of processes.
+
+    Containers on one machine may have its host name and process numbers of their own. "" where there is no /proc.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 class _FileLock:
@@ -134,6 +146,8 @@ class _FileLock:
                 os.close(self._file)  # the one before has removed it in this moment
             except BaseException as error:
                 content = os.read(self._file, 1000)
+                if isinstance(error, OSError) and error.errno in UNSUPPORTED and not content:
+                    path.unlink()  # made just now; _HeartbeatLock would take it for another process's
                 os.close(self._file)
                 if isinstance(error, BlockingIOError):
                     raise _HeldError(content) from error
@@ -268,8 +282,9 @@ def _is_of_ended_process(content: bytes) -> bool:
     """Whether a lock was left by a process of this machine that is no more."""
     try:
         holder = json.loads(content)
-        host, process = holder["host"], int(holder["process"])
-        if host != socket.gethostname() or process == os.getpid():
+        process = int(holder["process"])
+        here = (socket.gethostname(), _processes_that_are_seen())
+        if (holder["host"], holder.get("among")) != here or process == os.getpid():
             return False
         os.kill(process, 0)
     except ProcessLookupError:

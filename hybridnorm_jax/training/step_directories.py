@@ -10,20 +10,23 @@ deletes or reads. Other names in the directory are nobody's business here.
 """
 
 import json
+import os
 import re
 
 from etils import epath
 
-from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.errors import MissingExtraError, UserError
 from hybridnorm_jax.training import manifest
-from hybridnorm_jax.whole_files import expanded
+from hybridnorm_jax.whole_files import expanded, is_local
 
 # Written last by Orbax, before the rename on a file system and instead of it on an object store.
 COMMITTED = "commit_success.txt"
 METADATA = "_CHECKPOINT_METADATA"
 # The key in Orbax's custom metadata that promises a manifest; its value is the number of parts.
 PARTS = "manifest_parts"
-STEP_NAME = re.compile(r"(\d{6,18})(\.orbax-checkpoint-tmp)?", re.ASCII)
+# What Orbax appends to the name of a step on a file system until it is committed.
+UNCOMMITTED = ".orbax-checkpoint-tmp"
+STEP_NAME = re.compile(rf"(\d{{6,18}})({re.escape(UNCOMMITTED)})?", re.ASCII)
 AT_STEP = re.compile(r"(.+)@(\d{1,18})/?", re.ASCII)
 
 
@@ -38,14 +41,22 @@ def find_checkpoint(path: epath.PathLike) -> tuple[epath.Path, int | None]:
 
     Raises:
       CheckpointError: there is nothing of the kind.
+      MissingExtraError: it is in a bucket, and what reaches it is not installed.
     """
+    try:
+        return _find(path)
+    except ImportError as error:  # what etils needs for gs://
+        raise MissingExtraError(os.fspath(path), extra="tpu") from error
+
+
+def _find(path: epath.PathLike) -> tuple[epath.Path, int | None]:
     at_step = AT_STEP.fullmatch(str(path))
     path = absolute(path)
     if at_step is not None and not path.exists():
-        directory, newest = find_checkpoint(at_step[1])
+        directory, newest = _find(at_step[1])
         if newest is not None:
             raise CheckpointError(f"{path}: {at_step[1]} is one checkpoint already; name it without @{at_step[2]}")
-        return find_checkpoint(directory / f"{int(at_step[2]):06d}")
+        return _find(directory / f"{int(at_step[2]):06d}")
     if (path / "checkpoints").is_dir():
         return path / "checkpoints", None
     if (step := complete_step(path)) is not None:
@@ -88,9 +99,15 @@ def check_place(directory: epath.Path) -> None:
 
 
 def is_leftover(path: epath.Path) -> bool:
-    """Whether something incomplete is what a killed save or deletion leaves: Orbax had not committed, or had just."""
+    """Whether something incomplete is what a killed save or deletion leaves: Orbax had not committed, or had just.
+
+    On a file system that has another name than a step until it is committed (see `delete`). So what has the name of a
+    step there, and neither mark nor manifest, is not ours: a copy that is not whole, or somebody's directory.
+    """
     if not path.name.isdecimal() or manifest.is_unfinished(path):
         return path.is_dir()
+    if is_local(path):
+        return False
     return path.is_dir() and not (path / COMMITTED).exists() and not manifest.has_lost_parts(path)
 
 
@@ -112,8 +129,15 @@ def set_aside(path: epath.Path) -> None:
 
 
 def delete(path: epath.Path) -> None:
-    # Unmarked first, so that a deletion that is killed leaves a leftover and no damaged checkpoint. The manifest before
-    # Orbax's mark: a step that has lost its mark alone is damaged.
-    manifest.remove(path)
-    (path / COMMITTED).unlink(missing_ok=True)
+    """Delete a step, or what a killed save has left, so that a deletion that is killed leaves no damaged checkpoint."""
+    if is_local(path) and path.name.isdecimal():
+        # By its name it is a leftover from then on.
+        leftover = path.parent / f"{path.name}{UNCOMMITTED}"
+        if leftover.exists():
+            leftover.rmtree()
+        path = path.rename(leftover)
+    else:
+        # A bucket renames nothing. The manifest before Orbax's mark: a step that lacks its mark alone is damaged.
+        manifest.remove(path)
+        (path / COMMITTED).unlink(missing_ok=True)
     path.rmtree()

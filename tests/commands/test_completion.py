@@ -83,6 +83,16 @@ def test_the_labs_own_keys_are_only_the_labs(folder):
     assert candidates(["lab", "signal", "schemes="])[:2] == ["schemes=[pre", "schemes=[post"]
     assert candidates(["lab", "report", "runs", "baseline=peri"]) == ["baseline=peri "]
     assert candidates(["train", "sch"]) == []
+
+
+def test_plugins_are_proposed_wherever_a_run_is_read(folder):
+    (folder / "mine.py").touch()
+    for command in (["lab", "report", "runs"], ["convert", "runs/one", "out"], ["eval", "runs/one"], ["train"]):
+        assert candidates([*command, "run.plugins=[m"]) == ["run.plugins=[mine.py"]
+        assert candidates([*command, "run.plugins=[a.py,m"]) == ["run.plugins=[a.py,mine.py"]
+
+
+def test_train_has_no_keys_of_the_lab(folder):
     assert candidates(["train", "schemes=[p"]) == []
 
 

@@ -14,6 +14,7 @@ import pytest
 import hybridnorm_jax as hn
 from hybridnorm_jax.commands.convert import read_directory
 from hybridnorm_jax.commands.main import main
+from hybridnorm_jax.config import plugins
 from hybridnorm_jax.equivalence import decoder_forms, proof
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -85,6 +86,30 @@ def test_a_run_and_its_conversion_score_the_same(trained, capsys, tmp_path):
     capsys.readouterr()
     assert main(["train", config]) == 2
     assert "start a new run from it: init_from=" in capsys.readouterr().err
+
+
+def test_a_run_with_a_plugin_is_converted_where_it_is_named(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plugins, "_imported", {})
+    plugin = tmp_path / "mine.py"
+    plugin.write_text("x = 1\n")
+    named = f"run.plugins=[{plugin}]"
+    tokens = tmp_path / "tokens.npy"
+    words = [f"run.dir={tmp_path}/runs", "run.name=with_plugin", "data.source=tokens", f"data.files=[{tokens}]"]
+    capsys.readouterr()
+    assert main(["train", *words, f"data.validation.train_all=[{tokens}]", *PRE_LN_RUN, named]) == 0
+    assert f"eval {tmp_path}/runs/with_plugin '{named}'\n" in capsys.readouterr().out
+    convert = ["convert", f"{tmp_path}/runs/with_plugin", f"{tmp_path}/stored", "--form", "pre_rmsnorm"]
+    monkeypatch.setattr(plugins, "_imported", {})
+    assert main(convert) == 2
+    assert f"name them yourself: {named}" in capsys.readouterr().err
+    moved = plugin.rename(tmp_path / "moved.py")
+    named = f"run.plugins=[{moved}]"
+    assert main([*convert, named]) == 0
+    jax.config.update("jax_enable_x64", False)
+    command = shlex.split(capsys.readouterr().out.partition("Next: ")[2].splitlines()[0])
+    assert command[-2:] == [f"{tmp_path}/stored", named]
+    monkeypatch.setattr(plugins, "_imported", {})
+    assert main(command[command.index("eval") :]) == 0
 
 
 def test_nobody_need_read_what_is_said(tmp_path):

@@ -249,7 +249,7 @@ def test_train_without_an_extra_that_it_needs(words, package, asked, extra, tmp_
 @pytest.mark.parametrize(
     ("words", "package", "asked", "extra"),
     [
-        ("eval gs://bucket/run", "gcsfs", "a path that starts with gs://", "tpu"),
+        ("eval gs://bucket/run", "gcsfs", "gs://bucket/run", "tpu"),
         ("convert GOLDENS/hf_gpt2 o --form pre_rmsnorm", "safetensors", "Hugging Face checkpoints", "hf"),
         ("plan 151m --topology v5e:2x2", "libtpu", "--topology v5e:2x2", "tpu"),
         ("lab signal depths=[1]", "matplotlib", "figures", "lab"),

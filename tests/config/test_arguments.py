@@ -153,6 +153,9 @@ def test_a_wrong_file_is_named_in_one_line(write, text, message):
 def test_a_file_that_is_not_text_is_named(tmp_path):
     (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x00")
     assert "bad.yaml: cannot be read: not UTF-8" in error_of(parse, [str(tmp_path / "bad.yaml")])
+    (tmp_path / "bad.yaml").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 3\n")
+    right = f"a pointer of git-lfs, not the file itself; run `git lfs pull` in {tmp_path}"
+    assert f"bad.yaml: {right}" in error_of(parse, [str(tmp_path / "bad.yaml")])
 
 
 def test_the_name_of_a_run_follows_from_the_command():

@@ -40,7 +40,7 @@ def test_a_truncated_file_is_refused(tmp_path, suffix, kept):
 @pytest.mark.parametrize("suffix", PACKERS)
 def test_a_name_that_promises_another_packing_is_refused(tmp_path, suffix):
     (tmp_path / f"a{suffix}").write_bytes(b"plain text")
-    with pytest.raises(DataError, match="is not packed with"):
+    with pytest.raises(DataError, match="it is not a file packed with"):
         unpacked(tmp_path / f"a{suffix}")
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -223,6 +225,26 @@ def test_too_little_to_train_on_is_refused(text):
     assert f"{needed} to train on" in message
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.3])
+def test_only_a_fraction_that_holds_something_out_is_to_be_lowered(text, fraction):
+    message = refused(text(validation_fraction=fraction), seq_len=100_000)
+    assert "lower train.seq_len, or give more data" in message
+    assert ("data.validation_fraction" in message) == (fraction > 0)
+
+
+def test_the_description_counts_documents(text, tmp_path):
+    """A text that is held out in blocks is one document in several pieces."""
+    assert "1 text file: 50 documents, " in open_quietly(text()).description
+    lines = "".join(f"This is line {number} of a text.\n" for number in range(4000))
+    (tmp_path / "a.txt").write_text(lines)
+    section = text(files=(str(tmp_path / "a.txt"),), validation_fraction=0.0)
+    assert "1 text file: 1 document, " in open_quietly(section).description
+    data = open_quietly(dataclasses.replace(section, validation_fraction=0.1), seq_len=1)
+    ends = sum((np.array(scored(windows)) == 256).sum() for windows in (data.train, data.validation["validation"]))
+    assert f"1 text file: 1 document in {ends} pieces, " in data.description
+    assert ends > 5
+
+
 def test_a_named_set_must_be_good_too(text, tokens, tmp_path):
     np.array([1], np.uint16).tofile(tmp_path / "one.bin")
     message = refused(tokens(validation={"one": (str(tmp_path / "one.bin"),)}), vocab_size=600)
@@ -297,3 +319,21 @@ def test_a_long_text_is_one_document_whatever_its_length(tmp_path, monkeypatch):
     data = open_quietly(section, seq_len=1)
     assert data.train.num_tokens == len(text.encode()) + 1
     assert data.tokenizer.decode(scored(data.train)) == text[1:]
+
+
+def test_a_copied_token_file_would_be_held_out_and_trained_on(tokens, tmp_path):
+    section = tokens()
+    shutil.copy(tmp_path / "array.npy", tmp_path / "copy.npy")
+    twice = dataclasses.replace(section, files=(*section.files, str(tmp_path / "copy.npy")))
+    with pytest.raises(
+        DataError, match=r"data\.files: copy\.npy has the content of array\.npy, so parts of it would be"
+    ):
+        open_quietly(twice, vocab_size=1000)
+    open_quietly(dataclasses.replace(twice, validation_fraction=0.0), vocab_size=1000)  # read twice on purpose
+
+
+def test_a_held_out_share_that_is_far_from_what_was_asked_for_says_so(text, tmp_path):
+    assert "asks for" not in open_quietly(text()).description
+    (tmp_path / "three.jsonl").write_text("\n".join(json.dumps({"text": f"{each} " * 100}) for each in "abc"))
+    few = open_quietly(text(files=(str(tmp_path / "three.jsonl"),), validation_fraction=0.01))
+    assert re.search(r"held out \(33\.\d\d% where data\.validation_fraction asks for 1\.00%\)", few.description)

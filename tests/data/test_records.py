@@ -73,6 +73,49 @@ def test_an_unused_field_may_hold_what_python_does_not_parse(tmp_path, other):
     assert texts(tmp_path / "a.jsonl") == ["one ä", "two"]
 
 
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        ("9" * 5000, "a number"),
+        ("3", "a number"),
+        ("[" * 100_000 + "]" * 100_000, "a list"),
+        ('{"a":' * 99_999 + "1" + "}" * 99_999, "an object"),
+        ("null", "null"),
+        ("true", "true"),
+        ("[]", "a list"),
+        ("{}", "an object"),
+    ],
+)
+def test_what_is_no_string_is_called_as_in_json(tmp_path, value, kind):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": {value}}}\n')
+    wrong = f"{tmp_path / 'a.jsonl'}:1: field 'text' (data.text_field) must hold a string, not {kind}"
+    assert refused(tmp_path / "a.jsonl") == wrong
+    (tmp_path / "a.jsonl").write_text(f'{{"text": {value}, "id": {"9" * 5000}}}\n')
+    assert refused(tmp_path / "a.jsonl") == wrong
+    if not value.startswith(("{", "[]")):  # which would be one array, without a record
+        (tmp_path / "a.jsonl").write_text(f"{value}\n" * 2)
+        wrong = f"1: the record is {kind}, but must be an object with the field 'text'"
+        assert wrong in refused(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    "meta",
+    ["[" * 2000 + "}" * 2000, "[" * 2000 + "]" * 1999 + "}", "[" * 2000 + "a" + "]" * 2000, "[" * 2000 + ",]" * 2000],
+)
+def test_deep_brackets_must_match(tmp_path, meta):
+    (tmp_path / "a.jsonl").write_text(f'{{"meta": {meta}, "text": "a"}}\n')
+    assert "a.jsonl:1: not JSON (" in refused(tmp_path / "a.jsonl")
+
+
+def test_a_long_record_may_not_be_deep(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MOST_DEEP", 1 << 20)
+    rest = '"text": "' + "a" * (2 << 20) + '"'
+    (tmp_path / "a.jsonl").write_text('{"meta": ' + "[" * 5000 + "]" * 5000 + f", {rest}}}\n")
+    assert "a.jsonl:1: nested too deeply; only a record of up to 1 MiB may be" in refused(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_text(f'{{"meta": {"9" * 5000}, {rest}}}\n')
+    assert [len(text) for text in texts(tmp_path / "a.jsonl")] == [2 << 20]
+
+
 def test_nesting_that_does_not_end_is_one_line(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"id": ' + "[" * 100_000 + ', "text": "a"}\n')
     assert "not JSON" in refused(tmp_path / "a.jsonl")
@@ -115,3 +158,17 @@ def test_what_is_no_text_is_named(tmp_path, content, right):
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(BOM + b"text")
     assert texts(tmp_path / "a.txt") == ["text"]
+
+
+def test_files_with_byte_order_marks_may_be_joined(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes((BOM + LINES) * 2 + BOM)
+    assert texts(tmp_path / "a.jsonl") == EXPECTED * 2
+    (tmp_path / "b.jsonl").write_bytes(BOM + LINES + BOM + b'{"text": "gr\xfcn"}\n')
+    assert f"invalid UTF-8 at byte {len(BOM + LINES + BOM) + 12}" in refused(tmp_path / "b.jsonl")
+
+
+@pytest.mark.parametrize("repeats", [1, 100_000])
+def test_a_byte_order_mark_that_begins_a_line_is_no_text(tmp_path, repeats):
+    """One inside a line joins two words and stays."""
+    (tmp_path / "a.txt").write_bytes((BOM + b"first\n" + BOM + BOM + b"sec\xef\xbb\xbfond\n") * repeats)
+    assert "".join(texts(tmp_path / "a.txt")) == "first\nsec\ufeffond\n" * repeats

@@ -143,7 +143,7 @@ BAD_FILES = {
     "bad.jsonl": (b'{"text": "a"}\n\n{"text": "b"\n', ["bad.jsonl:3", "not JSON"]),
     "other.jsonl": (lines({"text": "a"}, {"body": "b"}), ["other.jsonl:2", "'text'", "data.text_field", "body"]),
     "list.jsonl": (b"[1]\n", ["list.jsonl:1", "data.text_field"]),
-    "number.jsonl": (lines({"text": 3}), ["number.jsonl:1", "data.text_field", "string, not int"]),
+    "number.jsonl": (lines({"text": 3}), ["number.jsonl:1", "data.text_field", "string, not a number"]),
     "half.jsonl": (b'{"text": "\\ud800"}\n', ["half.jsonl:1", "surrogate"]),
     "cut.txt.gz": (gzip.compress(bytes(range(256)))[:-12], ["damaged or truncated"]),
     "cut.txt.zst": (zstandard.ZstdCompressor().compress(b"hello " * 1000)[:-3], ["damaged or truncated"]),

@@ -79,9 +79,10 @@ def test_the_counts_are_those_of_the_text(files, root):
     cache, _ = build(files, root)
     for split, counts in cache.splits.items():
         texts = documents(cache, split)
-        assert counts.documents == len(texts)
+        assert counts.pieces == len(texts)
         assert counts.bytes == sum(len(text.encode()) for text in texts)
-        assert counts.tokens == counts.bytes + counts.documents == len(cache.stream(split, 257))
+        assert counts.tokens == counts.bytes + counts.pieces == len(cache.stream(split, 257))
+    assert cache.documents == len(WORDS)
     assert cache.max_id == 256
 
 

@@ -163,9 +163,39 @@ def test_the_header_of_llm_c_is_no_tokens(tmp_path, magic, version, dtype):
     np.testing.assert_array_equal(open_token_file(write(tmp_path, "a.bin", content), "uint16")[:], tokens)
     with pytest.raises(DataError, match=r"truncated: its llm\.c header"):
         open_token_file(write(tmp_path, "a.bin", content[:-8]), "uint16")
+    for kept in (1000, 512, 12, 4):
+        with pytest.raises(DataError, match=f"truncated: its llm.c header has 1024 bytes, but the file has {kept};"):
+            open_token_file(write(tmp_path, "a.bin", content[:kept]), "uint16")
+    header[1] = 9
+    with pytest.raises(DataError, match="version 9 of llm"):
+        open_token_file(write(tmp_path, "a.bin", header.tobytes()), "uint16")
     header[0] = 20240326
     with pytest.raises(DataError, match="not tokens"):
         open_token_file(write(tmp_path, "a.bin", header.tobytes()), "uint16")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wrong", "right"),
+    [
+        ("a.npy", npy(np.array([1, 900], "<u2")), "token 1 is 900", "set model.vocab_size to the tokenizer's"),
+        ("a.npy", npy(np.array([1, -5], "<i2")), "token 1 is -5", "ids begin at 0; write them again as uint16"),
+        (
+            "a.bin",
+            np.array([1, 900], "<u2").tobytes(),
+            "token 1 is 900",
+            "set model.vocab_size to the tokenizer's, and check data.token_dtype",
+        ),
+    ],
+)
+def test_an_id_outside_the_vocabulary_gets_advice_that_helps(tmp_path, name, content, wrong, right):
+    """data.token_dtype is read of raw files alone, and no vocabulary has negative ids."""
+    path = write(tmp_path, name, content)
+    extents = split_extents({path: open_token_file(path, "uint16")}, ("a",), 0.0).train
+    with pytest.raises(DataError) as error:
+        TokenStream(extents, 256).read(0, 2)
+    message = str(error.value)
+    assert message.startswith(f"{path}: {wrong}, outside model.vocab_size=256; {right}")
+    assert ("data.token_dtype" in message) == (name == "a.bin")
 
 
 IDS = np.random.default_rng(0).integers(0, 50_000, 4000)
@@ -215,6 +245,17 @@ def test_few_files_are_open_at_once(tmp_path, monkeypatch):
     for _ in range(2):
         assert [int(array[5:6][0]) for array in arrays] == [256 + number for number in range(20)]
     assert len(os.listdir("/proc/self/fd")) <= before + 3
+
+
+def test_a_file_of_another_size_than_before_is_an_error(tmp_path):
+    path = write(tmp_path, "a.bin", np.arange(500, dtype=np.uint16).tobytes())
+    files = OpenFiles()
+    tokens = open_token_file(path, "uint16", files)
+    np.testing.assert_array_equal(tokens[3:5], [3, 4])
+    path.write_bytes(np.arange(600, dtype=np.uint16)[::-1].tobytes())
+    files.open.cache_clear()  # as if many other files had been read since
+    with pytest.raises(DataError, match=r"a\.bin: has 1,200 bytes now, but had 1,000; start again"):
+        tokens[3:5]
 
 
 def test_a_file_that_becomes_shorter_is_an_error(tmp_path):

@@ -3,13 +3,10 @@
 import pytest
 from pages import REPOSITORY, Block, blocks
 
-import hybridnorm_jax as hn
-
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """Makes an empty directory the current one; returns a function that puts a page's files there."""
-    before = dict(hn.SCHEMES)
     monkeypatch.chdir(tmp_path)
     for folder in ("configs", "docs", "launch", "benchmarks", "tests"):
         (tmp_path / folder).symlink_to(REPOSITORY / folder)
@@ -23,9 +20,7 @@ def workplace(tmp_path, monkeypatch):
                 (tmp_path / block.file).write_text(block.text)
         return tmp_path
 
-    yield write_files
-    hn.SCHEMES.clear()
-    hn.SCHEMES.update(before)
+    return write_files
 
 
 @pytest.fixture
@@ -34,11 +29,7 @@ def example_scheme():
     from hybridnorm_jax.model import schemes
 
     block = scheme_block()
-    before = dict(schemes.SCHEMES)
     exec(compile(block.text, str(block), "exec"), dict(vars(schemes)))
-    yield
-    schemes.SCHEMES.clear()
-    schemes.SCHEMES.update(before)
 
 
 def scheme_block() -> Block:

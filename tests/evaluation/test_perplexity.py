@@ -1,5 +1,6 @@
 """Scores of validation sets."""
 
+import json
 import math
 
 import jax.numpy as jnp
@@ -31,3 +32,9 @@ def test_the_table_shows_every_set():
     assert [line.split()[0] for line in text.splitlines()] == ["set", "validation", "c4"]
     assert "1,000" in text
     assert "4.482" in text
+
+
+def test_json_has_null_for_what_is_not_finite():
+    score = Score(loss=float("nan"), perplexity=float("inf"), bits_per_byte=None, tokens=3)
+    assert score.as_json() == {"loss": None, "perplexity": None, "bits_per_byte": None, "tokens": 3}
+    json.dumps(score.as_json(), allow_nan=False)

@@ -162,7 +162,7 @@ WRONG_JSON = {
     "NaN": "its value: NaN is no number of JSON",
     "": "cannot be read as JSON",
     "{": "cannot be read as JSON",
-    "\ufeff{}": "cannot be read as JSON",
+    "\ufeff{}": "cannot be read as JSON: begins with a byte order mark; save it as UTF-8 without one",
     "\ud800": "cannot be read as JSON",
 }
 

@@ -129,6 +129,10 @@ def test_a_result_of_another_configuration_is_refused_and_left(arguments, traine
     one = [*_without(arguments, "schemes", "seeds"), "schemes=[pre]", "seeds=[0]"]
     assert main(["lab", "compare", *one]) == 0
     run = tmp_path / "lab/pre-lr0.001-seed0"
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("batches: 1", "batches: 7"))
+    assert main(["lab", "compare", *one]) == 0  # an edited config.yaml changes nothing beside a checkpoint
+    (run / "config.yaml").write_text(config)
     shutil.rmtree(run / "checkpoints")  # as after a divergence before the first save
     saved = (run / "config.yaml").read_text()
     for argument, named in (

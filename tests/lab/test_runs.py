@@ -2,12 +2,16 @@
 
 import json
 import re
+import shutil
 
+import jax.numpy as jnp
 import pytest
 from planted_runs import STEPS, Planted, plant
 
+from hybridnorm_jax.config import plugins
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.lab.runs import read_runs
+from hybridnorm_jax.training.checkpoints import Checkpoints
 
 
 def test_labels_name_what_differs_besides_scheme_rate_and_seed(tmp_path):
@@ -69,6 +73,44 @@ def test_other_files_of_the_same_size(tmp_path):
     (tmp_path / "run1/result.json").write_text('{"status": "finished", "step": 1, "scores": {}, "data": [1]}')
     with pytest.raises(UserError, match=r"run1/result\.json: data: must map keys to files with a name, a size and"):
         read_runs(tmp_path)
+
+
+def _set_digest(run, digest):
+    """Say with which plugin, mine.py, a planted run was trained."""
+    (run / "plugins").mkdir(exist_ok=True)
+    (run / "plugins/used.json").write_text(json.dumps([{"name": "mine.py", "digest": digest}]))
+
+
+def test_other_plugins(tmp_path, monkeypatch):
+    monkeypatch.setattr(plugins, "_imported", {"mine.py": plugins.Plugin("mine.py", "aa")})
+    with_it = ("run.plugins=[mine.py]",)
+    one = plant(tmp_path, Planted(loss=3.0, seed=0, name="one", overrides=with_it))
+    plant(tmp_path, Planted("post", loss=3.0, name="without"))
+    _set_digest(one, "aa")
+    assert len(read_runs(tmp_path)) == 2
+    two = plant(tmp_path, Planted(loss=3.0, seed=1, name="two", overrides=with_it))
+    assert len(read_runs(tmp_path)) == 3  # by a version that did not say
+    _set_digest(two, "bb")
+    with pytest.raises(UserError, match=r"one and two differ in the plugin mine\.py: what other plugins made cannot"):
+        read_runs(tmp_path)
+    shutil.rmtree(two)
+    plant(tmp_path, Planted(loss=3.0, seed=1, name="two"))
+    with pytest.raises(UserError, match=r"one and two differ in the plugin mine\.py"):
+        read_runs(tmp_path)
+
+
+def test_a_checkpoint_counts_and_not_what_was_written_into_config_yaml(tmp_path):
+    run = plant(tmp_path, Planted("post", loss=3.0))
+    file = run / "config.yaml"
+    with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
+        state = {"params": {"scale": jnp.ones(2)}}
+        checkpoints.save(STEPS, state, data_state={}, config_yaml=file.read_text(), wait=True)
+    file.write_text(file.read_text().replace("scheme: post", "scheme: hybrid").replace("0.001", "0.5"))
+    (found,) = read_runs(tmp_path)
+    assert (found.label, found.rate) == ("post", 1e-3)
+    shutil.rmtree(run / "checkpoints")
+    (found,) = read_runs(tmp_path)
+    assert (found.label, found.rate) == ("hybrid", 0.5)
 
 
 def test_directories_without_runs(tmp_path):

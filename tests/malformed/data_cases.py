@@ -4,8 +4,10 @@ import gzip
 import io
 import json
 import os
+import pickle
 import random
 import struct
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +17,25 @@ import zstandard
 from tests.malformed.case import Case
 
 LINE = b'{"text": "A document."}\n'
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 3\n"
+
+
+def _tar() -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a.txt"))
+    return file.getvalue()
+
+
+# Files of other formats, wherever one of ours is read.
+OTHERS = {
+    "a pointer of git-lfs": POINTER,
+    "a tar": _tar(),
+    "a 7z": b"7z\xbc\xaf\x27\x1c\x00\x04" + bytes(range(256)),
+    "lz4": b"\x04\x22\x4d\x18\x64\x40\xa7" + bytes(range(256)),
+    "a pickle": pickle.dumps(list(range(1000))),
+    "Parquet": b"PAR1\x15\x04\x15\x10" + bytes(range(256)) * 4,
+}
 
 
 def _npy(array: np.ndarray, **options) -> bytes:
@@ -64,6 +85,10 @@ BIN = {
     "ids beyond": b"\xff" * 1000,
     "one byte": b"\0",
     "text": b"some text " * 99,
+    "floats": np.arange(1000, dtype=np.float32).tobytes(),
+    "big endian": np.arange(1000, dtype=">u4").tobytes(),
+    "an llm.c header that is cut": struct.pack("<3i", 20240520, 1, 1000),
+    **OTHERS,
 }
 JSONL = {
     "empty": b"",
@@ -85,6 +110,9 @@ JSONL = {
     "NUL": LINE + b"\0" * 100,
     "a comma": LINE + b'{"text": "a",}\n',
     "NaN": LINE + b'{"text": NaN}\n',
+    "brackets that do not match": LINE + b'{"meta": ' + b"[" * 2000 + b"}" * 2000 + b', "text": "a"}\n',
+    "a number alone": b"9" * 5000 + b"\n",
+    **OTHERS,
     "a line of 50 MB": b'{"text": "' + b"a" * 50_000_000,
 }
 # Right, or so nearly that it may be read.
@@ -98,6 +126,8 @@ TEXT = {
     "binary": bytes(range(256)) * 100,
     "a surrogate": b"text \xed\xa0\x80 " * 100,
     "one word": b"word",
+    "a zero byte": b"some text\n" * 50 + b"\0" + b"some text\n" * 50,
+    **OTHERS,
 }
 
 
@@ -118,6 +148,9 @@ GZ = {
     "a wrong sum": GOOD_GZ[:-8] + b"\0" * 8,
     "rubbish behind": GOOD_GZ + b"rubbish",
     "only a header": GOOD_GZ[:10],
+    "a tar inside": gzip.compress(_tar()),
+    "packed twice": gzip.compress(GOOD_GZ),
+    "a pointer of git-lfs": POINTER,
     "flipped": GOOD_GZ[:30] + bytes([GOOD_GZ[30] ^ 0xFF]) + GOOD_GZ[31:],
 }
 GOOD_ZST = zstandard.ZstdCompressor(write_checksum=True).compress(LINE * 200)
@@ -216,6 +249,7 @@ def tokenizer_cases(rng: random.Random) -> Iterator[Case]:
         "a long number": json.dumps(good).encode()[:-1] + b', "x": ' + b"9" * 5000 + b"}",
         "latin-1": '{"a": "\xe9"}'.encode("latin-1"),
         "NUL": b"\0" * 100,
+        **OTHERS,
     }
     for fault, content in files.items():
         arguments = ("train", "tiny.yaml", "data.tokenizer=bad/tokenizer.json")

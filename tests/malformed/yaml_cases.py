@@ -67,6 +67,7 @@ FILES = {
     "interpolation": b"run: {dir: '${oc.env:HOME}'}\n",
     "a wrong interpolation": b"run: {dir: '${'}\n",
     "JSON that is cut": b'{"train": {"steps": 3',
+    "a pointer of git-lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 3\n",
     "a zip": b"PK\x03\x04" + bytes(range(256)) * 4,
     "a picture": b"\x89PNG\r\n\x1a\n" + bytes(range(256)),
 }

@@ -1,6 +1,8 @@
 """Plugins are code: they run where this start names them and nowhere else, and an edited one is another run."""
 
 import dataclasses
+import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -126,26 +128,62 @@ def test_an_edited_plugin_is_another_run_and_the_old_source_is_kept(trained, arg
     assert hn.load_run(str(trained), plugins=[str(kept)])[0].model.scheme == "of_a_plugin"
 
 
-def test_a_comparison_does_not_take_the_result_of_an_edited_plugin(arguments, write, new_start, capsys):
+@pytest.fixture
+def compare(arguments, new_start):
+    """Runs `hybridnorm lab compare` with the plugin, as a new process, for one seed; returns its status."""
     words = [word for word in arguments if not word.startswith(("run.name", "model.scheme"))]
-    compare = [
-        "lab",
-        "compare",
-        "lab",
-        *words,
-        "run.name=lab",
-        "schemes=[of_a_plugin]",
-        "seeds=[0]",
-        "train.watch_every=null",
-    ]
-    assert main(compare) == 0
-    new_start()
-    assert main(compare) == 0
+    lab = ["lab", "compare", "lab", *words, "run.name=lab", "schemes=[of_a_plugin]", "train.watch_every=null"]
+
+    def compare(seed=0):
+        new_start()
+        return main([*lab, f"seeds=[{seed}]"])
+
+    return compare
+
+
+def test_a_comparison_does_not_take_the_result_of_an_edited_plugin(compare, write, tmp_path, capsys):
+    assert compare() == 0
+    assert compare() == 0
     assert "finished before" in capsys.readouterr().out
     write(of="post")
-    new_start()
-    assert main(compare) == 2
+    assert compare() == 2
     assert "mine.py is not the file that" in capsys.readouterr().err
+    # As after a divergence before the first save.
+    shutil.rmtree(next((tmp_path / "runs/lab").glob("*/checkpoints")))
+    assert compare() == 2
+    told = capsys.readouterr().err
+    assert "mine.py is not the file that" in told
+    assert "of_a_plugin-lr0.002-seed0, was trained with; name that file (its source of then is in" in told
+    used = next((tmp_path / "runs/lab").glob("*/plugins/used.json"))
+    used.write_text("[1]")
+    assert compare() == 2
+    assert f"{used}: must be a JSON list of the names and digests of plugins" in capsys.readouterr().err
+
+
+def test_a_report_takes_the_plugins_that_it_asks_for(compare, write, new_start, tmp_path, capsys):
+    assert compare(seed=0) == 0
+    told = capsys.readouterr().out
+    command = shlex.split(told.partition("Next: ")[2])
+    report = command[command.index("lab") :]
+    assert report == ["lab", "report", f"{tmp_path}/runs/lab", f"run.plugins=[{tmp_path}/mine.py]"]
+    new_start()
+    assert main(report) == 0
+    new_start()
+    assert main(report[:-1]) == 2
+    assert f"name them yourself: {report[-1]}" in capsys.readouterr().err
+    # What an edited plugin made is something else, and so is what it describes.
+    write(of="post")
+    new_start()
+    assert main(report) == 2
+    assert "mine.py is not the file that" in capsys.readouterr().err
+    assert compare(seed=1) == 0
+    new_start()
+    capsys.readouterr()
+    assert main(report) == 2
+    told = capsys.readouterr().err
+    assert "lab: of_a_plugin-lr0.002-seed0 and of_a_plugin-lr0.002-seed1 differ in the plugin" in told
+    assert "mine.py: what other plugins made cannot be compared" in told
+    assert told.count("\n") == 1
 
 
 def test_a_saved_plugin_that_no_start_named_is_no_obstacle_for_a_run_without_plugins(arguments, new_start):

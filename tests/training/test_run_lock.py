@@ -166,16 +166,29 @@ def test_a_lock_that_no_longer_beats_was_left_over(bucket, capsys):
     assert "process 7 on elsewhere since then may hold this run" in capsys.readouterr().err
 
 
-def test_a_lock_of_a_process_here_that_ended_is_taken_at_once(bucket, monkeypatch, capsys):
-    monkeypatch.setattr(run_lock, "LEFT_OVER_SECONDS", 1000)
+def _holder_that_ended():
     process = multiprocessing.get_context("spawn").Process()
     process.start()
     process.join()
+    return run_lock._holder() | {"process": process.pid}
+
+
+def test_a_lock_of_a_process_here_that_ended_is_taken_at_once(bucket, monkeypatch, capsys):
+    monkeypatch.setattr(run_lock, "LEFT_OVER_SECONDS", 1000)
     bucket.mkdir(parents=True, exist_ok=True)
-    holder = {"host": socket.gethostname(), "process": process.pid, "since": "then"}
-    (bucket / "lock").write_text(json.dumps(holder))
+    (bucket / "lock").write_text(json.dumps(_holder_that_ended()))
     with RunLock(bucket):
         assert json.loads(_content(bucket))["process"] == os.getpid()
+
+
+@pytest.mark.parametrize("among", ["boot pid:[4026532000]", None])
+def test_a_process_of_another_container_may_live_though_its_number_is_nobodys_here(bucket, among):
+    """Containers on one machine, or with its network, have its host name and process numbers of their own."""
+    bucket.mkdir(parents=True, exist_ok=True)
+    (bucket / "lock").write_text(json.dumps(_holder_that_ended() | {"among": among}))
+    began = time.monotonic()
+    with RunLock(bucket):
+        assert time.monotonic() - began >= 0.6
 
 
 def test_a_run_whose_lock_was_taken_over_ends(bucket):
@@ -198,4 +211,15 @@ def test_a_file_system_without_flock_gets_a_lock_that_beats(directory, monkeypat
     directory.mkdir(parents=True)
     with RunLock(directory), pytest.raises(UserError, match="in use by process"):
         RunLock(directory).__enter__()
+
+
+def test_nothing_is_waited_for_where_there_is_no_flock_and_no_other_run(directory, monkeypatch, capsys):
+    def unsupported(*_):
+        raise OSError(run_lock.errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(run_lock, "LEFT_OVER_SECONDS", 1000)
+    monkeypatch.setattr(run_lock.fcntl, "flock", unsupported)
+    with RunLock(directory):
+        assert json.loads((directory / "lock").read_bytes())["process"] == os.getpid()
+    assert capsys.readouterr().err == ""
     assert not (directory / "lock").exists()

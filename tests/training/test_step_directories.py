@@ -101,6 +101,18 @@ def test_a_reader_who_needs_a_step_hears_why_there_is_none_in_one_line(saved):
     assert "\n" not in message
 
 
+def test_a_copy_that_is_not_whole_and_somebodys_directory_are_set_aside_and_not_deleted(saved):
+    directory, _ = saved
+    shutil.copytree(directory / "000002", directory / "000003", ignore=shutil.ignore_patterns("commit_*", "manifest"))
+    (directory / "000090").mkdir()
+    (directory / "000090/notes.txt").write_text("mine")
+    with Checkpoints(directory, keep=2) as checkpoints:
+        assert checkpoints.steps() == [1, 2]
+        save(checkpoints, 4, make_state(4), wait=True)
+    assert (directory / "000003.damaged/state").exists()
+    assert (directory / "000090.damaged/notes.txt").read_text() == "mine"
+
+
 def test_metadata_nested_deeper_than_python_reads_is_damage(saved):
     directory, _ = saved
     (directory / "000002" / METADATA).write_text("[" * 100_000)
