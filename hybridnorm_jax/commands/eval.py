@@ -119,7 +119,7 @@ def _open_data(
         check_tokenizer(saved.data, data_state["files"], config.data, files, where=where)
     is_same = _is_same_data(data_state, files, data)
     check_same_data(config.data, differences(saved, config), is_same_data=is_same)
-    if config.data.validation_fraction and data_state and not is_same:
+    if config.data.validation_fraction and "train_tokens" in data_state and not is_same:
         _judge_other_data(saved.data, config.data, data_state, files, data.train.num_tokens)
     if config.data.validation:
         check_sets(config.data.validation, _files_here(saved.data, config.data, is_same_data=is_same))

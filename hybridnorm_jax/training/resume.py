@@ -86,7 +86,7 @@ def _go_on(
         _check_same_places(config, saved_config(checkpoints, step), where=where)
     _check_same_data(data, data_state, files, where=where)
     before = trained_before(data_state)
-    check_validation(before, config.data, files, where=where)
+    check_validation(before, config.data, files, where=f"init_from={config.init_from}")
     iterator = _iterator(config, program, data)
     iterator.set_state(data_state["iterator"])
     return Beginning(state, iterator, step, files, before)

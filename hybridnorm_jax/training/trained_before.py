@@ -1,8 +1,9 @@
 """What the parameters that a run begins with were trained on: none of it is validation of the run.
 
 A checkpoint holds the identities of the files that were trained on (run_identity.data_files), and what its parameters
-were trained on before by other runs, one after the other (init_from). One without identities says nothing: parameters
-alone were saved (hn.save_run, `hybridnorm convert` of another program's model), or a version that kept none saved it.
+were trained on before by other runs, one after the other (init_from). `hybridnorm convert` passes them on. One
+without identities says nothing: parameters alone were saved (hn.save_run, another program's model that was converted),
+or a version that kept none saved it.
 """
 
 import dataclasses
@@ -56,6 +57,11 @@ def trained_on(data_state: Mapping[str, Any], saved: DataSection) -> list[Traine
     return known
 
 
+def as_json(known: Sequence[Trained]) -> list[dict[str, Any]]:
+    """As the data state of a checkpoint has it under TRAINED_BEFORE."""
+    return [dataclasses.asdict(one) for one in known]
+
+
 def check_beginning(
     data_state: Mapping[str, Any], saved: DataSection, asked: DataSection, files: Files, *, where: str
 ) -> list[Trained]:
@@ -71,12 +77,12 @@ def check_beginning(
       ConfigError: another tokenizer, or validation sets of what was trained on.
     """
     known = trained_on(data_state, saved)
-    if "files" in data_state:
-        check_tokenizer(saved, data_state["files"], asked, files, where=where)
+    if known:
+        check_tokenizer(saved, known[-1].files, asked, files, where=where)
     else:
         _check_tokenizer_file(saved, asked, files, where=where)
         # A checkpoint of parameters alone has no data state, and other programs' models come so.
-        if data_state and not known:
+        if data_state:
             unknown = "was saved by a version that kept no digests of data; it may have been trained on what is"
             say(f"note: {where} {unknown} validation here", file=sys.stderr)
     check_validation(known, asked, files, where=where)
@@ -183,8 +189,8 @@ def _say_changed(known: Sequence[Trained], asked: DataSection, files: Files, *, 
         contents = {file["name"]: _content(file) for file in _data(before.files)}
         for file in _data(files):
             if contents.get(file["name"], _content(file)) != _content(file) and asked.source != "stdlib":
-                other = f"{where} was trained on a {file['name']} of another content"
-                say(f"note: {other}: where both hold the same text, it may be held out now", file=sys.stderr)
+                other = f"{where} was trained on a file of the name {file['name']} with another content"
+                say(f"note: {other}: what both hold may be held out now", file=sys.stderr)
                 return
 
 
