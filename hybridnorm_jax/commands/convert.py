@@ -132,7 +132,14 @@ def convert(options: argparse.Namespace) -> None:
     needed = source.config.run.plugins and (options.plugins or source.config.run.plugins)
     run_section = dataclasses.replace(source.config.run, plugins=needed)
     config = dataclasses.replace(source.config, model=result, run=run_section)
-    save_run(options.out, config, written, step=source.step, tokenizer_file=source.tokenizer_file)
+    save_run(
+        options.out,
+        config,
+        written,
+        step=source.step,
+        tokenizer_file=source.tokenizer_file,
+        trained_on=source.trained_on,
+    )
     print(f"{options.out}: {describe(result)}, {options.dtype}")
     _say_next(options.out, needed, has_tokenizer=source.tokenizer_file is not None or source.kind != HUGGING_FACE)
 
@@ -211,6 +218,7 @@ class Source:
       params: its parameters.
       step: the step of the checkpoint, 0 where there is none.
       tokenizer_file: the tokenizer.json that came with it, None where there is none.
+      trained_on: what it was trained on, as far as a run says so.
     """
 
     kind: str
@@ -218,6 +226,7 @@ class Source:
     params: Any
     step: int
     tokenizer_file: Path | None = None
+    trained_on: Sequence[Any] = ()
 
 
 def read_directory(path: str, ignore_keys: Sequence[str] = (), *, dtype: str | None = None) -> Source:
@@ -242,11 +251,15 @@ def read_directory(path: str, ignore_keys: Sequence[str] = (), *, dtype: str | N
         raise UserError(f"{path}: holds neither a config.json (Hugging Face) nor checkpoints (a run)")
     if weights := foreign_weights(directory):
         raise UserError(weights)
+    from hybridnorm_jax.training.checkpoints import Checkpoints
     from hybridnorm_jax.training.run_directory import load_run, newest_checkpoint
+    from hybridnorm_jax.training.trained_before import trained_on
 
     checkpoint, step = newest_checkpoint(path)
     config, params = load_run(checkpoint)
-    return Source(f"run, step {step}", config, params, step)
+    with Checkpoints(Path(checkpoint).parent, keep=1) as checkpoints:
+        known = trained_on(checkpoints.read_data_state(step), config.data)
+    return Source(f"run, step {step}", config, params, step, trained_on=known)
 
 
 def _read_huggingface(path: Path, ignore_keys: Sequence[str], dtype: str | None) -> Source:

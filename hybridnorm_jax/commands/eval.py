@@ -27,7 +27,15 @@ from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.run_directory import saved_config
 from hybridnorm_jax.training.run_identity import data_files
 from hybridnorm_jax.training.step_directories import find_checkpoint
-from hybridnorm_jax.training.trained_before import check_tokenizer, is_kept_out
+from hybridnorm_jax.training.trained_before import (
+    Trained,
+    check_named_sets,
+    check_tokenizer,
+    check_validation,
+    is_kept_out,
+    trained_before,
+    trained_on,
+)
 
 # Where a run trained says nothing of where it is evaluated: by default on all devices there are.
 ANYWHERE = (
@@ -106,42 +114,50 @@ def _open_data(
     data = open_data(config.data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size, progress=progress)
     if not data.validation:
         raise ConfigError("data.validation={}: the run held nothing out; name a set, data.validation.NAME=[FILE]")
+    files = data_files(config.data, data.files)
     if "files" in data_state:
-        check_tokenizer(data_state["files"], data_files(config.data, data.files), where=where)
-    is_same = _is_same_data(data_state, config.data, data)
+        check_tokenizer(saved.data, data_state["files"], config.data, files, where=where)
+    is_same = _is_same_data(data_state, files, data)
     check_same_data(config.data, differences(saved, config), is_same_data=is_same)
-    if config.data.validation_fraction and data_state and not is_same:
-        _judge_other_data(saved.data, config.data, data_state, data)
+    if config.data.validation_fraction and "train_tokens" in data_state and not is_same:
+        _judge_other_data(saved.data, config.data, data_state, files, data.train.num_tokens)
     if config.data.validation:
-        check_sets(config.data.validation, _trained_on(saved.data, config.data, is_same_data=is_same))
+        check_sets(config.data.validation, _files_here(saved.data, config.data, is_same_data=is_same))
+        check_named_sets(trained_on(data_state, saved.data), config.data, where=where)
+    check_validation(trained_before(data_state), config.data, files, where=where)
     return data
 
 
-def _is_same_data(data_state: Mapping[str, Any], section: DataSection, data: Data) -> bool:
+def _is_same_data(data_state: Mapping[str, Any], files: list[dict[str, Any]], data: Data) -> bool:
     """Whether the data are those that were saved: by their files, of which an old version kept the tokens alone."""
     if data_state.get("train_tokens") != data.train.num_tokens:
         return False
-    return data_state.get("files") in (None, data_files(section, data.files))
+    return data_state.get("files") in (None, files)
 
 
-def _judge_other_data(saved: DataSection, asked: DataSection, data_state: Mapping[str, Any], data: Data) -> None:
+def _judge_other_data(
+    saved: DataSection, asked: DataSection, data_state: Mapping[str, Any], files: list[dict[str, Any]], now: int
+) -> None:
     """Of a run whose data were changed under the same name: say what that means, or refuse.
+
+    Args:
+      files, now: the files of this evaluation, and the tokens in them that would be trained on.
 
     Raises:
       ConfigError: what is held out now may have been trained on (trained_before.is_kept_out).
     """
-    before, now = data_state["train_tokens"], data.train.num_tokens
+    before = data_state["train_tokens"]
     changed = f"{now:,} tokens to train on, but {before:,} when the checkpoint was saved"
     if now == before:
         changed = "other files than when the checkpoint was saved, with as many tokens"
-    files = data_state.get("files")
-    if files is None or not is_kept_out(saved, files, asked, data_files(asked, data.files)):
+    then = Trained(saved.source, saved.validation_fraction, data_state.get("files", []))
+    if "files" not in data_state or not is_kept_out(then, asked, files):
         right = "restore them, or set data.validation_fraction=0 and name sets in data.validation"
         raise ConfigError(f"data.files: {changed}: what is held out now may have been trained on; {right}")
     say(f"note: data: {changed}: the held-out documents are not those of training", file=sys.stderr)
 
 
-def _trained_on(saved: DataSection, asked: DataSection, *, is_same_data: bool) -> Sequence[epath.Path]:
+def _files_here(saved: DataSection, asked: DataSection, *, is_same_data: bool) -> Sequence[epath.Path]:
     """The files that the run trained on, as far as they are here."""
     if is_same_data:
         return training_files(asked)

@@ -82,6 +82,7 @@ def train(config: RunConfig, *, began: float | None = None, hooks: Iterable[Hook
             state=start.state,
             iterator=start.iterator,
             files=start.files,
+            trained_before=start.before,
         )
         try:
             _run_to_its_end(run)

@@ -19,7 +19,7 @@ from hybridnorm_jax.training.run_directory import saved_config
 from hybridnorm_jax.training.run_identity import check_same_files, data_files
 from hybridnorm_jax.training.state import TrainState
 from hybridnorm_jax.training.step_directories import find_checkpoint
-from hybridnorm_jax.training.trained_before import check_tokenizer, check_validation
+from hybridnorm_jax.training.trained_before import Trained, check_beginning, check_validation, trained_before
 
 # Of a branch these are the same as of the run that it leaves: they say which rows a step reads, or shape the state.
 SAME_IN_A_BRANCH = ("data.", "train.batch_size", "train.seq_len", "train.spike_window")
@@ -33,12 +33,14 @@ class Beginning(NamedTuple):
       iterator: whose next batch is that of step + 1.
       step: how many steps were made before.
       files: the identities of the files that are trained on, as run_identity.data_files gives them.
+      before: what other runs trained the parameters on.
     """
 
     state: TrainState
     iterator: Any
     step: int
     files: list[dict[str, Any]]
+    before: list[Trained]
 
 
 def beginning(config: RunConfig, program: Program, data: Data, checkpoints: Checkpoints, step: int | None) -> Beginning:
@@ -53,18 +55,21 @@ def beginning(config: RunConfig, program: Program, data: Data, checkpoints: Chec
     """
     if step is not None:
         return _go_on(config, program, data, checkpoints, step, where=f"step {step}")
+    files, before = data_files(config.data, data.files), []
     if config.init_from is not None:
         with _source(config) as source:
             if config.init_optimizer:
                 _check_branch(source, config)
                 where = f"step {source.step} of {config.init_from}"
                 return _go_on(config, program, data, source.checkpoints, source.step, where=where)
-            _check_trained_before(source, config, data)
+            data_state = source.checkpoints.read_data_state(source.step)
+            where = f"init_from={config.init_from}"
+            before = check_beginning(data_state, source.config.data, config.data, files, where=where)
             params = source.checkpoints.restore_params(program.abstract_state.params, source.step)
         state = dataclasses.replace(program.fresh_state(), params=params)
     else:
         state = program.fresh_state()
-    return Beginning(state, _iterator(config, program, data), step=0, files=data_files(config.data, data.files))
+    return Beginning(state, _iterator(config, program, data), step=0, files=files, before=before)
 
 
 def _go_on(
@@ -80,9 +85,11 @@ def _go_on(
     if "files" not in data_state:
         _check_same_places(config, saved_config(checkpoints, step), where=where)
     _check_same_data(data, data_state, files, where=where)
+    before = trained_before(data_state)
+    check_validation(before, config.data, files, where=f"init_from={config.init_from}")
     iterator = _iterator(config, program, data)
     iterator.set_state(data_state["iterator"])
-    return Beginning(state, iterator, step, files)
+    return Beginning(state, iterator, step, files, before)
 
 
 def restore(program: Program, checkpoints: Checkpoints, step: int) -> tuple[TrainState, dict]:
@@ -154,16 +161,6 @@ def _source(config: RunConfig) -> Iterator[_Source]:
             wrong = f"its parameters belong to another model ({differing[0]})"
             raise ConfigError(f"init_from={config.init_from}: {wrong}; ask for the model that it was trained as")
         yield _Source(checkpoints, step, saved)
-
-
-def _check_trained_before(source: _Source, config: RunConfig, data: Data) -> None:
-    """Raise ConfigError for another tokenizer, or validation sets of what the parameters of init_from have seen."""
-    saved = source.checkpoints.read_data_state(source.step).get("files")
-    if saved is None:
-        return
-    files, where = data_files(config.data, data.files), f"init_from={config.init_from}"
-    check_tokenizer(saved, files, where=where)
-    check_validation(source.config.data, saved, config.data, files, where=where)
 
 
 def _check_branch(source: _Source, config: RunConfig) -> None:

@@ -22,6 +22,7 @@ from hybridnorm_jax.training.step_clock import StepClock
 from hybridnorm_jax.training.stopping import StopSignals
 from hybridnorm_jax.training.throughput import tokens_per_second
 from hybridnorm_jax.training.time_ledger import TimeLedger
+from hybridnorm_jax.training.trained_before import Trained
 
 
 class LateMetrics(NamedTuple):
@@ -67,6 +68,7 @@ class Run:
       hooks: what happens besides the steps, in the order in which it happens.
       first: how many steps were made before this process; 0 for a new run.
       files: the identities of the files that it trains on, as run_identity.data_files gives them.
+      trained_before: what other runs trained the parameters on that it began with.
 
     Changed by every step:
       step: how many steps were made. While a hook's before_step and before_update run, the step to come is step + 1.
@@ -93,6 +95,7 @@ class Run:
     state: TrainState
     iterator: Any
     files: Sequence[dict[str, Any]] = ()
+    trained_before: Sequence[Trained] = ()
     step: int = dataclasses.field(init=False)
     late: LateMetrics | None = None
     numbers: Numbers | None = None

@@ -24,6 +24,7 @@ from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.leaf_kinds import first_difference
 from hybridnorm_jax.training.run_identity import check_same_plugins, check_same_run, keep_sources
 from hybridnorm_jax.training.step_directories import absolute, check_place, find_checkpoint
+from hybridnorm_jax.training.trained_before import TRAINED_BEFORE, Trained, as_json
 from hybridnorm_jax.whole_files import expanded, is_local, write_whole
 
 TOKENIZER = "tokenizer.json"
@@ -191,7 +192,15 @@ def _exists_remotely(path: str) -> bool:
         raise MissingExtraError(path, "tpu") from error
 
 
-def save_run(path: str, config: RunConfig, params: Any, *, step: int = 0, tokenizer_file: Path | None = None) -> None:
+def save_run(
+    path: str,
+    config: RunConfig,
+    params: Any,
+    *,
+    step: int = 0,
+    tokenizer_file: Path | None = None,
+    trained_on: Sequence[Trained] = (),
+) -> None:
     """Write parameters as a run: config.yaml, one checkpoint, and a copy of the tokenizer's file where one is given.
 
         hn.save_run("runs/mine", hn.RunConfig(model=model_config), params)
@@ -204,6 +213,8 @@ def save_run(path: str, config: RunConfig, params: Any, *, step: int = 0, tokeni
       config: of the run; its `run` section is set to `path`, and an equivalent form or init_from is dropped.
       params: the tree of Decoder(config.model), see docs/parameters.md.
       step: of the checkpoint.
+      trained_on: what the parameters were trained on, where a checkpoint has said so; none of it is validation of a run
+        that starts from this one.
 
     Raises:
       UserError: a directory cannot be made there; the parameters are not those of the model, or the step is negative.
@@ -223,14 +234,14 @@ def save_run(path: str, config: RunConfig, params: Any, *, step: int = 0, tokeni
     run = RunSection(name=target.name, dir=str(target.parent), plugins=config.run.plugins)
     written = dataclasses.replace(config, run=run, data=data, train=train, init_from=None, init_optimizer=False)
     if not is_local(path):
-        _write_run(target, written, params, step=step, tokenizer_file=tokenizer_file)
+        _write_run(target, written, params, step, tokenizer_file, trained_on)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     # Not mkdtemp, whose directories are for their owner alone, whatever the umask says.
     partial = Path(target.parent) / f".{target.name}.partial-{secrets.token_hex(4)}"
     partial.mkdir()
     try:
-        _write_run(epath.Path(partial), written, params, step=step, tokenizer_file=tokenizer_file)
+        _write_run(epath.Path(partial), written, params, step, tokenizer_file, trained_on)
         os.replace(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -247,15 +258,21 @@ def _check_params(params: Any, model: ModelConfig) -> None:
 
 
 def _write_run(
-    directory: epath.Path, config: RunConfig, params: Any, *, step: int, tokenizer_file: Path | None
+    directory: epath.Path,
+    config: RunConfig,
+    params: Any,
+    step: int,
+    tokenizer_file: Path | None,
+    trained_on: Sequence[Trained],
 ) -> None:
     config_yaml, used = to_yaml(config), plugins_of(config.run.plugins)
+    data_state = {TRAINED_BEFORE: as_json(trained_on)} if trained_on else {}
     directory.mkdir(parents=True, exist_ok=True)
     if tokenizer_file is not None:
         (directory / TOKENIZER).write_bytes(Path(tokenizer_file).read_bytes())
     with Checkpoints(directory / "checkpoints", keep=1) as checkpoints:
         checkpoints.save(
-            step, {"params": params}, data_state={}, config_yaml=config_yaml, plugins=to_json(used), wait=True
+            step, {"params": params}, data_state=data_state, config_yaml=config_yaml, plugins=to_json(used), wait=True
         )
     keep_sources(directory, used)
     (directory / "config.yaml").write_text(config_yaml)

@@ -1,90 +1,216 @@
 """What the parameters that a run begins with were trained on: none of it is validation of the run.
 
-A checkpoint holds the identities of the files that were trained on (run_identity.data_files). One without them says
-nothing: parameters alone were saved (hn.save_run, `hybridnorm convert`), or a version that kept none has saved it.
+A checkpoint holds the identities of the files that were trained on (run_identity.data_files), and what its parameters
+were trained on before by other runs, one after the other (init_from). `hybridnorm convert` passes them on. One
+without identities says nothing: parameters alone were saved (hn.save_run, another program's model that was converted),
+or a version that kept none saved it.
 """
 
-from collections.abc import Sequence
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.data import DataError
 from hybridnorm_jax.data.identity import identities
 from hybridnorm_jax.data.sources import find_files, holds_whole_files_out
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.evaluation.held_out import TRAINING_SET
-from hybridnorm_jax.training.run_identity import TOKENIZER_FILE
+from hybridnorm_jax.mesh.processes import say
+from hybridnorm_jax.training.run_identity import TOKENIZER_FILE, data_files
 
 Files = Sequence[dict[str, Any]]
+# The key of what other runs trained the parameters on, in the data state of a checkpoint.
+TRAINED_BEFORE = "trained_before"
 
 
-def check_tokenizer(saved: Files, now: Files, *, where: str) -> None:
-    """Refuse another tokenizer than the parameters were trained with, wherever its file lies.
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """Data that a run trained on, as a checkpoint keeps them for the runs that begin with it.
+
+    Attributes:
+      source, validation_fraction: as in its data section.
+      files: as run_identity.data_files gives them.
+    """
+
+    source: str
+    validation_fraction: float
+    files: list[dict[str, Any]]
+
+
+def trained_before(data_state: Mapping[str, Any]) -> list[Trained]:
+    """What other runs trained the parameters of a checkpoint on, the first run first."""
+    return [Trained(**one) for one in data_state.get(TRAINED_BEFORE, ())]
+
+
+def trained_on(data_state: Mapping[str, Any], saved: DataSection) -> list[Trained]:
+    """All that is known of what the parameters of a checkpoint were trained on, the checkpoint's own run last.
 
     Args:
-      saved, now: as run_identity.data_files gives them; the tokenizer of bytes is no file.
+      saved: the data section of that run.
+    """
+    known = trained_before(data_state)
+    if "files" in data_state:
+        own = Trained(saved.source, saved.validation_fraction, data_state["files"])
+        known = [one for one in known if one != own] + [own]
+    return known
+
+
+def as_json(known: Sequence[Trained]) -> list[dict[str, Any]]:
+    """As the data state of a checkpoint has it under TRAINED_BEFORE."""
+    return [dataclasses.asdict(one) for one in known]
+
+
+def check_beginning(
+    data_state: Mapping[str, Any], saved: DataSection, asked: DataSection, files: Files, *, where: str
+) -> list[Trained]:
+    """What was trained on before a run that begins with the parameters of a checkpoint.
+
+    Args:
+      data_state: of the checkpoint.
+      saved, asked: the data section that it was trained with, and that of the run that begins with it.
+      files: of that run, as run_identity.data_files gives them.
+      where: what was saved, for messages.
+
+    Raises:
+      ConfigError: another tokenizer, or validation sets of what was trained on.
+    """
+    known = trained_on(data_state, saved)
+    if known:
+        check_tokenizer(saved, known[-1].files, asked, files, where=where)
+    else:
+        _check_tokenizer_file(saved, asked, files, where=where)
+        # A checkpoint of parameters alone has no data state, and other programs' models come so.
+        if data_state:
+            unknown = "was saved by a version that kept no digests of data; it may have been trained on what is"
+            say(f"note: {where} {unknown} validation here", file=sys.stderr)
+    check_validation(known, asked, files, where=where)
+    _say_changed(known, asked, files, where=where)
+    return known
+
+
+def check_tokenizer(saved: DataSection, saved_files: Files, asked: DataSection, files: Files, *, where: str) -> None:
+    """Refuse another tokenizer than the parameters were trained with, wherever its file lies.
+
+    Whoever reads token files need not name their tokenizer, and then there is nothing to compare.
+
+    Args:
+      saved, asked: the data section that they were trained with, and that of this program.
+      saved_files, files: the files of each, as run_identity.data_files gives them; the tokenizer of bytes is no file.
       where: what was saved, for the message.
 
     Raises:
       ConfigError: says which of the two has which.
     """
-    before, after = (_content_of_tokenizer(files) for files in (saved, now))
-    if before == after:
+    before, after = (_content_of_tokenizer(each) for each in (saved_files, files))
+    if before == after or not (_says_tokenizer(saved) and _says_tokenizer(asked)):
         return
     if before is None or after is None:
         kinds = {True: "bytes", False: "a tokenizer.json"}
         wrong = f"{where} was trained with {kinds[before is None]}, not with {kinds[after is None]}"
     else:
-        wrong = f"the file has another content than when {where} was trained"
+        wrong = f"{asked.tokenizer} has another content than when {where} was trained"
     raise ConfigError(f"data.tokenizer: {wrong}; name the tokenizer that it was trained with")
 
 
-def check_validation(saved: DataSection, saved_files: Files, asked: DataSection, files: Files, *, where: str) -> None:
+def check_validation(known: Sequence[Trained], asked: DataSection, files: Files, *, where: str) -> None:
     """Refuse validation sets of what the parameters were trained on.
 
     Args:
-      saved, asked: the data section that they were trained with, and that of the run that begins with them.
-      saved_files, files: the files of each, as run_identity.data_files gives them.
+      known: what that is.
+      asked: the data section of the run that begins with them, or of an evaluation.
+      files: its files, as run_identity.data_files gives them.
       where: what was saved, for the message.
 
     Raises:
       ConfigError: names the key and the file.
     """
-    trained_on = {_content(file) for file in _data(saved_files)}
-    shared = [file["name"] for file in _data(files) if _content(file) in trained_on]
-    if asked.validation_fraction and shared and not is_kept_out(saved, saved_files, asked, files):
-        change = f"data.validation_fraction: saved {saved.validation_fraction}, asked {asked.validation_fraction}"
-        right = "hold out what was held out then, or set it to 0 and name other files in data.validation"
-        wrong = f"{where} was trained on parts of {shared[0]} that would be held out now"
-        raise ConfigError(f"{change}: {wrong}; {right}")
+    for before in known:
+        contents = _contents(before.files)
+        shared = [file["name"] for file in _data(files) if _content(file) in contents]
+        if asked.validation_fraction and shared and not is_kept_out(before, asked, files):
+            change = f"data.validation_fraction: saved {before.validation_fraction}, asked {asked.validation_fraction}"
+            right = "hold out what was held out then, or set it to 0 and name other files in data.validation"
+            wrong = f"{where} was trained on parts of {shared[0]} that would be held out now"
+            raise ConfigError(f"{change}: {wrong}; {right}")
+    check_named_sets(known, asked, where=where)
+
+
+def check_named_sets(known: Sequence[Trained], asked: DataSection, *, where: str) -> None:
+    """The part of check_validation that looks at the sets of data.validation."""
+    contents = {content for before in known for content in _contents(before.files)}
     for name, patterns in asked.validation.items():
-        if name.startswith(TRAINING_SET):
+        if name.startswith(TRAINING_SET) or not contents:
             continue
         paths = find_files(f"data.validation.{name}", patterns)
         for path, file in zip(paths, identities(paths), strict=True):
-            if (file.size, file.digest) in trained_on:
+            if (file.size, file.digest) in contents:
                 right = f"leave it out, or name the set for what it is, data.validation.{TRAINING_SET}_{name}"
                 raise ConfigError(f"data.validation.{name}: {where} was trained on {path}; {right}")
 
 
-def is_kept_out(saved: DataSection, saved_files: Files, asked: DataSection, files: Files) -> bool:
+def is_kept_out(before: Trained, asked: DataSection, files: Files) -> bool:
     """Whether all that is held out of shared files now was held out then.
 
     What is held out has a hash below the fraction: of the document, in whole files or in blocks of them, or of the name
-    and the place of a block of a token file. A file that was changed has other documents, of mostly the same text.
+    and the place of a block of a token file, or of the name of a file of the standard library. A file of text that was
+    changed has other documents, of mostly the same text.
     """
-    if saved.source != asked.source or asked.validation_fraction > saved.validation_fraction:
+    if before.source != asked.source or asked.validation_fraction > before.validation_fraction:
         return False
-    contents = {file["name"]: _content(file) for file in _data(saved_files)}
-    if any(contents.get(file["name"], _content(file)) != _content(file) for file in _data(files)):
+    names = {file["name"]: _content(file) for file in _data(before.files)}
+    contents = _contents(before.files)
+    if asked.source != "text" and any(
+        _content(file) in contents and file["name"] not in names for file in _data(files)
+    ):
+        return False
+    if asked.source == "stdlib":
+        return True
+    if any(names.get(file["name"], _content(file)) != _content(file) for file in _data(files)):
         return False
     if asked.source == "tokens":
-        trained_on = set(contents.values())
-        return all(file["name"] in contents for file in _data(files) if _content(file) in trained_on)
+        return True
     then, now = (
-        holds_whole_files_out(len(_data(each)), section.validation_fraction)
-        for each, section in ((saved_files, saved), (files, asked))
+        holds_whole_files_out(len(_data(each)), fraction)
+        for each, fraction in ((before.files, before.validation_fraction), (files, asked.validation_fraction))
     )
     return then == now
+
+
+def _say_changed(known: Sequence[Trained], asked: DataSection, files: Files, *, where: str) -> None:
+    """Say so where a file of another content has the name of one that was trained on: it may be the same one, edited.
+
+    Nobody can know. A file of the standard library is held out by its name.
+    """
+    if not asked.validation_fraction:
+        return
+    for before in known:
+        contents = {file["name"]: _content(file) for file in _data(before.files)}
+        for file in _data(files):
+            if contents.get(file["name"], _content(file)) != _content(file) and asked.source != "stdlib":
+                other = f"{where} was trained on a file of the name {file['name']} with another content"
+                say(f"note: {other}: what both hold may be held out now", file=sys.stderr)
+                return
+
+
+def _check_tokenizer_file(saved: DataSection, asked: DataSection, files: Files, *, where: str) -> None:
+    """Of a checkpoint without identities: `check_tokenizer` with the file that its configuration names, if it is there.
+
+    Where the configuration names none, it may be that nobody said so: it is the default.
+    """
+    if saved.tokenizer == "bytes":
+        return
+    try:
+        before = data_files(saved, ())
+    except DataError:
+        say(f"note: {where} names the tokenizer {saved.tokenizer}, which is not there to compare", file=sys.stderr)
+        return
+    check_tokenizer(saved, before, asked, files, where=where)
+
+
+def _says_tokenizer(section: DataSection) -> bool:
+    return section.source != "tokens" or section.tokenizer != "bytes"
 
 
 def _data(files: Files) -> list[dict[str, Any]]:
@@ -93,6 +219,11 @@ def _data(files: Files) -> list[dict[str, Any]]:
 
 def _content(file: dict[str, Any]) -> tuple[int, str]:
     return file["size"], file["digest"]
+
+
+def _contents(files: Files) -> set[tuple[int, str]]:
+    """Of all files of data that hold anything: empty ones are the same, and have nothing to train on."""
+    return {_content(file) for file in _data(files) if file["size"]}
 
 
 def _content_of_tokenizer(files: Files) -> tuple[int, str] | None:

@@ -1,15 +1,20 @@
 """What parameters were trained on is no validation of the run that begins with them, nor of an evaluation."""
 
+import dataclasses
 import random
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hybridnorm_jax.commands.main import main
+from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.training.checkpoints import Checkpoints
+from hybridnorm_jax.training.trained_before import Trained, is_kept_out
 
 TINY = [
     *("model.d_model=16", "model.num_layers=1", "model.num_heads=2", "model.mlp_dim=16", "train.sample_tokens=0"),
-    *("train.steps=1", "train.batch_size=8", "train.seq_len=8", "data.source=text", "eval.batches=1"),
+    *("train.steps=1", "train.batch_size=8", "train.seq_len=8", "eval.batches=1"),
 ]
 
 
@@ -35,9 +40,9 @@ def train(tmp_path, monkeypatch, capsys):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(_text(name))
 
-    def run(*arguments, command="train"):
-        keys = [*TINY, "run.dir=runs", "data.cache_dir=cache"] if command == "train" else []
-        status = main([command, *arguments, *keys])
+    def run(*arguments, command="train", source="text"):
+        keys = [*TINY, f"data.source={source}", "run.dir=runs", "data.cache_dir=cache"] if command == "train" else []
+        status = main([command, *keys, *arguments])
         told = capsys.readouterr().err
         if status == 0:
             return None
@@ -83,7 +88,7 @@ def test_another_tokenizer_is_refused_wherever_it_lies(train, tmp_path):
     assert train("runs/own", "data.tokenizer=moved/tok.json", "data.cache_dir=cache", command="eval") is None
     byte_tokenizer_json(tmp_path / "tok.json", "<|another|>")
     line = train("runs/own", "data.cache_dir=cache", command="eval")
-    assert "data.tokenizer: the file has another content than when runs/own was trained" in line.replace(
+    assert "data.tokenizer: tok.json has another content than when runs/own was trained" in line.replace(
         f"{tmp_path}/", ""
     )
 
@@ -106,3 +111,86 @@ def test_a_changed_file_may_hold_out_what_was_trained_on(train, tmp_path):
     (tmp_path / "a.txt").write_text("a new first line\n" + _text("a"))
     line = train("runs/run", "data.cache_dir=cache", command="eval")
     assert "what is held out now may have been trained on" in line
+
+
+def test_what_was_trained_on_before_is_known_along_a_chain_of_runs(train):
+    """First a.txt alone, then b.txt alone: a.txt is no validation of whatever goes on from there."""
+    assert train("run.name=first", "data.files=[a.txt]", "data.validation_fraction=0") is None
+    second = ("run.name=second", "data.files=[b.txt]", "init_from=runs/first")
+    assert train(*second) is None
+
+    end = "was trained on a.txt; leave it out, or name the set for what it is, data.validation.train_x"
+    line = train("runs/second", "data.validation.x=[a.txt]", "data.cache_dir=cache", command="eval")
+    assert line.startswith("error: data.validation.x: ")
+    assert line.endswith(f"runs/second {end}")
+    assert train("runs/second", "data.validation.train_x=[a.txt]", "data.cache_dir=cache", command="eval") is None
+    line = train(*second, "data.validation.x=[a.txt]")  # the run that has ended is taken up again
+    assert line == f"error: data.validation.x: init_from=runs/first {end}"
+    line = train("run.name=third", "data.files=[a.txt]", "init_from=runs/second")
+    assert line.startswith("error: data.validation_fraction: saved 0.0, asked 0.02: init_from=runs/second was trained")
+
+    branch = ("init_from=runs/second", "init_optimizer=true", "optimizer.schedule=constant", "train.steps=2")
+    line = train("run.name=branch", "data.files=[b.txt]", *branch, "data.validation.x=[a.txt]")
+    assert line == f"error: data.validation.x: init_from=runs/second {end}"
+
+
+def test_a_converted_run_knows_what_it_was_trained_on(train):
+    kind = ("model.scheme=pre", "model.norm=layernorm")
+    assert train("run.name=run", "data.files=[a.txt]", *kind) is None
+    assert train("runs/run", "runs/converted", "--form", "pre_rmsnorm", command="convert") is None
+    new = ("data.files=[b.txt]", "model.scheme=pre", "model.norm=rmsnorm", "init_from=runs/converted")
+    line = train("run.name=x", *new, "data.validation.old=[a.txt]")
+    assert line.startswith("error: data.validation.old: init_from=runs/converted was trained on a.txt")
+    assert train("run.name=new", *new) is None
+
+
+def test_files_that_are_gone_are_known_by_their_content(train, tmp_path):
+    assert train("run.name=run", "data.files=[a.txt]") is None
+    (tmp_path / "a.txt").rename(tmp_path / "c.txt")
+    other = ("data.files=[b.txt]", "data.validation_fraction=0", "data.validation.x=[c.txt]", "data.cache_dir=cache")
+    line = train("runs/run", *other, command="eval")
+    assert line.endswith("was trained on c.txt; leave it out, or name the set for what it is, data.validation.train_x")
+
+
+def test_what_cannot_be_known_is_said_and_what_is_known_is_not(train, tmp_path, capsys, monkeypatch):
+    def notes(*arguments):
+        capsys.readouterr()
+        status = main(["train", *arguments, *TINY, "data.source=text", "run.dir=runs", "data.cache_dir=cache"])
+        assert status == 0
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: init_from")]
+
+    assert train("run.name=run", "data.files=[a.txt]") is None
+    assert notes("run.name=other", "data.files=[b.txt]", "init_from=runs/run") == []
+    (tmp_path / "a.txt").write_text("a new first line\n" + _text("a"))
+    (line,) = notes("run.name=edited", "data.files=[a.txt]", "init_from=runs/run")
+    assert "was trained on a file of the name a.txt with another content: what both hold may be held out now" in line
+
+    read = Checkpoints.read_data_state
+    for state, said in (({"train_tokens": 1}, ["kept no digests of data"]), ({}, [])):  # an old version; parameters
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoints, "read_data_state", lambda self, step, state=state: read(self, step) and state)
+            told = notes(f"run.name=of_{len(state)}", "data.files=[b.txt]", "init_from=runs/run")
+        assert len(told) == len(said)
+        assert all(part in line for part, line in zip(said, told, strict=True))
+
+
+def test_token_files_need_not_name_their_tokenizer(train, tmp_path):
+    byte_tokenizer_json(tmp_path / "tok.json")
+    for name in "ab":
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(ord(name)).integers(0, 256, 20_000).astype("uint16"))
+    keys = ("model.vocab_size=300",)
+    tokens = ("data.files=[b.npy]", *keys)
+    assert train("run.name=tokens", "data.files=[a.npy]", *keys, source="tokens") is None
+    named = (*tokens, "data.tokenizer=tok.json", "init_from=runs/tokens")
+    assert train("run.name=named", *named, source="tokens") is None
+
+
+def test_a_changed_library_holds_out_the_same_files():
+    """Of the standard library the path is hashed, so another version of Python holds out what this one does."""
+    saved = [{"name": f"{name}.py", "size": 5, "digest": f"old {name}"} for name in "abc"]
+    now = [{"name": f"{name}.py", "size": 6, "digest": f"new {name}"} for name in "abcd"]
+    before, asked = Trained("stdlib", 0.02, saved), DataSection()
+    assert is_kept_out(before, asked, now)
+    assert not is_kept_out(before, asked, [*now, {"name": "moved.py", "size": 5, "digest": "old a"}])
+    assert is_kept_out(before, asked, [*now, {"name": "empty.py", "size": 0, "digest": ""}])
+    assert not is_kept_out(before, dataclasses.replace(asked, validation_fraction=0.03), now)
