@@ -15,6 +15,9 @@ TINY = [
 ]
 
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
+
 @pytest.fixture
 def unknown_user(tmp_path, monkeypatch):
     def no_entry(uid):

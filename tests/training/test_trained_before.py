@@ -18,6 +18,9 @@ TINY = [
 ]
 
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
+
 def byte_tokenizer_json(path, *extra):
     """A tokenizer.json of byte-level characters and special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
