@@ -57,8 +57,17 @@ VALUES_OF_OPTIONS = {
     "--pad-to": (),
     "--ignore-key": (),
     "--topology": (),
+    "--prompt": (),
+    "--max-tokens": (),
+    "--temperature": (),
+    "--top-k": (),
+    "--top-p": (),
+    "--min-p": (),
+    "--repetition-penalty": (),
+    "--seed": (),
+    "--stop": (),
 }
-PATH_OPTIONS = ("--text", "--table")
+PATH_OPTIONS = ("--text", "--table", "--file", "--tokenizer")
 OPTIONS_WITH_EQUALS = {"--emit-jobs": ("slurm", "jobset"), "--only": ()}
 
 
@@ -88,7 +97,7 @@ def _of_command(command: str, given: Sequence[str], typed: str) -> list[str]:
         return _whole(VALUES_OF_OPTIONS[option])
     if typed.startswith("-"):
         return _options(command)
-    if command == "eval" and not given:
+    if command in ("eval", "generate") and not given:
         return _run_directories(typed)
     goes_on = _values(command, typed) if "=" in typed else _keys(command, typed)
     return [*_positionals(command, given, typed), *goes_on]

@@ -31,6 +31,23 @@ class Syntax:
 SYNTAX = {
     "train": Syntax(options=("--dry-run",), takes_run_keys=True),
     "eval": Syntax(options=("--json",), takes_run_keys=True),
+    "generate": Syntax(
+        options=(
+            "--prompt",
+            "--file",
+            "--max-tokens",
+            "--temperature",
+            "--top-k",
+            "--top-p",
+            "--min-p",
+            "--repetition-penalty",
+            "--seed",
+            "--stop",
+            "--tokenizer",
+            "--json",
+        ),
+        keys=(PLUGINS,),
+    ),
     "convert": Syntax(options=("--form", "--pad-to", "--dtype", "--text", "--ignore-key"), keys=(PLUGINS,)),
     "plan": Syntax(options=("--topology", "--json", "--table"), takes_run_keys=True),
     "lab signal": Syntax(

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
-from hybridnorm_jax.generation.next_token import Sampling, choose
+from hybridnorm_jax.generation.next_token import choose
+from hybridnorm_jax.generation.sampling import Sampling
 from hybridnorm_jax.model.cache import CACHE, Slots, empty_cache
 from hybridnorm_jax.model.decoder import Decoder
 

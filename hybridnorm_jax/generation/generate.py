@@ -1,6 +1,7 @@
 """Text from a model, as tokens: each after all tokens before it, whose keys and values are kept."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.generation.decoding import Writing, read_prompts, write
-from hybridnorm_jax.generation.next_token import Sampling
+from hybridnorm_jax.generation.sampling import Sampling
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
 
 Tokens = Int[np.ndarray, " tokens"]
-# Tokens that are written before the caller sees them.
-STRIDE = 32
+# Most tokens that are written before the caller sees them, and seconds for which a reader is willing to wait.
+STRIDE, PATIENCE = 32, 0.1
 SMALLEST = 32
 
 
@@ -48,8 +50,8 @@ def generate(
       stop_ids: a sequence ends with the first of these tokens, which is returned too.
       seeds: of each sequence, or one from which all are made. A sequence does not depend on those beside it but for
         rounding.
-      on_tokens: is called with the newest tokens of all sequences every few tokens; generation ends where it returns
-        True.
+      on_tokens: is called with the newest tokens of all sequences, about ten times a second; generation ends where it
+        returns True.
 
     Returns:
       The new tokens of each sequence.
@@ -58,13 +60,14 @@ def generate(
       UserError: what is asked for cannot be; names the argument.
     """
     sampling = Sampling() if sampling is None else sampling
-    rows = [np.asarray(prompt, np.int64) for prompt in prompts]
+    rows = [np.asarray(prompt) for prompt in prompts]
     _check(config, rows, max_new_tokens, stop_ids)
     # Plain attention takes any length, and XLA cannot split a Pallas kernel over the devices of the parameters.
     model = Decoder(dataclasses.replace(config, attention="xla", expert_dispatch="blocked", remat="none"))
     width = rounded_up(max(len(row) for row in rows))
     padded = np.stack([np.pad(row, (width - len(row), 0)) for row in rows]).astype(np.int32)
     stops = jnp.asarray(np.asarray(stop_ids, np.int32))
+    params = jax.tree.map(jnp.asarray, params)  # once, where they come as NumPy arrays
     writing = read_prompts(
         model,
         params,
@@ -98,6 +101,7 @@ def _collect(
     columns = np.asarray(writing.last)[:, None]
     pieces = [columns]
     is_done = np.zeros(len(columns), bool)
+    stride = STRIDE if on_tokens is None else 1
     while True:
         new = [column[: _length(column, ends, done)] for column, done in zip(columns, is_done, strict=True)]
         if on_tokens is not None and on_tokens(new):
@@ -106,13 +110,23 @@ def _collect(
         left = max_new_tokens - sum(piece.shape[1] for piece in pieces)
         if left == 0 or is_done.all():
             break
+        began = time.monotonic()
         writing, tokens, written = write(
-            model, params, writing, stops, jnp.asarray(min(left, STRIDE)), most=STRIDE, sampling=sampling
+            model, params, writing, stops, jnp.asarray(min(left, stride)), most=STRIDE, sampling=sampling
         )
         columns = np.asarray(tokens)[:, : int(written)]
+        if on_tokens is not None:
+            stride = _next_stride(stride, time.monotonic() - began)
         pieces.append(columns)
     every = np.concatenate(pieces, axis=1)
     return [row[: _length(row, ends, done=False)] for row in every]
+
+
+def _next_stride(stride: int, seconds: float) -> int:
+    """How many tokens to write at once, after so many took so long: about PATIENCE's worth."""
+    if seconds < PATIENCE / 2:
+        return min(2 * stride, STRIDE)
+    return max(stride // 2, 1) if seconds > PATIENCE else stride
 
 
 def _length(tokens: Tokens, ends: Tokens, done: bool) -> int:
@@ -139,10 +153,12 @@ def _check(config: ModelConfig, rows: list[np.ndarray], max_new_tokens: int, sto
     for number, row in enumerate(rows):
         if row.ndim != 1 or not len(row):
             raise UserError(f"prompts[{number}]: must be a list of at least one token; begin with the separator")
+        if row.dtype.kind not in "iu":
+            raise UserError(f"prompts[{number}]: must be whole numbers, the ids of tokens, not {row.dtype}")
         _check_tokens(f"prompts[{number}]", row, config)
     _check_tokens("stop_ids", np.asarray(stop_ids, np.int64), config)
     longest = max(len(row) for row in rows)
-    if config.positions == "learned" and longest + max_new_tokens - 1 > config.max_positions:
+    if config.positions == "learned" and longest + max_new_tokens - 1 > present(config.max_positions):
         right = f"model.max_positions={config.max_positions}; shorten the prompt or ask for fewer"
         raise UserError(f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} do not fit {right}")
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import hybridnorm_jax as hn
-from hybridnorm_jax.commands.convert import read_directory
 from hybridnorm_jax.commands.main import main
+from hybridnorm_jax.commands.saved_model import read_directory
 from hybridnorm_jax.config import plugins
 from hybridnorm_jax.equivalence import decoder_forms, proof
 

@@ -1,0 +1,205 @@
+"""`hybridnorm generate`: text from a run or a Hugging Face directory, as it is written."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hybridnorm_jax.commands.program import ArgumentParser
+from hybridnorm_jax.commands.syntax import check_syntax
+from hybridnorm_jax.config.key_help import meaning
+from hybridnorm_jax.config.plugins import KEY as PLUGINS
+from hybridnorm_jax.config.plugins import import_plugins
+from hybridnorm_jax.config.yaml_files import named_plugins
+from hybridnorm_jax.errors import ConfigError, UserError
+from hybridnorm_jax.generation.sampling import Sampling
+
+if TYPE_CHECKING:
+    from hybridnorm_jax.commands.saved_model import SavedModel
+    from hybridnorm_jax.data import Tokenizer
+
+# Tokens that are written where nobody says how many.
+MANY = 256
+
+USAGE = """hybridnorm generate RUN_OR_DIR [--prompt TEXT | --file FILE] [OPTION ...]
+       [run.plugins=[...]]"""
+DESCRIPTION = """Goes on from a prompt, and prints the text while it is written. Without a prompt
+it reads one from standard input; on a terminal you type one prompt after
+another.
+
+The prompt begins a document. The text ends with the document, at a stop string,
+or after as many tokens as were asked for. As it stands the likeliest token is
+always taken; --temperature draws.
+
+run.plugins=[...] names the plugins of a run, which are imported only if you
+name them."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """`hybridnorm generate RUN_OR_DIR [OPTION ...] [run.plugins=[...]]`."""
+    check_syntax("generate", arguments)
+    options = _parser().parse_args([each for each in arguments if not each.startswith(f"{PLUGINS}=")])
+    options.plugins = named_plugins(arguments)
+    generate(options, _sampling(options), _prompts(options))
+
+
+def _sampling(options: argparse.Namespace) -> Sampling:
+    try:
+        return Sampling(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Sampling)})
+    except ConfigError as error:
+        name, equals, rest = str(error).partition("=")
+        raise UserError(f"{_option(name)}{equals}{rest}") from error
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser("hybridnorm generate", usage=USAGE, description=DESCRIPTION)
+    parser.add_argument(
+        "model",
+        metavar="RUN_OR_DIR",
+        help="a run directory, one checkpoint of a run, or a Hugging Face directory (config.json, safetensors; needs "
+        "the extra hf)",
+    )
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--prompt", metavar="TEXT", help="what the text goes on from; may be empty")
+    given.add_argument("--file", metavar="FILE", help="a file of UTF-8 text that holds the prompt")
+    parser.add_argument("--max-tokens", metavar="N", type=int, help=f"most tokens to write (default {MANY})")
+    for field in dataclasses.fields(Sampling):
+        kind = int if field.name == "top_k" else float
+        parser.add_argument(_option(field.name), metavar="N", type=kind, default=field.default, help=_help(field))
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="another seed draws another text (default 0)")
+    parser.add_argument(
+        "--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated"
+    )
+    parser.add_argument("--tokenizer", metavar="FILE", help="the model's tokenizer.json, or bytes, where none is found")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON for each prompt")
+    return parser
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _help(field: dataclasses.Field) -> str:
+    default = "off" if field.default is None else field.default
+    return f"{meaning(field)} (default {default})"
+
+
+def _prompts(options: argparse.Namespace) -> Iterator[str]:
+    """The prompts, one after another; those that are not typed are read at once."""
+    if options.prompt is not None:
+        return iter([options.prompt])
+    if options.file is not None:
+        return iter([_read(options.file)])
+    if sys.stdin is not None and sys.stdin.isatty():
+        return _typed()
+    try:
+        return iter(["" if sys.stdin is None else sys.stdin.read()])
+    except UnicodeDecodeError as error:
+        raise UserError("standard input: not UTF-8 text") from error
+
+
+def _typed() -> Iterator[str]:
+    """Lines, until the end of input."""
+    print("Type a prompt and press Enter; Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print()
+            return
+
+
+def _read(file: str) -> str:
+    path = Path(file).expanduser()
+    if path.exists() and not path.is_file():
+        raise UserError(f"--file {file}: no regular file; name a file of UTF-8 text")
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--file {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--file {file}: not UTF-8 text") from error
+
+
+def generate(options: argparse.Namespace, prompts: Iterator[str]) -> None:
+    """Read the model, and write after each prompt."""
+    from hybridnorm_jax.commands.saved_model import read_directory
+    from hybridnorm_jax.generation.text import write_text
+
+    import_plugins(options.plugins)
+    source = read_directory(options.model)
+    tokenizer = _tokenizer(source, options.tokenizer)
+    is_shown = not options.json
+    for prompt in prompts:
+        written = write_text(
+            source.config.model,
+            source.params,
+            tokenizer,
+            [prompt],
+            max_new_tokens=_most(options.max_tokens, prompt, source, tokenizer),
+            sampling=sampling,
+            stop=options.stop,
+            seeds=[options.seed],
+            on_text=_show(sys.stdout.isatty()) if is_shown else None,
+        )[0]
+        if options.json:
+            print(
+                json.dumps(
+                    {"prompt": prompt, "text": written.text, "tokens": len(written.tokens), "ended": written.ended}
+                )
+            )
+        else:
+            print(flush=True)
+
+
+def _show(is_terminal: bool) -> Callable[[list[str]], None]:
+    """Prints new text; on a terminal without what would move its cursor or change its colors."""
+    from hybridnorm_jax.generation.text_sample import harmless
+
+    def show(new: list[str]) -> None:
+        (text,) = new
+        print(harmless(text) if is_terminal else text, end="", flush=True)
+
+    return show
+
+
+def _tokenizer(source: "SavedModel", named: str | None) -> "Tokenizer":
+    """The tokenizer that is named, or the model's own.
+
+    Raises:
+      UserError: there is none, or it has more tokens than the model.
+    """
+    from hybridnorm_jax.data import load_tokenizer
+
+    data = source.config.data
+    if named is None and data.tokenizer == "bytes" and source.may_lack_tokenizer:
+        raise UserError(
+            f"{source.path}: no tokenizer is known to belong to it; name its tokenizer.json with --tokenizer"
+        )
+    if named is not None:
+        data = dataclasses.replace(data, tokenizer=named, separator="")
+    # Without a separator no document ends, and text is written all the same.
+    tokenizer = load_tokenizer(dataclasses.replace(data, source="tokens"))
+    vocabulary = source.config.model.vocab_size
+    if tokenizer.vocab_size > vocabulary:
+        wrong = f"it has {tokenizer.vocab_size:,} tokens, but the model {vocabulary:,}"
+        raise UserError(f"--tokenizer {tokenizer.name}: {wrong}; name the tokenizer that the model was trained with")
+    return tokenizer
+
+
+def _most(asked: int | None, prompt: str, source: "SavedModel", tokenizer: "Tokenizer") -> int:
+    """How many tokens to write: as many as are asked for, or MANY and no more than a model has positions for."""
+    from hybridnorm_jax.generation.text import document_of
+
+    if asked is not None:
+        if asked < 1:
+            raise UserError(f"--max-tokens {asked}: must be at least 1")
+        return asked
+    positions = source.config.model.max_positions
+    if source.config.model.positions != "learned" or positions is None:
+        return MANY
+    # The last token is written, but not read.
+    return max(1, min(MANY, positions - len(document_of(prompt, tokenizer)) + 1))

@@ -1,0 +1,266 @@
+"""Generation with a cache of keys and values against the plain forward pass over the whole text."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hybridnorm_jax as hn
+from hybridnorm_jax.equivalence.decoder_forms import conversion_of
+from hybridnorm_jax.generation import decoding
+from hybridnorm_jax.generation.generate import rounded_up
+from hybridnorm_jax.model.cache import CACHE, Slots, empty_cache
+
+# Of the compute dtype float32: sums in another order, over a few layers.
+CLOSE = 1e-5
+
+TINY = {"d_model": 16, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 24, "vocab_size": 61}
+EXPERTS = {"num_experts": 4, "experts_per_token": 2}
+SCHEMES = {f"scheme {name}": {"scheme": name} for name in hn.SCHEMES}
+KINDS = {
+    "experts pre": {"scheme": "pre", **EXPERTS},
+    "experts hybrid_star": {"scheme": "hybrid_star", **EXPERTS},
+    "a kv head for each head": {"scheme": "hybrid", "num_kv_heads": 4},
+    "one kv head": {"scheme": "hybrid", "num_kv_heads": 1, "rotary_fraction": 0.5},
+    "learned positions": {"scheme": "pre", "norm": "layernorm", "positions": "learned", "max_positions": 24},
+    "positions with an offset": {
+        **{"scheme": "span", "tie_embeddings": True, "positions": "learned", "max_positions": 24},
+        **{"position_offset": 2, "attention_bias": True, "mlp_bias": True},
+    },
+}
+
+
+def _kind(name, random_params):
+    keys = TINY | (SCHEMES | KINDS)[name]
+    config = hn.ModelConfig(**keys)
+    return config, random_params(config)
+
+
+def _uncached(config, params, prompt, count):
+    """The likeliest token after the text so far, again and again, from whole forward passes."""
+    text = [int(token) for token in prompt]
+    width = len(text) + count
+    model = hn.Decoder(config)
+    forward = jax.jit(lambda tokens: model.apply({"params": params}, tokens))
+    for _ in range(count):
+        padded = np.zeros((1, width), np.int32)
+        padded[0, : len(text)] = text
+        text.append(int(np.argmax(forward(padded)[0, len(text) - 1])))
+    return text[len(prompt) :]
+
+
+def _cached_logits(config, params, tokens, *, read, first):
+    """Logits of the positions from `read` - 1 on: the first `read` tokens are read at once, the others one by one.
+
+    Args:
+      first: of each row; the tokens before it are padding.
+    """
+    model = hn.Decoder(config)
+    batch, width = tokens.shape
+    positions = np.maximum(np.arange(width) - first[:, None], 0)
+    ids = (np.arange(read) >= first[:, None]).astype(np.int32)
+
+    @jax.jit
+    def step(cache, tokens, positions, number, segment_ids=None):
+        return model.apply(
+            {"params": params, CACHE: cache},
+            tokens,
+            positions=positions,
+            segment_ids=segment_ids,
+            slots=Slots(next=number, first=jnp.asarray(first)),
+            mutable=[CACHE],
+        )
+
+    logits, state = step(
+        empty_cache(config, batch=batch, slots=width), tokens[:, :read], positions[:, :read], 0, segment_ids=ids
+    )
+    rows = [logits[:, -1]]
+    for place in range(read, width):
+        here = slice(place, place + 1)
+        logits, state = step(state[CACHE], tokens[:, here], positions[:, here], place)
+        rows.append(logits[:, 0])
+    return np.stack(rows, axis=1)
+
+
+def _assert_cached_is_whole(config, params, *, read, first):
+    tokens = np.random.default_rng(0).integers(0, 61, (2, 11)).astype(np.int32)
+    ours = _cached_logits(config, params, tokens, read=read, first=first)
+    moved = np.stack([np.roll(row, -start) for row, start in zip(tokens, first, strict=True)])
+    whole = np.asarray(jax.jit(hn.Decoder(config).apply)({"params": params}, moved))
+    for row, start in enumerate(first):
+        expected = whole[row, read - 1 - start : 11 - start]
+        np.testing.assert_allclose(ours[row], expected, rtol=CLOSE, atol=CLOSE * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", SCHEMES)
+def test_logits_with_the_cache_are_those_of_the_whole_text(kind, random_params):
+    """Token by token from the first one on, so that the whole text and one step are all that is compiled."""
+    _assert_cached_is_whole(*_kind(kind, random_params), read=1, first=np.array([0, 0]))
+
+
+@pytest.mark.parametrize("kind", ["scheme hybrid_star", *KINDS])
+def test_rows_of_unequal_prompts_do_not_see_the_padding(kind, random_params):
+    """Six tokens are read at once. The second row has three; its positions begin after the padding on its left."""
+    _assert_cached_is_whole(*_kind(kind, random_params), read=6, first=np.array([0, 3]))
+
+
+@pytest.mark.parametrize("form", ["pre_rmsnorm", "pre_crmsnorm"])
+def test_both_cheaper_forms_write_what_their_pre_ln_model_writes(form, random_params):
+    config, params = _kind("learned positions", random_params)
+    conversion = conversion_of(config, form, pad_to=8)
+    prompt = np.arange(5)
+    (original,) = hn.generate(config, params, [prompt], max_new_tokens=6)
+    (ours,) = hn.generate(conversion.config, conversion.convert(params), [prompt], max_new_tokens=6)
+    np.testing.assert_array_equal(ours, original)
+
+
+@pytest.mark.parametrize("kind", ["scheme hybrid_star", "experts pre", "learned positions"])
+def test_the_likeliest_text_is_that_without_a_cache(kind, random_params):
+    config, params = _kind(kind, random_params)
+    prompt = np.random.default_rng(1).integers(0, 61, 7)
+    (ours,) = hn.generate(config, params, [prompt], max_new_tokens=9)
+    assert ours.tolist() == _uncached(config, params, prompt, 9)
+
+
+def test_bfloat16_is_as_near_to_its_forward_pass_as_rounding_allows(random_params):
+    config, params = _kind("scheme hybrid", random_params)
+    config = dataclasses.replace(config, dtype="bfloat16")
+    tokens = np.random.default_rng(0).integers(0, 61, (1, 11)).astype(np.int32)
+    ours = _cached_logits(config, params, tokens, read=6, first=np.array([0])).astype(np.float32)
+    whole = np.asarray(hn.Decoder(config).apply({"params": params}, tokens)[0, 5:], np.float32)
+    # 8 bits: each of a few roundings a layer is off by 2^-9 of its number, and they add up like random numbers.
+    deviation = np.linalg.norm(ours[0] - whole) / np.linalg.norm(whole)
+    assert deviation < np.sqrt(10 * config.num_layers) * 2**-9
+
+
+@pytest.fixture(scope="module")
+def counting_model():
+    """Parameters with which token t is followed by t + 1 with near certainty: no branch writes, the head is shifted."""
+    config = hn.ModelConfig(scheme="pre", d_model=16, num_layers=1, num_heads=2, mlp_dim=8, vocab_size=16)
+    params = hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+    for branch, name in (("attention", "out"), ("feed_forward", "down")):
+        params["run_0"][branch][name]["kernel"] *= 0
+    params["token_embedding"]["embedding"] = jnp.eye(16)
+    params["head"]["kernel"] = 40 * jnp.roll(jnp.eye(16), 1, axis=1)
+    return config, params
+
+
+def test_each_row_goes_on_from_its_own_prompt_and_ends_with_its_stop_id(counting_model):
+    config, params = counting_model
+    rows = hn.generate(config, params, [[3], [9, 10, 11], [14]], max_new_tokens=5, stop_ids=[13, 2])
+    assert [row.tolist() for row in rows] == [[4, 5, 6, 7, 8], [12, 13], [15, 0, 1, 2]]
+
+
+@pytest.mark.parametrize("length", [31, 32, 33])
+def test_prompts_around_the_length_of_a_program(length, counting_model):
+    config, params = counting_model
+    (row,) = hn.generate(config, params, [np.arange(length) % 16], max_new_tokens=40)
+    np.testing.assert_array_equal(row, np.arange(length, length + 40) % 16)
+
+
+@pytest.mark.parametrize("kind", ["scheme hybrid", "experts pre"])
+def test_a_row_does_not_depend_on_those_beside_it(kind, random_params):
+    """Also where all of them are routed to the same experts: no token is dropped."""
+    config, params = _kind(kind, random_params)
+    drawn = hn.Sampling(temperature=1.0)
+    ours, others = np.arange(4), [np.full(9, 7), np.arange(20, 26)]
+    (alone,) = hn.generate(config, params, [ours], max_new_tokens=12, sampling=drawn, seeds=[5])
+    beside = hn.generate(config, params, [ours, *others], max_new_tokens=12, sampling=drawn, seeds=[5, 6, 7])
+    np.testing.assert_array_equal(beside[0], alone)
+    moved = hn.generate(config, params, [*others, ours], max_new_tokens=12, sampling=drawn, seeds=[6, 7, 5])
+    np.testing.assert_array_equal(moved[2], alone)
+
+
+def test_seeds_decide_what_is_drawn(counting_model):
+    config, params = counting_model
+    drawn = hn.Sampling(temperature=100.0)
+
+    def draw(seeds):
+        return [
+            row.tolist()
+            for row in hn.generate(config, params, [[0], [0]], max_new_tokens=9, sampling=drawn, seeds=seeds)
+        ]
+
+    assert draw(3) == draw(3)
+    assert draw(3) != draw(4)
+    first, second = draw(3)
+    assert first != second
+    assert draw([8, 8])[0] == draw([8, 8])[1]
+
+
+def test_the_caller_sees_all_tokens_in_order_and_can_end_it(counting_model):
+    config, params = counting_model
+    seen = [[], []]
+
+    def read(new):
+        for row, tokens in zip(seen, new, strict=True):
+            row.extend(tokens.tolist())
+        return len(seen[0]) > 40
+
+    rows = hn.generate(config, params, [[0], [5]], max_new_tokens=200, stop_ids=[7], on_tokens=lambda new: read(new))
+    assert seen == [row.tolist() for row in rows] == [[1, 2, 3, 4, 5, 6, 7], [6, 7]]
+    seen = [[]]
+    (row,) = hn.generate(config, params, [[0]], max_new_tokens=200, on_tokens=read)
+    assert seen == [row.tolist()]
+    assert 40 < len(row) < 200
+
+
+def test_programs_are_compiled_for_rounded_lengths_and_not_as_the_text_grows(counting_model):
+    config, params = counting_model
+    decoding.read_prompts.clear_cache()
+    decoding.write.clear_cache()
+
+    def compiled():
+        return decoding.read_prompts._cache_size(), decoding.write._cache_size()
+
+    hn.generate(config, params, [np.arange(5)], max_new_tokens=90)
+    assert compiled() == (1, 1)
+    hn.generate(config, params, [np.arange(9)], max_new_tokens=70)  # as many slots
+    assert compiled() == (1, 1)
+    hn.generate(config, params, [np.arange(40) % 16], max_new_tokens=90)
+    assert compiled() == (2, 2)
+
+
+def test_a_rounded_length_is_at_most_a_quarter_more():
+    for length in range(128, 5000, 7):
+        assert length <= rounded_up(length) <= 1.25 * length
+    assert len({rounded_up(length) for length in range(1, 4097)}) < 30
+
+
+def test_the_cache_has_the_numbers_of_its_formula_and_no_more():
+    config = hn.ModelConfig(**TINY | {"scheme": "hybrid_star", "dtype": "bfloat16"})
+    leaves = jax.tree.leaves(jax.eval_shape(lambda: empty_cache(config, batch=3, slots=40)))
+    assert (
+        sum(leaf.size for leaf in leaves) == 3 * 40 * 2 * 4 * 2 * 3
+    )  # batch, slots, kv heads, head_dim, k and v, layers
+    assert {leaf.dtype.name for leaf in leaves} == {"bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"prompts": []}, "prompts: there are none"),
+        ({"prompts": [[]]}, r"prompts\[0\]: must be a list of at least one token"),
+        ({"prompts": [[1], [16]]}, r"prompts\[1\]: token 16 is not in the vocabulary of 16"),
+        ({"prompts": [[-1]]}, r"prompts\[0\]: token -1 is not in"),
+        ({"prompts": [[1]], "stop_ids": [99]}, "stop_ids: token 99 is not in"),
+        ({"prompts": [[1]], "max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
+        ({"prompts": [[1]], "seeds": [1, 2]}, "seeds: 2 of them for 1 prompts"),
+        ({"prompts": [[1.5]]}, r"prompts\[0\]: must be whole numbers"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_said_before_anything_is_computed(keys, message, counting_model):
+    config, _ = counting_model
+    arguments = {"max_new_tokens": 4} | keys
+    with pytest.raises(hn.UserError, match=message) as error:
+        hn.generate(config, None, **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_a_text_longer_than_learned_positions_is_refused():
+    config = hn.ModelConfig(**TINY | {"positions": "learned", "max_positions": 24})
+    with pytest.raises(hn.UserError, match=r"a prompt of 20 tokens and max_new_tokens=6 do not fit model\.max_pos"):
+        hn.generate(config, None, [np.arange(20)], max_new_tokens=6)
