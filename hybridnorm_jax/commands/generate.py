@@ -20,6 +20,7 @@ from hybridnorm_jax.generation.sampling import Sampling
 if TYPE_CHECKING:
     from hybridnorm_jax.commands.saved_model import SavedModel
     from hybridnorm_jax.data import Tokenizer
+    from hybridnorm_jax.generation.text import Written
 
 # Tokens that are written where nobody says how many.
 MANY = 256
@@ -43,6 +44,10 @@ def run(arguments: Sequence[str]) -> None:
     check_syntax("generate", arguments)
     options = _parser().parse_args([each for each in arguments if not each.startswith(f"{PLUGINS}=")])
     options.plugins = named_plugins(arguments)
+    if options.max_tokens is not None and options.max_tokens < 1:
+        raise UserError(f"--max-tokens {options.max_tokens}: must be at least 1")
+    if not all(options.stop):
+        raise UserError("--stop: an empty text would end every text at once; name the text to stop at")
     generate(options, _sampling(options), _prompts(options))
 
 
@@ -124,7 +129,7 @@ def _read(file: str) -> str:
         raise UserError(f"--file {file}: not UTF-8 text") from error
 
 
-def generate(options: argparse.Namespace, prompts: Iterator[str]) -> None:
+def generate(options: argparse.Namespace, sampling: Sampling, prompts: Iterator[str]) -> None:
     """Read the model, and write after each prompt."""
     from hybridnorm_jax.commands.saved_model import read_directory
     from hybridnorm_jax.generation.text import write_text
@@ -132,9 +137,9 @@ def generate(options: argparse.Namespace, prompts: Iterator[str]) -> None:
     import_plugins(options.plugins)
     source = read_directory(options.model)
     tokenizer = _tokenizer(source, options.tokenizer)
-    is_shown = not options.json
+    show = None if options.json else _show(sys.stdout.isatty())
     for prompt in prompts:
-        written = write_text(
+        (written,) = write_text(
             source.config.model,
             source.params,
             tokenizer,
@@ -143,16 +148,14 @@ def generate(options: argparse.Namespace, prompts: Iterator[str]) -> None:
             sampling=sampling,
             stop=options.stop,
             seeds=[options.seed],
-            on_text=_show(sys.stdout.isatty()) if is_shown else None,
-        )[0]
-        if options.json:
-            print(
-                json.dumps(
-                    {"prompt": prompt, "text": written.text, "tokens": len(written.tokens), "ended": written.ended}
-                )
-            )
-        else:
-            print(flush=True)
+            on_text=show,
+        )
+        print(_as_json(prompt, written) if options.json else "", flush=True)
+
+
+def _as_json(prompt: str, written: "Written") -> str:
+    line = {"prompt": prompt, "text": written.text, "tokens": len(written.tokens), "ended": written.ended}
+    return json.dumps(line)
 
 
 def _show(is_terminal: bool) -> Callable[[list[str]], None]:
@@ -182,7 +185,7 @@ def _tokenizer(source: "SavedModel", named: str | None) -> "Tokenizer":
     if named is not None:
         data = dataclasses.replace(data, tokenizer=named, separator="")
     # Without a separator no document ends, and text is written all the same.
-    tokenizer = load_tokenizer(dataclasses.replace(data, source="tokens"))
+    tokenizer = load_tokenizer(data, needs_separator=False)
     vocabulary = source.config.model.vocab_size
     if tokenizer.vocab_size > vocabulary:
         wrong = f"it has {tokenizer.vocab_size:,} tokens, but the model {vocabulary:,}"
@@ -195,8 +198,6 @@ def _most(asked: int | None, prompt: str, source: "SavedModel", tokenizer: "Toke
     from hybridnorm_jax.generation.text import document_of
 
     if asked is not None:
-        if asked < 1:
-            raise UserError(f"--max-tokens {asked}: must be at least 1")
         return asked
     positions = source.config.model.max_positions
     if source.config.model.positions != "learned" or positions is None:

@@ -45,7 +45,7 @@ class SavedModel:
 
 
 def read_directory(path: str, ignore_keys: Sequence[str] = (), *, dtype: str | None = None) -> SavedModel:
-    """A Hugging Face directory (it has a config.json), a run's directory, or one checkpoint of a run.
+    """A Hugging Face directory (it has a config.json), a run's directory, or one checkpoint of a run, also as RUN@STEP.
 
     Args:
       ignore_keys: of config.json, see load_huggingface.
@@ -55,10 +55,12 @@ def read_directory(path: str, ignore_keys: Sequence[str] = (), *, dtype: str | N
       UserError: none of them, or damaged.
     """
     directory = Path(path)
+    if not directory.exists():
+        directory = Path(path.rpartition("@")[0] or path)  # of RUN@STEP
     if not directory.is_dir():
-        if directory.suffix in PICKLES and directory.exists():
+        if Path(path).suffix in PICKLES and Path(path).exists():
             raise UserError(f"{path}: {PICKLE}")
-        wrong = "not a directory; name the directory that holds it" if directory.exists() else "no such directory"
+        wrong = "not a directory; name the directory that holds it" if Path(path).exists() else "no such directory"
         raise UserError(f"{path}: {wrong}")
     if os.path.lexists(directory / CONFIG):
         return _read_huggingface(directory, ignore_keys, dtype)

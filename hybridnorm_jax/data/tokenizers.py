@@ -222,8 +222,12 @@ class HuggingFaceTokenizer:
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 
 
-def load_tokenizer(data: DataSection) -> Tokenizer:
+def load_tokenizer(data: DataSection, *, needs_separator: bool | None = None) -> Tokenizer:
     """The tokenizer that data.tokenizer names.
+
+    Args:
+      needs_separator: whether there must be a token that ends a document; by default for all sources but token files,
+        which come with their separators in them.
 
     Raises:
       DataError: there is none, or it has no document separator and one is needed.
@@ -241,8 +245,9 @@ def load_tokenizer(data: DataSection) -> Tokenizer:
         raise DataError(f"{what}: {pointer}")
     if found := format_of(content):
         raise DataError(f"{what}: {found.name}, not a tokenizer.json; give bytes, or the path of a tokenizer.json")
-    # Token files come with their separators in them.
-    return HuggingFaceTokenizer(data.tokenizer, content, data.separator, needs_separator=data.source != "tokens")
+    if needs_separator is None:
+        needs_separator = data.source != "tokens"
+    return HuggingFaceTokenizer(data.tokenizer, content, data.separator, needs_separator=needs_separator)
 
 
 def _read(path: epath.Path, what: str) -> bytes:

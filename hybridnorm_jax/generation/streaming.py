@@ -45,6 +45,8 @@ class TextStream:
 
     def push(self, tokens: Sequence[int] | Int[np.ndarray, " tokens"]) -> str:
         """The text that is certain now and was not before."""
+        if not len(tokens):
+            return ""
         self._ids.extend(int(token) for token in tokens)
         text = self._tokenizer.decode(self._ids)
         whole = text.rstrip(INCOMPLETE)

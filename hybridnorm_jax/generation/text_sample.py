@@ -81,7 +81,7 @@ def go_on(
     known = np.asarray(prompt)[-window:]
     stretches: list[np.ndarray] = []
     left = count
-    while left:
+    while left > 0:
         if len(known) > window:
             known = known[-((window + 1) // 2) :]
         (new,) = generate(

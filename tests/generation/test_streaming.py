@@ -1,0 +1,112 @@
+"""Tokens that become text piece by piece."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.data import load_tokenizer
+from hybridnorm_jax.data.tokenizers import ByteTokenizer
+from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.generation.streaming import TextStream
+
+TEXT = "naïve café: 10 €, 木 and 🌲🌲 end"
+
+
+@pytest.fixture(scope="module")
+def byte_pairs(tmp_path_factory):
+    """A tokenizer.json whose tokens are single bytes and a few pairs, some of which are parts of two characters."""
+    letters = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    pairs = [("Ã", "©"), ("â", "Ĥ"), ("e", "n")]
+    vocabulary = letters | {"".join(pair): 256 + number for number, pair in enumerate(pairs)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(file))
+    return load_tokenizer(DataSection(tokenizer=str(file)))
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A tokenizer.json that writes a space before every word but the first."""
+    tokenizer = Tokenizer(models.WordLevel({"▁one": 0, "▁two": 1, "▁three": 2, "<unk>": 3}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.add_special_tokens(["</s>"])
+    file = tmp_path_factory.mktemp("words") / "tokenizer.json"
+    tokenizer.save(str(file))
+    return load_tokenizer(DataSection(tokenizer=str(file)))
+
+
+def _pieces(tokenizer, ids, sizes, stop=()):
+    stream, ids = TextStream(tokenizer, stop), list(ids)
+    pieces = []
+    for size in sizes:
+        pieces.append(stream.push(ids[:size]))
+        ids = ids[size:]
+    return [*pieces, stream.push(ids), stream.finish()], stream
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", ["bytes", "byte_pairs"])
+def test_no_piece_holds_half_a_character_however_tokens_come(name, seed, byte_pairs):
+    tokenizer = ByteTokenizer() if name == "bytes" else byte_pairs
+    sizes = [random.Random(seed).randint(0, 3) for _ in range(60)] if seed else [1] * 100
+    pieces, _ = _pieces(tokenizer, tokenizer.encode(TEXT), sizes)
+    assert "".join(pieces) == TEXT
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_what_is_certain_is_not_held_back(byte_pairs):
+    for tokenizer in (ByteTokenizer(), byte_pairs):
+        stream = TextStream(tokenizer)
+        ids = list(tokenizer.encode("ab€"))
+        assert stream.push(ids[:2]) == "ab"
+        assert stream.push(ids[2:-1]) == ""
+        assert stream.push(ids[-1:]) == "€"
+
+
+def test_bytes_that_are_no_text_become_the_replacement_character():
+    bad = [*b"a", 0xFF, *b"b", 0xE2, 0x82]
+    pieces, _ = _pieces(ByteTokenizer(), bad, [1] * 6)
+    assert "".join(pieces) == "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_space_between_words_is_kept_where_a_text_would_begin_without_one(words):
+    ids = words.encode("one two three two one")
+    for sizes in ([1] * 5, [2, 2, 1], [0, 3, 0, 2]):
+        pieces, _ = _pieces(words, ids, sizes)
+        assert "".join(pieces) == words.decode(ids) == "one two three two one"
+
+
+@pytest.mark.parametrize("sizes", [[], [1] * 40, [3] * 12, [7] * 6], ids=str)
+def test_text_ends_before_the_first_stop_string_which_may_lie_across_tokens(sizes):
+    ids = ByteTokenizer().encode("one\nt\n\nwo\n\n# end")
+    pieces, stream = _pieces(ByteTokenizer(), ids, sizes, stop=["# e", "\n\n"])
+    assert "".join(pieces) == "one\nt"
+    assert stream.has_stopped
+
+
+def test_the_beginning_of_a_stop_string_waits_until_it_is_none():
+    stream = TextStream(ByteTokenizer(), ["</end>"])
+    assert stream.push(b"a</e") == "a"
+    assert stream.push(b"m></en") == "</em>"
+    assert stream.finish() == "</en"
+    assert not stream.has_stopped
+
+
+def test_every_division_of_a_text_gives_the_same(byte_pairs):
+    ids = list(byte_pairs.encode("aéa€a"))
+    for cuts in itertools.combinations(range(1, len(ids)), 2):
+        sizes = np.diff([0, *cuts]).tolist()
+        pieces, _ = _pieces(byte_pairs, ids, sizes, stop=["€a"])
+        assert "".join(pieces) == "aéa"
+
+
+def test_an_empty_stop_string_is_refused():
+    with pytest.raises(UserError, match="stop: an empty string would end every text at once"):
+        TextStream(ByteTokenizer(), ["x", ""])
