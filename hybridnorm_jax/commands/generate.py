@@ -179,9 +179,8 @@ def _tokenizer(source: "SavedModel", named: str | None) -> "Tokenizer":
 
     data = source.config.data
     if named is None and data.tokenizer == "bytes" and source.may_lack_tokenizer:
-        raise UserError(
-            f"{source.path}: no tokenizer is known to belong to it; name its tokenizer.json with --tokenizer"
-        )
+        right = "name its tokenizer.json, or bytes, with --tokenizer"
+        raise UserError(f"{source.path}: no tokenizer is known to belong to it; {right}")
     if named is not None:
         data = dataclasses.replace(data, tokenizer=named, separator="")
     # Without a separator no document ends, and text is written all the same.
