@@ -7,14 +7,17 @@ A cache is the Flax collection CACHE, a plain tree of arrays: `run_<i>/attention
 from typing import Any
 
 import flax
+import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
 
+from hybridnorm_jax.kernels.cached_attention import CachedHeads
+from hybridnorm_jax.mesh.split_axes import split_axes
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.placement import runs
 
 CACHE = "cache"
-CACHE_AXES = ("layers", "batch", "kv_heads", None, None)
 
 
 @flax.struct.dataclass
@@ -48,7 +51,16 @@ def empty_cache(config: ModelConfig, *, batch: int, slots: int) -> dict[str, Any
 
     def of_run(length: int) -> dict[str, Any]:
         shape = (length, batch, config.num_kv_heads, slots, config.head_dim)
-        zeros = {name: jnp.zeros(shape, config.dtype) for name in ("cached_key", "cached_value")}
+        zeros = {name: on_cache_axes(jnp.zeros(shape, config.dtype)) for name in ("cached_key", "cached_value")}
         return {"attention": zeros}
 
     return {f"run_{number}": of_run(run.length) for number, run in enumerate(runs(config.placements))}
+
+
+def on_cache_axes(heads: CachedHeads) -> CachedHeads:
+    """Cached keys or values where they lie on the mesh in force: split over batch and heads that it divides."""
+    _, batch, kv_heads, _, _ = heads.shape
+    axes = split_axes("batch", batch), split_axes("kv_heads", kv_heads)
+    if not any(axes):
+        return heads
+    return jax.lax.with_sharding_constraint(heads, PartitionSpec(None, axes[0] or None, axes[1] or None))
