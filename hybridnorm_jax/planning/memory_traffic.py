@@ -13,9 +13,10 @@ from hybridnorm_jax.planning.collectives import (
     parse_module,
     root_of,
     trip_count,
+    tuple_elements,
 )
 
-# Names for what is there already: nothing is moved.
+# They name what is there already, or end what was counted where it began.
 _FREE = {
     "parameter",
     "constant",
@@ -24,14 +25,15 @@ _FREE = {
     "bitcast",
     "reshape",
     "after-all",
-    "partition-id",
     "opt-barrier",
     "async-done",
     "copy-done",
     "slice-done",
 }
-# Of their first operand they read as much as they return.
-_PARTIAL_READS = {"dynamic-slice", "slice", "gather"}
+# They read of their first operand as much as they return.
+_SLICES = {"dynamic-slice", "slice", "gather"}
+# Inside a fusion they compute what is asked of them and no more.
+_PASSED = {"bitcast", "reshape", "copy", "transpose", "convert"}
 _ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 
 
@@ -49,35 +51,25 @@ class Moved(NamedTuple):
     times: int
 
 
-def loop_of(module: Module, computation: str | None = None) -> str:
-    """The body of the one loop in a computation; in the entry, where none is named.
-
-    Raises:
-      ValueError: there is not exactly one.
-    """
-    name = computation or module.entry
-    loops = [each for each in module.computations[name].values() if each.opcode == "while"]
-    if len(loops) != 1:
-        raise ValueError(f"{name}: {len(loops)} loops, not one")
-    return loops[0].attribute("body")
-
-
 def memory_traffic(text: str, *, of_loop: bool = False, unknown_trips: int = 1) -> list[Moved]:
-    """What one execution of a compiled module moves between memory and cores, largest first.
+    """What one execution of a compiled module moves between memory and cores, most first.
 
     Every instruction that runs by itself reads its operands from memory and writes its result there; what happens
-    inside a fusion stays in registers. A slice is read alone, also inside a fusion, and an update in place is written
-    alone. What a TPU keeps in its cores (S(1) in the text) is not counted. No cache is assumed.
+    inside a fusion stays in registers. Of what is sliced the slice is read, also inside a fusion, and of what is
+    updated in place the update is written. What a TPU keeps beside its cores (S(1) in the text) does not count. Nothing
+    is found in a cache. All branches of a conditional count.
 
     Args:
       text: of the module after optimization.
       of_loop: count one turn of the one loop of its entry instead.
-      unknown_trips: how often a loop runs whose text does not say it.
+      unknown_trips: how often a loop turns whose text does not say it.
+
+    Raises:
+      ValueError: it is not the text of a module, or does not have that one loop.
     """
     module = parse_module(text)
-    start = loop_of(module) if of_loop else module.entry
-    walk = _Walk(module, unknown_trips)
-    return sorted(walk.moved(start, 1), key=lambda each: -each.bytes * each.times)
+    start = _loop_body(module) if of_loop else module.entry
+    return sorted(_moved(module, start, 1, unknown_trips), key=lambda each: -each.bytes * each.times)
 
 
 def total_bytes(moved: list[Moved]) -> int:
@@ -86,76 +78,113 @@ def total_bytes(moved: list[Moved]) -> int:
 
 
 def memory_bytes(shape: str) -> int:
-    """Bytes of memory that an array, or all arrays of a tuple, take, such as bf16[8,100]{1,0:T(8,128)(2,1)}: 2,048."""
-    return sum(_array_bytes(*array) for array in _ARRAY.findall(shape))
+    """Bytes of memory that an array or all arrays of a tuple take; bf16[8,100]{1,0:T(8,128)(2,1)} takes 2,048."""
+    return sum(_padded_bytes(array) for array in _ARRAY.finditer(shape) if not _is_beside_cores(array))
 
 
-def _array_bytes(letters: str, bits: str, sizes: str, layout: str) -> int:
-    order, _, tiling = layout.partition(":")
-    if re.search(r"S\([1-9]", tiling):
-        return 0
+def _loop_body(module: Module) -> str:
+    loops = [each for each in module.computations[module.entry].values() if each.opcode == "while"]
+    if len(loops) != 1:
+        raise ValueError(f"{module.entry}: {len(loops)} loops, not one")
+    return loops[0].attribute("body")
+
+
+def _is_beside_cores(array: re.Match) -> bool:
+    return re.search(r"S\([1-9]", array[4] or "") is not None
+
+
+def _padded_bytes(array: re.Match) -> int:
+    letters, bits, sizes, layout = array.groups(default="")
     width = 8 if letters == "pred" else int(bits or 0)
     dims = [int(size.lstrip("<=")) for size in sizes.split(",") if size]
+    order, _, tiling = layout.partition(":")
     tile = re.match(r"T\(([\d,]+)\)", tiling)
     if tile and order:
-        minor_first = [int(each) for each in order.split(",")]
-        for side, dim in zip(reversed(tile[1].split(",")), minor_first, strict=False):
+        most_minor_first = [int(dim) for dim in order.split(",")]
+        for side, dim in zip(reversed(tile[1].split(",")), most_minor_first, strict=False):
             dims[dim] = -(-dims[dim] // int(side)) * int(side)
     return math.ceil(math.prod(dims) * width / 8)
 
 
-class _Walk:
-    """Follows a module from a computation to those it runs."""
+def _size(shape: str) -> int:
+    """How many numbers an array shape has."""
+    array = _ARRAY.search(shape)
+    return math.prod(int(size.lstrip("<=")) for size in array[3].split(",") if size) if array else 0
 
-    def __init__(self, module: Module, unknown_trips: int):
-        self.computations = module.computations
-        self.unknown_trips = unknown_trips
 
-    def moved(self, name: str, times: int) -> Iterator[Moved]:
-        """What `times` calls of this computation move."""
-        computation = self.computations[name]
-        for instruction in computation.values():
-            if instruction.opcode == "while":
-                trips = trip_count(instruction, computation, self.computations)
-                trips = self.unknown_trips if trips is None else trips
-                yield from self.moved(instruction.attribute("body"), times * trips)
-            elif instruction.opcode in ("call", "conditional"):
+def _moved(module: Module, name: str, times: int, unknown_trips: int) -> Iterator[Moved]:
+    """What `times` calls of this computation move."""
+    computation = module.computations[name]
+    for instruction in computation.values():
+        match instruction.opcode:
+            case "while":
+                trips = trip_count(instruction, computation, module.computations)
+                trips = unknown_trips if trips is None else trips
+                yield from _moved(module, instruction.attribute("body"), times * trips, unknown_trips)
+            case "call" | "conditional" | "async-start":
                 for called in called_computations(instruction):
-                    yield from self.moved(called, times)
-            elif instruction.opcode not in _FREE:
-                yield Moved(instruction.name, self._bytes(instruction, computation), times)
+                    yield from _moved(module, called, times, unknown_trips)
+            case opcode if opcode not in _FREE:
+                yield Moved(instruction.name, _bytes(instruction, computation, module), times)
 
-    def _bytes(self, instruction: Instruction, computation: Computation) -> int:
-        """What an instruction reads and writes."""
-        inside = self._inside(instruction)
-        if inside is not None:
-            return _fusion_bytes(inside, instruction, computation, self.computations)
-        operands = [computation[name].shape for name in instruction.operand_names if name in computation]
-        if instruction.opcode in _PARTIAL_READS:
-            return 2 * memory_bytes(instruction.shape)
-        if instruction.opcode == "dynamic-update-slice":
+
+def _bytes(instruction: Instruction, caller: Computation, module: Module) -> int:
+    """What one instruction reads and writes."""
+    operands = [caller[name].shape for name in instruction.operand_names if name in caller]
+    match instruction.opcode:
+        case "fusion":
+            inside = module.computations[instruction.attribute("calls")]
+            read = sum(
+                round(memory_bytes(shape) * _share_read(_parameter(inside, number), inside, module))
+                for number, shape in enumerate(operands)
+            )
+            return read + _written(instruction.shape, root_of(inside), inside, module)
+        case "copy-start" | "slice-start":  # its value is (destination, source, ...)
+            destination = _ARRAY.search(instruction.shape)
+            sides = [not _is_beside_cores(destination), bool(memory_bytes(operands[0]))]
+            return sum(sides) * _padded_bytes(destination)
+        case "dynamic-update-slice":
             return 2 * memory_bytes(operands[1])
-        if instruction.opcode in ("copy-start", "slice-start"):  # (destination, source, ...): what is moved, once each
-            destination = re.match(r"\(*([^{]*\{[^}]*\})", instruction.shape)
-            moved = memory_bytes(destination[1]) if destination else 0
-            read = memory_bytes(re.sub(r"S\([1-9]\d*\)", "", destination[1])) if destination else 0
-            return moved + (read if any(memory_bytes(shape) for shape in operands) else 0)
-        return sum(map(memory_bytes, operands)) + memory_bytes(instruction.shape)
-
-    def _inside(self, instruction: Instruction) -> Computation | None:
-        if instruction.opcode not in ("fusion", "async-start"):
-            return None
-        return self.computations[instruction.attribute("calls")]
+        case opcode if opcode in _SLICES:
+            return 2 * memory_bytes(instruction.shape)
+    # A GPU's library calls return the memory that they work in, s8, besides their results.
+    result = re.sub(r"\bs8\[\d+\]", "", instruction.shape) if instruction.opcode == "custom-call" else instruction.shape
+    return sum(map(memory_bytes, operands)) + memory_bytes(result)
 
 
-def _fusion_bytes(
-    inside: Computation, fusion: Instruction, computation: Computation, computations: dict[str, Computation]
-) -> int:
-    operands = [computation[name].shape for name in fusion.operand_names]
-    total = 0
-    for number, shape in enumerate(operands):
-        if memory_bytes(shape):
-            total += min(memory_bytes(shape), _read(inside, number, computations))
-    if not memory_bytes(fusion.shape):
-        return total
-    return total + min(memory_bytes(fusion.shape), _written(inside, root_of(inside), computations))
+def _parameter(inside: Computation, number: int) -> Instruction:
+    return next(each for each in inside.values() if each.opcode == "parameter" and each.operands == str(number))
+
+
+def _share_read(value: Instruction, inside: Computation, module: Module) -> float:
+    """Which share of a value, an array, the rest of its computation reads."""
+    share = 0.0
+    for user in inside.values():
+        for place, name in enumerate(user.operand_names):
+            if name != value.name:
+                continue
+            if user.opcode in _SLICES and place == 0:
+                share += _size(user.shape) / max(_size(value.shape), 1)
+            elif user.opcode in _PASSED:
+                share += 1.0 if user.is_root else _share_read(user, inside, module)
+            elif user.opcode == "fusion":
+                within = module.computations[user.attribute("calls")]
+                share += _share_read(_parameter(within, place), within, module)
+            elif user.opcode != "dynamic-update-slice" or place != 0:
+                share += 1.0
+    return min(share, 1.0)
+
+
+def _written(shape: str, value: Instruction, inside: Computation, module: Module) -> int:
+    """What a fusion whose root computes this value writes: of an update in place the update alone."""
+    if value.opcode == "tuple":
+        elements = zip(tuple_elements(shape), value.operand_names, strict=True)
+        return sum(_written(element, inside[name], inside, module) for element, name in elements)
+    if value.opcode == "fusion":
+        within = module.computations[value.attribute("calls")]
+        return _written(shape, root_of(within), within, module)
+    if value.opcode in _PASSED and value.operand_names[0] in inside and shape.startswith(value.shape[:2]):
+        return _written(shape, inside[value.operand_names[0]], inside, module)
+    if value.opcode != "dynamic-update-slice":
+        return memory_bytes(shape)
+    return round(memory_bytes(shape) * _size(inside[value.operand_names[1]].shape) / max(_size(value.shape), 1))
