@@ -13,6 +13,7 @@ from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.generation.decoding import Writing, read_prompts, write
 from hybridnorm_jax.generation.next_token import Sampling
 from hybridnorm_jax.generation.on_mesh import on_mesh_of
+from hybridnorm_jax.generation.rounded_parameters import rounded
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
 
@@ -66,6 +67,7 @@ def generate(
     width = rounded_up(max(len(row) for row in rows))
     stops = jnp.asarray(np.asarray(stop_ids, np.int32))
     keys = _keys(seeds, len(rows))
+    params = rounded(config, params)
     with on_mesh_of(params) as parts:
         batch = -(-len(rows) // parts) * parts  # rows that are added are empty, and have ended
         writing = read_prompts(

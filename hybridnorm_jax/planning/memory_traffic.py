@@ -56,7 +56,7 @@ def memory_traffic(text: str, *, of_loop: bool = False, unknown_trips: int = 1) 
 
     Every instruction that runs by itself reads its operands from memory and writes its result there; what happens
     inside a fusion stays in registers. Of what is sliced the slice is read, also inside a fusion, and of what is
-    updated in place the update is written. What a TPU keeps beside its cores (S(1) in the text) does not count. Nothing
+    updated in place the tiles of the update are read and written. What a TPU keeps beside its cores (S(1) in the text) does not count. Nothing
     is found in a cache. All branches of a conditional count.
 
     Args:
@@ -187,4 +187,5 @@ def _written(shape: str, value: Instruction, inside: Computation, module: Module
         return _written(shape, inside[value.operand_names[0]], inside, module)
     if value.opcode != "dynamic-update-slice":
         return memory_bytes(shape)
-    return round(memory_bytes(shape) * _size(inside[value.operand_names[1]].shape) / max(_size(value.shape), 1))
+    # The tiles that it touches are read, too.
+    return 2 * _padded_bytes(_ARRAY.search(inside[value.operand_names[1]].shape)) if memory_bytes(shape) else 0

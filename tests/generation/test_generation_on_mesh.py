@@ -69,7 +69,7 @@ def test_no_device_holds_or_fetches_the_whole_cache(small_config, random_params,
     lowered, (writing, _, _) = calls[-1]
     (cached, *_) = jax.tree.leaves(writing.cache)
     text = lowered.compile().as_text()
-    (_, rows, heads, slots, width) = cached.shape
+    _, rows, heads, width, slots = cached.shape
     assert (rows, heads) == (8, 2)
-    shapes = {tuple(map(int, each)) for each in re.findall(rf"f32\[\d+,(\d+),(\d+),{slots},{width}\]", text)}
+    shapes = {tuple(map(int, each)) for each in re.findall(rf"f32\[\d+,(\d+),(\d+),{width},{slots}\]", text)}
     assert shapes == {(2, 1)}
