@@ -53,7 +53,7 @@ def read_prompts(
 
     Args:
       prompts: each at the right end of its row; what stands before it does not matter.
-      lengths: of the prompts, at least 1.
+      lengths: of the prompts. A sequence without a prompt, 0, has ended.
       stops: tokens that end a sequence.
       slots: of the cache, at least those of the prompts.
     """
@@ -81,7 +81,7 @@ def read_prompts(
         cache=cache[CACHE],
         slots=Slots(next=jnp.asarray(width), first=first),
         last=token,
-        is_done=jnp.isin(token, stops),
+        is_done=jnp.isin(token, stops) | (lengths == 0),
         count=jnp.asarray(1),
         keys=keys,
         came=_with(came, token),

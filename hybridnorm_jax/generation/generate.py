@@ -13,6 +13,8 @@ from jaxtyping import Int
 from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.generation.decoding import Writing, read_prompts, write
+from hybridnorm_jax.generation.on_mesh import on_mesh_of
+from hybridnorm_jax.generation.rounded_parameters import rounded
 from hybridnorm_jax.generation.sampling import Sampling
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
@@ -65,20 +67,29 @@ def generate(
     # Plain attention takes any length, and XLA cannot split a Pallas kernel over the devices of the parameters.
     model = Decoder(dataclasses.replace(config, attention="xla", expert_dispatch="blocked", remat="none"))
     width = rounded_up(max(len(row) for row in rows))
-    padded = np.stack([np.pad(row, (width - len(row), 0)) for row in rows]).astype(np.int32)
     stops = jnp.asarray(np.asarray(stop_ids, np.int32))
-    params = jax.tree.map(jnp.asarray, params)  # once, where they come as NumPy arrays
-    writing = read_prompts(
-        model,
-        params,
-        jnp.asarray(padded),
-        jnp.asarray([len(row) for row in rows]),
-        _keys(seeds, len(rows)),
-        stops,
-        slots=rounded_up(width + max_new_tokens),
-        sampling=sampling,
-    )
-    return _collect(model, params, writing, stops, max_new_tokens, sampling, on_tokens)
+    keys = _keys(seeds, len(rows))
+    params = rounded(config, params)
+    with on_mesh_of(params) as parts:
+        batch = -(-len(rows) // parts) * parts  # rows that are added are empty, and have ended
+        writing = read_prompts(
+            model,
+            params,
+            jnp.asarray(_right_aligned(rows, batch, width)),
+            jnp.asarray([len(row) for row in rows] + [0] * (batch - len(rows))),
+            keys[jnp.minimum(jnp.arange(batch), len(rows) - 1)],
+            stops,
+            slots=rounded_up(width + max_new_tokens),
+            sampling=sampling,
+        )
+        return _collect(model, params, writing, stops, len(rows), max_new_tokens, sampling, on_tokens)
+
+
+def _right_aligned(rows: list[np.ndarray], batch: int, width: int) -> Int[np.ndarray, "batch width"]:
+    array = np.zeros((batch, width), np.int32)
+    for number, row in enumerate(rows):
+        array[number, width - len(row) :] = row
+    return array
 
 
 def rounded_up(length: int) -> int:
@@ -92,13 +103,14 @@ def _collect(
     params: Any,
     writing: Writing,
     stops: Int[jax.Array, " stops"],
+    rows: int,
     max_new_tokens: int,
     sampling: Sampling,
     on_tokens: Callable[[list[Tokens]], bool | None] | None,
 ) -> list[Tokens]:
-    """All tokens, in the order in which they are written; given to on_tokens on the way."""
+    """All tokens of the first `rows` sequences, in the order of writing; given to on_tokens on the way."""
     ends = np.asarray(stops)
-    columns = np.asarray(writing.last)[:, None]
+    columns = np.asarray(writing.last)[:rows, None]
     pieces = [columns]
     is_done = np.zeros(len(columns), bool)
     stride = STRIDE if on_tokens is None else 1
@@ -114,7 +126,7 @@ def _collect(
         writing, tokens, written = write(
             model, params, writing, stops, jnp.asarray(min(left, stride)), most=STRIDE, sampling=sampling
         )
-        columns = np.asarray(tokens)[:, : int(written)]
+        columns = np.asarray(tokens)[:rows, : int(written)]
         if on_tokens is not None:
             stride = _next_stride(stride, time.monotonic() - began)
         pieces.append(columns)
