@@ -27,7 +27,7 @@ class Run:
     Attributes:
       name: of its directory.
       config: what its newest checkpoint says or, where it has none, config.yaml, which may have been edited.
-      plugins: what it was trained with, name -> digest; None where nothing says so.
+      plugins: what it was trained with, as in run_identity.SavedRun; None where nothing says so.
       label: its scheme and what else differs between the runs, such as "pre, num_layers=29".
       status: finished | diverged | unfinished.
       step: how many steps it made; None where no file says so.
@@ -44,7 +44,7 @@ class Run:
     name: str
     directory: Path
     config: RunConfig
-    plugins: dict[str, str] | None
+    plugins: list[dict[str, Any]] | None
     label: str
     status: str
     step: int | None
@@ -145,7 +145,7 @@ def _other_plugin(one: Run, other: Run) -> str | None:
     """A plugin of one name and two contents, or, between runs of one scheme, one that only one of them had."""
     if one.plugins is None or other.plugins is None:
         return None
-    ours, theirs = one.plugins, other.plugins
+    ours, theirs = ({plugin["name"]: plugin["digest"] for plugin in run.plugins} for run in (one, other))
     edited = next((name for name, digest in ours.items() if theirs.get(name, digest) != digest), None)
     if edited is not None or one.scheme != other.scheme:
         return edited
@@ -157,9 +157,8 @@ def _check_imported(runs: Sequence[Run]) -> None:
     """Refuse what this start has imported, where a run was trained with another version of it."""
     for run in runs:
         if run.config.run.plugins and run.plugins is not None:
-            saved = [{"name": name, "digest": digest} for name, digest in run.plugins.items()]
             kept = epath.Path(run.directory)
-            check_same_plugins(saved, imported(), where=str(run.directory), kept=kept, more_allowed=True)
+            check_same_plugins(run.plugins, imported(), where=str(run.directory), kept=kept, more_allowed=True)
 
 
 def _check_same_data(directory: Path, runs: Sequence[Run]) -> None:
@@ -197,7 +196,7 @@ def _read_run(path: Path) -> Run:
         name=path.name,
         directory=path,
         config=config,
-        plugins=None if saved.plugins is None else {plugin["name"]: plugin["digest"] for plugin in saved.plugins},
+        plugins=saved.plugins,
         label=config.model.scheme,
         status=outcome.status,
         step=outcome.step,
