@@ -148,8 +148,11 @@ def check_validation(known: Sequence[Trained], asked: DataSection, now: Trained,
 
 def _refusal(before: Trained, now: Trained, file: str, *, where: str) -> str:
     """What is said where parts of a file would be held out that may have been trained on."""
-    wrong = f"{where} was trained on parts of {file} that would be held out now"
+    wrong = f"{where} was trained on {file}, also on parts of it that may be held out now"
     other = "set it to 0 and name other files in data.validation"
+    if before.source != now.source:
+        change = f"data.source was {before.source} then, which holds out others than {now.source}"
+        return f"data.validation_fraction={now.validation_fraction}: {wrong}: {change}; {other}"
     if before.validation_fraction != now.validation_fraction:
         change = f"data.validation_fraction: saved {before.validation_fraction}, asked {now.validation_fraction}"
         return f"{change}: {wrong}; hold out the same share of the same files, or {other}"
@@ -210,8 +213,9 @@ def _say_changed(known: Sequence[Trained], now: Trained, *, where: str) -> None:
         contents = {file["name"]: _content(file) for file in _data(before.files)}
         for file in _data(now.files):
             if contents.get(file["name"], _content(file)) != _content(file):
-                other = f"{where} was trained on a file of the name {file['name']} with another content"
-                say(f"note: {other}: what both hold may be held out now", file=sys.stderr)
+                other = f"{where} was trained on another {file['name']}"
+                edited = "if this is the same text, edited, its validation holds what was trained on"
+                say(f"note: {other}; {edited}", file=sys.stderr)
                 return
 
 

@@ -9,8 +9,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hybridnorm_jax.commands.main import main
 from hybridnorm_jax.data.sources import text_corpus
+from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.training.checkpoints import Checkpoints
-from hybridnorm_jax.training.trained_before import Trained, is_kept_out
+from hybridnorm_jax.training.trained_before import Trained, check_validation, is_kept_out
 
 TINY = [
     *("model.d_model=16", "model.num_layers=1", "model.num_heads=2", "model.mlp_dim=16", "train.sample_tokens=0"),
@@ -59,7 +61,7 @@ def test_a_larger_share_than_was_held_out_is_refused_and_the_same_is_not(train):
     assert train("run.name=all", "data.files=[a.txt]", "data.validation_fraction=0") is None
     line = train("run.name=x", "data.files=[a.txt]", "init_from=runs/all", "data.validation_fraction=0.3")
     assert line.startswith(
-        "error: data.validation_fraction: saved 0.0, asked 0.3: init_from=runs/all was trained on parts"
+        "error: data.validation_fraction: saved 0.0, asked 0.3: init_from=runs/all was trained on a.txt"
     )
     assert train("run.name=other", "data.files=[b.txt]", "init_from=runs/all", "data.validation_fraction=0.3") is None
     assert train("run.name=most", "data.files=[a.txt]", "data.validation_fraction=0.3") is None
@@ -122,7 +124,7 @@ def test_what_the_hash_alone_does_not_choose_depends_on_all_files(train, tmp_pat
     assert train("run.name=both", "data.files=[both/*.txt]", share) is None
     line = train("run.name=part", f"data.files=[{other}.txt]", share, "init_from=runs/both")
     assert line.startswith(
-        f"error: {share}: init_from=runs/both was trained on parts of {other}.txt that would be held"
+        f"error: {share}: init_from=runs/both was trained on {other}.txt, also on parts of it that may be"
     )
     assert "because other files are read" in line
     (tmp_path / f"both/{chosen}.txt").unlink()
@@ -196,7 +198,8 @@ def test_what_cannot_be_known_is_said_and_what_is_known_is_not(train, tmp_path, 
     assert notes("run.name=other", "data.files=[b.txt]", "init_from=runs/run") == []
     (tmp_path / "a.txt").write_text("a new first line\n" + _text("a"))
     (line,) = notes("run.name=edited", "data.files=[a.txt]", "init_from=runs/run")
-    assert "was trained on a file of the name a.txt with another content: what both hold may be held out now" in line
+    end = "was trained on another a.txt; if this is the same text, edited, its validation holds what was trained on"
+    assert line == f"note: init_from=runs/run {end}"
 
     read = Checkpoints.read_data_state
     for state, said in (({"train_tokens": 1}, ["kept no digests of data"]), ({}, [])):  # an old version; parameters
@@ -221,6 +224,14 @@ def test_token_files_need_not_name_their_tokenizer(train, tmp_path):
     assert train("run.name=between", *tokens, "init_from=runs/named", source="tokens") is None
     line = train("run.name=x", "data.files=[a.txt]", *keys, "data.tokenizer=other.json", "init_from=runs/between")
     assert "other.json has another content than the tokenizer that init_from=runs/between was trained with" in line
+
+
+def test_what_another_source_would_hold_out_is_refused_as_that():
+    file = {"name": "ast.py", "size": 5, "digest": "its"}
+    known, now = [Trained("stdlib", 0.02, [file])], Trained("text", 0.02, [file | {"name": "mine.txt"}])
+    wrong = "RUN was trained on mine.txt, also on parts of it that may be held out now: data.source was stdlib then, "
+    with pytest.raises(ConfigError, match=f"data.validation_fraction=0.02: {wrong}"):
+        check_validation(known, DataSection(source="text", files=("mine.txt",)), now, where="RUN")
 
 
 def test_a_changed_library_holds_out_the_same_files():
