@@ -37,11 +37,13 @@ class SavedRun(NamedTuple):
       config: its configuration.
       step: of its newest checkpoint; None: it has none.
       plugins: each with a name and a digest, as config.plugins.to_json wrote them; None: unknown.
+      files: what it trained on, as data_files gives them; None: unknown.
     """
 
     config: RunConfig
     step: int | None
     plugins: list[dict[str, Any]] | None
+    files: list[dict[str, Any]] | None = None
 
 
 def check_same_run(directory: epath.Path, config: RunConfig) -> RunConfig:
@@ -220,7 +222,7 @@ def saved_run(directory: epath.Path) -> SavedRun | None:
             glance = checkpoints.glance()
         if glance is not None:
             origin = f"{directory}/checkpoints/{glance.step:06d}"
-            return SavedRun(_configuration(glance.config_yaml, origin), glance.step, glance.plugins)
+            return SavedRun(_configuration(glance.config_yaml, origin), glance.step, glance.plugins, glance.files)
     file = directory / "config.yaml"
     if not file.exists():
         return None
