@@ -25,7 +25,6 @@ from hybridnorm_jax.mesh.processes import Processes, say
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.run_directory import saved_config
-from hybridnorm_jax.training.run_identity import data_files
 from hybridnorm_jax.training.step_directories import find_checkpoint
 from hybridnorm_jax.training.trained_before import (
     Trained,
@@ -35,6 +34,7 @@ from hybridnorm_jax.training.trained_before import (
     is_kept_out,
     trained_before,
     trained_on,
+    training_data,
 )
 
 # Where a run trained says nothing of where it is evaluated: by default on all devices there are.
@@ -82,7 +82,8 @@ def evaluate_run(path: str, overrides: Sequence[str] = (), *, progress: bool = T
         saved = saved_config(checkpoints, step, import_these=named_plugins(overrides))
         config = from_yaml(text, [*ANYWHERE, *overrides])
         data_state = checkpoints.read_data_state(step)
-        own = ("model.",) if "files" in data_state else ("model.", "data.tokenizer")
+        known = trained_on(data_state, saved.data)
+        own = ("model.",) if known else ("model.", "data.tokenizer")
         for line in differences(saved, config):
             if line.startswith(own) and not line.startswith(SAME_FUNCTION):
                 raise ConfigError(f"{line}: {directory.parent} holds that model and no other")
@@ -114,44 +115,50 @@ def _open_data(
     data = open_data(config.data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size, progress=progress)
     if not data.validation:
         raise ConfigError("data.validation={}: the run held nothing out; name a set, data.validation.NAME=[FILE]")
-    files = data_files(config.data, data.files)
-    if "files" in data_state:
-        check_tokenizer(saved.data, data_state["files"], config.data, files, where=where)
-    is_same = _is_same_data(data_state, files, data)
+    known, now = trained_on(data_state, saved.data), training_data(config.data, data)
+    check_tokenizer(known, config.data, now, where=where)
+    is_same = _is_same_data(data_state, known, now, data.train.num_tokens)
     check_same_data(config.data, differences(saved, config), is_same_data=is_same)
-    if config.data.validation_fraction and "train_tokens" in data_state and not is_same:
-        _judge_other_data(saved.data, config.data, data_state, files, data.train.num_tokens)
+    if config.data.validation_fraction and ("train_tokens" in data_state or known) and not is_same:
+        _judge_other_data(data_state, known, now, data.train.num_tokens)
     if config.data.validation:
         check_sets(config.data.validation, _files_here(saved.data, config.data, is_same_data=is_same))
-        check_named_sets(trained_on(data_state, saved.data), config.data, where=where)
-    check_validation(trained_before(data_state), config.data, files, where=where)
+        check_named_sets(known, config.data, where=where)
+    check_validation(trained_before(data_state), config.data, now, where=where)
     return data
 
 
-def _is_same_data(data_state: Mapping[str, Any], files: list[dict[str, Any]], data: Data) -> bool:
-    """Whether the data are those that were saved: by their files, of which an old version kept the tokens alone."""
-    if data_state.get("train_tokens") != data.train.num_tokens:
-        return False
-    return data_state.get("files") in (None, files)
+def _is_same_data(data_state: Mapping[str, Any], known: Sequence[Trained], now: Trained, tokens: int) -> bool:
+    """Whether the data are those that were saved: by their files, of which an old version kept the tokens alone.
+
+    A run that was converted has a checkpoint without data; the last that is known of are those of its original.
+
+    Args:
+      known, now: what was trained on, and what would be now.
+      tokens: how many would be trained on now.
+    """
+    if "train_tokens" not in data_state:
+        return bool(known) and known[-1].files == now.files
+    return data_state["train_tokens"] == tokens and data_state.get("files") in (None, now.files)
 
 
-def _judge_other_data(
-    saved: DataSection, asked: DataSection, data_state: Mapping[str, Any], files: list[dict[str, Any]], now: int
-) -> None:
+def _judge_other_data(data_state: Mapping[str, Any], known: Sequence[Trained], now: Trained, tokens: int) -> None:
     """Of a run whose data were changed under the same name: say what that means, or refuse.
 
     Args:
-      files, now: the files of this evaluation, and the tokens in them that would be trained on.
+      known, now, tokens: as for _is_same_data.
 
     Raises:
       ConfigError: what is held out now may have been trained on (trained_before.is_kept_out).
     """
-    before = data_state["train_tokens"]
-    changed = f"{now:,} tokens to train on, but {before:,} when the checkpoint was saved"
-    if now == before:
+    before = data_state.get("train_tokens")
+    if before is None:
+        changed = "other files than its parameters were trained on"
+    elif before == tokens:
         changed = "other files than when the checkpoint was saved, with as many tokens"
-    then = Trained(saved.source, saved.validation_fraction, data_state.get("files", []))
-    if "files" not in data_state or not is_kept_out(then, asked, files):
+    else:
+        changed = f"{tokens:,} tokens to train on, but {before:,} when the checkpoint was saved"
+    if not known or not is_kept_out(known[-1], now):
         right = "restore them, or set data.validation_fraction=0 and name sets in data.validation"
         raise ConfigError(f"data.files: {changed}: what is held out now may have been trained on; {right}")
     say(f"note: data: {changed}: the held-out documents are not those of training", file=sys.stderr)

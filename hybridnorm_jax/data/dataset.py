@@ -10,7 +10,7 @@ from hybridnorm_jax.config.run_config import DataSection
 from hybridnorm_jax.data.identity import FileIdentity, identities, relative_names
 from hybridnorm_jax.data.sources import Corpus, find_files, pattern_root, stdlib_corpus, text_corpus
 from hybridnorm_jax.data.text_cache import TextCache, open_text_cache
-from hybridnorm_jax.data.token_files import OpenFiles, TokenFile, open_token_file, split_extents
+from hybridnorm_jax.data.token_files import OpenFiles, TokenFile, is_split_by_hash, open_token_file, split_extents
 from hybridnorm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from hybridnorm_jax.data.windows import Extent, TokenStream, Windows
 from hybridnorm_jax.errors import DataError
@@ -35,6 +35,9 @@ class Data:
       tokenizer: None where token files are read and data.tokenizer names no file.
       description: one line for people.
       files: the identity of every file of data.files, or of the standard library, in the order they are read.
+      is_split_by_hash: whether it is the hash of a document, or of a block, alone that holds it out. Of few documents
+        the hash may choose none, or all; then one of them, or a part of one, is on the other side, and which one that
+        is depends on all the others.
     """
 
     train: Windows
@@ -42,6 +45,7 @@ class Data:
     tokenizer: Tokenizer | None
     description: str
     files: tuple[FileIdentity, ...] = ()
+    is_split_by_hash: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +63,7 @@ class _Opened:
     Attributes:
       train, held_out: the two parts of data.files, or of the standard library.
       sets: the sets of data.validation, by name.
-      tokenizer, description, files: as in Data.
+      tokenizer, description, files, is_split_by_hash: as in Data.
       separator_id: the id that ends a document, if there is one.
     """
 
@@ -70,6 +74,7 @@ class _Opened:
     separator_id: int | None
     description: str
     files: tuple[FileIdentity, ...]
+    is_split_by_hash: bool
 
 
 def open_data(data: DataSection, *, seq_len: int, vocab_size: int, progress: bool = True) -> Data:
@@ -101,6 +106,7 @@ def open_data(data: DataSection, *, seq_len: int, vocab_size: int, progress: boo
         tokenizer=opened.tokenizer,
         description=opened.description,
         files=opened.files,
+        is_split_by_hash=opened.is_split_by_hash,
     )
 
 
@@ -140,6 +146,7 @@ def _open_texts(data: DataSection, vocab_size: int, progress: bool) -> _Opened:
         separator_id=tokenizer.separator_id,
         description=description,
         files=corpus.identities,
+        is_split_by_hash=cache.is_split_by_hash,
     )
 
 
@@ -167,7 +174,8 @@ def _open_token_files(data: DataSection, vocab_size: int) -> _Opened:
     files = identities(paths, root)
     if data.validation_fraction:
         _check_no_copies(files)
-    own = split_extents(opened(paths), relative_names(paths, root), data.validation_fraction)
+    arrays, names = opened(paths), relative_names(paths, root)
+    own = split_extents(arrays, names, data.validation_fraction)
     sets = {
         name: split(split_extents(opened(other), relative_names(other), fraction=1.0).held_out)
         for name, other in others.items()
@@ -187,6 +195,7 @@ def _open_token_files(data: DataSection, vocab_size: int) -> _Opened:
         separator_id=data.separator_id,
         description=description,
         files=files,
+        is_split_by_hash=is_split_by_hash(arrays, names, data.validation_fraction),
     )
 
 

@@ -26,6 +26,7 @@ from hybridnorm_jax.lab.divergence import rising_since
 from hybridnorm_jax.lab.labels import measured_otherwise
 from hybridnorm_jax.lab.run_data import RunData, check_same_data, read_data
 from hybridnorm_jax.lab.run_files import DIVERGED, FINISHED, read_losses, read_object, read_result
+from hybridnorm_jax.lab.runs import check_addition
 from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.model.schemes import SCHEMES
 from hybridnorm_jax.training.checkpoints import Checkpoints
@@ -34,7 +35,7 @@ from hybridnorm_jax.training.loop import train
 from hybridnorm_jax.training.run_directory import run_directory
 from hybridnorm_jax.training.run_identity import check_same_run, saved_run
 from hybridnorm_jax.training.step_directories import absolute, check_place, find_checkpoint
-from hybridnorm_jax.whole_files import expanded, write_whole
+from hybridnorm_jax.whole_files import expanded, is_local, write_whole
 
 DEFAULT = "lab"
 
@@ -143,6 +144,7 @@ def compare(asked: Comparison, only: int | None = None) -> list[dict[str, Any]]:
       The content of result.json, for every combination that was asked for.
 
     Raises:
+      UserError: runs of other comparisons in the directory cannot be compared with these; nothing was trained.
       UserError, RunStopped: those of training.loop.train; the runs that finished before stay.
     """
     count = len(asked.configs)
@@ -154,6 +156,8 @@ def compare(asked: Comparison, only: int | None = None) -> list[dict[str, Any]]:
     if asked.configs[0].init_from is not None:
         find_checkpoint(asked.configs[0].init_from)
     data = read_data(asked.configs[0])
+    if is_local(asked.directory):
+        check_addition(Path(asked.directory), asked.configs, data)
     results = []
     with _gone_if_nothing_follows(file):
         _write(file, _described(asked, file))

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 from etils import epath
 
+from hybridnorm_jax.config.resume_keys import scored_differences
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data import Data, open_data
 from hybridnorm_jax.errors import RunStopped, first_line
@@ -26,7 +27,7 @@ from hybridnorm_jax.training.metrics_writer import MetricsWriter, WandbRun
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.resume import beginning
 from hybridnorm_jax.training.run import Run
-from hybridnorm_jax.training.run_directory import open_run_directory, run_directory, write_config
+from hybridnorm_jax.training.run_directory import open_run_directory, run_directory, saved_config, write_config
 from hybridnorm_jax.training.run_lock import RunLock
 from hybridnorm_jax.training.start_report import count_text, start_report, table
 from hybridnorm_jax.training.step import Batch
@@ -63,6 +64,8 @@ def train(config: RunConfig, *, began: float | None = None, hooks: Iterable[Hook
         checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep))
         step = checkpoints.usable(allow_fallback=config.checkpoint.allow_fallback)
         start = beginning(config, program, data, checkpoints, step)
+        if step is not None and start.step == config.train.steps:
+            _say_keys_of_scores(saved_config(checkpoints, step), config)
         # Up to here nothing was written, so that a start that is refused changes nothing.
         writer = stack.enter_context(contextlib.closing(_metrics_writer(config, directory, step)))
         write_config(directory, config)
@@ -90,6 +93,13 @@ def train(config: RunConfig, *, began: float | None = None, hooks: Iterable[Hook
             _say_time(run)
     _say_results(run)
     return run.scores or {}
+
+
+def _say_keys_of_scores(saved: RunConfig, config: RunConfig) -> None:
+    """Of a run that had ended, which saves nothing more: say what its checkpoint does not get to know."""
+    if differing := scored_differences(saved, config):
+        kept = "the checkpoint, and so `hybridnorm eval` and `hybridnorm lab report`, keep what was saved"
+        say(f"note: {'; '.join(differing)}: this counts for the scores below alone; {kept}", file=sys.stderr)
 
 
 def _run_to_its_end(run: Run) -> None:

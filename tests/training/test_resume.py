@@ -105,12 +105,15 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(config, tmp_path, 
     assert [record["step"] for record in _records(whole, tmp_path) if "eval/validation/loss" in record] == [4, 6]
 
 
-def test_a_finished_run_is_evaluated_again_and_left_as_it_is(config, tmp_path):
+def test_a_finished_run_is_evaluated_again_and_left_as_it_is(config, tmp_path, capsys):
     once = loop.train(config)
     file = tmp_path / "runs/resumed/metrics.jsonl"
     before = file.read_text()
     again = loop.train(config)
     assert again == once
+    assert "note:" not in capsys.readouterr().err
+    loop.train(dataclasses.replace(config, eval=dataclasses.replace(config.eval, batches=2)))
+    assert "note: eval.batches: saved 1, asked 2: this counts for the scores below alone" in capsys.readouterr().err
     assert file.read_text() == before
 
     # eval.py's way: other devices, the newest checkpoint or a named one.
