@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.placement import runs
+from hybridnorm_jax.model.placement import HEAD_NORMS, runs
 
 Shape = tuple[int, ...]
 Index = tuple[int, ...]
@@ -34,14 +34,18 @@ class Layout:
       inputs: how many leading axes of our leaf are inputs; 0 for a bias, a scale.
       transposed: their matrix is (out, in), not (in, out).
       per_head: head by head the outputs of every leaf in turn, (heads, leaves, head_dim), not one leaf after another.
+      as_it_is: their tensor is our leaf, whatever its shape.
     """
 
     inputs: int = 0
     transposed: bool = False
     per_head: bool = False
+    as_it_is: bool = False
 
     def shape(self, leaves: Sequence[Shape]) -> Shape:
         """The shape of their tensor for leaves of these shapes."""
+        if self.as_it_is:
+            return leaves[0]
         outputs = sum(math.prod(leaf[self.inputs :]) for leaf in leaves)
         if not self.inputs:
             return (outputs,)
@@ -50,6 +54,8 @@ class Layout:
 
     def views(self, tensor: np.ndarray, leaves: Sequence[Shape]) -> list[np.ndarray]:
         """Views of their tensor in the shapes of the leaves: together every element once, none copied."""
+        if self.as_it_is:
+            return [tensor]
         tensor = tensor.T if self.transposed else tensor
         if self.per_head:
             heads = leaves[0][self.inputs]
@@ -68,6 +74,7 @@ CONV1D = Layout(inputs=1)
 CONV1D_OUT = Layout(inputs=2)
 LINEAR_PER_HEAD = Layout(inputs=1, transposed=True, per_head=True)
 VECTOR_PER_HEAD = Layout(per_head=True)
+AS_IT_IS = Layout(as_it_is=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,12 +137,17 @@ class Place:
         """The shape of their tensor."""
         return self.layout.shape([piece.shape for piece in self.slices])
 
+    @property
+    def size(self) -> int:
+        """How many numbers their tensor holds."""
+        return math.prod(self.shape)
+
     def views(self, tensor: np.ndarray) -> list[np.ndarray]:
         """Views of their tensor in the shapes of what it holds."""
         return self.layout.views(tensor, [piece.shape for piece in self.slices])
 
-    def targets(self, tree: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """Views of what the tensor holds of the leaves in a tree by path."""
+    def targets(self, tree: Mapping[str, Any]) -> list[Any]:
+        """What the tensor holds of the leaves in a tree by path; views where the leaves are NumPy's."""
         return [tree[piece.path][piece.index] for piece in self.slices]
 
 
@@ -355,6 +367,43 @@ _OPT = TensorTable(
     buffers=r"(?!)",
 )
 
+# Of our own code, in pytorch/. Norms have our names, projections those of Llama.
+_HYBRIDNORM_NORMS = tuple(
+    tensor
+    for sublayer in ("attention", "feed_forward")
+    for which in ("pre", "branch", "post")
+    for tensor in _norm(f"{sublayer}_{which}_norm", f"{sublayer}_{which}_norm")
+)
+_HYBRIDNORM_EXPERTS = tuple(
+    Tensor(f"mlp.experts.{name}_{theirs}", (f"feed_forward/expert_{name}/{ours}",), AS_IT_IS)
+    for name in ("gate", "up", "down")
+    for theirs, ours in (("proj", "kernel"), ("bias", "bias"))
+)
+_HYBRIDNORM = TensorTable(
+    prefix="model.",
+    outer=(
+        *_embedding("model.embed_tokens"),
+        *_dense("lm_head", "head"),
+        *_embedding("model.embed_positions", "position_embedding"),
+        *_norm("model.embedding_norm", "embedding_norm"),
+        *_norm("model.norm", "final_norm"),
+    ),
+    block=(
+        *_HYBRIDNORM_NORMS,
+        *_LLAMA_BRANCHES,
+        *(tensor for name in HEAD_NORMS for tensor in _norm(f"self_attn.{name}", f"attention/{name}")),
+        *_dense("mlp.router", "feed_forward/router"),
+        Tensor("mlp.balance_bias", ("feed_forward/balance_bias",), VECTOR),
+        *_HYBRIDNORM_EXPERTS,
+        *_dense("mlp.shared.gate_proj", "feed_forward/shared/gate"),
+        *_dense("mlp.shared.up_proj", "feed_forward/shared/up"),
+        *_dense("mlp.shared.down_proj", "feed_forward/shared/down"),
+    ),
+    layer="model.layers.{}.",
+    head="lm_head.weight",
+    buffers=r"(?!)",
+)
+
 TABLES: Mapping[str, TensorTable] = {
     "gpt2": _GPT2,
     "gpt_neox": _GPT_NEOX,
@@ -363,4 +412,5 @@ TABLES: Mapping[str, TensorTable] = {
     "qwen3": dataclasses.replace(_LLAMA, block=_LLAMA_PRE_NORMS + _LLAMA_BRANCHES + _Q_K_NORMS),
     "olmo2": dataclasses.replace(_LLAMA, block=_LLAMA_BRANCHES + _Q_K_NORMS + _OLMO2_BRANCH_NORMS),
     "olmoe": dataclasses.replace(_LLAMA, block=_LLAMA_PRE_NORMS + _LLAMA_ATTENTION + _Q_K_NORMS + _OLMOE_EXPERTS),
+    "hybridnorm": _HYBRIDNORM,
 }
