@@ -253,9 +253,24 @@ class Experts(nn.Module):
 
     def product(self, name, rows, expert, ends):
         """Each row times the kernel of its expert, plus the expert's bias."""
-        y = F.grouped_mm(rows, getattr(self, f"{name}_proj"), offs=ends)
-        bias = getattr(self, f"{name}_bias")
-        return y if bias is None else y + bias[expert]
+        kernels, bias = getattr(self, f"{name}_proj"), getattr(self, f"{name}_bias")
+        device = rows.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else kernels.dtype
+        y = grouped_product(rows.to(dtype), kernels.to(dtype), ends)
+        return y if bias is None else y + bias[expert].to(dtype)
+
+
+def grouped_product(rows, kernels, ends):
+    """rows[ends[e - 1] : ends[e]] @ kernels[e] for every e, one below the other."""
+    if rows.dtype == torch.float64 or not hasattr(F, "grouped_mm"):  # which knows no float64; this breaks a graph
+        parts = rows.tensor_split(ends[:-1].tolist())
+        return torch.cat([part @ kernel for part, kernel in zip(parts, kernels, strict=True)])
+    # It wants rows of a multiple of 16 bytes, which every model has but those of an odd width.
+    inputs, outputs = (-size % 8 for size in kernels.shape[1:])
+    if inputs or outputs:
+        rows, kernels = F.pad(rows, (0, inputs)), F.pad(kernels, (0, outputs, 0, inputs))
+    y = F.grouped_mm(rows, kernels, offs=ends)
+    return y[:, : y.shape[1] - outputs] if outputs else y
 
 
 class MixtureOfExperts(nn.Module):
