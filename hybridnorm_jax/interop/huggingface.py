@@ -140,23 +140,25 @@ def check_free(path: Path) -> None:
 
 @contextlib.contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
-    """A directory to write into, which is renamed to `path` at the end, and is gone after an error."""
-    _make_parent(path)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        directory = Path(scratch) / "checkpoint"
-        directory.mkdir()
-        yield directory
-        directory.replace(path)
-
-
-def _make_parent(path: Path) -> None:
-    """Make the directory in which `path` will appear."""
+    """A directory to write into, which is renamed to `path` at the end; after an error nothing is left."""
+    new = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be made: {error.strerror}") from error
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{path}: cannot be made, {path.parent} cannot be written to")
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+            directory = Path(scratch) / "checkpoint"
+            directory.mkdir()
+            yield directory
+            directory.replace(path)
+    except BaseException:
+        for parent in new:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                parent.rmdir()
+        raise
 
 
 def _stored_dtype(dtypes: set[str], directory: Path) -> str:

@@ -143,7 +143,6 @@ class HybridNormConfig(PretrainedConfig):
         self.dropout = dropout
         self.initializer_range = initializer_range
         self.use_cache = use_cache
-        check(self)
         super().__init__(
             tie_word_embeddings=tie_word_embeddings,
             bos_token_id=bos_token_id,
@@ -155,28 +154,29 @@ class HybridNormConfig(PretrainedConfig):
         self.tie_word_embeddings = tie_word_embeddings
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
 
-
-def check(config):
-    """Raise ValueError for a value that the model would misread; the message names it."""
-    for name, known in CHOICES.items():
-        require(name, getattr(config, name), known)
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise ValueError(f"num_key_value_heads={config.num_key_value_heads}: must divide num_attention_heads")
-    if config.positions == "learned" and config.max_position_embeddings is None:
-        raise ValueError("max_position_embeddings=null: positions=learned needs a number")
-    if config.num_experts and not 1 <= (config.num_experts_per_tok or 0) <= config.num_experts:
-        raise ValueError(f"num_experts_per_tok={config.num_experts_per_tok}: must be between 1 and num_experts")
-    if len(config.placements) != config.num_hidden_layers:
-        raise ValueError(f"placements: {len(config.placements)} of them for {config.num_hidden_layers} layers")
-    for layer, placement in enumerate(config.placements):
-        for name, value in placement.items():
-            where = f"placements[{layer}].{name}"
-            if name in ("attention", "feed_forward"):
-                check_sublayer(where, value)
-            elif name in HEAD_NORMS:
-                require(where, value, EXTENTS)
-            else:
-                raise ValueError(f"{where}: not known; known: attention, feed_forward, {', '.join(HEAD_NORMS)}")
+    def check(self):
+        """Raise ValueError for a value that the model would misread; the message names it. The model calls this."""
+        for name, known in CHOICES.items():
+            require(name, getattr(self, name), known)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_key_value_heads={self.num_key_value_heads}: must divide num_attention_heads")
+        if self.positions == "learned" and self.max_position_embeddings is None:
+            raise ValueError("max_position_embeddings=null: positions=learned needs a number")
+        if self.num_experts and not 1 <= (self.num_experts_per_tok or 0) <= self.num_experts:
+            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok}: must be between 1 and num_experts")
+        if len(self.placements) != self.num_hidden_layers:
+            raise ValueError(f"placements: {len(self.placements)} of them for {self.num_hidden_layers} layers")
+        for layer, placement in enumerate(self.placements):
+            for name, value in placement.items():
+                where = f"placements[{layer}].{name}"
+                if name in ("attention", "feed_forward"):
+                    check_sublayer(where, value)
+                elif name in HEAD_NORMS:
+                    require(where, value, EXTENTS)
+                else:
+                    raise ValueError(f"{where}: not known; known: attention, feed_forward, {', '.join(HEAD_NORMS)}")
+        if self._attn_implementation not in (None, "sdpa"):
+            raise ValueError(f"attn_implementation={self._attn_implementation!r}: this model has sdpa alone")
 
 
 def check_sublayer(where, sublayer):

@@ -28,16 +28,13 @@ from .configuration_hybridnorm import HEAD_NORMS, SUBLAYER, HybridNormConfig
 # transformers renamed it in 5.x. Both names are taken; this is the one that outputs have.
 HAS_NEW_NAME = any(field.name == "cache" for field in dataclasses.fields(BaseModelOutputWithPast))
 CACHE = "cache" if HAS_NEW_NAME else "past_key_values"
-NO_SCALE = {"residual_scale": 1.0, "branch_scale": 1.0, "input_scale": 1.0, "branch_norm_init": 1.0}
 
 
 def placement_of(config, layer):
     """The placement of a layer, with every part that config.json leaves out: norms, "input", scales of 1."""
     stated = config.placements[layer]
-    absent = {part: known[0] for part, known in SUBLAYER.items() if known is not None}
-    sublayers = {
-        name: SimpleNamespace(**(NO_SCALE | absent | stated.get(name, {}))) for name in ("attention", "feed_forward")
-    }
+    absent = {part: 1.0 if known is None else known[0] for part, known in SUBLAYER.items()}
+    sublayers = {name: SimpleNamespace(**(absent | stated.get(name, {}))) for name in ("attention", "feed_forward")}
     return SimpleNamespace(**sublayers, **{name: stated.get(name) for name in HEAD_NORMS})
 
 
@@ -48,11 +45,8 @@ def apply_formula(f, sublayer_input, block_input, placement, norms):
     """y = post(residual_scale * r + branch_scale * branch(f(input_scale * pre(x)))): every sublayer of every scheme."""
     pre, branch, post = norms
     x = block_input if placement.reads == "block" else sublayer_input
-    r = {
-        "input": lambda: sublayer_input,
-        "block": lambda: block_input,
-        "both": lambda: sublayer_input + block_input,
-    }[placement.residual]()
+    r = block_input if placement.residual == "block" else sublayer_input
+    r = sublayer_input + block_input if placement.residual == "both" else r
     y = branch(f(times(placement.input_scale, pre(x))))
     return post(times(placement.residual_scale, r) + times(placement.branch_scale, y))
 
@@ -159,6 +153,13 @@ def causal_mask(attention_mask, queries, past, slots, device):
     return ((seen & is_token[:, None]) | (key == own))[:, None]
 
 
+def positions_of(attention_mask, queries, past, device):
+    """0, 1, ... of the tokens of each row; padding does not count."""
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -queries:]
+    return (torch.arange(queries, device=device) + past)[None]
+
+
 class Attention(nn.Module):
     """softmax(N(q) N(k)^T / sqrt(head_dim) + mask) N(v), normalized, times W_O. Norms stand before the rotation."""
 
@@ -256,21 +257,25 @@ class Experts(nn.Module):
         kernels, bias = getattr(self, f"{name}_proj"), getattr(self, f"{name}_bias")
         device = rows.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else kernels.dtype
-        y = grouped_product(rows.to(dtype), kernels.to(dtype), ends)
+        y = grouped_product(rows.to(dtype), kernels.to(dtype), expert, ends)
         return y if bias is None else y + bias[expert].to(dtype)
 
 
-def grouped_product(rows, kernels, ends):
-    """rows[ends[e - 1] : ends[e]] @ kernels[e] for every e, one below the other."""
-    if rows.dtype == torch.float64 or not hasattr(F, "grouped_mm"):  # which knows no float64; this breaks a graph
+def grouped_product(rows, kernels, expert, ends):
+    """rows[i] @ kernels[expert[i]] of every row; rows are sorted by expert, and those of expert e end at ends[e]."""
+    if rows.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
+        # It wants rows of a multiple of 16 bytes, which every model has but those of an odd width.
+        inputs, outputs = (-size % 8 for size in kernels.shape[1:])
+        y = F.grouped_mm(F.pad(rows, (0, inputs)), F.pad(kernels, (0, outputs, 0, inputs)), offs=ends)
+        return y[:, : kernels.shape[2]]
+    if not torch.compiler.is_compiling():
         parts = rows.tensor_split(ends[:-1].tolist())
         return torch.cat([part @ kernel for part, kernel in zip(parts, kernels, strict=True)])
-    # It wants rows of a multiple of 16 bytes, which every model has but those of an odd width.
-    inputs, outputs = (-size % 8 for size in kernels.shape[1:])
-    if inputs or outputs:
-        rows, kernels = F.pad(rows, (0, inputs)), F.pad(kernels, (0, outputs, 0, inputs))
-    y = F.grouped_mm(rows, kernels, offs=ends)
-    return y[:, : y.shape[1] - outputs] if outputs else y
+    # A graph cannot depend on how many rows an expert has: each computes all rows. Compile in bfloat16 instead.
+    y = rows @ kernels[0]
+    for number, kernel in enumerate(kernels[1:], 1):
+        y = torch.where(expert[:, None] == number, rows @ kernel, y)
+    return y
 
 
 class MixtureOfExperts(nn.Module):
@@ -366,6 +371,7 @@ class HybridNormModel(HybridNormPreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
+        config.check()
         width = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         if config.positions == "learned":
@@ -411,7 +417,7 @@ class HybridNormModel(HybridNormPreTrainedModel):
         is_static = cache is not None and cache.is_compileable
         slots = cache.layers[0].max_cache_len if is_static else None
         if position_ids is None:
-            position_ids = self.positions_of(attention_mask, queries, past, x.device)
+            position_ids = positions_of(attention_mask, queries, past, x.device)
         mask = causal_mask(attention_mask, queries, past, slots, x.device)
         by = None
         if self.config.positions == "learned":
@@ -429,12 +435,6 @@ class HybridNormModel(HybridNormPreTrainedModel):
         kept = {CACHE: cache if use_cache else None}
         streams = tuple(streams) if output_hidden_states else None
         return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=streams, **kept)
-
-    def positions_of(self, attention_mask, queries, past, device):
-        """0, 1, ... of the tokens of each row; padding does not count."""
-        if attention_mask is not None and attention_mask.ndim == 2:
-            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -queries:]
-        return (torch.arange(queries, device=device) + past)[None]
 
     def learned_positions(self, position_ids):
         largest = self.config.max_position_embeddings
