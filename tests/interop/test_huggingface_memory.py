@@ -56,7 +56,9 @@ def test_peak_memory_is_under_1_3_times_the_checkpoint(tmp_path, keys, tensors):
     assert size < int(run.stdout) < 1.3 * size
 
 
-WRITING = MEMORY.split("before =")[0] + """
+WRITING = (
+    MEMORY.split("before =")[0]
+    + """
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from hybridnorm_jax.interop.huggingface import save_huggingface
@@ -74,6 +76,7 @@ before = status("VmRSS")
 save_huggingface(sys.argv[1] + "/big", config, params, dtype="bfloat16")
 print(status("VmHWM") - before)
 """
+)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")

@@ -50,7 +50,9 @@ def test_another_model_and_the_optimizer_are_refused_by_name(config, tmp_path, r
     save_huggingface(tmp_path / "exported", config.model, random_params(config.model))
     heir = _beginning_with(config, "heir", tmp_path / "exported")
     other = dataclasses.replace(heir, model=dataclasses.replace(config.model, scheme="post"))
-    with pytest.raises(hn.UserError, match=r"belong to another model \(model.scheme: .*exported has span, asked post\)"):
+    with pytest.raises(
+        hn.UserError, match=r"belong to another model \(model.scheme: .*exported has span, asked post\)"
+    ):
         loop.train(other)
     with pytest.raises(hn.UserError, match="init_optimizer=true: .*exported is a Hugging Face directory, without an"):
         loop.train(dataclasses.replace(heir, init_optimizer=True))
