@@ -32,6 +32,7 @@ SYNTAX = {
     "train": Syntax(options=("--dry-run",), takes_run_keys=True),
     "eval": Syntax(options=("--json",), takes_run_keys=True),
     "convert": Syntax(options=("--form", "--pad-to", "--dtype", "--text", "--ignore-key"), keys=(PLUGINS,)),
+    "export": Syntax(options=("--format", "--dtype", "--tokenizer", "--license"), keys=(PLUGINS,)),
     "plan": Syntax(options=("--topology", "--json", "--table"), takes_run_keys=True),
     "lab signal": Syntax(
         keys=("schemes", "depths", "initializers", "sequences", "seq_len", "out"),

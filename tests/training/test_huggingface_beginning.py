@@ -54,5 +54,5 @@ def test_another_model_and_the_optimizer_are_refused_by_name(config, tmp_path, r
         hn.UserError, match=r"belong to another model \(model.scheme: .*exported has span, asked post\)"
     ):
         loop.train(other)
-    with pytest.raises(hn.UserError, match="init_optimizer=true: .*exported is a Hugging Face directory, without an"):
+    with pytest.raises(hn.UserError, match=r"init_optimizer=true: .*exported is a Hugging Face directory, without an"):
         loop.train(dataclasses.replace(heir, init_optimizer=True))
