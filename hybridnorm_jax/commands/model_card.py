@@ -57,7 +57,7 @@ model = AutoModelForCausalLM.from_pretrained(DIRECTORY{trust})
 ```
 
 {which}"""
-WITH_TOKENIZER = """tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
+WITH_TOKENIZER = """tokenizer = AutoTokenizer.from_pretrained(DIRECTORY{trust})
 text = tokenizer.bos_token + "def "  # a document begins with this token
 inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))"""
@@ -118,9 +118,11 @@ def _count(model: ModelConfig) -> int:
 
 def _loading(kind: str, *, has_tokenizer: bool) -> str:
     is_own = kind == "hybridnorm"
+    trust = ", trust_remote_code=True" if is_own else ""
+    unknown = "# It came without a tokenizer: it was trained on token files."
     return LOADING.format(
-        trust=", trust_remote_code=True" if is_own else "",
-        use=WITH_TOKENIZER if has_tokenizer else "# It came without a tokenizer: it was trained on token files.",
+        trust=trust,
+        use=WITH_TOKENIZER.format(trust=trust) if has_tokenizer else unknown,
         which=OWN_CODE if is_own else f"It is a `{ALL[kind].class_name}` of transformers.",
     )
 
