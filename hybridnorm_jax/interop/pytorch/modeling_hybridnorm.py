@@ -12,7 +12,6 @@ Attention is torch's scaled_dot_product_attention, whatever the device. Statisti
 and the scales of the formula are computed in float32 at least. No buffer is computed in a constructor.
 """
 
-import dataclasses
 from types import SimpleNamespace
 
 import torch
@@ -26,8 +25,7 @@ from transformers.utils import can_return_tuple
 from .configuration_hybridnorm import HEAD_NORMS, SUBLAYER, HybridNormConfig
 
 # transformers renamed it in 5.x. Both names are taken; this is the one that outputs have.
-HAS_NEW_NAME = any(field.name == "cache" for field in dataclasses.fields(BaseModelOutputWithPast))
-CACHE = "cache" if HAS_NEW_NAME else "past_key_values"
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 def placement_of(config, layer):
@@ -45,7 +43,7 @@ def apply_formula(f, sublayer_input, block_input, placement, norms):
     """y = post(residual_scale * r + branch_scale * branch(f(input_scale * pre(x)))): every sublayer of every scheme."""
     pre, branch, post = norms
     x = block_input if placement.reads == "block" else sublayer_input
-    r = block_input if placement.residual == "block" else sublayer_input
+    r = {"input": sublayer_input, "block": block_input}.get(placement.residual)
     r = sublayer_input + block_input if placement.residual == "both" else r
     y = branch(f(times(placement.input_scale, pre(x))))
     return post(times(placement.residual_scale, r) + times(placement.branch_scale, y))
@@ -180,20 +178,23 @@ class Attention(nn.Module):
                 affine = {"scale": config.attention_norm_scale, "bias": config.attention_norm_bias}
                 setattr(self, name, Norm(config.attention_norm, size, eps=config.norm_eps, **affine))
 
-    def forward(self, x, by, mask, cache):
-        """What attention adds to the stream (batch, tokens, width); by: of `rotation`, mask: of `causal_mask`."""
+    def forward(self, x, by, mask, cache, place):
+        """What attention adds to the stream (batch, tokens, width).
+
+        Args:
+          by: of `rotation`. mask: of `causal_mask`. place: the numbers of these tokens in the cache.
+        """
         q = self.heads("q_norm", self.q_proj(x)).transpose(1, 2)
         k = self.heads("k_norm", self.k_proj(x)).transpose(1, 2)
         v = self.heads("v_norm", self.v_proj(x)).transpose(1, 2)
         if by is not None:
             q, k = rotate(q, by), rotate(k, by)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer)
+            k, v = cache.update(k, v, self.layer, {"cache_position": place})
         if self.groups > 1 and mask is not None:  # with a mask torch has no fast kernel for shared heads
             k, v = k.repeat_interleave(self.groups, dim=1), v.repeat_interleave(self.groups, dim=1)
-        shared = self.groups > 1 and mask is None
-        is_causal = mask is None and q.shape[2] > 1
-        context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=shared)
+        kind = {"is_causal": mask is None and q.shape[2] > 1, "enable_gqa": self.groups > 1 and mask is None}
+        context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **kind)
         return self.o_proj(self.heads("context_norm", context.transpose(1, 2).flatten(2)).flatten(2))
 
     def heads(self, name, x):
@@ -324,11 +325,11 @@ class HybridNormBlock(GradientCheckpointingLayer):
             setattr(self, f"{name}_branch_norm", stream_norm(config, parts.branch, parts.branch_norm_init))
             setattr(self, f"{name}_post_norm", stream_norm(config, parts.post))
 
-    def forward(self, x, by=None, mask=None, cache=None):
+    def forward(self, x, by=None, mask=None, cache=None, place=None):
         """The stream (batch, tokens, width) after this block."""
 
         def attend(x):
-            return self.dropout(self.self_attn(x, by, mask, cache))
+            return self.dropout(self.self_attn(x, by, mask, cache, place))
 
         def feed_forward(x):
             return self.dropout(self.mlp(x))
@@ -426,9 +427,10 @@ class HybridNormModel(HybridNormPreTrainedModel):
             by = rotation(self.config, position_ids, x.dtype)
 
         x = self.dropout(self.embedding_norm(x))
+        place = None if cache is None else torch.arange(queries, device=x.device) + past
         streams = [x]
         for block in self.layers:
-            x = block(x, by=by, mask=mask, cache=cache)
+            x = block(x, by=by, mask=mask, cache=cache, place=place)
             streams.append(x)
         x = self.norm(x)
         streams[-1] = x
