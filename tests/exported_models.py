@@ -17,7 +17,8 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 
 import hybridnorm_jax as hn  # noqa: E402
 from hybridnorm_jax.interop.huggingface import save_huggingface  # noqa: E402
-from hybridnorm_jax.interop.tensors import TABLES, leaf_shapes  # noqa: E402
+from hybridnorm_jax.interop.tensor_places import leaf_shapes  # noqa: E402
+from hybridnorm_jax.interop.tensors import TABLES  # noqa: E402
 from hybridnorm_jax.model.abstract_params import abstract_params  # noqa: E402
 
 transformers.logging.set_verbosity_error()

@@ -5,7 +5,7 @@ from typing import Any
 
 from hybridnorm_jax.config.run_config import DataSection, RunConfig
 from hybridnorm_jax.interop.architectures import ALL
-from hybridnorm_jax.interop.tensors import leaf_shapes
+from hybridnorm_jax.interop.tensor_places import leaf_shapes
 from hybridnorm_jax.model.config import ModelConfig
 
 MOST_FILES = 20

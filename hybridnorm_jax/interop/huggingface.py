@@ -24,7 +24,8 @@ from hybridnorm_jax.interop.architectures import ALL, config_from_json, config_t
 from hybridnorm_jax.interop.checkpoint_files import read_json
 from hybridnorm_jax.interop.own_architecture import CODE_FILES, OWN
 from hybridnorm_jax.interop.safetensors_files import CONFIG, StoredTensors, is_finite, split_into_shards, write_shards
-from hybridnorm_jax.interop.tensors import TABLES, Place, TensorTable, leaf_shapes
+from hybridnorm_jax.interop.tensor_places import Place, TensorTable, leaf_shapes
+from hybridnorm_jax.interop.tensors import TABLES
 from hybridnorm_jax.model.config import PARAM_DTYPES, ModelConfig
 from hybridnorm_jax.whole_files import expanded
 

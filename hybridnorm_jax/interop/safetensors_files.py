@@ -17,7 +17,7 @@ import numpy as np
 from hybridnorm_jax.config_fields import shortened
 from hybridnorm_jax.errors import MissingExtraError, UserError, first_line
 from hybridnorm_jax.interop.checkpoint_files import find_file, foreign_weights, parse_json, read_json
-from hybridnorm_jax.interop.tensors import Place, TensorTable
+from hybridnorm_jax.interop.tensor_places import Place, TensorTable
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

@@ -11,7 +11,7 @@ from flax.traverse_util import unflatten_dict
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.interop.huggingface import save_huggingface
-from hybridnorm_jax.interop.tensors import leaf_shapes
+from hybridnorm_jax.interop.tensor_places import leaf_shapes
 
 MEMORY = """
 import sys
@@ -62,7 +62,7 @@ WRITING = (
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from hybridnorm_jax.interop.huggingface import save_huggingface
-from hybridnorm_jax.interop.tensors import leaf_shapes
+from hybridnorm_jax.interop.tensor_places import leaf_shapes
 
 config = hn.ModelConfig(d_model=512, num_heads=8, num_layers=16, mlp_dim=2048, vocab_size=16_000)
 leaves = {path: np.ones(shape, np.float32) for path, shape in leaf_shapes(config).items()}
