@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -85,6 +86,16 @@ def test_padding_on_the_left_changes_nothing(model_of, name):
     other, _ = left_padded([TOKENS[0], TOKENS[1, :5]], pad=8)
     np.testing.assert_array_equal(logits_of(model, other, attention_mask=mask)[1, -5:], padded[1, -5:])
     np.testing.assert_allclose(padded[0], logits_of(model)[0], rtol=0, atol=1e-5)
+
+
+def test_no_row_of_a_mask_is_empty(model_of):
+    """On some devices a query that sees nothing is NaN, which the next layer's values would spread."""
+    causal_mask = sys.modules[type(model_of("span")).__module__].causal_mask
+    _, attention_mask = left_padded([TOKENS[0], TOKENS[1, :5]])
+    mask = causal_mask(attention_mask, 12, 0, None, attention_mask.device)
+    assert mask.shape == (2, 1, 12, 12)
+    assert mask.any(-1).all()
+    assert not mask[1, 0, 7:, :7].any()
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -257,6 +268,21 @@ def test_gradient_checkpointing_changes_no_gradient(model_of, name, use_reentran
         gradients.append({name: each.grad for name, each in model.named_parameters()})
     for path, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][path], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_the_router_is_not_rounded_under_autocast(model_of):
+    """Rounded logits would send tokens to other experts."""
+    mixture = model_of("experts").model.layers[0].mlp
+    chosen = []
+    mixture.experts.register_forward_pre_hook(lambda module, inputs: chosen.append(inputs[1:]))
+    x = torch.randn(2, 50, 32, generator=torch.Generator().manual_seed(0))
+    mixture(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixture(x)
+    (weights, experts), (rounded_weights, rounded_experts) = chosen
+    assert rounded_weights.dtype == torch.float32
+    torch.testing.assert_close(rounded_weights, weights, rtol=0, atol=0)
+    torch.testing.assert_close(rounded_experts, experts, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["span", "experts_with_all"])
