@@ -53,7 +53,9 @@ PATH_KEYS = ("init_from", "run.dir", "data.tokenizer", "data.cache_dir", "out")
 # Options whose value is the next argument, and those that are written --option=value.
 VALUES_OF_OPTIONS = {
     "--form": ("pre_rmsnorm", "pre_crmsnorm"),
-    "--dtype": ("float32", "float64"),
+    "--format": ("hf", "safetensors"),
+    "--dtype": model.PARAM_DTYPES,
+    "--license": (),
     "--pad-to": (),
     "--ignore-key": (),
     "--topology": (),
@@ -67,6 +69,8 @@ VALUES_OF_OPTIONS = {
     "--seed": (),
     "--stop": (),
 }
+# Where a command takes fewer of them.
+VALUES_OF_COMMANDS = {("convert", "--dtype"): ("float32", "float64")}
 PATH_OPTIONS = ("--text", "--table", "--file", "--tokenizer")
 OPTIONS_WITH_EQUALS = {"--emit-jobs": ("slurm", "jobset"), "--only": ()}
 
@@ -94,10 +98,10 @@ def _of_command(command: str, given: Sequence[str], typed: str) -> list[str]:
     if option in PATH_OPTIONS:
         return _files(typed)
     if option in VALUES_OF_OPTIONS:
-        return _whole(VALUES_OF_OPTIONS[option])
+        return _whole(VALUES_OF_COMMANDS.get((command, option), VALUES_OF_OPTIONS[option]))
     if typed.startswith("-"):
         return _options(command)
-    if command in ("eval", "generate") and not given:
+    if command in ("eval", "generate", "export") and not given:
         return _run_directories(typed)
     goes_on = _values(command, typed) if "=" in typed else _keys(command, typed)
     return [*_positionals(command, given, typed), *goes_on]
@@ -117,7 +121,7 @@ def _options(command: str) -> list[str]:
 def _positionals(command: str, given: Sequence[str], typed: str) -> list[str]:
     if command in ("train", "plan", "lab signal", "lab compare"):
         return [*_whole(named_configurations.names()), *_files(typed, named_configurations.SUFFIXES)]
-    if command == "convert":
+    if command in ("convert", "export"):
         return _directories(typed)
     if command == "schemes":
         return _whole(SCHEMES)

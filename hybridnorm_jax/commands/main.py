@@ -49,6 +49,7 @@ COMMANDS = {
     "eval": Command("RUN_DIR [key=value ...]", "score a run on its validation sets", has_processes=True),
     "generate": Command("RUN_OR_DIR [--prompt TEXT]", "write text with a trained model"),
     "convert": Command("DIR OUT_DIR --form FORM", "make a Pre-LN model cheaper, proven equal"),
+    "export": Command("RUN OUT_DIR", "write a run's model for PyTorch"),
     "plan": Command("CONFIG [key=value ...]", "say whether a run fits on other devices"),
     "lab": Command("signal | compare | report", "compare norm placements", has_processes=True),
     "schemes": Command("[SCHEME ...] [DEPTH]", "print norm placements as tables"),

@@ -49,6 +49,7 @@ SYNTAX = {
         keys=(PLUGINS,),
     ),
     "convert": Syntax(options=("--form", "--pad-to", "--dtype", "--text", "--ignore-key"), keys=(PLUGINS,)),
+    "export": Syntax(options=("--format", "--dtype", "--tokenizer", "--license"), keys=(PLUGINS,)),
     "plan": Syntax(options=("--topology", "--json", "--table"), takes_run_keys=True),
     "lab signal": Syntax(
         keys=("schemes", "depths", "initializers", "sequences", "seq_len", "out"),

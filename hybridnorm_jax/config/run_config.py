@@ -293,7 +293,9 @@ class RunConfig:
     checkpoint: CheckpointSection = dataclasses.field(default_factory=CheckpointSection)
     eval: EvalSection = dataclasses.field(default_factory=EvalSection)
     distributed: DistributedSection = dataclasses.field(default_factory=DistributedSection)
-    init_from: str | None = key(None, "run whose parameters to start from: RUN, RUN@STEP or RUN/checkpoints/STEP")
+    init_from: str | None = key(
+        None, "whose parameters to start from: RUN, RUN@STEP, RUN/checkpoints/STEP or a Hugging Face directory"
+    )
     init_optimizer: bool = key(
         False,
         "init_from: also take the optimizer state, step and position in the data, as a branch of that run",

@@ -31,6 +31,7 @@ from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.model.schemes import SCHEMES
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.hooks.skipped_steps import DivergedError
+from hybridnorm_jax.training.huggingface_beginning import is_huggingface
 from hybridnorm_jax.training.loop import train
 from hybridnorm_jax.training.run_directory import run_directory
 from hybridnorm_jax.training.run_identity import check_same_run, saved_run
@@ -153,8 +154,9 @@ def compare(asked: Comparison, only: int | None = None) -> list[dict[str, Any]]:
     file = epath.Path(asked.directory) / "comparison.json"
     # What cannot be read or written is refused before anything is written.
     check_place(absolute(asked.directory))
-    if asked.configs[0].init_from is not None:
-        find_checkpoint(asked.configs[0].init_from)
+    init_from = asked.configs[0].init_from
+    if init_from is not None and not is_huggingface(init_from):
+        find_checkpoint(init_from)
     data = read_data(asked.configs[0])
     if is_local(asked.directory):
         check_addition(Path(asked.directory), asked.configs, data)

@@ -14,6 +14,7 @@ from hybridnorm_jax.data import Data, train_iterator
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.training.anomalies import no_anomalies
 from hybridnorm_jax.training.checkpoints import Checkpoints
+from hybridnorm_jax.training.huggingface_beginning import huggingface_params, is_huggingface
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.run_directory import saved_config
 from hybridnorm_jax.training.run_identity import check_same_files
@@ -62,7 +63,9 @@ def beginning(config: RunConfig, program: Program, data: Data, checkpoints: Chec
     if step is not None:
         return _go_on(config, program, data, checkpoints, step, where=f"step {step}")
     now, before = training_data(config.data, data), []
-    if config.init_from is not None:
+    if config.init_from is not None and is_huggingface(config.init_from):
+        state = dataclasses.replace(program.fresh_state(), params=huggingface_params(config, program))
+    elif config.init_from is not None:
         with _source(config) as source:
             if config.init_optimizer:
                 _check_branch(source, config)

@@ -20,6 +20,7 @@ TARGETS = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), r
 WORK = {
     "eval": "commands.eval.evaluate_run",
     "convert": "commands.convert.convert",
+    "export": "commands.export.export",
     "plan": "planning.compilation.plan",
     "lab signal": "lab.signal_at_start.random_batch",
     "lab compare": "lab.compare.compare",
