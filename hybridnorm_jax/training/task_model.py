@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 
 class TaskModel:
-    """Scores tasks with the parameters of a run; its programs are compiled once, however often they are scored."""
+    """Scores tasks with the parameters of a run; its programs are compiled once, however often they are scored.
+
+    Attributes:
+      config: of the run.
+      tokenizer: of its data.
+    """
 
     def __init__(
         self,
@@ -49,8 +54,9 @@ class TaskModel:
         if tokenizer is None:
             right = "data.tokenizer names no tokenizer for these token files; name its tokenizer.json"
             raise ConfigError(f"{key}: tasks are texts; {right}")
+        self.config, self.tokenizer = program.config, tokenizer
         config = program.config
-        self._program, self._tokenizer, self._limit = program, tokenizer, limit
+        self._program, self._limit = program, limit
         self._before_batch = before_batch
         self._separator = separator_id(config, tokenizer)
         self._tasks: Tasks = open_tasks(tasks, key=key, window=config.train.seq_len)
@@ -75,15 +81,14 @@ class TaskModel:
         """The model with these parameters as `lm_eval.evaluator` takes one."""
         from hybridnorm_jax.evaluation.lm_eval_model import LmEvalModel
 
-        config = self._program.config
         writer = Writer(
             partial(self._write, params),
-            self._tokenizer,
+            self.tokenizer,
             separator=self._separator,
-            window=config.train.seq_len,
+            window=self.config.train.seq_len,
             batch_size=self._program.eval_batch_size,
         )
-        return LmEvalModel(self._tokenizer, partial(self._scorer.score, params), writer, separator=self._separator)
+        return LmEvalModel(self.tokenizer, partial(self._scorer.score, params), writer, separator=self._separator)
 
     def _write(
         self,
@@ -98,7 +103,7 @@ class TaskModel:
         """answers.Write, with generation.generate."""
         self._before_batch()
         return generate(
-            self._program.config.model,
+            self.config.model,
             params,
             prompts,
             max_new_tokens=max_new_tokens,
