@@ -30,7 +30,7 @@ class Syntax:
 
 SYNTAX = {
     "train": Syntax(options=("--dry-run",), takes_run_keys=True),
-    "eval": Syntax(options=("--json",), takes_run_keys=True),
+    "eval": Syntax(options=("--tasks", "--limit", "--json"), takes_run_keys=True),
     "convert": Syntax(options=("--form", "--pad-to", "--dtype", "--text", "--ignore-key"), keys=(PLUGINS,)),
     "plan": Syntax(options=("--topology", "--json", "--table"), takes_run_keys=True),
     "lab signal": Syntax(

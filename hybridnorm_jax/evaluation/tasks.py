@@ -1,7 +1,7 @@
 """Tasks of the LM Evaluation Harness: found by name or file, loaded with their data, and scored.
 
-lm_eval, the extra `eval`, is imported only inside the functions that need it. lm_eval_model.py is the model as the harness
-calls it.
+lm_eval, the extra `eval`, is imported only inside the functions that need it. lm_eval_model.py is the model as the
+harness calls it.
 """
 
 import contextlib
@@ -22,38 +22,13 @@ import yaml
 
 from hybridnorm_jax.errors import MissingExtraError, UserError, first_line
 from hybridnorm_jax.evaluation.answers import check_length, read_options
+from hybridnorm_jax.evaluation.paper_tasks import OWN_TASKS, PAPER, PAPER_TASKS
 from hybridnorm_jax.streams import can_redraw
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
 
-PAPER = "hybridnorm"
-# The eight tasks of which the HybridNorm paper (2503.04598) gives the average, each with the metric that OLMo's own
-# evaluation, which the paper used, takes of it: len_norm there is acc_norm here.
-PAPER_TASKS = {
-    "basic_arithmetic": "acc",
-    "hellaswag": "acc_norm",
-    "sciq": "acc",
-    "arc_challenge": "acc_norm",
-    "arc_easy": "acc",
-    "piqa": "acc_norm",
-    "openbookqa": "acc_norm",
-    "copa": "acc",
-}
-# OLMo's, with the prompt of ARC; the harness has no such task.
-OWN_TASKS: dict[str, dict[str, Any]] = {
-    "basic_arithmetic": {
-        "task": "basic_arithmetic",
-        "dataset_path": "allenai/basic_arithmetic",
-        "output_type": "multiple_choice",
-        "validation_split": "validation",
-        "doc_to_text": "Question: {{question}}\nAnswer:",
-        "doc_to_choice": "{{choices.text}}",
-        "doc_to_target": "{{choices.label.index(answerKey)}}",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
-}
 # Seeds of the harness's own command line, for the same few-shot examples.
 PYTHON_SEED, OTHER_SEED = 0, 1234
 NO_FORKS = "DISABLE_MULTIPROC"
@@ -94,6 +69,15 @@ class TaskScore:
         return {**self.metrics, **errors, "samples": self.samples}
 
 
+def check_lm_eval(key: str) -> None:
+    """Raise MissingExtraError where lm_eval is not installed; `key` asked for tasks."""
+    try:
+        import lm_eval.evaluator
+        import lm_eval.tasks  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(key, extra="eval") from error
+
+
 def open_tasks(names: Sequence[str], *, key: str, window: int) -> Tasks:
     """Find tasks and load their data, which may download it.
 
@@ -107,14 +91,16 @@ def open_tasks(names: Sequence[str], *, key: str, window: int) -> Tasks:
       UserError: lm_eval is not installed, a name is unknown, a file is none, data cannot be loaded, or an answer may be
         longer than the window.
     """
-    _import_lm_eval(key)
+    check_lm_eval(key)
     asked = tuple(dict.fromkeys(names))
     if not asked:
         raise UserError(f"{key}: names no task; give one, such as hellaswag, or a folder of task files")
     plain = [each for name in asked for each in (PAPER_TASKS if name == PAPER else [name])]
     folders = {name: _folder(name, key) for name in plain if _is_path(name)}
     with _harness_settings():
-        manager = _manager(folders.values(), with_own=any(name not in folders and name not in OWN_TASKS for name in plain))
+        manager = _manager(
+            folders.values(), with_own=any(name not in folders and name not in OWN_TASKS for name in plain)
+        )
         specs = [spec for name in plain for spec in _specs(name, manager, folders, key)]
         loaded = _load(manager, specs, key)
     for name, task in loaded["tasks"].items():
@@ -163,14 +149,6 @@ def table(scores: Mapping[str, TaskScore]) -> str:
         aligned = [number.rjust(width) for number, width in zip(numbers, widths[2:], strict=True)]
         lines.append("  ".join([name.ljust(widths[0]), metric.ljust(widths[1]), *aligned]).rstrip())
     return "\n".join(lines)
-
-
-def _import_lm_eval(key: str) -> None:
-    try:
-        import lm_eval.evaluator  # noqa: F401
-        import lm_eval.tasks  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(key, extra="eval") from error
 
 
 def _is_path(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""From texts to what is scored, and from what a model writes to an answer, as the harness does with Hugging Face models.
+"""From texts to what is scored, and from what a model writes to an answer, as in the harness's `hf` model.
 
 The boundary between a context and its continuation is that of the tokens of both together. Whitespace at the end of a
 context belongs to the continuation: most tokenizers join a word with the space before it.

@@ -144,9 +144,7 @@ class Attention(nn.Module):
         out = dense(x.shape[-1], axis=(-2, -1), kernel_init=self.output_init, name="out")
         return out(context)
 
-    def _keep(
-        self, name: str, new: Float[Array, "batch seq kv_heads head_dim"], cached: CachedLayer
-    ) -> CachedHeads:
+    def _keep(self, name: str, new: Float[Array, "batch seq kv_heads head_dim"], cached: CachedLayer) -> CachedHeads:
         """Put new keys or values into their slots of this layer; returns all slots of all layers of the run."""
         kept = self.variable(CACHE, name)
         place = (cached.layer, 0, 0, cached.slots.next, 0)

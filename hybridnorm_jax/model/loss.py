@@ -93,7 +93,8 @@ def in_chunks(
 
 
 def with_head_gathered(params: Any, *, tie_embeddings: bool) -> Any:
-    """The decoder's parameters, those of the head gathered once, and their gradient reduced once, not in every chunk."""
+    """A decoder's parameters; those of the head are gathered once, and their gradient reduced once, not in each chunk."""
+    axes: tuple[str | None, str | None]
     module, name, axes = "head", "kernel", (None, "vocab")
     if tie_embeddings:
         module, name, axes = "token_embedding", "embedding", ("vocab", None)

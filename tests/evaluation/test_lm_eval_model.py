@@ -80,8 +80,8 @@ def theirs(config, params, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("hf") / "model"
     write_huggingface(folder, config, params)
-    # Its cache of logits (0.4.13) scores "." after "so on" by the logits of " so", where " so on." after the same text is
-    # asked for too.
+    # Its cache of logits (0.4.13) scores "." after "so on" by the logits of " so" where the same text is also asked for
+    # as another context and " so on.".
     return HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=3, logits_cache=False)
 
 
