@@ -140,6 +140,9 @@ def _files_here(saved: DataSection, asked: DataSection, *, is_same_data: bool) -
     return found
 
 
+# Keys of training for which this command has options: a saved run's tasks are not run, because it may be a stranger's.
+OF_TRAINING = {"eval.tasks": "--tasks", "eval.task_limit": "--limit"}
+
 USAGE = """usage: hybridnorm eval RUN_DIR [key=value ...] [--json]
        hybridnorm eval RUN_DIR --tasks TASK[,TASK ...] [--limit N]
                                [key=value ...] [--json]
@@ -191,6 +194,8 @@ def run(arguments: Sequence[str], processes: Processes) -> None:
     for argument in overrides:
         if "=" not in argument:
             raise ConfigError(f"{argument}: eval takes one run directory, and then key=value only")
+        if argument.partition("=")[0] in OF_TRAINING:
+            raise ConfigError(f"{argument}: a key of training; here it is {OF_TRAINING[argument.partition('=')[0]]}")
     asked = eval_tasks.asked_tasks(options.tasks, options.limit)
     with processes.running(_distributed(overrides)):
         if asked is not None:

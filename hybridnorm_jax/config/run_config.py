@@ -275,9 +275,15 @@ class EvalSection:
     batch_size: int | None = key(
         None, "sequences per batch; null: as a training microbatch", at_least=1, at_most=MOST_SEQUENCES
     )
+    tasks: tuple[str, ...] = key(
+        (), "tasks of the LM Evaluation Harness to score as well: names, hybridnorm, task files; needs the extra `eval`"
+    )
+    task_limit: int | None = key(None, "documents of each task, its first; null: all", at_least=1, at_most=MOST_STEPS)
 
     def __post_init__(self) -> None:
         check_fields("eval", self)
+        needs = self.task_limit is None or bool(self.tasks)
+        check(needs, "eval.task_limit", self.task_limit, "needs eval.tasks")
 
 
 @dataclasses.dataclass(frozen=True)

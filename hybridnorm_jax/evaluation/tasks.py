@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import logging
+import math
 import os
 import random
 import sys
@@ -64,9 +65,10 @@ class TaskScore:
     samples: int
 
     def as_json(self) -> dict[str, Any]:
-        """The metrics, their errors as METRIC_stderr, and the number of samples."""
-        errors = {f"{name}_stderr": error for name, error in self.errors.items()}
-        return {**self.metrics, **errors, "samples": self.samples}
+        """The metrics, their errors as METRIC_stderr, and the number of samples; null for what is not finite."""
+        values = {**self.metrics, **{f"{name}_stderr": error for name, error in self.errors.items()}}
+        known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        return {**known, "samples": self.samples}
 
 
 def check_lm_eval(key: str) -> None:
@@ -139,7 +141,7 @@ def table(scores: Mapping[str, TaskScore]) -> str:
         for metric, value in score.metrics.items():
             error = score.errors.get(metric)
             shown = "-" if error is None else f"{error:.4f}"
-            rows.append((name, metric, f"{value:.4f}", shown, f"{score.samples:,}"))
+            rows.append((name, metric, _shown(value), shown, f"{score.samples:,}"))
     average = paper_average(scores)
     if average is not None:
         rows.append((f"mean of {PAPER}", "", f"{average:.4f}", "", ""))
@@ -149,6 +151,11 @@ def table(scores: Mapping[str, TaskScore]) -> str:
         aligned = [number.rjust(width) for number, width in zip(numbers, widths[2:], strict=True)]
         lines.append("  ".join([name.ljust(widths[0]), metric.ljust(widths[1]), *aligned]).rstrip())
     return "\n".join(lines)
+
+
+def _shown(value: float) -> str:
+    """A metric as text: an accuracy with four decimals, the perplexity of a fresh model with four digits."""
+    return f"{value:.4f}" if abs(value) < 100_000 else f"{value:.4g}"
 
 
 def _is_path(name: str) -> bool:

@@ -6,7 +6,7 @@ all of them score the same requests together, each its share of every batch, and
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -76,7 +76,6 @@ class TokenScorer:
         *,
         window: int,
         batch_size: int,
-        before_batch: Callable[[], None] = lambda: None,
     ):
         """Compile nothing yet.
 
@@ -86,10 +85,9 @@ class TokenScorer:
           window: the most tokens that the model reads at once; what fits the model and the mesh.
           batch_size: sequences of `window` tokens that fit into memory, over all devices. Of shorter ones more are
             scored at a time.
-          before_batch: is called before each batch.
         """
         self.window = window
-        self._mesh, self._rules, self._before_batch = mesh, rules, before_batch
+        self._mesh, self._rules = mesh, rules
         self._vocab_size = model.config.vocab_size
         self._parts = batch_parts(mesh, rules)
         self._tokens_of_part = max(batch_size // self._parts, 1) * window
@@ -100,20 +98,28 @@ class TokenScorer:
         whole = NamedSharding(mesh, PartitionSpec())
         self._score = jax.jit(partial(_score_rows, model), static_argnames="chunk", out_shardings=whole)
 
-    def score(self, params: Any, requests: Sequence[Request], *, stride: int | None = None) -> list[TokenScore]:
+    def score(
+        self,
+        params: Any,
+        requests: Sequence[Request],
+        *,
+        stride: int | None = None,
+        before_batch: Callable[[], None] = lambda: None,
+    ) -> list[TokenScore]:
         """The score of every request, in their order.
 
         Args:
           params: of the model, on the mesh.
           requests: their contexts are not empty.
           stride: of continuations that are longer than the window (token_requests.pieces).
+          before_batch: is called before each batch.
 
         Raises:
           UserError: a token is not in the vocabulary.
         """
         self._check_vocabulary(requests)
         sums, is_greedy = [0.0] * len(requests), [True] * len(requests)
-        started = (self._run(params, batch) for batch in self._batches(requests, stride))
+        started = self._started(params, self._batches(requests, stride), before_batch)
         for batch, likelihoods, greedy in _one_batch_late(started):
             for row, likelihood, matches in zip(batch.rows, likelihoods, greedy, strict=False):
                 sums[row.request] += float(likelihood)
@@ -136,9 +142,15 @@ class TokenScorer:
             for first in range(0, len(rows), count):
                 yield _Batch(length, rows[first : first + count])
 
+    def _started(
+        self, params: Any, batches: Iterable[_Batch], before_batch: Callable[[], None]
+    ) -> Iterator[tuple[_Batch, Array, Array]]:
+        for batch in batches:
+            before_batch()
+            yield self._run(params, batch)
+
     def _run(self, params: Any, batch: _Batch) -> tuple[_Batch, Array, Array]:
         """Start a batch; its results are on the devices."""
-        self._before_batch()
         count = self._rows_at_a_time(batch.length)
         share = batch_share(self._mesh, self._rules)
         local = count // share.count

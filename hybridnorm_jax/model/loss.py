@@ -93,7 +93,7 @@ def in_chunks(
 
 
 def with_head_gathered(params: Any, *, tie_embeddings: bool) -> Any:
-    """A decoder's parameters; those of the head are gathered once, and their gradient reduced once, not in each chunk."""
+    """A decoder's parameters, those of the head gathered (and their gradient reduced) once instead of in each chunk."""
     axes: tuple[str | None, str | None]
     module, name, axes = "head", "kernel", (None, "vocab")
     if tie_embeddings:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
 
+def _nothing() -> None:
+    pass
+
+
 class TaskModel:
     """Scores tasks with the parameters of a run; its programs are compiled once, however often they are scored.
 
@@ -36,7 +40,6 @@ class TaskModel:
         *,
         key: str,
         limit: int | None = None,
-        before_batch: Callable[[], None] = lambda: None,
     ):
         """Find the tasks and load their data.
 
@@ -46,7 +49,6 @@ class TaskModel:
           tasks: see evaluation.tasks.open_tasks.
           key: that names them, for messages.
           limit: of each task only so many documents, its first; None: all.
-          before_batch: is called before each batch.
 
         Raises:
           UserError: see evaluation.tasks.open_tasks; or there is no tokenizer.
@@ -57,7 +59,6 @@ class TaskModel:
         self.config, self.tokenizer = program.config, tokenizer
         config = program.config
         self._program, self._limit = program, limit
-        self._before_batch = before_batch
         self._separator = separator_id(config, tokenizer)
         self._tasks: Tasks = open_tasks(tasks, key=key, window=config.train.seq_len)
         # The form in which a run was trained is another matter: the parameters are those of config.model.
@@ -70,29 +71,30 @@ class TaskModel:
             program.rules,
             window=config.train.seq_len,
             batch_size=program.eval_batch_size,
-            before_batch=before_batch,
         )
 
-    def scores(self, params: Any) -> dict[str, TaskScore]:
-        """The scores of all tasks with these parameters, the same in every process."""
-        return evaluate_tasks(self.for_lm_eval(params), self._tasks, limit=self._limit)
+    def scores(self, params: Any, *, before_batch: Callable[[], None] = _nothing) -> dict[str, TaskScore]:
+        """The scores of all tasks with these parameters, the same in every process; calls before_batch now and then."""
+        return evaluate_tasks(self.for_lm_eval(params, before_batch=before_batch), self._tasks, limit=self._limit)
 
-    def for_lm_eval(self, params: Any) -> "LM":
-        """The model with these parameters as `lm_eval.evaluator` takes one."""
+    def for_lm_eval(self, params: Any, *, before_batch: Callable[[], None] = _nothing) -> "LM":
+        """The model with these parameters as `lm_eval.evaluator` takes one; arguments as those of `scores`."""
         from hybridnorm_jax.evaluation.lm_eval_model import LmEvalModel
 
         writer = Writer(
-            partial(self._write, params),
+            partial(self._write, params, before_batch),
             self.tokenizer,
             separator=self._separator,
             window=self.config.train.seq_len,
             batch_size=self._program.eval_batch_size,
         )
-        return LmEvalModel(self.tokenizer, partial(self._scorer.score, params), writer, separator=self._separator)
+        score = partial(self._scorer.score, params, before_batch=before_batch)
+        return LmEvalModel(self.tokenizer, score, writer, separator=self._separator)
 
     def _write(
         self,
         params: Any,
+        before_batch: Callable[[], None],
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
@@ -101,7 +103,11 @@ class TaskModel:
         on_tokens: Callable[[list[Tokens]], bool],
     ) -> list[Tokens]:
         """answers.Write, with generation.generate."""
-        self._before_batch()
+
+        def on_new_tokens(new: list[Tokens]) -> bool:
+            before_batch()
+            return on_tokens(new)
+
         return generate(
             self.config.model,
             params,
@@ -110,7 +116,7 @@ class TaskModel:
             sampling=Sampling(**sampling),
             stop_ids=() if self._separator is None else (self._separator,),
             seeds=seeds,
-            on_tokens=on_tokens,
+            on_tokens=on_new_tokens,
         )
 
 
