@@ -7,13 +7,13 @@ harness calls it.
 import contextlib
 import dataclasses
 import difflib
+import functools
 import logging
 import math
 import os
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,9 +100,8 @@ def open_tasks(names: Sequence[str], *, key: str, window: int) -> Tasks:
     plain = [each for name in asked for each in (PAPER_TASKS if name == PAPER else [name])]
     folders = {name: _folder(name, key) for name in plain if _is_path(name)}
     with _harness_settings():
-        manager = _manager(
-            folders.values(), with_own=any(name not in folders and name not in OWN_TASKS for name in plain)
-        )
+        needs_names = any(name not in folders for name in plain)
+        manager = _manager(tuple(str(folder) for folder in folders.values()), with_own=needs_names)
         specs = [spec for name in plain for spec in _specs(name, manager, folders, key)]
         loaded = _load(manager, specs, key)
     for name, task in loaded["tasks"].items():
@@ -183,11 +182,20 @@ def _folder(name: str, key: str) -> Path:
     return (path.parent if path.is_file() else path).resolve()
 
 
-def _manager(folders: Iterable[Path], *, with_own: bool) -> "TaskManager":
+def _manager(folders: tuple[str, ...], *, with_own: bool) -> "TaskManager":
     """The harness's index of tasks. That of its own 14,000 takes seconds, and is left out where nothing needs it."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=[str(folder) for folder in folders], include_defaults=with_own)
+    if with_own and not folders:
+        return _manager_of_names()
+    return TaskManager(include_path=list(folders), include_defaults=with_own)
+
+
+@functools.cache
+def _manager_of_names() -> "TaskManager":
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _specs(name: str, manager: "TaskManager", folders: Mapping[str, Path], key: str) -> list[str | dict[str, Any]]:
@@ -294,7 +302,7 @@ def _quiet() -> Iterator[None]:
     logger, bars = logging.getLogger("lm_eval"), lm_eval.api.task.tqdm
     level, shows_bars = logger.level, can_redraw(sys.stderr) and jax.process_index() == 0
     logger.setLevel(logging.ERROR)
-    lm_eval.api.task.tqdm = partial(bars, disable=not shows_bars, leave=False)
+    lm_eval.api.task.tqdm = functools.partial(bars, disable=not shows_bars, leave=False)
     if not shows_bars:
         datasets.disable_progress_bars()
     try:

@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from lm_eval.api.instance import Instance
-from local_model import (
+from task_models import (
     TASKS,
     WINDOW,
     one_device_program,

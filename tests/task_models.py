@@ -16,7 +16,7 @@ from hybridnorm_jax.mesh.device_mesh import make_mesh
 from hybridnorm_jax.model.loss import cross_entropy
 from hybridnorm_jax.training.program import Program
 
-TASKS = Path(__file__).parent / "tasks"
+TASKS = Path(__file__).parent / "evaluation" / "tasks"
 SEPARATOR = "<|endoftext|>"
 WINDOW, VOCAB = 96, 320
 
