@@ -190,7 +190,7 @@ def _score_rows(
     model: Decoder, params: Any, batch: dict[str, Array], *, chunk: int
 ) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
     """(sum of the log-probabilities of a row's targets, whether all are the likeliest); chunk: as in in_chunks."""
-    params = with_head_gathered(params, tie_embeddings=model.config.tie_embeddings)
+    params = with_head_gathered(model.config, params)
     hidden = model.apply({"params": params}, batch["tokens"], method="hidden")
 
     def add(sums: tuple[Array, Array], piece: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], None]:

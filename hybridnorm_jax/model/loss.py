@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Shaped
 
+from hybridnorm_jax.model.config import ModelConfig
+
 
 @flax.struct.dataclass
 class LossSums:
@@ -92,11 +94,11 @@ def in_chunks(
     return pieces.reshape(seq // chunk, batch, chunk, *x.shape[2:])
 
 
-def with_head_gathered(params: Any, *, tie_embeddings: bool) -> Any:
+def with_head_gathered(config: ModelConfig, params: Any) -> Any:
     """A decoder's parameters, those of the head gathered (and their gradient reduced) once instead of in each chunk."""
     axes: tuple[str | None, str | None]
     module, name, axes = "head", "kernel", (None, "vocab")
-    if tie_embeddings:
+    if config.tie_embeddings:
         module, name, axes = "token_embedding", "embedding", ("vocab", None)
     gathered = nn.with_logical_constraint(params[module][name], axes)
     return params | {module: params[module] | {name: gathered}}

@@ -83,7 +83,7 @@ def loss_sums(
     if chunk is None:
         logits, sown = model.apply(variables, batch["tokens"], **inputs)
         return cross_entropy(logits, batch["targets"], batch["weights"]), sown
-    params = with_head_gathered(variables["params"], tie_embeddings=model.config.tie_embeddings)
+    params = with_head_gathered(model.config, variables["params"])
     hidden, sown = model.apply({**variables, "params": params}, batch["tokens"], method="hidden", **inputs)
     sums = chunked_cross_entropy(
         lambda piece: model.apply({"params": params}, piece, method="logits"),
