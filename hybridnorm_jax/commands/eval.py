@@ -67,6 +67,7 @@ def evaluate_run(path: str, overrides: Sequence[str] = (), *, progress: bool = T
         batch_size=program.eval_batch_size,
         share=program.share,
         sequences=program.eval_sequences,
+        stride=program.config.eval.stride,
         progress=progress,
     )
     limit = program.eval_sequences

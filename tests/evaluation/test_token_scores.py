@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 
 import hybridnorm_jax as hn
+from hybridnorm_jax.data import Windows
+from hybridnorm_jax.data.windows import Extent, TokenStream
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.evaluation import token_scores
+from hybridnorm_jax.evaluation.perplexity import evaluate_sets
 from hybridnorm_jax.evaluation.token_requests import Request
 from hybridnorm_jax.evaluation.token_scores import TokenScorer
 from hybridnorm_jax.mesh.device_mesh import make_mesh
 from hybridnorm_jax.mesh.shardings import tree_shardings
+from hybridnorm_jax.training.step import make_eval_step
 
 WINDOW, VOCAB = 64, 61
 # Sums of up to 60 log-probabilities of about log(61) = 4 in float32, in another order: 60 * 4 * 2^-24 and as much again
@@ -135,6 +139,24 @@ def test_a_few_positions_logits_at_a_time_give_the_same(config, params, monkeypa
         [score.log_likelihood for score in chunked], [score.log_likelihood for score in whole], atol=TOLERANCE
     )
     assert [score.is_greedy for score in chunked] == [score.is_greedy for score in whole]
+
+
+@pytest.mark.parametrize("stride", [WINDOW, 24, 8])
+def test_a_validation_set_with_a_stride_is_scored_as_one_long_text(config, params, stride):
+    tokens = np.random.default_rng(3).integers(0, VOCAB, 1 + WINDOW + 3 * stride)
+    stream = TokenStream((Extent(tokens, "memory", 0, len(tokens)),), VOCAB)
+    step = jax.jit(make_eval_step(hn.Decoder(config)))
+    (score,) = evaluate_sets(
+        lambda batch: step(params, batch),
+        {"set": Windows(stream, seq_len=WINDOW, tail=True)},
+        batch_size=2,
+        stride=stride,
+        progress=False,
+    ).values()
+    request = Request(tokens[:1].tolist(), tokens[1:].tolist())
+    (expected,) = _scorer(config, _one_device()).score(params, [request], stride=stride)
+    assert score.tokens == len(tokens) - 1
+    assert score.loss == pytest.approx(-expected.log_likelihood / score.tokens, rel=1e-6)
 
 
 def test_a_token_that_the_model_does_not_have_is_named(config, params):

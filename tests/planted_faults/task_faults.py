@@ -1,4 +1,4 @@
-"""Faults in how continuations of texts are scored."""
+"""Faults in how texts and their continuations are scored."""
 
 from planted_faults.fault import Fault
 
@@ -51,5 +51,12 @@ TASKS = (
         right="sums[row.request] += float(likelihood)",
         wrong="sums[batch.rows.index(row)] += float(likelihood)",
         tests=("evaluation/test_token_scores.py",),
+    ),
+    Fault(
+        name="what_an_earlier_row_predicted_counts_again",
+        file="data/windows.py",
+        right="""row["weights"][: self._seq_len - self._stride] = 0""",
+        wrong="pass",
+        tests=("data/test_windows.py",),
     ),
 )

@@ -82,6 +82,7 @@ class Evaluation(Hook):
                 batch_size=run.program.eval_batch_size,
                 share=run.program.share,
                 sequences=run.program.eval_sequences,
+                stride=run.config.eval.stride,
                 progress=jax.process_index() == 0,
             )
             if run.task_model is not None:
