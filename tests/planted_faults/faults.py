@@ -166,8 +166,8 @@ DATA = (
     Fault(
         name="a_token_between_two_rows_is_no_target",
         file="data/windows.py",
-        right="start = index * self._seq_len",
-        wrong="start = index * (self._seq_len + 1)",
+        right="start = index * self._stride",
+        wrong="start = index * (self._stride + 1)",
         tests=("data/test_windows.py",),
     ),
     Fault(
