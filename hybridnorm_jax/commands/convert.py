@@ -97,7 +97,17 @@ def convert(options: argparse.Namespace) -> None:
     """Read, convert in float64, prove, write."""
     import jax  # after parsing: JAX takes seconds to import
 
+    # In all threads, so that is not what `with jax.enable_x64` does.
+    was = jax.config.read("jax_enable_x64")
     jax.config.update("jax_enable_x64", True)
+    try:
+        _convert(options)
+    finally:
+        jax.config.update("jax_enable_x64", was)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    """`convert`, with float64 switched on."""
     from hybridnorm_jax.equivalence.decoder_forms import conversion_of
     from hybridnorm_jax.equivalence.proof import WRITTEN, cast, prove, table
     from hybridnorm_jax.training.run_directory import check_free, save_run

@@ -9,7 +9,6 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -261,7 +260,6 @@ def test_a_command_without_an_extra_that_it_needs(words, package, asked, extra, 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else object())
     assert main([word.replace("GOLDENS", f"{REPOSITORY}/tests/goldens") for word in words.split()]) == 2
     assert _one_line(capsys) == f"error: {asked}: needs the extra `{extra}`: pip install 'hybridnorm-jax[{extra}]'"
-    jax.config.update("jax_enable_x64", False)  # convert switches it on for its whole process
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,9 @@ SMALL = [
 ]
 
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
+
 @pytest.fixture
 def arguments(tmp_path):
     """Two schemes and two seeds over random tokens."""

@@ -13,6 +13,8 @@ from hybridnorm_jax.training import loop
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.program import Program
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 @pytest.fixture
 def config(tmp_path, small_config):

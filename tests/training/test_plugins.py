@@ -30,6 +30,9 @@ TINY = [
 ]
 
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
+
 @pytest.fixture
 def new_start(monkeypatch):
     """Makes this process one that has imported no plugin."""

@@ -17,6 +17,9 @@ from hybridnorm_jax.training.program import Program
 STEPS = 6
 
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
+
 @pytest.fixture
 def config(tmp_path, small_config):
     """Six steps over two dozen short documents; dropout, accumulation and segment ids, so that all of them resume."""

@@ -18,6 +18,9 @@ TINY = [
 ]
 
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
+
 def byte_tokenizer_json(path, *extra):
     """A tokenizer.json of byte-level characters and special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -138,7 +141,9 @@ def test_a_converted_run_knows_what_it_was_trained_on(train):
     kind = ("model.scheme=pre", "model.norm=layernorm")
     assert train("run.name=run", "data.files=[a.txt]", *kind) is None
     assert train("runs/run", "runs/converted", "--form", "pre_rmsnorm", command="convert") is None
-    new = ("data.files=[b.txt]", "model.scheme=pre", "model.norm=rmsnorm", "init_from=runs/converted")
+    form = ("model.scheme=pre", "model.attention_norm=layernorm", "model.attention_norm_scale=true")
+    form += ("model.norm_scale=false",)
+    new = ("data.files=[b.txt]", *form, "init_from=runs/converted")
     line = train("run.name=x", *new, "data.validation.old=[a.txt]")
     assert line.startswith("error: data.validation.old: init_from=runs/converted was trained on a.txt")
     assert train("run.name=new", *new) is None
