@@ -1,6 +1,7 @@
 """Scores of continuations are those of the model's own logits, whatever else is scored beside them and on any mesh."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
@@ -47,9 +48,20 @@ def _requests():
     return [Request(tokens(context), tokens(continuation)) for context, continuation in lengths]
 
 
+@partial(jax.jit, static_argnames="config")
+def _logits(config, params, row):
+    return hn.Decoder(config).apply({"params": params}, row[None])[0]
+
+
+def _logits_after(config, params, tokens):
+    """Of every one of at most WINDOW tokens."""
+    row = np.zeros(WINDOW, np.int32)
+    row[: len(tokens)] = tokens
+    return np.asarray(_logits(config, params, row), np.float64)[: len(tokens)]
+
+
 def _expected(config, params, request, stride=WINDOW):
     """Token by token, each after a window of its own: the positions of pieces are chosen once more, in other words."""
-    logits_of = jax.jit(lambda tokens: hn.Decoder(config).apply({"params": params}, tokens[None])[0])
     context, continuation = list(request.context), list(request.continuation)
     everything, total, greedy = context + continuation, 0.0, True
     for number, token in enumerate(continuation):
@@ -59,9 +71,7 @@ def _expected(config, params, request, stride=WINDOW):
             last = min(WINDOW + ((number - WINDOW) // stride + 1) * stride, len(continuation))
         read = everything[: len(context) + last - 1][-WINDOW:]
         place = len(read) - (last - number)
-        row = np.zeros(WINDOW, np.int32)
-        row[: len(read)] = read
-        logits = np.asarray(logits_of(row), np.float64)[place]
+        logits = _logits_after(config, params, read)[place]
         total += logits[token] - np.log(np.exp(logits).sum())
         greedy &= bool(logits.argmax() == token)
     return total, greedy
@@ -70,8 +80,7 @@ def _expected(config, params, request, stride=WINDOW):
 def _greedy_request(config, params, context, count):
     tokens = list(context)
     for _ in range(count):
-        logits = hn.Decoder(config).apply({"params": params}, np.array([tokens], np.int32))
-        tokens.append(int(logits[0, -1].argmax()))
+        tokens.append(int(_logits_after(config, params, tokens)[-1].argmax()))
     return Request(tokens[: len(context)], tokens[len(context) :])
 
 
