@@ -27,7 +27,7 @@ from hybridnorm_jax.data.tokenizers import load_tokenizer
 from hybridnorm_jax.evaluation.tasks import evaluate_tasks, open_tasks
 from hybridnorm_jax.training.task_model import TaskModel
 
-# Sums of up to 400 log-probabilities of about 6 in float32, whose layers torch computes in another order.
+# Sums of up to 440 nats in float32, whose layers torch computes in another order; measured: 3e-5 at most.
 TOLERANCE = 1e-4
 
 
