@@ -15,6 +15,7 @@ from hybridnorm_jax.config.key_lookup import FIELDS, SECTIONS
 from hybridnorm_jax.config.key_values import read_hint
 from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.config.run_config import EQUIVALENT_FORMS, SCHEDULES, SOURCES, TOKEN_DTYPES, RunSection
+from hybridnorm_jax.evaluation.paper_tasks import PAPER, PAPER_TASKS
 from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS, EXPERT_DISPATCHES
 from hybridnorm_jax.model import config as model
 from hybridnorm_jax.model.schemes import SCHEMES
@@ -68,10 +69,12 @@ VALUES_OF_OPTIONS = {
     "--repetition-penalty": (),
     "--seed": (),
     "--stop": (),
+    "--limit": (),
 }
 # Where a command takes fewer of them.
 VALUES_OF_COMMANDS = {("convert", "--dtype"): ("float32", "float64")}
 PATH_OPTIONS = ("--text", "--table", "--file", "--tokenizer")
+TASKS_OPTION = "--tasks"
 OPTIONS_WITH_EQUALS = {"--emit-jobs": ("slurm", "jobset"), "--only": ()}
 
 
@@ -97,6 +100,11 @@ def _of_command(command: str, given: Sequence[str], typed: str) -> list[str]:
     option = given[-1] if given else ""
     if option in PATH_OPTIONS:
         return _files(typed)
+    if option == TASKS_OPTION:
+        begun = typed[: typed.rfind(",") + 1]
+        return [
+            f"{begun}{found}" for found in [*_whole([PAPER, *PAPER_TASKS]), *_files(typed[len(begun) :], (".yaml",))]
+        ]
     if option in VALUES_OF_OPTIONS:
         return _whole(VALUES_OF_COMMANDS.get((command, option), VALUES_OF_OPTIONS[option]))
     if typed.startswith("-"):

@@ -30,7 +30,7 @@ class Syntax:
 
 SYNTAX = {
     "train": Syntax(options=("--dry-run",), takes_run_keys=True),
-    "eval": Syntax(options=("--json",), takes_run_keys=True),
+    "eval": Syntax(options=("--tasks", "--limit", "--json"), takes_run_keys=True),
     "generate": Syntax(
         options=(
             "--prompt",

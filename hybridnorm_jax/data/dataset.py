@@ -50,10 +50,11 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
-    """Tokens of one purpose, and how many bytes of text each of them stands for; None where that is unknown."""
+    """Tokens of one purpose, and how many bytes and words of text each stands for; None where that is unknown."""
 
     stream: TokenStream
     bytes_per_token: float | None
+    words_per_token: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,7 @@ def open_data(data: DataSection, *, seq_len: int, vocab_size: int, progress: boo
             tail=tail,
             separator_id=opened.separator_id if data.segment_ids else None,
             bytes_per_token=split.bytes_per_token,
+            words_per_token=split.words_per_token,
         )
 
     held_out = {HELD_OUT: opened.held_out} if data.validation_fraction else {}
@@ -123,8 +125,10 @@ def _open_texts(data: DataSection, vocab_size: int, progress: bool) -> _Opened:
 
     def split(cache: TextCache, name: str) -> _Split:
         counts = cache.splits[name]
-        bytes_per_token = counts.bytes / counts.tokens if counts.tokens else None
-        return _Split(cache.stream(name, vocab_size), bytes_per_token)
+        stream = cache.stream(name, vocab_size)
+        if not counts.tokens:
+            return _Split(stream, None, None)
+        return _Split(stream, counts.bytes / counts.tokens, counts.words / counts.tokens)
 
     corpus = stdlib_corpus() if data.source == "stdlib" else text_corpus("data.files", data.files, data.text_field)
     others = {
@@ -169,7 +173,10 @@ def _open_token_files(data: DataSection, vocab_size: int) -> _Opened:
     def split(parts: tuple[Extent, ...]) -> _Split:
         stream = TokenStream(parts, vocab_size)
         _check_sample(stream)
-        return _Split(stream, _measure_bytes_per_token(stream, tokenizer))
+        separator = data.separator_id
+        if separator is None and tokenizer is not None:
+            separator = tokenizer.separator_id
+        return _Split(stream, *_measure_text_per_token(stream, tokenizer, separator))
 
     files = identities(paths, root)
     if data.validation_fraction:
@@ -232,16 +239,26 @@ def _share(held_out: int, train: int, asked: float) -> str:
     return f" ({share:.2%}{far})"
 
 
-def _measure_bytes_per_token(stream: TokenStream, tokenizer: Tokenizer | None) -> float | None:
-    """Bytes of decoded text per token: exact for a short stream, of stretches spread evenly over a long one."""
+def _measure_text_per_token(
+    stream: TokenStream, tokenizer: Tokenizer | None, separator: int | None
+) -> tuple[float | None, float | None]:
+    """(bytes, words) of decoded text per token: exact for a short stream, of stretches spread over a long one."""
     if tokenizer is None or not len(stream):
-        return None
+        return None, None
     starts, length = [0], len(stream)
     if len(stream) > SAMPLES * SAMPLE_TOKENS:
         length = SAMPLE_TOKENS
         starts = np.linspace(0, len(stream) - length, SAMPLES, dtype=np.int64).tolist()
-    texts = [tokenizer.decode(stream.read(start, start + length)) for start in starts]
-    return sum(len(text.encode()) for text in texts) / (len(starts) * length)
+    num_bytes = num_words = 0
+    for start in starts:
+        ids = stream.read(start, start + length)
+        # The last word of a document and the first of the next are two, and nothing may stand between them.
+        ends = [] if separator is None else np.flatnonzero(ids == separator) + 1
+        for document in np.split(ids, ends):
+            text = tokenizer.decode(document)
+            num_bytes += len(text.encode())
+            num_words += len(text.split())
+    return num_bytes / (len(starts) * length), num_words / (len(starts) * length)
 
 
 def _check_lengths(data: DataSection, seq_len: int, opened: _Opened) -> None:

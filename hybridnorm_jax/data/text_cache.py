@@ -47,7 +47,7 @@ QUIET_SECONDS = 3.0
 
 @dataclasses.dataclass(frozen=True)
 class SplitCounts:
-    """What one split holds: `bytes` of UTF-8 text, `tokens` with the separators.
+    """What one split holds: `bytes` of UTF-8 text, `words` that whitespace separates, `tokens` with the separators.
 
     `pieces` are what separators end: a document, or blocks of one that follow each other.
     """
@@ -55,6 +55,7 @@ class SplitCounts:
     pieces: int
     tokens: int
     bytes: int
+    words: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,6 +281,7 @@ class _Texts:
             self._end()
             self._split = split
         self._writers[split].bytes += document.num_bytes
+        self._writers[split].words += len(document.text.split())
         self._parts.append(document.text)
         self._characters += len(document.text)
         if self._long is None and self._characters > LONG_CHARACTERS:
@@ -331,6 +333,7 @@ class _TokenWriter:
         self.pieces = 0
         self.tokens = 0
         self.bytes = 0
+        self.words = 0
         self.max_id = 0
 
     def __enter__(self) -> Self:
@@ -367,4 +370,4 @@ class _TokenWriter:
     @property
     def counts(self) -> SplitCounts:
         """What was written so far."""
-        return SplitCounts(self.pieces, self.tokens, self.bytes)
+        return SplitCounts(self.pieces, self.tokens, self.bytes, self.words)

@@ -56,8 +56,8 @@ def memory_traffic(text: str, *, of_loop: bool = False, unknown_trips: int = 1) 
 
     Every instruction that runs by itself reads its operands from memory and writes its result there; what happens
     inside a fusion stays in registers. Of what is sliced the slice is read, also inside a fusion, and of what is
-    updated in place the tiles of the update are read and written. What a TPU keeps beside its cores (S(1) in the text) does not count. Nothing
-    is found in a cache. All branches of a conditional count.
+    updated in place the tiles of the update are read and written. What a TPU keeps beside its cores (S(1) in the text)
+    does not count. Nothing is found in a cache. All branches of a conditional count.
 
     Args:
       text: of the module after optimization.

@@ -78,6 +78,8 @@ def check_program(words, shown, monkeypatch, capsys):
         parse([word for word in words[1:] if word != "--dry-run"])
         return
     path = WORK[" ".join(words[:2]) if words[0] == "lab" else words[0]]
+    if words[0] == "eval" and "--tasks" in words:
+        path = "commands.eval_tasks.scores_of_run"
     if "--emit-jobs" in " ".join(words):
         path = "lab.jobs.emit"
     module, _, function = path.rpartition(".")
