@@ -100,11 +100,14 @@ def test_every_request_and_every_metric_are_those_of_the_harness(ours, theirs, p
     rolling = [[answer for _, answer in recorder.answers["loglikelihood_rolling"]] for recorder in (mine, other)]
     np.testing.assert_allclose(*rolling, atol=TOLERANCE)
     assert mine.answers["generate_until"] == other.answers["generate_until"]
+    # The model gets some right and some wrong.
+    assert scores["local_colours"].metrics["acc"] == pytest.approx(5 / 6)
+    assert scores["local_counting"].metrics["exact_match"] == pytest.approx(2 / 3)
     assert scores.keys() == expected.keys() == {"local_colours", "local_pages", "local_counting"}
     for name, score in scores.items():
         assert score.metrics == pytest.approx(expected[name].metrics, rel=1e-6)
         assert score.errors == pytest.approx(expected[name].errors, rel=1e-6)
-        assert score.samples == expected[name].samples == {"local_colours": 5}.get(name, 3)
+        assert score.samples == expected[name].samples == {"local_colours": 6}.get(name, 3)
 
 
 def _instances(kind, arguments):
