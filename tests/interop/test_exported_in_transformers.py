@@ -10,7 +10,7 @@ from exported_models import KINDS, config_of, export, ids, in_torch, torch, tran
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.generation.generate import generate
-from hybridnorm_jax.interop.architectures import mathematics
+from hybridnorm_jax.interop.architectures import config_from_json, mathematics
 
 TOKENS = np.random.default_rng(1).integers(0, 61, (2, 12)).astype(np.int32)
 SOME = ("hybrid_star", "span", "experts_with_all", "learned_positions", "crmsnorm_padded")
@@ -351,3 +351,12 @@ def test_generation_compiles_with_a_static_cache(model_of, name):
 
 def test_every_name_of_a_kind_is_used():
     assert set(SOME) - set(hn.SCHEMES) <= set(KINDS)
+
+
+def test_the_defaults_of_both_sides_are_the_same():
+    from hybridnorm_jax.interop.pytorch.configuration_hybridnorm import HybridNormConfig
+
+    document = HybridNormConfig().to_dict()
+    name, stated = config_from_json(json.loads(json.dumps(document)), "all keys")
+    assert name == "hybridnorm"
+    assert stated == config_from_json({"model_type": "hybridnorm"}, "no keys")[1]
