@@ -192,6 +192,7 @@ def _result(asked: Comparison, number: int, config: RunConfig, data: RunData) ->
         say(f"{result['status']} before")
         return result
     directory = run_directory(config)
+    _check_ended_alike(directory, config)
     with Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as saved:
         first = saved.latest() or 0
     began = time.perf_counter()
@@ -257,12 +258,26 @@ def _earlier(file: epath.Path, config: RunConfig, data: RunData) -> dict[str, An
     saved = saved_run(file.parent)
     if saved is None:
         raise ConfigError(f"{file}: lies beside no config.yaml and no checkpoints; choose another run.name")
-    different = measured_otherwise(saved.config, config)
-    if different:
-        raise ConfigError(f"{file.parent} holds another run ({'; '.join(different)}): choose another run.name")
+    _check_measured_alike(file.parent, saved.config, config)
     result = read_result(file)
     check_same_data(result, data, file=file)
     return result
+
+
+def _check_ended_alike(directory: epath.Path, config: RunConfig) -> None:
+    """Refuse other keys for a run that was killed between its last step and its result: no checkpoint would hold them.
+
+    Raises:
+      ConfigError: names the keys.
+    """
+    saved = saved_run(directory)
+    if saved is not None and saved.step == config.train.steps:
+        _check_measured_alike(directory, saved.config, config)
+
+
+def _check_measured_alike(directory: epath.Path, saved: RunConfig, config: RunConfig) -> None:
+    if different := measured_otherwise(saved, config):
+        raise ConfigError(f"{directory} holds another run ({'; '.join(different)}): choose another run.name")
 
 
 def _described(asked: Comparison, file: epath.Path) -> dict[str, Any]:

@@ -201,11 +201,11 @@ def check_same_files(
 def _other(before: FileIdentity | None, after: FileIdentity | None) -> str:
     """How one file is another than it was, as the beginning of a sentence that ends with a time."""
     if after is None:
-        return f"there is no {before.name} now, which was read"
+        return f"{before.name} is not read now, but was"
     if before is None:
         return f"{after.name} is read now, but was not"
     if before.name != after.name:
-        return f"{after.name} is read now where {before.name} was"
+        return f"{after.name} is read now in the place of {before.name}, which was read"
     if before.size != after.size:
         return f"{after.name} has {after.size:,} bytes now, but had {before.size:,}"
     return f"{after.name} has another content than it had"

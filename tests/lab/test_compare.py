@@ -139,6 +139,13 @@ def test_a_result_of_another_configuration_is_refused_and_left(arguments, traine
     (run / "config.yaml").write_text(config.replace("batches: 1", "batches: 7"))
     assert main(["lab", "compare", *one]) == 0  # an edited config.yaml changes nothing beside a checkpoint
     (run / "config.yaml").write_text(config)
+
+    # It was killed before its result was written: its checkpoint says with which keys it is scored.
+    (run / "result.json").rename(tmp_path / "result.json")
+    assert main(["lab", "compare", *one, "eval.batches=2"]) == 2
+    assert f"{run} holds another run (eval.batches (1 and 2))" in capsys.readouterr().err
+    (tmp_path / "result.json").rename(run / "result.json")
+
     shutil.rmtree(run / "checkpoints")  # as after a divergence before the first save
     saved = (run / "config.yaml").read_text()
     for argument, named in (

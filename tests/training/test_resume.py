@@ -170,6 +170,9 @@ def test_data_that_changed_since_the_checkpoint_is_refused(config, tmp_path):
     before = [file.read_bytes() for file in files]
     for number in range(100, 110):  # enough for some to be trained on
         (tmp_path / f"{number}.txt").write_text(f"{number} " * 30)
-    with pytest.raises(UserError, match=r"data\.files: 100\.txt is read now where 11\.txt was when step 6 was saved"):
+    with pytest.raises(
+        UserError,
+        match=r"data\.files: 100\.txt is read now in the place of 11\.txt, which was read when step 6 was saved",
+    ):
         loop.train(dataclasses.replace(short, eval=dataclasses.replace(config.eval, every=50)))
     assert [file.read_bytes() for file in files] == before
