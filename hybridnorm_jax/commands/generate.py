@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> None:
         raise UserError(f"--max-tokens {options.max_tokens}: must be at least 1")
     if not all(options.stop):
         raise UserError("--stop: an empty text would end every text at once; name the text to stop at")
-    generate(options, _sampling(options), _prompts(options))
+    generate(options, _sampling(options))
 
 
 def _sampling(options: argparse.Namespace) -> Sampling:
@@ -129,11 +129,12 @@ def _read(file: str) -> str:
         raise UserError(f"--file {file}: not UTF-8 text") from error
 
 
-def generate(options: argparse.Namespace, sampling: Sampling, prompts: Iterator[str]) -> None:
-    """Read the model, and write after each prompt."""
+def generate(options: argparse.Namespace, sampling: Sampling) -> None:
+    """Read the prompts and the model, and write after each prompt."""
     from hybridnorm_jax.commands.saved_model import read_directory
     from hybridnorm_jax.generation.text import write_text
 
+    prompts = _prompts(options)
     import_plugins(options.plugins)
     source = read_directory(options.model)
     tokenizer = _tokenizer(source, options.tokenizer)

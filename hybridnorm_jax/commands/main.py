@@ -61,7 +61,6 @@ USAGE = """usage: hybridnorm COMMAND [ARGUMENT ...]
 
 {commands}
 
-CONFIG is a YAML file, or the name of a configuration of the package:
 {names}
 
 key=value sets one key, such as train.steps=20; `hybridnorm train --help` lists
@@ -136,7 +135,7 @@ def usage() -> str:
     calls = {f"{name} {command.arguments}": command.meaning for name, command in COMMANDS.items()}
     width = max(len(call) for call in calls)
     commands = "\n".join(f"  {call:{width}}  {meaning}" for call, meaning in calls.items())
-    names = textwrap.fill(", ".join(named_configurations.names()), WIDTH, initial_indent="  ", subsequent_indent="  ")
+    names = textwrap.fill(f"CONFIG is a YAML file, or one of {', '.join(named_configurations.names())}.", WIDTH)
     return USAGE.format(commands=commands, names=names)
 
 

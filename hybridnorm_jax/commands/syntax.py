@@ -124,4 +124,5 @@ def _check_key(command: str, argument: str, name: str) -> None:
 
 
 def _calls(commands: Sequence[str]) -> str:
-    return " and ".join(f"`hybridnorm {command}`" for command in commands)
+    *others, last = (f"`hybridnorm {command}`" for command in commands)
+    return f"{', '.join(others)} and {last}" if others else last

@@ -116,7 +116,8 @@ def write(
     def step(state: tuple[Writing, Array, Array]) -> tuple[Writing, Array, Array]:
         writing, tokens, written = state
         writing = _write_one(model, params, writing, stops, sampling)
-        return writing, jax.lax.dynamic_update_slice(tokens, writing.last[:, None], (0, written)), written + 1
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, writing.last[:, None], written, axis=1)
+        return writing, tokens, written + 1
 
     start = (writing, jnp.zeros((batch, most), jnp.int32), jnp.zeros((), jnp.int32))
     return jax.lax.while_loop(goes_on, step, start)

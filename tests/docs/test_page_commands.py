@@ -21,6 +21,7 @@ WORK = {
     "eval": "commands.eval.evaluate_run",
     "convert": "commands.convert.convert",
     "export": "commands.export.export",
+    "generate": "commands.generate.generate",
     "plan": "planning.compilation.plan",
     "lab signal": "lab.signal_at_start.random_batch",
     "lab compare": "lab.compare.compare",

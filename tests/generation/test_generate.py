@@ -135,6 +135,14 @@ def test_bfloat16_is_as_near_to_its_forward_pass_as_rounding_allows(random_param
     assert deviation < np.sqrt(10 * config.num_layers) * 2**-9
 
 
+def test_float64_writes_what_its_forward_pass_says(random_params):
+    with jax.enable_x64(True):
+        config = hn.ModelConfig(**TINY | {"scheme": "hybrid_star", "dtype": "float64", "param_dtype": "float64"})
+        params = random_params(config)
+        (ours,) = hn.generate(config, params, [np.arange(5)], max_new_tokens=4)
+        assert ours.tolist() == _uncached(config, params, np.arange(5), 4)
+
+
 @pytest.fixture(scope="module")
 def counting_model():
     """Parameters with which token t is followed by t + 1 with near certainty: no branch writes, the head is shifted."""
