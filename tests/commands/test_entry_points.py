@@ -160,7 +160,8 @@ def test_every_help_has_at_most_80_columns_and_begins_with_the_usage(command, ca
         ("train out=x", "out=x: a key of `hybridnorm lab signal`, not of `hybridnorm train`"),
         (
             "train --json",
-            "--json: an option of `hybridnorm eval`, `hybridnorm generate` and `hybridnorm plan`, not of `hybridnorm train`",
+            "--json: an option of `hybridnorm eval`, `hybridnorm generate` and `hybridnorm plan`, not of "
+            "`hybridnorm train`",
         ),
         ("train --topology=v5e:2x2", "--topology: an option of `hybridnorm plan`, not of `hybridnorm train`"),
         ("train --topology v5e:2x2", "--topology: an option of `hybridnorm plan`, not of `hybridnorm train`"),
@@ -192,7 +193,8 @@ def test_every_help_has_at_most_80_columns_and_begins_with_the_usage(command, ca
         ("lab report A train.steps=3", "train.steps=3: a key of `hybridnorm train`, not of `hybridnorm lab report`"),
         (
             "schemes --json",
-            "--json: an option of `hybridnorm eval`, `hybridnorm generate` and `hybridnorm plan`, not of `hybridnorm schemes`",
+            "--json: an option of `hybridnorm eval`, `hybridnorm generate` and `hybridnorm plan`, not of "
+            "`hybridnorm schemes`",
         ),
         ("schemes 0", "0: a model has 1 to 10,000 blocks"),
         ("schemes pre \u0663", "\u0663: no such scheme"),  # an Arabic three is no depth
