@@ -63,9 +63,7 @@ def step_memory(config: ModelConfig, device: jax.Device, *, batch: int, slots: i
         jax.eval_shape(lambda *a: read_prompts(model, *a, slots=slots, sampling=Sampling()), params, *given)
     )
     start = time.monotonic()
-    lowered = write.lower(
-        model, params, writing, given[-1], on_device(number), most=STRIDE, sampling=Sampling()
-    )
+    lowered = write.lower(model, params, writing, given[-1], on_device(number), most=STRIDE, sampling=Sampling())
     written = lowered.compile()
     seconds_write = time.monotonic() - start
     moved = memory_traffic(written.as_text(), of_loop=True, unknown_trips=-(-slots // block_of(slots)))

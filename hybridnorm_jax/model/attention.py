@@ -144,11 +144,9 @@ class Attention(nn.Module):
         out = dense(x.shape[-1], axis=(-2, -1), kernel_init=self.output_init, name="out")
         return out(context)
 
-    def _keep(
-        self, name: str, new: Float[Array, "batch seq kv_heads head_dim"], cached: CachedLayer
-    ) -> CachedHeads:
+    def _keep(self, name: str, new: Float[Array, "batch seq kv_heads head_dim"], cached: CachedLayer) -> CachedHeads:
         """Put new keys or values into their slots of this layer; returns all slots of all layers of the run."""
-        kept = self.variable(CACHE, name)
+        kept: nn.Variable[CachedHeads] = self.variable(CACHE, name)
         place = (cached.layer, 0, 0, 0, cached.slots.next)
         kept.value = in_place(jax.lax.dynamic_update_slice(kept.value, jnp.moveaxis(new, 1, 3)[None], place))
         return kept.value

@@ -13,7 +13,14 @@ from hybridnorm_jax.generation.rounded_parameters import rounded
     "keys",
     [
         {"tie_embeddings": True},
-        {"attention_bias": True, "mlp_bias": True, "head_bias": True, "norm": "layernorm", "positions": "learned", "max_positions": 16},
+        {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "head_bias": True,
+            "norm": "layernorm",
+            "positions": "learned",
+            "max_positions": 16,
+        },
         {"num_experts": 4, "experts_per_token": 2, "shared_experts": 1, "mlp_bias": True},
     ],
     ids=["tied", "biases", "experts"],
