@@ -144,7 +144,7 @@ def _bytes(instruction: Instruction, caller: Computation, module: Module) -> int
             sides = [not _is_beside_cores(destination), bool(memory_bytes(operands[0]))]
             return sum(sides) * _padded_bytes(destination)
         case "dynamic-update-slice":
-            return 2 * memory_bytes(operands[1])
+            return _updated(instruction.shape, operands[1])
         case opcode if opcode in _SLICES:
             return 2 * memory_bytes(instruction.shape)
     # A GPU's library calls return the memory that they work in, s8, besides their results.
@@ -187,5 +187,11 @@ def _written(shape: str, value: Instruction, inside: Computation, module: Module
         return _written(shape, inside[value.operand_names[0]], inside, module)
     if value.opcode != "dynamic-update-slice":
         return memory_bytes(shape)
-    # The tiles that it touches are read, too.
-    return 2 * _padded_bytes(_ARRAY.search(inside[value.operand_names[1]].shape)) if memory_bytes(shape) else 0
+    return _updated(shape, inside[value.operand_names[1]].shape)
+
+
+def _updated(shape: str, update: str) -> int:
+    """What an update in place of an array of this shape reads and writes: the tiles that it touches."""
+    sizes, layout = _ARRAY.search(update)[3], _ARRAY.search(shape)[4]
+    letters = shape[: shape.index("[")]
+    return 2 * memory_bytes(f"{letters}[{sizes}]{{{layout or ''}}}")
