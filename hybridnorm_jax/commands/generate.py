@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from hybridnorm_jax.data import Tokenizer
     from hybridnorm_jax.generation.text import Written
 
-# Tokens that are written where nobody says how many.
-MANY = 256
+# Tokens that are written where nobody says how many, and most that anybody could mean.
+MANY, MOST = 256, 1_000_000
 
 USAGE = """hybridnorm generate RUN_OR_DIR [--prompt TEXT | --file FILE] [OPTION ...]
        [run.plugins=[...]]"""
@@ -44,8 +44,8 @@ def run(arguments: Sequence[str]) -> None:
     check_syntax("generate", arguments)
     options = _parser().parse_args([each for each in arguments if not each.startswith(f"{PLUGINS}=")])
     options.plugins = named_plugins(arguments)
-    if options.max_tokens is not None and options.max_tokens < 1:
-        raise UserError(f"--max-tokens {options.max_tokens}: must be at least 1")
+    if options.max_tokens is not None and not 1 <= options.max_tokens <= MOST:
+        raise UserError(f"--max-tokens {options.max_tokens}: must be at least 1 and at most {MOST:,}")
     if not all(options.stop):
         raise UserError("--stop: an empty text would end every text at once; name the text to stop at")
     generate(options, _sampling(options))

@@ -16,13 +16,14 @@ from hybridnorm_jax.generation.decoding import Writing, read_prompts, write
 from hybridnorm_jax.generation.on_mesh import on_mesh_of
 from hybridnorm_jax.generation.rounded_parameters import rounded
 from hybridnorm_jax.generation.sampling import Sampling
-from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.config import LONGEST_CONTEXT, ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
 
 Tokens = Int[np.ndarray, " tokens"]
 # Most tokens that are written before the caller sees them, and seconds for which a reader is willing to wait.
 STRIDE, PATIENCE = 32, 0.1
 SMALLEST = 32
+LIMIT_OF_SEEDS = 1 << 32
 
 
 def generate(
@@ -150,16 +151,22 @@ def _length(tokens: Tokens, ends: Tokens, done: bool) -> int:
 
 
 def _keys(seeds: int | Sequence[int], batch: int) -> jax.Array:
-    if isinstance(seeds, int):
-        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seeds), jnp.arange(batch))
+    if isinstance(seeds, int | np.integer):
+        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(_key(seeds), jnp.arange(batch))
     if len(seeds) != batch:
         raise UserError(f"seeds: {len(seeds)} of them for {batch} prompts; give one of each, or one for all")
-    return jnp.stack([jax.random.key(seed) for seed in seeds])
+    return jnp.stack([_key(seed) for seed in seeds])
+
+
+def _key(seed: int | np.integer) -> jax.Array:
+    if not 0 <= seed < LIMIT_OF_SEEDS:
+        raise UserError(f"seed {seed}: must be at least 0 and below {LIMIT_OF_SEEDS:,}")
+    return jax.random.key(int(seed))
 
 
 def _check(config: ModelConfig, rows: list[np.ndarray], max_new_tokens: int, stop_ids: Sequence[int]) -> None:
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+    if not 1 <= max_new_tokens <= LONGEST_CONTEXT:
+        raise UserError(f"max_new_tokens={max_new_tokens}: must be at least 1 and at most {LONGEST_CONTEXT:,}")
     if not rows:
         raise UserError("prompts: there are none; give at least one")
     for number, row in enumerate(rows):

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data import Data, Tokenizer, Windows
 from hybridnorm_jax.errors import ConfigError
-from hybridnorm_jax.generation.generate import generate
+from hybridnorm_jax.generation.generate import LIMIT_OF_SEEDS, generate
 from hybridnorm_jax.generation.sampling import Sampling
 from hybridnorm_jax.generation.text import begin_document
 from hybridnorm_jax.model.config import ModelConfig
@@ -91,7 +91,7 @@ def go_on(
             # The last of them is written, but not read.
             max_new_tokens=min(left, window - len(known) + 1),
             sampling=Sampling(temperature=TEMPERATURE),
-            seeds=[seed + len(stretches)],
+            seeds=[(seed + len(stretches)) % LIMIT_OF_SEEDS],
         )
         known, left = np.concatenate([known, new]), left - len(new)
         stretches.append(new)
