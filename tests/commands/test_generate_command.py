@@ -136,7 +136,7 @@ def test_typed_prompts_until_the_end_of_input(generate, monkeypatch, runs):
         (["rope", "--prompt", "x", "--file", "a.txt"], "hybridnorm generate: argument --file: not allowed with"),
         (["rope", "--temprature", "1"], "--temprature: no such option of `hybridnorm generate`; did you mean"),
         (["rope", "train.steps=3"], "train.steps=3: a key of `hybridnorm train`, not of `hybridnorm generate`"),
-        (["rope", "--tokenizer", "nowhere.json"], "data.tokenizer=nowhere.json: "),
+        (["rope", "--tokenizer", "nowhere.json"], "nowhere.json: cannot be read (No such file or directory)"),
         ([GPT2, "--tokenizer", "bytes"], "--tokenizer bytes: it has 257 tokens, but the model 61; name the tokenizer"),
     ],
     ids=str,

@@ -311,6 +311,7 @@ def trained(tmp_path):
     jax.config.update("jax_enable_x64", False)  # the command switches it on for its whole process
 
 
+@pytest.mark.long
 def test_the_command_converts_a_run_with_experts_and_says_how_many_choices_differ(trained, capsys, tmp_path):
     capsys.readouterr()
     assert main(["convert", str(trained), str(tmp_path / "stored"), "--form", "pre_crmsnorm"]) == 0
@@ -346,6 +347,7 @@ def _proven(small_config, random_params, spoil=lambda params: None):
     return proof.prove(config, params, conversion, written, {"random": tokens})
 
 
+@pytest.mark.long
 def test_a_proof_excuses_ties_of_what_is_written_and_nothing_else(small_config, random_params):
     with jax.enable_x64(True):
         found = _proven(small_config, random_params)

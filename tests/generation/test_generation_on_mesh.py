@@ -47,7 +47,7 @@ def calls(monkeypatch):
     [
         ({"scheme": "hybrid_star"}, 3, MESH, (1, 1)),  # a batch is split into four
         ({"num_kv_heads": 1, "vocab_size": 64}, 4, MESH, (1, 1)),  # both devices of `tensor` hold the one head
-        (EXPERTS, 8, MESH, (2, 1)),
+        pytest.param(EXPERTS, 8, MESH, (2, 1), marks=pytest.mark.long),
         (EXPERTS, 2, {"data": 2, "expert": 2, "context": 2}, (1, 2)),
     ],
     ids=["a row is added", "one kv head", "experts", "experts on devices of their own"],

@@ -31,6 +31,7 @@ def test_posts_and_spans_streams_do_not():
         np.testing.assert_allclose(deep["stream_rms"][1:], 1, rtol=0.01)
 
 
+@pytest.mark.long
 def test_spans_gradients_stay_bounded_with_megatron_alone():
     """Of the weights of block 1 over those of the last, as PAPERS has it: 8 to 96 blocks."""
     ratio = {}

@@ -106,6 +106,7 @@ def _stopped_after_save(directory, folder):
     return copy
 
 
+@pytest.mark.long
 def test_two_processes_are_one_and_their_checkpoint_is_its(arguments, one, tmp_path):
     two, ended = _train(2, arguments, tmp_path / "two", DATA)
     _assert_same(arguments, two, one)

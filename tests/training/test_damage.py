@@ -60,6 +60,7 @@ def _losses(directory):
     return [(record["step"], record["train/loss"]) for record in records if "train/loss" in record]
 
 
+@pytest.mark.long
 def test_a_run_goes_on_before_the_damage_if_allowed_and_ends_as_if_there_had_been_none(config, tmp_path, capfd):
     run, whole = tmp_path / "runs/run", tmp_path / "runs/whole"
     loop.train(config)

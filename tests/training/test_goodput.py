@@ -105,6 +105,7 @@ def test_throughput_is_that_of_the_median_step():
     assert tokens_per_second([], 100) is None
 
 
+@pytest.mark.long
 def test_other_work_leaves_the_throughput_alone(config, tmp_path, monkeypatch):
     """Now and then something takes 0.4 s more, a hundred times what a step of this model takes."""
 

@@ -63,6 +63,7 @@ def _is_adam(node):
     return isinstance(node, optax.ScaleByAdamState)
 
 
+@pytest.mark.long
 def test_a_finished_run_of_a_constant_rate_goes_on_as_if_it_had_been_longer(config):
     loop.train(config)
     longer = _with(config, steps=8)

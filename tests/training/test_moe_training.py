@@ -232,6 +232,7 @@ class _KilledError(Exception):
     """Stands for a process that ends without a word."""
 
 
+@pytest.mark.long
 def test_resumes_bit_for_bit(text_config, tmp_path, monkeypatch, capsys):
     whole = dataclasses.replace(text_config, run=dataclasses.replace(text_config.run, name="whole"))
     loop.train(whole)

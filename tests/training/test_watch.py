@@ -51,6 +51,7 @@ def _state(config, tmp_path):
         return checkpoints.restore(Program(config).abstract_state, None)[0]
 
 
+@pytest.mark.long
 def test_watching_does_not_change_the_trajectory_and_a_stopped_run_writes_the_same(config, tmp_path, monkeypatch):
     watched = _watched(config)
     loop.train(config)
