@@ -131,18 +131,21 @@ def _read(file: str) -> str:
 
 def generate(options: argparse.Namespace, sampling: Sampling) -> None:
     """Read the prompts and the model, and write after each prompt."""
+    import jax  # after parsing: JAX takes seconds to import
+
     from hybridnorm_jax.commands.saved_model import read_directory
     from hybridnorm_jax.generation.text import write_text
 
     prompts = _prompts(options)
     import_plugins(options.plugins)
     source = read_directory(options.model)
+    params = jax.device_put(source.params)  # once, for all prompts
     tokenizer = _tokenizer(source, options.tokenizer)
     show = None if options.json else _show(sys.stdout.isatty())
     for prompt in prompts:
         (written,) = write_text(
             source.config.model,
-            source.params,
+            params,
             tokenizer,
             [prompt],
             max_new_tokens=_most(options.max_tokens, prompt, source, tokenizer),
