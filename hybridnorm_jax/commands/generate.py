@@ -15,7 +15,7 @@ from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.config.plugins import import_plugins
 from hybridnorm_jax.config.yaml_files import named_plugins
 from hybridnorm_jax.errors import ConfigError, UserError
-from hybridnorm_jax.generation.sampling import Sampling
+from hybridnorm_jax.generation.sampling import Sampling, fault_of_seed
 
 if TYPE_CHECKING:
     from hybridnorm_jax.commands.saved_model import SavedModel
@@ -46,6 +46,8 @@ def run(arguments: Sequence[str]) -> None:
     options.plugins = named_plugins(arguments)
     if options.max_tokens is not None and not 1 <= options.max_tokens <= MOST:
         raise UserError(f"--max-tokens {options.max_tokens}: must be at least 1 and at most {MOST:,}")
+    if (wrong := fault_of_seed(options.seed)) is not None:
+        raise UserError(f"--seed {options.seed}: {wrong}")
     if not all(options.stop):
         raise UserError("--stop: an empty text would end every text at once; name the text to stop at")
     generate(options, _sampling(options))

@@ -15,7 +15,7 @@ from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.generation.decoding import Writing, read_prompts, write
 from hybridnorm_jax.generation.on_mesh import on_mesh_of
 from hybridnorm_jax.generation.rounded_parameters import rounded
-from hybridnorm_jax.generation.sampling import Sampling
+from hybridnorm_jax.generation.sampling import Sampling, fault_of_seed
 from hybridnorm_jax.model.config import LONGEST_CONTEXT, ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
 
@@ -23,7 +23,6 @@ Tokens = Int[np.ndarray, " tokens"]
 # Most tokens that are written before the caller sees them, and seconds for which a reader is willing to wait.
 STRIDE, PATIENCE = 32, 0.1
 SMALLEST = 32
-LIMIT_OF_SEEDS = 1 << 32
 
 
 def generate(
@@ -159,8 +158,8 @@ def _keys(seeds: int | Sequence[int], batch: int) -> jax.Array:
 
 
 def _key(seed: int | np.integer) -> jax.Array:
-    if not 0 <= seed < LIMIT_OF_SEEDS:
-        raise UserError(f"seed {seed}: must be at least 0 and below {LIMIT_OF_SEEDS:,}")
+    if (wrong := fault_of_seed(int(seed))) is not None:
+        raise UserError(f"seed {seed}: {wrong}")
     return jax.random.key(int(seed))
 
 

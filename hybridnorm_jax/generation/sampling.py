@@ -4,6 +4,13 @@ import dataclasses
 
 from hybridnorm_jax.config_fields import check_fields, key
 
+LIMIT_OF_SEEDS = 1 << 32
+
+
+def fault_of_seed(seed: int) -> str | None:
+    """What is wrong with a seed, as the end of a sentence; None: nothing."""
+    return None if 0 <= seed < LIMIT_OF_SEEDS else f"must be at least 0 and below {LIMIT_OF_SEEDS:,}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:

@@ -8,8 +8,8 @@ from jaxtyping import Int
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data import Data, Tokenizer, Windows
 from hybridnorm_jax.errors import ConfigError
-from hybridnorm_jax.generation.generate import LIMIT_OF_SEEDS, generate
-from hybridnorm_jax.generation.sampling import Sampling
+from hybridnorm_jax.generation.generate import generate
+from hybridnorm_jax.generation.sampling import LIMIT_OF_SEEDS, Sampling
 from hybridnorm_jax.generation.text import begin_document
 from hybridnorm_jax.model.config import ModelConfig
 

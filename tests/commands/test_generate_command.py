@@ -129,6 +129,7 @@ def test_typed_prompts_until_the_end_of_input(generate, monkeypatch, runs):
         (["rope", "--max-tokens", "0"], "--max-tokens 0: must be at least 1"),
         (["rope", "--top-p", "2"], "--top-p=2.0: must be above 0 and at most 1"),
         (["rope", "--temperature", "nan"], "--temperature=nan: "),
+        (["rope", "--seed", "-1"], "--seed -1: must be at least 0 and below 4,294,967,296"),
         (["rope", "--stop", ""], "--stop: an empty text would end every text at once"),
         (["rope", "--file", "nowhere.txt"], "--file nowhere.txt: No such file or directory"),
         (["rope", "--file", "rope"], "--file rope: no regular file; name a file of UTF-8 text"),
