@@ -51,7 +51,8 @@ def choose(
         logits = penalize(logits, came, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    # The largest logit is 0 before the division: no temperature makes it infinite.
+    logits = (logits - logits.max(-1, keepdims=True)) / sampling.temperature
     if sampling.top_k is not None:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p < 1:
@@ -78,7 +79,8 @@ def keep_top_p(logits: Logits, p: float) -> Logits:
     Source: nucleus sampling (1904.09751).
     """
     descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-    before = jnp.cumsum(jax.nn.softmax(descending), axis=-1) - jax.nn.softmax(descending)
+    probabilities = jax.nn.softmax(descending)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
     least = jnp.min(jnp.where(before < p, descending, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)
 

@@ -2,15 +2,17 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Int
 
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data import Data, Tokenizer, Windows
 from hybridnorm_jax.errors import ConfigError
-from hybridnorm_jax.generation.sampling import TEMPERATURE, generate
+from hybridnorm_jax.generation.generate import generate
+from hybridnorm_jax.generation.next_token import Sampling
 
+# Below 1, so that unlikely tokens are rarer than the model says; well above 0, at which small models repeat themselves.
+TEMPERATURE = 0.8
 # A first line may be as short as `"""`, which says little, or as long as a whole document.
 FEWEST_CHARACTERS, MOST_TOKENS = 12, 64
 
@@ -56,21 +58,39 @@ def text_sample(config: RunConfig, data: Data, params: Any) -> str:
         return "No sample of text: data.tokenizer names no tokenizer for these token files."
     count, window = config.train.sample_tokens, config.train.seq_len
     prompt = _prompt(config.train.sample_prompt, data, window)
-    ids = generate(
-        config.model,
-        params,
-        prompt.ids,
-        num_tokens=count,
-        window=window,
-        key=jax.random.key(config.train.seed),
-        temperature=TEMPERATURE,
-    )
+    ids = _go_on(config, params, prompt.ids)
     cut = f"; the model reads its last {window:,} tokens" if len(prompt.ids) > window else ""
     tokens = "1 token" if count == 1 else f"{count:,} tokens"
     return (
         f"Sample of text\n--- prompt: {prompt.source}{cut}\n{printable(prompt.text)}\n"
         f"--- the model goes on: {tokens} at temperature {TEMPERATURE}\n{printable(decoded(ids, data.tokenizer))}\n---"
     )
+
+
+def _go_on(config: RunConfig, params: Any, prompt: Int[np.ndarray, "prompt"]) -> Int[np.ndarray, "tokens"]:
+    """train.sample_tokens tokens, each after at most train.seq_len tokens before it: the model knows no longer texts.
+
+    The token after so many follows the newer half of them alone.
+    """
+    count, window = config.train.sample_tokens, config.train.seq_len
+    text, written = np.asarray(prompt, np.int32)[-window:], 0
+    new: list[Int[np.ndarray, "piece"]] = []
+    while written < count:
+        if len(text) > window:
+            text = text[-max(window // 2, 1) :]
+        (piece,) = generate(
+            config.model,
+            params,
+            [text],
+            # The last token that is written is not read.
+            max_new_tokens=min(window - len(text) + 1, count - written),
+            sampling=Sampling(temperature=TEMPERATURE),
+            seeds=(config.train.seed + written) % 2**32,
+        )
+        new.append(piece)
+        written += len(piece)
+        text = np.concatenate([text, piece])
+    return np.concatenate(new)
 
 
 def decoded(ids: Int[np.ndarray, "tokens"], tokenizer: Tokenizer) -> str:

@@ -13,6 +13,7 @@ from hybridnorm_jax.kernels.attention_backends import causal_attention
 from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS
 from hybridnorm_jax.kernels.blockwise_attention import attention_statistics
 from hybridnorm_jax.kernels.cached_attention import CachedHeads, cached_attention
+from hybridnorm_jax.mesh.split_axes import constrained
 from hybridnorm_jax.model.cache import CACHE, CACHE_AXES, CachedLayer
 from hybridnorm_jax.model.initializers import truncated_normal
 from hybridnorm_jax.model.input_checks import check_at_least_one, check_per_token, check_stream
@@ -144,15 +145,12 @@ class Attention(nn.Module):
         out = dense(x.shape[-1], axis=(-2, -1), kernel_init=self.output_init, name="out")
         return out(context)
 
-    def _keep(
-        self, name: str, new: Float[Array, "batch seq kv_heads head_dim"], cached: CachedLayer
-    ) -> CachedHeads:
+    def _keep(self, name: str, new: Float[Array, "batch seq kv_heads head_dim"], cached: CachedLayer) -> CachedHeads:
         """Put new keys or values into their slots of this layer; returns all slots of all layers of the run."""
         kept = self.variable(CACHE, name)
         place = (cached.layer, 0, 0, cached.slots.next, 0)
-        kept.value = nn.with_logical_constraint(
-            jax.lax.dynamic_update_slice(kept.value, new.swapaxes(1, 2)[None], place), CACHE_AXES
-        )
+        filled = jax.lax.dynamic_update_slice(kept.value, new.swapaxes(1, 2)[None], place)
+        kept.value = constrained(filled, CACHE_AXES)
         return kept.value
 
     def _sizes(self, embed: int) -> tuple[int, int]:
