@@ -5,6 +5,8 @@ from .config.run_config import RunConfig as RunConfig
 from .errors import ConfigError as ConfigError
 from .errors import RunStopped as RunStopped
 from .errors import UserError as UserError
+from .generation.generate import generate as generate
+from .generation.sampling import Sampling as Sampling
 from .interop.huggingface import load_huggingface as load_huggingface
 from .interop.huggingface import save_huggingface as save_huggingface
 from .interop.olmo_checkpoints import params_from_olmo as params_from_olmo

@@ -56,9 +56,10 @@ VALUES_OF_OPTIONS = {
     "--dtype": ("float32", "float64"),
     "--pad-to": (),
     "--ignore-key": (),
+    "--prompt": (),
     "--topology": (),
 }
-PATH_OPTIONS = ("--text", "--table")
+PATH_OPTIONS = ("--text", "--table", "--file")
 OPTIONS_WITH_EQUALS = {"--emit-jobs": ("slurm", "jobset"), "--only": ()}
 
 
@@ -88,7 +89,7 @@ def _of_command(command: str, given: Sequence[str], typed: str) -> list[str]:
         return _whole(VALUES_OF_OPTIONS[option])
     if typed.startswith("-"):
         return _options(command)
-    if command == "eval" and not given:
+    if command in ("eval", "generate") and not given:
         return _run_directories(typed)
     goes_on = _values(command, typed) if "=" in typed else _keys(command, typed)
     return [*_positionals(command, given, typed), *goes_on]

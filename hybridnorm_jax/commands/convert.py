@@ -5,7 +5,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hybridnorm_jax.commands.program import ArgumentParser, again
 from hybridnorm_jax.commands.syntax import check_syntax
@@ -18,6 +18,9 @@ from hybridnorm_jax.interop.checkpoint_files import PICKLE, PICKLES, find_file, 
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.streams import sturdy_streams
 from hybridnorm_jax.whole_files import is_local
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh  # JAX takes seconds to import
 
 SEQUENCES, LONGEST = 2, 128
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
@@ -229,12 +232,15 @@ class Source:
     trained_on: Sequence[Any] = ()
 
 
-def read_directory(path: str, ignore_keys: Sequence[str] = (), *, dtype: str | None = None) -> Source:
+def read_directory(
+    path: str, ignore_keys: Sequence[str] = (), *, dtype: str | None = None, mesh: "Mesh | None" = None
+) -> Source:
     """A Hugging Face directory (it has a config.json), a run's directory, or one checkpoint of a run.
 
     Args:
       ignore_keys: of config.json, see load_huggingface.
       dtype: of a Hugging Face directory's parameters, see load_huggingface. Those of a run are as they were saved.
+      mesh: where a run's parameters lie; None: on one device.
 
     Raises:
       UserError: none of them, or damaged.
@@ -256,7 +262,7 @@ def read_directory(path: str, ignore_keys: Sequence[str] = (), *, dtype: str | N
     from hybridnorm_jax.training.trained_before import trained_on
 
     checkpoint, step = newest_checkpoint(path)
-    config, params = load_run(checkpoint)
+    config, params = load_run(checkpoint, mesh=mesh)
     with Checkpoints(Path(checkpoint).parent, keep=1) as checkpoints:
         known = trained_on(checkpoints.read_data_state(step), config.data)
     return Source(f"run, step {step}", config, params, step, trained_on=known)

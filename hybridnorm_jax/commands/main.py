@@ -47,6 +47,7 @@ COMMANDS = {
         "[CONFIG ...] [key=value ...]", "pretrain a model, or resume a run", has_processes=True, requeue=True
     ),
     "eval": Command("RUN_DIR [key=value ...]", "score a run on its validation sets", has_processes=True),
+    "generate": Command("RUN_OR_DIR [--prompt TEXT]", "write text with a trained model"),
     "convert": Command("DIR OUT_DIR --form FORM", "make a Pre-LN model cheaper, proven equal"),
     "plan": Command("CONFIG [key=value ...]", "say whether a run fits on other devices"),
     "lab": Command("signal | compare | report", "compare norm placements", has_processes=True),

@@ -10,6 +10,11 @@ from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.errors import UserError, did_you_mean
 
 HELP = ("--help", "-h")
+# Of a run's keys those that `generate` takes: where the parameters lie, and what of the model a directory may not say.
+GENERATE_RUN_KEYS = (
+    *(f"mesh.{axis}" for axis in ("data", "fsdp", "tensor", "expert")),
+    *("model.dtype", "data.tokenizer", "data.separator", PLUGINS),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +36,13 @@ class Syntax:
 SYNTAX = {
     "train": Syntax(options=("--dry-run",), takes_run_keys=True),
     "eval": Syntax(options=("--json",), takes_run_keys=True),
+    "generate": Syntax(
+        options=("--prompt", "--file", "--json"),
+        keys=(
+            *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+            *("seed", "stop", "stop_ids", *GENERATE_RUN_KEYS),
+        ),
+    ),
     "convert": Syntax(options=("--form", "--pad-to", "--dtype", "--text", "--ignore-key"), keys=(PLUGINS,)),
     "plan": Syntax(options=("--topology", "--json", "--table"), takes_run_keys=True),
     "lab signal": Syntax(

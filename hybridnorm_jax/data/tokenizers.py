@@ -222,8 +222,11 @@ class HuggingFaceTokenizer:
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 
 
-def load_tokenizer(data: DataSection) -> Tokenizer:
+def load_tokenizer(data: DataSection, *, needs_separator: bool = True) -> Tokenizer:
     """The tokenizer that data.tokenizer names.
+
+    Args:
+      needs_separator: whether documents will be divided with it; token files come with their separators in them.
 
     Raises:
       DataError: there is none, or it has no document separator and one is needed.
@@ -241,8 +244,8 @@ def load_tokenizer(data: DataSection) -> Tokenizer:
         raise DataError(f"{what}: {pointer}")
     if found := format_of(content):
         raise DataError(f"{what}: {found.name}, not a tokenizer.json; give bytes, or the path of a tokenizer.json")
-    # Token files come with their separators in them.
-    return HuggingFaceTokenizer(data.tokenizer, content, data.separator, needs_separator=data.source != "tokens")
+    needed = needs_separator and data.source != "tokens"
+    return HuggingFaceTokenizer(data.tokenizer, content, data.separator, needs_separator=needed)
 
 
 def _read(path: epath.Path, what: str) -> bytes:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Int, Key
 
-from hybridnorm_jax.generation.next_token import Sampling, choose
+from hybridnorm_jax.generation.next_token import choose
+from hybridnorm_jax.generation.sampling import Sampling
 from hybridnorm_jax.mesh.split_axes import constrained
 from hybridnorm_jax.model.cache import CACHE, Slots, empty_cache
 from hybridnorm_jax.model.decoder import Decoder

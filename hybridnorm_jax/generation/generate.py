@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.generation.decoding import LogicalRules, Program, Writing, read_prompts, write
-from hybridnorm_jax.generation.next_token import Sampling
+from hybridnorm_jax.generation.sampling import Sampling
 from hybridnorm_jax.mesh.device_mesh import parts_of, use_mesh
 from hybridnorm_jax.mesh.sharding_rules import MESH_AXES
 from hybridnorm_jax.model.config import ModelConfig
@@ -81,11 +81,12 @@ def generate(
             padded[number, width - len(row) :] = row
             lengths[number] = len(row)
         writing = read_prompts(params, padded, lengths, _seeds(seeds, len(rows), batch), stops, program=program)
-        return _Collected(len(rows), stops, on_tokens).all_of(params, writing, program, max_new_tokens)
+        collected = _Collected(stops, on_tokens, is_done=np.zeros(len(rows), bool))
+        return collected.all_of(params, writing, program, max_new_tokens)
 
 
 def rounded_up(length: int) -> int:
-    """The length for which programs are compiled: at most a quarter more than asked for, and SHORTEST at least."""
+    """The length for which programs are compiled: fewer than length / 4 more, or than SHORTEST where that is more."""
     step = max(SHORTEST, 1 << max(length.bit_length() - 3, 0))
     return -(-length // step) * step
 
@@ -95,19 +96,17 @@ class _Collected:
     """What has been written so far.
 
     Attributes:
-      rows: how many sequences there are; what follows them is padding of the batch.
       stops: tokens that end a sequence.
+      is_done: of each sequence; what follows them in the batch is padding.
     """
 
-    rows: int
     stops: Int[np.ndarray, " stops"]
     on_tokens: OnTokens | None
-    pieces: list[Int[np.ndarray, "batch tokens"]] = dataclasses.field(default_factory=list)
-    is_done: Bool[np.ndarray, " batch"] | None = None
+    is_done: Bool[np.ndarray, " rows"]
+    pieces: list[Int[np.ndarray, "rows tokens"]] = dataclasses.field(default_factory=list)
 
     def all_of(self, params: Any, writing: Writing, program: Program, max_new_tokens: int) -> list[Tokens]:
         """The new tokens of every sequence, up to max_new_tokens."""
-        self.is_done = np.zeros(self.rows, bool)
         goes_on = self._add(np.asarray(writing.last)[:, None])
         left = max_new_tokens - 1
         stride = STRIDE if self.on_tokens is None else STRIDE_OF_A_LISTENER
@@ -122,7 +121,7 @@ class _Collected:
 
     def _add(self, columns: Int[np.ndarray, "batch tokens"]) -> bool:
         """Keep the newest tokens, and hand them on; returns whether there is more to write."""
-        columns = columns[: self.rows]
+        columns = columns[: len(self.is_done)]
         self.pieces.append(columns)
         is_wanted = True
         if self.on_tokens is not None:
@@ -152,7 +151,12 @@ def _mesh_of(params: Any) -> Iterator[LogicalRules]:
 
 def _rules_in_force() -> LogicalRules:
     # One new token cannot be split, and of a prompt each device then has all keys and values that its rows need.
-    return tuple((name, axes) for name, axes in nn.get_logical_axis_rules() if name != "seq")
+    rules: Any = nn.get_logical_axis_rules()
+    return tuple((name, _as_tuple(axes)) for name, axes in rules if name != "seq")
+
+
+def _as_tuple(axes: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def _batch_size(rows: int, rules: LogicalRules) -> int:

@@ -1,42 +1,14 @@
-"""How the next token is chosen from a model's logits: the rules as functions, and Sampling, which names them."""
+"""How the next token is chosen from a model's logits: the rules of sampling.py as functions."""
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from hybridnorm_jax.config_fields import check_fields, key
+from hybridnorm_jax.generation.sampling import Sampling
 
 Logits = Float[Array, "batch vocab"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen. The rules apply in the order of the fields; as it stands, the likeliest token is taken.
-
-    Raises:
-      ConfigError: a value that cannot be; names the field.
-    """
-
-    repetition_penalty: float = key(
-        1.0,
-        "positive logits of tokens that came before are divided by it, negative ones multiplied",
-        above=0,
-        at_most=100,
-    )
-    temperature: float = key(0.0, "divides the logits; 0: the likeliest token is taken", at_least=0, at_most=100)
-    top_k: int | None = key(None, "only so many of the likeliest tokens are left", at_least=1, at_most=10_000_000)
-    top_p: float = key(
-        1.0, "the likeliest tokens are left until their probability is at least this", above=0, at_most=1
-    )
-    min_p: float = key(
-        0.0, "tokens are left out that are less likely than this times the likeliest", at_least=0, at_most=1
-    )
-
-    def __post_init__(self) -> None:
-        check_fields("", self)
 
 
 def choose(

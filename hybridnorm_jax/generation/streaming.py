@@ -56,7 +56,7 @@ class TextStream:
         self._tokens += [int(token) for token in tokens]
         text = self._tokenizer.decode(self._tokens)
         whole = text[-MOST_INCOMPLETE:].rstrip(INCOMPLETE)
-        complete = text[: -MOST_INCOMPLETE] + whole
+        complete = text[:-MOST_INCOMPLETE] + whole
         new = complete[self._length :]
         self._length = max(self._length, len(complete))
         if complete == text:
@@ -98,3 +98,8 @@ class TextStream:
 
     def _may_become_stop(self, end: str) -> bool:
         return any(len(end) < len(stop) and stop.startswith(end) for stop in self._stop)
+
+
+def without_controls(text: str) -> str:
+    """Text that moves no cursor and changes no color: other control characters than newline and tab are U+FFFD."""
+    return "".join(each if each.isprintable() or each in "\n\t" else INCOMPLETE for each in text)

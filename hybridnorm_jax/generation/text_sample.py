@@ -9,7 +9,8 @@ from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data import Data, Tokenizer, Windows
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.generation.generate import generate
-from hybridnorm_jax.generation.next_token import Sampling
+from hybridnorm_jax.generation.sampling import Sampling
+from hybridnorm_jax.generation.streaming import without_controls
 
 # Below 1, so that unlikely tokens are rarer than the model says; well above 0, at which small models repeat themselves.
 TEMPERATURE = 0.8
@@ -74,7 +75,7 @@ def _go_on(config: RunConfig, params: Any, prompt: Int[np.ndarray, "prompt"]) ->
     """
     count, window = config.train.sample_tokens, config.train.seq_len
     text, written = np.asarray(prompt, np.int32)[-window:], 0
-    new: list[Int[np.ndarray, "piece"]] = []
+    new: list[Int[np.ndarray, piece]] = []
     while written < count:
         if len(text) > window:
             text = text[-max(window // 2, 1) :]
@@ -100,9 +101,8 @@ def decoded(ids: Int[np.ndarray, "tokens"], tokenizer: Tokenizer) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that moves no cursor and changes no color: other control characters than newline and tab are U+FFFD."""
-    shown = "".join(each if each.isprintable() or each in "\n\t" else "\N{REPLACEMENT CHARACTER}" for each in text)
-    return shown.strip("\n")
+    """The text as a terminal may show it, without newlines at its ends."""
+    return without_controls(text).strip("\n")
 
 
 def _split_after(ids: Int[np.ndarray, "tokens"], ends: Any) -> list[Int[np.ndarray, "part"]]:

@@ -147,7 +147,7 @@ class Attention(nn.Module):
 
     def _keep(self, name: str, new: Float[Array, "batch seq kv_heads head_dim"], cached: CachedLayer) -> CachedHeads:
         """Put new keys or values into their slots of this layer; returns all slots of all layers of the run."""
-        kept = self.variable(CACHE, name)
+        kept: nn.Variable[CachedHeads] = self.variable(CACHE, name)
         place = (cached.layer, 0, 0, cached.slots.next, 0)
         filled = jax.lax.dynamic_update_slice(kept.value, new.swapaxes(1, 2)[None], place)
         kept.value = constrained(filled, CACHE_AXES)

@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
+from cached_logits import at_once_and_step_by_step
 
 import hybridnorm_jax as hn
-from generation.cached_logits import at_once_and_step_by_step
 from hybridnorm_jax.model.cache import empty_cache
 
 EXPERTS = {"num_experts": 4, "experts_per_token": 2}

@@ -1,4 +1,4 @@
-"""What a model says when it reads one token after the other, for the tests beside this file."""
+"""What a model says when it reads one token after the other."""
 
 from functools import partial
 
