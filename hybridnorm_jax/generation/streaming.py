@@ -8,14 +8,19 @@ from jaxtyping import Int
 from hybridnorm_jax.data import Tokenizer
 from hybridnorm_jax.errors import UserError
 
-# A character has at most four bytes. Decoders give U+FFFD for the bytes of an incomplete one: one, or one for each.
-INCOMPLETE, MOST_INCOMPLETE = "\N{REPLACEMENT CHARACTER}", 3
+# What decoders give for the bytes of a character that is not whole: one, or one for each byte. Some give it for all
+# bytes that stand together until the last character of them is whole.
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+# A character has at most four bytes.
+MOST_BYTES = 4
 # So many tokens before a token decide its text, such as whether it begins with a space; and no more are kept than this.
 CONTEXT, MOST_KEPT = 16, 256
 
 
 class TextStream:
     """The text of tokens, piece by piece; no piece ends in half a character or holds any of a stop string.
+
+    Bytes that are no character become U+FFFD once it is certain that they are none.
 
         stream = TextStream(tokenizer, after=prompt, stop=["\\n\\n"])
         print(stream.feed(tokens), end="")
@@ -55,8 +60,7 @@ class TextStream:
             return ""
         self._tokens += [int(token) for token in tokens]
         text = self._tokenizer.decode(self._tokens)
-        whole = text[-MOST_INCOMPLETE:].rstrip(INCOMPLETE)
-        complete = text[:-MOST_INCOMPLETE] + whole
+        complete = text.rstrip(INCOMPLETE)
         new = complete[self._length :]
         self._length = max(self._length, len(complete))
         if complete == text:
@@ -77,7 +81,7 @@ class TextStream:
         if len(self._tokens) <= MOST_KEPT:
             return
         # Not within a character.
-        for length in range(CONTEXT, CONTEXT + MOST_INCOMPLETE + 1):
+        for length in range(CONTEXT, CONTEXT + MOST_BYTES):
             text = self._tokenizer.decode(self._tokens[-length:])
             if not text.startswith(INCOMPLETE):
                 self._tokens, self._length = self._tokens[-length:], len(text)
