@@ -30,6 +30,7 @@ import pytest
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.model.abstract_params import abstract_params
+from hybridnorm_jax.training.program import Program
 
 # Tracing makes millions of objects, and Python would look through them over and over: a sixth of the suite's time.
 # They are collected after each file instead.
@@ -44,6 +45,27 @@ def _forget_what_is_compiled():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="module")
+def _programs():
+    return {}
+
+
+@pytest.fixture
+def shared_programs(_programs, monkeypatch):
+    """Runs of one file whose steps are the same compile them once. For files that train the same small model often."""
+    build = Program.__init__
+
+    def build_or_share(self, config, mesh=None):
+        compiled = (config.model, config.train, config.optimizer, config.mesh, config.data.segment_ids)
+        key = repr((*compiled, config.model.placements, mesh, jax.config.read("jax_enable_x64")))
+        if key not in _programs:
+            build(self, config, mesh)
+            _programs[key] = dict(vars(self))
+        vars(self).update(_programs[key] | {"config": config})
+
+    monkeypatch.setattr(Program, "__init__", build_or_share)
 
 
 @pytest.fixture(autouse=True)

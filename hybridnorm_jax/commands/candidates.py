@@ -15,6 +15,7 @@ from hybridnorm_jax.config.key_lookup import FIELDS, SECTIONS
 from hybridnorm_jax.config.key_values import read_hint
 from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.config.run_config import EQUIVALENT_FORMS, SCHEDULES, SOURCES, TOKEN_DTYPES, RunSection
+from hybridnorm_jax.evaluation.paper_tasks import PAPER, PAPER_TASKS
 from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS, EXPERT_DISPATCHES
 from hybridnorm_jax.model import config as model
 from hybridnorm_jax.model.schemes import SCHEMES
@@ -53,13 +54,27 @@ PATH_KEYS = ("init_from", "run.dir", "data.tokenizer", "data.cache_dir", "out")
 # Options whose value is the next argument, and those that are written --option=value.
 VALUES_OF_OPTIONS = {
     "--form": ("pre_rmsnorm", "pre_crmsnorm"),
-    "--dtype": ("float32", "float64"),
+    "--format": ("hf", "safetensors"),
+    "--dtype": model.PARAM_DTYPES,
+    "--license": (),
     "--pad-to": (),
     "--ignore-key": (),
-    "--prompt": (),
     "--topology": (),
+    "--prompt": (),
+    "--max-tokens": (),
+    "--temperature": (),
+    "--top-k": (),
+    "--top-p": (),
+    "--min-p": (),
+    "--repetition-penalty": (),
+    "--seed": (),
+    "--stop": (),
+    "--limit": (),
 }
-PATH_OPTIONS = ("--text", "--table", "--file")
+# Where a command takes fewer of them.
+VALUES_OF_COMMANDS = {("convert", "--dtype"): ("float32", "float64")}
+PATH_OPTIONS = ("--text", "--table", "--file", "--tokenizer")
+TASKS_OPTION = "--tasks"
 OPTIONS_WITH_EQUALS = {"--emit-jobs": ("slurm", "jobset"), "--only": ()}
 
 
@@ -85,11 +100,16 @@ def _of_command(command: str, given: Sequence[str], typed: str) -> list[str]:
     option = given[-1] if given else ""
     if option in PATH_OPTIONS:
         return _files(typed)
+    if option == TASKS_OPTION:
+        begun = typed[: typed.rfind(",") + 1]
+        return [
+            f"{begun}{found}" for found in [*_whole([PAPER, *PAPER_TASKS]), *_files(typed[len(begun) :], (".yaml",))]
+        ]
     if option in VALUES_OF_OPTIONS:
-        return _whole(VALUES_OF_OPTIONS[option])
+        return _whole(VALUES_OF_COMMANDS.get((command, option), VALUES_OF_OPTIONS[option]))
     if typed.startswith("-"):
         return _options(command)
-    if command in ("eval", "generate") and not given:
+    if command in ("eval", "generate", "export") and not given:
         return _run_directories(typed)
     goes_on = _values(command, typed) if "=" in typed else _keys(command, typed)
     return [*_positionals(command, given, typed), *goes_on]
@@ -109,7 +129,7 @@ def _options(command: str) -> list[str]:
 def _positionals(command: str, given: Sequence[str], typed: str) -> list[str]:
     if command in ("train", "plan", "lab signal", "lab compare"):
         return [*_whole(named_configurations.names()), *_files(typed, named_configurations.SUFFIXES)]
-    if command == "convert":
+    if command in ("convert", "export"):
         return _directories(typed)
     if command == "schemes":
         return _whole(SCHEMES)

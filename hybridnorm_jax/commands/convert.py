@@ -5,26 +5,19 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from hybridnorm_jax.commands.program import ArgumentParser, again
+from hybridnorm_jax.commands.saved_model import HUGGING_FACE, SavedModel, read_directory
 from hybridnorm_jax.commands.syntax import check_syntax
 from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.config.plugins import as_arguments, import_plugins
-from hybridnorm_jax.config.run_config import DataSection, RunConfig, TrainSection
 from hybridnorm_jax.config.yaml_files import named_plugins
 from hybridnorm_jax.errors import ConfigError, UserError
-from hybridnorm_jax.interop.checkpoint_files import PICKLE, PICKLES, find_file, foreign_weights
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.streams import sturdy_streams
 from hybridnorm_jax.whole_files import is_local
 
-if TYPE_CHECKING:
-    from jax.sharding import Mesh  # JAX takes seconds to import
-
 SEQUENCES, LONGEST = 2, 128
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
-HUGGING_FACE = "Hugging Face"
 # Of any device's lanes; a wider stream would be mostly zeros.
 LARGEST_PAD = 1024
 # Of a file system's 255 bytes, less what a directory that is not yet whole has in its name besides.
@@ -100,7 +93,17 @@ def convert(options: argparse.Namespace) -> None:
     """Read, convert in float64, prove, write."""
     import jax  # after parsing: JAX takes seconds to import
 
+    # In all threads, so that is not what `with jax.enable_x64` does.
+    was = jax.config.read("jax_enable_x64")
     jax.config.update("jax_enable_x64", True)
+    try:
+        _convert(options)
+    finally:
+        jax.config.update("jax_enable_x64", was)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    """`convert`, with float64 switched on."""
     from hybridnorm_jax.equivalence.decoder_forms import conversion_of
     from hybridnorm_jax.equivalence.proof import WRITTEN, cast, prove, table
     from hybridnorm_jax.training.run_directory import check_free, save_run
@@ -171,7 +174,7 @@ def _say_next(out: str, plugins: Sequence[str], *, has_tokenizer: bool) -> None:
     print(f"  or: {again(['train', f'{out}/config.yaml', f'init_from={out}', 'run.name=NAME', *needed])}{data}")
 
 
-def token_sets(options: argparse.Namespace, source) -> dict:
+def token_sets(options: argparse.Namespace, source: SavedModel) -> dict:
     """{"random tokens": ..., "text (...)": ...}, each SEQUENCES sequences of at most LONGEST tokens."""
     import numpy as np
 
@@ -209,73 +212,3 @@ def describe(model: ModelConfig) -> str:
         width = f"stream of {model.norm_width} stored as {model.d_model}"
     experts = f", {model.experts_per_token} of {model.num_experts} experts" if model.num_experts else ""
     return f"{model.scheme}, {model.num_layers} layers, {width}, {model.norm}{experts}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A model read from a directory.
-
-    Attributes:
-      kind: what the directory is, in words.
-      config: how to train or evaluate it; config.model is the model's.
-      params: its parameters.
-      step: the step of the checkpoint, 0 where there is none.
-      tokenizer_file: the tokenizer.json that came with it, None where there is none.
-      trained_on: what it was trained on, as far as a run says so.
-    """
-
-    kind: str
-    config: RunConfig
-    params: Any
-    step: int
-    tokenizer_file: Path | None = None
-    trained_on: Sequence[Any] = ()
-
-
-def read_directory(
-    path: str, ignore_keys: Sequence[str] = (), *, dtype: str | None = None, mesh: "Mesh | None" = None
-) -> Source:
-    """A Hugging Face directory (it has a config.json), a run's directory, or one checkpoint of a run.
-
-    Args:
-      ignore_keys: of config.json, see load_huggingface.
-      dtype: of a Hugging Face directory's parameters, see load_huggingface. Those of a run are as they were saved.
-      mesh: where a run's parameters lie; None: on one device.
-
-    Raises:
-      UserError: none of them, or damaged.
-    """
-    directory = Path(path)
-    if not directory.is_dir():
-        if directory.suffix in PICKLES and directory.exists():
-            raise UserError(f"{path}: {PICKLE}")
-        wrong = "not a directory; name the directory that holds it" if directory.exists() else "no such directory"
-        raise UserError(f"{path}: {wrong}")
-    if os.path.lexists(directory / CONFIG):
-        return _read_huggingface(directory, ignore_keys, dtype)
-    if any(directory.glob("*.safetensors")) or not any(directory.iterdir()):
-        raise UserError(f"{path}: holds neither a config.json (Hugging Face) nor checkpoints (a run)")
-    if weights := foreign_weights(directory):
-        raise UserError(weights)
-    from hybridnorm_jax.training.checkpoints import Checkpoints
-    from hybridnorm_jax.training.run_directory import load_run, newest_checkpoint
-    from hybridnorm_jax.training.trained_before import trained_on
-
-    checkpoint, step = newest_checkpoint(path)
-    config, params = load_run(checkpoint, mesh=mesh)
-    with Checkpoints(Path(checkpoint).parent, keep=1) as checkpoints:
-        known = trained_on(checkpoints.read_data_state(step), config.data)
-    return Source(f"run, step {step}", config, params, step, trained_on=known)
-
-
-def _read_huggingface(path: Path, ignore_keys: Sequence[str], dtype: str | None) -> Source:
-    from hybridnorm_jax.interop.huggingface import load_huggingface
-
-    # Its errors come before those of the weights, which take longer to read.
-    file = find_file(path, TOKENIZER) if os.path.lexists(path / TOKENIZER) else None
-    model, params = load_huggingface(path, dtype=dtype, ignore_keys=ignore_keys)
-    wide = dataclasses.replace(model, param_dtype="float32")
-    seq_len = min(TrainSection.seq_len, model.max_positions or TrainSection.seq_len)
-    data = DataSection() if file is None else DataSection(tokenizer=str(file))
-    config = RunConfig(model=wide, data=data, train=TrainSection(seq_len=seq_len))
-    return Source(HUGGING_FACE, config, params, 0, file)

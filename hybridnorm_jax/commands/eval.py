@@ -10,11 +10,13 @@ from typing import Any
 
 from etils import epath
 
-from hybridnorm_jax.commands.program import wants_help
+from hybridnorm_jax.commands import eval_tasks
+from hybridnorm_jax.commands.program import ArgumentParser, wants_help
+from hybridnorm_jax.commands.scored_run import open_run
 from hybridnorm_jax.commands.syntax import check_syntax
 from hybridnorm_jax.config.resume_keys import differences
 from hybridnorm_jax.config.run_config import DataSection, RunConfig
-from hybridnorm_jax.config.yaml_files import from_yaml, gather, named_plugins
+from hybridnorm_jax.config.yaml_files import gather
 from hybridnorm_jax.data import Data, DataError, open_data
 from hybridnorm_jax.data.sources import find_files
 from hybridnorm_jax.errors import ConfigError
@@ -22,11 +24,6 @@ from hybridnorm_jax.evaluation.held_out import check_same_data, check_sets, chec
 from hybridnorm_jax.evaluation.perplexity import Score, evaluate_sets, table
 from hybridnorm_jax.mesh.cluster import DistributedSection
 from hybridnorm_jax.mesh.processes import Processes, say
-from hybridnorm_jax.training.checkpoints import Checkpoints
-from hybridnorm_jax.training.program import Program
-from hybridnorm_jax.training.run_directory import saved_config
-from hybridnorm_jax.training.run_identity import data_files
-from hybridnorm_jax.training.step_directories import find_checkpoint
 from hybridnorm_jax.training.trained_before import (
     Trained,
     check_named_sets,
@@ -35,22 +32,8 @@ from hybridnorm_jax.training.trained_before import (
     is_kept_out,
     trained_before,
     trained_on,
+    training_data,
 )
-
-# Where a run trained says nothing of where it is evaluated: by default on all devices there are.
-ANYWHERE = (
-    "mesh.data=1",
-    "mesh.fsdp=-1",
-    "mesh.tensor=1",
-    "mesh.expert=1",
-    "mesh.context=1",
-    "mesh.replica=1",
-    "model.attention=auto",
-    "model.expert_dispatch=auto",
-    "train.watch_every=null",
-)
-# Model keys that may be another in evaluation than in training: the function stays the same up to rounding.
-SAME_FUNCTION = ("model.dtype", "model.dropout", "model.initializer", "model.init_std")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,32 +57,22 @@ def evaluate_run(path: str, overrides: Sequence[str] = (), *, progress: bool = T
     Raises:
       UserError: no checkpoint there, or an override that makes another model of it.
     """
-    directory, step = find_checkpoint(path)
-    with Checkpoints(directory, keep=1) as checkpoints:
-        if step is None:
-            step = checkpoints.needed(allow_fallback=_allows_fallback(overrides))
-        text = checkpoints.read_config(step)
-        saved = saved_config(checkpoints, step, import_these=named_plugins(overrides))
-        config = from_yaml(text, [*ANYWHERE, *overrides])
-        data_state = checkpoints.read_data_state(step)
-        own = ("model.",) if "files" in data_state else ("model.", "data.tokenizer")
-        for line in differences(saved, config):
-            if line.startswith(own) and not line.startswith(SAME_FUNCTION):
-                raise ConfigError(f"{line}: {directory.parent} holds that model and no other")
-        program = Program(config)
-        data = _open_data(saved, config, data_state, where=str(directory.parent), progress=progress)
-        params = checkpoints.restore_params(program.abstract_state.params, step)
+    with open_run(path, overrides) as run:
+        program = run.program
+        data = _open_data(run.saved, run.config, run.data_state, where=run.where, progress=progress)
+        params = run.params()
     scores = evaluate_sets(
         lambda batch: program.eval_step(params, batch),
         data.validation,
         batch_size=program.eval_batch_size,
         share=program.share,
         sequences=program.eval_sequences,
+        stride=program.config.eval.stride,
         progress=progress,
     )
     limit = program.eval_sequences
     part = "" if limit is None else f"; at most the first {limit:,} sequences of each set"
-    return RunScores(str(directory / f"{step:06d}"), step, scores, part)
+    return RunScores(run.name, run.step, scores, part)
 
 
 def _open_data(
@@ -114,44 +87,50 @@ def _open_data(
     data = open_data(config.data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size, progress=progress)
     if not data.validation:
         raise ConfigError("data.validation={}: the run held nothing out; name a set, data.validation.NAME=[FILE]")
-    files = data_files(config.data, data.files)
-    if "files" in data_state:
-        check_tokenizer(saved.data, data_state["files"], config.data, files, where=where)
-    is_same = _is_same_data(data_state, files, data)
+    known, now = trained_on(data_state, saved.data), training_data(config.data, data)
+    check_tokenizer(known, config.data, now, where=where)
+    is_same = _is_same_data(data_state, known, now, data.train.num_tokens)
     check_same_data(config.data, differences(saved, config), is_same_data=is_same)
-    if config.data.validation_fraction and "train_tokens" in data_state and not is_same:
-        _judge_other_data(saved.data, config.data, data_state, files, data.train.num_tokens)
+    if config.data.validation_fraction and ("train_tokens" in data_state or known) and not is_same:
+        _judge_other_data(data_state, known, now, data.train.num_tokens)
     if config.data.validation:
         check_sets(config.data.validation, _files_here(saved.data, config.data, is_same_data=is_same))
-        check_named_sets(trained_on(data_state, saved.data), config.data, where=where)
-    check_validation(trained_before(data_state), config.data, files, where=where)
+        check_named_sets(known, config.data, where=where)
+    check_validation(trained_before(data_state), config.data, now, where=where)
     return data
 
 
-def _is_same_data(data_state: Mapping[str, Any], files: list[dict[str, Any]], data: Data) -> bool:
-    """Whether the data are those that were saved: by their files, of which an old version kept the tokens alone."""
-    if data_state.get("train_tokens") != data.train.num_tokens:
-        return False
-    return data_state.get("files") in (None, files)
+def _is_same_data(data_state: Mapping[str, Any], known: Sequence[Trained], now: Trained, tokens: int) -> bool:
+    """Whether the data are those that were saved: by their files, of which an old version kept the tokens alone.
+
+    A run that was converted has a checkpoint without data; the last that is known of are those of its original.
+
+    Args:
+      known, now: what was trained on, and what would be now.
+      tokens: how many would be trained on now.
+    """
+    if "train_tokens" not in data_state:
+        return bool(known) and known[-1].files == now.files
+    return data_state["train_tokens"] == tokens and data_state.get("files") in (None, now.files)
 
 
-def _judge_other_data(
-    saved: DataSection, asked: DataSection, data_state: Mapping[str, Any], files: list[dict[str, Any]], now: int
-) -> None:
+def _judge_other_data(data_state: Mapping[str, Any], known: Sequence[Trained], now: Trained, tokens: int) -> None:
     """Of a run whose data were changed under the same name: say what that means, or refuse.
 
     Args:
-      files, now: the files of this evaluation, and the tokens in them that would be trained on.
+      known, now, tokens: as for _is_same_data.
 
     Raises:
       ConfigError: what is held out now may have been trained on (trained_before.is_kept_out).
     """
-    before = data_state["train_tokens"]
-    changed = f"{now:,} tokens to train on, but {before:,} when the checkpoint was saved"
-    if now == before:
+    before = data_state.get("train_tokens")
+    if before is None:
+        changed = "other files than its parameters were trained on"
+    elif before == tokens:
         changed = "other files than when the checkpoint was saved, with as many tokens"
-    then = Trained(saved.source, saved.validation_fraction, data_state.get("files", []))
-    if "files" not in data_state or not is_kept_out(then, asked, files):
+    else:
+        changed = f"{tokens:,} tokens to train on, but {before:,} when the checkpoint was saved"
+    if not known or not is_kept_out(known[-1], now):
         right = "restore them, or set data.validation_fraction=0 and name sets in data.validation"
         raise ConfigError(f"data.files: {changed}: what is held out now may have been trained on; {right}")
     say(f"note: data: {changed}: the held-out documents are not those of training", file=sys.stderr)
@@ -168,13 +147,12 @@ def _files_here(saved: DataSection, asked: DataSection, *, is_same_data: bool) -
     return found
 
 
-def _allows_fallback(overrides: Sequence[str]) -> bool:
-    """What is asked here; whether the run itself was allowed to is its own affair."""
-    asked = [override for override in overrides if override.startswith("checkpoint.")]
-    return from_yaml("{}", asked).checkpoint.allow_fallback
-
+# Keys of training for which this command has options: a saved run's tasks are not run, because it may be a stranger's.
+OF_TRAINING = {"eval.tasks": "--tasks", "eval.task_limit": "--limit"}
 
 USAGE = """usage: hybridnorm eval RUN_DIR [key=value ...] [--json]
+       hybridnorm eval RUN_DIR --tasks TASK[,TASK ...] [--limit N]
+                               [key=value ...] [--json]
 
 Prints the loss (nats per token), the perplexity and the bits per byte of every
 validation set of a run, from its newest checkpoint. RUN_DIR/checkpoints/STEP
@@ -195,17 +173,27 @@ the run's and cannot be changed. Often used:
   distributed.coordinator=HOST:PORT
       run several processes where no cluster is found
 
+--tasks scores tasks of the LM Evaluation Harness instead, and needs the extra
+eval. A TASK is one of
+
+  hellaswag, arc_easy, ...  a task, group or tag of the harness, which downloads
+                            its data
+  hybridnorm                the eight tasks of the HybridNorm paper
+  FOLDER or FILE.yaml       your own, in the harness's format; functions that
+                            they name are run
+
+--limit N scores the first N documents of each task.
 --json prints one JSON object and nothing else on standard output."""
 
 
 def run(arguments: Sequence[str], processes: Processes) -> None:
-    """`hybridnorm eval RUN_DIR [key=value ...] [--json]`."""
+    """`hybridnorm eval RUN_DIR [key=value ...] [--tasks TASKS] [--limit N] [--json]`."""
     check_syntax("eval", arguments)
     if wants_help(arguments):
         print(USAGE)
         return
-    as_json = "--json" in arguments
-    settings = [argument for argument in arguments if argument != "--json"]
+    options = _parser().parse_intermixed_args(list(arguments))
+    settings = options.settings
     # The name of a run may hold `=`.
     if not settings or ("=" in Path(settings[0]).name and not Path(settings[0]).exists()):
         raise ConfigError("eval: name the run directory first, such as runs/quickstart; --help says more")
@@ -213,15 +201,34 @@ def run(arguments: Sequence[str], processes: Processes) -> None:
     for argument in overrides:
         if "=" not in argument:
             raise ConfigError(f"{argument}: eval takes one run directory, and then key=value only")
+        if argument.partition("=")[0] in OF_TRAINING:
+            raise ConfigError(f"{argument}: a key of training; here it is {OF_TRAINING[argument.partition('=')[0]]}")
+    asked = eval_tasks.asked_tasks(options.tasks, options.limit)
     with processes.running(_distributed(overrides)):
-        result = evaluate_run(directory, overrides, progress=not as_json and processes.number == 0)
-    if processes.number != 0:
-        return
-    if as_json:
-        sets = {name: score.as_json() for name, score in result.scores.items()}
-        print(json.dumps({"checkpoint": result.checkpoint, "step": result.step, "sets": sets}, indent=2))
-    else:
-        print(f"{result.checkpoint}: loss in nats per token{result.part}\n{table(result.scores)}")
+        if asked is not None:
+            text = eval_tasks.scores_of_run(directory, overrides, asked, as_json=options.json)
+        else:
+            text = _validation(directory, overrides, as_json=options.json, progress=processes.number == 0)
+    if processes.number == 0:
+        print(text)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser("hybridnorm eval", usage="", description="")
+    parser.add_argument("settings", nargs="*")
+    parser.add_argument("--tasks")
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+def _validation(directory: str, overrides: Sequence[str], *, as_json: bool, progress: bool) -> str:
+    """What is printed of the validation sets."""
+    result = evaluate_run(directory, overrides, progress=progress and not as_json)
+    if not as_json:
+        return f"{result.checkpoint}: loss in nats per token{result.part}\n{table(result.scores)}"
+    sets = {name: score.as_json() for name, score in result.scores.items()}
+    return json.dumps({"checkpoint": result.checkpoint, "step": result.step, "sets": sets}, indent=2)
 
 
 def _distributed(overrides: Sequence[str]) -> DistributedSection:

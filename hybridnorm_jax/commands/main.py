@@ -49,6 +49,7 @@ COMMANDS = {
     "eval": Command("RUN_DIR [key=value ...]", "score a run on its validation sets", has_processes=True),
     "generate": Command("RUN_OR_DIR [--prompt TEXT]", "write text with a trained model"),
     "convert": Command("DIR OUT_DIR --form FORM", "make a Pre-LN model cheaper, proven equal"),
+    "export": Command("RUN OUT_DIR", "write a run's model for PyTorch"),
     "plan": Command("CONFIG [key=value ...]", "say whether a run fits on other devices"),
     "lab": Command("signal | compare | report", "compare norm placements", has_processes=True),
     "schemes": Command("[SCHEME ...] [DEPTH]", "print norm placements as tables"),
@@ -60,7 +61,6 @@ USAGE = """usage: hybridnorm COMMAND [ARGUMENT ...]
 
 {commands}
 
-CONFIG is a YAML file, or the name of a configuration of the package:
 {names}
 
 key=value sets one key, such as train.steps=20; `hybridnorm train --help` lists
@@ -135,7 +135,7 @@ def usage() -> str:
     calls = {f"{name} {command.arguments}": command.meaning for name, command in COMMANDS.items()}
     width = max(len(call) for call in calls)
     commands = "\n".join(f"  {call:{width}}  {meaning}" for call, meaning in calls.items())
-    names = textwrap.fill(", ".join(named_configurations.names()), WIDTH, initial_indent="  ", subsequent_indent="  ")
+    names = textwrap.fill(f"CONFIG is a YAML file, or one of {', '.join(named_configurations.names())}.", WIDTH)
     return USAGE.format(commands=commands, names=names)
 
 

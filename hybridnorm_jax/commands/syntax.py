@@ -10,11 +10,6 @@ from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.errors import UserError, did_you_mean
 
 HELP = ("--help", "-h")
-# Of a run's keys those that `generate` takes: where the parameters lie, and what of the model a directory may not say.
-GENERATE_RUN_KEYS = (
-    *(f"mesh.{axis}" for axis in ("data", "fsdp", "tensor", "expert")),
-    *("model.dtype", "data.tokenizer", "data.separator", PLUGINS),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +30,26 @@ class Syntax:
 
 SYNTAX = {
     "train": Syntax(options=("--dry-run",), takes_run_keys=True),
-    "eval": Syntax(options=("--json",), takes_run_keys=True),
+    "eval": Syntax(options=("--tasks", "--limit", "--json"), takes_run_keys=True),
     "generate": Syntax(
-        options=("--prompt", "--file", "--json"),
-        keys=(
-            *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
-            *("seed", "stop", "stop_ids", *GENERATE_RUN_KEYS),
+        options=(
+            "--prompt",
+            "--file",
+            "--max-tokens",
+            "--temperature",
+            "--top-k",
+            "--top-p",
+            "--min-p",
+            "--repetition-penalty",
+            "--seed",
+            "--stop",
+            "--tokenizer",
+            "--json",
         ),
+        keys=(PLUGINS,),
     ),
     "convert": Syntax(options=("--form", "--pad-to", "--dtype", "--text", "--ignore-key"), keys=(PLUGINS,)),
+    "export": Syntax(options=("--format", "--dtype", "--tokenizer", "--license"), keys=(PLUGINS,)),
     "plan": Syntax(options=("--topology", "--json", "--table"), takes_run_keys=True),
     "lab signal": Syntax(
         keys=("schemes", "depths", "initializers", "sequences", "seq_len", "out"),
@@ -118,4 +124,5 @@ def _check_key(command: str, argument: str, name: str) -> None:
 
 
 def _calls(commands: Sequence[str]) -> str:
-    return " and ".join(f"`hybridnorm {command}`" for command in commands)
+    *others, last = (f"`hybridnorm {command}`" for command in commands)
+    return f"{', '.join(others)} and {last}" if others else last

@@ -49,7 +49,8 @@ def contents(name: str) -> dict[str, bytes]:
     if spec.submodule_search_locations:
         found = {}
         for folder in map(Path, spec.submodule_search_locations):
-            found |= _in_package(folder)
+            # Of a name that is in several folders Python takes the first.
+            found = _in_package(folder) | found
         return _read_all(found)
     if not (spec.has_location and spec.origin):
         return {}

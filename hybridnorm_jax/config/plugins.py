@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,42 @@ def missing_plugin(saved: Sequence[dict[str, Any]], now: Iterable[Plugin]) -> di
     """The first saved plugin (as `to_json` wrote it) whose source is not among those of `now`, or None."""
     digests = {plugin.digest for plugin in now}
     return next((plugin for plugin in saved if plugin["digest"] not in digests), None)
+
+
+def kind(name: str) -> str:
+    """What run.plugins names, in a word."""
+    return "file" if name.endswith(".py") else "module"
+
+
+def namesake(saved: Mapping[str, Any], now: Iterable[Plugin]) -> Plugin | None:
+    """The plugin that has the name of a saved one; of a file, which may have moved, the last part of its path."""
+    name = os.path.basename(saved["name"])
+    return next((plugin for plugin in now if os.path.basename(plugin.name) == name), None)
+
+
+def changed_sources(saved: Mapping[str, Any], now: Plugin) -> list[str]:
+    """Those of the sources that were kept of a saved plugin which it no longer has."""
+    return [file for file, text in saved.get("sources", {}).items() if not _has(now, file, text)]
+
+
+def sources_besides(saved: Mapping[str, Any], now: Plugin) -> list[str]:
+    """The sources that a plugin has besides those that were kept of a saved one; none where one of these has changed.
+
+    A version before the first release compared less of a plugin: the file of its module, or the folder of its package.
+    """
+    kept = saved.get("sources", {})
+    if not kept or changed_sources(saved, now):
+        return []
+    return [file for file in sorted(now.sources) if not any(_is_at(file, other) for other in kept)]
+
+
+def _has(plugin: Plugin, file: str, text: str) -> bool:
+    return any(_is_at(path, file) and source == text for path, source in plugin.sources.items())
+
+
+def _is_at(path: str, file: str) -> bool:
+    """Whether that is the file, whose path may begin at a folder further down."""
+    return path == file or path.endswith(f"/{file}")
 
 
 def _import(name: str) -> Plugin:

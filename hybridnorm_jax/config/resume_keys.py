@@ -40,6 +40,8 @@ SAME_MEANING = {
     "model.param_dtype",
 }
 STEPS = "train.steps"
+# What is scored. A run that has ended is scored by other ones when it is started again, and keeps its own.
+SCORED = ("data.validation", "eval.batches")
 # Where the data are. A checkpoint holds the identities of the files, which are compared instead (run_identity.py).
 PLACES_OF_DATA = ("data.files", "data.tokenizer")
 
@@ -71,6 +73,11 @@ def parameter_differences(saved: RunConfig, asked: RunConfig) -> list[str]:
         for path, line in _differing(saved, asked).items()
         if path.startswith("model.") and decides_trajectory(path) and path not in SAME_MEANING
     ]
+
+
+def scored_differences(saved: RunConfig, asked: RunConfig) -> list[str]:
+    """The keys in which the scores of two configurations are not of the same tokens, as `differences` writes them."""
+    return [line for path, line in _differing(saved, asked).items() if path.startswith(SCORED)]
 
 
 def resume_differences(saved: RunConfig, asked: RunConfig, step: int) -> list[str]:

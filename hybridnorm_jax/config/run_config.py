@@ -275,9 +275,22 @@ class EvalSection:
     batch_size: int | None = key(
         None, "sequences per batch; null: as a training microbatch", at_least=1, at_most=MOST_SEQUENCES
     )
+    stride: int | None = key(
+        None,
+        "positions by which the sequences of a validation set begin later than the one before; a token is still "
+        "predicted once, from at least train.seq_len - eval.stride others; null: train.seq_len",
+        at_least=1,
+        at_most=LONGEST_SEQUENCE,
+    )
+    tasks: tuple[str, ...] = key(
+        (), "tasks of the LM Evaluation Harness to score as well: names, hybridnorm, task files; needs the extra `eval`"
+    )
+    task_limit: int | None = key(None, "documents of each task, its first; null: all", at_least=1, at_most=MOST_STEPS)
 
     def __post_init__(self) -> None:
         check_fields("eval", self)
+        needs = self.task_limit is None or bool(self.tasks)
+        check(needs, "eval.task_limit", self.task_limit, "needs eval.tasks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +306,9 @@ class RunConfig:
     checkpoint: CheckpointSection = dataclasses.field(default_factory=CheckpointSection)
     eval: EvalSection = dataclasses.field(default_factory=EvalSection)
     distributed: DistributedSection = dataclasses.field(default_factory=DistributedSection)
-    init_from: str | None = key(None, "run whose parameters to start from: RUN, RUN@STEP or RUN/checkpoints/STEP")
+    init_from: str | None = key(
+        None, "whose parameters to start from: RUN, RUN@STEP, RUN/checkpoints/STEP or a Hugging Face directory"
+    )
     init_optimizer: bool = key(
         False,
         "init_from: also take the optimizer state, step and position in the data, as a branch of that run",
@@ -317,6 +332,9 @@ class RunConfig:
         limit = self.model.max_positions
         right = f"must be at most model.max_positions={limit}, the rows of the learned position table"
         check(limit is None or self.train.seq_len <= limit, "train.seq_len", self.train.seq_len, right)
+        stride = self.eval.stride
+        right = f"must be at most train.seq_len={self.train.seq_len}"
+        check(stride is None or stride <= self.train.seq_len, "eval.stride", stride, right)
         self._check_forms()
 
     def _check_forms(self) -> None:

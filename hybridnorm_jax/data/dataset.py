@@ -10,7 +10,7 @@ from hybridnorm_jax.config.run_config import DataSection
 from hybridnorm_jax.data.identity import FileIdentity, identities, relative_names
 from hybridnorm_jax.data.sources import Corpus, find_files, pattern_root, stdlib_corpus, text_corpus
 from hybridnorm_jax.data.text_cache import TextCache, open_text_cache
-from hybridnorm_jax.data.token_files import OpenFiles, TokenFile, open_token_file, split_extents
+from hybridnorm_jax.data.token_files import OpenFiles, TokenFile, is_split_by_hash, open_token_file, split_extents
 from hybridnorm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from hybridnorm_jax.data.windows import Extent, TokenStream, Windows
 from hybridnorm_jax.errors import DataError
@@ -35,6 +35,9 @@ class Data:
       tokenizer: None where token files are read and data.tokenizer names no file.
       description: one line for people.
       files: the identity of every file of data.files, or of the standard library, in the order they are read.
+      is_split_by_hash: whether it is the hash of a document, or of a block, alone that holds it out. Of few documents
+        the hash may choose none, or all; then one of them, or a part of one, is on the other side, and which one that
+        is depends on all the others.
     """
 
     train: Windows
@@ -42,14 +45,16 @@ class Data:
     tokenizer: Tokenizer | None
     description: str
     files: tuple[FileIdentity, ...] = ()
+    is_split_by_hash: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
-    """Tokens of one purpose, and how many bytes of text each of them stands for; None where that is unknown."""
+    """Tokens of one purpose, and how many bytes and words of text each stands for; None where that is unknown."""
 
     stream: TokenStream
     bytes_per_token: float | None
+    words_per_token: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +64,7 @@ class _Opened:
     Attributes:
       train, held_out: the two parts of data.files, or of the standard library.
       sets: the sets of data.validation, by name.
-      tokenizer, description, files: as in Data.
+      tokenizer, description, files, is_split_by_hash: as in Data.
       separator_id: the id that ends a document, if there is one.
     """
 
@@ -70,6 +75,7 @@ class _Opened:
     separator_id: int | None
     description: str
     files: tuple[FileIdentity, ...]
+    is_split_by_hash: bool
 
 
 def open_data(data: DataSection, *, seq_len: int, vocab_size: int, progress: bool = True) -> Data:
@@ -92,6 +98,7 @@ def open_data(data: DataSection, *, seq_len: int, vocab_size: int, progress: boo
             tail=tail,
             separator_id=opened.separator_id if data.segment_ids else None,
             bytes_per_token=split.bytes_per_token,
+            words_per_token=split.words_per_token,
         )
 
     held_out = {HELD_OUT: opened.held_out} if data.validation_fraction else {}
@@ -101,6 +108,7 @@ def open_data(data: DataSection, *, seq_len: int, vocab_size: int, progress: boo
         tokenizer=opened.tokenizer,
         description=opened.description,
         files=opened.files,
+        is_split_by_hash=opened.is_split_by_hash,
     )
 
 
@@ -117,8 +125,10 @@ def _open_texts(data: DataSection, vocab_size: int, progress: bool) -> _Opened:
 
     def split(cache: TextCache, name: str) -> _Split:
         counts = cache.splits[name]
-        bytes_per_token = counts.bytes / counts.tokens if counts.tokens else None
-        return _Split(cache.stream(name, vocab_size), bytes_per_token)
+        stream = cache.stream(name, vocab_size)
+        if not counts.tokens:
+            return _Split(stream, None, None)
+        return _Split(stream, counts.bytes / counts.tokens, counts.words / counts.tokens)
 
     corpus = stdlib_corpus() if data.source == "stdlib" else text_corpus("data.files", data.files, data.text_field)
     others = {
@@ -140,6 +150,7 @@ def _open_texts(data: DataSection, vocab_size: int, progress: bool) -> _Opened:
         separator_id=tokenizer.separator_id,
         description=description,
         files=corpus.identities,
+        is_split_by_hash=cache.is_split_by_hash,
     )
 
 
@@ -162,12 +173,16 @@ def _open_token_files(data: DataSection, vocab_size: int) -> _Opened:
     def split(parts: tuple[Extent, ...]) -> _Split:
         stream = TokenStream(parts, vocab_size)
         _check_sample(stream)
-        return _Split(stream, _measure_bytes_per_token(stream, tokenizer))
+        separator = data.separator_id
+        if separator is None and tokenizer is not None:
+            separator = tokenizer.separator_id
+        return _Split(stream, *_measure_text_per_token(stream, tokenizer, separator))
 
     files = identities(paths, root)
     if data.validation_fraction:
         _check_no_copies(files)
-    own = split_extents(opened(paths), relative_names(paths, root), data.validation_fraction)
+    arrays, names = opened(paths), relative_names(paths, root)
+    own = split_extents(arrays, names, data.validation_fraction)
     sets = {
         name: split(split_extents(opened(other), relative_names(other), fraction=1.0).held_out)
         for name, other in others.items()
@@ -187,6 +202,7 @@ def _open_token_files(data: DataSection, vocab_size: int) -> _Opened:
         separator_id=data.separator_id,
         description=description,
         files=files,
+        is_split_by_hash=is_split_by_hash(arrays, names, data.validation_fraction),
     )
 
 
@@ -223,16 +239,26 @@ def _share(held_out: int, train: int, asked: float) -> str:
     return f" ({share:.2%}{far})"
 
 
-def _measure_bytes_per_token(stream: TokenStream, tokenizer: Tokenizer | None) -> float | None:
-    """Bytes of decoded text per token: exact for a short stream, of stretches spread evenly over a long one."""
+def _measure_text_per_token(
+    stream: TokenStream, tokenizer: Tokenizer | None, separator: int | None
+) -> tuple[float | None, float | None]:
+    """(bytes, words) of decoded text per token: exact for a short stream, of stretches spread over a long one."""
     if tokenizer is None or not len(stream):
-        return None
+        return None, None
     starts, length = [0], len(stream)
     if len(stream) > SAMPLES * SAMPLE_TOKENS:
         length = SAMPLE_TOKENS
         starts = np.linspace(0, len(stream) - length, SAMPLES, dtype=np.int64).tolist()
-    texts = [tokenizer.decode(stream.read(start, start + length)) for start in starts]
-    return sum(len(text.encode()) for text in texts) / (len(starts) * length)
+    num_bytes = num_words = 0
+    for start in starts:
+        ids = stream.read(start, start + length)
+        # The last word of a document and the first of the next are two, and nothing may stand between them.
+        ends = [] if separator is None else np.flatnonzero(ids == separator) + 1
+        for document in np.split(ids, ends):
+            text = tokenizer.decode(document)
+            num_bytes += len(text.encode())
+            num_words += len(text.split())
+    return num_bytes / (len(starts) * length), num_words / (len(starts) * length)
 
 
 def _check_lengths(data: DataSection, seq_len: int, opened: _Opened) -> None:

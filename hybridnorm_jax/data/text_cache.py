@@ -35,7 +35,7 @@ from hybridnorm_jax.streams import can_redraw
 from hybridnorm_jax.whole_files import is_local
 
 # Part of every fingerprint: raise it when the same inputs give other files than before.
-FORMAT = 3
+FORMAT = 4
 SPLITS = ("train", "validation")
 BATCH_CHARACTERS = 1 << 19
 # A longer text is tokenized in pieces.
@@ -47,7 +47,7 @@ QUIET_SECONDS = 3.0
 
 @dataclasses.dataclass(frozen=True)
 class SplitCounts:
-    """What one split holds: `bytes` of UTF-8 text, `tokens` with the separators.
+    """What one split holds: `bytes` of UTF-8 text, `words` that whitespace separates, `tokens` with the separators.
 
     `pieces` are what separators end: a document, or blocks of one that follow each other.
     """
@@ -55,6 +55,7 @@ class SplitCounts:
     pieces: int
     tokens: int
     bytes: int
+    words: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +67,14 @@ class TextCache:
       documents: of both splits together; one that is held out in blocks is still one.
       splits: what "train" and "validation" hold.
       max_id: the largest token id.
+      is_split_by_hash: as in Data.
     """
 
     directory: pathlib.Path
     documents: int
     splits: dict[str, SplitCounts]
     max_id: int
+    is_split_by_hash: bool
 
     def stream(self, split: str, vocab_size: int) -> TokenStream:
         """The tokens of "train" or "validation"."""
@@ -131,7 +134,7 @@ def _open(directory: pathlib.Path) -> TextCache | None:
     if sizes != meta["file_sizes"]:
         return None
     splits = {split: SplitCounts(**meta["splits"][split]) for split in SPLITS}
-    return TextCache(directory, meta["documents"], splits, max_id=meta["max_id"])
+    return TextCache(directory, meta["documents"], splits, meta["max_id"], meta["is_split_by_hash"])
 
 
 def _build(directory: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer, inputs: dict, progress: bool) -> None:
@@ -182,15 +185,17 @@ def _tokenize(partial: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer, fract
         partial, corpus, tokenizer, fraction, seen.choose(lambda digest: held_out(digest, fraction)), progress
     )
     if fraction in (0, 1) or len(seen.sides) == 2:
-        return meta
+        return {**meta, "is_split_by_hash": True}
     if seen.least == seen.most:
         what = "all documents are the same" if seen.count > 1 else "there is one document, or one block of lines, only"
         right = "give more text, or set it to 0 and name files in data.validation"
         raise DataError(f"data.validation_fraction={fraction}: {what}, and of one nothing can be held out; {right}")
     # Few documents: the hash has chosen none of them, or all. One is held out then, or one is trained on.
     if seen.sides == {False}:
-        return _write(partial, corpus, tokenizer, fraction, lambda digest: digest == seen.least, progress)
-    return _write(partial, corpus, tokenizer, fraction, lambda digest: digest != seen.most, progress)
+        meta = _write(partial, corpus, tokenizer, fraction, lambda digest: digest == seen.least, progress)
+    else:
+        meta = _write(partial, corpus, tokenizer, fraction, lambda digest: digest != seen.most, progress)
+    return {**meta, "is_split_by_hash": False}
 
 
 class _Seen:
@@ -276,6 +281,7 @@ class _Texts:
             self._end()
             self._split = split
         self._writers[split].bytes += document.num_bytes
+        self._writers[split].words += len(document.text.split())
         self._parts.append(document.text)
         self._characters += len(document.text)
         if self._long is None and self._characters > LONG_CHARACTERS:
@@ -327,6 +333,7 @@ class _TokenWriter:
         self.pieces = 0
         self.tokens = 0
         self.bytes = 0
+        self.words = 0
         self.max_id = 0
 
     def __enter__(self) -> Self:
@@ -363,4 +370,4 @@ class _TokenWriter:
     @property
     def counts(self) -> SplitCounts:
         """What was written so far."""
-        return SplitCounts(self.pieces, self.tokens, self.bytes)
+        return SplitCounts(self.pieces, self.tokens, self.bytes, self.words)

@@ -156,17 +156,34 @@ def split_extents(arrays: Mapping[epath.Path, TokenFile], names: tuple[str, ...]
     return SplitExtents(train=tuple(sides[False]), held_out=tuple(sides[True]))
 
 
+def is_split_by_hash(arrays: Mapping[epath.Path, TokenFile], names: tuple[str, ...], fraction: float) -> bool:
+    """Whether split_extents needs no part of a block: it is the hash of a block alone that holds it out, or does not.
+
+    Args:
+      arrays, names, fraction: as for split_extents.
+    """
+    return fraction in (0, 1) or len(_sides(arrays, names, fraction)) == 2
+
+
 def _pieces(arrays: Mapping[epath.Path, TokenFile], names: tuple[str, ...], fraction: float) -> Iterator[_Piece]:
     if fraction in (0, 1):
         return iter([_Piece(path, 0, len(array), fraction == 1) for path, array in arrays.items()])
-    # A trillion tokens are millions of blocks: they are gone through anew instead of being kept.
+    sides = _sides(arrays, names, fraction)
+    if len(sides) == 2:
+        # A trillion tokens are millions of blocks: they are gone through anew instead of being kept.
+        every = _blocks(arrays, names)
+        return (_Piece(each.path, each.start, each.stop, held_out(each.digest, fraction)) for each in every)
+    return _cut_one(arrays, names, fraction, all_held_out=sides == {True})
+
+
+def _sides(arrays: Mapping[epath.Path, TokenFile], names: tuple[str, ...], fraction: float) -> set[bool]:
+    """Whether hashes hold blocks out: {True}: all of them; {False}: none; both: some."""
     sides: set[bool] = set()
     for block in _blocks(arrays, names):
         sides.add(held_out(block.digest, fraction))
         if len(sides) == 2:
-            every = _blocks(arrays, names)
-            return (_Piece(each.path, each.start, each.stop, held_out(each.digest, fraction)) for each in every)
-    return _cut_one(arrays, names, fraction, all_held_out=sides == {True})
+            break
+    return sides
 
 
 def _cut_one(

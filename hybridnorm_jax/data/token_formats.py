@@ -1,5 +1,6 @@
 """Which numbers a file of tokens holds: the formats that are read, and what is said of any other file."""
 
+import re
 import struct
 import warnings
 from tokenize import TokenError
@@ -29,6 +30,8 @@ PACKED = (*PACKED_SUFFIXES, ".tgz", ".tar", ".zip", ".7z", ".rar", ".lz4", ".lzm
 # Text: both bytes of a random 16-bit id are UTF-8 without control characters with a chance of 0.31 at most (ids below
 # 32,512; 0.25 below 50,257). So 24 ids in a row are with less than 1e-12, and no 32-bit id below 2^24 ever is.
 FEWEST_TEXT_BYTES = 48
+# Token ids as JSON, CSV or one a line.
+IDS_AS_TEXT = re.compile(r"[\s,;\[\]\ufeff]*[0-9][0-9\s,;\[\]\ufeff-]*")
 NP_SAVE = "write its token ids with np.save"
 # What to do with a file of another format.
 RIGHT = {
@@ -37,8 +40,8 @@ RIGHT = {
     Kind.ARRAY: NP_SAVE,
     Kind.TABLE: NP_SAVE,
     Kind.PICKLE: NP_SAVE,
-    Kind.DOCUMENT: NP_SAVE,
-    Kind.WEIGHTS: NP_SAVE,
+    Kind.DOCUMENT: "extract its text, and set data.source=text",
+    Kind.WEIGHTS: "name files of token ids",
 }
 
 
@@ -153,6 +156,8 @@ def _refuse_others(path: epath.Path, start: bytes) -> None:
     if path.name.lower().endswith(PACKED):
         raise DataError(f"{path}: {RIGHT[Kind.PACKED]}")
     encoding = encoding_of_text(start) if len(start) >= FEWEST_TEXT_BYTES else None
+    if encoding == "UTF-8" and IDS_AS_TEXT.fullmatch(start.decode(errors="replace")):
+        raise DataError(f"{path}: is text in UTF-8 that spells token ids; read them, and write them with np.save")
     if encoding:
         converted = "" if encoding == "UTF-8" else f"convert it (iconv -f {encoding} -t UTF-8), and "
         raise DataError(f"{path}: is text in {encoding}, not token ids; {converted}set data.source=text")
@@ -163,7 +168,8 @@ def _check_megatron(path: epath.Path, raw_dtype: np.dtype) -> None:
     index = path.with_suffix(".idx")
     if path.suffix != ".bin" or not index.is_file():
         return
-    start = index.read_bytes() if regular_file_size(index) < 34 else _first_bytes(index, 34)
+    regular_file_size(index)
+    start = _first_bytes(index, 34)
     magic = MEGATRON_MAGICS[0]
     # After the magic number: version (uint64), code of the dtype (uint8).
     if not start.startswith(magic) or len(start) < len(magic) + 9:

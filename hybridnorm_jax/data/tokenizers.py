@@ -28,12 +28,14 @@ class Tokenizer(Protocol):
       name: what data.tokenizer said.
       vocab_size: the largest id plus one.
       separator_id: the id that ends a document, None where the tokenizer has none.
+      separator: the token of this id, as a Hugging Face tokenizer spells it.
       fingerprint: changes when the ids of a text may change.
     """
 
     name: str
     vocab_size: int
     separator_id: int | None
+    separator: str | None
     fingerprint: str
 
     def encode(self, text: str) -> np.ndarray:
@@ -65,6 +67,7 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 257
     separator_id = 256
+    separator = SEPARATORS[0]
     fingerprint = "bytes"
 
     def encode(self, text: str) -> np.ndarray:
@@ -130,6 +133,7 @@ class HuggingFaceTokenizer:
         self._what = f"data.tokenizer={name}"
         self._tokenizer = self._parse(tokenizers, content)
         self.separator_id = self._find_separator(separator, needs_separator)
+        self.separator = None if self.separator_id is None else self._tokenizer.id_to_token(self.separator_id)
         settings = json.loads(content.decode("utf-8-sig"))
         if self._make_plain(settings):
             self._tokenizer = self._parse(tokenizers, json.dumps(settings).encode())
@@ -222,11 +226,12 @@ class HuggingFaceTokenizer:
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 
 
-def load_tokenizer(data: DataSection, *, needs_separator: bool = True) -> Tokenizer:
+def load_tokenizer(data: DataSection, *, needs_separator: bool | None = None) -> Tokenizer:
     """The tokenizer that data.tokenizer names.
 
     Args:
-      needs_separator: whether documents will be divided with it; token files come with their separators in them.
+      needs_separator: whether there must be a token that ends a document; by default for all sources but token files,
+        which come with their separators in them.
 
     Raises:
       DataError: there is none, or it has no document separator and one is needed.
@@ -239,16 +244,18 @@ def load_tokenizer(data: DataSection, *, needs_separator: bool = True) -> Tokeni
     if path.is_dir():
         raise DataError(f"data.tokenizer={data.tokenizer}: a directory; name the file, {path / 'tokenizer.json'}")
     what = f"data.tokenizer={data.tokenizer}"
-    content = _read(path, what)
+    content = read_tokenizer_file(path, what)
     if pointer := pointer_of_git_lfs(path, content):
         raise DataError(f"{what}: {pointer}")
     if found := format_of(content):
         raise DataError(f"{what}: {found.name}, not a tokenizer.json; give bytes, or the path of a tokenizer.json")
-    needed = needs_separator and data.source != "tokens"
-    return HuggingFaceTokenizer(data.tokenizer, content, data.separator, needs_separator=needed)
+    if needs_separator is None:
+        needs_separator = data.source != "tokens"
+    return HuggingFaceTokenizer(data.tokenizer, content, data.separator, needs_separator=needs_separator)
 
 
-def _read(path: epath.Path, what: str) -> bytes:
+def read_tokenizer_file(path: epath.Path, what: str) -> bytes:
+    """The content of a tokenizer.json; `what` names it in messages."""
     try:
         size = regular_file_size(path)
         if size > MOST_FILE_BYTES:

@@ -1,7 +1,7 @@
 """Fixed windows over one long stream of tokens."""
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -95,9 +95,14 @@ class Windows:
     Without `tail` the tokens after the last full row are dropped; with it they make one more row, filled up with
     zeros (weight 0, segment 0).
 
+    With a `stride` below seq_len rows overlap: row i covers tokens [i stride, i stride + seq_len]. What an earlier row
+    has as a target has weight 0. So every token is still a target once, and those after the first row are predicted
+    from at least seq_len - stride tokens before them.
+
     Attributes:
       num_tokens: tokens of the stream, separators included.
       bytes_per_token: bytes of text per token of the stream; None where unknown.
+      words_per_token: words, which whitespace separates, per token of the stream; None where unknown.
     """
 
     def __init__(
@@ -108,14 +113,36 @@ class Windows:
         tail: bool,
         separator_id: int | None = None,
         bytes_per_token: float | None = None,
+        words_per_token: float | None = None,
+        stride: int | None = None,
     ):
         self._stream = stream
         self._seq_len = seq_len
+        self._tail = tail
+        self._stride = seq_len if stride is None else stride
         self._separator_id = separator_id
         self.num_tokens = len(stream)
         self.bytes_per_token = bytes_per_token
+        self.words_per_token = words_per_token
+        # The first row has seq_len new targets, each further one `stride`.
         targets = max(self.num_tokens - 1, 0)
-        self._num_rows = -(-targets // seq_len) if tail else targets // seq_len
+        further = max(targets - seq_len, 0)
+        if tail:
+            self._num_rows = min(targets, 1) + -(-further // self._stride)
+        else:
+            self._num_rows = (1 if targets >= seq_len else 0) + further // self._stride
+
+    def with_stride(self, stride: int | None) -> Self:
+        """The same tokens in rows that overlap; None: in rows that do not."""
+        return type(self)(
+            self._stream,
+            seq_len=self._seq_len,
+            tail=self._tail,
+            separator_id=self._separator_id,
+            bytes_per_token=self.bytes_per_token,
+            words_per_token=self.words_per_token,
+            stride=stride,
+        )
 
     def __len__(self) -> int:
         return self._num_rows
@@ -123,7 +150,7 @@ class Windows:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        start = index * self._seq_len
+        start = index * self._stride
         tokens = self._stream.read(start, min(start + self._seq_len + 1, self.num_tokens))
         row = {
             "tokens": tokens[:-1],
@@ -133,6 +160,8 @@ class Windows:
         if self._separator_id is not None:
             begins = self._stream.begins(start, start + len(tokens))
             row |= _documents(tokens, self._separator_id, begins)
+        if index > 0:
+            row["weights"][: self._seq_len - self._stride] = 0
         missing = self._seq_len - len(row["tokens"])
         if missing == 0:
             return row

@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte of validation sets."""
+"""Loss, perplexity, perplexity of words and bits per byte of validation sets."""
 
 import dataclasses
 import math
@@ -25,12 +25,15 @@ class Score:
       perplexity: exp(loss).
       bits_per_byte: loss / (ln 2 * bytes per token of the set); None where the set's bytes are unknown.
       tokens: how many were predicted.
+      word_perplexity: exp(loss / words per token of the set), where whitespace separates words: of a whole set
+        exp(-log-likelihood / words), as the harness has it. None where the set's words are unknown.
     """
 
     loss: float
     perplexity: float
     bits_per_byte: float | None
     tokens: int
+    word_perplexity: float | None = None
 
     def as_json(self) -> dict[str, float | int | None]:
         """The fields as JSON has them, with null for what is not finite."""
@@ -43,8 +46,19 @@ Batch = dict[str, Any]
 EvalStep = Callable[[Batch], LossSums]
 
 
-def evaluate(eval_step: EvalStep, batches: Iterable[Batch], *, bytes_per_token: float | None = None) -> Score:
+def evaluate(
+    eval_step: EvalStep,
+    batches: Iterable[Batch],
+    *,
+    bytes_per_token: float | None = None,
+    words_per_token: float | None = None,
+) -> Score:
     """Score all batches together: their sums are added in double precision and divided once.
+
+    Args:
+      eval_step: the loss sums of a batch.
+      batches: of one set.
+      bytes_per_token, words_per_token: of the set; None: unknown.
 
     Raises:
       UserError: no target has a weight.
@@ -60,11 +74,16 @@ def evaluate(eval_step: EvalStep, batches: Iterable[Batch], *, bytes_per_token: 
     loss = nll / weight
     return Score(
         loss=loss,
-        # A double ends at e^709; the perplexity of such a model means nothing.
-        perplexity=math.exp(min(loss, 700.0)),
+        perplexity=_exp(loss),
         bits_per_byte=None if bytes_per_token is None else loss / math.log(2) / bytes_per_token,
+        word_perplexity=_exp(loss / words_per_token) if words_per_token else None,
         tokens=round(weight),
     )
+
+
+def _exp(nats: float) -> float:
+    """A double ends at e^709; a perplexity like that means nothing."""
+    return math.exp(min(nats, 700.0))
 
 
 def _one_batch_late(eval_step: EvalStep, batches: Iterable[Batch]) -> Iterator[LossSums]:
@@ -85,6 +104,7 @@ def evaluate_sets(
     batch_size: int,
     share: BatchShare = WHOLE_BATCH,
     sequences: int | None = None,
+    stride: int | None = None,
     progress: bool = True,
 ) -> dict[str, Score]:
     """The score of every validation set.
@@ -95,11 +115,14 @@ def evaluate_sets(
       share: the stretch of every batch that this process reads.
       sequences: how many of each set, its first; None: all. What is left of the last batch is filled up with sequences
         of weight 0, so the score does not depend on batch_size.
+      stride: see data.Windows; None: sequences do not overlap.
       progress: whether a terminal shows a progress bar.
     """
     scores = {}
     for name, windows in sets.items():
-        scored = windows if sequences is None else _First(windows, sequences)
+        scored = windows if stride is None else windows.with_stride(stride)
+        if sequences is not None:
+            scored = _First(scored, sequences)
         stream = validation_batches(scored, batch_size=batch_size, share=share)
         shown = tqdm(
             stream,
@@ -109,7 +132,9 @@ def evaluate_sets(
             disable=not (progress and can_redraw(sys.stderr)),
             dynamic_ncols=True,
         )
-        scores[name] = evaluate(eval_step, shown, bytes_per_token=windows.bytes_per_token)
+        scores[name] = evaluate(
+            eval_step, shown, bytes_per_token=windows.bytes_per_token, words_per_token=windows.words_per_token
+        )
     return scores
 
 
@@ -129,8 +154,11 @@ class _First:
 def table(scores: Mapping[str, Score]) -> str:
     """The scores as aligned text, one line per set."""
     width = max(len(title) for title in ["set", *scores])
-    lines = [f"{'set':<{width}}  {'loss':>8}  {'perplexity':>10}  {'bits/byte':>9}  {'tokens':>12}"]
+    titles = f"{'loss':>8}  {'perplexity':>10}  {'bits/byte':>9}  {'of words':>10}  {'tokens':>12}"
+    lines = [f"{'set':<{width}}  {titles}"]
     for name, score in scores.items():
         bits = "-" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"
-        lines.append(f"{name:<{width}}  {score.loss:8.4f}  {score.perplexity:10.4g}  {bits:>9}  {score.tokens:12,}")
+        words = "-" if score.word_perplexity is None else f"{score.word_perplexity:.4g}"
+        numbers = f"{score.loss:8.4f}  {score.perplexity:10.4g}  {bits:>9}  {words:>10}  {score.tokens:12,}"
+        lines.append(f"{name:<{width}}  {numbers}")
     return "\n".join(lines)

@@ -1,7 +1,6 @@
 """Text that a model writes, token by token.
 
-`generate` is what other code calls. `decoding` holds the two compiled functions behind it, which keep the keys and
-values of what was read (model/cache.py). `sampling` names the rules by which a token is chosen, `next_token` applies
-them. `streaming` makes text of tokens as they come, and `text_sample` the sample that training prints at its end. How
-well a model predicts given text is evaluation/'s.
+`generate` goes on from tokens: `next_token` chooses each, and `decoding` holds the two compiled functions, whose cache
+of keys and values is model/cache.py's. `text` goes on from text, which `streaming` gives out piece by piece.
+`text_sample` makes the sample that training prints at its end. How well a model predicts given text is evaluation/'s.
 """

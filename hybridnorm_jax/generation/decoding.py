@@ -1,38 +1,17 @@
 """The two compiled functions of generation: reading the prompts, and writing one token after another."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jaxtyping import Array, Bool, Int, Key
 
 from hybridnorm_jax.generation.next_token import choose
 from hybridnorm_jax.generation.sampling import Sampling
-from hybridnorm_jax.mesh.split_axes import constrained
 from hybridnorm_jax.model.cache import CACHE, Slots, empty_cache
 from hybridnorm_jax.model.decoder import Decoder
-
-# (logical axis, mesh axes) pairs, as flax.linen.logical_axis_rules takes them.
-LogicalRules = tuple[tuple[str, tuple[str, ...]], ...]
-
-
-class Program(NamedTuple):
-    """What the compiled functions are compiled for, besides the shapes of arrays.
-
-    Attributes:
-      model: whose attention is xla, which takes prompts of any length.
-      slots: of the cache.
-      sampling: how tokens are chosen.
-      rules: how the mesh in force splits logical axes.
-    """
-
-    model: Decoder
-    slots: int
-    sampling: Sampling
-    rules: LogicalRules = ()
 
 
 @flax.struct.dataclass
@@ -58,60 +37,67 @@ class Writing:
     came: Bool[Array, "batch vocab"] | None
 
 
-@partial(jax.jit, static_argnames="program")
+@partial(jax.jit, static_argnames=("model", "slots", "sampling"))
 def read_prompts(
+    model: Decoder,
     params: Any,
     prompts: Int[Array, "batch prompt"],
     lengths: Int[Array, " batch"],
-    seeds: Int[Array, " batch"],
+    keys: Key[Array, " batch"],
     stops: Int[Array, " stops"],
     *,
-    program: Program,
+    slots: int,
+    sampling: Sampling,
 ) -> Writing:
     """Read the prompts, and write the first token after each.
 
     Args:
       prompts: each at the right end of its row; what stands before it does not matter.
-      lengths: of the prompts. A row of length 0 holds no sequence: it has ended from the start.
-      seeds: of the sequences.
+      lengths: of the prompts. A sequence without a prompt, 0, has ended.
       stops: tokens that end a sequence.
+      slots: of the cache, at least those of the prompts.
     """
-    model, sampling = program.model, program.sampling
     batch, width = prompts.shape
     first = width - lengths
     places = jnp.arange(width)
     is_prompt = places >= first[:, None]
-    with nn.logical_axis_rules(program.rules):
-        hidden, cache = model.apply(
-            {"params": params, CACHE: empty_cache(model.config, batch=batch, slots=program.slots)},
-            jnp.where(is_prompt, prompts, 0),
-            positions=jnp.maximum(places - first[:, None], 0),
-            segment_ids=is_prompt.astype(jnp.int32),
-            slots=Slots(next=jnp.asarray(0), first=first),
-            return_hidden=True,
-            mutable=[CACHE],
-        )
-        logits = model.apply({"params": params}, hidden[:, -1:], method="logits")[:, 0]
+    variables = {"params": params, CACHE: empty_cache(model.config, batch=batch, slots=slots)}
+    hidden, cache = model.apply(
+        variables,
+        jnp.where(is_prompt, prompts, 0),
+        positions=jnp.maximum(places - first[:, None], 0),
+        segment_ids=is_prompt.astype(jnp.int32),
+        slots=Slots(next=jnp.asarray(0), first=first),
+        return_hidden=True,
+        mutable=[CACHE],
+    )
+    logits = model.apply({"params": params}, hidden[:, -1:], method="logits")[:, 0]
     came = None
     if sampling.repetition_penalty != 1:
-        in_prompt = jnp.where(is_prompt, prompts, prompts[:, -1:])
-        came = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], in_prompt].set(lengths[:, None] > 0)
-    keys = jax.vmap(jax.random.key)(seeds)
+        rows = jnp.arange(batch)[:, None]
+        came = jnp.zeros(logits.shape, bool).at[rows, jnp.where(is_prompt, prompts, prompts[:, -1:])].set(True)
     token = choose(logits, _fold_in(keys, 0), sampling, came=came)
     return Writing(
         cache=cache[CACHE],
         slots=Slots(next=jnp.asarray(width), first=first),
-        last=constrained(token, (None,)),
-        is_done=(lengths == 0) | jnp.isin(token, stops),
+        last=token,
+        is_done=jnp.isin(token, stops) | (lengths == 0),
         count=jnp.asarray(1),
         keys=keys,
         came=_with(came, token),
     )
 
 
-@partial(jax.jit, static_argnames=("program", "most"), donate_argnames="writing")
+@partial(jax.jit, static_argnames=("model", "most", "sampling"), donate_argnames="writing")
 def write(
-    params: Any, writing: Writing, stops: Int[Array, " stops"], limit: Int[Array, ""], *, program: Program, most: int
+    model: Decoder,
+    params: Any,
+    writing: Writing,
+    stops: Int[Array, " stops"],
+    limit: Int[Array, ""],
+    *,
+    most: int,
+    sampling: Sampling,
 ) -> tuple[Writing, Int[Array, "batch most"], Int[Array, ""]]:
     """Write up to `limit` tokens to each sequence, until all have ended.
 
@@ -121,6 +107,7 @@ def write(
     Returns:
       (the sequences, what was written in the first columns, how many columns that are).
     """
+    batch = writing.last.shape[0]
 
     def goes_on(state: tuple[Writing, Array, Array]) -> Array:
         writing, _, written = state
@@ -128,25 +115,26 @@ def write(
 
     def step(state: tuple[Writing, Array, Array]) -> tuple[Writing, Array, Array]:
         writing, tokens, written = state
-        writing = _write_one(params, writing, stops, program)
-        return writing, jax.lax.dynamic_update_slice(tokens, writing.last[:, None], (0, written)), written + 1
+        writing = _write_one(model, params, writing, stops, sampling)
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, writing.last[:, None], written, axis=1)
+        return writing, tokens, written + 1
 
-    tokens = jnp.zeros((len(writing.last), most), jnp.int32)
-    writing, tokens, written = jax.lax.while_loop(goes_on, step, (writing, tokens, jnp.zeros((), jnp.int32)))
-    return writing, constrained(tokens, (None, None)), written
+    start = (writing, jnp.zeros((batch, most), jnp.int32), jnp.zeros((), jnp.int32))
+    return jax.lax.while_loop(goes_on, step, start)
 
 
-def _write_one(params: Any, writing: Writing, stops: Int[Array, " stops"], program: Program) -> Writing:
+def _write_one(
+    model: Decoder, params: Any, writing: Writing, stops: Int[Array, " stops"], sampling: Sampling
+) -> Writing:
     slots = writing.slots
-    with nn.logical_axis_rules(program.rules):
-        logits, cache = program.model.apply(
-            {"params": params, CACHE: writing.cache},
-            writing.last[:, None],
-            positions=(slots.next - slots.first)[:, None],
-            slots=slots,
-            mutable=[CACHE],
-        )
-    token = choose(logits[:, 0], _fold_in(writing.keys, writing.count), program.sampling, came=writing.came)
+    logits, cache = model.apply(
+        {"params": params, CACHE: writing.cache},
+        writing.last[:, None],
+        positions=(slots.next - slots.first)[:, None],
+        slots=slots,
+        mutable=[CACHE],
+    )
+    token = choose(logits[:, 0], _fold_in(writing.keys, writing.count), sampling, came=writing.came)
     token = jnp.where(writing.is_done, writing.last, token)
     return writing.replace(
         cache=cache[CACHE],
@@ -163,4 +151,4 @@ def _fold_in(keys: Key[Array, " batch"], number: Int[Array, ""] | int) -> Key[Ar
 
 
 def _with(came: Bool[Array, "batch vocab"] | None, token: Int[Array, " batch"]) -> Bool[Array, "batch vocab"] | None:
-    return None if came is None else came.at[jnp.arange(len(token)), token].set(True)
+    return None if came is None else came.at[jnp.arange(token.shape[0]), token].set(True)

@@ -1,32 +1,28 @@
 """Text from a model, as tokens: each after all tokens before it, whose keys and values are kept."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
+from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.errors import UserError
-from hybridnorm_jax.generation.decoding import LogicalRules, Program, Writing, read_prompts, write
+from hybridnorm_jax.generation.decoding import Writing, read_prompts, write
+from hybridnorm_jax.generation.on_mesh import on_mesh_of
+from hybridnorm_jax.generation.rounded_parameters import rounded
 from hybridnorm_jax.generation.sampling import Sampling
-from hybridnorm_jax.mesh.device_mesh import parts_of, use_mesh
-from hybridnorm_jax.mesh.sharding_rules import MESH_AXES
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
 
 Tokens = Int[np.ndarray, " tokens"]
-OnTokens = Callable[[list[Tokens]], bool | None]
-
-# Tokens that are written before this process looks at them: fewer where somebody waits for each.
-STRIDE, STRIDE_OF_A_LISTENER = 64, 8
-# Programs are compiled for no shorter lengths.
-SHORTEST = 32
-LARGEST_SEED = 2**32 - 1
+# Most tokens that are written before the caller sees them, and seconds for which a reader is willing to wait.
+STRIDE, PATIENCE = 32, 0.1
+SMALLEST = 32
 
 
 def generate(
@@ -38,27 +34,26 @@ def generate(
     sampling: Sampling | None = None,
     stop_ids: Sequence[int] = (),
     seeds: int | Sequence[int] = 0,
-    on_tokens: OnTokens | None = None,
+    on_tokens: Callable[[list[Tokens]], bool | None] | None = None,
 ) -> list[Tokens]:
     """Go on from each prompt, token by token.
 
         (new,) = hn.generate(config, params, [prompt], max_new_tokens=100)
 
-    The prompts are read at once. Then each token costs one pass over the parameters, and over the keys and values of
-    the tokens before it. Those take batch * slots * kv_heads * head_dim * 2 * layers numbers of the compute dtype.
-    `slots` is rounded_up(rounded_up(longest prompt) + max_new_tokens): programs are compiled for such lengths only.
+    The prompts are read at once. Then each token costs one pass over the parameters and over the keys and values of the
+    tokens before it: batch * slots * kv_heads * head_dim * 2 * layers numbers of the compute dtype, where slots are the
+    longest prompt and max_new_tokens, rounded up by a quarter at most. Programs are compiled for these rounded lengths.
 
     Args:
-      params: of Decoder(config). Where they lie on a mesh (hn.make_mesh), it is computed there, by the rules in force,
-        see hn.use_mesh; all processes of the mesh must ask for the same.
+      params: of Decoder(config); they may lie on a mesh.
       prompts: the tokens of each, at least one; their lengths may differ.
       max_new_tokens: at most so many are written after each prompt.
       sampling: how tokens are chosen; None: always the likeliest.
       stop_ids: a sequence ends with the first of these tokens, which is returned too.
-      seeds: of each sequence; a number is the first one's, and they count up from it. What a sequence becomes depends
-        on its prompt and its seed, and not on those beside it but for rounding.
-      on_tokens: is called with the newest tokens of every sequence, none of one that has ended, every few tokens;
-        generation ends where it returns True.
+      seeds: of each sequence, or one from which all are made. A sequence does not depend on those beside it but for
+        rounding.
+      on_tokens: is called with the newest tokens of all sequences, about ten times a second; generation ends where it
+        returns True.
 
     Returns:
       The new tokens of each sequence.
@@ -67,115 +62,99 @@ def generate(
       UserError: what is asked for cannot be; names the argument.
     """
     sampling = Sampling() if sampling is None else sampling
-    rows = [np.asarray(prompt, np.int64) for prompt in prompts]
+    rows = [np.asarray(prompt) for prompt in prompts]
     _check(config, rows, max_new_tokens, stop_ids)
     # Plain attention takes any length, and XLA cannot split a Pallas kernel over the devices of the parameters.
     model = Decoder(dataclasses.replace(config, attention="xla", expert_dispatch="blocked", remat="none"))
     width = rounded_up(max(len(row) for row in rows))
-    stops = np.asarray(stop_ids, np.int32)
-    with _mesh_of(params) as rules:
-        batch = _batch_size(len(rows), rules)
-        program = Program(model, rounded_up(width + max_new_tokens), sampling, rules)
-        padded, lengths = np.zeros((batch, width), np.int32), np.zeros(batch, np.int32)
-        for number, row in enumerate(rows):
-            padded[number, width - len(row) :] = row
-            lengths[number] = len(row)
-        writing = read_prompts(params, padded, lengths, _seeds(seeds, len(rows), batch), stops, program=program)
-        collected = _Collected(stops, on_tokens, is_done=np.zeros(len(rows), bool))
-        return collected.all_of(params, writing, program, max_new_tokens)
+    stops = jnp.asarray(np.asarray(stop_ids, np.int32))
+    keys = _keys(seeds, len(rows))
+    params = rounded(config, params)
+    with on_mesh_of(params) as parts:
+        batch = -(-len(rows) // parts) * parts  # rows that are added are empty, and have ended
+        writing = read_prompts(
+            model,
+            params,
+            jnp.asarray(_right_aligned(rows, batch, width)),
+            jnp.asarray([len(row) for row in rows] + [0] * (batch - len(rows))),
+            keys[jnp.minimum(jnp.arange(batch), len(rows) - 1)],
+            stops,
+            slots=rounded_up(width + max_new_tokens),
+            sampling=sampling,
+        )
+        return _collect(model, params, writing, stops, len(rows), max_new_tokens, sampling, on_tokens)
+
+
+def _right_aligned(rows: list[np.ndarray], batch: int, width: int) -> Int[np.ndarray, "batch width"]:
+    array = np.zeros((batch, width), np.int32)
+    for number, row in enumerate(rows):
+        array[number, width - len(row) :] = row
+    return array
 
 
 def rounded_up(length: int) -> int:
-    """The length for which programs are compiled: fewer than length / 4 more, or than SHORTEST where that is more."""
-    step = max(SHORTEST, 1 << max(length.bit_length() - 3, 0))
+    """The length for which programs are compiled: at most a quarter more than asked for, and SMALLEST at least."""
+    step = max(SMALLEST, 1 << max(length.bit_length() - 3, 0))
     return -(-length // step) * step
 
 
-@dataclasses.dataclass
-class _Collected:
-    """What has been written so far.
-
-    Attributes:
-      stops: tokens that end a sequence.
-      is_done: of each sequence; what follows them in the batch is padding.
-    """
-
-    stops: Int[np.ndarray, " stops"]
-    on_tokens: OnTokens | None
-    is_done: Bool[np.ndarray, " rows"]
-    pieces: list[Int[np.ndarray, "rows tokens"]] = dataclasses.field(default_factory=list)
-
-    def all_of(self, params: Any, writing: Writing, program: Program, max_new_tokens: int) -> list[Tokens]:
-        """The new tokens of every sequence, up to max_new_tokens."""
-        goes_on = self._add(np.asarray(writing.last)[:, None])
-        left = max_new_tokens - 1
-        stride = STRIDE if self.on_tokens is None else STRIDE_OF_A_LISTENER
-        while goes_on and left:
-            limit = np.int32(min(left, stride))
-            writing, tokens, written = write(params, writing, self.stops, limit, program=program, most=STRIDE)
-            columns = np.asarray(tokens)[:, : int(written)]
-            left -= columns.shape[1]
-            goes_on = self._add(columns)
-        every = np.concatenate(self.pieces, axis=1)
-        return [self._until_end(row) for row in every]
-
-    def _add(self, columns: Int[np.ndarray, "batch tokens"]) -> bool:
-        """Keep the newest tokens, and hand them on; returns whether there is more to write."""
-        columns = columns[: len(self.is_done)]
-        self.pieces.append(columns)
-        is_wanted = True
-        if self.on_tokens is not None:
-            new = [row[:0] if done else self._until_end(row) for row, done in zip(columns, self.is_done, strict=True)]
-            is_wanted = not self.on_tokens(new)
-        self.is_done |= np.isin(columns, self.stops).any(1)
-        return is_wanted and not self.is_done.all()
-
-    def _until_end(self, row: Tokens) -> Tokens:
-        """The tokens up to the first that ends a sequence."""
-        places = np.flatnonzero(np.isin(row, self.stops))
-        return row[: places[0] + 1] if len(places) else row
+def _collect(
+    model: Decoder,
+    params: Any,
+    writing: Writing,
+    stops: Int[jax.Array, " stops"],
+    rows: int,
+    max_new_tokens: int,
+    sampling: Sampling,
+    on_tokens: Callable[[list[Tokens]], bool | None] | None,
+) -> list[Tokens]:
+    """All tokens of the first `rows` sequences, in the order of writing; given to on_tokens on the way."""
+    ends = np.asarray(stops)
+    columns = np.asarray(writing.last)[:rows, None]
+    pieces = [columns]
+    is_done = np.zeros(len(columns), bool)
+    stride = STRIDE if on_tokens is None else 1
+    while True:
+        new = [column[: _length(column, ends, done)] for column, done in zip(columns, is_done, strict=True)]
+        if on_tokens is not None and on_tokens(new):
+            break
+        is_done |= np.isin(columns, ends).any(1)
+        left = max_new_tokens - sum(piece.shape[1] for piece in pieces)
+        if left == 0 or is_done.all():
+            break
+        began = time.monotonic()
+        writing, tokens, written = write(
+            model, params, writing, stops, jnp.asarray(min(left, stride)), most=STRIDE, sampling=sampling
+        )
+        columns = np.asarray(tokens)[:rows, : int(written)]
+        if on_tokens is not None:
+            stride = _next_stride(stride, time.monotonic() - began)
+        pieces.append(columns)
+    every = np.concatenate(pieces, axis=1)
+    return [row[: _length(row, ends, done=False)] for row in every]
 
 
-@contextlib.contextmanager
-def _mesh_of(params: Any) -> Iterator[LogicalRules]:
-    """Compute on the mesh on which the parameters lie, if any; yields the rules by which it splits arrays."""
-    in_force = not jax.sharding.get_abstract_mesh().empty
-    shardings = (leaf.sharding for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array))
-    mesh = next((each.mesh for each in shardings if isinstance(each, NamedSharding)), None)
-    if in_force or not isinstance(mesh, Mesh) or not set(MESH_AXES) <= set(mesh.axis_names):
-        yield _rules_in_force()
-        return
-    with use_mesh(mesh):
-        yield _rules_in_force()
+def _next_stride(stride: int, seconds: float) -> int:
+    """How many tokens to write at once, after so many took so long: about PATIENCE's worth."""
+    if seconds < PATIENCE / 2:
+        return min(2 * stride, STRIDE)
+    return max(stride // 2, 1) if seconds > PATIENCE else stride
 
 
-def _rules_in_force() -> LogicalRules:
-    # One new token cannot be split, and of a prompt each device then has all keys and values that its rows need.
-    rules: Any = nn.get_logical_axis_rules()
-    return tuple((name, _as_tuple(axes)) for name, axes in rules if name != "seq")
+def _length(tokens: Tokens, ends: Tokens, done: bool) -> int:
+    """How many of these tokens belong to a sequence: up to the first that ends it; none if it has ended before."""
+    if done:
+        return 0
+    places = np.flatnonzero(np.isin(tokens, ends))
+    return int(places[0]) + 1 if len(places) else len(tokens)
 
 
-def _as_tuple(axes: str | Sequence[str] | None) -> tuple[str, ...]:
-    return (axes,) if isinstance(axes, str) else tuple(axes or ())
-
-
-def _batch_size(rows: int, rules: LogicalRules) -> int:
-    """The number of rows with those that are added so that the mesh can split them."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = dict(rules).get("batch", ())
-    parts = 1 if mesh.empty else parts_of(axes, mesh)
-    return -(-rows // parts) * parts
-
-
-def _seeds(seeds: int | Sequence[int], rows: int, batch: int) -> Int[np.ndarray, " batch"]:
-    """A seed for each row of the batch."""
-    own = range(seeds, seeds + rows) if isinstance(seeds, int) else list(seeds)
-    if len(own) != rows:
-        raise UserError(f"seeds: {len(own)} of them for {rows} prompts; give one for each, or one for all")
-    for seed in own:
-        if not 0 <= seed <= LARGEST_SEED:
-            raise UserError(f"seeds: {seed} must be between 0 and {LARGEST_SEED:,}")
-    return np.array([*own, *[0] * (batch - rows)], np.uint32)
+def _keys(seeds: int | Sequence[int], batch: int) -> jax.Array:
+    if isinstance(seeds, int):
+        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seeds), jnp.arange(batch))
+    if len(seeds) != batch:
+        raise UserError(f"seeds: {len(seeds)} of them for {batch} prompts; give one of each, or one for all")
+    return jnp.stack([jax.random.key(seed) for seed in seeds])
 
 
 def _check(config: ModelConfig, rows: list[np.ndarray], max_new_tokens: int, stop_ids: Sequence[int]) -> None:
@@ -185,18 +164,15 @@ def _check(config: ModelConfig, rows: list[np.ndarray], max_new_tokens: int, sto
         raise UserError("prompts: there are none; give at least one")
     for number, row in enumerate(rows):
         if row.ndim != 1 or not len(row):
-            right = "must be a list of at least one token; a document begins with the separator"
-            raise UserError(f"prompts[{number}]: {right}")
+            raise UserError(f"prompts[{number}]: must be a list of at least one token; begin with the separator")
+        if row.dtype.kind not in "iu":
+            raise UserError(f"prompts[{number}]: must be whole numbers, the ids of tokens, not {row.dtype}")
         _check_tokens(f"prompts[{number}]", row, config)
     _check_tokens("stop_ids", np.asarray(stop_ids, np.int64), config)
     longest = max(len(row) for row in rows)
-    # The last token that is written is not read.
-    if config.max_positions is not None and longest + max_new_tokens - 1 > config.max_positions:
-        limit = f"model.max_positions={config.max_positions}"
-        if longest > config.max_positions:
-            raise UserError(f"a prompt of {longest:,} tokens: longer than {limit}; shorten it")
-        most = config.max_positions - longest + 1
-        raise UserError(f"max_new_tokens={max_new_tokens}: after a prompt of {longest:,} at most {most:,} fit {limit}")
+    if config.positions == "learned" and longest + max_new_tokens - 1 > present(config.max_positions):
+        right = f"model.max_positions={config.max_positions}; shorten the prompt or ask for fewer"
+        raise UserError(f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} do not fit {right}")
 
 
 def _check_tokens(name: str, tokens: np.ndarray, config: ModelConfig) -> None:

@@ -1,4 +1,4 @@
-"""How the next token is chosen from a model's logits: the rules of sampling.py as functions."""
+"""How the next token is chosen from a model's logits: the rules that Sampling names, as functions."""
 
 import functools
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.generation.sampling import Sampling
 
 Logits = Float[Array, "batch vocab"]
@@ -20,11 +21,10 @@ def choose(
       came: which tokens came before in each sequence; needed for a repetition penalty.
     """
     if sampling.repetition_penalty != 1:
-        logits = penalize(logits, came, sampling.repetition_penalty)
+        logits = penalize(logits, present(came), sampling.repetition_penalty)
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # The largest logit is 0 before the division: no temperature makes it infinite.
-    logits = (logits - logits.max(-1, keepdims=True)) / sampling.temperature
+    logits = logits / sampling.temperature
     if sampling.top_k is not None:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p < 1:
@@ -51,8 +51,7 @@ def keep_top_p(logits: Logits, p: float) -> Logits:
     Source: nucleus sampling (1904.09751).
     """
     descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-    probabilities = jax.nn.softmax(descending)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    before = jnp.cumsum(jax.nn.softmax(descending), axis=-1) - jax.nn.softmax(descending)
     least = jnp.min(jnp.where(before < p, descending, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)
 

@@ -1,4 +1,4 @@
-"""How tokens are chosen, as data; next_token.py does it. Nothing here imports JAX."""
+"""The settings with which tokens are chosen. They need no JAX, so that help and completion come at once."""
 
 import dataclasses
 

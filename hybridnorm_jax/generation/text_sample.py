@@ -10,10 +10,12 @@ from hybridnorm_jax.data import Data, Tokenizer, Windows
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.generation.generate import generate
 from hybridnorm_jax.generation.sampling import Sampling
-from hybridnorm_jax.generation.streaming import without_controls
+from hybridnorm_jax.generation.text import begin_document
+from hybridnorm_jax.model.config import ModelConfig
 
 # Below 1, so that unlikely tokens are rarer than the model says; well above 0, at which small models repeat themselves.
 TEMPERATURE = 0.8
+
 # A first line may be as short as `"""`, which says little, or as long as a whole document.
 FEWEST_CHARACTERS, MOST_TOKENS = 12, 64
 
@@ -59,7 +61,7 @@ def text_sample(config: RunConfig, data: Data, params: Any) -> str:
         return "No sample of text: data.tokenizer names no tokenizer for these token files."
     count, window = config.train.sample_tokens, config.train.seq_len
     prompt = _prompt(config.train.sample_prompt, data, window)
-    ids = _go_on(config, params, prompt.ids)
+    ids = go_on(config.model, params, prompt.ids, count=count, window=window, seed=config.train.seed)
     cut = f"; the model reads its last {window:,} tokens" if len(prompt.ids) > window else ""
     tokens = "1 token" if count == 1 else f"{count:,} tokens"
     return (
@@ -68,30 +70,32 @@ def text_sample(config: RunConfig, data: Data, params: Any) -> str:
     )
 
 
-def _go_on(config: RunConfig, params: Any, prompt: Int[np.ndarray, "prompt"]) -> Int[np.ndarray, "tokens"]:
-    """train.sample_tokens tokens, each after at most train.seq_len tokens before it: the model knows no longer texts.
+def go_on(
+    config: ModelConfig, params: Any, prompt: Int[np.ndarray, " prompt"], *, count: int, window: int, seed: int
+) -> Int[np.ndarray, " count"]:
+    """`count` tokens after a prompt, drawn at TEMPERATURE.
 
-    The token after so many follows the newer half of them alone.
+    The model never reads more than `window` tokens, the length that it was trained on: where they are full, it goes on
+    from the last half of them.
     """
-    count, window = config.train.sample_tokens, config.train.seq_len
-    text, written = np.asarray(prompt, np.int32)[-window:], 0
-    new: list[Int[np.ndarray, piece]] = []
-    while written < count:
-        if len(text) > window:
-            text = text[-max(window // 2, 1) :]
-        (piece,) = generate(
-            config.model,
+    known = np.asarray(prompt)[-window:]
+    stretches: list[np.ndarray] = []
+    left = count
+    while left > 0:
+        if len(known) > window:
+            known = known[-((window + 1) // 2) :]
+        (new,) = generate(
+            config,
             params,
-            [text],
-            # The last token that is written is not read.
-            max_new_tokens=min(window - len(text) + 1, count - written),
+            [known],
+            # The last of them is written, but not read.
+            max_new_tokens=min(left, window - len(known) + 1),
             sampling=Sampling(temperature=TEMPERATURE),
-            seeds=(config.train.seed + written) % 2**32,
+            seeds=[seed + len(stretches)],
         )
-        new.append(piece)
-        written += len(piece)
-        text = np.concatenate([text, piece])
-    return np.concatenate(new)
+        known, left = np.concatenate([known, new]), left - len(new)
+        stretches.append(new)
+    return np.concatenate(stretches)
 
 
 def decoded(ids: Int[np.ndarray, "tokens"], tokenizer: Tokenizer) -> str:
@@ -101,8 +105,13 @@ def decoded(ids: Int[np.ndarray, "tokens"], tokenizer: Tokenizer) -> str:
 
 
 def printable(text: str) -> str:
-    """The text as a terminal may show it, without newlines at its ends."""
-    return without_controls(text).strip("\n")
+    """Harmless text without line breaks around it."""
+    return harmless(text).strip("\n")
+
+
+def harmless(text: str) -> str:
+    """Text that moves no cursor and changes no color: other control characters than newline and tab are U+FFFD."""
+    return "".join(each if each.isprintable() or each in "\n\t" else "\N{REPLACEMENT CHARACTER}" for each in text)
 
 
 def _split_after(ids: Int[np.ndarray, "tokens"], ends: Any) -> list[Int[np.ndarray, "part"]]:
@@ -121,7 +130,7 @@ def _prompt(own: str | None, data: Data, window: int) -> Prompt:
 
 def _own_prompt(text: str, tokenizer: Tokenizer) -> Prompt:
     source = "train.sample_prompt" if text else "none, a document begins"
-    return Prompt(_begin_document(tokenizer.encode(text), tokenizer), text, source)
+    return Prompt(begin_document(tokenizer.encode(text), tokenizer), text, source)
 
 
 def _first_line(windows: Windows, tokenizer: Tokenizer, window: int, source: str) -> Prompt:
@@ -133,13 +142,8 @@ def _first_line(windows: Windows, tokenizer: Tokenizer, window: int, source: str
     after = next((end for end in ends if tokenizer.decode(ids[:end]).strip()), None)
     ids = ids[:after]
     length = next((length for length in range(1, len(ids)) if _is_line(tokenizer.decode(ids[:length]))), len(ids))
-    return Prompt(_begin_document(ids[:length], tokenizer), tokenizer.decode(ids[:length]), source)
+    return Prompt(begin_document(ids[:length], tokenizer), tokenizer.decode(ids[:length]), source)
 
 
 def _is_line(text: str) -> bool:
     return text.endswith("\n") and len(text.strip()) >= FEWEST_CHARACTERS
-
-
-def _begin_document(ids: Int[np.ndarray, "tokens"], tokenizer: Tokenizer) -> Int[np.ndarray, "prompt"]:
-    begin = [] if tokenizer.separator_id is None else [tokenizer.separator_id]
-    return np.concatenate([np.array(begin, np.int32), np.asarray(ids, np.int32)])

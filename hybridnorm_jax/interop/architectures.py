@@ -1,8 +1,9 @@
-"""The Hugging Face architectures: what a config.json of each means as a ModelConfig, and the other way round.
+"""The architectures of transformers: what a config.json of each means as a ModelConfig, and the other way round.
 
 Each architecture has a table of keys: those that become ModelConfig fields, those whose one value is implemented, and
 those that do not touch the computation. A key in none of these is an error: it might change the mathematics. An absent
-key means the default of the architecture's class in transformers, which leaves defaults out when it writes.
+key means the default of the architecture's class in transformers, which leaves defaults out when it writes. What none
+of them expresses, our own does (own_architecture.py).
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from typing import Any
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.interop.hf_config_keys import Architecture, Json, Key, names
 from hybridnorm_jax.interop.hf_rope_keys import Rope
+from hybridnorm_jax.interop.own_architecture import OWN
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.placement import HEAD_NORMS, BlockPlacement
 
@@ -54,9 +56,9 @@ def architecture_of(document: Any, source: str) -> Architecture:
     if not isinstance(document, Mapping):
         raise UserError(f"{source}: must hold a mapping of keys to values")
     name = document.get("model_type")
-    if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise UserError(f"{source}: model_type={name!r:.80} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[name]
+    if not isinstance(name, str) or name not in ALL:
+        raise UserError(f"{source}: model_type={name!r:.80} is not supported; supported: {', '.join(ALL)}")
+    return ALL[name]
 
 
 def config_from_json(document: Any, source: str, ignore_keys: Collection[str] = ()) -> tuple[str, ModelConfig]:
@@ -80,25 +82,21 @@ def config_from_json(document: Any, source: str, ignore_keys: Collection[str] = 
 def config_to_json(config: ModelConfig, architecture: str | None = None) -> tuple[str, dict[str, Any]]:
     """The name and the config.json of the first architecture, or of the one named, that expresses the model.
 
-    An architecture expresses a model if its config.json read back has the same mathematics.
+    An architecture expresses a model if its config.json read back has the same mathematics. Our own comes last and
+    expresses every model.
 
     Raises:
-      UserError: none does; the message names the nearest ones and what they lack.
+      UserError: the one that is named does not; the message says what it lacks.
     """
-    if architecture is not None and architecture not in ARCHITECTURES:
-        raise UserError(f"architecture={architecture} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    lost_by: dict[str, list[str]] = {}
-    for name in ARCHITECTURES if architecture is None else (architecture,):
-        document = ARCHITECTURES[name].write(config)
-        lost = _lost(config, ARCHITECTURES[name], document)
+    if architecture is not None and architecture not in ALL:
+        raise UserError(f"architecture={architecture} is not supported; supported: {', '.join(ALL)}")
+    lost: list[str] = []
+    for name in ALL if architecture is None else (architecture,):
+        document = ALL[name].write(config)
+        lost = _lost(config, ALL[name], document)
         if not lost:
             return name, document
-        lost_by[name] = lost
-    nearest = sorted(lost_by, key=lambda name: len(lost_by[name]))[:2]
-    reasons = [f"{name} cannot express {' or '.join(lost_by[name][:3])}" for name in nearest]
-    if architecture is not None:
-        raise UserError(reasons[0])
-    raise UserError(f"no Hugging Face architecture expresses this model; the nearest: {'; '.join(reasons)}")
+    raise UserError(f"{architecture or OWN.name} cannot express {' or '.join(lost[:3])}")
 
 
 def _lost(config: ModelConfig, architecture: Architecture, document: Json) -> list[str]:
@@ -107,7 +105,7 @@ def _lost(config: ModelConfig, architecture: Architecture, document: Json) -> li
         back = mathematics(architecture.read(document, "config.json"))
     except UserError as error:
         # A compressed stream has sizes that no other norm's has, which would be named instead.
-        other_norm = config.norm != architecture.constants["norm"]
+        other_norm = config.norm != architecture.constants.get("norm", config.norm)
         return [f"model.norm={config.norm}" if other_norm else f"the model ({error})"]
     ours = mathematics(config)
     # A key with an effect in one of the two only follows from another that differs: the scheme, or the positions.
@@ -304,3 +302,5 @@ _OLMOE = Architecture(
 ARCHITECTURES: Mapping[str, Architecture] = {
     entry.name: entry for entry in (_GPT2, _GPT_NEOX, _OPT, _LLAMA, _QWEN3, _OLMO2, _OLMOE)
 }
+# Those of transformers first: they need no code of ours.
+ALL: Mapping[str, Architecture] = {**ARCHITECTURES, OWN.name: OWN}

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hybridnorm_jax.config_fields import check_choice
 from hybridnorm_jax.errors import UserError, first_line
-from hybridnorm_jax.interop.architectures import ARCHITECTURES, config_from_json, config_to_json
+from hybridnorm_jax.interop.architectures import ALL, config_from_json, config_to_json
 from hybridnorm_jax.interop.checkpoint_files import read_json
-from hybridnorm_jax.interop.safetensors_files import CONFIG, StoredTensors, split_into_shards, write_shards
-from hybridnorm_jax.interop.tensors import TABLES, Place, TensorTable, leaf_shapes
+from hybridnorm_jax.interop.own_architecture import CODE_FILES, OWN
+from hybridnorm_jax.interop.safetensors_files import CONFIG, StoredTensors, is_finite, split_into_shards, write_shards
+from hybridnorm_jax.interop.tensor_places import Place, TensorTable, leaf_shapes
+from hybridnorm_jax.interop.tensors import TABLES
 from hybridnorm_jax.model.config import PARAM_DTYPES, ModelConfig
 from hybridnorm_jax.whole_files import expanded
+
+# Our PyTorch code, which is copied beside the weights.
+CODE = Path(__file__).with_name("pytorch")
 
 
 def load_huggingface(
@@ -34,7 +39,8 @@ def load_huggingface(
     """The model of a Hugging Face directory: `Decoder(config).apply({"params": params}, tokens)` gives its logits.
 
     Architectures: GPT-2, GPT-NeoX (sequential and parallel residual), OPT (with norms before the sublayers), Llama,
-    Qwen3, OLMo 2, OLMoE (every expert is a tensor of its own in the files). Tensors are read one at a time into the
+    Qwen3, OLMo 2, OLMoE (every expert is a tensor of its own in the files), and what save_huggingface writes with code
+    of ours. No code in the directory is executed. Tensors are read one at a time into the
     stacked leaves: beyond the parameters themselves, host memory is needed for one tensor, or for two while a tied
     model's own copy of the head is compared.
 
@@ -78,54 +84,82 @@ def save_huggingface(
     params: Mapping[str, Any],
     *,
     architecture: str | None = None,
+    dtype: str | None = None,
     extra: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write a model as a Hugging Face directory that transformers loads; `load_huggingface` gives the same bits back.
 
-    The directory appears whole or not at all. One shard at a time is copied in memory.
+    Where an architecture of transformers expresses the model exactly, that is written. Everywhere else the directory
+    holds PyTorch code of ours (pytorch/), and transformers loads it with trust_remote_code=True.
+
+    The directory appears whole or not at all. One tensor at a time is copied in memory.
 
     Args:
       path: directory to write; it must not exist or be empty.
       config: of the model.
       params: of `Decoder(config)`, jax or NumPy arrays of config.param_dtype.
-      architecture: model_type to write; by default the first that expresses the model exactly.
+      architecture: model_type to write, "hybridnorm" for our own code; by default the first that expresses the model.
+      dtype: of the tensors (float64, float32, bfloat16, float16); by default config.param_dtype.
       extra: further keys of config.json, such as bos_token_id, or max_position_embeddings of a model with rope.
+      files: further files by name, such as a tokenizer.json.
       max_shard_bytes: a larger model is written as several files.
 
     Raises:
-      UserError: no architecture, or not the named one, expresses the model exactly (the message says what is in the
-        way); the parameters are not of this config or not finite; `extra` contradicts the model or is not known for
-        the architecture; the path is taken.
+      UserError: the named architecture does not express the model exactly (the message says what is in the way); the
+        parameters are not of this config or not finite; `extra` contradicts the model or is not known for the
+        architecture; the path is taken.
     """
     path = Path(expanded(path)).absolute()
-    is_empty_directory = path.is_dir() and not any(path.iterdir())
-    if path.exists() and not is_empty_directory:
-        raise UserError(f"{path}: exists already; name a new directory")
+    check_free(path)
     if max_shard_bytes < 1:
         raise UserError(f"max_shard_bytes={max_shard_bytes}: must be at least 1")
+    if dtype is not None:
+        check_choice("dtype", dtype, PARAM_DTYPES)
+    check_params(config, params)
     name, decided = config_to_json(config, architecture)
-    text = _config_text(name, decided, config, extra or {})
-    leaves = _host_leaves(config, params)
-    dtype = jnp.dtype(config.param_dtype)
-    shards = split_into_shards(TABLES[name].places(config), dtype.itemsize, max_shard_bytes)
-    _make_parent(path)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        directory = Path(scratch) / "checkpoint"
-        directory.mkdir()
-        (directory / CONFIG).write_text(text)
-        write_shards(directory, shards, leaves, dtype)
-        directory.replace(path)
+    written = dataclasses.replace(config, param_dtype=dtype or config.param_dtype)
+    contents = {CONFIG: _config_text(name, decided, written, extra or {}).encode(), **(files or {})}
+    if name == OWN.name:
+        contents |= {file: (CODE / file).read_bytes() for file in CODE_FILES}
+    numpy_dtype = jnp.dtype(written.param_dtype)
+    shards = split_into_shards(TABLES[name].places(config), numpy_dtype.itemsize, max_shard_bytes)
+    with whole_directory(path) as directory:
+        for file, content in contents.items():
+            (directory / file).write_bytes(content)
+        write_shards(directory, shards, flatten_dict(params, sep="/"), numpy_dtype)
 
 
-def _make_parent(path: Path) -> None:
-    """Make the directory in which `path` will appear."""
+def check_free(path: Path) -> None:
+    """Raise UserError unless a directory can be made at this path: nothing is there, or an empty directory."""
+    if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+        return
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{path}: exists already; name a new directory")
+
+
+@contextlib.contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """A directory to write into, which is renamed to `path` at the end; after an error nothing is left."""
+    new = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be made: {error.strerror}") from error
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{path}: cannot be made, {path.parent} cannot be written to")
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+            directory = Path(scratch) / "checkpoint"
+            directory.mkdir()
+            yield directory
+            directory.replace(path)
+    except BaseException:
+        for parent in new:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                parent.rmdir()
+        raise
 
 
 def _stored_dtype(dtypes: set[str], directory: Path) -> str:
@@ -155,16 +189,9 @@ def _read_params(
         for view, target in zip(place.views(tensors.read(place.name)), place.targets(leaves), strict=True):
             with np.errstate(over="ignore"):  # What does not fit the dtype becomes Inf, which is looked for next.
                 target[...] = view
-            if not _is_finite(target):
+            if not is_finite(target):
                 raise UserError(f"{tensors.where(place.name)}: holds NaN or Inf, read as {dtype.name}")
     return unflatten_dict(leaves, sep="/")
-
-
-def _is_finite(array: np.ndarray) -> bool:
-    """Whether no element is NaN or Inf, by small pieces: a mask of the whole array would take memory of its own."""
-    flat = array.reshape(-1)
-    step = 1 << 20
-    return all(np.isfinite(flat[start : start + step]).all() for start in range(0, flat.size, step))
 
 
 def _config_text(name: str, decided: Mapping[str, Any], config: ModelConfig, extra: Mapping[str, Any]) -> str:
@@ -177,7 +204,7 @@ def _config_text(name: str, decided: Mapping[str, Any], config: ModelConfig, ext
             raise UserError(f"extra: {key}={extra[key]}, but the parameters are {config.param_dtype}")
     # Null where unknown: an absent token id would be read as that of the class's own vocabulary.
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    bookkeeping = {"architectures": [ARCHITECTURES[name].class_name], "torch_dtype": config.param_dtype, **tokens}
+    bookkeeping = {"architectures": [ALL[name].class_name], "torch_dtype": config.param_dtype, **tokens}
     document = {**bookkeeping, **extra, **decided}
     try:
         text = json.dumps(document, indent=2, sort_keys=True) + "\n"
@@ -187,8 +214,8 @@ def _config_text(name: str, decided: Mapping[str, Any], config: ModelConfig, ext
     return text
 
 
-def _host_leaves(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The parameters by path, on the host, checked against the config."""
+def check_params(config: ModelConfig, params: Mapping[str, Any]) -> None:
+    """Raise UserError unless these are parameters of `Decoder(config)`, by their paths, shapes and dtype."""
     if not isinstance(params, Mapping):
         raise UserError(f"params: must be the parameter tree of the model, not {type(params).__name__}")
     given, shapes = flatten_dict(params, sep="/"), leaf_shapes(config)
@@ -201,8 +228,3 @@ def _host_leaves(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, np
             raise UserError(f"{path}: shape {given[path].shape}, but a model of this config has {shapes[path]}")
         if given[path].dtype != jnp.dtype(config.param_dtype):
             raise UserError(f"{path}: dtype {given[path].dtype}, but model.param_dtype={config.param_dtype}")
-    leaves = {path: np.asarray(leaf) for path, leaf in given.items()}
-    for path, leaf in leaves.items():
-        if not _is_finite(leaf):
-            raise UserError(f"{path}: holds NaN or Inf")
-    return leaves

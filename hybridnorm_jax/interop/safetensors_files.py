@@ -6,7 +6,6 @@ Which tensors a model has is in tensors.py; here they are found, read, checked a
 import contextlib
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from hybridnorm_jax.config_fields import shortened
 from hybridnorm_jax.errors import MissingExtraError, UserError, first_line
 from hybridnorm_jax.interop.checkpoint_files import find_file, foreign_weights, parse_json, read_json
-from hybridnorm_jax.interop.tensors import Place, TensorTable
+from hybridnorm_jax.interop.tensor_places import Place, TensorTable
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -193,7 +192,7 @@ def split_into_shards(places: Iterable[Place], itemsize: int, limit: int) -> lis
     shards: list[list[Place]] = []
     size = limit
     for place in places:
-        num_bytes = math.prod(place.shape) * itemsize
+        num_bytes = place.size * itemsize
         if not shards or size + num_bytes > limit:
             shards.append([])
             size = 0
@@ -203,32 +202,58 @@ def split_into_shards(places: Iterable[Place], itemsize: int, limit: int) -> lis
 
 
 def write_shards(
-    directory: Path, shards: Sequence[Sequence[Place]], leaves: Mapping[str, np.ndarray], dtype: np.dtype
+    directory: Path, shards: Sequence[Sequence[Place]], leaves: Mapping[str, Any], dtype: np.dtype
 ) -> None:
-    """The safetensors files, and the index where there are several."""
+    """The safetensors files, and the index where there are several.
+
+    Args:
+      leaves: of our parameters by path, jax or NumPy arrays. Of what is on a device one tensor at a time is fetched.
+
+    Raises:
+      UserError: a tensor holds NaN or Inf, in the dtype that is written.
+    """
     count, total = len(shards), 0
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = directory / (WEIGHTS if count == 1 else f"model-{number:05}-of-{count:05}.safetensors")
-        total += sum(math.prod(place.shape) * dtype.itemsize for place in shard)
+        total += sum(place.size * dtype.itemsize for place in shard)
         weight_map |= {place.name: file.name for place in shard}
         _write_shard(file, shard, leaves, dtype)
-        # safetensors makes files that nobody else may read, whatever the umask.
-        file.chmod((directory / CONFIG).stat().st_mode)
     if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_shard(file: Path, shard: Sequence[Place], leaves: Mapping[str, np.ndarray], dtype: np.dtype) -> None:
-    """One file. Its tensors are gone when this returns, so that one shard at a time is copied in memory."""
-    tensors = {place.name: _filled(place, leaves, dtype) for place in shard}
-    _safetensors().numpy.save_file(tensors, file, metadata={"format": "pt"})
+def _write_shard(file: Path, shard: Sequence[Place], leaves: Mapping[str, Any], dtype: np.dtype) -> None:
+    """One file, tensor by tensor: the library's own writer wants all of them in memory at once."""
+    stored = next(name for name, known in STORED_DTYPES.items() if known == dtype.name)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for place in shard:
+        begin, end = end, end + place.size * dtype.itemsize
+        header[place.name] = {"dtype": stored, "shape": list(place.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data are aligned
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for place in shard:
+            stream.write(_filled(place, leaves, dtype).reshape(-1).view(np.uint8).data)
 
 
-def _filled(place: Place, leaves: Mapping[str, np.ndarray], dtype: np.dtype) -> np.ndarray:
+def _filled(place: Place, leaves: Mapping[str, Any], dtype: np.dtype) -> np.ndarray:
     """Their tensor, filled from our leaves."""
     tensor = np.empty(place.shape, dtype)
-    for view, leaf in zip(place.views(tensor), place.targets(leaves), strict=True):
-        view[...] = leaf
+    with np.errstate(over="ignore"):  # What does not fit the dtype becomes Inf, which is looked for next.
+        for view, leaf in zip(place.views(tensor), place.targets(leaves), strict=True):
+            view[...] = leaf
+    if not is_finite(tensor):
+        paths = " or ".join(piece.path for piece in place.slices)
+        raise UserError(f"{paths}: holds NaN or Inf, written as {dtype.name}")
     return tensor
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether no element is NaN or Inf, by small pieces: a mask of the whole array would take memory of its own."""
+    flat = array.reshape(-1)
+    step = 1 << 20
+    return all(np.isfinite(flat[start : start + step]).all() for start in range(0, flat.size, step))

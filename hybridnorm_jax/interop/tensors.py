@@ -1,245 +1,27 @@
-"""Which tensor of a Hugging Face checkpoint holds which leaves of our parameter tree, and how.
+"""Which tensor of a Hugging Face checkpoint holds which leaves of our parameter tree.
 
-One table per architecture serves both directions: a Layout gives *views* of their tensor in the shapes of our leaves,
-so loading assigns the views to the leaves and saving assigns the leaves to the views. A new architecture is one more
-entry of TABLES here and one of ARCHITECTURES in architectures.py.
+One table per architecture serves both directions; tensor_places.py says how. A new architecture is one more entry of
+TABLES here and one of ARCHITECTURES in architectures.py.
 """
 
 import dataclasses
-import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
 
-import numpy as np
-from flax.traverse_util import flatten_dict
-
-from hybridnorm_jax.errors import UserError
-from hybridnorm_jax.model.abstract_params import abstract_params
-from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.placement import runs
-
-Shape = tuple[int, ...]
-Index = tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How one tensor of theirs holds one leaf of ours, or several that differ in their output axes only.
-
-    Our leaf has shape (*inputs, *outputs); in their tensor the inputs are one axis and the outputs of all leaves
-    another: a matrix, or a vector where there are no inputs.
-
-    Attributes:
-      inputs: how many leading axes of our leaf are inputs; 0 for a bias, a scale.
-      transposed: their matrix is (out, in), not (in, out).
-      per_head: head by head the outputs of every leaf in turn, (heads, leaves, head_dim), not one leaf after another.
-    """
-
-    inputs: int = 0
-    transposed: bool = False
-    per_head: bool = False
-
-    def shape(self, leaves: Sequence[Shape]) -> Shape:
-        """The shape of their tensor for leaves of these shapes."""
-        outputs = sum(math.prod(leaf[self.inputs :]) for leaf in leaves)
-        if not self.inputs:
-            return (outputs,)
-        inputs = math.prod(leaves[0][: self.inputs])
-        return (outputs, inputs) if self.transposed else (inputs, outputs)
-
-    def views(self, tensor: np.ndarray, leaves: Sequence[Shape]) -> list[np.ndarray]:
-        """Views of their tensor in the shapes of the leaves: together every element once, none copied."""
-        tensor = tensor.T if self.transposed else tensor
-        if self.per_head:
-            heads = leaves[0][self.inputs]
-            grid = tensor.reshape(*leaves[0][: self.inputs], heads, len(leaves), -1)
-            return [grid[..., number, :] for number in range(len(leaves))]
-        ends = np.cumsum([math.prod(leaf[self.inputs :]) for leaf in leaves])
-        parts = np.split(tensor, ends[:-1], axis=-1)
-        return [part.reshape(leaf) for part, leaf in zip(parts, leaves, strict=True)]
-
-
-VECTOR = Layout()
-TABLE = Layout(inputs=1)
-LINEAR = Layout(inputs=1, transposed=True)
-LINEAR_OUT = Layout(inputs=2, transposed=True)  # heads and head_dim go in
-CONV1D = Layout(inputs=1)
-CONV1D_OUT = Layout(inputs=2)
-LINEAR_PER_HEAD = Layout(inputs=1, transposed=True, per_head=True)
-VECTOR_PER_HEAD = Layout(per_head=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """Their tensor `name`, the leaves of ours that it holds, in its order, and how it holds them.
-
-    A name with {} is that of one tensor per expert. {} stands for the expert, whose slice of the leaves it holds.
-    """
-
-    name: str
-    leaves: tuple[str, ...]
-    layout: Layout
-
-    def of_experts(self, experts: int) -> Iterator["_NamedTensor"]:
-        """The tensors that this stands for: one, or one for each expert."""
-        if "{}" not in self.name:
-            yield _NamedTensor(self.name, expert=())
-            return
-        for expert in range(experts):
-            yield _NamedTensor(self.name.format(expert), expert=(expert,))
-
-
-class _NamedTensor(NamedTuple):
-    """A tensor's name, and the index of its expert, () of a tensor that is no expert's."""
-
-    name: str
-    expert: Index
-
-
-class LeafSlice(NamedTuple):
-    """What a tensor holds of a leaf.
-
-    Attributes:
-      path: of the leaf in our tree, "/" between its keys.
-      index: in the stacked leaf: () outside runs, (layer of the run,), or (layer of the run, expert).
-      shape: of what the tensor holds, without the axes of the index.
-    """
-
-    path: str
-    index: Index
-    shape: Shape
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """A Tensor of one model.
-
-    Attributes:
-      name: of their tensor, in full.
-      slices: what it holds of our leaves.
-      layout: how it holds them.
-    """
-
-    name: str
-    slices: tuple[LeafSlice, ...]
-    layout: Layout
-
-    @property
-    def shape(self) -> Shape:
-        """The shape of their tensor."""
-        return self.layout.shape([piece.shape for piece in self.slices])
-
-    def views(self, tensor: np.ndarray) -> list[np.ndarray]:
-        """Views of their tensor in the shapes of what it holds."""
-        return self.layout.views(tensor, [piece.shape for piece in self.slices])
-
-    def targets(self, tree: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """Views of what the tensor holds of the leaves in a tree by path."""
-        return [tree[piece.path][piece.index] for piece in self.slices]
-
-
-class _Group(NamedTuple):
-    """The tensors of one block, or those outside the blocks.
-
-    Attributes:
-      tensors: names and leaves without what stands before them.
-      theirs: stands before their names.
-      ours: stands before our leaves' paths.
-      layer: index of the layer in its run, () outside.
-    """
-
-    tensors: tuple[Tensor, ...]
-    theirs: str
-    ours: str
-    layer: Index
-
-    def leaves_present(self, tensor: Tensor, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-        """Path and shape of the leaves that one of these tensors holds; empty where the model has none of them.
-
-        Args:
-          shapes: of all leaves of the model, by path.
-
-        Raises:
-          UserError: the model has only some of them.
-        """
-        paths = [self.ours + leaf for leaf in tensor.leaves]
-        present = {path: shapes[path] for path in paths if path in shapes}
-        if present and len(present) < len(paths):
-            raise UserError(f"{self.theirs}{tensor.name}: the model has only part of {', '.join(paths)}")
-        return present
-
-    def places(self, tensor: Tensor, leaves: Mapping[str, Shape], experts: int) -> Iterator[Place]:
-        """Where one of these tensors, or that of every expert, holds these leaves."""
-        for name, expert in tensor.of_experts(experts):
-            index = self.layer + expert
-            slices = [LeafSlice(path, index, shape=shape[len(index) :]) for path, shape in leaves.items()]
-            yield Place(self.theirs + name, tuple(slices), tensor.layout)
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorTable:
-    """The tensors of an architecture.
-
-    Attributes:
-      prefix: of the names of all tensors but the head's; files of the bare model lack it.
-      outer: the tensors outside the blocks, the largest first.
-      block: the tensors of a layer; names without `layer`, leaves without `run_<i>`.
-      layer: what stands before a block's names, with {} for the layer.
-      head: name of the head's matrix, which files of tied models may hold as well.
-      buffers: regular expression of names, without the prefix, that hold no parameters.
-    """
-
-    prefix: str
-    outer: tuple[Tensor, ...]
-    block: tuple[Tensor, ...]
-    layer: str
-    head: str
-    buffers: str
-
-    def full_name(self, name: str) -> str:
-        """A name with the prefix that files of the bare model lack."""
-        return name if name.startswith((self.prefix, self.head.split(".")[0] + ".")) else self.prefix + name
-
-    def is_buffer(self, name: str) -> bool:
-        """Whether the tensor of this full name holds no parameters."""
-        return re.fullmatch(self.buffers, name.removeprefix(self.prefix)) is not None
-
-    def places(self, config: ModelConfig) -> Iterator[Place]:
-        """The tensors that a model of this config has.
-
-        Raises:
-          UserError: the model has a leaf that no tensor of this table holds, or half of those that one holds.
-        """
-        shapes = leaf_shapes(config)
-        left = set(shapes)
-        for group, tensor in self._tensors(config):
-            leaves = group.leaves_present(tensor, shapes)
-            left.difference_update(leaves)
-            if leaves:
-                yield from group.places(tensor, leaves, config.num_experts)
-        for path in shapes:
-            if path in left:
-                raise UserError(f"{path}: this architecture has no tensor for this parameter of the model")
-
-    def _tensors(self, config: ModelConfig) -> Iterator[tuple[_Group, Tensor]]:
-        for group in self._groups(config):
-            for tensor in group.tensors:
-                yield group, tensor
-
-    def _groups(self, config: ModelConfig) -> Iterator[_Group]:
-        yield _Group(self.outer, theirs="", ours="", layer=())
-        for number, run in enumerate(runs(config.placements)):
-            for layer in range(run.length):
-                theirs = self.layer.format(run.start + layer)
-                yield _Group(self.block, theirs=theirs, ours=f"run_{number}/", layer=(layer,))
-
-
-def leaf_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Shapes of the parameters of `Decoder(config)` by path, "/" between the keys."""
-    # Dtypes do not matter for shapes, but float64 would warn without jax_enable_x64.
-    params = abstract_params(dataclasses.replace(config, param_dtype="float32", dtype="float32"))
-    return {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
+from hybridnorm_jax.interop.tensor_places import (
+    AS_IT_IS,
+    CONV1D,
+    CONV1D_OUT,
+    LINEAR,
+    LINEAR_OUT,
+    LINEAR_PER_HEAD,
+    TABLE,
+    VECTOR,
+    VECTOR_PER_HEAD,
+    Layout,
+    Tensor,
+    TensorTable,
+)
+from hybridnorm_jax.model.placement import HEAD_NORMS
 
 
 def _dense(name: str, *leaves: str, kernel: Layout = LINEAR, bias: Layout = VECTOR) -> tuple[Tensor, ...]:
@@ -355,6 +137,43 @@ _OPT = TensorTable(
     buffers=r"(?!)",
 )
 
+# Of our own code, in pytorch/. Norms have our names, projections those of Llama.
+_HYBRIDNORM_NORMS = tuple(
+    tensor
+    for sublayer in ("attention", "feed_forward")
+    for which in ("pre", "branch", "post")
+    for tensor in _norm(f"{sublayer}_{which}_norm", f"{sublayer}_{which}_norm")
+)
+_HYBRIDNORM_EXPERTS = tuple(
+    Tensor(f"mlp.experts.{name}_{theirs}", (f"feed_forward/expert_{name}/{ours}",), AS_IT_IS)
+    for name in ("gate", "up", "down")
+    for theirs, ours in (("proj", "kernel"), ("bias", "bias"))
+)
+_HYBRIDNORM = TensorTable(
+    prefix="model.",
+    outer=(
+        *_embedding("model.embed_tokens"),
+        *_dense("lm_head", "head"),
+        *_embedding("model.embed_positions", "position_embedding"),
+        *_norm("model.embedding_norm", "embedding_norm"),
+        *_norm("model.norm", "final_norm"),
+    ),
+    block=(
+        *_HYBRIDNORM_NORMS,
+        *_LLAMA_BRANCHES,
+        *(tensor for name in HEAD_NORMS for tensor in _norm(f"self_attn.{name}", f"attention/{name}")),
+        *_dense("mlp.router", "feed_forward/router"),
+        Tensor("mlp.balance_bias", ("feed_forward/balance_bias",), VECTOR),
+        *_HYBRIDNORM_EXPERTS,
+        *_dense("mlp.shared.gate_proj", "feed_forward/shared/gate"),
+        *_dense("mlp.shared.up_proj", "feed_forward/shared/up"),
+        *_dense("mlp.shared.down_proj", "feed_forward/shared/down"),
+    ),
+    layer="model.layers.{}.",
+    head="lm_head.weight",
+    buffers=r"(?!)",
+)
+
 TABLES: Mapping[str, TensorTable] = {
     "gpt2": _GPT2,
     "gpt_neox": _GPT_NEOX,
@@ -363,4 +182,5 @@ TABLES: Mapping[str, TensorTable] = {
     "qwen3": dataclasses.replace(_LLAMA, block=_LLAMA_PRE_NORMS + _LLAMA_BRANCHES + _Q_K_NORMS),
     "olmo2": dataclasses.replace(_LLAMA, block=_LLAMA_BRANCHES + _Q_K_NORMS + _OLMO2_BRANCH_NORMS),
     "olmoe": dataclasses.replace(_LLAMA, block=_LLAMA_PRE_NORMS + _LLAMA_ATTENTION + _Q_K_NORMS + _OLMOE_EXPERTS),
+    "hybridnorm": _HYBRIDNORM,
 }

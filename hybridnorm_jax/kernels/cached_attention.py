@@ -6,17 +6,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hybridnorm_jax.kernels.precision import wide_dtype, wide_einsum
 
-# Heads before slots: a product over the slots of one head reads memory in order, and nothing is transposed first.
-CachedHeads = Float[Array, "layers batch kv_heads slots head_dim"]
-MOST_BLOCKS = 8
+# A product over the slots of one head reads memory in order. Slots come last because XLA lays memory of a TPU out in
+# rows of 128: slots fill these, and the channels of a small head would not.
+CachedHeads = Float[Array, "layers batch kv_heads head_dim slots"]
+LEAST_BLOCK, MOST_BLOCKS = 256, 8
 
 
 def block_of(slots: int) -> int:
-    """How many slots are read at once: a power of two, of which `slots` are at most MOST_BLOCKS."""
-    block = 1
-    while block * MOST_BLOCKS < slots:
-        block *= 2
-    return block
+    """How many slots are read at once: about LEAST_BLOCK, or more where that would make more than MOST_BLOCKS."""
+    blocks = min(max(slots // LEAST_BLOCK, 1), MOST_BLOCKS)
+    return -(-slots // blocks)
 
 
 def cached_attention(
@@ -41,7 +40,7 @@ def cached_attention(
       last: of all sequences, at least each first.
     """
     batch, _, heads, head_dim = query.shape
-    _, _, kv_heads, slots, _ = key.shape
+    _, _, kv_heads, _, slots = key.shape
     block, groups = block_of(slots), heads // kv_heads
     grouped = query.reshape(batch, kv_heads, groups, head_dim)
     wide = wide_dtype(query.dtype)
@@ -50,7 +49,7 @@ def cached_attention(
         highest, total, context = sums
         # The last block may begin earlier, so as not to end behind the cache. What it repeats is hidden.
         start = jnp.minimum(number * block, slots - block)
-        place, size = (layer, 0, 0, start, 0), (1, batch, kv_heads, block, head_dim)
+        place, size = (layer, 0, 0, 0, start), (1, batch, kv_heads, head_dim, block)
         keys, values = (jax.lax.dynamic_slice(cache, place, size)[0] for cache in (key, value))
         slot = start + jnp.arange(block)
         seen = (slot >= jnp.maximum(first[:, None], number * block)) & (slot <= last)
@@ -61,7 +60,7 @@ def cached_attention(
         return (
             higher,
             total * shrink + weights.sum(-1),
-            context * shrink[..., None] + wide_einsum("bkgs,bksd->bkgd", weights.astype(values.dtype), values),
+            context * shrink[..., None] + wide_einsum("bkgs,bkds->bkgd", weights.astype(values.dtype), values),
         )
 
     lowest = jnp.full((batch, kv_heads, groups), jnp.finfo(wide).min, wide)
@@ -73,9 +72,9 @@ def cached_attention(
 
 def _scores(
     grouped: Float[Array, "batch kv_heads group head_dim"],
-    keys: Float[Array, "batch kv_heads block head_dim"],
+    keys: Float[Array, "batch kv_heads head_dim block"],
     seen: Bool[Array, "batch block"],
 ) -> Float[Array, "batch kv_heads group block"]:
     """The scores of a block; those of slots that are not seen are lower than any other."""
-    scores = keys.shape[-1] ** -0.5 * wide_einsum("bkgd,bksd->bkgs", grouped, keys)
+    scores = keys.shape[-2] ** -0.5 * wide_einsum("bkgd,bkds->bkgs", grouped, keys)
     return jnp.where(seen[:, None, None], scores, jnp.finfo(scores.dtype).min)

@@ -26,15 +26,17 @@ from hybridnorm_jax.lab.divergence import rising_since
 from hybridnorm_jax.lab.labels import measured_otherwise
 from hybridnorm_jax.lab.run_data import RunData, check_same_data, read_data
 from hybridnorm_jax.lab.run_files import DIVERGED, FINISHED, read_losses, read_object, read_result
+from hybridnorm_jax.lab.runs import check_addition
 from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.model.schemes import SCHEMES
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.hooks.skipped_steps import DivergedError
+from hybridnorm_jax.training.huggingface_beginning import is_huggingface
 from hybridnorm_jax.training.loop import train
 from hybridnorm_jax.training.run_directory import run_directory
 from hybridnorm_jax.training.run_identity import check_same_run, saved_run
 from hybridnorm_jax.training.step_directories import absolute, check_place, find_checkpoint
-from hybridnorm_jax.whole_files import expanded, write_whole
+from hybridnorm_jax.whole_files import expanded, is_local, write_whole
 
 DEFAULT = "lab"
 
@@ -143,6 +145,7 @@ def compare(asked: Comparison, only: int | None = None) -> list[dict[str, Any]]:
       The content of result.json, for every combination that was asked for.
 
     Raises:
+      UserError: runs of other comparisons in the directory cannot be compared with these; nothing was trained.
       UserError, RunStopped: those of training.loop.train; the runs that finished before stay.
     """
     count = len(asked.configs)
@@ -151,9 +154,12 @@ def compare(asked: Comparison, only: int | None = None) -> list[dict[str, Any]]:
     file = epath.Path(asked.directory) / "comparison.json"
     # What cannot be read or written is refused before anything is written.
     check_place(absolute(asked.directory))
-    if asked.configs[0].init_from is not None:
-        find_checkpoint(asked.configs[0].init_from)
+    init_from = asked.configs[0].init_from
+    if init_from is not None and not is_huggingface(init_from):
+        find_checkpoint(init_from)
     data = read_data(asked.configs[0])
+    if is_local(asked.directory):
+        check_addition(Path(asked.directory), asked.configs, data)
     results = []
     with _gone_if_nothing_follows(file):
         _write(file, _described(asked, file))
@@ -186,6 +192,7 @@ def _result(asked: Comparison, number: int, config: RunConfig, data: RunData) ->
         say(f"{result['status']} before")
         return result
     directory = run_directory(config)
+    _check_ended_alike(directory, config)
     with Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as saved:
         first = saved.latest() or 0
     began = time.perf_counter()
@@ -251,12 +258,26 @@ def _earlier(file: epath.Path, config: RunConfig, data: RunData) -> dict[str, An
     saved = saved_run(file.parent)
     if saved is None:
         raise ConfigError(f"{file}: lies beside no config.yaml and no checkpoints; choose another run.name")
-    different = measured_otherwise(saved.config, config)
-    if different:
-        raise ConfigError(f"{file.parent} holds another run ({'; '.join(different)}): choose another run.name")
+    _check_measured_alike(file.parent, saved.config, config)
     result = read_result(file)
     check_same_data(result, data, file=file)
     return result
+
+
+def _check_ended_alike(directory: epath.Path, config: RunConfig) -> None:
+    """Refuse other keys for a run that was killed between its last step and its result: no checkpoint would hold them.
+
+    Raises:
+      ConfigError: names the keys.
+    """
+    saved = saved_run(directory)
+    if saved is not None and saved.step == config.train.steps:
+        _check_measured_alike(directory, saved.config, config)
+
+
+def _check_measured_alike(directory: epath.Path, saved: RunConfig, config: RunConfig) -> None:
+    if different := measured_otherwise(saved, config):
+        raise ConfigError(f"{directory} holds another run ({'; '.join(different)}): choose another run.name")
 
 
 def _described(asked: Comparison, file: epath.Path) -> dict[str, Any]:

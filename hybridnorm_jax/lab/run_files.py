@@ -136,7 +136,7 @@ def validation_losses(records: Sequence[Record]) -> dict[str, list[Point]]:
     found: dict[str, list[Point]] = {}
     for record in records:
         for key, value in record.items():
-            if key.startswith("eval/") and key.endswith("/loss"):
+            if key.startswith("eval/") and key.endswith("/loss") and not key.startswith("eval/task/"):
                 name = key.removeprefix("eval/").removesuffix("/loss")
                 found.setdefault(name, []).append(Point(record["step"], as_number(value)))
     return found

@@ -1,20 +1,22 @@
 """The runs of a comparison, read from their directories, checked to be comparable, and labelled by what differs."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
-from hybridnorm_jax.config.plugins import imported
+from hybridnorm_jax.config.plugins import imported, plugins_of, to_json
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import UserError, first_line
 from hybridnorm_jax.lab import run_files
 from hybridnorm_jax.lab.divergence import rising_since
 from hybridnorm_jax.lab.labels import labels, measured_otherwise
+from hybridnorm_jax.lab.run_data import TRAINED_ON, RunData
 from hybridnorm_jax.lab.run_files import DIVERGED, FINISHED, UNFINISHED, Point, WatchedStep
 from hybridnorm_jax.training.metrics_file import Record, read_records
 from hybridnorm_jax.training.run_identity import check_same_plugins, saved_run
@@ -27,7 +29,8 @@ class Run:
     Attributes:
       name: of its directory.
       config: what its newest checkpoint says or, where it has none, config.yaml, which may have been edited.
-      plugins: what it was trained with, name -> digest; None where nothing says so.
+      plugins: what it was trained with, as in run_identity.SavedRun; None where nothing says so.
+      data: the files that it was trained and scored on, by key as in run_data.RunData, as far as something says so.
       label: its scheme and what else differs between the runs, such as "pre, num_layers=29".
       status: finished | diverged | unfinished.
       step: how many steps it made; None where no file says so.
@@ -44,7 +47,8 @@ class Run:
     name: str
     directory: Path
     config: RunConfig
-    plugins: dict[str, str] | None
+    plugins: list[dict[str, Any]] | None
+    data: dict[str, list[dict[str, Any]]]
     label: str
     status: str
     step: int | None
@@ -120,6 +124,54 @@ def read_runs(directory: Path) -> list[Run]:
     return runs
 
 
+def check_addition(directory: Path, configs: Sequence[RunConfig], data: RunData) -> None:
+    """Refuse to train runs beside others that read_runs would not compare them with.
+
+    Args:
+      directory: of the runs; it need not be there yet.
+      configs: of those to train. Those among them that are there already are not looked at.
+      data: theirs.
+
+    Raises:
+      UserError: names two runs, and in what they differ.
+    """
+    asked = {config.run.name for config in configs}
+    others = []
+    for file in sorted(directory.glob("*/config.yaml")):
+        # A run that cannot be read is the report's to refuse: it may need a plugin that this comparison does not.
+        with contextlib.suppress(UserError):
+            if file.parent.name not in asked:
+                others.append(_read_run(file.parent))
+    if not others:
+        return
+    try:
+        _check_comparable(directory, [*(_planned(config, data) for config in configs), *others])
+    except UserError as error:
+        raise UserError(f"{error}; choose another run.name") from error
+
+
+def _planned(config: RunConfig, data: RunData) -> Run:
+    """A run that is to be trained."""
+    return Run(
+        name=config.run.name,
+        directory=Path(config.run.dir) / config.run.name,
+        config=config,
+        plugins=to_json(plugins_of(config.run.plugins)),
+        data=data.files,
+        label=config.model.scheme,
+        status=UNFINISHED,
+        step=0,
+        diverged_at=None,
+        scores={},
+        result={"train_tokens": data.train_tokens},
+        losses=[],
+        gradient_norms=[],
+        validation={},
+        step_seconds=[],
+        watched=[],
+    )
+
+
 def _place(run: Run) -> tuple[str, float, int]:
     """What tells runs apart, and orders them."""
     return run.label, run.rate, run.seed
@@ -145,7 +197,7 @@ def _other_plugin(one: Run, other: Run) -> str | None:
     """A plugin of one name and two contents, or, between runs of one scheme, one that only one of them had."""
     if one.plugins is None or other.plugins is None:
         return None
-    ours, theirs = one.plugins, other.plugins
+    ours, theirs = ({plugin["name"]: plugin["digest"] for plugin in run.plugins} for run in (one, other))
     edited = next((name for name, digest in ours.items() if theirs.get(name, digest) != digest), None)
     if edited is not None or one.scheme != other.scheme:
         return edited
@@ -157,29 +209,24 @@ def _check_imported(runs: Sequence[Run]) -> None:
     """Refuse what this start has imported, where a run was trained with another version of it."""
     for run in runs:
         if run.config.run.plugins and run.plugins is not None:
-            saved = [{"name": name, "digest": digest} for name, digest in run.plugins.items()]
             kept = epath.Path(run.directory)
-            check_same_plugins(saved, imported(), where=str(run.directory), kept=kept, more_allowed=True)
+            check_same_plugins(run.plugins, imported(), where=str(run.directory), kept=kept, more_allowed=True)
 
 
 def _check_same_data(directory: Path, runs: Sequence[Run]) -> None:
-    """Refuse runs on different data, as far as their results say on what they were trained and scored."""
+    """Refuse runs on different data, as far as their results and checkpoints say what these are."""
     right = "runs on different data cannot be compared"
-    for one, other in _pairs_with("train_tokens", runs):
-        before, now = one.result["train_tokens"], other.result["train_tokens"]
+    counted = [run for run in runs if "train_tokens" in run.result]
+    for other in counted[1:]:
+        before, now = counted[0].result["train_tokens"], other.result["train_tokens"]
         if before != now:
-            pair = f"{one.name} and {other.name}"
+            pair = f"{counted[0].name} and {other.name}"
             raise UserError(f"{directory}: {pair} differ in train_tokens ({before} and {now}): {right}")
-    for one, other in _pairs_with("data", runs):
-        for key, files in one.result["data"].items():
-            if other.result["data"].get(key) != files:
-                raise UserError(f"{directory}: {one.name} and {other.name} differ in the files of {key}: {right}")
-
-
-def _pairs_with(key: str, runs: Sequence[Run]) -> Iterator[tuple[Run, Run]]:
-    """The first run whose result has this key, with each of the others."""
-    first, *others = [run for run in runs if key in run.result] or [None]
-    return ((first, other) for other in others if first is not None)
+    for key in dict.fromkeys(key for run in runs for key in run.data):
+        first, *others = [run for run in runs if key in run.data]
+        for other in others:
+            if other.data[key] != first.data[key]:
+                raise UserError(f"{directory}: {first.name} and {other.name} differ in the files of {key}: {right}")
 
 
 def _read_run(path: Path) -> Run:
@@ -197,7 +244,8 @@ def _read_run(path: Path) -> Run:
         name=path.name,
         directory=path,
         config=config,
-        plugins=None if saved.plugins is None else {plugin["name"]: plugin["digest"] for plugin in saved.plugins},
+        plugins=saved.plugins,
+        data=_trained_on(saved.files) | outcome.result.get("data", {}),
         label=config.model.scheme,
         status=outcome.status,
         step=outcome.step,
@@ -210,6 +258,10 @@ def _read_run(path: Path) -> Run:
         step_seconds=run_files.step_seconds(records),
         watched=watched if len(watched) < 2 else [watched[0], watched[-1]],
     )
+
+
+def _trained_on(files: list[dict[str, Any]] | None) -> dict[str, list[dict[str, Any]]]:
+    return {} if files is None else {TRAINED_ON: files}
 
 
 def _outcome(file: Path, config: RunConfig, records: list[Record]) -> _Outcome:

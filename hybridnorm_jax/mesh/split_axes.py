@@ -1,12 +1,11 @@
-"""Which mesh axes split a logical axis, for what inside the model must know it: jax.shard_map, and the cache.
+"""Which mesh axes split a logical axis, for what computes by hand on a mesh (jax.shard_map) inside the model.
 
 Mesh and rules are the ones in force: those of jax.set_mesh and of flax.linen.logical_axis_rules.
 """
 
 import jax
 from flax import linen as nn
-from jax import Array
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType
 
 from hybridnorm_jax.mesh.device_mesh import parts_of
 
@@ -23,23 +22,6 @@ def split_axes(name: str, size: int) -> Axes:
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     axes = tuple(axis for axis in _assigned(name) if types.get(axis) == AxisType.Auto and mesh.shape[axis] > 1)
     return axes if size % parts(axes) == 0 else ()
-
-
-def constrained(array: Array, names: tuple[str | None, ...]) -> Array:
-    """The array, split over the mesh in force as the rules say of the logical axes of its dimensions.
-
-    As flax.linen.with_logical_constraint; but a dimension that its axes do not divide stays whole, and so does one
-    without a name.
-    """
-    if jax.sharding.get_abstract_mesh().empty:
-        return array
-    taken: set[str] = set()
-    entries = []
-    for name, size in zip(names, array.shape, strict=True):
-        axes = () if name is None else split_axes(name, size)
-        entries.append(axes if taken.isdisjoint(axes) else ())
-        taken.update(axes)
-    return jax.lax.with_sharding_constraint(array, PartitionSpec(*entries))
 
 
 def parts(axes: Axes) -> int:

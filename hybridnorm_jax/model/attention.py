@@ -13,8 +13,7 @@ from hybridnorm_jax.kernels.attention_backends import causal_attention
 from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS
 from hybridnorm_jax.kernels.blockwise_attention import attention_statistics
 from hybridnorm_jax.kernels.cached_attention import CachedHeads, cached_attention
-from hybridnorm_jax.mesh.split_axes import constrained
-from hybridnorm_jax.model.cache import CACHE, CACHE_AXES, CachedLayer
+from hybridnorm_jax.model.cache import CACHE, CachedLayer, in_place
 from hybridnorm_jax.model.initializers import truncated_normal
 from hybridnorm_jax.model.input_checks import check_at_least_one, check_per_token, check_stream
 from hybridnorm_jax.model.norms import Norm
@@ -148,9 +147,8 @@ class Attention(nn.Module):
     def _keep(self, name: str, new: Float[Array, "batch seq kv_heads head_dim"], cached: CachedLayer) -> CachedHeads:
         """Put new keys or values into their slots of this layer; returns all slots of all layers of the run."""
         kept: nn.Variable[CachedHeads] = self.variable(CACHE, name)
-        place = (cached.layer, 0, 0, cached.slots.next, 0)
-        filled = jax.lax.dynamic_update_slice(kept.value, new.swapaxes(1, 2)[None], place)
-        kept.value = constrained(filled, CACHE_AXES)
+        place = (cached.layer, 0, 0, 0, cached.slots.next)
+        kept.value = in_place(jax.lax.dynamic_update_slice(kept.value, jnp.moveaxis(new, 1, 3)[None], place))
         return kept.value
 
     def _sizes(self, embed: int) -> tuple[int, int]:

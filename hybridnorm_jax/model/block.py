@@ -166,6 +166,7 @@ class Block(nn.Module):
     def transform(self, x: Stream, layer: LayerInputs, shared: SharedInputs, *, deterministic: bool) -> Stream:
         """`__call__` with the layer's number and scales as inputs: so one traced block serves a scan over layers."""
         attention, feed_forward = self._attention(layer.layer), self._feed_forward(layer.layer)
+
         cached = None if shared.slots is None else CachedLayer(layer=present(layer.in_run), slots=shared.slots)
 
         def attend(x: Stream) -> Stream:

@@ -1,20 +1,24 @@
 """The keys and values of the tokens that a model has read, which later tokens attend to.
 
 A cache is the Flax collection CACHE, a plain tree of arrays: `run_<i>/attention/cached_key` and `cached_value` of shape
-(layers, batch, kv_heads, slots, head_dim) for the layers of each run, in the compute dtype. A slot holds one token.
+(layers, batch, kv_heads, head_dim, slots) for the layers of each run, in the compute dtype. A slot holds one token.
 """
 
 from typing import Any
 
 import flax
+import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
 
+from hybridnorm_jax.kernels.cached_attention import CachedHeads
+from hybridnorm_jax.mesh.split_axes import split_axes
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.placement import runs
 
 CACHE = "cache"
-CACHE_AXES = ("layers", "batch", "kv_heads", None, None)
 
 
 @flax.struct.dataclass
@@ -47,8 +51,28 @@ def empty_cache(config: ModelConfig, *, batch: int, slots: int) -> dict[str, Any
     """A cache of zeros: batch * slots * kv_heads * head_dim * 2 * layers numbers of the compute dtype."""
 
     def of_run(length: int) -> dict[str, Any]:
-        shape = (length, batch, config.num_kv_heads, slots, config.head_dim)
-        zeros = {name: jnp.zeros(shape, config.dtype) for name in ("cached_key", "cached_value")}
+        shape = (length, batch, config.num_kv_heads, config.head_dim, slots)
+        zeros = {name: in_place(jnp.zeros(shape, config.dtype)) for name in ("cached_key", "cached_value")}
         return {"attention": zeros}
 
     return {f"run_{number}": of_run(run.length) for number, run in enumerate(runs(config.placements))}
+
+
+def in_place(heads: CachedHeads) -> CachedHeads:
+    """Cached keys or values where and as they lie in every step, so that none of them moves between steps.
+
+    On the mesh in force they are split over batch and heads, as far as it divides these. In memory they lie in the
+    order of their axes; XLA for TPUs would rather put the slots before heads and channels, and copy all of the cache
+    before and after the loop.
+    """
+    _, batch, kv_heads, _, _ = heads.shape
+    axes = split_axes("batch", batch), split_axes("kv_heads", kv_heads)
+    if not any(axes):
+        return _in_order(heads)
+    spec = PartitionSpec(None, axes[0] or None, axes[1] or None)
+    # On every device its own part: XLA cannot split what asks for an order, and would fetch all parts for it.
+    return jax.shard_map(_in_order, in_specs=spec, out_specs=spec)(heads)
+
+
+def _in_order(heads: CachedHeads) -> CachedHeads:
+    return with_layout_constraint(heads, Layout(tuple(range(heads.ndim))))

@@ -6,7 +6,10 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from flax import linen as nn
+from jaxtyping import Array, Float, Int, Shaped
+
+from hybridnorm_jax.model.config import ModelConfig
 
 
 @flax.struct.dataclass
@@ -68,19 +71,34 @@ def chunked_cross_entropy(
       stretches: into how many stretches devices split the sequence; every chunk takes an equal piece of each, so that
         all devices work on every chunk. Divides chunk.
     """
-    batch, seq = targets.shape
-    if seq % chunk or chunk % stretches:
-        raise ValueError(f"chunk={chunk} must divide the sequence length {seq}, stretches={stretches} the chunk")
 
     @jax.checkpoint
     def body(sums: LossSums, piece: tuple[Array, Array, Array]) -> tuple[LossSums, None]:
         hidden, targets, weights = piece
         return sums + cross_entropy(logits_of(hidden), targets, weights), None
 
-    def split(x: Array) -> Array:
-        pieces = jnp.moveaxis(x.reshape(batch, stretches, seq // chunk, chunk // stretches, *x.shape[2:]), 2, 0)
-        return pieces.reshape(seq // chunk, batch, chunk, *x.shape[2:])
-
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    sums, _ = jax.lax.scan(body, LossSums.zero(dtype), (split(hidden), split(targets), split(weights)))
+    pieces = tuple(in_chunks(x, chunk, stretches) for x in (hidden, targets, weights))
+    sums, _ = jax.lax.scan(body, LossSums.zero(dtype), pieces)
     return sums
+
+
+def in_chunks(
+    x: Shaped[Array, "batch seq ..."], chunk: int, stretches: int = 1
+) -> Shaped[Array, "chunks batch chunk ..."]:
+    """The positions in chunks; `chunk` and `stretches` as in chunked_cross_entropy."""
+    batch, seq = x.shape[:2]
+    if seq % chunk or chunk % stretches:
+        raise ValueError(f"chunk={chunk} must divide the sequence length {seq}, stretches={stretches} the chunk")
+    pieces = jnp.moveaxis(x.reshape(batch, stretches, seq // chunk, chunk // stretches, *x.shape[2:]), 2, 0)
+    return pieces.reshape(seq // chunk, batch, chunk, *x.shape[2:])
+
+
+def with_head_gathered(config: ModelConfig, params: Any) -> Any:
+    """A decoder's parameters, those of the head gathered (and their gradient reduced) once instead of in each chunk."""
+    axes: tuple[str | None, str | None]
+    module, name, axes = "head", "kernel", (None, "vocab")
+    if config.tie_embeddings:
+        module, name, axes = "token_embedding", "embedding", ("vocab", None)
+    gathered = nn.with_logical_constraint(params[module][name], axes)
+    return params | {module: params[module] | {name: gathered}}

@@ -170,7 +170,7 @@ def shape_bytes(shape: str) -> int:
     return total
 
 
-def _elements(shape: str) -> list[str]:
+def tuple_elements(shape: str) -> list[str]:
     """The outermost elements of a tuple shape."""
     parts, depth, start = [], 0, 1
     for position, letter in enumerate(shape):
@@ -222,7 +222,7 @@ class _Walk:
             elif instruction.opcode == "while":
                 yield from self._loop(instruction, name)
             else:
-                for called in _called(instruction):
+                for called in called_computations(instruction):
                     yield from self.collectives(called)
 
     def _loop(self, loop: Instruction, name: str) -> Iterator[_Sent]:
@@ -243,7 +243,7 @@ class _Walk:
             return operands
         result = instruction.shape
         if instruction.opcode in ("all-gather-start", "collective-permute-start"):
-            _, result, *_ = _elements(result)  # (operand, result, ...)
+            _, result, *_ = tuple_elements(result)  # (operand, result, ...)
         return max(operands, shape_bytes(result))
 
 
@@ -264,7 +264,7 @@ def _continues(name: str, instructions: Iterable[Instruction]) -> bool:
     return ends or name.startswith("async_collective_fusion")
 
 
-def _called(instruction: Instruction) -> list[str]:
+def called_computations(instruction: Instruction) -> list[str]:
     """Computations that a fusion, a call, a conditional or the start of an asynchronous operation runs."""
     match instruction.opcode:
         case "call":
@@ -293,7 +293,7 @@ def trip_count(loop: Instruction, caller: Computation, computations: dict[str, C
     if written:
         return int(written[1])
     condition = computations[loop.attribute("condition")]
-    compare = _root(condition)
+    compare = root_of(condition)
     if compare.opcode != "compare" or compare.attribute("direction") != "LT":
         return None
     counter, limit = (condition.get(name) for name in compare.operand_names)
@@ -311,14 +311,15 @@ def trip_count(loop: Instruction, caller: Computation, computations: dict[str, C
 
 def _increment(index: int, body: Computation) -> int | None:
     """The constant that a loop adds to this element of the carried tuple; None where it does something else."""
-    sum_ = _element(_root(body), index, body)
+    sum_ = _element(root_of(body), index, body)
     if sum_ is None or sum_.opcode != "add":
         return None
     summands = [_constant(body.get(name), body) for name in sum_.operand_names]
     return next((constant for constant in summands if constant is not None), None)
 
 
-def _root(computation: Computation) -> Instruction:
+def root_of(computation: Computation) -> Instruction:
+    """The instruction whose value a computation returns."""
     return next(instruction for instruction in computation.values() if instruction.is_root)
 
 

@@ -46,11 +46,18 @@ class _Saved(NamedTuple):
 
 
 class Glance(NamedTuple):
-    """What a step says of its run: its number, the configuration as YAML, and the plugins (None: it does not say)."""
+    """What a step says of its run.
+
+    Attributes:
+      step: its number.
+      config_yaml: the configuration.
+      plugins, files: its plugins, and the files that it trained on; None: it does not say.
+    """
 
     step: int
     config_yaml: str
     plugins: list[dict[str, Any]] | None
+    files: list[dict[str, Any]] | None
 
 
 class Checkpoints:
@@ -277,7 +284,8 @@ class Checkpoints:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
                 custom = json.loads((self._path(step) / METADATA).read_bytes())["custom_metadata"]
                 if line is None:
-                    return Glance(step, custom["config_yaml"], custom.get("plugins"))
+                    files = custom["data_state"].get("files")
+                    return Glance(step, custom["config_yaml"], custom.get("plugins"), files)
         return None
 
     def _path(self, step: int) -> epath.Path:

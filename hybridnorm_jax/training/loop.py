@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 from etils import epath
 
+from hybridnorm_jax.config.resume_keys import scored_differences
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data import Data, open_data
 from hybridnorm_jax.errors import RunStopped, first_line
-from hybridnorm_jax.evaluation import perplexity
+from hybridnorm_jax.evaluation import perplexity, tasks
 from hybridnorm_jax.evaluation.held_out import check_sets, training_files
 from hybridnorm_jax.generation.text_sample import check_prompt, text_sample
 from hybridnorm_jax.mesh.fit_checks import check_batch
@@ -26,11 +27,12 @@ from hybridnorm_jax.training.metrics_writer import MetricsWriter, WandbRun
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.resume import beginning
 from hybridnorm_jax.training.run import Run
-from hybridnorm_jax.training.run_directory import open_run_directory, run_directory, write_config
+from hybridnorm_jax.training.run_directory import open_run_directory, run_directory, saved_config, write_config
 from hybridnorm_jax.training.run_lock import RunLock
 from hybridnorm_jax.training.start_report import count_text, start_report, table
 from hybridnorm_jax.training.step import Batch
 from hybridnorm_jax.training.stopping import StopSignals
+from hybridnorm_jax.training.task_model import TaskModel
 from hybridnorm_jax.training.throughput import tokens_per_second
 from hybridnorm_jax.training.time_ledger import TimeLedger
 from hybridnorm_jax.training.watchdog import Watchdog
@@ -57,12 +59,14 @@ def train(config: RunConfig, *, began: float | None = None, hooks: Iterable[Hook
         with signals.interruptible():
             lock = stack.enter_context(RunLock(run_directory(config)))
             directory, config = open_run_directory(config)
-            program, data = _prepare(config)
+            program, data, task_model = _prepare(config)
             # JAX's coordination service, which starts with the devices, has a handler of its own for SIGTERM.
             signals.install()
         checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep))
         step = checkpoints.usable(allow_fallback=config.checkpoint.allow_fallback)
         start = beginning(config, program, data, checkpoints, step)
+        if step is not None and start.step == config.train.steps:
+            _say_keys_of_scores(saved_config(checkpoints, step), config)
         # Up to here nothing was written, so that a start that is refused changes nothing.
         writer = stack.enter_context(contextlib.closing(_metrics_writer(config, directory, step)))
         write_config(directory, config)
@@ -83,6 +87,7 @@ def train(config: RunConfig, *, began: float | None = None, hooks: Iterable[Hook
             iterator=start.iterator,
             files=start.files,
             trained_before=start.before,
+            task_model=task_model,
         )
         try:
             _run_to_its_end(run)
@@ -90,6 +95,13 @@ def train(config: RunConfig, *, began: float | None = None, hooks: Iterable[Hook
             _say_time(run)
     _say_results(run)
     return run.scores or {}
+
+
+def _say_keys_of_scores(saved: RunConfig, config: RunConfig) -> None:
+    """Of a run that had ended, which saves nothing more: say what its checkpoint does not get to know."""
+    if differing := scored_differences(saved, config):
+        kept = "the checkpoint, and so `hybridnorm eval` and `hybridnorm lab report`, keep what was saved"
+        say(f"note: {'; '.join(differing)}: this counts for the scores below alone; {kept}", file=sys.stderr)
 
 
 def _run_to_its_end(run: Run) -> None:
@@ -177,8 +189,8 @@ def _next_batch(run: Run) -> Batch:
     return batch
 
 
-def _prepare(config: RunConfig) -> tuple[Program, Data]:
-    """What needs no run directory: the program, checked, and the data, tokenized where they are not yet."""
+def _prepare(config: RunConfig) -> tuple[Program, Data, TaskModel | None]:
+    """What needs no run directory: the program, checked; the data, tokenized where they are not yet; eval.tasks."""
     program = Program(config)
     check_batch("train.batch_size / train.grad_accumulation", config.microbatch_size, program.mesh, program.rules)
     check_room(least_bytes(config, program.abstract_state), room_of(program.mesh.devices.flat[0]))
@@ -190,7 +202,10 @@ def _prepare(config: RunConfig) -> tuple[Program, Data]:
     )
     check_sets(config.data.validation, training_files(config.data))
     check_prompt(config, data)
-    return program, data
+    if not config.eval.tasks:
+        return program, data, None
+    limit = config.eval.task_limit
+    return program, data, TaskModel(program, data.tokenizer, config.eval.tasks, key="eval.tasks", limit=limit)
 
 
 def _metrics_writer(config: RunConfig, directory: epath.Path, resume_step: int | None) -> MetricsWriter:
@@ -211,6 +226,8 @@ def _say_results(run: Run) -> None:
         part = "" if limit is None else f"; the first {count_text(limit, 'batch')} of each set"
         results = f"Evaluation after step {run.steps:,}: loss in nats per token{part}\n{perplexity.table(run.scores)}"
     say(f"\n{results}")
+    if run.task_scores:
+        say(f"\nTasks after step {run.steps:,}\n{tasks.table(run.task_scores)}")
     if run.config.train.sample_tokens:
         say("\n" + text_sample(run.config, run.data, run.state.params))
     say(f"\nFiles of the run: {run.directory}\n{_files(run)}")

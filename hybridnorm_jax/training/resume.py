@@ -14,12 +14,19 @@ from hybridnorm_jax.data import Data, train_iterator
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.training.anomalies import no_anomalies
 from hybridnorm_jax.training.checkpoints import Checkpoints
+from hybridnorm_jax.training.huggingface_beginning import huggingface_params, is_huggingface
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.run_directory import saved_config
-from hybridnorm_jax.training.run_identity import check_same_files, data_files
+from hybridnorm_jax.training.run_identity import check_same_files
 from hybridnorm_jax.training.state import TrainState
 from hybridnorm_jax.training.step_directories import find_checkpoint
-from hybridnorm_jax.training.trained_before import Trained, check_beginning, check_validation, trained_before
+from hybridnorm_jax.training.trained_before import (
+    Trained,
+    check_beginning,
+    check_validation,
+    trained_before,
+    training_data,
+)
 
 # Of a branch these are the same as of the run that it leaves: they say which rows a step reads, or shape the state.
 SAME_IN_A_BRANCH = ("data.", "train.batch_size", "train.seq_len", "train.spike_window")
@@ -55,8 +62,10 @@ def beginning(config: RunConfig, program: Program, data: Data, checkpoints: Chec
     """
     if step is not None:
         return _go_on(config, program, data, checkpoints, step, where=f"step {step}")
-    files, before = data_files(config.data, data.files), []
-    if config.init_from is not None:
+    now, before = training_data(config.data, data), []
+    if config.init_from is not None and is_huggingface(config.init_from):
+        state = dataclasses.replace(program.fresh_state(), params=huggingface_params(config, program))
+    elif config.init_from is not None:
         with _source(config) as source:
             if config.init_optimizer:
                 _check_branch(source, config)
@@ -64,12 +73,12 @@ def beginning(config: RunConfig, program: Program, data: Data, checkpoints: Chec
                 return _go_on(config, program, data, source.checkpoints, source.step, where=where)
             data_state = source.checkpoints.read_data_state(source.step)
             where = f"init_from={config.init_from}"
-            before = check_beginning(data_state, source.config.data, config.data, files, where=where)
+            before = check_beginning(data_state, source.config.data, config.data, now, where=where)
             params = source.checkpoints.restore_params(program.abstract_state.params, source.step)
         state = dataclasses.replace(program.fresh_state(), params=params)
     else:
         state = program.fresh_state()
-    return Beginning(state, _iterator(config, program, data), step=0, files=files, before=before)
+    return Beginning(state, _iterator(config, program, data), step=0, files=now.files, before=before)
 
 
 def _go_on(
@@ -81,15 +90,15 @@ def _go_on(
       where: what was saved, for messages.
     """
     state, data_state = restore(program, checkpoints, step)
-    files = data_files(config.data, data.files)
+    now = training_data(config.data, data)
     if "files" not in data_state:
         _check_same_places(config, saved_config(checkpoints, step), where=where)
-    _check_same_data(data, data_state, files, where=where)
+    _check_same_data(data, data_state, now.files, where=where)
     before = trained_before(data_state)
-    check_validation(before, config.data, files, where=f"init_from={config.init_from}")
+    check_validation(before, config.data, now, where=f"init_from={config.init_from}")
     iterator = _iterator(config, program, data)
     iterator.set_state(data_state["iterator"])
-    return Beginning(state, iterator, step, files, before)
+    return Beginning(state, iterator, step, now.files, before)
 
 
 def restore(program: Program, checkpoints: Checkpoints, step: int) -> tuple[TrainState, dict]:

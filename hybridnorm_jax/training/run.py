@@ -11,6 +11,7 @@ from etils import epath
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data import Data
 from hybridnorm_jax.evaluation.perplexity import Score
+from hybridnorm_jax.evaluation.tasks import TaskScore
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.hooks.hook import Hook
 from hybridnorm_jax.training.loss_series import Series
@@ -20,6 +21,7 @@ from hybridnorm_jax.training.run_lock import RunLock
 from hybridnorm_jax.training.state import TrainState
 from hybridnorm_jax.training.step_clock import StepClock
 from hybridnorm_jax.training.stopping import StopSignals
+from hybridnorm_jax.training.task_model import TaskModel
 from hybridnorm_jax.training.throughput import tokens_per_second
 from hybridnorm_jax.training.time_ledger import TimeLedger
 from hybridnorm_jax.training.trained_before import Trained
@@ -69,6 +71,7 @@ class Run:
       first: how many steps were made before this process; 0 for a new run.
       files: the identities of the files that it trains on, as run_identity.data_files gives them.
       trained_before: what other runs trained the parameters on that it began with.
+      task_model: scores eval.tasks; None: there are none.
 
     Changed by every step:
       step: how many steps were made. While a hook's before_step and before_update run, the step to come is step + 1.
@@ -79,6 +82,7 @@ class Run:
       clock: the times of single steps. A hook that does other work in a step tells it so (hook.py).
       series: losses and gradient norms of all steps.
       scores: of the newest evaluation, by validation set; None: there was none.
+      task_scores: the same of eval.tasks.
     """
 
     config: RunConfig
@@ -96,12 +100,14 @@ class Run:
     iterator: Any
     files: Sequence[dict[str, Any]] = ()
     trained_before: Sequence[Trained] = ()
+    task_model: TaskModel | None = None
     step: int = dataclasses.field(init=False)
     late: LateMetrics | None = None
     numbers: Numbers | None = None
     clock: StepClock = dataclasses.field(default_factory=StepClock)
     series: Series = dataclasses.field(default_factory=Series)
     scores: dict[str, Score] | None = None
+    task_scores: dict[str, TaskScore] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.step = self.first

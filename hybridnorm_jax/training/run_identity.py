@@ -37,11 +37,13 @@ class SavedRun(NamedTuple):
       config: its configuration.
       step: of its newest checkpoint; None: it has none.
       plugins: each with a name and a digest, as config.plugins.to_json wrote them; None: unknown.
+      files: what it trained on, as data_files gives them; None: unknown.
     """
 
     config: RunConfig
     step: int | None
     plugins: list[dict[str, Any]] | None
+    files: list[dict[str, Any]] | None = None
 
 
 def check_same_run(directory: epath.Path, config: RunConfig) -> RunConfig:
@@ -85,7 +87,9 @@ def check_same_plugins(
     kept: epath.Path,
     more_allowed: bool = False,
 ) -> None:
-    """Refuse plugins whose sources are not those that were saved; say so where none were saved.
+    """Refuse plugins whose sources are not those that were saved; say so where nobody can know.
+
+    That is where none were saved, or fewer than are compared now.
 
     Args:
       saved: as config.plugins.to_json wrote them; None: by a version that kept none.
@@ -102,15 +106,38 @@ def check_same_plugins(
             unknown = "saved by a version that kept no digests of plugins; they may have been others"
             say(f"{where}: {unknown}", file=sys.stderr)
         return
-    missing = plugins.missing_plugin(saved, now)
-    if missing is not None:
-        source = f"its source of then is in {kept / SOURCES / missing['digest'][:12]}"
-        wrong = f"{plugins.KEY}: {missing['name']} is not the file that {where}, was trained with"
-        raise ConfigError(f"{wrong}; name that file ({source}), or start a new run under another run.name")
     digests = {plugin["digest"] for plugin in saved}
+    while (missing := plugins.missing_plugin(saved, now)) is not None:
+        same_name = plugins.namesake(missing, now)
+        besides = [] if same_name is None else plugins.sources_besides(missing, same_name)
+        if not besides:
+            raise ConfigError(_other_plugin(missing, same_name, where=where, kept=kept))
+        compared = f"{where}: of the plugin {missing['name']} only {', '.join(missing['sources'])} was compared then"
+        say(f"note: {compared}, which is unchanged; {besides[0]} may have been another", file=sys.stderr)
+        digests.add(same_name.digest)
+        saved = [plugin for plugin in saved if plugin != missing]
     added = next((plugin.name for plugin in now if plugin.digest not in digests), None)
     if added is not None and not more_allowed:
         raise ConfigError(f"{plugins.KEY}: {added}: {where}, was trained without it; choose another run.name")
+
+
+def _other_plugin(saved: dict[str, Any], same_name: plugins.Plugin | None, *, where: str, kept: epath.Path) -> str:
+    """What is said where a saved plugin is not among those of this start.
+
+    Args:
+      same_name: one of this start that has its name.
+    """
+    name, kind = saved["name"], plugins.kind(saved["name"])
+    folder = kept / SOURCES / saved["digest"][:12]
+    # Of a large plugin no sources are kept.
+    right = f"name that {kind}" + (f" (its source of then is in {folder})" if folder.exists() else "")
+    wrong = f"{where}, was trained with {name}, which this start does not name"
+    if same_name is not None:
+        changed = plugins.changed_sources(saved, same_name)
+        # Of a single file it is clear.
+        what = f" ({changed[0]} has changed)" if changed and len(saved["sources"]) > 1 else ""
+        wrong = f"{name} is not the {kind} that {where}, was trained with{what}"
+    return f"{plugins.KEY}: {wrong}; {right}, or start a new run under another run.name"
 
 
 def keep_sources(directory: epath.Path, used: Sequence[plugins.Plugin]) -> None:
@@ -174,11 +201,11 @@ def check_same_files(
 def _other(before: FileIdentity | None, after: FileIdentity | None) -> str:
     """How one file is another than it was, as the beginning of a sentence that ends with a time."""
     if after is None:
-        return f"there is no {before.name} now, which was read"
+        return f"{before.name} is not read now, but was"
     if before is None:
         return f"{after.name} is read now, but was not"
     if before.name != after.name:
-        return f"{after.name} is read now where {before.name} was"
+        return f"{after.name} is read now in the place of {before.name}, which was read"
     if before.size != after.size:
         return f"{after.name} has {after.size:,} bytes now, but had {before.size:,}"
     return f"{after.name} has another content than it had"
@@ -195,7 +222,7 @@ def saved_run(directory: epath.Path) -> SavedRun | None:
             glance = checkpoints.glance()
         if glance is not None:
             origin = f"{directory}/checkpoints/{glance.step:06d}"
-            return SavedRun(_configuration(glance.config_yaml, origin), glance.step, glance.plugins)
+            return SavedRun(_configuration(glance.config_yaml, origin), glance.step, glance.plugins, glance.files)
     file = directory / "config.yaml"
     if not file.exists():
         return None

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from jaxtyping import Array
 
 from hybridnorm_jax.config_fields import present
@@ -17,7 +16,7 @@ from hybridnorm_jax.equivalence.measurements import Measured
 from hybridnorm_jax.mesh.split_axes import parts, split_axes
 from hybridnorm_jax.model.block import DEFECT
 from hybridnorm_jax.model.decoder import Decoder
-from hybridnorm_jax.model.loss import LossSums, chunked_cross_entropy, cross_entropy
+from hybridnorm_jax.model.loss import LossSums, chunked_cross_entropy, cross_entropy, with_head_gathered
 from hybridnorm_jax.model.moe import ROUTER, RouterStatistics
 from hybridnorm_jax.training import router_balance
 from hybridnorm_jax.training.anomalies import all_finite, anomaly_metrics, judge, keep_where
@@ -84,7 +83,7 @@ def loss_sums(
     if chunk is None:
         logits, sown = model.apply(variables, batch["tokens"], **inputs)
         return cross_entropy(logits, batch["targets"], batch["weights"]), sown
-    params = _with_head_gathered(model, variables["params"])
+    params = with_head_gathered(model.config, variables["params"])
     hidden, sown = model.apply({**variables, "params": params}, batch["tokens"], method="hidden", **inputs)
     sums = chunked_cross_entropy(
         lambda piece: model.apply({"params": params}, piece, method="logits"),
@@ -95,15 +94,6 @@ def loss_sums(
         stretches=parts(split_axes("seq", hidden.shape[1])),
     )
     return sums, sown
-
-
-def _with_head_gathered(model: Decoder, params: Any) -> Any:
-    """The parameters, those of the head gathered once, and their gradient reduced once, instead of in every chunk."""
-    module, name, axes = "head", "kernel", (None, "vocab")
-    if model.config.tie_embeddings:
-        module, name, axes = "token_embedding", "embedding", ("vocab", None)
-    gathered = nn.with_logical_constraint(params[module][name], axes)
-    return params | {module: params[module] | {name: gathered}}
 
 
 def document_inputs(batch: Batch) -> Batch:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybridnorm_jax.config.run_config import DataSection
-from hybridnorm_jax.data import DataError
+from hybridnorm_jax.data import Data, DataError
 from hybridnorm_jax.data.identity import identities
 from hybridnorm_jax.data.sources import find_files, holds_whole_files_out
 from hybridnorm_jax.errors import ConfigError
@@ -21,8 +21,8 @@ from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.training.run_identity import TOKENIZER_FILE, data_files
 
 Files = Sequence[dict[str, Any]]
-# The key of what other runs trained the parameters on, in the data state of a checkpoint.
-TRAINED_BEFORE = "trained_before"
+# In the data state of a checkpoint: what other runs trained the parameters on, and Data.is_split_by_hash of its own.
+TRAINED_BEFORE, SPLIT_BY_HASH = "trained_before", "is_split_by_hash"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +32,19 @@ class Trained:
     Attributes:
       source, validation_fraction: as in its data section.
       files: as run_identity.data_files gives them.
+      is_split_by_hash: as in Data.
     """
 
     source: str
     validation_fraction: float
     files: list[dict[str, Any]]
+    is_split_by_hash: bool = True
+
+
+def training_data(section: DataSection, data: Data) -> Trained:
+    """What a run with this data section trains on, or what an evaluation would."""
+    files = data_files(section, data.files)
+    return Trained(section.source, section.validation_fraction, files, data.is_split_by_hash)
 
 
 def trained_before(data_state: Mapping[str, Any]) -> list[Trained]:
@@ -52,7 +60,8 @@ def trained_on(data_state: Mapping[str, Any], saved: DataSection) -> list[Traine
     """
     known = trained_before(data_state)
     if "files" in data_state:
-        own = Trained(saved.source, saved.validation_fraction, data_state["files"])
+        by_hash = data_state.get(SPLIT_BY_HASH, True)
+        own = Trained(saved.source, saved.validation_fraction, data_state["files"], by_hash)
         known = [one for one in known if one != own] + [own]
     return known
 
@@ -63,14 +72,14 @@ def as_json(known: Sequence[Trained]) -> list[dict[str, Any]]:
 
 
 def check_beginning(
-    data_state: Mapping[str, Any], saved: DataSection, asked: DataSection, files: Files, *, where: str
+    data_state: Mapping[str, Any], saved: DataSection, asked: DataSection, now: Trained, *, where: str
 ) -> list[Trained]:
     """What was trained on before a run that begins with the parameters of a checkpoint.
 
     Args:
       data_state: of the checkpoint.
       saved, asked: the data section that it was trained with, and that of the run that begins with it.
-      files: of that run, as run_identity.data_files gives them.
+      now: what that run trains on.
       where: what was saved, for messages.
 
     Raises:
@@ -78,49 +87,51 @@ def check_beginning(
     """
     known = trained_on(data_state, saved)
     if known:
-        check_tokenizer(saved, known[-1].files, asked, files, where=where)
+        check_tokenizer(known, asked, now, where=where)
     else:
-        _check_tokenizer_file(saved, asked, files, where=where)
+        _check_tokenizer_file(saved, asked, now, where=where)
         # A checkpoint of parameters alone has no data state, and other programs' models come so.
         if data_state:
             unknown = "was saved by a version that kept no digests of data; it may have been trained on what is"
             say(f"note: {where} {unknown} validation here", file=sys.stderr)
-    check_validation(known, asked, files, where=where)
-    _say_changed(known, asked, files, where=where)
+    check_validation(known, asked, now, where=where)
     return known
 
 
-def check_tokenizer(saved: DataSection, saved_files: Files, asked: DataSection, files: Files, *, where: str) -> None:
+def check_tokenizer(known: Sequence[Trained], asked: DataSection, now: Trained, *, where: str) -> None:
     """Refuse another tokenizer than the parameters were trained with, wherever its file lies.
 
-    Whoever reads token files need not name their tokenizer, and then there is nothing to compare.
+    Whoever reads token files need not name their tokenizer. So the last run that says its tokenizer is asked, and if
+    none does, or `now` does not, there is nothing to compare.
 
     Args:
-      saved, asked: the data section that they were trained with, and that of this program.
-      saved_files, files: the files of each, as run_identity.data_files gives them; the tokenizer of bytes is no file.
+      known: what they were trained on.
+      asked, now: the data section of this program, and what it trains on.
       where: what was saved, for the message.
 
     Raises:
       ConfigError: says which of the two has which.
     """
-    before, after = (_content_of_tokenizer(each) for each in (saved_files, files))
-    if before == after or not (_says_tokenizer(saved) and _says_tokenizer(asked)):
+    saying = [one for one in known if _says_tokenizer(one)]
+    if not saying or not _says_tokenizer(now):
+        return
+    before, after = _content_of_tokenizer(saying[-1].files), _content_of_tokenizer(now.files)
+    if before == after:
         return
     if before is None or after is None:
         kinds = {True: "bytes", False: "a tokenizer.json"}
         wrong = f"{where} was trained with {kinds[before is None]}, not with {kinds[after is None]}"
     else:
-        wrong = f"{asked.tokenizer} has another content than when {where} was trained"
+        wrong = f"{asked.tokenizer} has another content than the tokenizer that {where} was trained with"
     raise ConfigError(f"data.tokenizer: {wrong}; name the tokenizer that it was trained with")
 
 
-def check_validation(known: Sequence[Trained], asked: DataSection, files: Files, *, where: str) -> None:
-    """Refuse validation sets of what the parameters were trained on.
+def check_validation(known: Sequence[Trained], asked: DataSection, now: Trained, *, where: str) -> None:
+    """Refuse validation sets of what the parameters were trained on; say so where nobody can know.
 
     Args:
       known: what that is.
-      asked: the data section of the run that begins with them, or of an evaluation.
-      files: its files, as run_identity.data_files gives them.
+      asked, now: the data section of the run that begins with them, or of an evaluation, and what it trains on.
       where: what was saved, for the message.
 
     Raises:
@@ -128,13 +139,26 @@ def check_validation(known: Sequence[Trained], asked: DataSection, files: Files,
     """
     for before in known:
         contents = _contents(before.files)
-        shared = [file["name"] for file in _data(files) if _content(file) in contents]
-        if asked.validation_fraction and shared and not is_kept_out(before, asked, files):
-            change = f"data.validation_fraction: saved {before.validation_fraction}, asked {asked.validation_fraction}"
-            right = "hold out what was held out then, or set it to 0 and name other files in data.validation"
-            wrong = f"{where} was trained on parts of {shared[0]} that would be held out now"
-            raise ConfigError(f"{change}: {wrong}; {right}")
+        shared = [file["name"] for file in _data(now.files) if _content(file) in contents]
+        if now.validation_fraction and shared and not is_kept_out(before, now):
+            raise ConfigError(_refusal(before, now, shared[0], where=where))
     check_named_sets(known, asked, where=where)
+    _say_changed(known, now, where=where)
+
+
+def _refusal(before: Trained, now: Trained, file: str, *, where: str) -> str:
+    """What is said where parts of a file would be held out that may have been trained on."""
+    wrong = f"{where} was trained on {file}, also on parts of it that may be held out now"
+    other = "set it to 0 and name other files in data.validation"
+    if before.source != now.source:
+        change = f"data.source was {before.source} then, which holds out others than {now.source}"
+        return f"data.validation_fraction={now.validation_fraction}: {wrong}: {change}; {other}"
+    if before.validation_fraction != now.validation_fraction:
+        change = f"data.validation_fraction: saved {before.validation_fraction}, asked {now.validation_fraction}"
+        return f"{change}: {wrong}; hold out the same share of the same files, or {other}"
+    # The share is the same: other files, or other names of them, decide what is held out.
+    share = f"data.validation_fraction={now.validation_fraction}"
+    return f"{share}: {wrong}, because other files are read; name the same files under the same names, or {other}"
 
 
 def check_named_sets(known: Sequence[Trained], asked: DataSection, *, where: str) -> None:
@@ -150,51 +174,52 @@ def check_named_sets(known: Sequence[Trained], asked: DataSection, *, where: str
                 raise ConfigError(f"data.validation.{name}: {where} was trained on {path}; {right}")
 
 
-def is_kept_out(before: Trained, asked: DataSection, files: Files) -> bool:
+def is_kept_out(before: Trained, now: Trained) -> bool:
     """Whether all that is held out of shared files now was held out then.
 
     What is held out has a hash below the fraction: of the document, in whole files or in blocks of them, or of the name
     and the place of a block of a token file, or of the name of a file of the standard library. A file of text that was
-    changed has other documents, of mostly the same text.
+    changed has other documents, of mostly the same text. Where the hash alone does not decide, all files do.
     """
-    if before.source != asked.source or asked.validation_fraction > before.validation_fraction:
+    if before.source != now.source or now.validation_fraction > before.validation_fraction:
         return False
     names = {file["name"]: _content(file) for file in _data(before.files)}
     contents = _contents(before.files)
-    if asked.source != "text" and any(
-        _content(file) in contents and file["name"] not in names for file in _data(files)
+    if now.source != "text" and any(
+        _content(file) in contents and file["name"] not in names for file in _data(now.files)
     ):
         return False
-    if asked.source == "stdlib":
+    if now.source == "stdlib":
         return True
-    if any(names.get(file["name"], _content(file)) != _content(file) for file in _data(files)):
+    if any(names.get(file["name"], _content(file)) != _content(file) for file in _data(now.files)):
         return False
-    if asked.source == "tokens":
-        return True
-    then, now = (
-        holds_whole_files_out(len(_data(each)), fraction)
-        for each, fraction in ((before.files, before.validation_fraction), (files, asked.validation_fraction))
-    )
-    return then == now
+    if contents != _contents(now.files) and not (before.is_split_by_hash and now.is_split_by_hash):
+        return False
+    return now.source == "tokens" or _holds_whole_files_out(before) == _holds_whole_files_out(now)
 
 
-def _say_changed(known: Sequence[Trained], asked: DataSection, files: Files, *, where: str) -> None:
+def _holds_whole_files_out(trained: Trained) -> bool:
+    return holds_whole_files_out(len(_data(trained.files)), trained.validation_fraction)
+
+
+def _say_changed(known: Sequence[Trained], now: Trained, *, where: str) -> None:
     """Say so where a file of another content has the name of one that was trained on: it may be the same one, edited.
 
     Nobody can know. A file of the standard library is held out by its name.
     """
-    if not asked.validation_fraction:
+    if not now.validation_fraction or now.source == "stdlib":
         return
     for before in known:
         contents = {file["name"]: _content(file) for file in _data(before.files)}
-        for file in _data(files):
-            if contents.get(file["name"], _content(file)) != _content(file) and asked.source != "stdlib":
-                other = f"{where} was trained on a file of the name {file['name']} with another content"
-                say(f"note: {other}: what both hold may be held out now", file=sys.stderr)
+        for file in _data(now.files):
+            if contents.get(file["name"], _content(file)) != _content(file):
+                other = f"{where} was trained on another {file['name']}"
+                edited = "if this is the same text, edited, its validation holds what was trained on"
+                say(f"note: {other}; {edited}", file=sys.stderr)
                 return
 
 
-def _check_tokenizer_file(saved: DataSection, asked: DataSection, files: Files, *, where: str) -> None:
+def _check_tokenizer_file(saved: DataSection, asked: DataSection, now: Trained, *, where: str) -> None:
     """Of a checkpoint without identities: `check_tokenizer` with the file that its configuration names, if it is there.
 
     Where the configuration names none, it may be that nobody said so: it is the default.
@@ -202,15 +227,16 @@ def _check_tokenizer_file(saved: DataSection, asked: DataSection, files: Files, 
     if saved.tokenizer == "bytes":
         return
     try:
-        before = data_files(saved, ())
+        before = Trained(saved.source, saved.validation_fraction, data_files(saved, ()))
     except DataError:
         say(f"note: {where} names the tokenizer {saved.tokenizer}, which is not there to compare", file=sys.stderr)
         return
-    check_tokenizer(saved, before, asked, files, where=where)
+    check_tokenizer([before], asked, now, where=where)
 
 
-def _says_tokenizer(section: DataSection) -> bool:
-    return section.source != "tokens" or section.tokenizer != "bytes"
+def _says_tokenizer(trained: Trained) -> bool:
+    """The tokenizer of bytes is no file, so that token files without one do not say which theirs is."""
+    return trained.source != "tokens" or _content_of_tokenizer(trained.files) is not None
 
 
 def _data(files: Files) -> list[dict[str, Any]]:

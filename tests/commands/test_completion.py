@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from hybridnorm_jax.commands import candidates as module
-from hybridnorm_jax.commands.candidates import CHOICES, OPTIONS_WITH_EQUALS, PATH_OPTIONS, VALUES_OF_OPTIONS, candidates
+from hybridnorm_jax.commands.candidates import (
+    CHOICES,
+    OPTIONS_WITH_EQUALS,
+    PATH_OPTIONS,
+    TASKS_OPTION,
+    VALUES_OF_OPTIONS,
+    candidates,
+)
 from hybridnorm_jax.commands.completion import SCRIPTS, for_bash, split
 from hybridnorm_jax.commands.main import main
 from hybridnorm_jax.commands.syntax import SYNTAX
@@ -77,6 +84,15 @@ def test_eval_gets_run_directories_first_and_then_keys(folder):
     assert candidates(["eval", "runs/one", "eval.batch"]) == ["eval.batches=", "eval.batch_size="]
 
 
+def test_tasks_are_names_and_files_one_after_the_other(folder):
+    assert candidates(["eval", "runs/one", "--t"]) == ["--tasks "]
+    assert candidates(["eval", "runs/one", "--tasks", "hel"]) == ["hellaswag "]
+    assert candidates(["eval", "runs/one", "--tasks", "piqa,arc"]) == ["piqa,arc_challenge ", "piqa,arc_easy "]
+    assert candidates(["eval", "runs/one", "--tasks", "m"]) == ["mine.yaml "]
+    assert {"hybridnorm ", "notes/", "mine.yaml "} < set(candidates(["eval", "runs/one", "--tasks", ""]))
+    assert candidates(["eval", "runs/one", "--limit", ""]) == []
+
+
 def test_the_labs_own_keys_are_only_the_labs(folder):
     assert candidates(["lab", "compare", "se"]) == ["seeds="]
     assert candidates(["lab", "signal", "schemes=[pre,peri,sandw"]) == ["schemes=[pre,peri,sandwich"]
@@ -120,7 +136,7 @@ def test_the_words_of_a_key_are_those_that_it_takes():
 def test_every_option_has_its_values_named():
     options = {option for syntax in SYNTAX.values() for option in syntax.options}
     alone = {"--dry-run", "--json", "--speed"}
-    assert options == {*alone, *VALUES_OF_OPTIONS, *PATH_OPTIONS, *OPTIONS_WITH_EQUALS}
+    assert options == {*alone, *VALUES_OF_OPTIONS, *PATH_OPTIONS, *OPTIONS_WITH_EQUALS, TASKS_OPTION}
 
 
 def test_what_bash_has_split_is_put_together_again(folder):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import hybridnorm_jax as hn
-from hybridnorm_jax.commands.convert import read_directory
 from hybridnorm_jax.commands.main import main
+from hybridnorm_jax.commands.saved_model import read_directory
 from hybridnorm_jax.config import plugins
 from hybridnorm_jax.equivalence import decoder_forms, proof
 
@@ -23,13 +23,6 @@ PRE_LN_RUN = [
     *("model.num_heads=2", "model.mlp_dim=16", "model.activation=gelu"),
     *("train.steps=2", "train.batch_size=8", "train.seq_len=8", "train.sample_tokens=0", "data.validation_fraction=0"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _narrow_again():
-    """The command switches float64 on for its whole process."""
-    yield
-    jax.config.update("jax_enable_x64", False)
 
 
 @pytest.fixture
@@ -57,7 +50,6 @@ def test_a_hugging_face_directory(name, form, tmp_path, capsys):
     rows = _rows(capsys.readouterr().out)
     assert rows["float64"][0] < 1e-13 < rows["float32"][0] < 1e-5 < rows["bfloat16"][0] < 0.2
     assert rows["float64"][0] < 1e-9 < rows["as written"][0] < 1e-5
-    jax.config.update("jax_enable_x64", False)
 
     source = read_directory(str(out))
     assert source.config.model.d_model == (32 if form == "pre_rmsnorm" else 48)
@@ -72,7 +64,6 @@ def test_a_run_and_its_conversion_score_the_same(trained, capsys, tmp_path):
     assert "run, step 2" in printed
     assert "stream of 16 stored as 15" in printed
     assert "parameters: " in printed
-    jax.config.update("jax_enable_x64", False)
     losses = []
     for directory in (trained, tmp_path / "stored"):
         assert main(["eval", str(directory), "--json"]) == 0
@@ -105,7 +96,6 @@ def test_a_run_with_a_plugin_is_converted_where_it_is_named(trained, tmp_path, m
     moved = plugin.rename(tmp_path / "moved.py")
     named = f"run.plugins=[{moved}]"
     assert main([*convert, named]) == 0
-    jax.config.update("jax_enable_x64", False)
     command = shlex.split(capsys.readouterr().out.partition("Next: ")[2].splitlines()[0])
     assert command[-2:] == [f"{tmp_path}/stored", named]
     monkeypatch.setattr(plugins, "_imported", {})
@@ -126,7 +116,12 @@ def test_float64_parameters(tmp_path, capsys):
         main(["convert", str(GOLDENS / "hf_opt"), str(tmp_path / "o"), "--form", "pre_rmsnorm", "--dtype", "float64"])
         == 0
     )
-    source = read_directory(str(tmp_path / "o"))
+    assert not jax.config.read("jax_enable_x64")  # as it was before the command
+    jax.config.update("jax_enable_x64", True)
+    try:
+        source = read_directory(str(tmp_path / "o"))
+    finally:
+        jax.config.update("jax_enable_x64", False)
     assert {leaf.dtype for leaf in jax.tree.leaves(source.params)} == {np.dtype("float64")}
 
 
@@ -167,7 +162,6 @@ def test_the_printed_next_commands_run(tmp_path, capsys):
     out = tmp_path / "o"
     assert main(["convert", str(GOLDENS / "hf_gpt2"), str(out), "--form", "pre_rmsnorm"]) == 0
     first, second = [line.partition("hybridnorm ")[2] for line in capsys.readouterr().out.splitlines()[-2:]]
-    jax.config.update("jax_enable_x64", False)
     for line in (first, second):
         for name in ("F.npy", "V.npy"):
             line = line.replace(name, str(tmp_path / name))

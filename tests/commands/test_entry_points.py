@@ -9,7 +9,6 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -159,7 +158,11 @@ def test_every_help_has_at_most_80_columns_and_begins_with_the_usage(command, ca
             "it takes model.scheme=...",
         ),
         ("train out=x", "out=x: a key of `hybridnorm lab signal`, not of `hybridnorm train`"),
-        ("train --json", "--json: an option of `hybridnorm eval` and `hybridnorm plan`, not of `hybridnorm train`"),
+        (
+            "train --json",
+            "--json: an option of `hybridnorm eval`, `hybridnorm generate` and `hybridnorm plan`, not of "
+            "`hybridnorm train`",
+        ),
         ("train --topology=v5e:2x2", "--topology: an option of `hybridnorm plan`, not of `hybridnorm train`"),
         ("train --topology v5e:2x2", "--topology: an option of `hybridnorm plan`, not of `hybridnorm train`"),
         ("train --dry", "--dry: no such option of `hybridnorm train`; did you mean '--dry-run'?"),
@@ -188,7 +191,11 @@ def test_every_help_has_at_most_80_columns_and_begins_with_the_usage(command, ca
         ("lab signal --emit-jobs=slurm", "--emit-jobs: an option of `hybridnorm lab compare`, not of"),
         ("lab report", "lab report: name one directory of runs, such as runs/compare-lab; --help says more"),
         ("lab report A train.steps=3", "train.steps=3: a key of `hybridnorm train`, not of `hybridnorm lab report`"),
-        ("schemes --json", "--json: an option of `hybridnorm eval` and `hybridnorm plan`, not of `hybridnorm schemes`"),
+        (
+            "schemes --json",
+            "--json: an option of `hybridnorm eval`, `hybridnorm generate` and `hybridnorm plan`, not of "
+            "`hybridnorm schemes`",
+        ),
         ("schemes 0", "0: a model has 1 to 10,000 blocks"),
         ("schemes pre \u0663", "\u0663: no such scheme"),  # an Arabic three is no depth
     ],
@@ -261,7 +268,6 @@ def test_a_command_without_an_extra_that_it_needs(words, package, asked, extra, 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else object())
     assert main([word.replace("GOLDENS", f"{REPOSITORY}/tests/goldens") for word in words.split()]) == 2
     assert _one_line(capsys) == f"error: {asked}: needs the extra `{extra}`: pip install 'hybridnorm-jax[{extra}]'"
-    jax.config.update("jax_enable_x64", False)  # convert switches it on for its whole process
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import os
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -14,13 +13,6 @@ from hybridnorm_jax.commands.main import main
 
 GPT2 = Path(__file__).parents[1] / "goldens" / "hf_gpt2"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 3\n"
-
-
-@pytest.fixture(autouse=True)
-def _narrow_again():
-    """The command switches float64 on for its whole process."""
-    yield
-    jax.config.update("jax_enable_x64", False)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import os
 import pwd
 
-import jax
 import numpy as np
 import pytest
 
@@ -14,6 +13,9 @@ TINY = [
     *("train.batch_size=8", "train.seq_len=8", "train.sample_tokens=0", "data.source=tokens"),
     *("optimizer.schedule=constant", "model.norm=layernorm", "model.norm_bias=true", "model.scheme=pre"),
 ]
+
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 @pytest.fixture
@@ -42,10 +44,7 @@ def test_everything_that_reads_a_checkpoint_works(arguments, tmp_path, capsys):
     run("train", *arguments, "run.name=first", "train.steps=3")  # resumes
     run("train", *arguments, "run.name=second", f"init_from={tmp_path}/runs/first", "train.steps=1")
     run("eval", f"{tmp_path}/runs/first")
-    try:
-        run("convert", f"{tmp_path}/runs/first", f"{tmp_path}/small", "--form", "pre_rmsnorm")
-    finally:
-        jax.config.update("jax_enable_x64", False)
+    run("convert", f"{tmp_path}/runs/first", f"{tmp_path}/small", "--form", "pre_rmsnorm")
 
 
 @pytest.mark.usefixtures("unknown_user")

@@ -39,6 +39,15 @@ def test_a_module_of_a_package_is_compared_with_all_of_the_package(initialized, 
     assert _digest("its_package.schemes") != before
 
 
+def test_of_a_package_in_two_folders_the_module_that_python_takes_is_compared(write, tmp_path, monkeypatch):
+    write("first/its_package/schemes.py", "SCALE = 1.5")
+    write("second/its_package/schemes.py", "SCALE = 9.0")
+    write("second/its_package/other.py", "")
+    for folder in ("second", "first"):
+        monkeypatch.syspath_prepend(tmp_path / folder)
+    assert plugin_files.contents("its_package.schemes") == {"schemes.py": b"SCALE = 1.5", "other.py": b""}
+
+
 def test_what_a_run_keeps_in_a_package_is_no_part_of_it(write):
     write("its_package/schemes.py")
     before = _digest("its_package.schemes")

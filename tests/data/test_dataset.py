@@ -78,6 +78,14 @@ def test_bytes_per_token_counts_separators_as_tokens(text, tmp_path):
     (tmp_path / "two.txt").write_text("grün")
     windows = open_quietly(text(validation={"two": (str(tmp_path / "two.txt"),)})).validation["two"]
     assert windows.bytes_per_token == 5 / 6
+    assert windows.words_per_token == 1 / 6
+
+
+def test_words_are_what_whitespace_separates_in_both_splits_together(text):
+    data = open_quietly(text(), seq_len=1)
+    parts = [data.train, data.validation["validation"]]
+    words = sum(part.words_per_token * part.num_tokens for part in parts)
+    assert words == pytest.approx(sum(len(each.split()) for each in TEXTS))
 
 
 def test_named_sets_are_read_whole_and_cached_too(text, tmp_path):
@@ -147,7 +155,7 @@ def test_the_split_of_token_files_does_not_depend_on_the_window(tokens):
 
 def test_a_tokenizer_gives_token_files_their_bytes(tokens, tmp_path):
     tokenizer = byte_tokenizer_json(tmp_path / "tokenizer.json")
-    ids = np.array([*tokenizer.encode("grün" * 30).ids, 256] * 8, np.uint16)
+    ids = np.array([*tokenizer.encode("grün" * 29 + " rot").ids, 256] * 8, np.uint16)
     ids.tofile(tmp_path / "text.bin")
     np.tile(ids, 2).tofile(tmp_path / "train.bin")
     section = tokens(
@@ -156,7 +164,9 @@ def test_a_tokenizer_gives_token_files_their_bytes(tokens, tmp_path):
         files=(str(tmp_path / "train.bin"),),
     )
     data = open_quietly(section)
-    assert data.validation["text"].bytes_per_token == 150 / 151
+    assert data.validation["text"].bytes_per_token == 149 / 150
+    # Two in each document, and nothing but the separator stands between two documents.
+    assert data.validation["text"].words_per_token == 2 / 150
     assert data.tokenizer.decode(data.validation["text"][0]["tokens"]).startswith("grün")
 
 

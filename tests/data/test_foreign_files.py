@@ -140,6 +140,14 @@ def test_text_is_no_token_ids_in_any_script(tmp_path, text, encoding):
     assert ("iconv" in message) == encoding.startswith(("utf-16", "utf-32"))
 
 
+@pytest.mark.parametrize("text", ["[12, 345, 6]", "12,345;6\n", "\ufeff12\r\n345\r\n"])
+def test_token_ids_that_are_spelled_are_no_text_to_train_on(tmp_path, text):
+    (tmp_path / "ids.txt").write_text(text * 400, encoding="utf-8")
+    message = refused(opened, tmp_path / "ids.txt")
+    assert "that spells token ids; read them, and write them with np.save" in message
+    assert "data.source=text" not in message
+
+
 def test_few_ids_may_be_those_of_characters(tmp_path):
     """Both bytes of 20 ids may be characters by chance."""
     ids = np.frombuffer(b"20 ids, as a sentence of 40 characters..", "<u2")

@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 
 from hybridnorm_jax.data import DataError, blocks, token_files
-from hybridnorm_jax.data.token_files import OpenFiles, open_token_file, split_extents
+from hybridnorm_jax.data.token_files import OpenFiles, is_split_by_hash, open_token_file, split_extents
 from hybridnorm_jax.data.windows import Extent, TokenStream
 
 
@@ -129,6 +129,13 @@ def test_splitting_keeps_no_list_of_all_blocks():
     kept = splits.train + splits.held_out
     assert sum(extent.stop - extent.start for extent in kept) == 10**10
     assert most < 3e6  # a list of all blocks takes ten times as much
+
+
+@pytest.mark.usefixtures("blocks_of_ten")
+def test_the_hash_alone_decides_where_it_chooses_some_blocks_and_not_all():
+    one, many = ({epath.Path("/d/a"): np.zeros(size)} for size in (10, 1000))
+    assert [is_split_by_hash(one, ("a",), fraction) for fraction in (0.0, 0.3, 0.99, 1.0)] == [True, False, False, True]
+    assert is_split_by_hash(many, ("a",), 0.3)
 
 
 @pytest.mark.usefixtures("blocks_of_ten")

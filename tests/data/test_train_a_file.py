@@ -3,6 +3,8 @@
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 def test_a_text_file_trains_and_holds_a_share_out(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

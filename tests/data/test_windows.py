@@ -58,6 +58,29 @@ def test_with_a_tail_every_token_but_the_first_is_a_target_once(count):
     assert inputs == list(range(count - 1))
 
 
+@pytest.mark.parametrize("stride", [1, 2, 4, 5])
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 6, 7, 8, 20, 21])
+def test_rows_that_overlap_have_every_token_but_the_first_as_a_target_once(count, stride):
+    windows = Windows(stream(list(range(count))), seq_len=5, tail=True).with_stride(stride)
+    found = []
+    for row in windows:
+        assert len(row["tokens"]) == 5
+        for place in np.flatnonzero(row["weights"]):
+            assert row["targets"][place] == row["tokens"][place] + 1
+            # At least seq_len - stride tokens are read before the target, where there are as many.
+            assert place + 1 >= min(5 - stride + 1, row["targets"][place])
+            found.append(int(row["targets"][place]))
+    assert found == list(range(1, count))
+    assert len(Windows(stream(list(range(count))), seq_len=5, tail=True)) == -(-max(count - 1, 0) // 5)
+
+
+def test_rows_that_overlap_keep_documents_apart():
+    windows = Windows(stream([1, 2, END, 3, 4, 5, 6, 7]), seq_len=4, tail=True, separator_id=END).with_stride(2)
+    assert [row["weights"].tolist() for row in windows] == [[1, 1, 0, 1], [0, 0, 1, 1], [0, 0, 1, 0]]
+    assert windows.with_stride(None)[0]["weights"].tolist() == [1, 1, 0, 1]
+    assert len(windows.with_stride(None)) == 2
+
+
 def test_training_drops_the_tail():
     windows = Windows(stream(range(12)), seq_len=4, tail=False)
     assert [row["targets"].tolist() for row in windows] == [[1, 2, 3, 4], [5, 6, 7, 8]]

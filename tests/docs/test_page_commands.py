@@ -20,6 +20,8 @@ TARGETS = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), r
 WORK = {
     "eval": "commands.eval.evaluate_run",
     "convert": "commands.convert.convert",
+    "export": "commands.export.export",
+    "generate": "commands.generate.generate",
     "plan": "planning.compilation.plan",
     "lab signal": "lab.signal_at_start.random_batch",
     "lab compare": "lab.compare.compare",
@@ -77,6 +79,8 @@ def check_program(words, shown, monkeypatch, capsys):
         parse([word for word in words[1:] if word != "--dry-run"])
         return
     path = WORK[" ".join(words[:2]) if words[0] == "lab" else words[0]]
+    if words[0] == "eval" and "--tasks" in words:
+        path = "commands.eval_tasks.scores_of_run"
     if "--emit-jobs" in " ".join(words):
         path = "lab.jobs.emit"
     module, _, function = path.rpartition(".")

@@ -16,6 +16,8 @@ from hybridnorm_jax.evaluation.held_out import check_same_data, check_sets, chec
 from hybridnorm_jax.training import loop
 from hybridnorm_jax.training.program import Program
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):

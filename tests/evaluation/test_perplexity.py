@@ -17,12 +17,15 @@ def _sums(nll, weight):
 
 def test_a_score_weighs_tokens_and_not_batches():
     sums = [_sums(nll=30, weight=10), _sums(nll=1, weight=1), _sums(nll=0, weight=0)]
-    score = evaluate(lambda batch: sums[batch], [0, 1, 2], bytes_per_token=2.0)
+    score = evaluate(lambda batch: sums[batch], [0, 1, 2], bytes_per_token=2.0, words_per_token=0.5)
     assert score.loss == pytest.approx(31 / 11)
     assert score.perplexity == pytest.approx(math.exp(31 / 11))
     assert score.bits_per_byte == pytest.approx(31 / 11 / math.log(2) / 2)
+    # 11 tokens are 5.5 words.
+    assert score.word_perplexity == pytest.approx(math.exp(31 / 5.5))
     assert score.tokens == 11
     assert evaluate(lambda batch: sums[batch], [0]).bits_per_byte is None
+    assert evaluate(lambda batch: sums[batch], [0]).word_perplexity is None
     with pytest.raises(UserError, match="no target has a weight"):
         evaluate(lambda batch: sums[batch], [2])
 
@@ -36,5 +39,11 @@ def test_the_table_shows_every_set():
 
 def test_json_has_null_for_what_is_not_finite():
     score = Score(loss=float("nan"), perplexity=float("inf"), bits_per_byte=None, tokens=3)
-    assert score.as_json() == {"loss": None, "perplexity": None, "bits_per_byte": None, "tokens": 3}
+    assert score.as_json() == {
+        "loss": None,
+        "perplexity": None,
+        "bits_per_byte": None,
+        "tokens": 3,
+        "word_perplexity": None,
+    }
     json.dumps(score.as_json(), allow_nan=False)

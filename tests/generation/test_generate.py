@@ -1,8 +1,6 @@
-"""Tokens that a model writes: the same as without a cache, whatever stands beside them; and where they end."""
+"""Generation with a cache of keys and values against the plain forward pass over the whole text."""
 
 import dataclasses
-import logging
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +8,139 @@ import numpy as np
 import pytest
 
 import hybridnorm_jax as hn
-from hybridnorm_jax.errors import ConfigError, UserError
+from hybridnorm_jax.equivalence.decoder_forms import conversion_of
 from hybridnorm_jax.generation import decoding
-from hybridnorm_jax.generation.generate import SHORTEST, STRIDE_OF_A_LISTENER, rounded_up
+from hybridnorm_jax.generation.generate import rounded_up
+from hybridnorm_jax.model.cache import CACHE, Slots, empty_cache
 
-VOCABULARY = 61
-# Lengths on both sides of a bucket's end, and of different numbers of blocks of the cache.
-LENGTHS = (1, 7, SHORTEST - 1, SHORTEST)
-MODELS = {
-    "rope": {"scheme": "hybrid"},
-    "learned": {"scheme": "pre", "positions": "learned", "max_positions": SHORTEST + 40, "position_offset": 2},
-    "experts": {"scheme": "span", "num_experts": 4, "experts_per_token": 2, "num_kv_heads": 4},
+# Of the compute dtype float32: sums in another order, over a few layers.
+CLOSE = 1e-5
+
+TINY = {"d_model": 16, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 24, "vocab_size": 61}
+EXPERTS = {"num_experts": 4, "experts_per_token": 2}
+SCHEMES = {f"scheme {name}": {"scheme": name} for name in hn.SCHEMES}
+KINDS = {
+    "experts pre": {"scheme": "pre", **EXPERTS},
+    "experts hybrid_star": {"scheme": "hybrid_star", **EXPERTS},
+    "a kv head for each head": {"scheme": "hybrid", "num_kv_heads": 4},
+    "one kv head": {"scheme": "hybrid", "num_kv_heads": 1, "rotary_fraction": 0.5},
+    "learned positions": {"scheme": "pre", "norm": "layernorm", "positions": "learned", "max_positions": 24},
+    "positions with an offset": {
+        **{"scheme": "span", "tie_embeddings": True, "positions": "learned", "max_positions": 24},
+        **{"position_offset": 2, "attention_bias": True, "mlp_bias": True},
+    },
 }
+
+
+def _kind(name, random_params):
+    keys = TINY | (SCHEMES | KINDS)[name]
+    config = hn.ModelConfig(**keys)
+    return config, random_params(config)
+
+
+def _uncached(config, params, prompt, count):
+    """The likeliest token after the text so far, again and again, from whole forward passes."""
+    text = [int(token) for token in prompt]
+    width = len(text) + count
+    model = hn.Decoder(config)
+    forward = jax.jit(lambda tokens: model.apply({"params": params}, tokens))
+    for _ in range(count):
+        padded = np.zeros((1, width), np.int32)
+        padded[0, : len(text)] = text
+        text.append(int(np.argmax(forward(padded)[0, len(text) - 1])))
+    return text[len(prompt) :]
+
+
+def _cached_logits(config, params, tokens, *, read, first):
+    """Logits of the positions from `read` - 1 on: the first `read` tokens are read at once, the others one by one.
+
+    Args:
+      first: of each row; the tokens before it are padding.
+    """
+    model = hn.Decoder(config)
+    batch, width = tokens.shape
+    positions = np.maximum(np.arange(width) - first[:, None], 0)
+    ids = (np.arange(read) >= first[:, None]).astype(np.int32)
+
+    @jax.jit
+    def step(cache, tokens, positions, number, segment_ids=None):
+        return model.apply(
+            {"params": params, CACHE: cache},
+            tokens,
+            positions=positions,
+            segment_ids=segment_ids,
+            slots=Slots(next=number, first=jnp.asarray(first)),
+            mutable=[CACHE],
+        )
+
+    logits, state = step(
+        empty_cache(config, batch=batch, slots=width), tokens[:, :read], positions[:, :read], 0, segment_ids=ids
+    )
+    rows = [logits[:, -1]]
+    for place in range(read, width):
+        here = slice(place, place + 1)
+        logits, state = step(state[CACHE], tokens[:, here], positions[:, here], place)
+        rows.append(logits[:, 0])
+    return np.stack(rows, axis=1)
+
+
+def _assert_cached_is_whole(config, params, *, read, first):
+    tokens = np.random.default_rng(0).integers(0, 61, (2, 11)).astype(np.int32)
+    ours = _cached_logits(config, params, tokens, read=read, first=first)
+    moved = np.stack([np.roll(row, -start) for row, start in zip(tokens, first, strict=True)])
+    whole = np.asarray(jax.jit(hn.Decoder(config).apply)({"params": params}, moved))
+    for row, start in enumerate(first):
+        expected = whole[row, read - 1 - start : 11 - start]
+        np.testing.assert_allclose(ours[row], expected, rtol=CLOSE, atol=CLOSE * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", SCHEMES)
+def test_logits_with_the_cache_are_those_of_the_whole_text(kind, random_params):
+    """Token by token from the first one on, so that the whole text and one step are all that is compiled."""
+    _assert_cached_is_whole(*_kind(kind, random_params), read=1, first=np.array([0, 0]))
+
+
+@pytest.mark.parametrize("kind", ["scheme hybrid_star", *KINDS])
+def test_rows_of_unequal_prompts_do_not_see_the_padding(kind, random_params):
+    """Six tokens are read at once. The second row has three; its positions begin after the padding on its left."""
+    _assert_cached_is_whole(*_kind(kind, random_params), read=6, first=np.array([0, 3]))
+
+
+@pytest.mark.parametrize("form", ["pre_rmsnorm", "pre_crmsnorm"])
+def test_both_cheaper_forms_write_what_their_pre_ln_model_writes(form, random_params):
+    config, params = _kind("learned positions", random_params)
+    conversion = conversion_of(config, form, pad_to=8)
+    prompt = np.arange(5)
+    (original,) = hn.generate(config, params, [prompt], max_new_tokens=6)
+    (ours,) = hn.generate(conversion.config, conversion.convert(params), [prompt], max_new_tokens=6)
+    np.testing.assert_array_equal(ours, original)
+
+
+@pytest.mark.parametrize("kind", ["scheme hybrid_star", "experts pre", "learned positions"])
+def test_the_likeliest_text_is_that_without_a_cache(kind, random_params):
+    config, params = _kind(kind, random_params)
+    prompt = np.random.default_rng(1).integers(0, 61, 7)
+    (ours,) = hn.generate(config, params, [prompt], max_new_tokens=9)
+    assert ours.tolist() == _uncached(config, params, prompt, 9)
+
+
+def test_bfloat16_is_as_near_to_its_forward_pass_as_rounding_allows(random_params):
+    config, params = _kind("scheme hybrid", random_params)
+    config = dataclasses.replace(config, dtype="bfloat16")
+    tokens = np.random.default_rng(0).integers(0, 61, (1, 11)).astype(np.int32)
+    ours = _cached_logits(config, params, tokens, read=6, first=np.array([0])).astype(np.float32)
+    whole = np.asarray(hn.Decoder(config).apply({"params": params}, tokens)[0, 5:], np.float32)
+    # 8 bits: each of a few roundings a layer is off by 2^-9 of its number, and they add up like random numbers.
+    deviation = np.linalg.norm(ours[0] - whole) / np.linalg.norm(whole)
+    assert deviation < np.sqrt(10 * config.num_layers) * 2**-9
+
+
+def test_float64_writes_what_its_forward_pass_says(random_params):
+    with jax.enable_x64(True):
+        config = hn.ModelConfig(**TINY | {"scheme": "hybrid_star", "dtype": "float64", "param_dtype": "float64"})
+        params = random_params(config)
+        (ours,) = hn.generate(config, params, [np.arange(5)], max_new_tokens=4)
+        assert ours.tolist() == _uncached(config, params, np.arange(5), 4)
 
 
 @pytest.fixture(scope="module")
@@ -36,243 +155,120 @@ def counting_model():
     return config, params
 
 
-@pytest.fixture
-def model(request, small_config, random_params):
-    """(config, params) of one of MODELS."""
-    config = small_config(**MODELS[request.param])
-    return config, random_params(config)
-
-
-def prompts(lengths=LENGTHS, seed=0):
-    """Random prompts."""
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, VOCABULARY, length) for length in lengths]
-
-
-@partial(jax.jit, static_argnames="config")
-def all_logits(config, params, text):
-    """Of one text, by a pass over all of it."""
-    return hn.Decoder(config).apply({"params": params}, text[None])[0]
-
-
-def without_cache(config, params, prompt, count, penalty=1.0):
-    """The likeliest tokens, each by a pass over all tokens before it."""
-    # Padding behind the tokens is not seen by them, and one length compiles once.
-    text = np.zeros(config.max_positions or 2 * SHORTEST, np.int32)
-    text[: len(prompt)] = prompt
-    new = []
-    for place in range(len(prompt), len(prompt) + count):
-        logits = np.array(all_logits(config, params, text)[place - 1])
-        came = np.unique(text[:place])
-        logits[came] = np.where(logits[came] > 0, logits[came] / penalty, logits[came] * penalty)
-        new.append(np.argmax(logits))
-        if place < len(text):
-            text[place] = new[-1]
-    return new
-
-
-# ---- The same as without a cache
-
-
-@pytest.mark.parametrize("model", MODELS, indirect=True)
-def test_unequal_prompts_go_on_as_each_would_alone_and_without_a_cache(model):
-    config, params = model
-    together = hn.generate(config, params, prompts(), max_new_tokens=20)
-    for prompt, new in zip(prompts(), together, strict=True):
-        np.testing.assert_array_equal(new, without_cache(config, params, prompt, 20))
-    for prompt, new in list(zip(prompts(), together, strict=True))[:2]:
-        (alone,) = hn.generate(config, params, [prompt], max_new_tokens=20)
-        np.testing.assert_array_equal(new, alone)
-
-
-def test_a_prompt_may_be_one_token_longer_than_a_bucket(small_config, random_params):
-    config = small_config(scheme="hybrid_star")
-    params = random_params(config)
-    for length in (SHORTEST, SHORTEST + 1):
-        (prompt,) = prompts([length])
-        (new,) = hn.generate(config, params, [prompt], max_new_tokens=12)
-        np.testing.assert_array_equal(new, without_cache(config, params, prompt, 12))
-
-
-def test_bfloat16_says_what_its_own_pass_says(small_config, random_params):
-    """The logits of what is written differ from the whole pass by roundings alone."""
-    config = small_config(scheme="hybrid", dtype="bfloat16")
-    params = random_params(config)
-    (prompt,) = prompts([9])
-    (new,) = hn.generate(config, params, [prompt], max_new_tokens=20)
-    text = np.concatenate([prompt, new]).astype(np.int32)
-    logits = np.asarray(all_logits(config, params, text)[len(prompt) - 1 : -1])
-    # Rounding to bfloat16 errs by 2^-9 of a value. On the way to the logits the stream, whose errors add up in squares,
-    # is rounded after each of 4 operations (attention's weights, its sum, the projection, the sum) in 2 sublayers of 3
-    # layers. Both passes round, so that their difference is sqrt(2) times that; three standard deviations of it.
-    tolerance = 3 * np.sqrt(2 * 4 * 2 * 3) * 2**-9 * np.abs(logits).max()
-    lacking = logits.max(-1) - logits[np.arange(20), new]
-    assert lacking.max() < tolerance
-    assert tolerance < 0.1 * np.abs(logits).max()
-
-
-# ---- Seeds, sampling, ends
-
-
-@pytest.mark.parametrize("model", ["rope", "experts"], indirect=True)
-def test_every_row_draws_by_its_own_seed_whatever_is_beside_it(model):
-    config, params = model
-    hot = hn.Sampling(temperature=1.5, top_k=40)
-    both = hn.generate(config, params, prompts([5, 20]), max_new_tokens=15, sampling=hot, seeds=[7, 8])
-    counted = hn.generate(config, params, prompts([5, 20]), max_new_tokens=15, sampling=hot, seeds=7)
-    swapped = hn.generate(config, params, prompts([5, 20])[::-1], max_new_tokens=15, sampling=hot, seeds=[8, 7])
-    (alone,) = hn.generate(config, params, prompts([5, 20])[1:], max_new_tokens=15, sampling=hot, seeds=8)
-    np.testing.assert_array_equal(both, counted)
-    np.testing.assert_array_equal(both, swapped[::-1])
-    np.testing.assert_array_equal(both[1], alone)
-    twice = hn.generate(config, params, prompts([5]) * 2, max_new_tokens=15, sampling=hot, seeds=[7, 9])
-    np.testing.assert_array_equal(twice[0], both[0])
-    assert twice[1].tolist() != twice[0].tolist()
-
-
-def test_temperature_and_seed_decide_the_text(counting_model):
+def test_each_row_goes_on_from_its_own_prompt_and_ends_with_its_stop_id(counting_model):
     config, params = counting_model
-
-    def draw(seed, temperature):
-        sampling = hn.Sampling(temperature=temperature)
-        return hn.generate(config, params, [[0]], max_new_tokens=12, sampling=sampling, seeds=seed)[0].tolist()
-
-    assert draw(0, 100) == draw(0, 100)
-    assert draw(0, 100) != draw(1, 100)
-    assert draw(0, 1e-30) == draw(1, 1e-30) == [*range(1, 13)]
+    rows = hn.generate(config, params, [[3], [9, 10, 11], [14]], max_new_tokens=5, stop_ids=[13, 2])
+    assert [row.tolist() for row in rows] == [[4, 5, 6, 7, 8], [12, 13], [15, 0, 1, 2]]
 
 
-def test_text_goes_on_past_any_length(counting_model):
+@pytest.mark.parametrize("length", [31, 32, 33])
+def test_prompts_around_the_length_of_a_program(length, counting_model):
     config, params = counting_model
-    (new,) = hn.generate(config, params, [[3, 4, 5]], max_new_tokens=200)
-    np.testing.assert_array_equal(new, np.arange(6, 206) % 16)
+    (row,) = hn.generate(config, params, [np.arange(length) % 16], max_new_tokens=40)
+    np.testing.assert_array_equal(row, np.arange(length, length + 40) % 16)
 
 
-def test_every_sequence_ends_with_its_first_stop_id(counting_model):
+@pytest.mark.parametrize("kind", ["scheme hybrid", "experts pre"])
+def test_a_row_does_not_depend_on_those_beside_it(kind, random_params):
+    """Also where all of them are routed to the same experts: no token is dropped."""
+    config, params = _kind(kind, random_params)
+    drawn = hn.Sampling(temperature=1.0)
+    ours, others = np.arange(4), [np.full(9, 7), np.arange(20, 26)]
+    (alone,) = hn.generate(config, params, [ours], max_new_tokens=12, sampling=drawn, seeds=[5])
+    beside = hn.generate(config, params, [ours, *others], max_new_tokens=12, sampling=drawn, seeds=[5, 6, 7])
+    np.testing.assert_array_equal(beside[0], alone)
+    moved = hn.generate(config, params, [*others, ours], max_new_tokens=12, sampling=drawn, seeds=[6, 7, 5])
+    np.testing.assert_array_equal(moved[2], alone)
+
+
+def test_seeds_decide_what_is_drawn(counting_model):
     config, params = counting_model
-    new = hn.generate(config, params, [[3], [8], [11]], max_new_tokens=10, stop_ids=[9, 12, 7])
-    assert [row.tolist() for row in new] == [[4, 5, 6, 7], [9], [12]]
-    (unstopped,) = hn.generate(config, params, [[13]], max_new_tokens=3, stop_ids=[9])
-    assert unstopped.tolist() == [14, 15, 0]
+    drawn = hn.Sampling(temperature=100.0)
 
-
-def test_a_penalty_counts_the_prompt_and_what_was_written(small_config, random_params):
-    config = small_config(scheme="hybrid")
-    params = random_params(config)
-    two = prompts([3, 20])
-    new = hn.generate(config, params, two, max_new_tokens=20, sampling=hn.Sampling(repetition_penalty=1.5))
-    expected = [without_cache(config, params, prompt, 20, penalty=1.5) for prompt in two]
-    np.testing.assert_array_equal(new, expected)
-    assert expected[0] != without_cache(config, params, two[0], 20)
-
-
-def test_a_listener_hears_everything_and_can_end_it(counting_model):
-    config, params = counting_model
-    heard = [[], []]
-    sizes = []
-
-    def listen(new):
-        for row, piece in zip(heard, new, strict=True):
-            row.extend(piece.tolist())
-        sizes.append([len(piece) for piece in new])
-        return len(heard[0]) > 20
-
-    new = hn.generate(config, params, [[0], [0, 1]], max_new_tokens=100, stop_ids=[5], on_tokens=lambda _: None)
-    assert [row.tolist() for row in new] == [[1, 2, 3, 4, 5], [2, 3, 4, 5]]
-    new = hn.generate(config, params, [[6], [3]], max_new_tokens=100, stop_ids=[5], on_tokens=listen)
-    assert [row.tolist() for row in new] == heard == [[*range(7, 16), *range(6)], [4, 5]]
-    assert sizes == [[1, 1], [STRIDE_OF_A_LISTENER, 1], [6, 0]]
-    heard[:] = [[], []]
-    new = hn.generate(config, params, [[6], [3]], max_new_tokens=100, on_tokens=listen)
-    assert len(new[0]) == len(heard[0]) == 1 + 3 * STRIDE_OF_A_LISTENER
-
-
-# ---- Compilations
-
-
-def test_lengths_are_rounded_up_by_little():
-    lengths = np.arange(1, 5000)
-    added = np.array([rounded_up(int(length)) for length in lengths]) - lengths
-    assert (added >= 0).all()
-    assert (added < np.maximum(SHORTEST, lengths / 4)).all()
-    assert len(set(added + lengths)) < 40
-
-
-def test_a_bucket_is_compiled_once_and_a_longer_text_needs_no_more(counting_model, caplog):
-    config, params = counting_model
-    config = dataclasses.replace(config, rope_theta=1234.0)  # no other test's programs
-
-    def compiled(**keys):
-        before = decoding.read_prompts._cache_size(), decoding.write._cache_size()
-        with caplog.at_level(logging.WARNING), jax.log_compiles():
-            caplog.clear()
-            hn.generate(config, params, **keys)
-        names = [word for word in ("read_prompts", "write") if f"Compiling jit({word})" in caplog.text]
-        after = decoding.read_prompts._cache_size(), decoding.write._cache_size()
-        assert [new - old for old, new in zip(before, after, strict=True)] == [
-            int(name in names) for name in ("read_prompts", "write")
+    def draw(seeds):
+        return [
+            row.tolist()
+            for row in hn.generate(config, params, [[0], [0]], max_new_tokens=9, sampling=drawn, seeds=seeds)
         ]
-        return names
 
-    # A cache of 160 slots: prompts up to 32 tokens, and 97 to 128 more.
-    assert compiled(prompts=[[1]], max_new_tokens=128) == ["read_prompts", "write"]
-    assert compiled(prompts=[[1] * 32], max_new_tokens=128) == []
-    assert compiled(prompts=[[1] * 20], max_new_tokens=100, on_tokens=lambda _: None, stop_ids=[]) == []
-    assert compiled(prompts=[[1] * 33], max_new_tokens=96) == ["read_prompts"]
-    assert compiled(prompts=[[1] * 32], max_new_tokens=129) == ["read_prompts", "write"]
+    assert draw(3) == draw(3)
+    assert draw(3) != draw(4)
+    first, second = draw(3)
+    assert first != second
+    assert draw([8, 8])[0] == draw([8, 8])[1]
 
 
-# ---- What cannot be
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"prompts": []}, r"^prompts: there are none"),
-        ({"prompts": [[1], []]}, r"^prompts\[1\]: must be a list of at least one token; a document begins with"),
-        ({"prompts": [1, 2]}, r"^prompts\[0\]: must be a list"),
-        ({"prompts": [[1, 16]]}, r"^prompts\[0\]: token 16 is not in the vocabulary of 16$"),
-        ({"prompts": [[-1]]}, r"^prompts\[0\]: token -1 is not in the vocabulary"),
-        ({"stop_ids": [99]}, r"^stop_ids: token 99 is not in the vocabulary of 16$"),
-        ({"max_new_tokens": 0}, r"^max_new_tokens=0: must be at least 1$"),
-        ({"seeds": [1, 2]}, r"^seeds: 2 of them for 1 prompts; give one for each, or one for all$"),
-        ({"seeds": -1}, r"^seeds: -1 must be between 0 and 4,294,967,295$"),
-        ({"seeds": [2**32]}, r"^seeds: 4294967296 must be between 0"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_is_named(keys, message, counting_model):
+def test_the_caller_sees_all_tokens_in_order_and_can_end_it(counting_model):
     config, params = counting_model
-    with pytest.raises(UserError, match=message):
-        hn.generate(config, params, **({"prompts": [[1]], "max_new_tokens": 3} | keys))
+    seen = [[], []]
+
+    def read(new):
+        for row, tokens in zip(seen, new, strict=True):
+            row.extend(tokens.tolist())
+        return len(seen[0]) > 40
+
+    rows = hn.generate(config, params, [[0], [5]], max_new_tokens=200, stop_ids=[7], on_tokens=lambda new: read(new))
+    assert seen == [row.tolist() for row in rows] == [[1, 2, 3, 4, 5, 6, 7], [6, 7]]
+    seen = [[]]
+    (row,) = hn.generate(config, params, [[0]], max_new_tokens=200, on_tokens=read)
+    assert seen == [row.tolist()]
+    assert 40 < len(row) < 200
 
 
-def test_a_table_of_positions_has_an_end(small_config, random_params):
-    config = small_config(scheme="pre", positions="learned", max_positions=12)
-    params = random_params(config)
-    (new,) = hn.generate(config, params, [[1] * 9], max_new_tokens=4)
-    np.testing.assert_array_equal(new, without_cache(config, params, [1] * 9, 4))
-    with pytest.raises(
-        UserError, match=r"^max_new_tokens=5: after a prompt of 9 at most 4 fit model.max_positions=12$"
-    ):
-        hn.generate(config, params, [[1] * 9], max_new_tokens=5)
-    with pytest.raises(UserError, match=r"^a prompt of 13 tokens: longer than model.max_positions=12; shorten it$"):
-        hn.generate(config, params, [[1], [1] * 13], max_new_tokens=1)
+def test_programs_are_compiled_for_rounded_lengths_and_not_as_the_text_grows(counting_model):
+    config, params = counting_model
+    decoding.read_prompts.clear_cache()
+    decoding.write.clear_cache()
+
+    def compiled():
+        return decoding.read_prompts._cache_size(), decoding.write._cache_size()
+
+    hn.generate(config, params, [np.arange(5)], max_new_tokens=90)
+    assert compiled() == (1, 1)
+    hn.generate(config, params, [np.arange(9)], max_new_tokens=70)  # as many slots
+    assert compiled() == (1, 1)
+    hn.generate(config, params, [np.arange(40) % 16], max_new_tokens=90)
+    assert compiled() == (2, 2)
+
+
+def test_a_rounded_length_is_at_most_a_quarter_more():
+    for length in range(128, 5000, 7):
+        assert length <= rounded_up(length) <= 1.25 * length
+    assert len({rounded_up(length) for length in range(1, 4097)}) < 30
+
+
+def test_the_cache_has_the_numbers_of_its_formula_and_no_more():
+    config = hn.ModelConfig(**TINY | {"scheme": "hybrid_star", "dtype": "bfloat16"})
+    leaves = jax.tree.leaves(jax.eval_shape(lambda: empty_cache(config, batch=3, slots=40)))
+    assert (
+        sum(leaf.size for leaf in leaves) == 3 * 40 * 2 * 4 * 2 * 3
+    )  # batch, slots, kv heads, head_dim, k and v, layers
+    assert {leaf.dtype.name for leaf in leaves} == {"bfloat16"}
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"temperature": -1.0}, "^temperature=-1.0: must be at least 0 and at most 100$"),
-        ({"temperature": float("nan")}, "^temperature=nan: must be at least 0"),
-        ({"top_k": 0}, "^top_k=0: must be at least 1"),
-        ({"top_p": 0.0}, "^top_p=0.0: must be above 0 and at most 1$"),
-        ({"top_p": 1.5}, "^top_p=1.5: must be above 0"),
-        ({"min_p": 2.0}, "^min_p=2.0: must be at least 0 and at most 1$"),
-        ({"repetition_penalty": 0.0}, "^repetition_penalty=0.0: must be above 0"),
+        ({"prompts": []}, "prompts: there are none"),
+        ({"prompts": [[]]}, r"prompts\[0\]: must be a list of at least one token"),
+        ({"prompts": [[1], [16]]}, r"prompts\[1\]: token 16 is not in the vocabulary of 16"),
+        ({"prompts": [[-1]]}, r"prompts\[0\]: token -1 is not in"),
+        ({"prompts": [[1]], "stop_ids": [99]}, "stop_ids: token 99 is not in"),
+        ({"prompts": [[1]], "max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
+        ({"prompts": [[1]], "seeds": [1, 2]}, "seeds: 2 of them for 1 prompts"),
+        ({"prompts": [[1.5]]}, r"prompts\[0\]: must be whole numbers"),
     ],
     ids=str,
 )
-def test_sampling_that_cannot_be_is_named(keys, message):
-    with pytest.raises(ConfigError, match=message):
-        hn.Sampling(**keys)
+def test_what_cannot_be_is_said_before_anything_is_computed(keys, message, counting_model):
+    config, _ = counting_model
+    arguments = {"max_new_tokens": 4} | keys
+    with pytest.raises(hn.UserError, match=message) as error:
+        hn.generate(config, None, **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_a_text_longer_than_learned_positions_is_refused():
+    config = hn.ModelConfig(**TINY | {"positions": "learned", "max_positions": 24})
+    with pytest.raises(hn.UserError, match=r"a prompt of 20 tokens and max_new_tokens=6 do not fit model\.max_pos"):
+        hn.generate(config, None, [np.arange(20)], max_new_tokens=6)

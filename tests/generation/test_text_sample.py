@@ -56,9 +56,10 @@ def sampled(monkeypatch):
     def sample(config, data):
         asked = SimpleNamespace()
 
-        def generate(model, params, prompt, **keys):
-            asked.prompt, asked.keys = prompt, keys
-            return np.array([*b" a\x1bb\r", END, *b"c\n"], np.int32)
+        def generate(model, params, prompts, **keys):
+            asked.keys = keys
+            (asked.prompt,) = prompts
+            return [np.array([*b" a\x1bb\r", END, *b"c\n\n"], np.int32)]
 
         monkeypatch.setattr(text_sample, "generate", generate)
         asked.text = text_sample.text_sample(config, data, params=None)
@@ -84,7 +85,8 @@ def test_a_sample_goes_on_from_the_first_line_of_a_held_out_document(sampled):
         "c",
         "---",
     ]
-    assert asked.keys["num_tokens"] == 9
+    assert asked.keys["max_new_tokens"] == 9
+    assert asked.keys["sampling"].temperature == 0.8
 
 
 def test_a_short_document_is_the_whole_prompt(sampled):
@@ -122,6 +124,25 @@ def test_prompts_that_cannot_be_are_refused_before_training():
         check_prompt(small, data(tokenizer=LettersOnly()))
     with pytest.raises(ConfigError, match=r"^train.sample_prompt='a': needs train.sample_tokens"):
         dataclasses.replace(config().train, sample_prompt="a", sample_tokens=0)
+
+
+def test_a_sample_goes_on_past_the_window_and_never_reads_more_than_it(monkeypatch):
+    """The stand-in counts upwards, as the text does."""
+    asked = []
+
+    def generate(model, params, prompts, *, max_new_tokens, seeds, **keys):
+        (prompt,) = prompts
+        asked.append((len(prompt), max_new_tokens, *seeds))
+        return [np.arange(prompt[-1] + 1, prompt[-1] + 1 + max_new_tokens)]
+
+    monkeypatch.setattr(text_sample, "generate", generate)
+    for window in (1, 2, 7, 8):
+        for length in (1, 5, 20):
+            drawn = text_sample.go_on(None, None, np.arange(length), count=30, window=window, seed=3)
+            np.testing.assert_array_equal(drawn, np.arange(length, length + 30))
+            assert all(read + new - 1 <= window for read, new, _ in asked)
+            assert [seed for _, _, seed in asked] == list(range(3, 3 + len(asked)))
+            asked.clear()
 
 
 def test_nothing_that_moves_the_cursor_is_printed():

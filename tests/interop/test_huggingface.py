@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 import hybridnorm_jax as hn
 from hybridnorm_jax.interop.architectures import ARCHITECTURES, config_from_json
 from hybridnorm_jax.interop.huggingface import load_huggingface, save_huggingface
-from hybridnorm_jax.interop.tensors import TABLES, leaf_shapes
+from hybridnorm_jax.interop.tensor_places import leaf_shapes
+from hybridnorm_jax.interop.tensors import TABLES
 from hybridnorm_jax.model import decoder
 
 GOLDENS = Path(__file__).parents[1] / "goldens"

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face checkpoint needs little more memory than its parameters, in few tensors or in many."""
+"""Reading a Hugging Face checkpoint needs little more memory than its parameters, writing one that of a few tensors."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ from flax.traverse_util import unflatten_dict
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.interop.huggingface import save_huggingface
-from hybridnorm_jax.interop.tensors import leaf_shapes
+from hybridnorm_jax.interop.tensor_places import leaf_shapes
 
 MEMORY = """
 import sys
@@ -54,3 +54,40 @@ def test_peak_memory_is_under_1_3_times_the_checkpoint(tmp_path, keys, tensors):
     shutil.rmtree(tmp_path / "big")
     print(f"peak {int(run.stdout) / size:.3f} of the checkpoint")
     assert size < int(run.stdout) < 1.3 * size
+
+
+WRITING = (
+    MEMORY.split("before =")[0]
+    + """
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from hybridnorm_jax.interop.huggingface import save_huggingface
+from hybridnorm_jax.interop.tensor_places import leaf_shapes
+
+config = hn.ModelConfig(d_model=512, num_heads=8, num_layers=16, mlp_dim=2048, vocab_size=16_000)
+leaves = {path: np.ones(shape, np.float32) for path, shape in leaf_shapes(config).items()}
+params = unflatten_dict(leaves, sep="/")
+print(sum(leaf.nbytes for leaf in leaves.values()))
+save_huggingface(sys.argv[1] + "/first", hn.ModelConfig(d_model=32, num_heads=4, vocab_size=16), unflatten_dict({
+    path: np.ones(shape, np.float32)
+    for path, shape in leaf_shapes(hn.ModelConfig(d_model=32, num_heads=4, vocab_size=16)).items()
+}, sep="/"))
+before = status("VmRSS")
+save_huggingface(sys.argv[1] + "/big", config, params, dtype="bfloat16")
+print(status("VmHWM") - before)
+"""
+)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
+def test_peak_memory_of_writing_is_that_of_two_tensors(tmp_path):
+    """Not of another copy of the model, though all of it goes into one file."""
+    run = subprocess.run(
+        [sys.executable, "-c", WRITING, tmp_path], check=True, capture_output=True, text=True, timeout=300
+    )
+    size, more = map(int, run.stdout.split())
+    files = list((tmp_path / "big").glob("*.safetensors"))
+    assert sum(file.stat().st_size for file in files) > size / 2
+    shutil.rmtree(tmp_path)
+    print(f"peak {more / size:.3f} of the model")
+    assert more < 0.2 * size

@@ -1,19 +1,20 @@
-"""What no Hugging Face architecture expresses is refused in one line, and nothing is left behind."""
+"""What cannot be written for Hugging Face is refused in one line, and nothing is left behind."""
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 import hybridnorm_jax as hn
-from hybridnorm_jax.interop.architectures import ARCHITECTURES
+from hybridnorm_jax.interop import safetensors_files
+from hybridnorm_jax.interop.architectures import ALL
 from hybridnorm_jax.interop.huggingface import load_huggingface, save_huggingface
 from hybridnorm_jax.interop.tensors import TABLES
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
-SUPPORTED = f"supported: {', '.join(ARCHITECTURES)}"
+SUPPORTED = f"supported: {', '.join(ALL)}"
 
 
 @pytest.fixture
@@ -36,24 +37,20 @@ BIASED = {"norm": "layernorm", "norm_bias": True, "num_kv_heads": 4, "mlp_bias":
 @pytest.mark.parametrize(
     ("architecture", "keys", "match"),
     [
+        ("llama", {"scheme": "hybrid_star"}, "^llama cannot express model.scheme=hybrid_star$"),
+        ("llama", {"scheme": "pre", "norm": "crmsnorm"}, "llama cannot express model.norm=crmsnorm"),
+        ("llama", {"scheme": "pre", "norm_bias": True}, "llama cannot express model.norm_bias=True"),
+        ("llama", {"scheme": "pre", "norm_scale": False}, "llama cannot express model.norm_scale=False"),
+        ("llama", {"scheme": "pre", "head_bias": True}, "llama cannot express model.head_bias=True"),
+        ("llama", {"scheme": "pre", "embedding_norm": "true"}, "llama cannot express model.embedding_norm=true"),
+        ("llama", {"scheme": "pre", "rotary_fraction": 0.5}, "llama cannot express model.rotary_fraction=0.5"),
         (
-            None,
-            {"scheme": "hybrid_star"},
-            "no Hugging Face architecture .*: llama cannot express model.scheme=hybrid_star",
-        ),
-        (None, {"scheme": "pre", "norm": "crmsnorm"}, "llama cannot express model.norm=crmsnorm"),
-        (None, {"scheme": "pre", "norm_bias": True}, "llama cannot express model.norm_bias=True"),
-        (None, {"scheme": "pre", "norm_scale": False}, "llama cannot express model.norm_scale=False"),
-        (None, {"scheme": "pre", "head_bias": True}, "llama cannot express model.head_bias=True"),
-        (None, {"scheme": "pre", "embedding_norm": "true"}, "llama cannot express model.embedding_norm=true"),
-        (None, {"scheme": "pre", "rotary_fraction": 0.5}, "llama cannot express model.rotary_fraction=0.5"),
-        (
-            None,
+            "qwen3",
             {"scheme": "pre_qk_pre", "attention_norm_bias": True},
             "qwen3 cannot express model.attention_norm_bias=",
         ),
-        (None, {"scheme": "reordered", "mlp_bias": True}, "olmo2 cannot express model.mlp_bias=True"),
-        (None, {"scheme": "pre", **BIASED, "norm_bias": False}, "gpt_neox cannot express model.norm_bias=False"),
+        ("olmo2", {"scheme": "reordered", "mlp_bias": True}, "olmo2 cannot express model.mlp_bias=True"),
+        ("gpt_neox", {"scheme": "pre", **BIASED, "norm_bias": False}, "gpt_neox cannot express model.norm_bias=False"),
         ("llama", {"scheme": "reordered"}, "^llama cannot express model.scheme=reordered"),
         ("qwen3", {"scheme": "pre"}, "^qwen3 cannot express model.scheme=pre$"),
         (
@@ -65,11 +62,33 @@ BIASED = {"norm": "layernorm", "norm_bias": True, "num_kv_heads": 4, "mlp_bias":
         ("bert", {"scheme": "pre"}, f"architecture=bert is not supported; {SUPPORTED}"),
     ],
 )
-def test_what_no_architecture_expresses_is_not_saved(
+def test_what_an_architecture_does_not_express_is_not_saved_as_it(
     refuses_to_save, small_config, random_params, architecture, keys, match
 ):
     config = small_config(**keys)
     refuses_to_save(match, config, random_params(config), architecture=architecture)
+
+
+@pytest.mark.parametrize(
+    ("keys", "architecture"),
+    [
+        ({"scheme": "pre"}, "llama"),
+        ({"scheme": "pre_qk_pre"}, "qwen3"),
+        ({"scheme": "reordered"}, "olmo2"),
+        ({"scheme": "hybrid_star"}, "hybridnorm"),
+        ({"scheme": "pre", "norm": "crmsnorm"}, "hybridnorm"),
+        ({"scheme": "reordered", "mlp_bias": True}, "hybridnorm"),
+    ],
+)
+def test_an_architecture_of_transformers_is_written_where_one_expresses_the_model(
+    tmp_path, small_config, random_params, keys, architecture
+):
+    config = small_config(**keys)
+    save_huggingface(tmp_path / "out", config, random_params(config))
+    document = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert document["model_type"] == architecture
+    assert ("auto_map" in document) == (architecture == "hybridnorm")
+    assert (tmp_path / "out" / "modeling_hybridnorm.py").exists() == (architecture == "hybridnorm")
 
 
 def _without(tree, *path):
@@ -129,15 +148,16 @@ def test_a_directory_that_holds_something_is_not_written_to(tmp_path, refuses_to
 def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
     written = []
 
-    def full_disk(tensors, file, **keys):
+    def full_disk(file, *arguments):
         if written:
             raise OSError(28, "No space left on device")
-        save_file(tensors, file, **keys)
+        write_shard(file, *arguments)
         written.append(file)
 
-    monkeypatch.setattr("safetensors.numpy.save_file", full_disk)
+    write_shard = safetensors_files._write_shard
+    monkeypatch.setattr(safetensors_files, "_write_shard", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        save_huggingface(tmp_path / "out", *load_huggingface(GOLDENS / "hf_llama"), max_shard_bytes=50_000)
+        save_huggingface(tmp_path / "new" / "out", *load_huggingface(GOLDENS / "hf_llama"), max_shard_bytes=50_000)
     assert len(written) == 1
     assert list(tmp_path.iterdir()) == []
 

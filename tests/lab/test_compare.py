@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import yaml
 from etils import epath
+from planted_runs import Planted, plant
 
 from hybridnorm_jax.commands.main import main
 from hybridnorm_jax.evaluation.perplexity import Score
 from hybridnorm_jax.lab import compare
+from hybridnorm_jax.lab.run_data import read_data
+from hybridnorm_jax.lab.runs import check_addition
 from hybridnorm_jax.training.program import Program
 
 SMALL = [
@@ -33,6 +36,9 @@ SMALL = [
     "eval.batches=1",
     "optimizer.warmup_steps=0",
 ]
+
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 @pytest.fixture
@@ -133,6 +139,13 @@ def test_a_result_of_another_configuration_is_refused_and_left(arguments, traine
     (run / "config.yaml").write_text(config.replace("batches: 1", "batches: 7"))
     assert main(["lab", "compare", *one]) == 0  # an edited config.yaml changes nothing beside a checkpoint
     (run / "config.yaml").write_text(config)
+
+    # It was killed before its result was written: its checkpoint says with which keys it is scored.
+    (run / "result.json").rename(tmp_path / "result.json")
+    assert main(["lab", "compare", *one, "eval.batches=2"]) == 2
+    assert f"{run} holds another run (eval.batches (1 and 2))" in capsys.readouterr().err
+    (tmp_path / "result.json").rename(run / "result.json")
+
     shutil.rmtree(run / "checkpoints")  # as after a divergence before the first save
     saved = (run / "config.yaml").read_text()
     for argument, named in (
@@ -165,6 +178,28 @@ def test_a_result_on_other_data_is_no_result_of_these(name, key, arguments, tmp_
     told = capsys.readouterr().err
     assert f"{key}: {name}.npy has another content than it had when {result} was saved; restore the data" in told
     assert result.read_text() == before
+
+
+def test_runs_that_could_not_be_compared_with_those_beside_them_are_not_trained(arguments, trained, tmp_path, capsys):
+    asked = compare.comparison(arguments)
+    data = read_data(asked.configs[0])
+    keys = tuple(_without(arguments, "schemes", "seeds", "learning_rates", "run.dir", "run.name"))
+    result = {"train_tokens": data.train_tokens, "data": data.files}
+    plant(tmp_path / "lab", Planted("hybrid", loss=3.0, overrides=keys, result=result))
+    check_addition(tmp_path / "lab", asked.configs, data)
+
+    other_files = result | {"data": {"data.files": [{"name": "tokens.npy", "size": 4128, "digest": "aa"}]}}
+    for other, wrong in (
+        (Planted("span", loss=3.0, overrides=(*keys, "eval.batches=2"), result=result), "eval.batches (1 and 2): such"),
+        (Planted("span", loss=3.0, overrides=keys, result=other_files), "the files of data.files: runs on different"),
+    ):
+        path = plant(tmp_path / "lab", other)
+        assert main(["lab", "compare", *arguments]) == 2
+        told = capsys.readouterr().err
+        assert f"{tmp_path}/lab: pre-lr0.001-seed0 and span-0.001-0 differ in {wrong}" in told
+        assert told.endswith("cannot be compared; choose another run.name\n")
+        shutil.rmtree(path)
+    assert trained[0] == []
 
 
 @pytest.mark.parametrize("losses", [[5.0, 4.0, 3.0, 2.0, 2.0, 2.0], [5.0, 4.0, 2.0, 3.0, 4.0, 5.0]])

@@ -70,6 +70,15 @@ def test_other_files_of_the_same_size(tmp_path):
     plant(tmp_path, Planted(loss=3.0, seed=2, name="run2"))  # by a version that did not say
     with pytest.raises(UserError, match=r"run0 and run1 differ in the files of data\.files: runs on different data"):
         read_runs(tmp_path)
+    # A run without a result has a checkpoint that says it.
+    told = json.loads((tmp_path / "run1/result.json").read_text())
+    shutil.rmtree(tmp_path / "run1")
+    run = plant(tmp_path, Planted(loss=3.0, seed=1, name="run1", finished=False))
+    with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
+        saved = {"data_state": {"files": told["data"]["data.files"]}, "config_yaml": (run / "config.yaml").read_text()}
+        checkpoints.save(STEPS, {"params": {"scale": jnp.ones(2)}}, **saved, wait=True)
+    with pytest.raises(UserError, match=r"run0 and run1 differ in the files of data\.files"):
+        read_runs(tmp_path)
     (tmp_path / "run1/result.json").write_text('{"status": "finished", "step": 1, "scores": {}, "data": [1]}')
     with pytest.raises(UserError, match=r"run1/result\.json: data: must map keys to files with a name, a size and"):
         read_runs(tmp_path)

@@ -1,26 +1,7 @@
 """Faults that give wrong numbers without a word, each with the tests that must fail where it is planted."""
 
-import dataclasses
-
-
-@dataclasses.dataclass(frozen=True)
-class Fault:
-    """A piece of the package's source, and what it would be if somebody had got it wrong.
-
-    Attributes:
-      name: what is wrong, as an identifier.
-      file: below hybridnorm_jax/.
-      right: stands in the file exactly once.
-      wrong: stands there instead while the fault is planted.
-      tests: files below tests/, or tests in them as pytest names them, of which at least one test must fail.
-    """
-
-    name: str
-    file: str
-    right: str
-    wrong: str
-    tests: tuple[str, ...]
-
+from planted_faults.fault import Fault
+from planted_faults.task_faults import TASKS
 
 MODEL = (
     Fault(
@@ -149,24 +130,24 @@ LOSS = (
     ),
     Fault(
         name="head_read_in_bfloat16_once_for_all_chunks",
-        file="training/step.py",
+        file="model/loss.py",
         right="gathered = nn.with_logical_constraint(params[module][name], axes)",
         wrong="gathered = nn.with_logical_constraint(params[module][name].astype(jnp.bfloat16), axes)",
         tests=("training/test_step.py::test_the_chunked_loss_trains_the_same",),
     ),
     Fault(
         name="gradient_of_the_head_summed_over_chunks_in_the_compute_dtype",
-        file="training/step.py",
+        file="model/loss.py",
         right="gathered = nn.with_logical_constraint(params[module][name], axes)",
-        wrong="""dtype = params[module][name].dtype if model.config.tie_embeddings else model.config.dtype
+        wrong="""dtype = params[module][name].dtype if config.tie_embeddings else config.dtype
     gathered = nn.with_logical_constraint(params[module][name].astype(dtype), axes)""",
         tests=("training/test_step.py::test_the_gradient_of_the_head_is_summed_over_chunks_in_float32",),
     ),
     Fault(
         name="gradient_of_a_tied_head_summed_over_chunks_in_the_compute_dtype",
-        file="training/step.py",
+        file="model/loss.py",
         right="gathered = nn.with_logical_constraint(params[module][name], axes)",
-        wrong="""dtype = model.config.dtype if model.config.tie_embeddings else params[module][name].dtype
+        wrong="""dtype = config.dtype if config.tie_embeddings else params[module][name].dtype
     gathered = nn.with_logical_constraint(params[module][name].astype(dtype), axes)""",
         tests=("training/test_step.py::test_the_gradient_of_the_head_is_summed_over_chunks_in_float32",),
     ),
@@ -185,8 +166,8 @@ DATA = (
     Fault(
         name="a_token_between_two_rows_is_no_target",
         file="data/windows.py",
-        right="start = index * self._seq_len",
-        wrong="start = index * (self._seq_len + 1)",
+        right="start = index * self._stride",
+        wrong="start = index * (self._stride + 1)",
         tests=("data/test_windows.py",),
     ),
     Fault(
@@ -357,4 +338,4 @@ SHARDING = (
     ),
 )
 
-FAULTS = MODEL + LOSS + DATA + ACCUMULATION + MOMENTS + SHARDING
+FAULTS = MODEL + LOSS + DATA + ACCUMULATION + MOMENTS + SHARDING + TASKS

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from planted_faults.faults import Fault
+from planted_faults.fault import Fault
 
 REPOSITORY = Path(__file__).parents[2]
 # What the tests read besides the package; links to it are enough.

@@ -25,6 +25,9 @@ from hybridnorm_jax.training.step import StepOptions, make_train_step
 EXPERTS = {"num_experts": 4, "experts_per_token": 2, "balance_bias": True, "activation": "swiglu", "mlp_dim": 16}
 
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
+
 def _assert_bitwise(ours, expected):
     for (path, left), right in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(left, right, err_msg=jax.tree_util.keystr(path))

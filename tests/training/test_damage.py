@@ -23,6 +23,9 @@ from hybridnorm_jax.training.step_directories import CheckpointError
 STEPS = 6
 
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
+
 @pytest.fixture
 def config(tmp_path, small_config):
     """Six steps over random tokens, saved at every second."""

@@ -24,6 +24,9 @@ STEPS = 7
 FILES = [file for file in Path(hooks.__file__).parent.glob("*.py") if file.name != "__init__.py"]
 
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
+
 class Recorder(Hook):
     """A hook as a user writes it: notes what is called, and with which step."""
 

@@ -13,6 +13,8 @@ from hybridnorm_jax.training import loop
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.program import Program
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 @pytest.fixture
 def config(tmp_path, small_config):
@@ -151,7 +153,7 @@ def test_data_that_have_moved_are_the_same_data_and_others_are_not(config, tmp_p
         _with(config, name="branch", steps=6, init_from=f"{config.run.dir}/trunk@2", init_optimizer=True, data=moved)
     )
     one = dataclasses.replace(moved, files=(str(tmp_path / "moved/shard_0.npy"),))
-    with pytest.raises(ConfigError, match=r"data\.files: there is no shard_1\.npy now, which was read when step 4 was"):
+    with pytest.raises(ConfigError, match=r"data\.files: shard_1\.npy is not read now, but was when step 4 was"):
         loop.train(_with(config, steps=8, data=one))
 
 

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from etils import epath
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.commands.eval import evaluate_run
@@ -14,6 +15,7 @@ from hybridnorm_jax.config import plugins
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.training import loop
+from hybridnorm_jax.training.run_identity import check_same_plugins
 
 SOURCE = """
 from pathlib import Path
@@ -28,6 +30,9 @@ TINY = [
     *("model.d_model=16", "model.num_heads=2", "model.num_layers=1", "model.mlp_dim=16", "model.vocab_size=61"),
     *("model.scheme=of_a_plugin", "train.steps=2", "train.batch_size=8", "train.seq_len=8", "eval.batches=1"),
 ]
+
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 @pytest.fixture
@@ -176,13 +181,11 @@ def test_a_report_takes_the_plugins_that_it_asks_for(compare, write, new_start, 
     new_start()
     assert main(report) == 2
     assert "mine.py is not the file that" in capsys.readouterr().err
-    assert compare(seed=1) == 0
-    new_start()
-    capsys.readouterr()
-    assert main(report) == 2
+    # A comparison does not add it to what the report could not compare it with.
+    assert compare(seed=1) == 2
     told = capsys.readouterr().err
-    assert "lab: of_a_plugin-lr0.002-seed0 and of_a_plugin-lr0.002-seed1 differ in the plugin" in told
-    assert "mine.py: what other plugins made cannot be compared" in told
+    assert "lab: of_a_plugin-lr0.002-seed1 and of_a_plugin-lr0.002-seed0 differ in the plugin" in told
+    assert "mine.py: what other plugins made cannot be compared; choose another run.name" in told
     assert told.count("\n") == 1
 
 
@@ -192,3 +195,54 @@ def test_a_saved_plugin_that_no_start_named_is_no_obstacle_for_a_run_without_plu
     loop.train(config)
     with pytest.raises(ConfigError, match=r"run\.plugins: .*mine\.py: .* was trained without it"):
         loop.train(dataclasses.replace(config, run=parse(arguments).run))
+
+
+@pytest.fixture
+def compared(tmp_path, monkeypatch, new_start):
+    """Compares saved plugins with what these names are now; returns the line of the refusal, or None."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def compared(saved, *names):
+        try:
+            check_same_plugins(saved, plugins.plugins_of(names), where="RUN, step 1", kept=epath.Path(tmp_path))
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    return compared
+
+
+def test_a_plugin_that_is_another_is_called_what_it_is(compared, tmp_path):
+    rule = tmp_path / "a_package/rules/rule.py"
+    rule.parent.mkdir(parents=True)
+    (tmp_path / "a_package/schemes.py").write_text("import a_package.rules.rule")
+    rule.write_text("SCALE = 1.5")
+    saved = plugins.to_json(plugins.plugins_of(["a_package.schemes"]))
+    assert compared(saved, "a_package.schemes") is None
+    rule.write_text("SCALE = 9.0")
+    end = ", or start a new run under another run.name"
+    wrong = "a_package.schemes is not the module that RUN, step 1, was trained with (rules/rule.py has changed)"
+    assert compared(saved, "a_package.schemes") == f"run.plugins: {wrong}; name that module{end}"
+    folder = tmp_path / "plugins" / saved[0]["digest"][:12]
+    folder.mkdir(parents=True)
+    told = compared(saved, "json")
+    wrong = "RUN, step 1, was trained with a_package.schemes, which this start does not name"
+    assert told == f"run.plugins: {wrong}; name that module (its source of then is in {folder}){end}"
+
+
+def test_a_version_that_compared_less_of_a_plugin_is_no_fault_of_the_user(compared, tmp_path, capsys):
+    (tmp_path / "b_package/inner").mkdir(parents=True)
+    for file in ("__init__.py", "rule.py", "inner/__init__.py", "inner/schemes.py"):
+        (tmp_path / "b_package" / file).write_text(f"'{file}'")
+    # Of b_package.inner those versions read the files of its own folder.
+    file = tmp_path / "b_package/inner/schemes.py"
+    sources = {name: f"'inner/{name}'" for name in ("__init__.py", "schemes.py")}
+    saved = [{"name": "b_package.inner", "digest": "of then", "sources": sources}]
+    assert compared(saved, "b_package.inner") is None
+    told = capsys.readouterr().err
+    wrong = "of the plugin b_package.inner only __init__.py, schemes.py was compared then, which is unchanged"
+    assert told == f"note: RUN, step 1: {wrong}; rule.py may have been another\n"
+    file.write_text("edited")
+    assert "is not the module that RUN, step 1, was trained with (schemes.py has changed)" in compared(
+        saved, "b_package.inner"
+    )

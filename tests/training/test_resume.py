@@ -17,6 +17,9 @@ from hybridnorm_jax.training.program import Program
 STEPS = 6
 
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
+
 @pytest.fixture
 def config(tmp_path, small_config):
     """Six steps over two dozen short documents; dropout, accumulation and segment ids, so that all of them resume."""
@@ -102,12 +105,15 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(config, tmp_path, 
     assert [record["step"] for record in _records(whole, tmp_path) if "eval/validation/loss" in record] == [4, 6]
 
 
-def test_a_finished_run_is_evaluated_again_and_left_as_it_is(config, tmp_path):
+def test_a_finished_run_is_evaluated_again_and_left_as_it_is(config, tmp_path, capsys):
     once = loop.train(config)
     file = tmp_path / "runs/resumed/metrics.jsonl"
     before = file.read_text()
     again = loop.train(config)
     assert again == once
+    assert "note:" not in capsys.readouterr().err
+    loop.train(dataclasses.replace(config, eval=dataclasses.replace(config.eval, batches=2)))
+    assert "note: eval.batches: saved 1, asked 2: this counts for the scores below alone" in capsys.readouterr().err
     assert file.read_text() == before
 
     # eval.py's way: other devices, the newest checkpoint or a named one.
@@ -164,6 +170,9 @@ def test_data_that_changed_since_the_checkpoint_is_refused(config, tmp_path):
     before = [file.read_bytes() for file in files]
     for number in range(100, 110):  # enough for some to be trained on
         (tmp_path / f"{number}.txt").write_text(f"{number} " * 30)
-    with pytest.raises(UserError, match=r"data\.files: 100\.txt is read now where 11\.txt was when step 6 was saved"):
+    with pytest.raises(
+        UserError,
+        match=r"data\.files: 100\.txt is read now in the place of 11\.txt, which was read when step 6 was saved",
+    ):
         loop.train(dataclasses.replace(short, eval=dataclasses.replace(config.eval, every=50)))
     assert [file.read_bytes() for file in files] == before

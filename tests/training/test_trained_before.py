@@ -1,7 +1,7 @@
 """What parameters were trained on is no validation of the run that begins with them, nor of an evaluation."""
 
-import dataclasses
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -9,13 +9,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hybridnorm_jax.commands.main import main
 from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.data.sources import text_corpus
+from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.training.checkpoints import Checkpoints
-from hybridnorm_jax.training.trained_before import Trained, is_kept_out
+from hybridnorm_jax.training.trained_before import Trained, check_validation, is_kept_out
 
 TINY = [
     *("model.d_model=16", "model.num_layers=1", "model.num_heads=2", "model.mlp_dim=16", "train.sample_tokens=0"),
     *("train.steps=1", "train.batch_size=8", "train.seq_len=8", "eval.batches=1"),
 ]
+
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 def byte_tokenizer_json(path, *extra):
@@ -56,7 +61,7 @@ def test_a_larger_share_than_was_held_out_is_refused_and_the_same_is_not(train):
     assert train("run.name=all", "data.files=[a.txt]", "data.validation_fraction=0") is None
     line = train("run.name=x", "data.files=[a.txt]", "init_from=runs/all", "data.validation_fraction=0.3")
     assert line.startswith(
-        "error: data.validation_fraction: saved 0.0, asked 0.3: init_from=runs/all was trained on parts"
+        "error: data.validation_fraction: saved 0.0, asked 0.3: init_from=runs/all was trained on a.txt"
     )
     assert train("run.name=other", "data.files=[b.txt]", "init_from=runs/all", "data.validation_fraction=0.3") is None
     assert train("run.name=most", "data.files=[a.txt]", "data.validation_fraction=0.3") is None
@@ -88,9 +93,8 @@ def test_another_tokenizer_is_refused_wherever_it_lies(train, tmp_path):
     assert train("runs/own", "data.tokenizer=moved/tok.json", "data.cache_dir=cache", command="eval") is None
     byte_tokenizer_json(tmp_path / "tok.json", "<|another|>")
     line = train("runs/own", "data.cache_dir=cache", command="eval")
-    assert "data.tokenizer: tok.json has another content than when runs/own was trained" in line.replace(
-        f"{tmp_path}/", ""
-    )
+    line = line.replace(f"{tmp_path}/", "")
+    assert "data.tokenizer: tok.json has another content than the tokenizer that runs/own was trained with" in line
 
 
 def test_documents_that_are_chosen_in_another_way_are_refused(train, tmp_path):
@@ -103,6 +107,28 @@ def test_documents_that_are_chosen_in_another_way_are_refused(train, tmp_path):
     for number in range(4, 30):
         (tmp_path / f"many/{number}.txt").write_text(_text(number))
     line = train("runs/few", "data.cache_dir=cache", command="eval")
+    assert "what is held out now may have been trained on" in line
+
+
+def test_what_the_hash_alone_does_not_choose_depends_on_all_files(train, tmp_path):
+    """Where the hash chooses no block of a file, its lowest one is held out; with other files it is trained on."""
+    (tmp_path / "both").mkdir()
+    lowest = {}
+    for name in "ab":
+        shutil.copy(tmp_path / f"{name}.txt", tmp_path / "both")
+        corpus = text_corpus("data.files", [f"{name}.txt"], "text")
+        digests = [document.digest for document in corpus.documents(corpus.files[0], whole=False)]
+        lowest[name] = int.from_bytes(min(digests)[:8], "big") / 2**64
+    chosen, other = sorted("ab", key=lowest.get)
+    share = f"data.validation_fraction={sum(lowest.values()) / 2}"
+    assert train("run.name=both", "data.files=[both/*.txt]", share) is None
+    line = train("run.name=part", f"data.files=[{other}.txt]", share, "init_from=runs/both")
+    assert line.startswith(
+        f"error: {share}: init_from=runs/both was trained on {other}.txt, also on parts of it that may be"
+    )
+    assert "because other files are read" in line
+    (tmp_path / f"both/{chosen}.txt").unlink()
+    line = train("runs/both", "data.cache_dir=cache", command="eval")
     assert "what is held out now may have been trained on" in line
 
 
@@ -134,14 +160,23 @@ def test_what_was_trained_on_before_is_known_along_a_chain_of_runs(train):
     assert line == f"error: data.validation.x: init_from=runs/second {end}"
 
 
-def test_a_converted_run_knows_what_it_was_trained_on(train):
+def test_a_converted_run_knows_what_it_was_trained_on(train, tmp_path):
     kind = ("model.scheme=pre", "model.norm=layernorm")
     assert train("run.name=run", "data.files=[a.txt]", *kind) is None
     assert train("runs/run", "runs/converted", "--form", "pre_rmsnorm", command="convert") is None
-    new = ("data.files=[b.txt]", "model.scheme=pre", "model.norm=rmsnorm", "init_from=runs/converted")
+    form = ("model.scheme=pre", "model.attention_norm=layernorm", "model.attention_norm_scale=true")
+    form += ("model.norm_scale=false",)
+    new = ("data.files=[b.txt]", *form, "init_from=runs/converted")
     line = train("run.name=x", *new, "data.validation.old=[a.txt]")
     assert line.startswith("error: data.validation.old: init_from=runs/converted was trained on a.txt")
     assert train("run.name=new", *new) is None
+
+    again = ("runs/converted", "data.cache_dir=cache")
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "a.txt").rename(tmp_path / "moved/a.txt")
+    assert train(*again, "data.files=[moved/a.txt]", command="eval") is None
+    (tmp_path / "a.txt").write_text("a new first line\n" + _text("a"))
+    assert "what is held out now may have been trained on" in train(*again, command="eval")
 
 
 def test_files_that_are_gone_are_known_by_their_content(train, tmp_path):
@@ -163,7 +198,8 @@ def test_what_cannot_be_known_is_said_and_what_is_known_is_not(train, tmp_path, 
     assert notes("run.name=other", "data.files=[b.txt]", "init_from=runs/run") == []
     (tmp_path / "a.txt").write_text("a new first line\n" + _text("a"))
     (line,) = notes("run.name=edited", "data.files=[a.txt]", "init_from=runs/run")
-    assert "was trained on a file of the name a.txt with another content: what both hold may be held out now" in line
+    end = "was trained on another a.txt; if this is the same text, edited, its validation holds what was trained on"
+    assert line == f"note: init_from=runs/run {end}"
 
     read = Checkpoints.read_data_state
     for state, said in (({"train_tokens": 1}, ["kept no digests of data"]), ({}, [])):  # an old version; parameters
@@ -176,6 +212,7 @@ def test_what_cannot_be_known_is_said_and_what_is_known_is_not(train, tmp_path, 
 
 def test_token_files_need_not_name_their_tokenizer(train, tmp_path):
     byte_tokenizer_json(tmp_path / "tok.json")
+    byte_tokenizer_json(tmp_path / "other.json", "<|another|>")
     for name in "ab":
         np.save(tmp_path / f"{name}.npy", np.random.default_rng(ord(name)).integers(0, 256, 20_000).astype("uint16"))
     keys = ("model.vocab_size=300",)
@@ -183,14 +220,30 @@ def test_token_files_need_not_name_their_tokenizer(train, tmp_path):
     assert train("run.name=tokens", "data.files=[a.npy]", *keys, source="tokens") is None
     named = (*tokens, "data.tokenizer=tok.json", "init_from=runs/tokens")
     assert train("run.name=named", *named, source="tokens") is None
+    # Then the run before them may have.
+    assert train("run.name=between", *tokens, "init_from=runs/named", source="tokens") is None
+    line = train("run.name=x", "data.files=[a.txt]", *keys, "data.tokenizer=other.json", "init_from=runs/between")
+    assert "other.json has another content than the tokenizer that init_from=runs/between was trained with" in line
+
+
+def test_what_another_source_would_hold_out_is_refused_as_that():
+    file = {"name": "ast.py", "size": 5, "digest": "its"}
+    known, now = [Trained("stdlib", 0.02, [file])], Trained("text", 0.02, [file | {"name": "mine.txt"}])
+    wrong = "RUN was trained on mine.txt, also on parts of it that may be held out now: data.source was stdlib then, "
+    with pytest.raises(ConfigError, match=f"data.validation_fraction=0.02: {wrong}"):
+        check_validation(known, DataSection(source="text", files=("mine.txt",)), now, where="RUN")
 
 
 def test_a_changed_library_holds_out_the_same_files():
     """Of the standard library the path is hashed, so another version of Python holds out what this one does."""
     saved = [{"name": f"{name}.py", "size": 5, "digest": f"old {name}"} for name in "abc"]
     now = [{"name": f"{name}.py", "size": 6, "digest": f"new {name}"} for name in "abcd"]
-    before, asked = Trained("stdlib", 0.02, saved), DataSection()
-    assert is_kept_out(before, asked, now)
-    assert not is_kept_out(before, asked, [*now, {"name": "moved.py", "size": 5, "digest": "old a"}])
-    assert is_kept_out(before, asked, [*now, {"name": "empty.py", "size": 0, "digest": ""}])
-    assert not is_kept_out(before, dataclasses.replace(asked, validation_fraction=0.03), now)
+    before = Trained("stdlib", 0.02, saved)
+
+    def kept_out(*files, fraction=0.02):
+        return is_kept_out(before, Trained("stdlib", fraction, [*now, *files]))
+
+    assert kept_out()
+    assert not kept_out({"name": "moved.py", "size": 5, "digest": "old a"})
+    assert kept_out({"name": "empty.py", "size": 0, "digest": ""})
+    assert not kept_out(fraction=0.03)

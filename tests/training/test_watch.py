@@ -16,6 +16,8 @@ from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.spikes import SpikeScore
 from hybridnorm_jax.training.stopping import StopSignals
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 @pytest.fixture
 def config(tmp_path, small_config):

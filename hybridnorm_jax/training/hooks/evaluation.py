@@ -1,4 +1,6 @@
-"""Scores of the validation sets, now and then and at the end."""
+"""Scores of the validation sets and of eval.tasks, now and then and at the end."""
+
+from functools import partial
 
 import jax
 import numpy as np
@@ -15,7 +17,7 @@ from hybridnorm_jax.training.step import Batch
 
 
 class Evaluation(Hook):
-    """Scores the validation sets after every `every`-th step and after the last; sets run.scores."""
+    """Scores the validation sets, and tasks, after every `every`-th step and the last; sets run.scores, task_scores."""
 
     def __init__(self, *, every: int):
         self.every = every
@@ -38,7 +40,9 @@ class Evaluation(Hook):
 
     def _is_owed(self, run: Run) -> bool:
         """Whether an evaluation of the step that was reached is due and not recorded; the same in every process."""
-        if run.step == 0 or not self.is_due(run, run.step) or not run.data.validation:
+        if run.step == 0 or not self.is_due(run, run.step):
+            return False
+        if not run.data.validation and run.task_model is None:
             return False
         # Process 0 alone writes the file, and others may not see it.
         owed = jax.process_index() == 0 and not _is_recorded(run.directory, run.step)
@@ -50,12 +54,22 @@ class Evaluation(Hook):
         """Score and record."""
         self._score(run)
         losses = {f"eval/{name}/loss": score.loss for name, score in run.scores.items()}
-        if not losses:
+        tasks = {
+            f"eval/task/{name}/{metric}": value
+            for name, score in run.task_scores.items()
+            for metric, value in score.metrics.items()
+        }
+        if not losses and not tasks:
             return
-        run.writer.write(run.step, losses)
-        if run.step != run.steps:
+        run.writer.write(run.step, losses | tasks)
+        if run.step == run.steps:
+            return
+        if losses:
             shown = ", ".join(f"{name} {score.loss:.4f}" for name, score in run.scores.items())
             say_above_bar(f"step {run.step}: evaluation loss {shown} nats per token")
+        if tasks:
+            shown = ", ".join(f"{name.removeprefix('eval/task/')} {value:.4f}" for name, value in tasks.items())
+            say_above_bar(f"step {run.step}: tasks {shown}")
 
     def _score(self, run: Run) -> None:
         def eval_step(batch: Batch) -> LossSums:
@@ -68,18 +82,25 @@ class Evaluation(Hook):
                 batch_size=run.program.eval_batch_size,
                 share=run.program.share,
                 sequences=run.program.eval_sequences,
+                stride=run.config.eval.stride,
                 progress=jax.process_index() == 0,
             )
+            if run.task_model is not None:
+                run.task_scores = run.task_model.scores(run.state.params, before_batch=partial(_still_alive, run))
         run.clock.restart()
 
     def _eval_step(self, run: Run, batch: Batch) -> LossSums:
-        run.signals.poll()
-        # Entered anew for every batch: that is what the watchdog takes for a sign of life.
-        run.ledger.enter("evaluation")
+        _still_alive(run)
         with run.ledger.phase("evaluation" if self._compiled else "compilation"):
             sums = run.program.eval_step(run.state.params, batch)
         self._compiled = True
         return sums
+
+
+def _still_alive(run: Run) -> None:
+    """Before every batch: stop where the run is told to, and give the watchdog a sign of life, which is a new phase."""
+    run.signals.poll()
+    run.ledger.enter("evaluation")
 
 
 def _is_recorded(directory: epath.Path, step: int) -> bool:

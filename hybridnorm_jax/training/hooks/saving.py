@@ -9,7 +9,7 @@ from hybridnorm_jax.config.yaml_files import to_yaml
 from hybridnorm_jax.training.hooks.hook import Hook
 from hybridnorm_jax.training.run import Run
 from hybridnorm_jax.training.run_identity import keep_sources
-from hybridnorm_jax.training.trained_before import TRAINED_BEFORE, as_json
+from hybridnorm_jax.training.trained_before import SPLIT_BY_HASH, TRAINED_BEFORE, as_json
 
 
 class Saving(Hook):
@@ -54,6 +54,7 @@ class Saving(Hook):
                     "iterator": run.iterator.get_state(),
                     "train_tokens": run.data.train.num_tokens,
                     "files": list(run.files),
+                    SPLIT_BY_HASH: run.data.is_split_by_hash,
                     TRAINED_BEFORE: as_json(run.trained_before),
                 },
                 config_yaml=self._config_yaml,

@@ -1,0 +1,69 @@
+"""`hybridnorm eval RUN --tasks ...`: score a run in tasks of the LM Evaluation Harness."""
+
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from hybridnorm_jax.commands.scored_run import ScoredRun, open_run
+from hybridnorm_jax.data import load_tokenizer
+from hybridnorm_jax.data.tokenizers import Tokenizer
+from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.evaluation.tasks import check_lm_eval, paper_average, table
+from hybridnorm_jax.training.run_identity import data_files
+from hybridnorm_jax.training.task_model import TaskModel
+from hybridnorm_jax.training.trained_before import check_tokenizer
+
+OPTION = "--tasks"
+
+
+class AskedTasks(NamedTuple):
+    """The tasks that are to be scored, and how many documents of each; None: all."""
+
+    names: tuple[str, ...]
+    limit: int | None
+
+
+def asked_tasks(tasks: str | None, limit: int | None) -> AskedTasks | None:
+    """What the options ask for; None: no tasks.
+
+    Raises:
+      UserError: a limit below 1, or without tasks.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit {limit}: must be at least 1, the documents of each task to score")
+    if tasks is None:
+        if limit is not None:
+            raise ConfigError(f"--limit: needs {OPTION}; eval.batches scores the beginning of validation sets")
+        return None
+    return AskedTasks(tuple(name.strip() for name in tasks.split(",") if name.strip()), limit)
+
+
+def scores_of_run(path: str, overrides: Sequence[str], asked: AskedTasks, *, as_json: bool) -> str:
+    """The scores of a run as they are printed; arguments as those of commands.eval.evaluate_run.
+
+    Raises:
+      UserError: see open_run and TaskModel; or the tokenizer is another than that of the run.
+    """
+    check_lm_eval(OPTION)
+    with open_run(path, overrides) as run:
+        model = TaskModel(run.program, _tokenizer(run), asked.names, key=OPTION, limit=asked.limit)
+        params = run.params()
+    scores = model.scores(params)
+    if not as_json:
+        part = "" if asked.limit is None else f"; at most the first {asked.limit:,} documents of each task"
+        return f"{run.name}: tasks{part}\n{table(scores)}"
+    result = {"checkpoint": run.name, "step": run.step, "limit": asked.limit}
+    result["tasks"] = {name: score.as_json() for name, score in scores.items()}
+    if (average := paper_average(scores)) is not None:
+        result["mean_of_hybridnorm"] = average
+    return json.dumps(result, indent=2)
+
+
+def _tokenizer(run: ScoredRun) -> Tokenizer | None:
+    """That of the run; None where its token files do not say which one it is."""
+    data = run.config.data
+    if "files" in run.data_state:
+        check_tokenizer(run.saved.data, run.data_state["files"], data, data_files(data, ()), where=run.where)
+    if data.source == "tokens" and data.tokenizer == "bytes":
+        return None
+    return load_tokenizer(data)

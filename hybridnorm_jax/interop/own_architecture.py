@@ -1,0 +1,207 @@
+"""What config.json of our own PyTorch code means as a ModelConfig, and the other way round.
+
+The code is in pytorch/; it expresses every model of ours. Its config.json says of each layer where it normalizes, so
+the code needs no table of schemes. Here it is read as data: no code beside it is executed.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from hybridnorm_jax.config_fields import shortened
+from hybridnorm_jax.errors import ConfigError, UserError
+from hybridnorm_jax.interop.hf_config_keys import Architecture, Json, Key, names
+from hybridnorm_jax.model.config import ACTIVATIONS, NORMS, ModelConfig
+from hybridnorm_jax.model.placement import HEAD_NORMS, BlockPlacement, SublayerPlacement
+from hybridnorm_jax.model.schemes import SCHEMES
+
+# The files of pytorch/ that are copied beside the weights.
+CODE_FILES = ("configuration_hybridnorm.py", "modeling_hybridnorm.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_hybridnorm.HybridNormConfig",
+    "AutoModel": "modeling_hybridnorm.HybridNormModel",
+    "AutoModelForCausalLM": "modeling_hybridnorm.HybridNormForCausalLM",
+}
+# Fields of ModelConfig that no key of config.json holds, and why. All others are in KEYS or read by `read`, below.
+NOT_WRITTEN = {
+    "initializer": "how fresh weights are drawn",
+    "param_dtype": "torch_dtype says it",
+    "dtype": "the dtype that a caller computes in",
+    "attention": "what computes attention, not which",
+    "expert_dispatch": "what computes the experts, not which",
+    "remat": "what the backward pass computes again",
+    "scan_unroll": "how the program is compiled",
+}
+# Fields that `read` and `write` join to keys of another meaning.
+READ_APART = ("scheme", "embedding_norm", "rotary_fraction", "max_positions")
+_PRE = {"attention": {"pre": True}, "feed_forward": {"pre": True}}
+_DEFAULT_LAYERS = 12
+
+
+def _nothing(document: Json) -> None:
+    """Null means null."""
+
+
+def _same(*words: str) -> Mapping[str, str]:
+    return {word: word for word in words}
+
+
+# The defaults are those of HybridNormConfig: transformers leaves out what is as it is by default.
+KEYS = (
+    Key("vocab_size", ("vocab_size",), 50304),
+    Key("hidden_size", ("d_model",), 768),
+    Key("num_hidden_layers", ("num_layers",), _DEFAULT_LAYERS, most=10_000),
+    Key("num_attention_heads", ("num_heads",), 12),
+    Key("num_key_value_heads", ("num_kv_heads",), 12),
+    Key("head_dim", ("head_dim",), 64),
+    Key("intermediate_size", ("mlp_dim",), 2048),
+    Key("hidden_act", ("activation",), "swiglu", words=_same(*ACTIVATIONS)),
+    Key("norm", ("norm",), "rmsnorm", words=_same(*NORMS)),
+    Key("norm_eps", ("norm_eps",), 1e-5),
+    Key("norm_scale", ("norm_scale",), True),
+    Key("norm_bias", ("norm_bias",), False),
+    Key("norm_width", ("norm_width",), None, null=_nothing),
+    Key("attention_norm_scale", ("attention_norm_scale",), True),
+    Key("attention_norm_bias", ("attention_norm_bias",), False),
+    Key("positions", ("positions",), "rope", words=_same("rope", "learned")),
+    Key("rotary_base", ("rope_theta",), 10000.0, most=10**12),
+    Key("position_offset", ("position_offset",), 0),
+    Key("num_experts", ("num_experts",), 0),
+    Key("num_experts_per_tok", ("experts_per_token",), None, null=_nothing),
+    Key("norm_topk_prob", ("normalize_expert_weights",), False),
+    Key("num_shared_experts", ("shared_experts",), 0),
+    Key("balance_bias", ("balance_bias",), False),
+    Key("attention_bias", ("attention_bias",), False),
+    Key("mlp_bias", ("mlp_bias",), False),
+    Key("head_bias", ("head_bias",), False),
+    Key("tie_word_embeddings", ("tie_embeddings",), False),
+    Key("dropout", ("dropout",), 0.0),
+    Key("initializer_range", ("init_std",), 0.02),
+)
+# Keys of meanings that no single field has.
+ATTENTION_NORM = Key("attention_norm", ("attention_norm",), "rmsnorm", words=_same("rmsnorm", "layernorm"))
+ROTARY_DIM = Key("rotary_dim", (), 64)
+MOST_POSITIONS = Key("max_position_embeddings", ("max_positions",), None, null=_nothing)
+EMBEDDING_NORM = Key("embedding_norm", (), False)
+FINAL_NORM = Key("final_norm", (), True)
+
+
+class OwnArchitecture(Architecture):
+    """How config.json of our own code states a model."""
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """Every scheme."""
+        return tuple(SCHEMES)
+
+    def read(self, document: Json, source: str) -> ModelConfig:
+        """The ModelConfig of a config.json, in float32."""
+        self._check(document, source)
+        fields = {field: key.read(document, source) for key in KEYS for field in key.fields}
+        fields["attention_norm"] = ATTENTION_NORM.read(document, source)
+        fields["embedding_norm"] = str(EMBEDDING_NORM.read(document, source)).lower()
+        if fields["positions"] == "learned":
+            fields["max_positions"] = MOST_POSITIONS.read(document, source)
+        else:
+            rotating, width = ROTARY_DIM.read(document, source), fields["head_dim"]
+            if not 0 < rotating <= width:
+                raise UserError(f"{source}: rotary_dim={rotating}: must be between 1 and head_dim={width}")
+            fields["rotary_fraction"] = rotating / width
+        fields["scheme"] = _scheme(document, source, fields["num_layers"])
+        try:
+            return ModelConfig(**fields)
+        except ConfigError as error:
+            raise UserError(f"{source}: {error}") from error
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """The config.json of a model: its meaning only."""
+        document = {"model_type": self.name, "auto_map": AUTO_MAP}
+        document |= {key.name: getattr(config, key.fields[0]) for key in KEYS}
+        if config.positions == "learned":
+            document[MOST_POSITIONS.name] = config.max_positions
+        else:
+            document[ROTARY_DIM.name] = config.rotary_dim
+        return document | {
+            ATTENTION_NORM.name: config.attention_norm_kind,
+            EMBEDDING_NORM.name: config.has_embedding_norm,
+            FINAL_NORM.name: config.has_final_norm,
+            "scheme": config.scheme,
+            "placements": [placement_to_json(placement) for placement in config.placements],
+        }
+
+
+OWN = OwnArchitecture(
+    name="hybridnorm",
+    class_name="HybridNormForCausalLM",
+    constants={},
+    keys=(*KEYS, ATTENTION_NORM, ROTARY_DIM, MOST_POSITIONS, EMBEDDING_NORM, FINAL_NORM),
+    fixed={"auto_map": lambda value, document: True},  # which classes transformers should load; we load none
+    harmless=names("scheme placements"),
+)
+
+
+# ---- Placements as data.
+
+
+def placement_to_json(placement: BlockPlacement) -> dict[str, Any]:
+    """What is in a placement, by its name; what is absent, or a scale of 1, is left out."""
+    stated: dict[str, Any] = {}
+    for field in dataclasses.fields(placement):
+        value = getattr(placement, field.name)
+        if isinstance(value, SublayerPlacement):
+            stated[field.name] = _stated_parts(value)
+        elif value is not None:
+            stated[field.name] = value
+    return stated
+
+
+def _stated_parts(sublayer: SublayerPlacement) -> dict[str, Any]:
+    parts = {field.name: (getattr(sublayer, field.name), field.default) for field in dataclasses.fields(sublayer)}
+    return {name: value for name, (value, default) in parts.items() if value != default}
+
+
+def placement_from_json(stated: Any, where: str) -> BlockPlacement:
+    """The placement that a mapping states; `where` is the key, for messages."""
+    parts = dict(_mapping(stated, where, ("attention", "feed_forward", *HEAD_NORMS)))
+    known = [field.name for field in dataclasses.fields(SublayerPlacement)]
+    try:
+        for name in ("attention", "feed_forward"):
+            parts[name] = SublayerPlacement(**_mapping(parts.get(name, {}), f"{where}.{name}", known))
+        return BlockPlacement(**parts)
+    except UserError:  # which is a ValueError
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _mapping(value: Any, where: str, known: tuple[str, ...] | list[str]) -> Mapping[str, Any]:
+    """The value, which must be a mapping with these keys alone."""
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}={value!r:.80}: must be a mapping")
+    for key in value:
+        if key not in known:
+            raise UserError(f"{where}.{shortened(key)}: not known; known: {', '.join(known)}")
+    return value
+
+
+def _scheme(document: Json, source: str, num_layers: int) -> str:
+    """The scheme of the table that has the placements and the final norm of this config.json.
+
+    Raises:
+      UserError: none has, as with a plugin that was not imported. A run that trains on needs the name of a scheme.
+    """
+    stated = document.get("placements", [_PRE] * _DEFAULT_LAYERS)
+    if not isinstance(stated, list):
+        raise UserError(f"{source}: placements: must be a list, with a placement for each layer")
+    if len(stated) != num_layers:
+        raise UserError(f"{source}: placements: {len(stated)} of them, but num_hidden_layers={num_layers}")
+    placements = tuple(placement_from_json(each, f"{source}: placements[{layer}]") for layer, each in enumerate(stated))
+    name, final_norm = document.get("scheme"), FINAL_NORM.read(document, source)
+    for scheme in sorted(SCHEMES, key=lambda scheme: scheme != name):  # its own name first
+        rule = SCHEMES[scheme]
+        if rule.final_norm == final_norm and rule.placements(num_layers) == placements:
+            return scheme
+    if isinstance(name, str) and name in SCHEMES:
+        raise UserError(f"{source}: placements and final_norm are not those of scheme={name}, nor of any other scheme")
+    right = "no scheme here has its placements; import the plugin that has it first (run.plugins=[...])"
+    raise UserError(f"{source}: scheme={name!r:.80}: {right}")

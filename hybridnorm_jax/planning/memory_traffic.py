@@ -1,0 +1,197 @@
+"""How many bytes of a device's memory (HBM) a compiled program reads and writes, counted in XLA's text of it."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from hybridnorm_jax.planning.collectives import (
+    Computation,
+    Instruction,
+    Module,
+    called_computations,
+    parse_module,
+    root_of,
+    trip_count,
+    tuple_elements,
+)
+
+# They name what is there already, or end what was counted where it began.
+_FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "reshape",
+    "after-all",
+    "opt-barrier",
+    "async-done",
+    "copy-done",
+    "slice-done",
+}
+# They read of their first operand as much as they return.
+_SLICES = {"dynamic-slice", "slice", "gather"}
+# Inside a fusion they compute what is asked of them and no more.
+_PASSED = {"bitcast", "reshape", "copy", "transpose", "convert"}
+_ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,<=]*)\](?:\{([^{}]*)\})?")
+
+
+class Moved(NamedTuple):
+    """What one instruction moves each time it runs.
+
+    Attributes:
+      name: of the instruction.
+      bytes: read and written, with the padding of tiles.
+      times: how often it runs.
+    """
+
+    name: str
+    bytes: int
+    times: int
+
+
+def memory_traffic(text: str, *, of_loop: bool = False, unknown_trips: int = 1) -> list[Moved]:
+    """What one execution of a compiled module moves between memory and cores, most first.
+
+    Every instruction that runs by itself reads its operands from memory and writes its result there; what happens
+    inside a fusion stays in registers. Of what is sliced the slice is read, also inside a fusion, and of what is
+    updated in place the tiles of the update are read and written. What a TPU keeps beside its cores (S(1) in the text)
+    does not count. Nothing is found in a cache. All branches of a conditional count.
+
+    Args:
+      text: of the module after optimization.
+      of_loop: count one turn of the one loop of its entry instead.
+      unknown_trips: how often a loop turns whose text does not say it.
+
+    Raises:
+      ValueError: it is not the text of a module, or does not have that one loop.
+    """
+    module = parse_module(text)
+    start = _loop_body(module) if of_loop else module.entry
+    return sorted(_moved(module, start, 1, unknown_trips), key=lambda each: -each.bytes * each.times)
+
+
+def total_bytes(moved: list[Moved]) -> int:
+    """All bytes together."""
+    return sum(each.bytes * each.times for each in moved)
+
+
+def memory_bytes(shape: str) -> int:
+    """Bytes of memory that an array or all arrays of a tuple take; bf16[8,100]{1,0:T(8,128)(2,1)} takes 2,048."""
+    return sum(_padded_bytes(array) for array in _ARRAY.finditer(shape) if not _is_beside_cores(array))
+
+
+def _loop_body(module: Module) -> str:
+    loops = [each for each in module.computations[module.entry].values() if each.opcode == "while"]
+    if len(loops) != 1:
+        raise ValueError(f"{module.entry}: {len(loops)} loops, not one")
+    return loops[0].attribute("body")
+
+
+def _is_beside_cores(array: re.Match) -> bool:
+    return re.search(r"S\([1-9]", array[4] or "") is not None
+
+
+def _padded_bytes(array: re.Match) -> int:
+    letters, bits, sizes, layout = array.groups(default="")
+    width = 8 if letters == "pred" else int(bits or 0)
+    dims = [int(size.lstrip("<=")) for size in sizes.split(",") if size]
+    order, _, tiling = layout.partition(":")
+    tile = re.match(r"T\(([\d,]+)\)", tiling)
+    if tile and order:
+        most_minor_first = [int(dim) for dim in order.split(",")]
+        for side, dim in zip(reversed(tile[1].split(",")), most_minor_first, strict=False):
+            dims[dim] = -(-dims[dim] // int(side)) * int(side)
+    return math.ceil(math.prod(dims) * width / 8)
+
+
+def _size(shape: str) -> int:
+    """How many numbers an array shape has."""
+    array = _ARRAY.search(shape)
+    return math.prod(int(size.lstrip("<=")) for size in array[3].split(",") if size) if array else 0
+
+
+def _moved(module: Module, name: str, times: int, unknown_trips: int) -> Iterator[Moved]:
+    """What `times` calls of this computation move."""
+    computation = module.computations[name]
+    for instruction in computation.values():
+        match instruction.opcode:
+            case "while":
+                trips = trip_count(instruction, computation, module.computations)
+                trips = unknown_trips if trips is None else trips
+                yield from _moved(module, instruction.attribute("body"), times * trips, unknown_trips)
+            case "call" | "conditional" | "async-start":
+                for called in called_computations(instruction):
+                    yield from _moved(module, called, times, unknown_trips)
+            case opcode if opcode not in _FREE:
+                yield Moved(instruction.name, _bytes(instruction, computation, module), times)
+
+
+def _bytes(instruction: Instruction, caller: Computation, module: Module) -> int:
+    """What one instruction reads and writes."""
+    operands = [caller[name].shape for name in instruction.operand_names if name in caller]
+    match instruction.opcode:
+        case "fusion":
+            inside = module.computations[instruction.attribute("calls")]
+            read = sum(
+                round(memory_bytes(shape) * _share_read(_parameter(inside, number), inside, module))
+                for number, shape in enumerate(operands)
+            )
+            return read + _written(instruction.shape, root_of(inside), inside, module)
+        case "copy-start" | "slice-start":  # its value is (destination, source, ...)
+            destination = _ARRAY.search(instruction.shape)
+            sides = [not _is_beside_cores(destination), bool(memory_bytes(operands[0]))]
+            return sum(sides) * _padded_bytes(destination)
+        case "dynamic-update-slice":
+            return _updated(instruction.shape, operands[1])
+        case opcode if opcode in _SLICES:
+            return 2 * memory_bytes(instruction.shape)
+    # A GPU's library calls return the memory that they work in, s8, besides their results.
+    result = re.sub(r"\bs8\[\d+\]", "", instruction.shape) if instruction.opcode == "custom-call" else instruction.shape
+    return sum(map(memory_bytes, operands)) + memory_bytes(result)
+
+
+def _parameter(inside: Computation, number: int) -> Instruction:
+    return next(each for each in inside.values() if each.opcode == "parameter" and each.operands == str(number))
+
+
+def _share_read(value: Instruction, inside: Computation, module: Module) -> float:
+    """Which share of a value, an array, the rest of its computation reads."""
+    share = 0.0
+    for user in inside.values():
+        for place, name in enumerate(user.operand_names):
+            if name != value.name:
+                continue
+            if user.opcode in _SLICES and place == 0:
+                share += _size(user.shape) / max(_size(value.shape), 1)
+            elif user.opcode in _PASSED:
+                share += 1.0 if user.is_root else _share_read(user, inside, module)
+            elif user.opcode == "fusion":
+                within = module.computations[user.attribute("calls")]
+                share += _share_read(_parameter(within, place), within, module)
+            elif user.opcode != "dynamic-update-slice" or place != 0:
+                share += 1.0
+    return min(share, 1.0)
+
+
+def _written(shape: str, value: Instruction, inside: Computation, module: Module) -> int:
+    """What a fusion whose root computes this value writes: of an update in place the update alone."""
+    if value.opcode == "tuple":
+        elements = zip(tuple_elements(shape), value.operand_names, strict=True)
+        return sum(_written(element, inside[name], inside, module) for element, name in elements)
+    if value.opcode == "fusion":
+        within = module.computations[value.attribute("calls")]
+        return _written(shape, root_of(within), within, module)
+    if value.opcode in _PASSED and value.operand_names[0] in inside and shape.startswith(value.shape[:2]):
+        return _written(shape, inside[value.operand_names[0]], inside, module)
+    if value.opcode != "dynamic-update-slice":
+        return memory_bytes(shape)
+    return _updated(shape, inside[value.operand_names[1]].shape)
+
+
+def _updated(shape: str, update: str) -> int:
+    """What an update in place of an array of this shape reads and writes: the tiles that it touches."""
+    sizes, layout = _ARRAY.search(update)[3], _ARRAY.search(shape)[4]
+    letters = shape[: shape.index("[")]
+    return 2 * memory_bytes(f"{letters}[{sizes}]{{{layout or ''}}}")

@@ -1,0 +1,145 @@
+"""`hybridnorm generate`: text from a trained model, and one line for what cannot be."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import hybridnorm_jax as hn
+from hybridnorm_jax.commands import saved_model
+from hybridnorm_jax.commands.main import main
+from hybridnorm_jax.data import load_tokenizer
+from hybridnorm_jax.generation.text import write_text
+
+GPT2 = str(Path(__file__).parents[1] / "goldens" / "hf_gpt2")
+TINY = [
+    *("model.d_model=16", "model.num_layers=1", "model.num_heads=2", "model.mlp_dim=16", "train.batch_size=8"),
+    *("train.seq_len=16", "train.steps=2", "train.sample_tokens=0", "eval.batches=1", "data.source=text"),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs of bytes: one with rotary positions, one with 20 learned ones."""
+    directory = tmp_path_factory.mktemp("generate")
+    (directory / "a.txt").write_text("abc def\n" * 400)
+    keys = [f"data.files=[{directory}/a.txt]", f"run.dir={directory}", f"data.cache_dir={directory}/cache"]
+    assert main(["train", *TINY, *keys, "run.name=rope"]) == 0
+    learned = ("model.positions=learned", "model.max_positions=20", "model.scheme=pre")
+    assert main(["train", *TINY, *keys, *learned, "run.name=learned"]) == 0
+    return directory
+
+
+class Terminal(io.StringIO):
+    """Where somebody types."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def generate(runs, monkeypatch, capsys):
+    """Runs the command; returns what it printed, or its one line of an error."""
+    monkeypatch.chdir(runs)
+
+    def command(*arguments, typed=None):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("" if typed is None else typed))
+        capsys.readouterr()
+        status = main(["generate", *arguments])
+        out, told = capsys.readouterr()
+        if status == 0:
+            return out
+        (line,) = told.splitlines()
+        return line
+
+    return command
+
+
+def test_the_text_is_that_of_the_library_from_every_kind_of_prompt(generate, runs):
+    source = saved_model.read_directory("rope")
+    tokenizer = load_tokenizer(source.config.data)
+    (written,) = write_text(source.config.model, source.params, tokenizer, ["abc"], max_new_tokens=12)
+    tokens = np.array([256, *b"abc"])
+    (ids,) = hn.generate(source.config.model, source.params, [tokens], max_new_tokens=12, stop_ids=[256])
+    assert written.text == tokenizer.decode(ids)
+    (runs / "prompt.txt").write_text("abc")
+    options = ("--max-tokens", "12")
+    assert generate("rope", "--prompt", "abc", *options) == written.text + "\n"
+    assert generate("rope", "--file", "prompt.txt", *options) == written.text + "\n"
+    assert generate("rope", *options, typed="abc") == written.text + "\n"
+    assert generate("rope@2", "--prompt", "abc", *options) == written.text + "\n"
+    line = json.loads(generate("rope", "--prompt", "abc", *options, "--json"))
+    assert line == {"prompt": "abc", "text": written.text, "tokens": 12, "ended": "length"}
+
+
+def test_sampling_stop_strings_and_seeds(generate):
+    drawn = ("rope", "--prompt", "", "--max-tokens", "40", "--temperature", "1", "--json")
+    text = json.loads(generate(*drawn))["text"]
+    assert json.loads(generate(*drawn))["text"] == text
+    assert json.loads(generate(*drawn, "--seed", "1"))["text"] != text
+    stopped = json.loads(generate(*drawn, "--stop", text[3:6]))
+    assert stopped["ended"] == "stop"
+    assert stopped["text"] == text[: text.find(text[3:6])]
+
+
+def test_a_hugging_face_directory_is_told_its_tokenizer(generate, runs):
+    config = hn.ModelConfig(scheme="pre", d_model=16, num_layers=1, num_heads=2, mlp_dim=16, vocab_size=257)
+    hn.save_huggingface(
+        runs / "hf", config, hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 1), int))["params"]
+    )
+    line = generate("hf", "--prompt", "abc", "--max-tokens", "3")
+    assert line.startswith("error: hf: no tokenizer is known to belong to it; name its tokenizer.json, or bytes, with")
+    assert generate("hf", "--prompt", "abc", "--max-tokens", "3", "--tokenizer", "bytes").endswith("\n")
+
+
+def test_learned_positions_limit_the_text(generate):
+    assert len(json.loads(generate("learned", "--prompt", "abc", "--json"))["text"]) <= 17
+    line = generate("learned", "--prompt", "abc", "--max-tokens", "30")
+    assert line.startswith("error: a prompt of 4 tokens and max_new_tokens=30 do not fit model.max_positions=20")
+    line = generate("learned", "--prompt", "a" * 30)
+    assert line.startswith("error: a prompt of 31 tokens and max_new_tokens=1 do not fit model.max_positions=20")
+
+
+def test_typed_prompts_until_the_end_of_input(generate, monkeypatch, runs):
+    lines = iter(["abc", "def"])
+
+    def typed(shown):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    one = generate("rope", "--prompt", "abc", "--max-tokens", "4", "--json")
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(io, "StringIO", Terminal)
+    both = generate("rope", "--max-tokens", "4", "--json").splitlines()
+    assert [json.loads(line)["prompt"] for line in both if line] == ["abc", "def"]
+    assert both[0] + "\n" == one
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere: no such directory"),
+        (["rope/plugins"], "rope/plugins: no such directory"),
+        (["rope", "--max-tokens", "0"], "--max-tokens 0: must be at least 1"),
+        (["rope", "--top-p", "2"], "--top-p=2.0: must be above 0 and at most 1"),
+        (["rope", "--temperature", "nan"], "--temperature=nan: "),
+        (["rope", "--stop", ""], "--stop: an empty text would end every text at once"),
+        (["rope", "--file", "nowhere.txt"], "--file nowhere.txt: No such file or directory"),
+        (["rope", "--file", "rope"], "--file rope: no regular file; name a file of UTF-8 text"),
+        (["rope", "--file", "rope/checkpoints"], "--file rope/checkpoints: no regular file"),
+        (["rope", "--prompt", "x", "--file", "a.txt"], "hybridnorm generate: argument --file: not allowed with"),
+        (["rope", "--temprature", "1"], "--temprature: no such option of `hybridnorm generate`; did you mean"),
+        (["rope", "train.steps=3"], "train.steps=3: a key of `hybridnorm train`, not of `hybridnorm generate`"),
+        (["rope", "--tokenizer", "nowhere.json"], "data.tokenizer=nowhere.json: "),
+        ([GPT2, "--tokenizer", "bytes"], "--tokenizer bytes: it has 257 tokens, but the model 61; name the tokenizer"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_ends_in_one_line(arguments, message, generate):
+    assert generate(*arguments, typed="x").startswith(f"error: {message}")

@@ -1,0 +1,74 @@
+"""The files of a tokenizer that an export holds give the ids that the run was trained on."""
+
+import dataclasses
+import json
+
+import pytest
+
+from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.data.tokenizer_files import TOKENIZER, byte_tokenizer_json, tokenizer_files, tokenizer_of
+from hybridnorm_jax.data.tokenizers import ByteTokenizer, load_tokenizer
+
+TEXTS = [
+    "",
+    "def f(x):\n\treturn x  # two  spaces, trailing ",
+    " leading",
+    "Grüße, 世界 \U0001f600 e\u0301",
+    "".join(map(chr, range(256))),
+    "\r\n\x00\x7f",
+    "it's 'quoted' 123",
+]
+
+
+@pytest.fixture
+def as_file(tmp_path):
+    """The byte tokenizer, read back from its tokenizer.json by our own code."""
+    (tmp_path / TOKENIZER).write_text(json.dumps(byte_tokenizer_json(), ensure_ascii=False), encoding="utf-8")
+    return load_tokenizer(DataSection(tokenizer=str(tmp_path / TOKENIZER)))
+
+
+def test_the_byte_tokenizer_as_a_file_has_the_same_ids(as_file):
+    ours = ByteTokenizer()
+    for text in TEXTS:
+        assert as_file.encode(text).tolist() == ours.encode(text).tolist() == list(text.encode())
+        assert as_file.decode(as_file.encode(text)) == text
+    assert (as_file.vocab_size, as_file.separator_id, as_file.separator) == (257, 256, "<|endoftext|>")
+    for broken in ([0xC3], [0xE4, 0xB8], [0xFF, 65], [65, 0xF0, 0x9F, 0x98, 66], list(range(128, 256))):
+        assert as_file.decode(broken) == ours.decode(broken)
+
+
+def test_transformers_reads_the_files(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    data = DataSection()
+    for name, content in tokenizer_files(data, tokenizer_of(data), longest=64).items():
+        (tmp_path / name).write_bytes(content)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        assert tokenizer(text)["input_ids"] == list(text.encode())
+        assert tokenizer.decode(list(text.encode())) == text
+    assert tokenizer("<|endoftext|>a")["input_ids"] == [256, 97]
+    assert {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} == {256}
+    assert (len(tokenizer), tokenizer.model_max_length) == (257, 64)
+    padded = tokenizer(["a", "abc"], padding=True)
+    assert padded["input_ids"] == [[256, 256, 97], [97, 98, 99]]
+    assert padded["attention_mask"] == [[0, 0, 1], [1, 1, 1]]
+    tokenizer.save_pretrained(tmp_path / "again")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again(TEXTS[3])["input_ids"] == list(TEXTS[3].encode())
+
+
+def test_another_tokenizer_is_copied_as_it_is(tmp_path):
+    document = byte_tokenizer_json()
+    document["added_tokens"][0]["content"] = "</s>"
+    content = json.dumps(document).encode() + b"\n \n"
+    (tmp_path / "mine.json").write_bytes(content)
+    data = DataSection(tokenizer=str(tmp_path / "mine.json"))
+    files = tokenizer_files(data, tokenizer_of(data), longest=None)
+    assert files[TOKENIZER] == content
+    settings = json.loads(files["tokenizer_config.json"])
+    assert settings["eos_token"] == "</s>"
+    assert "model_max_length" not in settings
+
+
+def test_token_files_without_a_named_tokenizer_have_none(tmp_path):
+    assert tokenizer_of(dataclasses.replace(DataSection(), source="tokens", files=("a.npy",))) is None

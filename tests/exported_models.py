@@ -1,0 +1,131 @@
+"""Models as our own PyTorch code has them, and what our Decoder makes of the same parameters."""
+
+import functools
+import os
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+# transformers copies the code of a directory to a folder of its own and imports it from there.
+os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="hf_modules_"))
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers", minversion="5.0")
+
+import hybridnorm_jax as hn  # noqa: E402
+from hybridnorm_jax.interop.huggingface import save_huggingface  # noqa: E402
+from hybridnorm_jax.interop.tensor_places import leaf_shapes  # noqa: E402
+from hybridnorm_jax.interop.tensors import TABLES  # noqa: E402
+from hybridnorm_jax.model.abstract_params import abstract_params  # noqa: E402
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)
+
+SIZES = {"d_model": 32, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 48, "vocab_size": 61}
+BIASES = {"attention_bias": True, "mlp_bias": True, "head_bias": True}
+EXPERTS = {"num_experts": 5, "experts_per_token": 2}
+COMPRESSED = {"norm": "crmsnorm", "d_model": 31, "norm_width": 32, "head_dim": 8}
+# Every kind of model beside those that differ in the scheme alone.
+KINDS = {
+    "experts": {"scheme": "hybrid_star", **EXPERTS},
+    "experts_with_all": {
+        **{"scheme": "span", **EXPERTS, **BIASES, "norm_bias": True, "shared_experts": 2},
+        **{"balance_bias": True, "normalize_expert_weights": True},
+    },
+    "layernorm": {"scheme": "peri", "norm": "layernorm", "norm_bias": True, **BIASES, "activation": "gelu"},
+    "layernorm_without_bias": {"scheme": "pre", "norm": "layernorm", "activation": "gelu_tanh"},
+    "norms_without_scale": {"scheme": "hybrid", "norm": "layernorm", "norm_scale": False, "activation": "relu"},
+    "crmsnorm": {"scheme": "pre", **COMPRESSED},
+    "crmsnorm_padded": {"scheme": "pre", **COMPRESSED, "d_model": 40},
+    "crmsnorm_with_experts": {"scheme": "pre", **COMPRESSED, **EXPERTS, "mlp_dim": 45},
+    "learned_positions": {
+        **{"scheme": "pre_qk_projection", "positions": "learned", "max_positions": 20, "position_offset": 2},
+        "tie_embeddings": True,
+    },
+    "partial_rotation": {"scheme": "keel", "rotary_fraction": 0.5, "rope_theta": 500.0},
+    "tied_with_bias": {"scheme": "parallel", "tie_embeddings": True, "head_bias": True},
+    "every_head_its_own": {"scheme": "pre_qkvc_post", "num_kv_heads": 4, "attention_norm": "layernorm"},
+    "biased_head_norms": {"scheme": "pre_qkc_post", "attention_norm": "layernorm", "attention_norm_bias": True},
+    "one_kv_head": {"scheme": "reordered", "num_kv_heads": 1, "head_dim": 12, "norm_eps": 1e-2},
+    "embedding_norm": {"scheme": "b2t", "embedding_norm": "true"},
+}
+
+
+def config_of(name, **keys):
+    """The model of a name of KINDS, or of a scheme."""
+    return hn.ModelConfig(**(SIZES | KINDS.get(name, {"scheme": name}) | keys))
+
+
+def draw(config, seed=0):
+    """Parameters of about the size that training starts with, no two norms alike."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, shape):
+        centre, width = (1.0, 0.3) if path[-1].key == "scale" else (0.0, config.init_std)
+        drawn = (centre + width * rng.standard_normal(shape.shape)).astype(shape.dtype)
+        if config.norm_width is not None and config.norm_width - 1 < config.d_model:
+            drawn = _without_padding(drawn, config)
+        return drawn
+
+    return jax.tree.map_with_path(leaf, abstract_params(config))
+
+
+def _without_padding(leaf, config):
+    """Zero where a leaf would write into the padding of the stream."""
+    if leaf.shape[-1] == config.d_model:
+        leaf[..., config.norm_width - 1 :] = 0
+    return leaf
+
+
+class Exported(NamedTuple):
+    """A model on both sides."""
+
+    config: hn.ModelConfig
+    params: dict
+    directory: Path
+
+
+def export(directory, config, params=None, **keys):
+    """The model, written to a new directory as our own code."""
+    params = draw(config) if params is None else params
+    save_huggingface(directory, config, params, architecture="hybridnorm", **keys)
+    return Exported(config, params, Path(directory))
+
+
+def in_torch(directory, **keys):
+    """The model of a directory, as transformers loads it."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, **keys)
+    assert not model.training
+    return model
+
+
+def ids(tokens):
+    """Token ids as torch wants them."""
+    return torch.tensor(np.asarray(tokens), dtype=torch.long)
+
+
+@functools.lru_cache
+def compiled(config):
+    """(params, tokens) -> ((loss, logits), gradients), the loss that of every next token."""
+
+    def loss(params, tokens):
+        logits = hn.Decoder(config).apply({"params": params}, tokens)
+        log_p = jax.nn.log_softmax(logits[:, :-1])
+        return -jax.numpy.take_along_axis(log_p, tokens[:, 1:, None], -1).mean(), logits
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def as_leaves(config, tensors):
+    """Tensors of our PyTorch code by name, as the leaves of our tree by path."""
+    leaves = {path: np.zeros(shape, np.float64) for path, shape in leaf_shapes(config).items()}
+    for place in TABLES["hybridnorm"].places(config):
+        if place.name in tensors:
+            array = tensors[place.name].detach().double().numpy()
+            for view, target in zip(place.views(array), place.targets(leaves), strict=True):
+                target[...] = view
+    return leaves

@@ -1,0 +1,99 @@
+"""What is counted of a program's traffic with memory, on small texts and on a compiled step of generation."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hybridnorm_jax.planning.memory_traffic import memory_bytes, memory_traffic, total_bytes
+
+REPOSITORY = Path(__file__).parents[2]
+
+# A loop over three layers within the loop that counts: each slices its matrix inside a fusion, and updates a cache.
+TEXT = """HloModule m
+
+%slices (p0: f32[3,8,4], p1: s32[]) -> f32[4] {
+  %p0 = f32[3,8,4]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = f32[1,8,4]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,8,4}
+  %flat = f32[8,4]{1,0} bitcast(%slice)
+  ROOT %sum = f32[4]{0} reduce(%flat, %zero), dimensions={0}, to_apply=%add
+}
+
+%updates (p0: f32[100,4], p1: f32[4], p2: s32[]) -> f32[100,4] {
+  %p0 = f32[100,4]{1,0} parameter(0)
+  %p1 = f32[4]{0} parameter(1)
+  %p2 = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %row = f32[1,4]{1,0} bitcast(%p1)
+  ROOT %update = f32[100,4]{1,0} dynamic-update-slice(%p0, %row, %p2, %zero)
+}
+
+%layer (state: (s32[], f32[100,4], f32[3,8,4])) -> (s32[], f32[100,4], f32[3,8,4]) {
+  %state = (s32[], f32[100,4]{1,0}, f32[3,8,4]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %cache = f32[100,4]{1,0} get-tuple-element(%state), index=1
+  %w = f32[3,8,4]{2,1,0} get-tuple-element(%state), index=2
+  %sum = f32[4]{0:T(128)S(1)} fusion(%w, %i), kind=kLoop, calls=%slices
+  %kept = f32[100,4]{1,0} fusion(%cache, %sum, %i), kind=kLoop, calls=%updates
+  ROOT %out = (s32[], f32[100,4]{1,0}, f32[3,8,4]{2,1,0}) tuple(%i, %kept, %w)
+}
+
+%step (state: (s32[], f32[100,4], f32[3,8,4])) -> (s32[], f32[100,4], f32[3,8,4]) {
+  %state = (s32[], f32[100,4]{1,0}, f32[3,8,4]{2,1,0}) parameter(0)
+  ROOT %layers = (s32[], f32[100,4]{1,0}, f32[3,8,4]{2,1,0}) while(%state), condition=%c, body=%layer, KNOWN
+}
+
+ENTRY %main (state: (s32[], f32[100,4], f32[3,8,4])) -> (s32[], f32[100,4], f32[3,8,4]) {
+  %state = (s32[], f32[100,4]{1,0}, f32[3,8,4]{2,1,0}) parameter(0)
+  ROOT %steps = (s32[], f32[100,4]{1,0}, f32[3,8,4]{2,1,0}) while(%state), condition=%c, body=%step
+}
+""".replace("KNOWN", 'backend_config={"known_trip_count":{"n":"3"}}')
+
+
+def test_slices_are_read_and_updates_written_as_often_as_loops_turn():
+    counted = {each.name: (each.bytes, each.times) for each in memory_traffic(TEXT, of_loop=True)}
+    number = 4  # bytes of the s32[] that both fusions read
+    assert counted == {"sum": (4 * 8 * 4 + number, 3), "kept": (2 * 4 * 4 + number, 3)}
+
+
+def test_a_copy_of_the_cache_is_seen():
+    copied = TEXT.replace(
+        "%kept = f32[100,4]{1,0} fusion(%cache,",
+        "%copy = f32[100,4]{1,0} copy(%cache)\n  %kept = f32[100,4]{1,0} fusion(%copy,",
+    )
+    assert total_bytes(memory_traffic(copied, of_loop=True)) - total_bytes(memory_traffic(TEXT, of_loop=True)) == (
+        3 * 2 * 100 * 4 * 4
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ("bf16[8,100]{1,0:T(8,128)(2,1)}", 8 * 128 * 2),
+        ("bf16[8,100]{0,1:T(8,128)(2,1)}", 104 * 128 * 2),
+        ("f32[3]{0:T(128)S(1)}", 0),
+        ("(f32[3]{0}, pred[])", 13),
+    ],
+)
+def test_tiles_are_padded_and_what_lies_beside_the_cores_is_not_in_memory(shape, size):
+    assert memory_bytes(shape) == size
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_step_of_generation_reads_parameters_and_cache_once(batch):
+    pytest.importorskip("libtpu")
+    keys = ["model.num_layers=4"]
+    line = [sys.executable, "benchmarks/generation_memory.py", "v5e:1x1", "151m", *keys, "--batch", str(batch)]
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    done = subprocess.run(line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    # What fits beside the cores need not be fetched in every step.
+    assert found["ratio"] < 1.15
+    assert found["temporaries_mb"] < found["cache_mb"] / 4

@@ -1,0 +1,58 @@
+"""A run that begins with a Hugging Face directory is the run that begins with a run of the same parameters."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import hybridnorm_jax as hn
+from hybridnorm_jax.interop.huggingface import save_huggingface
+from hybridnorm_jax.training import loop
+
+SHORT = {"steps": 2, "batch_size": 4, "seq_len": 16, "log_every": 1, "sample_tokens": 0}
+
+
+@pytest.fixture
+def config(tmp_path, small_config):
+    (tmp_path / "text.txt").write_text("alpha beta gamma delta " * 60)
+    default = hn.RunConfig()
+    return hn.RunConfig(
+        run=dataclasses.replace(default.run, dir=str(tmp_path / "runs")),
+        model=small_config(vocab_size=257, scheme="span", num_layers=2),
+        data=dataclasses.replace(
+            default.data,
+            **{"source": "text", "files": (str(tmp_path / "text.txt"),), "cache_dir": str(tmp_path / "cache")},
+            validation_fraction=0,
+        ),
+        train=dataclasses.replace(default.train, **SHORT),
+        mesh=dataclasses.replace(default.mesh, data=2, fsdp=2, tensor=2),
+    )
+
+
+def _beginning_with(config, name, path):
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, name=name), init_from=str(path))
+
+
+def test_it_trains_on_as_from_a_run(config, tmp_path, random_params):
+    params = random_params(config.model)
+    save_huggingface(tmp_path / "exported", config.model, params)
+    hn.save_run(str(tmp_path / "run"), config, params)
+    trained = []
+    for source in ("exported", "run"):
+        loop.train(_beginning_with(config, f"from_{source}", tmp_path / source))
+        trained.append(hn.load_run(str(tmp_path / "runs" / f"from_{source}"))[1])
+    jax.tree.map(np.testing.assert_array_equal, *trained)
+    assert not np.array_equal(trained[0]["head"]["kernel"], params["head"]["kernel"])
+
+
+def test_another_model_and_the_optimizer_are_refused_by_name(config, tmp_path, random_params):
+    save_huggingface(tmp_path / "exported", config.model, random_params(config.model))
+    heir = _beginning_with(config, "heir", tmp_path / "exported")
+    other = dataclasses.replace(heir, model=dataclasses.replace(config.model, scheme="post"))
+    with pytest.raises(
+        hn.UserError, match=r"belong to another model \(model.scheme: .*exported has span, asked post\)"
+    ):
+        loop.train(other)
+    with pytest.raises(hn.UserError, match=r"init_optimizer=true: .*exported is a Hugging Face directory, without an"):
+        loop.train(dataclasses.replace(heir, init_optimizer=True))
