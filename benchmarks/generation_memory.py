@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from hybridnorm_jax.generation.decoding import read_prompts, write
 from hybridnorm_jax.generation.next_token import Sampling
 from hybridnorm_jax.generation.rounded_parameters import rounded
-from hybridnorm_jax.kernels.cached_attention import block_of
+from hybridnorm_jax.kernels.cached_attention import blocks_of
 from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
@@ -66,7 +66,7 @@ def step_memory(config: ModelConfig, device: jax.Device, *, batch: int, slots: i
     lowered = write.lower(model, params, writing, given[-1], on_device(number), most=STRIDE, sampling=Sampling())
     written = lowered.compile()
     seconds_write = time.monotonic() - start
-    moved = memory_traffic(written.as_text(), of_loop=True, unknown_trips=-(-slots // block_of(slots)))
+    moved = memory_traffic(written.as_text(), of_loop=True, unknown_trips=blocks_of(slots))
     needed = {"parameters": _bytes(params), "cache": _bytes(writing.cache)}
     return {
         "device": device.device_kind,

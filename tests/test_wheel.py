@@ -83,7 +83,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         (metadata,) = (name for name in names if name.endswith("/METADATA"))
         text = archive.read(metadata).decode()
     extras = set(re.findall(r"^Provides-Extra: (\S+)$", text, re.MULTILINE))
-    assert extras == {"tpu", "gpu", "lab", "hf", "wandb", "peers", "dev", "docs"}
+    assert extras == {"tpu", "gpu", "lab", "hf", "wandb", "peers", "eval", "dev", "docs"}
 
 
 def test_a_wheel_from_the_source_distribution_holds_the_same_files(source, wheel, tmp_path):
@@ -151,6 +151,7 @@ def _check_where_it_runs(environment):
     assert name == "Decoder"
 
 
+@pytest.mark.long
 def test_the_base_installation_is_enough(environment, tmp_path):
     """To import the library, for a quickstart, and to convert a run."""
     _check_where_it_runs(environment)
@@ -169,6 +170,7 @@ def test_the_base_installation_is_enough(environment, tmp_path):
     assert json.loads(scores)["step"] == 1
 
 
+@pytest.mark.long
 def test_what_needs_an_extra_says_so_in_one_line(environment, tmp_path):
     hugging_face = REPOSITORY / "tests/goldens/hf_gpt2"
     (tmp_path / "tokenizer.json").write_text("{}")

@@ -9,9 +9,8 @@ from hybridnorm_jax.data import load_tokenizer
 from hybridnorm_jax.data.tokenizers import Tokenizer
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.evaluation.tasks import check_lm_eval, paper_average, table
-from hybridnorm_jax.training.run_identity import data_files
 from hybridnorm_jax.training.task_model import TaskModel
-from hybridnorm_jax.training.trained_before import check_tokenizer
+from hybridnorm_jax.training.trained_before import check_tokenizer_alone, trained_on
 
 OPTION = "--tasks"
 
@@ -62,8 +61,7 @@ def scores_of_run(path: str, overrides: Sequence[str], asked: AskedTasks, *, as_
 def _tokenizer(run: ScoredRun) -> Tokenizer | None:
     """That of the run; None where its token files do not say which one it is."""
     data = run.config.data
-    if "files" in run.data_state:
-        check_tokenizer(run.saved.data, run.data_state["files"], data, data_files(data, ()), where=run.where)
+    check_tokenizer_alone(trained_on(run.data_state, run.saved.data), data, where=run.where)
     if data.source == "tokens" and data.tokenizer == "bytes":
         return None
     return load_tokenizer(data)

@@ -146,13 +146,11 @@ def _check_tokenizer(
     options: argparse.Namespace, config: RunConfig, data: DataSection, tokenizer: Any, data_state: dict[str, Any]
 ) -> None:
     """Raise UserError for another tokenizer than that of the run."""
-    from hybridnorm_jax.training.run_identity import data_files
-    from hybridnorm_jax.training.trained_before import check_tokenizer
+    from hybridnorm_jax.training.trained_before import check_tokenizer_alone, trained_on
 
     if tokenizer is None:
         return
-    if "files" in data_state:
-        check_tokenizer(config.data, data_state["files"], data, data_files(data, ()), where=options.run)
+    check_tokenizer_alone(trained_on(data_state, config.data), data, where=options.run)
     if tokenizer.vocab_size > config.model.vocab_size:
         right = f"the model knows {config.model.vocab_size:,}; name the tokenizer that it was trained with"
         raise UserError(f"data.tokenizer={data.tokenizer}: has {tokenizer.vocab_size:,} tokens, but {right}")

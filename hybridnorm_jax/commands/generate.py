@@ -174,9 +174,10 @@ def _tokenizer(source: "SavedModel", named: str | None) -> "Tokenizer":
     """The tokenizer that is named, or the model's own.
 
     Raises:
-      UserError: there is none, or it has more tokens than the model.
+      UserError: there is none, it is another one than in training, or it has more tokens than the model.
     """
     from hybridnorm_jax.data import load_tokenizer
+    from hybridnorm_jax.training.trained_before import check_tokenizer_alone
 
     data = source.config.data
     if named is None and data.tokenizer == "bytes" and source.may_lack_tokenizer:
@@ -184,6 +185,7 @@ def _tokenizer(source: "SavedModel", named: str | None) -> "Tokenizer":
         raise UserError(f"{source.path}: no tokenizer is known to belong to it; {right}")
     if named is not None:
         data = dataclasses.replace(data, tokenizer=named, separator="")
+    check_tokenizer_alone(source.trained_on, data, where=source.path)
     # Without a separator no document ends, and text is written all the same.
     tokenizer = load_tokenizer(data, needs_separator=False)
     vocabulary = source.config.model.vocab_size

@@ -87,7 +87,7 @@ class _Reader:
             name = _string(token, column)
             self._name = name if len(self._open) == 1 else self._name
             self.expected = COLON
-        elif expected == COLON == f"'{token}'":
+        elif expected == COLON and token == ":":
             self.expected = VALUE
         elif self._open and token == _CLOSES[self._open[-1]] and expected not in (VALUE, KEY, COLON):
             self._open.pop()

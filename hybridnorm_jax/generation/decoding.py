@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
 from hybridnorm_jax.generation.next_token import choose
+from hybridnorm_jax.generation.on_mesh import readable
 from hybridnorm_jax.generation.sampling import Sampling
 from hybridnorm_jax.model.cache import CACHE, Slots, empty_cache
 from hybridnorm_jax.model.decoder import Decoder
@@ -76,7 +77,7 @@ def read_prompts(
     if sampling.repetition_penalty != 1:
         rows = jnp.arange(batch)[:, None]
         came = jnp.zeros(logits.shape, bool).at[rows, jnp.where(is_prompt, prompts, prompts[:, -1:])].set(True)
-    token = choose(logits, _fold_in(keys, 0), sampling, came=came)
+    token = readable(choose(logits, _fold_in(keys, 0), sampling, came=came))
     return Writing(
         cache=cache[CACHE],
         slots=Slots(next=jnp.asarray(width), first=first),
@@ -120,7 +121,8 @@ def write(
         return writing, tokens, written + 1
 
     start = (writing, jnp.zeros((batch, most), jnp.int32), jnp.zeros((), jnp.int32))
-    return jax.lax.while_loop(goes_on, step, start)
+    writing, tokens, written = jax.lax.while_loop(goes_on, step, start)
+    return writing, readable(tokens), readable(written)
 
 
 def _write_one(
@@ -134,7 +136,7 @@ def _write_one(
         slots=slots,
         mutable=[CACHE],
     )
-    token = choose(logits[:, 0], _fold_in(writing.keys, writing.count), sampling, came=writing.came)
+    token = readable(choose(logits[:, 0], _fold_in(writing.keys, writing.count), sampling, came=writing.came))
     token = jnp.where(writing.is_done, writing.last, token)
     return writing.replace(
         cache=cache[CACHE],

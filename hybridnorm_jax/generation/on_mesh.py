@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 from flax import linen as nn
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from hybridnorm_jax.mesh.device_mesh import parts_of
 from hybridnorm_jax.mesh.sharding_rules import RULES, first_entry
@@ -27,3 +28,10 @@ def on_mesh_of(params: Any) -> Iterator[int]:
     rules["seq"] = ()
     with jax.set_mesh(sharding.mesh), nn.logical_axis_rules(list(rules.items())):
         yield parts_of(rules["batch"], sharding.mesh)
+
+
+def readable(array: Array) -> Array:
+    """The array, whole on every device of the mesh in force, so that each process can read it."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return array
+    return jax.lax.with_sharding_constraint(array, PartitionSpec())

@@ -1,5 +1,7 @@
 """Attention of one new token to the tokens before it, whose keys and values are kept. In plain JAX, on any platform."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -12,10 +14,9 @@ CachedHeads = Float[Array, "layers batch kv_heads head_dim slots"]
 LEAST_BLOCK, MOST_BLOCKS = 256, 8
 
 
-def block_of(slots: int) -> int:
-    """How many slots are read at once: about LEAST_BLOCK, or more where that would make more than MOST_BLOCKS."""
-    blocks = min(max(slots // LEAST_BLOCK, 1), MOST_BLOCKS)
-    return -(-slots // blocks)
+def blocks_of(slots: int) -> int:
+    """In how many blocks so many slots are read: of LEAST_BLOCK at least, and no more than MOST_BLOCKS."""
+    return min(max(slots // LEAST_BLOCK, 1), MOST_BLOCKS)
 
 
 def cached_attention(
@@ -31,7 +32,7 @@ def cached_attention(
 
     Query head h reads key and value head h // (heads / kv_heads), each read once for all of its query heads. The slots
     are read in blocks, and no block behind `last`. So a token costs what is filled, and the program knows no length.
-    A block's weights are relative to the highest score so far (FlashAttention, 2205.14135).
+    On a GPU all slots are one block: there a loop whose length depends on the data waits for the host in every turn.
 
     Args:
       key, value: of all layers; what is in slots that are not read may be anything finite.
@@ -39,9 +40,29 @@ def cached_attention(
       first: of each sequence.
       last: of all sequences, at least each first.
     """
+    in_one, in_blocks = (partial(attend_in_blocks, blocks=blocks) for blocks in (1, blocks_of(key.shape[-1])))
+    return jax.lax.platform_dependent(
+        query, key, value, layer, first, last, cuda=in_one, rocm=in_one, default=in_blocks
+    )
+
+
+def attend_in_blocks(
+    query: Float[Array, "batch 1 heads head_dim"],
+    key: CachedHeads,
+    value: CachedHeads,
+    layer: Int[Array, ""],
+    first: Int[Array, " batch"],
+    last: Int[Array, ""],
+    *,
+    blocks: int,
+) -> Float[Array, "batch 1 heads head_dim"]:
+    """`cached_attention` in so many blocks. A block's weights are relative to the highest score so far.
+
+    Source: FlashAttention (2205.14135).
+    """
     batch, _, heads, head_dim = query.shape
     _, _, kv_heads, _, slots = key.shape
-    block, groups = block_of(slots), heads // kv_heads
+    block, groups = -(-slots // blocks), heads // kv_heads
     grouped = query.reshape(batch, kv_heads, groups, head_dim)
     wide = wide_dtype(query.dtype)
 
@@ -64,9 +85,12 @@ def cached_attention(
         )
 
     lowest = jnp.full((batch, kv_heads, groups), jnp.finfo(wide).min, wide)
-    start = (lowest, jnp.zeros_like(lowest), jnp.zeros(grouped.shape, wide))
-    # Blocks in which no sequence has begun are passed over.
-    _, total, context = jax.lax.fori_loop(first.min() // block, last // block + 1, add_block, start)
+    sums = (lowest, jnp.zeros_like(lowest), jnp.zeros(grouped.shape, wide))
+    if blocks == 1:
+        sums = add_block(jnp.zeros_like(last), sums)
+    else:  # blocks in which no sequence has begun are passed over
+        sums = jax.lax.fori_loop(first.min() // block, last // block + 1, add_block, sums)
+    _, total, context = sums
     return (context / total[..., None]).reshape(query.shape).astype(query.dtype)
 
 

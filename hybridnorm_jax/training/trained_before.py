@@ -126,6 +126,15 @@ def check_tokenizer(known: Sequence[Trained], asked: DataSection, now: Trained, 
     raise ConfigError(f"data.tokenizer: {wrong}; name the tokenizer that it was trained with")
 
 
+def check_tokenizer_alone(known: Sequence[Trained], asked: DataSection, *, where: str) -> None:
+    """`check_tokenizer` for a program that reads a tokenizer and no data."""
+    check_tokenizer(known, asked, _tokenizer_alone(asked), where=where)
+
+
+def _tokenizer_alone(section: DataSection) -> Trained:
+    return Trained(section.source, section.validation_fraction, data_files(section, ()))
+
+
 def check_validation(known: Sequence[Trained], asked: DataSection, now: Trained, *, where: str) -> None:
     """Refuse validation sets of what the parameters were trained on; say so where nobody can know.
 
@@ -227,7 +236,7 @@ def _check_tokenizer_file(saved: DataSection, asked: DataSection, now: Trained, 
     if saved.tokenizer == "bytes":
         return
     try:
-        before = Trained(saved.source, saved.validation_fraction, data_files(saved, ()))
+        before = _tokenizer_alone(saved)
     except DataError:
         say(f"note: {where} names the tokenizer {saved.tokenizer}, which is not there to compare", file=sys.stderr)
         return

@@ -34,6 +34,7 @@ def arguments(tmp_path):
     return [*TINY, f"data.files=[{path}]", f"data.validation.train_all=[{path}]", f"run.dir={tmp_path}/runs"]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("unknown_user")
 def test_everything_that_reads_a_checkpoint_works(arguments, tmp_path, capsys):
     def run(*words):

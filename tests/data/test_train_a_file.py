@@ -1,5 +1,7 @@
 """A file as the only argument: it trains at once."""
 
+import pytest
+
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.training.loop import train
 

@@ -275,6 +275,7 @@ def _train(program, steps):
     return jax.device_get(state.params), losses
 
 
+@pytest.mark.long
 def test_training_through_a_cheaper_form_is_the_pre_ln_run(small_config):
     """AdamW with clipping and decay, in float64, invariants checked on the way."""
     with jax.enable_x64(True):

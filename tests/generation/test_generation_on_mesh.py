@@ -63,6 +63,20 @@ def test_eight_devices_write_what_one_writes(keys, count, mesh, share, small_con
         assert cached.sharding.shard_shape(cached.shape)[1:3] == share
 
 
+def test_rows_that_are_added_do_not_keep_the_others_waiting(small_config, random_params, calls):
+    """Every token ends a row, so nothing is written after the first ones, and not after one row that is real."""
+    config = small_config(num_layers=2)
+    rows = generate(config, on_mesh(random_params(config), **MESH), prompts(1), max_new_tokens=NEW, stop_ids=range(61))
+    assert [len(row) for row in rows] == [1]
+    assert not calls
+    (text,) = lists(generate(config, on_mesh(random_params(config), **MESH), prompts(1), max_new_tokens=NEW))
+    end = next(token for place, token in enumerate(text) if place and token not in text[:place])
+    ended = generate(config, on_mesh(random_params(config), **MESH), prompts(1), max_new_tokens=NEW, stop_ids=[end])
+    assert lists(ended) == [text[: text.index(end) + 1]]
+    _, (_, _, written) = calls[-1]
+    assert int(written) == text.index(end)
+
+
 def test_no_device_holds_or_fetches_the_whole_cache(small_config, random_params, calls):
     config = small_config(num_layers=2)
     generate(config, on_mesh(random_params(config), **MESH), prompts(7), max_new_tokens=NEW)

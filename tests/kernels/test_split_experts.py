@@ -159,6 +159,7 @@ def alone(small_config):
     return _train(_config(small_config, shared_experts=1, balance_bias=True, remat="full"), 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", [(1, 2, 2, 2), pytest.param((1, 1, 4, 2), marks=pytest.mark.slow)], ids=str)
 def test_training_on_eight_devices_equals_one(shape, small_config, alone):
     one, expected = alone

@@ -24,6 +24,7 @@ def _broken(seed: int, count: int) -> list[str]:
     return broken
 
 
+@pytest.mark.long
 def test_a_malformed_input_is_refused_in_one_line():
     assert _broken(seed=0, count=A_FEW) == []
 

@@ -128,6 +128,7 @@ def test_two_processes_are_one_and_their_checkpoint_is_its(arguments, one, tmp_p
     _assert_same(arguments, resumed, one)
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_one_process_resumes_on_two_with_split_sequences(arguments, one, tmp_path):
     resumed = _stopped_after_save(one, tmp_path)
     _, ended = _train(2, arguments, tmp_path, ACROSS)
@@ -185,6 +186,7 @@ def test_an_error_of_all_is_told_by_one(arguments, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_one_that_fails_tells_why_and_ends_the_others(arguments, tmp_path):
     asked = [*arguments, "mesh.data=2", f"run.dir={tmp_path}", "run.name=run"]
     port = free_port()

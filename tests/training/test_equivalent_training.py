@@ -56,6 +56,7 @@ def _largest_difference(ours, theirs):
     return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(abs(a - b).max()), ours, theirs)))
 
 
+@pytest.mark.long
 def test_fifty_steps_of_adamw_arrive_at_the_same_parameters(small_config):
     """Clipping and decay included; float64, so that only mathematics can differ."""
     with jax.enable_x64(True):

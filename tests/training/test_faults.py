@@ -29,6 +29,7 @@ from hybridnorm_jax.training.stopping import StopSignals
 STEPS = 6
 
 
+@pytest.mark.long
 def test_a_run_killed_five_times_ends_as_the_undisturbed_one(tmp_path):
     """Processes of their own, at random moments of every kind; then one that is told to stop."""
     harness = Harness(tmp_path, random.Random(7))
@@ -198,6 +199,7 @@ def test_a_preemption_notice_stops_as_sigterm_does(monkeypatch):
     assert numbers == [1, 2, 3]
 
 
+@pytest.mark.long
 def test_one_process_of_two_is_told_to_stop_and_both_save_the_same_step(tmp_path):
     harness = Harness(tmp_path, random.Random(0))
     np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 61, 20_000).astype(np.uint16))

@@ -130,6 +130,7 @@ def _skewed(state):
     return dataclasses.replace(state, params=params)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("by", ["loss", "bias"])
 def test_balance_improves_in_100_steps_from_a_skewed_start(by, small_config):
     def skewed(balance_loss, rate):
