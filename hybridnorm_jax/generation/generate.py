@@ -1,6 +1,7 @@
 """Text from a model, as tokens: each after all tokens before it, whose keys and values are kept."""
 
 import dataclasses
+import numbers
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ Tokens = Int[np.ndarray, " tokens"]
 # Most tokens that are written before the caller sees them, and seconds for which a reader is willing to wait.
 STRIDE, PATIENCE = 32, 0.1
 SMALLEST = 32
+LARGEST_SEED = 2**32 - 1
 
 
 def generate(
@@ -41,8 +43,8 @@ def generate(
         (new,) = hn.generate(config, params, [prompt], max_new_tokens=100)
 
     The prompts are read at once. Then each token costs one pass over the parameters and over the keys and values of the
-    tokens before it: batch * slots * kv_heads * head_dim * 2 * layers numbers of the compute dtype, where slots are the
-    longest prompt and max_new_tokens, rounded up by a quarter at most. Programs are compiled for these rounded lengths.
+    tokens before it. Room is made for batch * slots * kv_heads * head_dim * 2 * layers numbers of the compute dtype,
+    slots = rounded_up(rounded_up(longest prompt) + max_new_tokens): programs are compiled for rounded lengths alone.
 
     Args:
       params: of Decoder(config); they may lie on a mesh.
@@ -50,8 +52,8 @@ def generate(
       max_new_tokens: at most so many are written after each prompt.
       sampling: how tokens are chosen; None: always the likeliest.
       stop_ids: a sequence ends with the first of these tokens, which is returned too.
-      seeds: of each sequence, or one from which all are made. A sequence does not depend on those beside it but for
-        rounding.
+      seeds: of each sequence, or one from which all are made, below 2^32. A sequence does not depend on those beside it
+        but for rounding.
       on_tokens: is called with the newest tokens of all sequences, about ten times a second; generation ends where it
         returns True.
 
@@ -93,7 +95,7 @@ def _right_aligned(rows: list[np.ndarray], batch: int, width: int) -> Int[np.nda
 
 
 def rounded_up(length: int) -> int:
-    """The length for which programs are compiled: at most a quarter more than asked for, and SMALLEST at least."""
+    """The length for which programs are compiled: less than length / 4 more, or than SMALLEST where that is more."""
     step = max(SMALLEST, 1 << max(length.bit_length() - 3, 0))
     return -(-length // step) * step
 
@@ -150,11 +152,17 @@ def _length(tokens: Tokens, ends: Tokens, done: bool) -> int:
 
 
 def _keys(seeds: int | Sequence[int], batch: int) -> jax.Array:
-    if isinstance(seeds, int):
-        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seeds), jnp.arange(batch))
-    if len(seeds) != batch:
-        raise UserError(f"seeds: {len(seeds)} of them for {batch} prompts; give one of each, or one for all")
-    return jnp.stack([jax.random.key(seed) for seed in seeds])
+    is_one = isinstance(seeds, numbers.Integral)
+    every = [seeds] if is_one else list(seeds)
+    for seed in every:
+        # JAX would take larger ones for others.
+        if not 0 <= seed <= LARGEST_SEED:
+            raise UserError(f"seeds: {seed} must be between 0 and {LARGEST_SEED:,}")
+    if is_one:
+        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(every[0]), jnp.arange(batch))
+    if len(every) != batch:
+        raise UserError(f"seeds: {len(every)} of them for {batch} prompts; give one of each, or one for all")
+    return jnp.stack([jax.random.key(seed) for seed in every])
 
 
 def _check(config: ModelConfig, rows: list[np.ndarray], max_new_tokens: int, stop_ids: Sequence[int]) -> None:

@@ -91,7 +91,7 @@ def go_on(
             # The last of them is written, but not read.
             max_new_tokens=min(left, window - len(known) + 1),
             sampling=Sampling(temperature=TEMPERATURE),
-            seeds=[seed + len(stretches)],
+            seeds=[(seed + len(stretches)) % 2**32],
         )
         known, left = np.concatenate([known, new]), left - len(new)
         stretches.append(new)

@@ -256,6 +256,8 @@ def test_the_cache_has_the_numbers_of_its_formula_and_no_more():
         ({"prompts": [[1]], "stop_ids": [99]}, "stop_ids: token 99 is not in"),
         ({"prompts": [[1]], "max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
         ({"prompts": [[1]], "seeds": [1, 2]}, "seeds: 2 of them for 1 prompts"),
+        ({"prompts": [[1]], "seeds": -1}, "seeds: -1 must be between 0 and 4,294,967,295"),
+        ({"prompts": [[1]], "seeds": [2**63]}, "seeds: 9223372036854775808 must be between 0 and 4,294,967,295"),
         ({"prompts": [[1.5]]}, r"prompts\[0\]: must be whole numbers"),
     ],
     ids=str,
