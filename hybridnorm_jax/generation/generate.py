@@ -1,7 +1,6 @@
 """Text from a model, as tokens: each after all tokens before it, whose keys and values are kept."""
 
 import dataclasses
-import numbers
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -152,17 +151,18 @@ def _length(tokens: Tokens, ends: Tokens, done: bool) -> int:
 
 
 def _keys(seeds: int | Sequence[int], batch: int) -> jax.Array:
-    is_one = isinstance(seeds, numbers.Integral)
-    every = [seeds] if is_one else list(seeds)
-    for seed in every:
-        # JAX would take larger ones for others.
-        if not 0 <= seed <= LARGEST_SEED:
-            raise UserError(f"seeds: {seed} must be between 0 and {LARGEST_SEED:,}")
-    if is_one:
-        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(every[0]), jnp.arange(batch))
-    if len(every) != batch:
-        raise UserError(f"seeds: {len(every)} of them for {batch} prompts; give one of each, or one for all")
-    return jnp.stack([jax.random.key(seed) for seed in every])
+    if isinstance(seeds, int | np.integer):
+        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(_key(int(seeds)), jnp.arange(batch))
+    if len(seeds) != batch:
+        raise UserError(f"seeds: {len(seeds)} of them for {batch} prompts; give one of each, or one for all")
+    return jnp.stack([_key(seed) for seed in seeds])
+
+
+def _key(seed: int) -> jax.Array:
+    # JAX would take a larger one for another, or fail.
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"seeds: {seed} must be between 0 and {LARGEST_SEED:,}")
+    return jax.random.key(seed)
 
 
 def _check(config: ModelConfig, rows: list[np.ndarray], max_new_tokens: int, stop_ids: Sequence[int]) -> None:
