@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridnorm_jax.commands.program import ArgumentParser
-from hybridnorm_jax.commands.syntax import check_syntax
+from hybridnorm_jax.commands.syntax import HELP, SYNTAX, check_syntax
 from hybridnorm_jax.config.key_help import meaning
 from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.config.plugins import import_plugins
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Tokens that are written where nobody says how many, and most that anybody could mean.
 MANY, MOST = 256, 1_000_000
+# Options whose value may be any text.
+TEXTS = ("--prompt", "--file", "--stop")
 
 USAGE = """hybridnorm generate RUN_OR_DIR [--prompt TEXT | --file FILE] [OPTION ...]
        [run.plugins=[...]]"""
@@ -41,6 +43,7 @@ name them."""
 
 def run(arguments: Sequence[str]) -> None:
     """`hybridnorm generate RUN_OR_DIR [OPTION ...] [run.plugins=[...]]`."""
+    arguments = _with_texts(arguments)
     check_syntax("generate", arguments)
     options = _parser().parse_args([each for each in arguments if not each.startswith(f"{PLUGINS}=")])
     options.plugins = named_plugins(arguments)
@@ -51,6 +54,23 @@ def run(arguments: Sequence[str]) -> None:
     if not all(options.stop):
         raise UserError("--stop: an empty text would end every text at once; name the text to stop at")
     generate(options, _sampling(options))
+
+
+def _with_texts(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with each text in one with its option: it may look like an option or a key, and is none.
+
+    An option's own name is no text, so that a text that was forgotten is missed.
+    """
+    joined, rest = [], iter(arguments)
+    for argument in rest:
+        value = next(rest, None) if argument in TEXTS else None
+        if value is None:
+            joined.append(argument)
+        elif value in (*SYNTAX["generate"].options, *HELP):
+            joined += [argument, value]
+        else:
+            joined.append(f"{argument}={value}")
+    return joined
 
 
 def _sampling(options: argparse.Namespace) -> Sampling:
@@ -103,19 +123,31 @@ def _prompts(options: argparse.Namespace) -> Iterator[str]:
     if sys.stdin is not None and sys.stdin.isatty():
         return _typed()
     try:
-        return iter(["" if sys.stdin is None else sys.stdin.read()])
+        return iter(["" if sys.stdin is None else _checked(sys.stdin.read())])
     except UnicodeDecodeError as error:
         raise UserError("standard input: not UTF-8 text") from error
+
+
+def _checked(text: str) -> str:
+    """What was read from standard input, where Python may stand surrogates for bytes that are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("standard input: not UTF-8 text") from error
+    return text
 
 
 def _typed() -> Iterator[str]:
     """Lines, until the end of input."""
     print("Type a prompt and press Enter; Ctrl-D ends.", file=sys.stderr)
+    # Where standard output is no terminal, it is for what the model writes alone.
+    out = sys.stdout if sys.stdout.isatty() else sys.stderr
     while True:
         try:
-            yield input("> ")
+            print("> ", end="", file=out, flush=True)
+            yield _checked(input())
         except EOFError:
-            print()
+            print(file=out)
             return
 
 
@@ -133,16 +165,16 @@ def _read(file: str) -> str:
 
 def generate(options: argparse.Namespace, sampling: Sampling) -> None:
     """Read the prompts and the model, and write after each prompt."""
-    import jax  # after parsing: JAX takes seconds to import
-
     from hybridnorm_jax.commands.saved_model import read_directory
+    from hybridnorm_jax.generation.rounded_parameters import rounded
     from hybridnorm_jax.generation.text import write_text
 
     prompts = _prompts(options)
     import_plugins(options.plugins)
     source = read_directory(options.model)
-    params = jax.device_put(source.params)  # once, for all prompts
     tokenizer = _tokenizer(source, options.tokenizer)
+    # Once for all prompts: those of a Hugging Face directory are not on a device yet.
+    params = rounded(source.config.model, source.params)
     show = None if options.json else _show(sys.stdout.isatty())
     for prompt in prompts:
         (written,) = write_text(
@@ -190,9 +222,9 @@ def _tokenizer(source: "SavedModel", named: str | None) -> "Tokenizer":
         raise UserError(f"{source.path}: no tokenizer is known to belong to it; {right}")
     if named is not None:
         data = dataclasses.replace(data, tokenizer=named, separator="")
-    check_tokenizer_alone(source.trained_on, data, where=source.path)
     # Without a separator no document ends, and text is written all the same.
     tokenizer = load_tokenizer(data, needs_separator=False)
+    check_tokenizer_alone(source.trained_on, data, where=source.path)
     vocabulary = source.config.model.vocab_size
     if tokenizer.vocab_size > vocabulary:
         wrong = f"it has {tokenizer.vocab_size:,} tokens, but the model {vocabulary:,}"

@@ -41,8 +41,8 @@ def generate(
         (new,) = hn.generate(config, params, [prompt], max_new_tokens=100)
 
     The prompts are read at once. Then each token costs one pass over the parameters and over the keys and values of the
-    tokens before it: batch * slots * kv_heads * head_dim * 2 * layers numbers of the compute dtype, where slots are the
-    longest prompt and max_new_tokens, rounded up by a quarter at most. Programs are compiled for these rounded lengths.
+    tokens before it. Room is made for batch * slots * kv_heads * head_dim * 2 * layers numbers of the compute dtype,
+    slots = rounded_up(rounded_up(longest prompt) + max_new_tokens): programs are compiled for rounded lengths alone.
 
     Args:
       params: of Decoder(config); they may lie on a mesh.
@@ -50,8 +50,8 @@ def generate(
       max_new_tokens: at most so many are written after each prompt.
       sampling: how tokens are chosen; None: always the likeliest.
       stop_ids: a sequence ends with the first of these tokens, which is returned too.
-      seeds: of each sequence, or one from which all are made. A sequence does not depend on those beside it but for
-        rounding.
+      seeds: of each sequence, or one from which all are made, below 2^32. A sequence does not depend on those beside it
+        but for rounding.
       on_tokens: is called with the newest tokens of all sequences, about ten times a second; generation ends where it
         returns True.
 
@@ -93,7 +93,7 @@ def _right_aligned(rows: list[np.ndarray], batch: int, width: int) -> Int[np.nda
 
 
 def rounded_up(length: int) -> int:
-    """The length for which programs are compiled: at most a quarter more than asked for, and SMALLEST at least."""
+    """The length for which programs are compiled: less than length / 4 more, or than SMALLEST where that is more."""
     step = max(SMALLEST, 1 << max(length.bit_length() - 3, 0))
     return -(-length // step) * step
 

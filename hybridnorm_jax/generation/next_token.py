@@ -24,7 +24,9 @@ def choose(
         logits = penalize(logits, present(came), sampling.repetition_penalty)
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    # The largest logit becomes 0, so that no temperature makes it infinite. Numbers below `tiny` may be read as 0.
+    temperature = max(sampling.temperature, float(jnp.finfo(logits.dtype).tiny))
+    logits = (logits - logits.max(-1, keepdims=True)) / temperature
     if sampling.top_k is not None:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p < 1:
@@ -51,7 +53,8 @@ def keep_top_p(logits: Logits, p: float) -> Logits:
     Source: nucleus sampling (1904.09751).
     """
     descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-    before = jnp.cumsum(jax.nn.softmax(descending), axis=-1) - jax.nn.softmax(descending)
+    probabilities = jax.nn.softmax(descending)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
     least = jnp.min(jnp.where(before < p, descending, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)
 

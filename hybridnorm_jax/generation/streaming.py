@@ -10,25 +10,35 @@ from hybridnorm_jax.errors import UserError
 
 # What a tokenizer makes of bytes that are no whole character: more bytes may complete it.
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+# More tokens before a text do not decide how it begins.
+CONTEXT = 16
 
 
 class TextStream:
     """The text of tokens that come one after another.
 
-        stream = TextStream(tokenizer, stop=["\\n\\n"])
+        stream = TextStream(tokenizer, after=prompt, stop=["\\n\\n"])
         text = stream.push(tokens) + stream.push(more) + stream.finish()
 
-    All that it returns, joined, is the text of all tokens up to the first stop string, however the tokens were divided.
+    All that it returns, joined, is the text of all tokens up to the stop string that is the first to be complete,
+    however the tokens were divided. Of several that end together it is the longest.
 
     Attributes:
       has_stopped: whether a stop string was found; what comes after it is dropped.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        after: Sequence[int] | Int[np.ndarray, " tokens"] = (),
+    ):
         """Begin a text.
 
         Args:
           stop: the text ends before the first of these strings, which may lie across tokens.
+          after: the tokens that it goes on from. Some tokenizers leave out the space before the first word of a text.
 
         Raises:
           UserError: a stop string is empty.
@@ -38,9 +48,9 @@ class TextStream:
         self.has_stopped = False
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._ids: list[int] = []
+        self._ids = [int(token) for token in after][-CONTEXT:]
         # How many of these ids came before the last whole character, and how many of their characters are known.
-        self._context, self._known = 0, 0
+        self._context, self._known = len(self._ids), len(tokenizer.decode(self._ids))
         self._waiting = ""
 
     def push(self, tokens: Sequence[int] | Int[np.ndarray, " tokens"]) -> str:
@@ -72,10 +82,12 @@ class TextStream:
         if self.has_stopped:
             return ""
         text = self._waiting + new
-        places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        # (end, start) of each stop string.
+        places = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
         if places:
             self.has_stopped, self._waiting = True, ""
-            return text[: min(places)]
+            _, start = min(places)
+            return text[:start]
         waits = 0 if is_last else max((_begun(text, stop) for stop in self._stop), default=0)
         self._waiting = text[len(text) - waits :]
         return text[: len(text) - waits]

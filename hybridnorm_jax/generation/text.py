@@ -55,7 +55,7 @@ def write_text(
       UserError: see generate; or a prompt has no token.
     """
     rows = [document_of(prompt, tokenizer) for prompt in prompts]
-    streams = [TextStream(tokenizer, stop) for _ in prompts]
+    streams = [TextStream(tokenizer, stop, after=row) for row in rows]
     texts = ["" for _ in prompts]
     separators = [] if tokenizer.separator_id is None else [tokenizer.separator_id]
 

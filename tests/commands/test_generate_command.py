@@ -8,11 +8,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.commands import saved_model
 from hybridnorm_jax.commands.main import main
+from hybridnorm_jax.config.run_config import DataSection
 from hybridnorm_jax.data import load_tokenizer
+from hybridnorm_jax.generation import text
 from hybridnorm_jax.generation.text import write_text
 
 GPT2 = str(Path(__file__).parents[1] / "goldens" / "hf_gpt2")
@@ -86,6 +89,25 @@ def test_sampling_stop_strings_and_seeds(generate):
     assert stopped["text"] == text[: text.find(text[3:6])]
 
 
+@pytest.mark.parametrize("text", ["- item", "--help me", "-x", "train.steps=3", "run.plugins=[x.py]", "=", "{"])
+def test_a_text_may_look_like_an_option_or_a_key(text, generate):
+    line = json.loads(generate("rope", "--prompt", text, "--max-tokens", "2", "--stop", text, "--json"))
+    assert line["prompt"] == text
+    assert line["tokens"] == 2
+
+
+def test_a_prompt_that_goes_on_with_a_word_keeps_its_space(runs, monkeypatch):
+    """The model always writes the token of `two`, before which this tokenizer writes no space where a text begins."""
+    tokenizer = Tokenizer(models.WordLevel({"▁one": 0, "▁two": 1, "</s>": 2}, unk_token="▁one"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(runs / "words.json"))
+    monkeypatch.setattr(text, "generate", lambda *_, on_tokens, **keys: [on_tokens([np.array([1, 1])]), [1, 1]][1:])
+    words = load_tokenizer(DataSection(tokenizer=str(runs / "words.json")))
+    (written,) = write_text(None, None, words, ["one"], max_new_tokens=2)
+    assert written.text == " two two"
+
+
 def test_a_hugging_face_directory_is_told_its_tokenizer(generate, runs):
     config = hn.ModelConfig(scheme="pre", d_model=16, num_layers=1, num_heads=2, mlp_dim=16, vocab_size=257)
     hn.save_huggingface(
@@ -107,7 +129,7 @@ def test_learned_positions_limit_the_text(generate):
 def test_typed_prompts_until_the_end_of_input(generate, monkeypatch, runs):
     lines = iter(["abc", "def"])
 
-    def typed(shown):
+    def typed():
         try:
             return next(lines)
         except StopIteration:
@@ -117,7 +139,8 @@ def test_typed_prompts_until_the_end_of_input(generate, monkeypatch, runs):
     monkeypatch.setattr("builtins.input", typed)
     monkeypatch.setattr(io, "StringIO", Terminal)
     both = generate("rope", "--max-tokens", "4", "--json").splitlines()
-    assert [json.loads(line)["prompt"] for line in both if line] == ["abc", "def"]
+    # Standard output, which is no terminal here, gets nothing else.
+    assert [json.loads(line)["prompt"] for line in both] == ["abc", "def"]
     assert both[0] + "\n" == one
 
 
@@ -134,13 +157,25 @@ def test_typed_prompts_until_the_end_of_input(generate, monkeypatch, runs):
         (["rope", "--file", "nowhere.txt"], "--file nowhere.txt: No such file or directory"),
         (["rope", "--file", "rope"], "--file rope: no regular file; name a file of UTF-8 text"),
         (["rope", "--file", "rope/checkpoints"], "--file rope/checkpoints: no regular file"),
+        (["rope", "--prompt"], "hybridnorm generate: argument --prompt: expected one argument"),
+        (["rope", "--prompt", "--json"], "hybridnorm generate: argument --prompt: expected one argument"),
+        (["rope", "--seed", "-1"], "--seed -1: must be at least 0 and below 4,294,967,296"),
+        (
+            ["rope", "--seed", "9" * 30],
+            "--seed 999999999999999999999999999999: must be at least 0 and below 4,294,967,296",
+        ),
         (["rope", "--prompt", "x", "--file", "a.txt"], "hybridnorm generate: argument --file: not allowed with"),
         (["rope", "--temprature", "1"], "--temprature: no such option of `hybridnorm generate`; did you mean"),
         (["rope", "train.steps=3"], "train.steps=3: a key of `hybridnorm train`, not of `hybridnorm generate`"),
-        (["rope", "--tokenizer", "nowhere.json"], "nowhere.json: cannot be read (No such file or directory)"),
+        (["rope", "--tokenizer", "nowhere.json"], "data.tokenizer=nowhere.json: nowhere.json: cannot be read"),
         ([GPT2, "--tokenizer", "bytes"], "--tokenizer bytes: it has 257 tokens, but the model 61; name the tokenizer"),
     ],
     ids=str,
 )
 def test_what_cannot_be_ends_in_one_line(arguments, message, generate):
     assert generate(*arguments, typed="x").startswith(f"error: {message}")
+
+
+def test_standard_input_that_is_no_text_is_refused(generate):
+    """Where the environment has no UTF-8, Python stands such characters for bytes that it cannot read."""
+    assert generate("rope", typed="a\udcffb") == "error: standard input: not UTF-8 text"

@@ -38,8 +38,12 @@ def _kind(name, random_params):
     return config, random_params(config)
 
 
-def _uncached(config, params, prompt, count):
-    """The likeliest token after the text so far, again and again, from whole forward passes."""
+def _uncached(config, params, prompt, count, penalty=1.0):
+    """The likeliest token after the text so far, again and again, from whole forward passes.
+
+    Args:
+      penalty: of logits of tokens that came before, in the prompt or after it.
+    """
     text = [int(token) for token in prompt]
     width = len(text) + count
     model = hn.Decoder(config)
@@ -47,7 +51,10 @@ def _uncached(config, params, prompt, count):
     for _ in range(count):
         padded = np.zeros((1, width), np.int32)
         padded[0, : len(text)] = text
-        text.append(int(np.argmax(forward(padded)[0, len(text) - 1])))
+        logits = np.array(forward(padded)[0, len(text) - 1])
+        came = np.unique(text)
+        logits[came] = np.where(logits[came] > 0, logits[came] / penalty, logits[came] * penalty)
+        text.append(int(np.argmax(logits)))
     return text[len(prompt) :]
 
 
@@ -122,6 +129,15 @@ def test_the_likeliest_text_is_that_without_a_cache(kind, random_params):
     prompt = np.random.default_rng(1).integers(0, 61, 7)
     (ours,) = hn.generate(config, params, [prompt], max_new_tokens=9)
     assert ours.tolist() == _uncached(config, params, prompt, 9)
+
+
+def test_a_penalty_counts_the_prompt_and_what_was_written(random_params):
+    config, params = _kind("scheme hybrid", random_params)
+    prompts = [np.array([7, 8, 9]), np.random.default_rng(1).integers(0, 61, 20)]
+    ours = hn.generate(config, params, prompts, max_new_tokens=12, sampling=hn.Sampling(repetition_penalty=1.5))
+    expected = [_uncached(config, params, prompt, 12, penalty=1.5) for prompt in prompts]
+    assert [row.tolist() for row in ours] == expected
+    assert all(_uncached(config, params, prompt, 12) != row for prompt, row in zip(prompts, expected, strict=True))
 
 
 def test_bfloat16_is_as_near_to_its_forward_pass_as_rounding_allows(random_params):

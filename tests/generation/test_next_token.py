@@ -61,6 +61,13 @@ def test_tokens_are_drawn_as_often_as_the_rules_say():
     assert (np.abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / count)).all()
 
 
+def test_hardly_any_temperature_takes_the_likeliest():
+    """Divided by so little, logits would be infinite, and their softmax NaN."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    cold = hn.Sampling(temperature=1e-38, top_k=20, top_p=0.9, min_p=0.1)
+    np.testing.assert_array_equal(choose(jnp.asarray(100 * LOGITS), keys, cold), LOGITS.argmax(-1))
+
+
 def test_without_a_temperature_the_likeliest_is_taken_after_the_penalty():
     keys = jax.random.split(jax.random.key(0), 4)
     np.testing.assert_array_equal(choose(jnp.asarray(LOGITS), keys, hn.Sampling()), LOGITS.argmax(-1))

@@ -42,8 +42,25 @@ def words(tmp_path_factory):
     return load_tokenizer(DataSection(tokenizer=str(file)))
 
 
-def _pieces(tokenizer, ids, sizes, stop=()):
-    stream, ids = TextStream(tokenizer, stop), list(ids)
+@pytest.fixture(scope="module")
+def fallback(tmp_path_factory):
+    """A tokenizer.json as Llama's: words with a space before them, and the bytes of characters that it does not know.
+
+    Of bytes that stand together its decoder makes U+FFFD, each of them, until the last character of them is whole.
+    """
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((f"<0x{byte:02X}>", -9.0) for byte in range(256))]
+    pieces += [(piece, -2.0) for piece in ("▁", "▁and", "▁end", "▁caf", *"abcdefghijklmnopqrstuvwxyz")]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    spaces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(spaces)
+    file = tmp_path_factory.mktemp("fallback") / "tokenizer.json"
+    tokenizer.save(str(file))
+    return load_tokenizer(DataSection(tokenizer=str(file)))
+
+
+def _pieces(tokenizer, ids, sizes, stop=(), after=()):
+    stream, ids = TextStream(tokenizer, stop, after=after), list(ids)
     pieces = []
     for size in sizes:
         pieces.append(stream.push(ids[:size]))
@@ -52,9 +69,9 @@ def _pieces(tokenizer, ids, sizes, stop=()):
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("name", ["bytes", "byte_pairs"])
-def test_no_piece_holds_half_a_character_however_tokens_come(name, seed, byte_pairs):
-    tokenizer = ByteTokenizer() if name == "bytes" else byte_pairs
+@pytest.mark.parametrize("name", ["bytes", "byte_pairs", "fallback"])
+def test_no_piece_holds_half_a_character_however_tokens_come(name, seed, byte_pairs, fallback):
+    tokenizer = {"bytes": ByteTokenizer(), "byte_pairs": byte_pairs, "fallback": fallback}[name]
     sizes = [random.Random(seed).randint(0, 3) for _ in range(60)] if seed else [1] * 100
     pieces, _ = _pieces(tokenizer, tokenizer.encode(TEXT), sizes)
     assert "".join(pieces) == TEXT
@@ -81,6 +98,25 @@ def test_a_space_between_words_is_kept_where_a_text_would_begin_without_one(word
     for sizes in ([1] * 5, [2, 2, 1], [0, 3, 0, 2]):
         pieces, _ = _pieces(words, ids, sizes)
         assert "".join(pieces) == words.decode(ids) == "one two three two one"
+
+
+def test_a_text_that_goes_on_from_a_prompt_keeps_the_space_after_it(words, fallback):
+    for tokenizer, text in ((words, "one two three two one"), (fallback, "10 € and 木 end")):
+        ids = list(tokenizer.encode(text))
+        for cut in range(1, len(ids)):
+            before = tokenizer.decode(ids[:cut])
+            if before.endswith("\N{REPLACEMENT CHARACTER}"):
+                continue  # no prompt ends in half a character
+            pieces, _ = _pieces(tokenizer, ids[cut:], [1] * len(ids), after=ids[:cut])
+            assert before + "".join(pieces) == text
+
+
+@pytest.mark.parametrize("stop", [["bc", "abcd"], ["abcd", "bc"], ["c", "bc"], ["bcx", "abcdef", "d"]], ids=str)
+def test_the_stop_string_that_is_complete_first_ends_the_text_however_tokens_come(stop):
+    ids = ByteTokenizer().encode("xabcdef")
+    texts = {"".join(_pieces(ByteTokenizer(), ids, [size] * 7, stop=stop)[0]) for size in range(1, 8)}
+    expected = {"bc": "xa", "c": "xa", "bcx": "xabc"}
+    assert texts == {next(text for name, text in expected.items() if name in stop)}
 
 
 @pytest.mark.parametrize("sizes", [[], [1] * 40, [3] * 12, [7] * 6], ids=str)
