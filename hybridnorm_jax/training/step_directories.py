@@ -56,7 +56,12 @@ def _find(path: epath.PathLike) -> tuple[epath.Path, int | None]:
         directory, newest = _find(at_step[1])
         if newest is not None:
             raise CheckpointError(f"{path}: {at_step[1]} is one checkpoint already; name it without @{at_step[2]}")
-        return _find(directory / f"{int(at_step[2]):06d}")
+        step = directory / f"{int(at_step[2]):06d}"
+        if not step.is_dir():
+            there = sorted(number for child in directory.iterdir() if (number := complete_step(child)) is not None)
+            right = f"there are {', '.join(map(str, there))}" if there else "there is none"
+            raise CheckpointError(f"{path}: {at_step[1]} has no checkpoint of step {int(at_step[2])}; {right}")
+        return _find(step)
     if (path / "checkpoints").is_dir():
         return path / "checkpoints", None
     if (step := complete_step(path)) is not None:

@@ -66,7 +66,7 @@ def test_a_step_is_also_named_after_its_run(saved, monkeypatch):
     assert find_checkpoint(f"{run}@2") == find_checkpoint(f"{run}@000002") == (directory, 2)
     monkeypatch.chdir(run.parent)
     assert find_checkpoint(f"{run.name}@1") == (directory, 1)
-    with pytest.raises(CheckpointError, match=r"000003: no such directory; give .* or RUN@500$"):
+    with pytest.raises(CheckpointError, match=r"@3: .* has no checkpoint of step 3; there are 1, 2$"):
         find_checkpoint(f"{run}@3")
     with pytest.raises(CheckpointError, match=r"@1: .*000002 is one checkpoint already; name it without @1$"):
         find_checkpoint(f"{directory}/000002@1")
