@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from hybridnorm_jax.generation.decoding import read_prompts, write
-from hybridnorm_jax.generation.next_token import Sampling
 from hybridnorm_jax.generation.rounded_parameters import rounded
+from hybridnorm_jax.generation.sampling import Sampling
 from hybridnorm_jax.kernels.cached_attention import blocks_of
 from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.config import ModelConfig

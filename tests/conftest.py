@@ -59,7 +59,7 @@ def shared_programs(_programs, monkeypatch):
 
     def build_or_share(self, config, mesh=None):
         compiled = (config.model, config.train, config.optimizer, config.mesh, config.data.segment_ids)
-        key = repr((*compiled, config.model.placements, mesh, jax.config.read("jax_enable_x64")))
+        key = repr((*compiled, config.model.placements, jax.config.read("jax_enable_x64"))), mesh
         if key not in _programs:
             build(self, config, mesh)
             _programs[key] = dict(vars(self))

@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from hybridnorm_jax.commands.program import ArgumentParser, again
-from hybridnorm_jax.commands.saved_model import HUGGING_FACE, SavedModel, read_directory
+from hybridnorm_jax.commands.program import ArgumentParser, again, check_outside, in_float64
+from hybridnorm_jax.commands.saved_model import SavedModel, read_directory
 from hybridnorm_jax.commands.syntax import check_syntax
 from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.config.plugins import as_arguments, import_plugins
@@ -45,7 +45,8 @@ def run(arguments: Sequence[str]) -> None:
     check_syntax("convert", arguments)
     options = _parser().parse_args([each for each in arguments if not each.startswith(f"{PLUGINS}=")])
     options.plugins = named_plugins(arguments)
-    with sturdy_streams():  # nobody need read what is said for OUT_DIR to be written
+    # Nobody need read what is said for OUT_DIR to be written.
+    with sturdy_streams(), in_float64():
         convert(options)
 
 
@@ -91,19 +92,6 @@ def _parser() -> ArgumentParser:
 
 def convert(options: argparse.Namespace) -> None:
     """Read, convert in float64, prove, write."""
-    import jax  # after parsing: JAX takes seconds to import
-
-    # In all threads, so that is not what `with jax.enable_x64` does.
-    was = jax.config.read("jax_enable_x64")
-    jax.config.update("jax_enable_x64", True)
-    try:
-        _convert(options)
-    finally:
-        jax.config.update("jax_enable_x64", was)
-
-
-def _convert(options: argparse.Namespace) -> None:
-    """`convert`, with float64 switched on."""
     from hybridnorm_jax.equivalence.decoder_forms import conversion_of
     from hybridnorm_jax.equivalence.proof import WRITTEN, cast, prove, table
     from hybridnorm_jax.training.run_directory import check_free, save_run
@@ -147,21 +135,16 @@ def _convert(options: argparse.Namespace) -> None:
         trained_on=source.trained_on,
     )
     print(f"{options.out}: {describe(result)}, {options.dtype}")
-    _say_next(options.out, needed, has_tokenizer=source.tokenizer_file is not None or source.kind != HUGGING_FACE)
+    _say_next(options.out, needed, has_tokenizer=source.has_tokenizer)
 
 
 def _check_out(checkpoint: str, out: str) -> None:
-    """Raise UserError for a name that no file system takes, or one in what is converted.
-
-    A file more in a checkpoint would make it a damaged one.
-    """
+    """Raise UserError for a name that no file system takes, or one in what is converted."""
     if not is_local(out):
         return
     if any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(out).parts):
         raise UserError(f"{out:.60}...: a name in it is longer than {LONGEST_NAME} bytes")
-    inner, outer = Path(os.path.realpath(out)), Path(os.path.realpath(checkpoint))
-    if inner != outer and outer.is_dir() and inner.is_relative_to(outer):
-        raise UserError(f"{out}: lies in {checkpoint}, which is only read; choose a directory outside of it")
+    check_outside(checkpoint, out)
 
 
 def _say_next(out: str, plugins: Sequence[str], *, has_tokenizer: bool) -> None:

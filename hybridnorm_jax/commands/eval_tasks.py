@@ -4,13 +4,12 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from hybridnorm_jax.commands.scored_run import ScoredRun, open_run
-from hybridnorm_jax.data import load_tokenizer
-from hybridnorm_jax.data.tokenizers import Tokenizer
+from hybridnorm_jax.commands.own_tokenizer import own_tokenizer
+from hybridnorm_jax.commands.scored_run import open_run
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.evaluation.tasks import check_lm_eval, paper_average, table
 from hybridnorm_jax.training.task_model import TaskModel
-from hybridnorm_jax.training.trained_before import check_tokenizer_alone, trained_on
+from hybridnorm_jax.training.trained_before import trained_on
 
 OPTION = "--tasks"
 
@@ -45,7 +44,9 @@ def scores_of_run(path: str, overrides: Sequence[str], asked: AskedTasks, *, as_
     """
     check_lm_eval(OPTION)
     with open_run(path, overrides) as run:
-        model = TaskModel(run.program, _tokenizer(run), asked.names, key=OPTION, limit=asked.limit)
+        known, size = trained_on(run.data_state, run.saved.data), run.config.model.vocab_size
+        tokenizer = own_tokenizer(run.config.data, known, vocab_size=size, where=run.where)
+        model = TaskModel(run.program, tokenizer, asked.names, key=OPTION, limit=asked.limit)
         params = run.params()
     scores = model.scores(params)
     if not as_json:
@@ -56,12 +57,3 @@ def scores_of_run(path: str, overrides: Sequence[str], asked: AskedTasks, *, as_
     if (average := paper_average(scores)) is not None:
         result["mean_of_hybridnorm"] = average
     return json.dumps(result, indent=2)
-
-
-def _tokenizer(run: ScoredRun) -> Tokenizer | None:
-    """That of the run; None where its token files do not say which one it is."""
-    data = run.config.data
-    check_tokenizer_alone(trained_on(run.data_state, run.saved.data), data, where=run.where)
-    if data.source == "tokens" and data.tokenizer == "bytes":
-        return None
-    return load_tokenizer(data)

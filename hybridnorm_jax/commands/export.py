@@ -3,16 +3,15 @@
 import argparse
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hybridnorm_jax.commands.program import ArgumentParser
+from hybridnorm_jax.commands.program import ArgumentParser, check_outside, in_float64
 from hybridnorm_jax.commands.syntax import check_syntax
 from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.config.plugins import import_plugins
-from hybridnorm_jax.config.run_config import DataSection, RunConfig
+from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import named_plugins, to_yaml
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.model.config import PARAM_DTYPES
@@ -71,14 +70,11 @@ def export(options: argparse.Namespace) -> None:
 
     _check_license(options.license)
     check_free(Path(options.out).absolute())
-    _check_outside(options.run, options.out)
+    check_outside(options.run, options.out)
     import_plugins(options.plugins)
-
-    import jax  # after the checks: JAX takes seconds to import
-
-    jax.config.update("jax_enable_x64", True)  # parameters in float64 stay so
-    source = _read(options)
-    written = _write(options, source)
+    with in_float64():  # parameters in float64 stay so
+        source = _read(options)
+        written = _write(options, source)
     print(f"{options.out}: {written}, step {source.step} of {options.run}")
     if options.format == "hf":
         trust = ", trust_remote_code=True" if written == "hybridnorm" else ""
@@ -89,13 +85,6 @@ def export(options: argparse.Namespace) -> None:
 def _check_license(name: str) -> None:
     if not name or not all(character.isalnum() or character in "-._" for character in name):
         raise UserError(f"--license {name!r:.60}: must be an identifier such as apache-2.0, mit or other")
-
-
-def _check_outside(run: str, out: str) -> None:
-    """Raise UserError for a directory in what is exported: a file more would make a checkpoint a damaged one."""
-    inner, outer = Path(os.path.realpath(out)), Path(os.path.realpath(run))
-    if outer.is_dir() and inner.is_relative_to(outer):
-        raise UserError(f"{out}: lies in {run}, which is only read; choose a directory outside of it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,39 +110,27 @@ def _read(options: argparse.Namespace) -> Source:
     import jax
     import numpy as np
 
-    from hybridnorm_jax.data.tokenizer_files import tokenizer_of
+    from hybridnorm_jax.commands.own_tokenizer import own_tokenizer
     from hybridnorm_jax.training.checkpoints import Checkpoints
     from hybridnorm_jax.training.run_directory import load_run, newest_checkpoint, saved_config
+    from hybridnorm_jax.training.trained_before import trained_on
 
     checkpoint, step = newest_checkpoint(options.run)
     directory = Path(checkpoint).parent
     with Checkpoints(directory, keep=1) as checkpoints:
         config = saved_config(checkpoints, step)
         data_state = checkpoints.read_data_state(step)
-    data = config.data
-    if options.tokenizer is not None:
+    data, is_named = config.data, options.tokenizer is not None
+    if is_named:
         data = dataclasses.replace(data, tokenizer=options.tokenizer)
-    tokenizer = tokenizer_of(data)
-    _check_tokenizer(options, config, data, tokenizer, data_state)
+    known = trained_on(data_state, config.data)
+    size = config.model.vocab_size
+    tokenizer = own_tokenizer(data, known, vocab_size=size, where=options.run, is_named=is_named)
     # Whoever exports does not compute: the accelerators stay free, and no array is copied.
     place = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     config, params = load_run(checkpoint, shardings=place)
     config = dataclasses.replace(config, data=data)
     return Source(config, jax.tree.map(np.asarray, params), step, directory.parent, tokenizer)
-
-
-def _check_tokenizer(
-    options: argparse.Namespace, config: RunConfig, data: DataSection, tokenizer: Any, data_state: dict[str, Any]
-) -> None:
-    """Raise UserError for another tokenizer than that of the run."""
-    from hybridnorm_jax.training.trained_before import check_tokenizer_alone, trained_on
-
-    if tokenizer is None:
-        return
-    check_tokenizer_alone(trained_on(data_state, config.data), data, where=options.run)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        right = f"the model knows {config.model.vocab_size:,}; name the tokenizer that it was trained with"
-        raise UserError(f"data.tokenizer={data.tokenizer}: has {tokenizer.vocab_size:,} tokens, but {right}")
 
 
 def _write(options: argparse.Namespace, source: Source) -> str:

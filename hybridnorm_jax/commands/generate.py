@@ -16,14 +16,15 @@ from hybridnorm_jax.config.plugins import import_plugins
 from hybridnorm_jax.config.yaml_files import named_plugins
 from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.generation.sampling import Sampling, fault_of_seed
+from hybridnorm_jax.model.config import LONGEST_CONTEXT
 
 if TYPE_CHECKING:
     from hybridnorm_jax.commands.saved_model import SavedModel
     from hybridnorm_jax.data import Tokenizer
     from hybridnorm_jax.generation.text import Written
 
-# Tokens that are written where nobody says how many, and most that anybody could mean.
-MANY, MOST = 256, 1_000_000
+# Tokens that are written where nobody says how many.
+MANY = 256
 # Options whose value may be any text.
 TEXTS = ("--prompt", "--file", "--stop")
 
@@ -47,8 +48,8 @@ def run(arguments: Sequence[str]) -> None:
     check_syntax("generate", arguments)
     options = _parser().parse_args([each for each in arguments if not each.startswith(f"{PLUGINS}=")])
     options.plugins = named_plugins(arguments)
-    if options.max_tokens is not None and not 1 <= options.max_tokens <= MOST:
-        raise UserError(f"--max-tokens {options.max_tokens}: must be at least 1 and at most {MOST:,}")
+    if options.max_tokens is not None and not 1 <= options.max_tokens <= LONGEST_CONTEXT:
+        raise UserError(f"--max-tokens {options.max_tokens}: must be at least 1 and at most {LONGEST_CONTEXT:,}")
     if (wrong := fault_of_seed(options.seed)) is not None:
         raise UserError(f"--seed {options.seed}: {wrong}")
     if not all(options.stop):
@@ -211,25 +212,22 @@ def _tokenizer(source: "SavedModel", named: str | None) -> "Tokenizer":
     """The tokenizer that is named, or the model's own.
 
     Raises:
-      UserError: there is none, it is another one than in training, or it has more tokens than the model.
+      UserError: see own_tokenizer; or there is none.
     """
-    from hybridnorm_jax.data import load_tokenizer
-    from hybridnorm_jax.training.trained_before import check_tokenizer_alone
+    from hybridnorm_jax.commands.own_tokenizer import own_tokenizer
 
-    data = source.config.data
-    if named is None and data.tokenizer == "bytes" and source.may_lack_tokenizer:
-        right = "name its tokenizer.json, or bytes, with --tokenizer"
-        raise UserError(f"{source.path}: no tokenizer is known to belong to it; {right}")
+    model, data, is_named = source.config.model, source.config.data, named is not None
     if named is not None:
         data = dataclasses.replace(data, tokenizer=named, separator="")
-    # Without a separator no document ends, and text is written all the same.
-    tokenizer = load_tokenizer(data, needs_separator=False)
-    check_tokenizer_alone(source.trained_on, data, where=source.path)
-    vocabulary = source.config.model.vocab_size
-    if tokenizer.vocab_size > vocabulary:
-        wrong = f"it has {tokenizer.vocab_size:,} tokens, but the model {vocabulary:,}"
-        raise UserError(f"--tokenizer {tokenizer.name}: {wrong}; name the tokenizer that the model was trained with")
-    return tokenizer
+    found = None
+    if is_named or source.has_tokenizer:
+        found = own_tokenizer(
+            data, source.trained_on, vocab_size=model.vocab_size, where=source.path, is_named=is_named
+        )
+    if found is None:
+        right = "name its tokenizer.json, or bytes, with --tokenizer"
+        raise UserError(f"{source.path}: no tokenizer is known to belong to it; {right}")
+    return found
 
 
 def _most(asked: int | None, prompt: str, source: "SavedModel", tokenizer: "Tokenizer") -> int:

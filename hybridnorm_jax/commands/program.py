@@ -1,11 +1,12 @@
 """What several commands need: how this program is called again, and options that end in one line where wrong."""
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,6 +28,26 @@ def again(arguments: Sequence[str]) -> str:
 def wants_help(arguments: Sequence[str]) -> bool:
     """Whether help is asked for."""
     return "-h" in arguments or "--help" in arguments
+
+
+@contextlib.contextmanager
+def in_float64() -> Iterator[None]:
+    """What is inside computes in float64 where it asks for it, in all threads, so that jax.enable_x64 would not do."""
+    import jax  # after parsing: JAX takes seconds to import
+
+    was = jax.config.read("jax_enable_x64")
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", was)
+
+
+def check_outside(source: str, out: str) -> None:
+    """Raise UserError for a new directory in what is only read: a file more would make a checkpoint a damaged one."""
+    inner, outer = Path(os.path.realpath(out)), Path(os.path.realpath(source))
+    if inner != outer and outer.is_dir() and inner.is_relative_to(outer):
+        raise UserError(f"{out}: lies in {source}, which is only read; choose a directory outside of it")
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -37,11 +37,9 @@ class SavedModel:
     trained_on: Sequence[Any] = ()
 
     @property
-    def may_lack_tokenizer(self) -> bool:
-        """Whether nothing says that bytes are its tokens: it came without a tokenizer, or was trained on tokens."""
-        if self.kind == HUGGING_FACE:
-            return self.tokenizer_file is None
-        return self.config.data.source == "tokens"
+    def has_tokenizer(self) -> bool:
+        """Whether its data section says something of a tokenizer; without a file a Hugging Face directory does not."""
+        return self.kind != HUGGING_FACE or self.tokenizer_file is not None
 
 
 def read_directory(path: str, ignore_keys: Sequence[str] = (), *, dtype: str | None = None) -> SavedModel:

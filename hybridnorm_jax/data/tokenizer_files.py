@@ -6,20 +6,10 @@ from typing import Any
 from etils import epath
 
 from hybridnorm_jax.config.run_config import DataSection
-from hybridnorm_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, read_tokenizer_file
+from hybridnorm_jax.data.tokenizers import ByteTokenizer, Tokenizer, read_tokenizer_file
 from hybridnorm_jax.whole_files import expanded
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-
-
-def tokenizer_of(data: DataSection) -> Tokenizer | None:
-    """The tokenizer that a run was trained with; None: it read token files and named none.
-
-    Raises:
-      DataError: its file is missing or damaged.
-    """
-    is_unknown = data.source == "tokens" and data.tokenizer == "bytes"
-    return None if is_unknown else load_tokenizer(data)
 
 
 def tokenizer_files(data: DataSection, tokenizer: Tokenizer, *, longest: int | None) -> dict[str, bytes]:

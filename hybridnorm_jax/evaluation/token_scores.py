@@ -5,7 +5,6 @@ all of them score the same requests together, each its share of every batch, and
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,8 +24,8 @@ from hybridnorm_jax.mesh.sharding_rules import RULES, Rules, first_entry
 from hybridnorm_jax.mesh.split_axes import parts, split_axes
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.loss import in_chunks, with_head_gathered
+from hybridnorm_jax.model.program_lengths import rounded_up
 
-SHORTEST = 32
 # Of short sequences a device gets no more than this at a time, so that few requests are not lost in one large batch.
 MOST_ROWS = 32
 # Logits that a device holds at a time; 128 MiB in float32.
@@ -163,10 +162,9 @@ class TokenScorer:
         return batch, likelihoods, is_greedy
 
     def _rounded_up(self, length: int) -> int:
-        """The length of the program that reads `length` tokens: at most a quarter more, and SHORTEST at least."""
-        step = max(SHORTEST, 1 << max(length.bit_length() - 3, 0))
-        step = math.lcm(step, self._multiple)
-        return min(-(-length // step) * step, -(-self.window // self._multiple) * self._multiple)
+        """The length of the program that reads `length` tokens: no more than the window, as the mesh splits it."""
+        whole_window = -(-self.window // self._multiple) * self._multiple
+        return min(rounded_up(length, multiple=self._multiple), whole_window)
 
     def _rows_at_a_time(self, length: int) -> int:
         """Rows of a batch; the same for all batches of a length."""

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,11 +19,11 @@ from hybridnorm_jax.generation.rounded_parameters import rounded
 from hybridnorm_jax.generation.sampling import Sampling, fault_of_seed
 from hybridnorm_jax.model.config import LONGEST_CONTEXT, ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
+from hybridnorm_jax.model.program_lengths import rounded_up
 
 Tokens = Int[np.ndarray, " tokens"]
 # Most tokens that are written before the caller sees them, and seconds for which a reader is willing to wait.
 STRIDE, PATIENCE = 32, 0.1
-SMALLEST = 32
 
 
 def generate(
@@ -67,7 +68,8 @@ def generate(
     # Plain attention takes any length, and XLA cannot split a Pallas kernel over the devices of the parameters.
     model = Decoder(dataclasses.replace(config, attention="xla", expert_dispatch="blocked", remat="none"))
     width = rounded_up(max(len(row) for row in rows))
-    stops = jnp.asarray(np.asarray(stop_ids, np.int32))
+    ends = np.asarray(stop_ids, np.int32)
+    stops = jnp.asarray(ends)
     keys = _keys(seeds, len(rows))
     params = rounded(config, params)
     with on_mesh_of(params) as parts:
@@ -82,7 +84,8 @@ def generate(
             slots=rounded_up(width + max_new_tokens),
             sampling=sampling,
         )
-        return _collect(model, params, writing, stops, len(rows), max_new_tokens, sampling, on_tokens)
+        write_more = partial(write, model, params, stops=stops, most=STRIDE, sampling=sampling)
+        return _collect(write_more, writing, ends, rows=len(rows), max_new_tokens=max_new_tokens, on_tokens=on_tokens)
 
 
 def _right_aligned(rows: list[np.ndarray], batch: int, width: int) -> Int[np.ndarray, "batch width"]:
@@ -92,24 +95,21 @@ def _right_aligned(rows: list[np.ndarray], batch: int, width: int) -> Int[np.nda
     return array
 
 
-def rounded_up(length: int) -> int:
-    """The length for which programs are compiled: less than length / 4 more, or than SMALLEST where that is more."""
-    step = max(SMALLEST, 1 << max(length.bit_length() - 3, 0))
-    return -(-length // step) * step
-
-
 def _collect(
-    model: Decoder,
-    params: Any,
+    write_more: Callable[..., tuple[Writing, jax.Array, jax.Array]],
     writing: Writing,
-    stops: Int[jax.Array, " stops"],
+    ends: Tokens,
+    *,
     rows: int,
     max_new_tokens: int,
-    sampling: Sampling,
     on_tokens: Callable[[list[Tokens]], bool | None] | None,
 ) -> list[Tokens]:
-    """All tokens of the first `rows` sequences, in the order of writing; given to on_tokens on the way."""
-    ends = np.asarray(stops)
+    """All tokens of the first `rows` sequences, in the order of writing; given to on_tokens on the way.
+
+    Args:
+      write_more: decoding.write, of which the sequences and `limit` are left to give.
+      ends: the tokens that end a sequence.
+    """
     columns = np.asarray(writing.last)[:rows, None]
     pieces = [columns]
     is_done = np.zeros(len(columns), bool)
@@ -123,9 +123,7 @@ def _collect(
         if left == 0 or is_done.all():
             break
         began = time.monotonic()
-        writing, tokens, written = write(
-            model, params, writing, stops, jnp.asarray(min(left, stride)), most=STRIDE, sampling=sampling
-        )
+        writing, tokens, written = write_more(writing=writing, limit=jnp.asarray(min(left, stride)))
         columns = np.asarray(tokens)[:rows, : int(written)]
         if on_tokens is not None:
             stride = _next_stride(stride, time.monotonic() - began)

@@ -2,14 +2,13 @@
 
 import dataclasses
 
+from hybridnorm_jax.config.run_config import LARGEST_SEED
 from hybridnorm_jax.config_fields import check_fields, key
-
-LIMIT_OF_SEEDS = 1 << 32
 
 
 def fault_of_seed(seed: int) -> str | None:
     """What is wrong with a seed, as the end of a sentence; None: nothing."""
-    return None if 0 <= seed < LIMIT_OF_SEEDS else f"must be at least 0 and below {LIMIT_OF_SEEDS:,}"
+    return None if 0 <= seed <= LARGEST_SEED else f"must be between 0 and {LARGEST_SEED:,}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,8 @@ from hybridnorm_jax.generation.sampling import Sampling
 from hybridnorm_jax.generation.streaming import TextStream
 from hybridnorm_jax.model.config import ModelConfig
 
+NO_TOKEN = "it has no token, and the tokenizer has no separator to begin with; give more text"
+
 
 @dataclasses.dataclass(frozen=True)
 class Written:
@@ -101,8 +103,7 @@ def document_of(prompt: str, tokenizer: Tokenizer) -> Int[np.ndarray, " tokens"]
     """
     ids = begin_document(tokenizer.encode(prompt), tokenizer)
     if not len(ids):
-        right = "it has no token, and the tokenizer has no separator to begin with; give more text"
-        raise UserError(f"the prompt {prompt!r}: {right}")
+        raise UserError(f"the prompt {prompt!r}: {NO_TOKEN}")
     return ids
 
 

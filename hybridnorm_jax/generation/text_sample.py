@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.config.run_config import LARGEST_SEED, RunConfig
 from hybridnorm_jax.data import Data, Tokenizer, Windows
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.generation.generate import generate
-from hybridnorm_jax.generation.sampling import LIMIT_OF_SEEDS, Sampling
-from hybridnorm_jax.generation.text import begin_document
+from hybridnorm_jax.generation.sampling import Sampling
+from hybridnorm_jax.generation.text import NO_TOKEN, begin_document
 from hybridnorm_jax.model.config import ModelConfig
 
 # Below 1, so that unlikely tokens are rarer than the model says; well above 0, at which small models repeat themselves.
@@ -48,8 +48,7 @@ def check_prompt(config: RunConfig, data: Data) -> None:
         raise ConfigError(f"train.sample_prompt={text!r}: {right}")
     ids = _own_prompt(text, data.tokenizer).ids
     if not len(ids):
-        right = "it has no token, and the tokenizer has no separator to begin with; give more text"
-        raise ConfigError(f"train.sample_prompt={text!r}: {right}")
+        raise ConfigError(f"train.sample_prompt={text!r}: {NO_TOKEN}")
     if ids.max() >= config.model.vocab_size:
         right = f"does not fit model.vocab_size={config.model.vocab_size}; data.tokenizer is not that of these tokens"
         raise ConfigError(f"train.sample_prompt={text!r}: its token {ids.max()} {right}")
@@ -91,7 +90,7 @@ def go_on(
             # The last of them is written, but not read.
             max_new_tokens=min(left, window - len(known) + 1),
             sampling=Sampling(temperature=TEMPERATURE),
-            seeds=[(seed + len(stretches)) % LIMIT_OF_SEEDS],
+            seeds=[(seed + len(stretches)) % (LARGEST_SEED + 1)],
         )
         known, left = np.concatenate([known, new]), left - len(new)
         stretches.append(new)

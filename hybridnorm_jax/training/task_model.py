@@ -1,6 +1,7 @@
 """A run's model and tokenizer as the LM Evaluation Harness calls them, and the scores of its tasks."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ from hybridnorm_jax.evaluation.answers import Tokens, Writer
 from hybridnorm_jax.evaluation.tasks import Tasks, TaskScore, evaluate_tasks, open_tasks
 from hybridnorm_jax.evaluation.token_scores import TokenScorer
 from hybridnorm_jax.generation.generate import generate
-from hybridnorm_jax.generation.next_token import Sampling
+from hybridnorm_jax.generation.rounded_parameters import rounded
+from hybridnorm_jax.generation.sampling import Sampling
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.training.program import Program
 
@@ -81,8 +83,10 @@ class TaskModel:
         """The model with these parameters as `lm_eval.evaluator` takes one; arguments as those of `scores`."""
         from hybridnorm_jax.evaluation.lm_eval_model import LmEvalModel
 
+        # Rounded where the first answer is written, not for each batch of answers.
+        narrow = functools.cache(lambda: rounded(self.config.model, params))
         writer = Writer(
-            partial(self._write, params, before_batch),
+            partial(self._write, narrow, before_batch),
             self.tokenizer,
             separator=self._separator,
             window=self.config.train.seq_len,
@@ -93,7 +97,7 @@ class TaskModel:
 
     def _write(
         self,
-        params: Any,
+        params: Callable[[], Any],
         before_batch: Callable[[], None],
         prompts: Sequence[Sequence[int]],
         *,
@@ -110,7 +114,7 @@ class TaskModel:
 
         return generate(
             self.config.model,
-            params,
+            params(),
             prompts,
             max_new_tokens=max_new_tokens,
             sampling=Sampling(**sampling),

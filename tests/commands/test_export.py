@@ -29,10 +29,10 @@ TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 
 @pytest.fixture(autouse=True)
 def _as_it_was(tmp_path, monkeypatch):
-    """In an empty directory; export switches float64 on for its whole process."""
+    """In an empty directory; float64 is as it was before the command."""
     monkeypatch.chdir(tmp_path)
     yield
-    jax.config.update("jax_enable_x64", False)
+    assert not jax.config.read("jax_enable_x64")
 
 
 @pytest.fixture

@@ -152,7 +152,7 @@ def test_typed_prompts_until_the_end_of_input(generate, monkeypatch, runs):
         (["rope", "--max-tokens", "0"], "--max-tokens 0: must be at least 1"),
         (["rope", "--top-p", "2"], "--top-p=2.0: must be above 0 and at most 1"),
         (["rope", "--temperature", "nan"], "--temperature=nan: "),
-        (["rope", "--seed", "-1"], "--seed -1: must be at least 0 and below 4,294,967,296"),
+        (["rope", "--seed", "-1"], "--seed -1: must be between 0 and 4,294,967,295"),
         (["rope", "--stop", ""], "--stop: an empty text would end every text at once"),
         (["rope", "--file", "nowhere.txt"], "--file nowhere.txt: No such file or directory"),
         (["rope", "--file", "rope"], "--file rope: no regular file; name a file of UTF-8 text"),
@@ -161,13 +161,16 @@ def test_typed_prompts_until_the_end_of_input(generate, monkeypatch, runs):
         (["rope", "--prompt", "--json"], "hybridnorm generate: argument --prompt: expected one argument"),
         (
             ["rope", "--seed", "9" * 30],
-            "--seed 999999999999999999999999999999: must be at least 0 and below 4,294,967,296",
+            "--seed 999999999999999999999999999999: must be between 0 and 4,294,967,295",
         ),
         (["rope", "--prompt", "x", "--file", "a.txt"], "hybridnorm generate: argument --file: not allowed with"),
         (["rope", "--temprature", "1"], "--temprature: no such option of `hybridnorm generate`; did you mean"),
         (["rope", "train.steps=3"], "train.steps=3: a key of `hybridnorm train`, not of `hybridnorm generate`"),
         (["rope", "--tokenizer", "nowhere.json"], "data.tokenizer=nowhere.json: nowhere.json: cannot be read"),
-        ([GPT2, "--tokenizer", "bytes"], "--tokenizer bytes: it has 257 tokens, but the model 61; name the tokenizer"),
+        (
+            [GPT2, "--tokenizer", "bytes"],
+            "data.tokenizer=bytes: has 257 tokens, but the model knows 61; name",
+        ),
     ],
     ids=str,
 )

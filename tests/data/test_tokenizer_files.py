@@ -1,12 +1,11 @@
 """The files of a tokenizer that an export holds give the ids that the run was trained on."""
 
-import dataclasses
 import json
 
 import pytest
 
 from hybridnorm_jax.config.run_config import DataSection
-from hybridnorm_jax.data.tokenizer_files import TOKENIZER, byte_tokenizer_json, tokenizer_files, tokenizer_of
+from hybridnorm_jax.data.tokenizer_files import TOKENIZER, byte_tokenizer_json, tokenizer_files
 from hybridnorm_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 
 TEXTS = [
@@ -40,7 +39,7 @@ def test_the_byte_tokenizer_as_a_file_has_the_same_ids(as_file):
 def test_transformers_reads_the_files(tmp_path):
     transformers = pytest.importorskip("transformers")
     data = DataSection()
-    for name, content in tokenizer_files(data, tokenizer_of(data), longest=64).items():
+    for name, content in tokenizer_files(data, load_tokenizer(data), longest=64).items():
         (tmp_path / name).write_bytes(content)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
@@ -63,12 +62,8 @@ def test_another_tokenizer_is_copied_as_it_is(tmp_path):
     content = json.dumps(document).encode() + b"\n \n"
     (tmp_path / "mine.json").write_bytes(content)
     data = DataSection(tokenizer=str(tmp_path / "mine.json"))
-    files = tokenizer_files(data, tokenizer_of(data), longest=None)
+    files = tokenizer_files(data, load_tokenizer(data), longest=None)
     assert files[TOKENIZER] == content
     settings = json.loads(files["tokenizer_config.json"])
     assert settings["eos_token"] == "</s>"
     assert "model_max_length" not in settings
-
-
-def test_token_files_without_a_named_tokenizer_have_none(tmp_path):
-    assert tokenizer_of(dataclasses.replace(DataSection(), source="tokens", files=("a.npy",))) is None

@@ -10,8 +10,8 @@ import pytest
 import hybridnorm_jax as hn
 from hybridnorm_jax.equivalence.decoder_forms import conversion_of
 from hybridnorm_jax.generation import decoding
-from hybridnorm_jax.generation.generate import rounded_up
 from hybridnorm_jax.model.cache import CACHE, Slots, empty_cache
+from hybridnorm_jax.model.program_lengths import rounded_up
 
 # Of the compute dtype float32: sums in another order, over a few layers.
 CLOSE = 1e-5
@@ -273,8 +273,8 @@ def test_the_cache_has_the_numbers_of_its_formula_and_no_more():
         ({"prompts": [[1]], "max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
         ({"prompts": [[1]], "max_new_tokens": 10**12}, "max_new_tokens=1000000000000: must be at least 1 and at most"),
         ({"prompts": [[1]], "seeds": [1, 2]}, "seeds: 2 of them for 1 prompts"),
-        ({"prompts": [[1]], "seeds": -1}, "seed -1: must be at least 0 and below 4,294,967,296"),
-        ({"prompts": [[1]], "seeds": [1 << 70]}, "seed 1180591620717411303424: must be at least 0"),
+        ({"prompts": [[1]], "seeds": -1}, "seed -1: must be between 0 and 4,294,967,295"),
+        ({"prompts": [[1]], "seeds": [1 << 70]}, "seed 1180591620717411303424: must be between 0"),
         ({"prompts": [[1.5]]}, r"prompts\[0\]: must be whole numbers"),
     ],
     ids=str,

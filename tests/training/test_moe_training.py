@@ -45,14 +45,11 @@ def _batch(microbatches=1):
     return {name: array.reshape(microbatches, BATCH // microbatches, SEQ) for name, array in flat.items()}
 
 
-_PROGRAMS = {}
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 def _program(config):
-    """Several tests here train the same configuration: each is compiled once."""
-    if repr(config) not in _PROGRAMS:
-        _PROGRAMS[repr(config)] = Program(config, make_mesh(config.mesh.sizes, jax.devices()[:1]))
-    return _PROGRAMS[repr(config)]
+    return Program(config, make_mesh(config.mesh.sizes, jax.devices()[:1]))
 
 
 def _run(config, steps, batch, change=lambda state: state):

@@ -22,6 +22,8 @@ from hybridnorm_jax.training.step import loss_sums
 
 BATCH, SEQ = 8, 16
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 def _config(small_config, *, model=None, **sections):
     train = {"batch_size": BATCH, "seq_len": SEQ, "steps": 20} | sections.pop("train", {})
@@ -47,19 +49,8 @@ def _one_device():
     return make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
 
 
-_PROGRAMS = {}
-
-
-def _program(config, mesh):
-    """Many tests here train the same configuration: each is compiled once."""
-    key = repr(config), mesh
-    if key not in _PROGRAMS:
-        _PROGRAMS[key] = Program(config, mesh)
-    return _PROGRAMS[key]
-
-
 def _run(config, mesh, steps, batch):
-    program = _program(config, mesh)
+    program = Program(config, mesh)
     state, losses = program.fresh_state(), []
     for _ in range(steps):
         state, metrics = program.train_step(state, batch)

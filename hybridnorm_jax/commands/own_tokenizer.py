@@ -1,0 +1,35 @@
+"""The tokenizer of a trained model, for commands that read or write text and no data."""
+
+from collections.abc import Sequence
+
+from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.data import Tokenizer, load_tokenizer
+from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.training.trained_before import Trained, check_tokenizer_alone
+
+
+def own_tokenizer(
+    data: DataSection, known: Sequence[Trained], *, vocab_size: int, where: str, is_named: bool = False
+) -> Tokenizer | None:
+    """The tokenizer that data.tokenizer names; None: token files were trained on, and nothing says which one is theirs.
+
+    It needs no separator: without one no document ends.
+
+    Args:
+      data: of the model.
+      known: what the model was trained on.
+      vocab_size: of the model.
+      where: the model's directory, for messages.
+      is_named: whether this command names data.tokenizer, rather than the run.
+
+    Raises:
+      UserError: its file cannot be read, it is another one than in training, or it has more tokens than the model.
+    """
+    if data.source == "tokens" and data.tokenizer == "bytes" and not is_named:
+        return None
+    tokenizer = load_tokenizer(data, needs_separator=False)
+    check_tokenizer_alone(known, data, where=where)
+    if tokenizer.vocab_size > vocab_size:
+        wrong = f"has {tokenizer.vocab_size:,} tokens, but the model knows {vocab_size:,}"
+        raise UserError(f"data.tokenizer={data.tokenizer}: {wrong}; name the tokenizer that it was trained with")
+    return tokenizer
