@@ -15,7 +15,7 @@ from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.generation.decoding import Writing, read_prompts, write
 from hybridnorm_jax.generation.on_mesh import on_mesh_of
-from hybridnorm_jax.generation.rounded_parameters import rounded
+from hybridnorm_jax.generation.ready_parameters import ready
 from hybridnorm_jax.generation.sampling import Sampling, fault_of_seed
 from hybridnorm_jax.model.config import LONGEST_CONTEXT, ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
@@ -46,7 +46,8 @@ def generate(
     slots = rounded_up(rounded_up(longest prompt) + max_new_tokens): programs are compiled for rounded lengths alone.
 
     Args:
-      params: of Decoder(config); they may lie on a mesh.
+      params: of Decoder(config); they may lie on a mesh. Each call makes a copy that suits it (ready_parameters.ready),
+        unless that is what it is given.
       prompts: the tokens of each, at least one; their lengths may differ.
       max_new_tokens: at most so many are written after each prompt.
       sampling: how tokens are chosen; None: always the likeliest.
@@ -66,12 +67,13 @@ def generate(
     rows = [np.asarray(prompt) for prompt in prompts]
     _check(config, rows, max_new_tokens, stop_ids)
     # Plain attention takes any length, and XLA cannot split a Pallas kernel over the devices of the parameters.
-    model = Decoder(dataclasses.replace(config, attention="xla", expert_dispatch="blocked", remat="none"))
+    plain = dataclasses.replace(config, attention="xla", expert_dispatch="blocked", remat="none")
+    model = Decoder(plain, unrolled=True)
     width = rounded_up(max(len(row) for row in rows))
     ends = np.asarray(stop_ids, np.int32)
     stops = jnp.asarray(ends)
     keys = _keys(seeds, len(rows))
-    params = rounded(config, params)
+    params = ready(config, params)
     with on_mesh_of(params) as parts:
         batch = -(-len(rows) // parts) * parts  # rows that are added are empty, and have ended
         writing = read_prompts(

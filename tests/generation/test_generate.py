@@ -10,6 +10,7 @@ import pytest
 import hybridnorm_jax as hn
 from hybridnorm_jax.equivalence.decoder_forms import conversion_of
 from hybridnorm_jax.generation import decoding
+from hybridnorm_jax.generation.ready_parameters import ready
 from hybridnorm_jax.model.cache import CACHE, Slots, empty_cache
 from hybridnorm_jax.model.program_lengths import rounded_up
 
@@ -64,7 +65,7 @@ def _cached_logits(config, params, tokens, *, read, first):
     Args:
       first: of each row; the tokens before it are padding.
     """
-    model = hn.Decoder(config)
+    model, params = hn.Decoder(config, unrolled=True), ready(config, params)
     batch, width = tokens.shape
     positions = np.maximum(np.arange(width) - first[:, None], 0)
     ids = (np.arange(read) >= first[:, None]).astype(np.int32)
