@@ -74,8 +74,10 @@ def generate(
     stops = jnp.asarray(ends)
     keys = _keys(seeds, len(rows))
     params = ready(config, params)
+    (device, *_) = jax.tree.leaves(params)[0].devices()
     with on_mesh_of(params) as parts:
-        batch = -(-len(rows) // parts) * parts  # rows that are added are empty, and have ended
+        # Rows that are added are empty, and have ended.
+        batch = -(-max(len(rows), least_rows(config, device)) // parts) * parts
         writing = read_prompts(
             model,
             params,
@@ -88,6 +90,15 @@ def generate(
         )
         write_more = partial(write, model, params, stops=stops, most=STRIDE, sampling=sampling)
         return _collect(write_more, writing, ends, rows=len(rows), max_new_tokens=max_new_tokens, on_tokens=on_tokens)
+
+
+def least_rows(config: ModelConfig, device: jax.Device) -> int:
+    """How many sequences are written at least.
+
+    XLA for GPUs writes out all products of a matrix with a single vector before it sums them. With two vectors it does
+    not, and a step moves half as much memory. But where there are experts, a second vector would read more of them.
+    """
+    return 2 if device.platform == "gpu" and not config.num_experts else 1
 
 
 def _right_aligned(rows: list[np.ndarray], batch: int, width: int) -> Int[np.ndarray, "batch width"]:
