@@ -17,6 +17,8 @@ from hybridnorm_jax.generation.decoding import Writing, read_prompts, write
 from hybridnorm_jax.generation.on_mesh import on_mesh_of
 from hybridnorm_jax.generation.ready_parameters import ready
 from hybridnorm_jax.generation.sampling import Sampling, fault_of_seed
+from hybridnorm_jax.mesh.device_room import room_of
+from hybridnorm_jax.model.cache import bytes_of_cache
 from hybridnorm_jax.model.config import LONGEST_CONTEXT, ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.program_lengths import rounded_up
@@ -74,10 +76,13 @@ def generate(
     stops = jnp.asarray(ends)
     keys = _keys(seeds, len(rows))
     params = ready(config, params)
-    (device, *_) = jax.tree.leaves(params)[0].devices()
+    (device, *_) = devices = jax.tree.leaves(params)[0].devices()
     with on_mesh_of(params) as parts:
         # Rows that are added are empty, and have ended.
         batch = -(-max(len(rows), least_rows(config, device)) // parts) * parts
+        slots = rounded_up(width + max_new_tokens)
+        # No mesh splits the cache more than over all devices.
+        _check_room(bytes_of_cache(config, batch=batch, slots=slots) // len(devices), device, max_new_tokens)
         writing = read_prompts(
             model,
             params,
@@ -85,7 +90,7 @@ def generate(
             jnp.asarray([len(row) for row in rows] + [0] * (batch - len(rows))),
             keys[jnp.minimum(jnp.arange(batch), len(rows) - 1)],
             stops,
-            slots=rounded_up(width + max_new_tokens),
+            slots=slots,
             sampling=sampling,
         )
         write_more = partial(write, model, params, stops=stops, most=STRIDE, sampling=sampling)
@@ -190,6 +195,14 @@ def _check(config: ModelConfig, rows: list[np.ndarray], max_new_tokens: int, sto
     if config.positions == "learned" and longest + max_new_tokens - 1 > present(config.max_positions):
         right = f"model.max_positions={config.max_positions}; shorten the prompt or ask for fewer"
         raise UserError(f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} do not fit {right}")
+
+
+def _check_room(size: int, device: jax.Device, max_new_tokens: int) -> None:
+    room = room_of(device)
+    if room is not None and size > room:
+        needed, there = (f"{number / 2**30:,.1f} GiB" for number in (size, room))
+        right = f"need {needed} of a device, which has {there}; ask for fewer tokens, or give fewer prompts"
+        raise UserError(f"max_new_tokens={max_new_tokens}: the keys and values of so many {right}")
 
 
 def _check_tokens(name: str, tokens: np.ndarray, config: ModelConfig) -> None:

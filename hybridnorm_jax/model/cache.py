@@ -4,6 +4,7 @@ A cache is the Flax collection CACHE, a plain tree of arrays: `layer_<i>/attenti
 shape (batch, kv_heads, head_dim, slots) and in the compute dtype. A slot holds one token.
 """
 
+from functools import partial
 from typing import Any
 
 import flax
@@ -42,6 +43,12 @@ def empty_cache(config: ModelConfig, *, batch: int, slots: int) -> dict[str, Any
         return {"attention": zeros}
 
     return {f"layer_{number}": of_layer() for number in range(config.num_layers)}
+
+
+def bytes_of_cache(config: ModelConfig, *, batch: int, slots: int) -> int:
+    """What `empty_cache` takes of memory, on all devices together."""
+    cache = jax.eval_shape(partial(empty_cache, config, batch=batch, slots=slots))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 
 def in_place(heads: CachedHeads) -> CachedHeads:

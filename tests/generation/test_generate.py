@@ -310,3 +310,12 @@ def test_an_empty_sequence_changes_nothing(counting_model, monkeypatch):
     monkeypatch.setattr(module, "least_rows", lambda config, device: 2)
     (beside,) = hn.generate(config, params, [np.arange(5)], max_new_tokens=6)
     np.testing.assert_array_equal(alone, beside)
+
+
+def test_a_cache_that_no_device_can_hold_is_refused(counting_model, monkeypatch):
+    """Otherwise the machine swaps, or the program is killed."""
+    config, params = counting_model
+    right = r"max_new_tokens=1000000: the keys and values of so many need \d+\.\d GiB of a device, which has 0\.1 GiB"
+    monkeypatch.setattr(module, "room_of", lambda device: 2**27)
+    with pytest.raises(hn.UserError, match=right):
+        hn.generate(config, params, [np.arange(5)] * 100, max_new_tokens=1_000_000)
