@@ -121,12 +121,17 @@ def _prompts(options: argparse.Namespace) -> Iterator[str]:
         return iter([options.prompt])
     if options.file is not None:
         return iter([_read(options.file)])
-    if sys.stdin is not None and sys.stdin.isatty():
+    if _is_typing(options):
         return _typed()
     try:
         return iter(["" if sys.stdin is None else _checked(sys.stdin.read())])
     except UnicodeDecodeError as error:
         raise UserError("standard input: not UTF-8 text") from error
+
+
+def _is_typing(options: argparse.Namespace) -> bool:
+    """Whether somebody types the prompts, on a terminal."""
+    return options.prompt is None and options.file is None and sys.stdin is not None and sys.stdin.isatty()
 
 
 def _checked(text: str) -> str:
@@ -135,7 +140,7 @@ def _checked(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError("standard input: not UTF-8 text") from error
-    return text
+    return text.removeprefix("\ufeff")
 
 
 def _typed() -> Iterator[str]:
@@ -147,9 +152,17 @@ def _typed() -> Iterator[str]:
         try:
             print("> ", end="", file=out, flush=True)
             yield _checked(input())
+        except (UserError, UnicodeDecodeError) as error:
+            _say_and_go_on(error)
         except EOFError:
             print(file=out)
             return
+
+
+def _say_and_go_on(error: UserError | UnicodeDecodeError) -> None:
+    """Say what is wrong with a prompt that was typed: the next one may be right."""
+    wrong = "standard input: not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
+    print(f"error: {wrong}", file=sys.stderr, flush=True)
 
 
 def _read(file: str) -> str:
@@ -157,7 +170,8 @@ def _read(file: str) -> str:
     if path.exists() and not path.is_file():
         raise UserError(f"--file {file}: no regular file; name a file of UTF-8 text")
     try:
-        return path.read_text(encoding="utf-8")
+        # As training reads a file: without a byte order mark, and with the line ends that it has.
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"--file {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -178,17 +192,23 @@ def generate(options: argparse.Namespace, sampling: Sampling) -> None:
     params = ready(source.config.model, source.params)
     show = None if options.json else _show(sys.stdout.isatty())
     for prompt in prompts:
-        (written,) = write_text(
-            source.config.model,
-            params,
-            tokenizer,
-            [prompt],
-            max_new_tokens=_most(options.max_tokens, prompt, source, tokenizer),
-            sampling=sampling,
-            stop=options.stop,
-            seeds=[options.seed],
-            on_text=show,
-        )
+        try:
+            (written,) = write_text(
+                source.config.model,
+                params,
+                tokenizer,
+                [prompt],
+                max_new_tokens=_most(options.max_tokens, prompt, source, tokenizer),
+                sampling=sampling,
+                stop=options.stop,
+                seeds=[options.seed],
+                on_text=show,
+            )
+        except UserError as error:
+            if not _is_typing(options):
+                raise
+            _say_and_go_on(error)
+            continue
         print(_as_json(prompt, written) if options.json else "", flush=True)
 
 

@@ -48,7 +48,7 @@ class TextStream:
         self.has_stopped = False
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._ids = [int(token) for token in after][-CONTEXT:]
+        self._ids = _newest(tokenizer, [int(token) for token in after[-CONTEXT:]])
         # How many of these ids came before the last whole character, and how many of their characters are known.
         self._context, self._known = len(self._ids), len(tokenizer.decode(self._ids))
         self._waiting = ""
@@ -91,6 +91,15 @@ class TextStream:
         waits = 0 if is_last else max((_begun(text, stop) for stop in self._stop), default=0)
         self._waiting = text[len(text) - waits :]
         return text[: len(text) - waits]
+
+
+def _newest(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """These ids from the beginning of a character on, which has at most 4 bytes.
+
+    Decoders with byte fallback make U+FFFD of all bytes that follow half a character.
+    """
+    begins = (ids[skipped:] for skipped in range(4))
+    return next((each for each in begins if not tokenizer.decode(each).startswith(INCOMPLETE)), ids)
 
 
 def _begun(text: str, stop: str) -> int:

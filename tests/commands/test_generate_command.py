@@ -144,6 +144,33 @@ def test_typed_prompts_until_the_end_of_input(generate, monkeypatch, runs):
     assert both[0] + "\n" == one
 
 
+def test_a_typed_prompt_that_cannot_be_does_not_end_the_session(generate, monkeypatch):
+    lines = iter(["a" * 30, "a\udcffb", "abc"])
+
+    def typed():
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    told = io.StringIO()
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(io, "StringIO", Terminal)
+    monkeypatch.setattr(sys, "stderr", told)
+    (line,) = generate("learned", "--max-tokens", "4", "--json").splitlines()
+    assert json.loads(line)["prompt"] == "abc"
+    assert "error: a prompt of 31 tokens and max_new_tokens=4 do not fit" in told.getvalue()
+    assert "error: standard input: not UTF-8 text" in told.getvalue()
+
+
+def test_a_file_is_read_as_training_reads_it(generate, runs):
+    (runs / "windows.txt").write_bytes(b"\xef\xbb\xbfabc\r\n")
+    line = generate("rope", "--file", "windows.txt", "--max-tokens", "1", "--json")
+    assert json.loads(line)["prompt"] == "abc\r\n"
+    line = generate("rope", "--max-tokens", "1", "--json", typed="\ufeffabc\r\n")
+    assert json.loads(line)["prompt"] == "abc\r\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -111,6 +111,14 @@ def test_a_text_that_goes_on_from_a_prompt_keeps_the_space_after_it(words, fallb
             assert before + "".join(pieces) == text
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\n\n"])
+def test_no_character_is_lost_where_the_known_tokens_begin_with_half_a_one(end, fallback):
+    """Only the newest tokens of a prompt are known; here each is a byte, and they may begin inside a character."""
+    _, *written = fallback.encode("€" * 9)  # without the space before the first word
+    pieces, _ = _pieces(fallback, written, [1] * 40, after=fallback.encode("木" * 9 + end))
+    assert "".join(pieces) == "€" * 9
+
+
 @pytest.mark.parametrize("stop", [["bc", "abcd"], ["abcd", "bc"], ["c", "bc"], ["bcx", "abcdef", "d"]], ids=str)
 def test_the_stop_string_that_is_complete_first_ends_the_text_however_tokens_come(stop):
     ids = ByteTokenizer().encode("xabcdef")
