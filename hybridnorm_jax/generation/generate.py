@@ -1,6 +1,7 @@
 """Text from a model, as tokens: each after all tokens before it, whose keys and values are kept."""
 
 import dataclasses
+import operator
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,7 +15,7 @@ from jaxtyping import Int
 from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.generation.decoding import Writing, read_prompts, write
-from hybridnorm_jax.generation.on_mesh import on_mesh_of
+from hybridnorm_jax.generation.on_mesh import on_mesh_of, with_auto_axes
 from hybridnorm_jax.generation.rounded_parameters import rounded
 from hybridnorm_jax.generation.sampling import Sampling, fault_of_seed
 from hybridnorm_jax.model.config import LONGEST_CONTEXT, ModelConfig
@@ -63,16 +64,18 @@ def generate(
       UserError: what is asked for cannot be; names the argument.
     """
     sampling = Sampling() if sampling is None else sampling
-    rows = [np.asarray(prompt) for prompt in prompts]
-    _check(config, rows, max_new_tokens, stop_ids)
+    rows = [_integers(f"prompts[{number}]", prompt) for number, prompt in enumerate(prompts)]
+    ends = _integers("stop_ids", stop_ids)
+    max_new_tokens = _integer("max_new_tokens", max_new_tokens)
+    _check(config, rows, max_new_tokens)
+    _check_tokens("stop_ids", ends, config)
+    numbers = _seeds(seeds, len(rows))
     # Plain attention takes any length, and XLA cannot split a Pallas kernel over the devices of the parameters.
     model = Decoder(dataclasses.replace(config, attention="xla", expert_dispatch="blocked", remat="none"))
     width = rounded_up(max(len(row) for row in rows))
-    ends = np.asarray(stop_ids, np.int32)
-    stops = jnp.asarray(ends)
-    keys = _keys(seeds, len(rows))
-    params = rounded(config, params)
+    params = rounded(config, with_auto_axes(params))
     with on_mesh_of(params) as parts:
+        stops, keys = jnp.asarray(ends, jnp.int32), _keys(numbers, len(rows))
         batch = -(-len(rows) // parts) * parts  # rows that are added are empty, and have ended
         writing = read_prompts(
             model,
@@ -147,21 +150,51 @@ def _length(tokens: Tokens, ends: Tokens, done: bool) -> int:
     return int(places[0]) + 1 if len(places) else len(tokens)
 
 
-def _keys(seeds: int | Sequence[int], batch: int) -> jax.Array:
-    if isinstance(seeds, int | np.integer):
-        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(_key(seeds), jnp.arange(batch))
+def _keys(seeds: int | list[int], batch: int) -> jax.Array:
+    if isinstance(seeds, int):
+        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seeds), jnp.arange(batch))
+    return jnp.stack([jax.random.key(seed) for seed in seeds])
+
+
+def _seeds(seeds: Any, batch: int) -> int | list[int]:
+    """The seeds as integers of Python.
+
+    Raises:
+      UserError: one that cannot be, or there are fewer or more than prompts.
+    """
+    if not np.ndim(seeds):
+        return _seed(seeds)
     if len(seeds) != batch:
         raise UserError(f"seeds: {len(seeds)} of them for {batch} prompts; give one of each, or one for all")
-    return jnp.stack([_key(seed) for seed in seeds])
+    return [_seed(seed) for seed in seeds]
 
 
-def _key(seed: int | np.integer) -> jax.Array:
-    if (wrong := fault_of_seed(int(seed))) is not None:
-        raise UserError(f"seed {seed}: {wrong}")
-    return jax.random.key(int(seed))
+def _seed(seed: Any) -> int:
+    number = _integer("seed", seed)
+    if (wrong := fault_of_seed(number)) is not None:
+        raise UserError(f"seed {number}: {wrong}")
+    return number
 
 
-def _check(config: ModelConfig, rows: list[np.ndarray], max_new_tokens: int, stop_ids: Sequence[int]) -> None:
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise UserError(f"{name}={value!r}: must be a whole number") from error
+
+
+def _integers(name: str, values: Any) -> Int[np.ndarray, "..."]:
+    """The ids of tokens, as they are given: a sequence, a set or an array."""
+    try:
+        array = np.asarray(sorted(values) if isinstance(values, set | frozenset) else values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name}: must be a list of whole numbers, the ids of tokens") from error
+    if array.dtype.kind not in "iu" and array.size:
+        raise UserError(f"{name}: must be whole numbers, the ids of tokens, not {array.dtype}")
+    return array
+
+
+def _check(config: ModelConfig, rows: list[np.ndarray], max_new_tokens: int) -> None:
     if not 1 <= max_new_tokens <= LONGEST_CONTEXT:
         raise UserError(f"max_new_tokens={max_new_tokens}: must be at least 1 and at most {LONGEST_CONTEXT:,}")
     if not rows:
@@ -169,10 +202,7 @@ def _check(config: ModelConfig, rows: list[np.ndarray], max_new_tokens: int, sto
     for number, row in enumerate(rows):
         if row.ndim != 1 or not len(row):
             raise UserError(f"prompts[{number}]: must be a list of at least one token; begin with the separator")
-        if row.dtype.kind not in "iu":
-            raise UserError(f"prompts[{number}]: must be whole numbers, the ids of tokens, not {row.dtype}")
         _check_tokens(f"prompts[{number}]", row, config)
-    _check_tokens("stop_ids", np.asarray(stop_ids, np.int64), config)
     longest = max(len(row) for row in rows)
     if config.positions == "learned" and longest + max_new_tokens - 1 > present(config.max_positions):
         right = f"model.max_positions={config.max_positions}; shorten the prompt or ask for fewer"
