@@ -11,19 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.generation.decoding import Writing, read_prompts, write
-from hybridnorm_jax.generation.on_mesh import on_mesh_of
+from hybridnorm_jax.generation.on_mesh import on_mesh_of, with_auto_axes
 from hybridnorm_jax.generation.ready_parameters import ready
-from hybridnorm_jax.generation.sampling import Sampling, fault_of_seed
+from hybridnorm_jax.generation.request import Request, Tokens, checked_request
+from hybridnorm_jax.generation.sampling import Sampling
 from hybridnorm_jax.mesh.device_room import room_of
 from hybridnorm_jax.model.cache import bytes_of_cache
-from hybridnorm_jax.model.config import LONGEST_CONTEXT, ModelConfig
+from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.program_lengths import rounded_up
 
-Tokens = Int[np.ndarray, " tokens"]
 # Most tokens that are written before the caller sees them, and seconds for which a reader is willing to wait.
 STRIDE, PATIENCE = 32, 0.1
 
@@ -66,23 +65,22 @@ def generate(
       UserError: what is asked for cannot be; names the argument.
     """
     sampling = Sampling() if sampling is None else sampling
-    rows = [np.asarray(prompt) for prompt in prompts]
-    _check(config, rows, max_new_tokens, stop_ids)
+    request = checked_request(config, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids, seeds=seeds)
+    rows = request.rows
     # Plain attention takes any length, and XLA cannot split a Pallas kernel over the devices of the parameters.
     plain = dataclasses.replace(config, attention="xla", expert_dispatch="blocked", remat="none")
     model = Decoder(plain, unrolled=True)
     width = rounded_up(max(len(row) for row in rows))
-    ends = np.asarray(stop_ids, np.int32)
-    stops = jnp.asarray(ends)
-    keys = _keys(seeds, len(rows))
-    params = ready(config, params)
-    (device, *_) = devices = jax.tree.leaves(params)[0].devices()
+    params = with_auto_axes(params)
     with on_mesh_of(params) as parts:
+        params = ready(config, params)
+        (device, *_) = devices = jax.tree.leaves(params)[0].devices()
+        stops, keys = jnp.asarray(request.ends), _keys(request.seeds, len(rows))
         # Rows that are added are empty, and have ended.
         batch = -(-max(len(rows), least_rows(config, device)) // parts) * parts
-        slots = rounded_up(width + max_new_tokens)
+        slots = rounded_up(width + request.max_new_tokens)
         # No mesh splits the cache more than over all devices.
-        _check_room(bytes_of_cache(config, batch=batch, slots=slots) // len(devices), device, max_new_tokens)
+        _check_room(bytes_of_cache(config, batch=batch, slots=slots) // len(devices), device, request.max_new_tokens)
         writing = read_prompts(
             model,
             params,
@@ -94,7 +92,7 @@ def generate(
             sampling=sampling,
         )
         write_more = partial(write, model, params, stops=stops, most=STRIDE, sampling=sampling)
-        return _collect(write_more, writing, ends, rows=len(rows), max_new_tokens=max_new_tokens, on_tokens=on_tokens)
+        return _collect(write_more, writing, request, on_tokens)
 
 
 def least_rows(config: ModelConfig, device: jax.Device) -> int:
@@ -116,28 +114,25 @@ def _right_aligned(rows: list[np.ndarray], batch: int, width: int) -> Int[np.nda
 def _collect(
     write_more: Callable[..., tuple[Writing, jax.Array, jax.Array]],
     writing: Writing,
-    ends: Tokens,
-    *,
-    rows: int,
-    max_new_tokens: int,
+    request: Request,
     on_tokens: Callable[[list[Tokens]], bool | None] | None,
 ) -> list[Tokens]:
-    """All tokens of the first `rows` sequences, in the order of writing; given to on_tokens on the way.
+    """All tokens of the sequences that are asked for, in the order of writing; given to on_tokens on the way.
 
     Args:
       write_more: decoding.write, of which the sequences and `limit` are left to give.
-      ends: the tokens that end a sequence.
     """
+    rows, ends = len(request.rows), request.ends
     columns = np.asarray(writing.last)[:rows, None]
     pieces = [columns]
-    is_done = np.zeros(len(columns), bool)
+    is_done = np.zeros(rows, bool)
     stride = STRIDE if on_tokens is None else 1
     while True:
         new = [column[: _length(column, ends, done)] for column, done in zip(columns, is_done, strict=True)]
         if on_tokens is not None and on_tokens(new):
             break
         is_done |= np.isin(columns, ends).any(1)
-        left = max_new_tokens - sum(piece.shape[1] for piece in pieces)
+        left = request.max_new_tokens - sum(piece.shape[1] for piece in pieces)
         if left == 0 or is_done.all():
             break
         began = time.monotonic()
@@ -165,36 +160,10 @@ def _length(tokens: Tokens, ends: Tokens, done: bool) -> int:
     return int(places[0]) + 1 if len(places) else len(tokens)
 
 
-def _keys(seeds: int | Sequence[int], batch: int) -> jax.Array:
-    if isinstance(seeds, int | np.integer):
-        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(_key(seeds), jnp.arange(batch))
-    if len(seeds) != batch:
-        raise UserError(f"seeds: {len(seeds)} of them for {batch} prompts; give one of each, or one for all")
-    return jnp.stack([_key(seed) for seed in seeds])
-
-
-def _key(seed: int | np.integer) -> jax.Array:
-    if (wrong := fault_of_seed(int(seed))) is not None:
-        raise UserError(f"seed {seed}: {wrong}")
-    return jax.random.key(int(seed))
-
-
-def _check(config: ModelConfig, rows: list[np.ndarray], max_new_tokens: int, stop_ids: Sequence[int]) -> None:
-    if not 1 <= max_new_tokens <= LONGEST_CONTEXT:
-        raise UserError(f"max_new_tokens={max_new_tokens}: must be at least 1 and at most {LONGEST_CONTEXT:,}")
-    if not rows:
-        raise UserError("prompts: there are none; give at least one")
-    for number, row in enumerate(rows):
-        if row.ndim != 1 or not len(row):
-            raise UserError(f"prompts[{number}]: must be a list of at least one token; begin with the separator")
-        if row.dtype.kind not in "iu":
-            raise UserError(f"prompts[{number}]: must be whole numbers, the ids of tokens, not {row.dtype}")
-        _check_tokens(f"prompts[{number}]", row, config)
-    _check_tokens("stop_ids", np.asarray(stop_ids, np.int64), config)
-    longest = max(len(row) for row in rows)
-    if config.positions == "learned" and longest + max_new_tokens - 1 > present(config.max_positions):
-        right = f"model.max_positions={config.max_positions}; shorten the prompt or ask for fewer"
-        raise UserError(f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} do not fit {right}")
+def _keys(seeds: int | list[int], batch: int) -> jax.Array:
+    if isinstance(seeds, int):
+        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seeds), jnp.arange(batch))
+    return jnp.stack([jax.random.key(seed) for seed in seeds])
 
 
 def _check_room(size: int, device: jax.Device, max_new_tokens: int) -> None:
@@ -203,9 +172,3 @@ def _check_room(size: int, device: jax.Device, max_new_tokens: int) -> None:
         needed, there = (f"{number / 2**30:,.1f} GiB" for number in (size, room))
         right = f"need {needed} of a device, which has {there}; ask for fewer tokens, or give fewer prompts"
         raise UserError(f"max_new_tokens={max_new_tokens}: the keys and values of so many {right}")
-
-
-def _check_tokens(name: str, tokens: np.ndarray, config: ModelConfig) -> None:
-    unknown = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
-    if len(unknown):
-        raise UserError(f"{name}: token {unknown[0]} is not in the vocabulary of {config.vocab_size:,}")

@@ -181,6 +181,14 @@ def test_each_row_goes_on_from_its_own_prompt_and_ends_with_its_stop_id(counting
     assert [row.tolist() for row in rows] == [[4, 5, 6, 7, 8], [12, 13], [15, 0, 1, 2]]
 
 
+def test_whole_numbers_of_any_type_are_taken(counting_model):
+    config, params = counting_model
+    (row,) = hn.generate(
+        config, params, jnp.asarray([[3]]), max_new_tokens=np.int64(5), stop_ids={6, 9}, seeds=jnp.asarray(2)
+    )
+    assert row.tolist() == [4, 5, 6]
+
+
 @pytest.mark.parametrize("length", [31, 32, 33])
 def test_prompts_around_the_length_of_a_program(length, counting_model):
     config, params = counting_model
@@ -280,6 +288,12 @@ def test_the_cache_has_the_numbers_of_its_formula_and_no_more():
         ({"prompts": [[1]], "seeds": -1}, "seed -1: must be between 0 and 4,294,967,295"),
         ({"prompts": [[1]], "seeds": [1 << 70]}, "seed 1180591620717411303424: must be between 0"),
         ({"prompts": [[1.5]]}, r"prompts\[0\]: must be whole numbers"),
+        ({"prompts": [[[1], [2, 3]]]}, r"prompts\[0\]: must be a list of whole numbers"),
+        ({"prompts": [[1]], "max_new_tokens": 1.5}, "max_new_tokens=1.5: must be a whole number"),
+        ({"prompts": [[1]], "stop_ids": [1.5]}, "stop_ids: must be whole numbers"),
+        ({"prompts": [[1]], "stop_ids": [1 << 70]}, "stop_ids: must be whole numbers"),
+        ({"prompts": [[1]], "seeds": [1.5]}, "seed=1.5: must be a whole number"),
+        ({"prompts": [[1]], "seeds": None}, "seed=None: must be a whole number"),
     ],
     ids=str,
 )

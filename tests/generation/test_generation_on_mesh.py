@@ -1,10 +1,12 @@
 """Generation with parameters on a mesh of eight devices against one device."""
 
+import contextlib
 import re
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.generation import generate as module
@@ -61,6 +63,21 @@ def test_eight_devices_write_what_one_writes(keys, count, mesh, share, small_con
     _, (writing, _, _) = calls[-1]
     for cached in jax.tree.leaves(writing.cache):
         assert cached.sharding.shard_shape(cached.shape)[:2] == share
+
+
+@pytest.mark.parametrize("is_in_force", [False, True])
+@pytest.mark.parametrize("names", [("x",), ("replica", "data", "fsdp", "context", "expert", "tensor")], ids=len)
+def test_a_mesh_may_have_explicit_axes(names, is_in_force, small_config, random_params):
+    """As those of jax.make_mesh are: with other axes than ours, and with ours."""
+    config = small_config(num_layers=1)
+    params = random_params(config)
+    alone = generate(config, params, prompts(2), max_new_tokens=3)
+    shape = (8,) if len(names) == 1 else (1, 2, 2, 1, 1, 2)
+    mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Explicit,) * len(names))
+    shardings = NamedSharding(mesh, PartitionSpec()) if len(names) == 1 else hn.tree_shardings(params, mesh)
+    with jax.set_mesh(mesh) if is_in_force else contextlib.nullcontext():
+        together = generate(config, jax.device_put(params, shardings), prompts(2), max_new_tokens=3)
+    assert lists(together) == lists(alone)
 
 
 def test_rows_that_are_added_do_not_keep_the_others_waiting(small_config, random_params, calls):
