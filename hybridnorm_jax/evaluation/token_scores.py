@@ -23,7 +23,7 @@ from hybridnorm_jax.mesh.device_mesh import parts_of, use_mesh
 from hybridnorm_jax.mesh.sharding_rules import RULES, Rules, first_entry
 from hybridnorm_jax.mesh.split_axes import parts, split_axes
 from hybridnorm_jax.model.decoder import Decoder
-from hybridnorm_jax.model.loss import in_chunks, with_head_gathered
+from hybridnorm_jax.model.loss import gathered_head, in_chunks
 from hybridnorm_jax.model.program_lengths import rounded_up
 
 # Of short sequences a device gets no more than this at a time, so that few requests are not lost in one large batch.
@@ -188,7 +188,7 @@ def _score_rows(
     model: Decoder, params: Any, batch: dict[str, Array], *, chunk: int
 ) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
     """(sum of the log-probabilities of a row's targets, whether all are the likeliest); chunk: as in in_chunks."""
-    params = with_head_gathered(model.config, params)
+    params = {**params, **gathered_head(model.config, params)}
     hidden = model.apply({"params": params}, batch["tokens"], method="hidden")
 
     def add(sums: tuple[Array, Array], piece: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], None]:

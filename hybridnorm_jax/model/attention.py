@@ -43,9 +43,11 @@ def rotate(x: Float[Array, "batch seq heads head_dim"], by: Rotation) -> Float[A
     """RoPE on the leading 2 * half channels, channel i paired with i + half; the rest passes unchanged."""
     cos, sin = by
     half = cos.shape[-1]
-    first, second = x[..., :half].astype(cos.dtype), x[..., half : 2 * half].astype(cos.dtype)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-    return rotated if 2 * half == x.shape[-1] else jnp.concatenate([rotated, x[..., 2 * half :]], axis=-1)
+    rotated, passed = x[..., : 2 * half], x[..., 2 * half :]
+    swapped = jnp.concatenate([rotated[..., half:], rotated[..., :half]], axis=-1)
+    whole_cos, signed_sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    rotated = (rotated.astype(cos.dtype) * whole_cos + swapped.astype(cos.dtype) * signed_sin).astype(x.dtype)
+    return rotated if passed.shape[-1] == 0 else jnp.concatenate([rotated, passed], axis=-1)
 
 
 class Attention(nn.Module):

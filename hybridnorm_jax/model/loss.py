@@ -1,6 +1,7 @@
 """Next-token cross-entropy, whole or in chunks of the sequence, with z-loss."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Shaped
 
+from hybridnorm_jax.kernels.precision import wide_dtype
 from hybridnorm_jax.model.config import ModelConfig
 
 
@@ -54,33 +56,88 @@ def cross_entropy(
 
 
 def chunked_cross_entropy(
-    logits_of: Callable[[Float[Array, "batch chunk embed"]], Float[Array, "batch chunk vocab"]],
+    logits_of: Callable[[Any, Float[Array, "batch chunk embed"]], Float[Array, "batch chunk vocab"]],
+    head: Any,
     hidden: Float[Array, "batch seq embed"],
     targets: Int[Array, "batch seq"],
     weights: Float[Array, "batch seq"],
+    *,
     chunk: int,
     stretches: int = 1,
-) -> LossSums:
-    """cross_entropy(logits_of(hidden), ...) that holds the logits of `chunk` positions at a time.
+    z_loss: float = 0.0,
+) -> tuple[Float[Array, ""], LossSums]:
+    """(nll + z_loss * z, sums) of cross_entropy(logits_of(head, hidden), ...), whose logits are held a chunk at a time.
 
-    The backward pass computes each chunk's logits once more. With 100,000 tokens of vocabulary, 4 sequences of 4096
-    would otherwise hold 6.6 GB of float32 logits, and their gradient.
+    With 100,000 tokens of vocabulary, 4 sequences of 4096 would otherwise hold 6.6 GB of float32 logits, and their
+    gradient. The gradient of a chunk is formed where its logits are, in the forward pass: so they are computed once.
+
+    Only the first result has a gradient, with respect to head and hidden.
 
     Args:
+      logits_of: of the head's parameters and a chunk; closes over no array that depends on a parameter.
+      head: its parameters.
       chunk: positions per chunk; divides seq.
       stretches: into how many stretches devices split the sequence; every chunk takes an equal piece of each, so that
         all devices work on every chunk. Divides chunk.
+      z_loss: weight of the sum z.
     """
+    targets, weights = (in_chunks(x, chunk, stretches) for x in (targets, weights))
+    total, sums = _sum_of_chunks(logits_of, z_loss, head, in_chunks(hidden, chunk, stretches), targets, weights)
+    return total, jax.lax.stop_gradient(sums)
 
-    @jax.checkpoint
-    def body(sums: LossSums, piece: tuple[Array, Array, Array]) -> tuple[LossSums, None]:
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sum_of_chunks(
+    logits_of: Callable[[Any, Array], Array],
+    z_loss: float,
+    head: Any,
+    hidden: Float[Array, "chunks batch chunk embed"],
+    targets: Int[Array, "chunks batch chunk"],
+    weights: Float[Array, "chunks batch chunk"],
+) -> tuple[Float[Array, ""], LossSums]:
+    def add(sums: LossSums, piece: tuple[Array, Array, Array]) -> tuple[LossSums, None]:
         hidden, targets, weights = piece
-        return sums + cross_entropy(logits_of(hidden), targets, weights), None
+        return sums + cross_entropy(logits_of(head, hidden), targets, weights), None
 
-    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    pieces = tuple(in_chunks(x, chunk, stretches) for x in (hidden, targets, weights))
-    sums, _ = jax.lax.scan(body, LossSums.zero(dtype), pieces)
-    return sums
+    zero = LossSums.zero(wide_dtype(hidden.dtype))
+    sums, _ = jax.lax.scan(add, zero, (hidden, targets, weights))
+    return sums.nll + z_loss * sums.z, sums
+
+
+def _with_gradient(
+    logits_of: Callable[[Any, Array], Array],
+    z_loss: float,
+    head: Any,
+    hidden: Float[Array, "chunks batch chunk embed"],
+    targets: Int[Array, "chunks batch chunk"],
+    weights: Float[Array, "chunks batch chunk"],
+) -> tuple[tuple[Float[Array, ""], LossSums], tuple[Any, Array, Array]]:
+    """_sum_of_chunks, and its gradient with respect to head and hidden, with the weights."""
+
+    def total_of(head: Any, hidden: Array, targets: Array, weights: Array) -> tuple[Array, LossSums]:
+        sums = cross_entropy(logits_of(head, hidden), targets, weights)
+        return sums.nll + z_loss * sums.z, sums
+
+    def add(carry: tuple[LossSums, Any], piece: tuple[Array, Array, Array]) -> tuple[tuple[LossSums, Any], Array]:
+        sums, of_head = carry
+        (_, more), (of_chunk, of_hidden) = jax.value_and_grad(total_of, (0, 1), has_aux=True)(head, *piece)
+        return (sums + more, jax.tree.map(jnp.add, of_head, of_chunk)), of_hidden
+
+    start = LossSums.zero(wide_dtype(hidden.dtype)), jax.tree.map(jnp.zeros_like, head)
+    (sums, of_head), of_hidden = jax.lax.scan(add, start, (hidden, targets, weights))
+    return (sums.nll + z_loss * sums.z, sums), (of_head, of_hidden, weights)
+
+
+def _pull_back(
+    logits_of: Callable[[Any, Array], Array], z_loss: float, kept: tuple[Any, Array, Array], cotangents: Any
+) -> tuple[Any, Array, None, Array]:
+    of_head, of_hidden, weights = kept
+    times, _ = cotangents
+    of_head, of_hidden = jax.tree.map(lambda leaf: times.astype(leaf.dtype) * leaf, (of_head, of_hidden))
+    return of_head, of_hidden, None, jnp.zeros_like(weights)
+
+
+_sum_of_chunks.defvjp(_with_gradient, _pull_back)
 
 
 def in_chunks(
@@ -94,11 +151,13 @@ def in_chunks(
     return pieces.reshape(seq // chunk, batch, chunk, *x.shape[2:])
 
 
-def with_head_gathered(config: ModelConfig, params: Any) -> Any:
-    """A decoder's parameters, those of the head gathered (and their gradient reduced) once instead of in each chunk."""
-    axes: tuple[str | None, str | None]
-    module, name, axes = "head", "kernel", (None, "vocab")
-    if config.tie_embeddings:
-        module, name, axes = "token_embedding", "embedding", ("vocab", None)
+def gathered_head(config: ModelConfig, params: Any) -> Any:
+    """Those of a decoder's parameters that its method `logits` reads.
+
+    The large one is gathered (and its gradient reduced) once, and not in each chunk.
+    """
+    module, name = ("token_embedding", "embedding") if config.tie_embeddings else ("head", "kernel")
+    axes = ("vocab", None) if config.tie_embeddings else (None, "vocab")
+    head = {part: params[part] for part in ("token_embedding", "head") if part in (module, "head") and part in params}
     gathered = nn.with_logical_constraint(params[module][name], axes)
-    return params | {module: params[module] | {name: gathered}}
+    return head | {module: params[module] | {name: gathered}}

@@ -13,7 +13,7 @@ from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.placement import runs
 from hybridnorm_jax.model.signal_measures import PROBE, SIGNAL
 from hybridnorm_jax.training.state import TrainState
-from hybridnorm_jax.training.step import Batch, Convert, loss_sums
+from hybridnorm_jax.training.step import Batch, Convert, batch_loss
 
 Measures = dict[str, Array]
 
@@ -45,8 +45,8 @@ def measure_signal(
 
     def loss(params, probes):
         variables = {"params": params if convert is None else convert(params), PROBE: probes}
-        sums, sown = loss_sums(model, variables, batch, chunk=chunk, collect=(SIGNAL,))
-        return sums.nll / jnp.where(sums.weight > 0, sums.weight, 1), sown[SIGNAL]
+        nll, sums, sown = batch_loss(model, variables, batch, chunk=chunk, collect=(SIGNAL,))
+        return nll / jnp.where(sums.weight > 0, sums.weight, 1), sown[SIGNAL]
 
     (_, sown), (gradient, squares) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, probes)
     measures = {name: _by_layer(sown, name) for name in ("stream_rms", "token_similarity")}

@@ -16,7 +16,7 @@ from hybridnorm_jax.equivalence.measurements import Measured
 from hybridnorm_jax.mesh.split_axes import parts, split_axes
 from hybridnorm_jax.model.block import DEFECT
 from hybridnorm_jax.model.decoder import Decoder
-from hybridnorm_jax.model.loss import LossSums, chunked_cross_entropy, cross_entropy, with_head_gathered
+from hybridnorm_jax.model.loss import LossSums, chunked_cross_entropy, cross_entropy, gathered_head
 from hybridnorm_jax.model.moe import ROUTER, RouterStatistics
 from hybridnorm_jax.training import router_balance
 from hybridnorm_jax.training.anomalies import all_finite, anomaly_metrics, judge, keep_where
@@ -60,20 +60,36 @@ class Totals(NamedTuple):
 Objective = Callable[[Any, Batch, Array], tuple[Array, tuple[Totals, dict[str, Any]]]]
 
 
-def loss_sums(
+class BatchLoss(NamedTuple):
+    """The loss of one batch.
+
+    Attributes:
+      total: nll + z_loss * z. Where the loss is computed in chunks, it alone has a gradient.
+      sums: over its targets.
+      sown: what the model sowed.
+    """
+
+    total: Array
+    sums: LossSums
+    sown: dict[str, Any]
+
+
+def batch_loss(
     model: Decoder,
     variables: Mapping[str, Any],
     batch: Batch,
     *,
     chunk: int | None,
+    z_loss: float = 0.0,
     dropout_key: Array | None = None,
     collect: tuple[str, ...] = (),
-) -> tuple[LossSums, dict[str, Any]]:
-    """The loss of one batch (sequences x positions), as sums, and what the model sows.
+) -> BatchLoss:
+    """The loss of one batch (sequences x positions).
 
     Args:
       variables: of the model: "params", and maybe PROBE of signal_measures.py, to take gradients with respect to.
       chunk: positions whose logits are held at a time; None: all.
+      z_loss: weight of the sum z in the total.
       dropout_key: None switches dropout off.
       collect: the collections to return.
     """
@@ -82,18 +98,22 @@ def loss_sums(
         inputs |= {"deterministic": False, "rngs": {"dropout": dropout_key}}
     if chunk is None:
         logits, sown = model.apply(variables, batch["tokens"], **inputs)
-        return cross_entropy(logits, batch["targets"], batch["weights"]), sown
-    params = with_head_gathered(model.config, variables["params"])
-    hidden, sown = model.apply({**variables, "params": params}, batch["tokens"], method="hidden", **inputs)
-    sums = chunked_cross_entropy(
-        lambda piece: model.apply({"params": params}, piece, method="logits"),
+        sums = cross_entropy(logits, batch["targets"], batch["weights"])
+        return BatchLoss(total=sums.nll + z_loss * sums.z, sums=sums, sown=sown)
+    head = gathered_head(model.config, variables["params"])
+    variables = {**variables, "params": {**variables["params"], **head}}
+    hidden, sown = model.apply(variables, batch["tokens"], method="hidden", **inputs)
+    total, sums = chunked_cross_entropy(
+        lambda head, piece: model.apply({"params": head}, piece, method="logits"),
+        head,
         hidden,
         batch["targets"],
         batch["weights"],
-        chunk,
+        chunk=chunk,
         stretches=parts(split_axes("seq", hidden.shape[1])),
+        z_loss=z_loss,
     )
-    return sums, sown
+    return BatchLoss(total=total, sums=sums, sown=sown)
 
 
 def document_inputs(batch: Batch) -> Batch:
@@ -182,8 +202,15 @@ def _make_objective(model: Decoder, options: StepOptions, *, defects: bool) -> O
 
     def objective(params, microbatch, key):
         variables = {"params": params}
-        sums, sown = loss_sums(model, variables, microbatch, chunk=options.chunk, dropout_key=key, collect=collect)
-        total = sums.nll + options.z_loss * sums.z
+        total, sums, sown = batch_loss(
+            model,
+            variables,
+            microbatch,
+            chunk=options.chunk,
+            z_loss=options.z_loss,
+            dropout_key=key,
+            collect=collect,
+        )
         if not routed:
             return total, (Totals(sums, None), sown)
         routers = jax.tree.map(lambda mean: sums.weight.astype(mean.dtype) * mean, router_balance.all_layers(sown))
@@ -251,7 +278,6 @@ def make_eval_step(
 
     def eval_step(params, batch):
         computed = params if convert is None else convert(params)
-        sums, _ = loss_sums(model, {"params": computed}, batch, chunk=chunk)
-        return sums
+        return batch_loss(model, {"params": computed}, batch, chunk=chunk).sums
 
     return eval_step

@@ -32,6 +32,10 @@ from hybridnorm_jax.model.loss import chunked_cross_entropy, cross_entropy
 from hybridnorm_jax.training.program import Program
 
 
+def times(kernel, hidden):
+    return hidden @ kernel
+
+
 def _mesh(**sizes):
     return make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
 
@@ -132,13 +136,11 @@ def test_chunks_of_the_loss_take_a_piece_of_every_stretch():
     targets, weights = rng.integers(0, 11, (2, 48)), rng.random((2, 48))
     with jax.enable_x64(True):
         whole = cross_entropy(jnp.asarray(hidden @ kernel), targets, jnp.asarray(weights))
-        got = chunked_cross_entropy(
-            lambda piece: piece @ kernel, jnp.asarray(hidden), targets, weights, 12, stretches=4
-        )
+        _, got = chunked_cross_entropy(times, kernel, jnp.asarray(hidden), targets, weights, chunk=12, stretches=4)
     for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-12)
     with pytest.raises(ValueError, match="stretches=5"):
-        chunked_cross_entropy(lambda piece: piece @ kernel, jnp.asarray(hidden), targets, weights, 12, stretches=5)
+        chunked_cross_entropy(times, kernel, jnp.asarray(hidden), targets, weights, chunk=12, stretches=5)
 
 
 def test_a_length_that_the_mesh_cannot_share_is_refused_before_compilation(small_config):

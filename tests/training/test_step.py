@@ -18,7 +18,7 @@ from hybridnorm_jax.mesh.shardings import partition_spec, undivided
 from hybridnorm_jax.training.loop import train
 from hybridnorm_jax.training.optimizer import decay_mask, learning_rate_schedule
 from hybridnorm_jax.training.program import Program
-from hybridnorm_jax.training.step import loss_sums
+from hybridnorm_jax.training.step import batch_loss
 
 BATCH, SEQ = 8, 16
 
@@ -145,7 +145,7 @@ def test_the_gradient_of_the_head_is_summed_over_chunks_in_float32(tied, small_c
     params = model.init(jax.random.key(0), same)["params"]
 
     def gradient(chunk):
-        grads = jax.jit(jax.grad(lambda params: loss_sums(model, {"params": params}, batch, chunk=chunk)[0].nll))(
+        grads = jax.jit(jax.grad(lambda params: batch_loss(model, {"params": params}, batch, chunk=chunk).total))(
             params
         )
         return grads["token_embedding"]["embedding"] if tied else grads["head"]["kernel"]
