@@ -46,7 +46,9 @@ def cross_entropy(
     """Sums of weights * (log Z - logits[target]) and weights * (log Z)^2, Z = sum exp(logits), in float32 at least."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    # Not gathered: a TPU would keep the logits in memory for it. The sum is taken beside that of the exponentials.
+    is_target = targets[..., None] == jnp.arange(logits.shape[-1])
+    chosen = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
     weights = weights.astype(logits.dtype)
     return LossSums(
         nll=jnp.sum(weights * (log_z - chosen)),
