@@ -10,13 +10,15 @@ import argparse
 import dataclasses
 import json
 import time
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from hybridnorm_jax.generation.decoding import read_prompts, write
-from hybridnorm_jax.generation.rounded_parameters import rounded
+from hybridnorm_jax.generation.generate import least_rows
+from hybridnorm_jax.generation.ready_parameters import ready
 from hybridnorm_jax.generation.sampling import Sampling
 from hybridnorm_jax.kernels.cached_attention import blocks_of
 from hybridnorm_jax.model.abstract_params import abstract_params
@@ -45,16 +47,18 @@ def main() -> None:
 def step_memory(config: ModelConfig, device: jax.Device, *, batch: int, slots: int) -> dict[str, Any]:
     """What one step moves, what it has to move, and how much memory the compiled functions need beside that."""
     jax.config.update("jax_enable_compilation_cache", False)
-    model = Decoder(dataclasses.replace(config, attention="xla", expert_dispatch="blocked", remat="none"))
+    plain = dataclasses.replace(config, attention="xla", expert_dispatch="blocked", remat="none")
+    model = Decoder(plain, unrolled=True)
     here = jax.sharding.SingleDeviceSharding(device)
 
     def on_device(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree)
 
-    params = on_device(jax.eval_shape(lambda params: rounded(config, params), abstract_params(config)))
-    tokens = jax.ShapeDtypeStruct((batch, PROMPT), jnp.int32)
-    number, row, stops = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (batch,), (1,)))
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    params = on_device(jax.eval_shape(partial(ready, config), abstract_params(config)))
+    rows = max(batch, least_rows(config, device))
+    tokens = jax.ShapeDtypeStruct((rows, PROMPT), jnp.int32)
+    number, row, stops = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (rows,), (1,)))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     given = on_device((tokens, row, keys, stops))
     start = time.monotonic()
     read = read_prompts.lower(model, params, *given, slots=slots, sampling=Sampling()).compile()
@@ -67,7 +71,7 @@ def step_memory(config: ModelConfig, device: jax.Device, *, batch: int, slots: i
     written = lowered.compile()
     seconds_write = time.monotonic() - start
     moved = memory_traffic(written.as_text(), of_loop=True, unknown_trips=blocks_of(slots))
-    needed = {"parameters": _bytes(params), "cache": _bytes(writing.cache)}
+    needed = {"parameters": _bytes(params), "cache": _bytes(writing.cache) * batch // rows}
     return {
         "device": device.device_kind,
         "batch": batch,

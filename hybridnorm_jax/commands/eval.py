@@ -178,7 +178,7 @@ eval. A TASK is one of
 
   hellaswag, arc_easy, ...  a task, group or tag of the harness, which downloads
                             its data
-  hybridnorm                the eight tasks of the HybridNorm paper
+  hybridnorm                eight tasks of the HybridNorm paper and their mean
   FOLDER or FILE.yaml       your own, in the harness's format; functions that
                             they name are run
 

@@ -181,7 +181,7 @@ def _read(file: str) -> str:
 def generate(options: argparse.Namespace, sampling: Sampling) -> None:
     """Read the prompts and the model, and write after each prompt."""
     from hybridnorm_jax.commands.saved_model import read_directory
-    from hybridnorm_jax.generation.rounded_parameters import rounded
+    from hybridnorm_jax.generation.ready_parameters import ready
     from hybridnorm_jax.generation.text import write_text
 
     prompts = _prompts(options)
@@ -189,7 +189,7 @@ def generate(options: argparse.Namespace, sampling: Sampling) -> None:
     source = read_directory(options.model)
     tokenizer = _tokenizer(source, options.tokenizer)
     # Once for all prompts: those of a Hugging Face directory are not on a device yet.
-    params = rounded(source.config.model, source.params)
+    params = ready(source.config.model, source.params)
     show = None if options.json else _show(sys.stdout.isatty())
     for prompt in prompts:
         try:

@@ -92,9 +92,11 @@ def _same_in_all_processes(config: RunConfig) -> dict[str, str]:
 
 def _say_next(arguments: Sequence[str], config: RunConfig) -> None:
     evaluation = again(["eval", f"{config.run.dir}/{config.run.name}", *as_arguments(config.run.plugins)])
+    print(f"\nNext:\n  score it again, or on other text\n    {evaluation}")
+    if config.init_from is not None:  # whose parameters are those of this scheme
+        return
     other = _other_scheme(config)
     trained = again(["train", *_with_scheme(arguments, config, other)])
-    print(f"\nNext:\n  score it again, or on other text\n    {evaluation}")
     print(f"  train the same model with another scheme, {other}\n    {trained}")
 
 

@@ -13,7 +13,7 @@ TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
 def tokenizer_files(data: DataSection, tokenizer: Tokenizer, *, longest: int | None) -> dict[str, bytes]:
-    """The two files by name: that of bytes is written, another one copied.
+    """The two files by name: that of bytes is written, another one copied, but for what training leaves out of it.
 
     Args:
       longest: text that the model can read, in tokens; None: of any length.
@@ -21,7 +21,8 @@ def tokenizer_files(data: DataSection, tokenizer: Tokenizer, *, longest: int | N
     if isinstance(tokenizer, ByteTokenizer):
         content = json.dumps(byte_tokenizer_json(), ensure_ascii=False, indent=1).encode()
     else:
-        content = read_tokenizer_file(epath.Path(expanded(data.tokenizer)), f"data.tokenizer={data.tokenizer}")
+        file = read_tokenizer_file(epath.Path(expanded(data.tokenizer)), f"data.tokenizer={data.tokenizer}")
+        content = _as_in_training(file)
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -33,6 +34,22 @@ def tokenizer_files(data: DataSection, tokenizer: Tokenizer, *, longest: int | N
     if longest is not None:
         settings["model_max_length"] = longest
     return {TOKENIZER: content, TOKENIZER_CONFIG: json.dumps(settings, indent=2).encode() + b"\n"}
+
+
+def _as_in_training(content: bytes) -> bytes:
+    """A tokenizer.json whose ids of a text are those that HuggingFaceTokenizer gives: nothing is added or left out.
+
+    transformers would add a beginning and an end to every text where the file says so, and merge by chance with a
+    dropout. A file without such settings stays as it is.
+    """
+    settings = json.loads(content.decode("utf-8-sig"))
+    plain = settings | dict.fromkeys(("truncation", "padding"))
+    if (settings.get("post_processor") or {}).get("type") != "ByteLevel":  # which moves offsets, no ids
+        plain["post_processor"] = None
+    if settings["model"].get("dropout"):
+        plain["model"] = settings["model"] | {"dropout": None}
+    is_as_it_was = all(settings.get(key) == value for key, value in plain.items())
+    return content if is_as_it_was else json.dumps(plain, ensure_ascii=False).encode()
 
 
 def byte_tokenizer_json() -> dict[str, Any]:

@@ -127,7 +127,7 @@ def evaluate_tasks(model: "LM", tasks: Tasks, *, limit: int | None = None) -> di
 
 
 def paper_average(scores: Mapping[str, TaskScore]) -> float | None:
-    """The mean of the paper's eight tasks, each by its metric; None where one of them is missing."""
+    """The mean of PAPER_TASKS, each by its metric; None where one of them is missing."""
     if not all(name in scores for name in PAPER_TASKS):
         return None
     return float(np.mean([scores[name].metrics[metric] for name, metric in PAPER_TASKS.items()]))

@@ -48,9 +48,13 @@ def beginning(tokens: np.ndarray, separator: int) -> Request:
 
 
 def before_first(text: str, stops: Sequence[str]) -> str:
-    """A text up to the first of the stop strings; empty stop strings stop nothing."""
-    places = [text.find(stop) for stop in stops if stop]
-    return text[: min((place for place in places if place >= 0), default=len(text))]
+    """A text up to the first of the stop strings; empty stop strings stop nothing.
+
+    Where two of them overlap in the text, the one that is named first decides, as in the harness.
+    """
+    for stop in stops:
+        text = text.partition(stop)[0] if stop else text
+    return text
 
 
 def _with_space_moved(context: str, continuation: str) -> tuple[str, str]:

@@ -16,8 +16,10 @@ from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.generation.decoding import Writing, read_prompts, write
 from hybridnorm_jax.generation.on_mesh import on_mesh_of, with_auto_axes
-from hybridnorm_jax.generation.rounded_parameters import rounded
+from hybridnorm_jax.generation.ready_parameters import ready
 from hybridnorm_jax.generation.sampling import Sampling, fault_of_seed
+from hybridnorm_jax.mesh.device_room import room_of
+from hybridnorm_jax.model.cache import bytes_of_cache
 from hybridnorm_jax.model.config import LONGEST_CONTEXT, ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.program_lengths import rounded_up
@@ -47,7 +49,8 @@ def generate(
     slots = rounded_up(rounded_up(longest prompt) + max_new_tokens): programs are compiled for rounded lengths alone.
 
     Args:
-      params: of Decoder(config); they may lie on a mesh.
+      params: of Decoder(config); they may lie on a mesh. Each call makes a copy that suits it (ready_parameters.ready),
+        unless that is what it is given.
       prompts: the tokens of each, at least one; their lengths may differ.
       max_new_tokens: at most so many are written after each prompt.
       sampling: how tokens are chosen; None: always the likeliest.
@@ -71,12 +74,19 @@ def generate(
     _check_tokens("stop_ids", ends, config)
     numbers = _seeds(seeds, len(rows))
     # Plain attention takes any length, and XLA cannot split a Pallas kernel over the devices of the parameters.
-    model = Decoder(dataclasses.replace(config, attention="xla", expert_dispatch="blocked", remat="none"))
+    plain = dataclasses.replace(config, attention="xla", expert_dispatch="blocked", remat="none")
+    model = Decoder(plain, unrolled=True)
     width = rounded_up(max(len(row) for row in rows))
-    params = rounded(config, with_auto_axes(params))
+    params = with_auto_axes(params)
     with on_mesh_of(params) as parts:
+        params = ready(config, params)
+        (device, *_) = devices = jax.tree.leaves(params)[0].devices()
         stops, keys = jnp.asarray(ends, jnp.int32), _keys(numbers, len(rows))
-        batch = -(-len(rows) // parts) * parts  # rows that are added are empty, and have ended
+        # Rows that are added are empty, and have ended.
+        batch = -(-max(len(rows), least_rows(config, device)) // parts) * parts
+        slots = rounded_up(width + max_new_tokens)
+        # No mesh splits the cache more than over all devices.
+        _check_room(bytes_of_cache(config, batch=batch, slots=slots) // len(devices), device, max_new_tokens)
         writing = read_prompts(
             model,
             params,
@@ -84,11 +94,20 @@ def generate(
             jnp.asarray([len(row) for row in rows] + [0] * (batch - len(rows))),
             keys[jnp.minimum(jnp.arange(batch), len(rows) - 1)],
             stops,
-            slots=rounded_up(width + max_new_tokens),
+            slots=slots,
             sampling=sampling,
         )
         write_more = partial(write, model, params, stops=stops, most=STRIDE, sampling=sampling)
         return _collect(write_more, writing, ends, rows=len(rows), max_new_tokens=max_new_tokens, on_tokens=on_tokens)
+
+
+def least_rows(config: ModelConfig, device: jax.Device) -> int:
+    """How many sequences are written at least.
+
+    XLA for GPUs writes out all products of a matrix with a single vector before it sums them. With two vectors it does
+    not, and a step moves half as much memory. But where there are experts, a second vector would read more of them.
+    """
+    return 2 if device.platform == "gpu" and not config.num_experts else 1
 
 
 def _right_aligned(rows: list[np.ndarray], batch: int, width: int) -> Int[np.ndarray, "batch width"]:
@@ -207,6 +226,14 @@ def _check(config: ModelConfig, rows: list[np.ndarray], max_new_tokens: int) -> 
     if config.positions == "learned" and longest + max_new_tokens - 1 > present(config.max_positions):
         right = f"model.max_positions={config.max_positions}; shorten the prompt or ask for fewer"
         raise UserError(f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} do not fit {right}")
+
+
+def _check_room(size: int, device: jax.Device, max_new_tokens: int) -> None:
+    room = room_of(device)
+    if room is not None and size > room:
+        needed, there = (f"{number / 2**30:,.1f} GiB" for number in (size, room))
+        right = f"need {needed} of a device, which has {there}; ask for fewer tokens, or give fewer prompts"
+        raise UserError(f"max_new_tokens={max_new_tokens}: the keys and values of so many {right}")
 
 
 def _check_tokens(name: str, tokens: np.ndarray, config: ModelConfig) -> None:

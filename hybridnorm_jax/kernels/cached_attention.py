@@ -10,13 +10,14 @@ from hybridnorm_jax.kernels.precision import wide_dtype, wide_einsum
 
 # A product over the slots of one head reads memory in order. Slots come last because XLA lays memory of a TPU out in
 # rows of 128: slots fill these, and the channels of a small head would not.
-CachedHeads = Float[Array, "layers batch kv_heads head_dim slots"]
-LEAST_BLOCK, MOST_BLOCKS = 256, 8
+CachedHeads = Float[Array, "batch kv_heads head_dim slots"]
+# A block is copied before it is used, on a CPU at least, so a full cache is read twice as fast without blocks.
+FEW_SLOTS, BLOCKS = 4096, 8
 
 
 def blocks_of(slots: int) -> int:
-    """In how many blocks so many slots are read: of LEAST_BLOCK at least, and no more than MOST_BLOCKS."""
-    return min(max(slots // LEAST_BLOCK, 1), MOST_BLOCKS)
+    """In how many blocks so many slots are read."""
+    return 1 if slots < FEW_SLOTS else BLOCKS
 
 
 def cached_attention(
@@ -24,33 +25,48 @@ def cached_attention(
     key: CachedHeads,
     value: CachedHeads,
     *,
-    layer: Int[Array, ""],
     first: Int[Array, " batch"],
     last: Int[Array, ""],
 ) -> Float[Array, "batch 1 heads head_dim"]:
     """softmax(q k^T / sqrt(head_dim)) v over the slots first, ..., last, in the query's dtype; the softmax in float32.
 
-    Query head h reads key and value head h // (heads / kv_heads), each read once for all of its query heads. The slots
-    are read in blocks, and no block behind `last`. So a token costs what is filled, and the program knows no length.
-    On a GPU all slots are one block: there a loop whose length depends on the data waits for the host in every turn.
+    Query head h reads key and value head h // (heads / kv_heads), each read once for all of its query heads. Few slots
+    are all read. Many are read in blocks, and no block behind `last`: so a token costs what is filled, and the program
+    knows no length. A GPU reads all of them: there a loop whose length depends on the data waits for the host in every
+    turn.
 
     Args:
-      key, value: of all layers; what is in slots that are not read may be anything finite.
-      layer: whose keys and values are read.
+      key, value: what is in slots that are not read may be anything finite.
       first: of each sequence.
       last: of all sequences, at least each first.
     """
-    in_one, in_blocks = (partial(attend_in_blocks, blocks=blocks) for blocks in (1, blocks_of(key.shape[-1])))
+    if (blocks := blocks_of(key.shape[-1])) == 1:
+        return attend_at_once(query, key, value, first, last)
+    in_blocks = partial(attend_in_blocks, blocks=blocks)
     return jax.lax.platform_dependent(
-        query, key, value, layer, first, last, cuda=in_one, rocm=in_one, default=in_blocks
+        query, key, value, first, last, cuda=attend_at_once, rocm=attend_at_once, default=in_blocks
     )
+
+
+def attend_at_once(
+    query: Float[Array, "batch 1 heads head_dim"],
+    key: CachedHeads,
+    value: CachedHeads,
+    first: Int[Array, " batch"],
+    last: Int[Array, ""],
+) -> Float[Array, "batch 1 heads head_dim"]:
+    """`cached_attention`, reading all slots."""
+    slot = jnp.arange(key.shape[-1])
+    seen = (slot >= first[:, None]) & (slot <= last)
+    weights = jax.nn.softmax(_scores(_grouped(query, key), key, seen))
+    context = wide_einsum("bkgs,bkds->bkgd", weights.astype(value.dtype), value)
+    return context.reshape(query.shape).astype(query.dtype)
 
 
 def attend_in_blocks(
     query: Float[Array, "batch 1 heads head_dim"],
     key: CachedHeads,
     value: CachedHeads,
-    layer: Int[Array, ""],
     first: Int[Array, " batch"],
     last: Int[Array, ""],
     *,
@@ -60,18 +76,16 @@ def attend_in_blocks(
 
     Source: FlashAttention (2205.14135).
     """
-    batch, _, heads, head_dim = query.shape
-    _, _, kv_heads, _, slots = key.shape
-    block, groups = -(-slots // blocks), heads // kv_heads
-    grouped = query.reshape(batch, kv_heads, groups, head_dim)
+    slots = key.shape[-1]
+    block = -(-slots // blocks)
+    grouped = _grouped(query, key)
     wide = wide_dtype(query.dtype)
 
     def add_block(number: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         highest, total, context = sums
         # The last block may begin earlier, so as not to end behind the cache. What it repeats is hidden.
         start = jnp.minimum(number * block, slots - block)
-        place, size = (layer, 0, 0, 0, start), (1, batch, kv_heads, head_dim, block)
-        keys, values = (jax.lax.dynamic_slice(cache, place, size)[0] for cache in (key, value))
+        keys, values = (jax.lax.dynamic_slice_in_dim(cache, start, block, axis=3) for cache in (key, value))
         slot = start + jnp.arange(block)
         seen = (slot >= jnp.maximum(first[:, None], number * block)) & (slot <= last)
         scores = _scores(grouped, keys, seen)
@@ -84,14 +98,20 @@ def attend_in_blocks(
             context * shrink[..., None] + wide_einsum("bkgs,bkds->bkgd", weights.astype(values.dtype), values),
         )
 
-    lowest = jnp.full((batch, kv_heads, groups), jnp.finfo(wide).min, wide)
+    lowest = jnp.full(grouped.shape[:-1], jnp.finfo(wide).min, wide)
     sums = (lowest, jnp.zeros_like(lowest), jnp.zeros(grouped.shape, wide))
-    if blocks == 1:
-        sums = add_block(jnp.zeros_like(last), sums)
-    else:  # blocks in which no sequence has begun are passed over
-        sums = jax.lax.fori_loop(first.min() // block, last // block + 1, add_block, sums)
-    _, total, context = sums
+    # Blocks in which no sequence has begun are passed over.
+    _, total, context = jax.lax.fori_loop(first.min() // block, last // block + 1, add_block, sums)
     return (context / total[..., None]).reshape(query.shape).astype(query.dtype)
+
+
+def _grouped(
+    query: Float[Array, "batch 1 heads head_dim"], key: CachedHeads
+) -> Float[Array, "batch kv_heads group head_dim"]:
+    """The query heads beside the key head that they read."""
+    batch, _, heads, head_dim = query.shape
+    kv_heads = key.shape[1]
+    return query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
 
 
 def _scores(

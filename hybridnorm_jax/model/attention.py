@@ -13,7 +13,7 @@ from hybridnorm_jax.kernels.attention_backends import causal_attention
 from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS
 from hybridnorm_jax.kernels.blockwise_attention import attention_statistics
 from hybridnorm_jax.kernels.cached_attention import CachedHeads, cached_attention
-from hybridnorm_jax.model.cache import CACHE, CachedLayer, in_place
+from hybridnorm_jax.model.cache import CACHE, Slots, in_place
 from hybridnorm_jax.model.initializers import truncated_normal
 from hybridnorm_jax.model.input_checks import check_at_least_one, check_per_token, check_stream
 from hybridnorm_jax.model.norms import Norm
@@ -103,7 +103,7 @@ class Attention(nn.Module):
         positions: Int[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
         rotation: Rotation | None = None,
-        cached: CachedLayer | None = None,
+        slots: Slots | None = None,
     ) -> Float[Array, "batch seq embed"]:
         """What attention adds to the stream, in the compute dtype.
 
@@ -112,8 +112,8 @@ class Attention(nn.Module):
           segment_ids: tokens attend to earlier tokens of the same id only.
           rotation: what hn.rotation(positions, ...) gives, where many layers share it; takes the place of positions,
             rope_theta and rotary_dim.
-          cached: keep the keys and values of these tokens in the collection CACHE. One token attends to the tokens that
-            are kept there. Several tokens are the first ones, and attend to each other.
+          slots: keep the keys and values of these tokens in these slots of the collection CACHE. One token attends to
+            the tokens that are kept there. Several tokens are the first ones, and attend to each other.
         """
         check_stream(x)
         for name, array in (("positions", positions), ("segment_ids", segment_ids)):
@@ -133,22 +133,21 @@ class Attention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         self._watch(q, k, segment_ids)
-        if cached is not None:
-            keys, values = self._keep("cached_key", k, cached), self._keep("cached_value", v, cached)
-        if cached is not None and x.shape[1] == 1:
-            slots = cached.slots
-            context = cached_attention(q, keys, values, layer=cached.layer, first=slots.first, last=slots.next)
+        if slots is not None:
+            keys, values = self._keep("cached_key", k, slots), self._keep("cached_value", v, slots)
+        if slots is not None and x.shape[1] == 1:
+            context = cached_attention(q, keys, values, first=slots.first, last=slots.next)
         else:
             context = causal_attention(q, k, v, segment_ids=segment_ids, backend=self.backend)
         context = self._normalize("context_norm", context)
         out = dense(x.shape[-1], axis=(-2, -1), kernel_init=self.output_init, name="out")
         return out(context)
 
-    def _keep(self, name: str, new: Float[Array, "batch seq kv_heads head_dim"], cached: CachedLayer) -> CachedHeads:
-        """Put new keys or values into their slots of this layer; returns all slots of all layers of the run."""
+    def _keep(self, name: str, new: Float[Array, "batch seq kv_heads head_dim"], slots: Slots) -> CachedHeads:
+        """Put new keys or values into their slots; returns all slots of this layer."""
         kept: nn.Variable[CachedHeads] = self.variable(CACHE, name)
-        place = (cached.layer, 0, 0, 0, cached.slots.next)
-        kept.value = in_place(jax.lax.dynamic_update_slice(kept.value, jnp.moveaxis(new, 1, 3)[None], place))
+        new = jnp.moveaxis(new, 1, 3)
+        kept.value = in_place(jax.lax.dynamic_update_slice_in_dim(kept.value, new, slots.next, axis=3))
         return kept.value
 
     def _sizes(self, embed: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.kernels.precision import wide_dtype, widened
 from hybridnorm_jax.model.attention import Attention, Rotation
-from hybridnorm_jax.model.cache import CachedLayer, Slots
+from hybridnorm_jax.model.cache import Slots
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.feed_forward import FeedForward
 from hybridnorm_jax.model.initializers import std_factor, truncated_normal
@@ -83,14 +83,12 @@ class LayerInputs:
       attention, feed_forward: the scales of the formula in the two sublayers.
       keys: what the layer draws its parameters and its dropout from, by the name of Flax's stream. The Decoder gives
         them; a Block alone leaves keys to Flax.
-      in_run: number of the layer in its run, from 0, where there is a cache.
     """
 
     layer: int | Int[Array, ""]
     attention: ScaleArrays
     feed_forward: ScaleArrays
     keys: dict[str, Array] = flax.struct.field(default_factory=dict)
-    in_run: Int[Array, ""] | None = None
 
 
 @flax.struct.dataclass
@@ -167,15 +165,13 @@ class Block(nn.Module):
         """`__call__` with the layer's number and scales as inputs: so one traced block serves a scan over layers."""
         attention, feed_forward = self._attention(layer.layer), self._feed_forward(layer.layer)
 
-        cached = None if shared.slots is None else CachedLayer(layer=present(layer.in_run), slots=shared.slots)
-
         def attend(x: Stream) -> Stream:
             return attention(
                 x,
                 positions=shared.positions,
                 segment_ids=shared.segment_ids,
                 rotation=shared.rotation,
-                cached=cached,
+                slots=shared.slots,
             )
 
         after_attention = apply_formula(

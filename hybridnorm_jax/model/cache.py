@@ -1,9 +1,10 @@
 """The keys and values of the tokens that a model has read, which later tokens attend to.
 
-A cache is the Flax collection CACHE, a plain tree of arrays: `run_<i>/attention/cached_key` and `cached_value` of shape
-(layers, batch, kv_heads, head_dim, slots) for the layers of each run, in the compute dtype. A slot holds one token.
+A cache is the Flax collection CACHE, a plain tree of arrays: `layer_<i>/attention/cached_key` and `cached_value`, of
+shape (batch, kv_heads, head_dim, slots) and in the compute dtype. A slot holds one token.
 """
 
+from functools import partial
 from typing import Any
 
 import flax
@@ -16,7 +17,6 @@ from jaxtyping import Array, Int
 from hybridnorm_jax.kernels.cached_attention import CachedHeads
 from hybridnorm_jax.mesh.split_axes import split_axes
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.placement import runs
 
 CACHE = "cache"
 
@@ -34,28 +34,21 @@ class Slots:
     first: Int[Array, " batch"]
 
 
-@flax.struct.dataclass
-class CachedLayer:
-    """The part of the cache that one layer fills and reads.
-
-    Attributes:
-      layer: number of the layer in its run: the first index of the arrays.
-      slots: where its new tokens go.
-    """
-
-    layer: Int[Array, ""]
-    slots: Slots
-
-
 def empty_cache(config: ModelConfig, *, batch: int, slots: int) -> dict[str, Any]:
     """A cache of zeros: batch * slots * kv_heads * head_dim * 2 * layers numbers of the compute dtype."""
 
-    def of_run(length: int) -> dict[str, Any]:
-        shape = (length, batch, config.num_kv_heads, config.head_dim, slots)
+    def of_layer() -> dict[str, Any]:
+        shape = (batch, config.num_kv_heads, config.head_dim, slots)
         zeros = {name: in_place(jnp.zeros(shape, config.dtype)) for name in ("cached_key", "cached_value")}
         return {"attention": zeros}
 
-    return {f"run_{number}": of_run(run.length) for number, run in enumerate(runs(config.placements))}
+    return {f"layer_{number}": of_layer() for number in range(config.num_layers)}
+
+
+def bytes_of_cache(config: ModelConfig, *, batch: int, slots: int) -> int:
+    """What `empty_cache` takes of memory, on all devices together."""
+    cache = jax.eval_shape(partial(empty_cache, config, batch=batch, slots=slots))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 
 def in_place(heads: CachedHeads) -> CachedHeads:
@@ -65,11 +58,11 @@ def in_place(heads: CachedHeads) -> CachedHeads:
     order of their axes; XLA for TPUs would rather put the slots before heads and channels, and copy all of the cache
     before and after the loop.
     """
-    _, batch, kv_heads, _, _ = heads.shape
+    batch, kv_heads, _, _ = heads.shape
     axes = split_axes("batch", batch), split_axes("kv_heads", kv_heads)
     if not any(axes):
         return _in_order(heads)
-    spec = PartitionSpec(None, axes[0] or None, axes[1] or None)
+    spec = PartitionSpec(axes[0] or None, axes[1] or None)
     # On every device its own part: XLA cannot split what asks for an order, and would fetch all parts for it.
     return jax.shard_map(_in_order, in_specs=spec, out_specs=spec)(heads)
 

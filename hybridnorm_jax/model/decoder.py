@@ -6,6 +6,7 @@ structure (placement.runs), first to last, stacked along the first axis of every
 
 from collections.abc import Mapping
 from functools import partial
+from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ from hybridnorm_jax.model.block import (
     stream_norm,
     watch_stream,
 )
-from hybridnorm_jax.model.cache import CACHE, Slots
+from hybridnorm_jax.model.cache import Slots
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.initializers import std_factor, truncated_normal
 from hybridnorm_jax.model.input_checks import check_per_token, check_tokens
@@ -133,9 +134,12 @@ class Decoder(nn.Module):
 
     Attributes:
       config: sizes, kinds and dtypes.
+      unrolled: no loop over the layers. Each has parameters of its own, `layer_<i>`, without the axis of layers. Then
+        the compile time grows with the number of layers. generation/ready_parameters.py says what it is good for.
     """
 
     config: ModelConfig
+    unrolled: bool = False
 
     def setup(self) -> None:
         config = self.config
@@ -173,7 +177,7 @@ class Decoder(nn.Module):
           return_hidden: return what the head reads (batch, seq, embed) in the compute dtype, and skip the head. In
             `init` that leaves the head's parameters out.
           slots: keep keys and values in the collection CACHE, and with a single token per sequence attend to those that
-            are kept (cache.py). Positions must be given.
+            are kept (cache.py). Positions must be given, and the model must be `unrolled`.
         """
         hidden = self.hidden(
             tokens, positions=positions, segment_ids=segment_ids, deterministic=deterministic, slots=slots
@@ -192,6 +196,8 @@ class Decoder(nn.Module):
     ) -> Stream:
         """What the head reads, in the compute dtype; arguments as in `__call__`."""
         config = self.config
+        if slots is not None and not self.unrolled:
+            raise ValueError("slots: a model with a loop over its layers keeps nothing; build it with unrolled=True")
         check_tokens(tokens)
         for name, array in (("positions", positions), ("segment_ids", segment_ids)):
             check_per_token(name, array, batch=tokens.shape[0], seq=tokens.shape[1])
@@ -213,14 +219,27 @@ class Decoder(nn.Module):
         keys = {name: self.make_rng(name) for name in KEYS if self.has_rng(name)}
         shared = SharedInputs(segment_ids=segment_ids, rotation=turn, slots=slots)
         for number, run in enumerate(runs(config.placements)):
-            scanned = self._scanned(run, f"run_{number}", deterministic)
-            stream, _ = scanned(stream, layer_inputs(run, config.dtype, keys), shared)
+            layers = layer_inputs(run, config.dtype, keys)
+            if self.unrolled:
+                stream = self._one_by_one(stream, run, layers, shared, deterministic)
+            else:
+                stream, _ = self._scanned(run, f"run_{number}", deterministic)(stream, layers, shared)
         return self.final_norm(stream) if config.has_final_norm else stream
 
     def logits(self, hidden: Stream) -> Float[Array, "batch seq vocab"]:
         """The head alone."""
         tied = self.token_embedding.embedding if self.config.tie_embeddings else None
         return nn.with_logical_constraint(self.head(hidden, tied), ("batch", "seq", "vocab"))
+
+    def _one_by_one(
+        self, stream: Stream, run: Run, layers: LayerInputs, shared: SharedInputs, deterministic: bool
+    ) -> Stream:
+        """The blocks of a run, each by itself."""
+        block = partial(ScannedBlock, self.config, placement=run.structure, deterministic=deterministic)
+        for place in range(run.length):
+            layer = jax.tree.map(itemgetter(place), layers)
+            stream, _ = block(name=f"layer_{run.start + place}")(stream, layer, shared)
+        return stream
 
     def _scanned(self, run: Run, name: str, deterministic: bool) -> nn.Module:
         """The blocks of a run, one after the other: (stream, layer_inputs(run), SharedInputs) -> (stream, None)."""
@@ -233,7 +252,6 @@ class Decoder(nn.Module):
         scanned = nn.scan(
             block,
             variable_axes=dict.fromkeys(COLLECTIONS, 0),
-            variable_carry=CACHE,  # the whole of it, so that a layer's new tokens are written in place
             split_rngs=dict.fromkeys(KEYS, False),  # see ScannedBlock
             in_axes=(0, nn.broadcast),
             length=run.length,
@@ -268,7 +286,6 @@ def layer_inputs(run: Run, dtype: str, keys: Mapping[str, Array]) -> LayerInputs
     layers = jnp.arange(run.start, run.start + run.length)
     return LayerInputs(
         layer=layers,
-        in_run=jnp.arange(run.length),
         attention=columns(run.scales("attention")),
         feed_forward=columns(run.scales("feed_forward")),
         keys={name: jax.vmap(partial(jax.random.fold_in, key))(layers) for name, key in keys.items()},

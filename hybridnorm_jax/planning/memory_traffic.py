@@ -139,8 +139,9 @@ def _bytes(instruction: Instruction, caller: Computation, module: Module) -> int
                 for number, shape in enumerate(operands)
             )
             return read + _written(instruction.shape, root_of(inside), inside, module)
-        case "copy-start" | "slice-start":  # its value is (destination, source, ...)
-            destination = _ARRAY.search(instruction.shape)
+        case "copy-start" | "slice-start" as opcode:  # (destination, source, ...); ((source), destination, ...)
+            place = 0 if opcode == "copy-start" else 1
+            destination = _ARRAY.search(tuple_elements(instruction.shape)[place])
             sides = [not _is_beside_cores(destination), bool(memory_bytes(operands[0]))]
             return sum(sides) * _padded_bytes(destination)
         case "dynamic-update-slice":

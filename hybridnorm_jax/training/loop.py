@@ -15,13 +15,14 @@ from hybridnorm_jax.errors import RunStopped, first_line
 from hybridnorm_jax.evaluation import perplexity, tasks
 from hybridnorm_jax.evaluation.held_out import check_sets, training_files
 from hybridnorm_jax.generation.text_sample import check_prompt, text_sample
+from hybridnorm_jax.mesh.device_room import room_of
 from hybridnorm_jax.mesh.fit_checks import check_batch
 from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.streams import sturdy_streams
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.hooks.built_in import built_in_hooks
 from hybridnorm_jax.training.hooks.hook import Hook, check_hook
-from hybridnorm_jax.training.memory import check_room, least_bytes, room_of
+from hybridnorm_jax.training.memory import check_room, least_bytes
 from hybridnorm_jax.training.metrics_file import read_records
 from hybridnorm_jax.training.metrics_writer import MetricsWriter, WandbRun
 from hybridnorm_jax.training.program import Program

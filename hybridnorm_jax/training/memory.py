@@ -2,9 +2,7 @@
 
 import dataclasses
 import math
-import os
 import re
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,8 +10,6 @@ import jax
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import UserError
 
-# What the memory of this process's container is limited to, on Linux.
-CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 SIZES = "model.d_model, model.num_layers, model.mlp_dim, model.vocab_size, train.batch_size and train.seq_len"
 
 
@@ -102,16 +98,6 @@ def least_bytes(config: RunConfig, abstract_state: Any) -> LeastBytes:
         state=bytes_per_device(abstract_state),
         activations=numbers * jax.numpy.dtype(model.dtype).itemsize // jax.device_count(),
     )
-
-
-def room_of(device: jax.Device) -> int | None:
-    """Bytes that this device has; of a CPU its share of the machine's or the container's memory. None: unknown."""
-    if device.platform != "cpu":
-        return (device.memory_stats() or {}).get("bytes_limit")
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    if CONTAINER_LIMIT.is_file() and (text := CONTAINER_LIMIT.read_text().strip()).isdecimal():
-        limits.append(int(text))
-    return min(limits) // jax.local_device_count()
 
 
 def check_room(least: LeastBytes, room: int | None) -> None:

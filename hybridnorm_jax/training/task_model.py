@@ -13,7 +13,7 @@ from hybridnorm_jax.evaluation.answers import Tokens, Writer
 from hybridnorm_jax.evaluation.tasks import Tasks, TaskScore, evaluate_tasks, open_tasks
 from hybridnorm_jax.evaluation.token_scores import TokenScorer
 from hybridnorm_jax.generation.generate import generate
-from hybridnorm_jax.generation.rounded_parameters import rounded
+from hybridnorm_jax.generation.ready_parameters import ready
 from hybridnorm_jax.generation.sampling import Sampling
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.training.program import Program
@@ -83,10 +83,10 @@ class TaskModel:
         """The model with these parameters as `lm_eval.evaluator` takes one; arguments as those of `scores`."""
         from hybridnorm_jax.evaluation.lm_eval_model import LmEvalModel
 
-        # Rounded where the first answer is written, not for each batch of answers.
-        narrow = functools.cache(lambda: rounded(self.config.model, params))
+        # Where the first answer is written, not for each batch of answers.
+        readied = functools.cache(lambda: ready(self.config.model, params))
         writer = Writer(
-            partial(self._write, narrow, before_batch),
+            partial(self._write, readied, before_batch),
             self.tokenizer,
             separator=self._separator,
             window=self.config.train.seq_len,

@@ -167,6 +167,21 @@ def test_a_scheme_of_a_plugin_is_exported_where_the_plugin_is_named(saved, capsy
     assert "in_a_file" in capsys.readouterr().err
 
 
+def test_a_run_trains_on_from_an_export_and_no_other_scheme_is_suggested_for_it(saved, capsys):
+    """The parameters of another scheme are those of another model."""
+    saved()
+    exported("runs/mine", "out")
+    capsys.readouterr()
+    model = [f"model.{key}={value}" for key, value in SIZES.items()]
+    train = ["train.steps=1", "train.batch_size=8", "train.seq_len=8", "train.sample_tokens=0", "eval.batches=1"]
+    Path("text.txt").write_text("alpha beta gamma delta\n\n" * 200)
+    data = ["data.source=text", "data.files=[text.txt]", "data.cache_dir=cache", "run.name=heir"]
+    assert main(["train", "init_from=out", "model.scheme=span", *model, *train, *data]) == 0
+    told = capsys.readouterr().out.partition("Next:")[2]
+    assert "eval runs/heir" in told
+    assert "model.scheme=" not in told
+
+
 def _token_file(name="mine.json", **changes):
     Path(name).write_text(json.dumps(byte_tokenizer_json() | changes))
     return name

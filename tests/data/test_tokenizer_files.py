@@ -56,6 +56,31 @@ def test_transformers_reads_the_files(tmp_path):
     assert again(TEXTS[3])["input_ids"] == list(TEXTS[3].encode())
 
 
+def test_what_training_leaves_out_of_a_tokenizer_is_left_out(tmp_path):
+    """A beginning for every text, merges by chance, and a length: a model that was exported never saw any of them."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(byte_tokenizer_json()))
+    trainer = tokenizers.trainers.BpeTrainer(special_tokens=["<|endoftext|>"], vocab_size=400, show_progress=False)
+    tokenizer.train_from_iterator([text * 9 for text in TEXTS], trainer)
+    tokenizer.model.dropout = 0.9
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=8)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    tokenizer.save(str(tmp_path / "mine.json"))
+    data = DataSection(tokenizer=str(tmp_path / "mine.json"))
+    ours = load_tokenizer(data)
+    for name, content in tokenizer_files(data, ours, longest=None).items():
+        (tmp_path / name).write_bytes(content)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        assert theirs(text)["input_ids"] == ours.encode(text).tolist()
+    as_file = load_tokenizer(DataSection(tokenizer=str(tmp_path / TOKENIZER)))
+    assert as_file.encode(TEXTS[1]).tolist() == ours.encode(TEXTS[1]).tolist()
+
+
 def test_another_tokenizer_is_copied_as_it_is(tmp_path):
     document = byte_tokenizer_json()
     document["added_tokens"][0]["content"] = "</s>"

@@ -92,3 +92,9 @@ def test_an_answer_ends_before_the_first_of_its_stop_strings():
     assert before_first("one two three", ["three", "tw"]) == "one "
     assert before_first("one", ["", "x"]) == "one"
     assert before_first("one", []) == "one"
+
+
+def test_of_stop_strings_that_overlap_the_one_named_first_decides():
+    """As the harness cuts, one after another: "\n\nQ:" is no more in what "Q:" has left."""
+    assert before_first("four\n\nQ: five", ["Q:", "\n\nQ:"]) == "four\n\n"
+    assert before_first("four\n\nQ: five", ["\n\nQ:", "Q:"]) == "four"

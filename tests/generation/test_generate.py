@@ -1,6 +1,7 @@
 """Generation with a cache of keys and values against the plain forward pass over the whole text."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,9 @@ import pytest
 import hybridnorm_jax as hn
 from hybridnorm_jax.equivalence.decoder_forms import conversion_of
 from hybridnorm_jax.generation import decoding
+from hybridnorm_jax.generation import generate as module
+from hybridnorm_jax.generation.generate import least_rows
+from hybridnorm_jax.generation.ready_parameters import ready
 from hybridnorm_jax.model.cache import CACHE, Slots, empty_cache
 from hybridnorm_jax.model.program_lengths import rounded_up
 
@@ -64,7 +68,7 @@ def _cached_logits(config, params, tokens, *, read, first):
     Args:
       first: of each row; the tokens before it are padding.
     """
-    model = hn.Decoder(config)
+    model, params = hn.Decoder(config, unrolled=True), ready(config, params)
     batch, width = tokens.shape
     positions = np.maximum(np.arange(width) - first[:, None], 0)
     ids = (np.arange(read) >= first[:, None]).astype(np.int32)
@@ -305,3 +309,27 @@ def test_a_text_longer_than_learned_positions_is_refused():
     config = hn.ModelConfig(**TINY | {"positions": "learned", "max_positions": 24})
     with pytest.raises(hn.UserError, match=r"a prompt of 20 tokens and max_new_tokens=6 do not fit model\.max_pos"):
         hn.generate(config, None, [np.arange(20)], max_new_tokens=6)
+
+
+def test_one_sequence_on_a_gpu_has_an_empty_one_beside_it(small_config):
+    """See least_rows. With experts it would read more of these."""
+    gpu, cpu = SimpleNamespace(platform="gpu"), SimpleNamespace(platform="cpu")
+    assert [least_rows(small_config(), device) for device in (gpu, cpu)] == [2, 1]
+    assert least_rows(small_config(num_experts=4, experts_per_token=2), gpu) == 1
+
+
+def test_an_empty_sequence_changes_nothing(counting_model, monkeypatch):
+    config, params = counting_model
+    (alone,) = hn.generate(config, params, [np.arange(5)], max_new_tokens=6)
+    monkeypatch.setattr(module, "least_rows", lambda config, device: 2)
+    (beside,) = hn.generate(config, params, [np.arange(5)], max_new_tokens=6)
+    np.testing.assert_array_equal(alone, beside)
+
+
+def test_a_cache_that_no_device_can_hold_is_refused(counting_model, monkeypatch):
+    """Otherwise the machine swaps, or the program is killed."""
+    config, params = counting_model
+    right = r"max_new_tokens=1000000: the keys and values of so many need \d+\.\d GiB of a device, which has 0\.1 GiB"
+    monkeypatch.setattr(module, "room_of", lambda device: 2**27)
+    with pytest.raises(hn.UserError, match=right):
+        hn.generate(config, params, [np.arange(5)] * 100, max_new_tokens=1_000_000)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -144,8 +145,41 @@ def test_outputs_are_those_of_transformers(model_of):
 
 
 def test_more_tokens_than_learned_positions_are_refused(model_of):
-    with pytest.raises(ValueError, match="21 tokens, but max_position_embeddings=20"):
-        model_of("learned_positions")(ids(np.zeros((1, 21))))
+    model = model_of("learned_positions")
+    with pytest.raises(ValueError, match="position 20, counted from 0, but max_position_embeddings=20"):
+        model(ids(np.zeros((1, 21))))
+    assert model.generate(ids(TOKENS), do_sample=False, max_new_tokens=9).shape == (2, 21)
+    with pytest.raises(ValueError, match="position 20, counted from 0, but max_position_embeddings=20"):
+        model.generate(ids(TOKENS), do_sample=False, max_new_tokens=10)
+
+
+def test_padding_takes_no_learned_position(model_of):
+    model = model_of("learned_positions")
+    tokens, mask = left_padded([np.zeros(2), TOKENS[0]])
+    tokens, mask = np.pad(tokens, ((0, 0), (15, 0))), torch.nn.functional.pad(mask, (15, 0))
+    padded = logits_of(model, tokens, attention_mask=mask)
+    np.testing.assert_allclose(padded[1, -12:], logits_of(model, TOKENS[:1])[0], rtol=0, atol=1e-5)
+
+
+def test_a_mask_of_the_new_tokens_alone_is_refused(model_of):
+    """It would hide all tokens before them."""
+    model = model_of("span")
+    cache = model(ids(TOKENS[:, :8])).past_key_values
+    with pytest.raises(ValueError, match="attention_mask is of 1 tokens, but there are 9 so far"):
+        model(ids(TOKENS[:, 8:9]), past_key_values=cache, attention_mask=ids(np.ones((2, 1))))
+
+
+def test_streams_are_kept_only_where_they_are_asked_for(model_of):
+    """From the configuration, too. Those that nobody asked for would stay in memory until the last layer."""
+    model, first, kept = model_of("span"), [], []
+    model.model.layers[0].register_forward_hook(lambda module, inputs, x: first.append(weakref.ref(x)))
+    model.model.norm.register_forward_pre_hook(lambda module, inputs: kept.append(first[-1]() is not None))
+    with torch.no_grad():
+        assert model(ids(TOKENS)).hidden_states is None
+        assert len(model(ids(TOKENS), output_hidden_states=True).hidden_states) == 5
+        model.config.output_hidden_states = True
+        assert len(model(ids(TOKENS)).hidden_states) == 5
+    assert kept == [False, True, True]
 
 
 # ---- Loading and saving.
@@ -316,6 +350,26 @@ def test_lora_finds_the_projections_by_name(model_of):
     tuned(ids(TOKENS), labels=ids(TOKENS)).loss.backward()
     merged = tuned.merge_and_unload()
     np.testing.assert_allclose(logits_of(merged), before, rtol=0, atol=1e-6)
+
+
+def test_lora_on_the_router_is_trained(model_of):
+    """It is called as a module: what stands around a layer of torch, of PEFT and of accelerate, works on it."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM", init_lora_weights=False)
+    tuned = peft.get_peft_model(model_of("experts"), lora)
+    tuned(ids(TOKENS), labels=ids(TOKENS)).loss.backward()
+    trainable = {name: each.grad for name, each in tuned.named_parameters() if each.requires_grad}
+    assert any("mlp.router.lora_A" in name for name in trainable)
+    assert [name for name, gradient in trainable.items() if gradient is None] == []
+
+
+@pytest.mark.parametrize("name", ["experts_with_all", "learned_positions", "crmsnorm_padded"])
+def test_weights_that_wait_elsewhere_are_fetched(model_of, name):
+    """accelerate fetches those of a module when the module is called; a device_map may do so for whole layers."""
+    accelerate = pytest.importorskip("accelerate")
+    model = model_of(name)
+    expected = logits_of(model)
+    np.testing.assert_array_equal(logits_of(accelerate.cpu_offload(model, execution_device="cpu")), expected)
 
 
 @pytest.mark.slow

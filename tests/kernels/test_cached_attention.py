@@ -1,24 +1,26 @@
 """Attention to kept keys and values against a plain softmax in NumPy, float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridnorm_jax.kernels.cached_attention import attend_in_blocks, blocks_of, cached_attention
+from hybridnorm_jax.kernels.cached_attention import attend_at_once, attend_in_blocks, cached_attention
 
-LAYERS, BATCH, KV_HEADS, GROUP, WIDTH = 2, 3, 2, 2, 4
+BATCH, KV_HEADS, GROUP, WIDTH = 3, 2, 2, 4
 SLOTS = 61
 
 
-def _plain(query, key, value, layer, first, last):
+def _plain(query, key, value, first, last):
     out = np.zeros(query.shape)
     for row, start in enumerate(first):
         for head in range(KV_HEADS * GROUP):
-            keys = key[layer, row, head // GROUP, :, start : last + 1]
+            keys = key[row, head // GROUP, :, start : last + 1]
             scores = query[row, 0, head] @ keys / np.sqrt(WIDTH)
             weights = np.exp(scores - scores.max())
-            out[row, 0, head] = value[layer, row, head // GROUP, :, start : last + 1] @ weights / weights.sum()
+            out[row, 0, head] = value[row, head // GROUP, :, start : last + 1] @ weights / weights.sum()
     return out
 
 
@@ -27,37 +29,32 @@ def arrays():
     """Query, keys and values; some scores are far above the others, so the highest one moves from block to block."""
     rng = np.random.default_rng(0)
     query = rng.normal(0, 3, (BATCH, 1, KV_HEADS * GROUP, WIDTH))
-    key, value = rng.normal(0, 3, (2, LAYERS, BATCH, KV_HEADS, WIDTH, SLOTS))
+    key, value = rng.normal(0, 3, (2, BATCH, KV_HEADS, WIDTH, SLOTS))
     return query, key, value
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 5, 8])
+@pytest.mark.parametrize("blocks", [None, 1, 2, 5, 8])
 def test_any_number_of_blocks_is_the_plain_softmax_over_the_slots_of_each_row(blocks, arrays):
     """61 slots are no multiple of any: the last block begins earlier, and does not count what it repeats."""
+    attend = attend_at_once if blocks is None else partial(attend_in_blocks, blocks=blocks)
     with jax.enable_x64(True):
-        attend = jax.jit(lambda *rest: attend_in_blocks(*map(jnp.asarray, arrays), *rest, blocks=blocks))
-        for layer, first, last in [(0, [0, 0, 0], 0), (1, [0, 7, 30], 30), (0, [13, 5, 60], 60), (1, [40, 39, 41], 47)]:
-            ours = attend(jnp.asarray(layer), jnp.asarray(first), jnp.asarray(last))
-            np.testing.assert_allclose(ours, _plain(*arrays, layer, first, last), rtol=1e-12, atol=1e-12)
+        compiled = jax.jit(lambda *rest: attend(*map(jnp.asarray, arrays), *rest))
+        for first, last in [([0, 0, 0], 0), ([0, 7, 30], 30), ([13, 5, 60], 60), ([40, 39, 41], 47)]:
+            ours = compiled(jnp.asarray(first), jnp.asarray(last))
+            np.testing.assert_allclose(ours, _plain(*arrays, first, last), rtol=1e-12, atol=1e-12)
 
 
 def test_this_platform_takes_one_of_them(arrays):
     with jax.enable_x64(True):
-        ours = cached_attention(
-            *map(jnp.asarray, arrays), layer=jnp.asarray(1), first=jnp.asarray([2, 0, 9]), last=jnp.asarray(50)
-        )
-    np.testing.assert_allclose(ours, _plain(*arrays, 1, [2, 0, 9], 50), rtol=1e-12, atol=1e-12)
+        ours = cached_attention(*map(jnp.asarray, arrays), first=jnp.asarray([2, 0, 9]), last=jnp.asarray(50))
+    np.testing.assert_allclose(ours, _plain(*arrays, [2, 0, 9], 50), rtol=1e-12, atol=1e-12)
 
 
 def test_a_gpu_reads_all_slots_at_once_and_loops_over_nothing():
-    shapes = [jax.ShapeDtypeStruct((LAYERS, BATCH, KV_HEADS, WIDTH, 2048), jnp.float32)] * 2
+    shapes = [jax.ShapeDtypeStruct((BATCH, KV_HEADS, WIDTH, 4096), jnp.float32)] * 2
     query = jax.ShapeDtypeStruct((BATCH, 1, KV_HEADS * GROUP, WIDTH), jnp.float32)
     whole = jax.ShapeDtypeStruct((), jnp.int32)
     first = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
-    traced = jax.jit(cached_attention).trace(query, *shapes, layer=whole, first=first, last=whole)
+    traced = jax.jit(cached_attention).trace(query, *shapes, first=first, last=whole)
     assert "while" not in traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "while" in traced.lower(lowering_platforms=("cpu",)).as_text()
-
-
-def test_blocks_are_of_a_useful_size():
-    assert [blocks_of(slots) for slots in (1, 511, 512, 1024, 2048, 100_000)] == [1, 1, 2, 4, 8, 8]

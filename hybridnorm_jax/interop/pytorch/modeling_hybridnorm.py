@@ -3,8 +3,6 @@
 Every sublayer, attention or feed-forward, of every placement is `apply_formula`, below. A placement is data: of each
 layer config.json says which norms and scales of the formula are there.
 
-    model = AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)
-
 The names of the linear layers, for LoRA and the like: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj,
 router. The weights of experts are parameters of `Experts` with a leading axis.
 
@@ -36,7 +34,7 @@ def placement_of(config, layer):
     return SimpleNamespace(**sublayers, **{name: stated.get(name) for name in HEAD_NORMS})
 
 
-# ---- The formula.
+# ---- The formula and its norms.
 
 
 def apply_formula(f, sublayer_input, block_input, placement, norms):
@@ -57,9 +55,6 @@ def times(scale, x):
 def wide(x):
     """x in float32, or in float64 where it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-# ---- Norms.
 
 
 class Norm(nn.Module):
@@ -136,10 +131,12 @@ def causal_mask(attention_mask, queries, past, slots, device):
     """
     if attention_mask is not None and attention_mask.ndim == 4:
         return attention_mask
+    keys = past + queries if slots is None else slots
+    if slots is None and attention_mask is not None and attention_mask.shape[1] != keys:
+        raise ValueError(f"attention_mask is of {attention_mask.shape[1]} tokens, but there are {keys} so far")
     # A look at a mask's values would break a graph.
     if attention_mask is not None and queries > 1 and not torch.compiler.is_compiling() and attention_mask.all():
         attention_mask = None
-    keys = past + queries if slots is None else slots
     if attention_mask is None and slots is None and queries in (1, keys):
         return None
     own = torch.arange(queries, device=device)[:, None] + past
@@ -279,6 +276,14 @@ def grouped_product(rows, kernels, expert, ends):
     return y
 
 
+class Router(nn.Linear):
+    """A linear layer in float32 at least, also under autocast: rounded logits would choose other experts."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(wide(x), wide(self.weight), None if self.bias is None else wide(self.bias))
+
+
 class MixtureOfExperts(nn.Module):
     """Every token passes the num_experts_per_tok experts of the largest softmax(router(x)), and the shared experts.
 
@@ -288,7 +293,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.k, self.normalized = config.num_experts_per_tok, config.norm_topk_prob
-        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=config.mlp_bias)
+        self.router = Router(config.hidden_size, config.num_experts, bias=config.mlp_bias)
         self.experts = Experts(config)
         shared = config.num_shared_experts
         self.shared = FeedForward(config, shared * config.intermediate_size) if shared else None
@@ -296,13 +301,11 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x):
         tokens = x.flatten(0, 1)
-        with torch.autocast(x.device.type, enabled=False):
-            bias = None if self.router.bias is None else wide(self.router.bias)
-            logits = F.linear(wide(tokens), wide(self.router.weight), bias)
-            p = logits.softmax(-1)
-            scores = p if self.balance_bias is None else p + self.balance_bias
-            chosen = scores.detach().topk(self.k, dim=-1).indices
-            weights = logits.gather(-1, chosen).softmax(-1) if self.normalized else p.gather(-1, chosen)
+        logits = self.router(tokens)
+        p = logits.softmax(-1)
+        scores = p if self.balance_bias is None else p + self.balance_bias
+        chosen = scores.detach().topk(self.k, dim=-1).indices
+        weights = logits.gather(-1, chosen).softmax(-1) if self.normalized else p.gather(-1, chosen)
         y = self.experts(tokens, weights, chosen).view_as(x)
         return y if self.shared is None else y + self.shared(x)
 
@@ -354,9 +357,8 @@ class HybridNormPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         """Weights that are in no checkpoint: N(0, initializer_range^2), scales as the placement says, biases 0."""
         std = self.config.initializer_range
-        if isinstance(module, Norm):
-            if module.weight is not None:
-                nn.init.constant_(module.weight, module.initial_scale)
+        if isinstance(module, Norm) and module.weight is not None:
+            nn.init.constant_(module.weight, module.initial_scale)
         elif isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, Experts):
@@ -410,38 +412,35 @@ class HybridNormModel(HybridNormPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
         use_cache = self.config.use_cache if use_cache is None else use_cache
+        keeps = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if self.gradient_checkpointing and self.training:
             cache, use_cache = None, False  # computing a layer again would write its keys twice
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         queries, past = x.shape[1], 0 if cache is None else cache.get_seq_length()
-        is_static = cache is not None and cache.is_compileable
-        slots = cache.layers[0].max_cache_len if is_static else None
+        slots = cache.layers[0].max_cache_len if cache is not None and cache.is_compileable else None
         if position_ids is None:
             position_ids = positions_of(attention_mask, queries, past, x.device)
         mask = causal_mask(attention_mask, queries, past, slots, x.device)
-        by = None
-        if self.config.positions == "learned":
-            x = x + self.learned_positions(position_ids)
-        else:
-            by = rotation(self.config, position_ids, x.dtype)
-
+        by = rotation(self.config, position_ids, x.dtype) if self.config.positions == "rope" else None
+        x = x + self.learned_positions(position_ids) if by is None else x
         x = self.dropout(self.embedding_norm(x))
         place = None if cache is None else torch.arange(queries, device=x.device) + past
-        streams = [x]
+        streams = ()
         for block in self.layers:
+            streams += (x,) if keeps else ()  # kept without need, they would fill the memory
             x = block(x, by=by, mask=mask, cache=cache, place=place)
-            streams.append(x)
         x = self.norm(x)
-        streams[-1] = x
+        streams = (*streams, x) if keeps else None
         kept = {CACHE: cache if use_cache else None}
-        streams = tuple(streams) if output_hidden_states else None
         return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=streams, **kept)
 
     def learned_positions(self, position_ids):
-        largest = self.config.max_position_embeddings
-        if position_ids.shape[-1] > largest:
-            raise ValueError(f"{position_ids.shape[-1]} tokens, but max_position_embeddings={largest}")
+        count = self.config.max_position_embeddings
+        # A look at the values would break a graph.
+        last = position_ids.shape[-1] - 1 if torch.compiler.is_compiling() else int(position_ids.max())
+        if last >= count:
+            raise ValueError(f"position {last}, counted from 0, but max_position_embeddings={count}")
         return self.embed_positions(position_ids + self.config.position_offset)
 
 
