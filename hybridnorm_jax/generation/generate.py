@@ -1,9 +1,10 @@
 """Text from a model, as tokens: each after all tokens before it, whose keys and values are kept."""
 
+import contextlib
 import dataclasses
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -87,16 +88,19 @@ def generate(
         slots = rounded_up(width + max_new_tokens)
         # No mesh splits the cache more than over all devices.
         _check_room(bytes_of_cache(config, batch=batch, slots=slots) // len(devices), device, max_new_tokens)
-        writing = read_prompts(
-            model,
-            params,
-            jnp.asarray(_right_aligned(rows, batch, width)),
-            jnp.asarray([len(row) for row in rows] + [0] * (batch - len(rows))),
-            keys[jnp.minimum(jnp.arange(batch), len(rows) - 1)],
-            stops,
-            slots=slots,
-            sampling=sampling,
-        )
+        with _memory_of_prompts(rows):
+            writing = jax.block_until_ready(
+                read_prompts(
+                    model,
+                    params,
+                    jnp.asarray(_right_aligned(rows, batch, width)),
+                    jnp.asarray([len(row) for row in rows] + [0] * (batch - len(rows))),
+                    keys[jnp.minimum(jnp.arange(batch), len(rows) - 1)],
+                    stops,
+                    slots=slots,
+                    sampling=sampling,
+                )
+            )
         write_more = partial(write, model, params, stops=stops, most=STRIDE, sampling=sampling)
         return _collect(write_more, writing, ends, rows=len(rows), max_new_tokens=max_new_tokens, on_tokens=on_tokens)
 
@@ -234,6 +238,20 @@ def _check_room(size: int, device: jax.Device, max_new_tokens: int) -> None:
         needed, there = (f"{number / 2**30:,.1f} GiB" for number in (size, room))
         right = f"need {needed} of a device, which has {there}; ask for fewer tokens, or give fewer prompts"
         raise UserError(f"max_new_tokens={max_new_tokens}: the keys and values of so many {right}")
+
+
+@contextlib.contextmanager
+def _memory_of_prompts(rows: list[np.ndarray]) -> Iterator[None]:
+    """Where a device lacks memory for what is inside, say that the prompts are too long."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        longest = max(len(row) for row in rows)
+        wrong = f"{len(rows)} of up to {longest:,} tokens need more memory than a device has"
+        right = "shorten the longest, to half of it for a quarter of the memory, or give fewer"
+        raise UserError(f"prompts: {wrong}; {right}") from error
 
 
 def _check_tokens(name: str, tokens: np.ndarray, config: ModelConfig) -> None:
