@@ -65,7 +65,7 @@ def generate(
       The new tokens of each sequence.
 
     Raises:
-      UserError: what is asked for cannot be; names the argument.
+      UserError: an argument that cannot be, or needs more memory than there is; the message names it.
     """
     sampling = Sampling() if sampling is None else sampling
     rows = [_integers(f"prompts[{number}]", prompt) for number, prompt in enumerate(prompts)]
@@ -250,7 +250,7 @@ def _memory_of_prompts(rows: list[np.ndarray]) -> Iterator[None]:
             raise
         longest = max(len(row) for row in rows)
         wrong = f"{len(rows)} of up to {longest:,} tokens need more memory than a device has"
-        right = "shorten the longest, to half of it for a quarter of the memory, or give fewer"
+        right = "shorten them (half the length needs a quarter of the memory), or give fewer"
         raise UserError(f"prompts: {wrong}; {right}") from error
 
 

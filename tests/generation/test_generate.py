@@ -314,7 +314,7 @@ def test_prompts_for_which_there_is_no_memory_are_refused_in_one_line(reason, co
         raise jax.errors.JaxRuntimeError(reason)
 
     monkeypatch.setattr(generate_module, "read_prompts", read_prompts)
-    refused = (hn.UserError, "prompts: 2 of up to 5 tokens need more memory than a device has; shorten")
+    refused = (hn.UserError, "prompts: 2 of up to 5 tokens need more memory than a device has; shorten them")
     error, message = refused if "RESOURCE" in reason else (jax.errors.JaxRuntimeError, "INTERNAL: x")
     with pytest.raises(error, match=message):
         hn.generate(*counting_model, [[1], np.arange(5)], max_new_tokens=3)
