@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -13,19 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.generation.decoding import Writing, read_prompts, write
 from hybridnorm_jax.generation.on_mesh import on_mesh_of, with_auto_axes
 from hybridnorm_jax.generation.ready_parameters import ready
-from hybridnorm_jax.generation.sampling import Sampling, fault_of_seed
+from hybridnorm_jax.generation.request import Request, Tokens, checked_request
+from hybridnorm_jax.generation.sampling import Sampling
 from hybridnorm_jax.mesh.device_room import room_of
 from hybridnorm_jax.model.cache import bytes_of_cache
-from hybridnorm_jax.model.config import LONGEST_CONTEXT, ModelConfig
+from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.program_lengths import rounded_up
 
-Tokens = Int[np.ndarray, " tokens"]
 # Most tokens that are written before the caller sees them, and seconds for which a reader is willing to wait.
 STRIDE, PATIENCE = 32, 0.1
 
@@ -68,12 +66,8 @@ def generate(
       UserError: an argument that cannot be, or needs more memory than there is; the message names it.
     """
     sampling = Sampling() if sampling is None else sampling
-    rows = [_integers(f"prompts[{number}]", prompt) for number, prompt in enumerate(prompts)]
-    ends = _integers("stop_ids", stop_ids)
-    max_new_tokens = _integer("max_new_tokens", max_new_tokens)
-    _check(config, rows, max_new_tokens)
-    _check_tokens("stop_ids", ends, config)
-    numbers = _seeds(seeds, len(rows))
+    request = checked_request(config, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids, seeds=seeds)
+    rows = request.rows
     # Plain attention takes any length, and XLA cannot split a Pallas kernel over the devices of the parameters.
     plain = dataclasses.replace(config, attention="xla", expert_dispatch="blocked", remat="none")
     model = Decoder(plain, unrolled=True)
@@ -82,27 +76,26 @@ def generate(
     with on_mesh_of(params) as parts:
         params = ready(config, params)
         (device, *_) = devices = jax.tree.leaves(params)[0].devices()
-        stops, keys = jnp.asarray(ends, jnp.int32), _keys(numbers, len(rows))
+        stops, keys = jnp.asarray(request.ends), _keys(request.seeds, len(rows))
         # Rows that are added are empty, and have ended.
         batch = -(-max(len(rows), least_rows(config, device)) // parts) * parts
-        slots = rounded_up(width + max_new_tokens)
+        slots = rounded_up(width + request.max_new_tokens)
         # No mesh splits the cache more than over all devices.
-        _check_room(bytes_of_cache(config, batch=batch, slots=slots) // len(devices), device, max_new_tokens)
+        _check_room(bytes_of_cache(config, batch=batch, slots=slots) // len(devices), device, request.max_new_tokens)
         with _memory_of_prompts(rows):
-            writing = jax.block_until_ready(
-                read_prompts(
-                    model,
-                    params,
-                    jnp.asarray(_right_aligned(rows, batch, width)),
-                    jnp.asarray([len(row) for row in rows] + [0] * (batch - len(rows))),
-                    keys[jnp.minimum(jnp.arange(batch), len(rows) - 1)],
-                    stops,
-                    slots=slots,
-                    sampling=sampling,
-                )
+            writing = read_prompts(
+                model,
+                params,
+                jnp.asarray(_right_aligned(rows, batch, width)),
+                jnp.asarray([len(row) for row in rows] + [0] * (batch - len(rows))),
+                keys[jnp.minimum(jnp.arange(batch), len(rows) - 1)],
+                stops,
+                slots=slots,
+                sampling=sampling,
             )
+            jax.block_until_ready(writing.last)
         write_more = partial(write, model, params, stops=stops, most=STRIDE, sampling=sampling)
-        return _collect(write_more, writing, ends, rows=len(rows), max_new_tokens=max_new_tokens, on_tokens=on_tokens)
+        return _collect(write_more, writing, request, on_tokens)
 
 
 def least_rows(config: ModelConfig, device: jax.Device) -> int:
@@ -124,28 +117,25 @@ def _right_aligned(rows: list[np.ndarray], batch: int, width: int) -> Int[np.nda
 def _collect(
     write_more: Callable[..., tuple[Writing, jax.Array, jax.Array]],
     writing: Writing,
-    ends: Tokens,
-    *,
-    rows: int,
-    max_new_tokens: int,
+    request: Request,
     on_tokens: Callable[[list[Tokens]], bool | None] | None,
 ) -> list[Tokens]:
-    """All tokens of the first `rows` sequences, in the order of writing; given to on_tokens on the way.
+    """All tokens of the sequences that are asked for, in the order of writing; given to on_tokens on the way.
 
     Args:
       write_more: decoding.write, of which the sequences and `limit` are left to give.
-      ends: the tokens that end a sequence.
     """
+    rows, ends = len(request.rows), request.ends
     columns = np.asarray(writing.last)[:rows, None]
     pieces = [columns]
-    is_done = np.zeros(len(columns), bool)
+    is_done = np.zeros(rows, bool)
     stride = STRIDE if on_tokens is None else 1
     while True:
         new = [column[: _length(column, ends, done)] for column, done in zip(columns, is_done, strict=True)]
         if on_tokens is not None and on_tokens(new):
             break
         is_done |= np.isin(columns, ends).any(1)
-        left = max_new_tokens - sum(piece.shape[1] for piece in pieces)
+        left = request.max_new_tokens - sum(piece.shape[1] for piece in pieces)
         if left == 0 or is_done.all():
             break
         began = time.monotonic()
@@ -179,59 +169,6 @@ def _keys(seeds: int | list[int], batch: int) -> jax.Array:
     return jnp.stack([jax.random.key(seed) for seed in seeds])
 
 
-def _seeds(seeds: Any, batch: int) -> int | list[int]:
-    """The seeds as integers of Python.
-
-    Raises:
-      UserError: one that cannot be, or there are fewer or more than prompts.
-    """
-    if not np.ndim(seeds):
-        return _seed(seeds)
-    if len(seeds) != batch:
-        raise UserError(f"seeds: {len(seeds)} of them for {batch} prompts; give one of each, or one for all")
-    return [_seed(seed) for seed in seeds]
-
-
-def _seed(seed: Any) -> int:
-    number = _integer("seed", seed)
-    if (wrong := fault_of_seed(number)) is not None:
-        raise UserError(f"seed {number}: {wrong}")
-    return number
-
-
-def _integer(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError as error:
-        raise UserError(f"{name}={value!r}: must be a whole number") from error
-
-
-def _integers(name: str, values: Any) -> Int[np.ndarray, "..."]:
-    """The ids of tokens, as they are given: a sequence, a set or an array."""
-    try:
-        array = np.asarray(sorted(values) if isinstance(values, set | frozenset) else values)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{name}: must be a list of whole numbers, the ids of tokens") from error
-    if array.dtype.kind not in "iu" and array.size:
-        raise UserError(f"{name}: must be whole numbers, the ids of tokens, not {array.dtype}")
-    return array
-
-
-def _check(config: ModelConfig, rows: list[np.ndarray], max_new_tokens: int) -> None:
-    if not 1 <= max_new_tokens <= LONGEST_CONTEXT:
-        raise UserError(f"max_new_tokens={max_new_tokens}: must be at least 1 and at most {LONGEST_CONTEXT:,}")
-    if not rows:
-        raise UserError("prompts: there are none; give at least one")
-    for number, row in enumerate(rows):
-        if row.ndim != 1 or not len(row):
-            raise UserError(f"prompts[{number}]: must be a list of at least one token; begin with the separator")
-        _check_tokens(f"prompts[{number}]", row, config)
-    longest = max(len(row) for row in rows)
-    if config.positions == "learned" and longest + max_new_tokens - 1 > present(config.max_positions):
-        right = f"model.max_positions={config.max_positions}; shorten the prompt or ask for fewer"
-        raise UserError(f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} do not fit {right}")
-
-
 def _check_room(size: int, device: jax.Device, max_new_tokens: int) -> None:
     room = room_of(device)
     if room is not None and size > room:
@@ -252,9 +189,3 @@ def _memory_of_prompts(rows: list[np.ndarray]) -> Iterator[None]:
         wrong = f"{len(rows)} of up to {longest:,} tokens need more memory than a device has"
         right = "shorten them (half the length needs a quarter of the memory), or give fewer"
         raise UserError(f"prompts: {wrong}; {right}") from error
-
-
-def _check_tokens(name: str, tokens: np.ndarray, config: ModelConfig) -> None:
-    unknown = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
-    if len(unknown):
-        raise UserError(f"{name}: token {unknown[0]} is not in the vocabulary of {config.vocab_size:,}")
