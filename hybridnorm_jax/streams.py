@@ -1,5 +1,6 @@
 """Standard output and standard error: what they can show, and how a program goes on where they go away."""
 
+import codecs
 import contextlib
 import io
 import os
@@ -103,8 +104,14 @@ def prepare_streams() -> None:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+    # In the locale C it is "surrogateescape", which cannot write a character that ASCII lacks either.
+    if isinstance(sys.stdout, io.TextIOWrapper) and (sys.stdout.errors == "strict" or not _writes_all(sys.stdout)):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _writes_all(stream: io.TextIOWrapper) -> bool:
+    """Whether the encoding of a stream has all characters."""
+    return codecs.lookup(stream.encoding).name.startswith("utf-")
 
 
 def can_redraw(stream: TextIO | None) -> bool:

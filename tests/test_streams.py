@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hybridnorm_jax.commands.main import exit_status, main
-from hybridnorm_jax.streams import sturdy_streams
+from hybridnorm_jax.streams import prepare_streams, sturdy_streams
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -85,3 +85,13 @@ def test_streams_that_were_never_open(shell, status, says):
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment, check=False)
     assert (done.returncode, done.stderr) == (status, says)
+
+
+@pytest.mark.parametrize(("encoding", "errors"), [("ascii", "strict"), ("ascii", "surrogateescape")])
+def test_a_character_that_standard_output_lacks_is_an_escape_in_every_locale(encoding, errors, monkeypatch):
+    """In the locale C Python takes "surrogateescape" and not "strict"."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding, errors=errors))
+    prepare_streams()
+    print("a\N{EURO SIGN}", flush=True)
+    assert written.getvalue() == b"a\\u20ac\n"

@@ -35,8 +35,8 @@ it reads one from standard input; on a terminal you type one prompt after
 another.
 
 The prompt begins a document. The text ends with the document, at a stop string,
-or after as many tokens as were asked for. As it stands the likeliest token is
-always taken; --temperature draws.
+or after as many tokens as were asked for. Without --temperature the likeliest
+token is always taken; with it tokens are drawn at random.
 
 run.plugins=[...] names the plugins of a run, which are imported only if you
 name them."""
@@ -101,7 +101,11 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated"
     )
-    parser.add_argument("--tokenizer", metavar="FILE", help="the model's tokenizer.json, or bytes, where none is found")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="the model's tokenizer.json, or bytes; needed where the model brings none",
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each prompt")
     return parser
 

@@ -20,16 +20,21 @@ def own_tokenizer(
       known: what the model was trained on.
       vocab_size: of the model.
       where: the model's directory, for messages.
-      is_named: whether this command names data.tokenizer, rather than the run.
+      is_named: whether the option --tokenizer names data.tokenizer, rather than the run.
 
     Raises:
       UserError: its file cannot be read, it is another one than in training, or it has more tokens than the model.
     """
     if data.source == "tokens" and data.tokenizer == "bytes" and not is_named:
         return None
-    tokenizer = load_tokenizer(data, needs_separator=False)
-    check_tokenizer_alone(known, data, where=where)
-    if tokenizer.vocab_size > vocab_size:
-        wrong = f"has {tokenizer.vocab_size:,} tokens, but the model knows {vocab_size:,}"
-        raise UserError(f"data.tokenizer={data.tokenizer}: {wrong}; name the tokenizer that it was trained with")
+    try:
+        tokenizer = load_tokenizer(data, needs_separator=False)
+        check_tokenizer_alone(known, data, where=where)
+        if tokenizer.vocab_size > vocab_size:
+            wrong = f"has {tokenizer.vocab_size:,} tokens, but the model knows {vocab_size:,}"
+            raise UserError(f"data.tokenizer={data.tokenizer}: {wrong}; name the tokenizer that it was trained with")
+    except UserError as error:
+        if not is_named:
+            raise
+        raise UserError(str(error).replace("data.tokenizer=", "--tokenizer ")) from error
     return tokenizer

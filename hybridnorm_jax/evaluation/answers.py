@@ -69,18 +69,24 @@ def read_options(keys: Mapping[str, Any]) -> Options:
         if name not in KEYS:
             raise UserError(f"generation_kwargs: {name}: not known{did_you_mean(name, KEYS)}")
     until = keys.get("until") or ()
-    stops = (until,) if isinstance(until, str) else tuple(until)
-    lengths = [keys[name] for name in LENGTHS if keys.get(name) is not None]
-    length = int(lengths[0]) if lengths else MAX_NEW_TOKENS
+    stops = [until] if isinstance(until, str) else until
+    if not isinstance(stops, Sequence) or not all(isinstance(stop, str) for stop in stops):
+        raise UserError(f"generation_kwargs: until={until!r:.80}: must be a text, or a list of texts")
+    lengths = {name: keys[name] for name in LENGTHS if keys.get(name) is not None}
+    name, given = next(iter(lengths.items()), (LENGTHS[0], MAX_NEW_TOKENS))
+    try:
+        length = int(given)
+    except (TypeError, ValueError):
+        length = 0
     if length < 1:
-        raise UserError(f"generation_kwargs: {LENGTHS[0]}={length}: must be at least 1")
+        raise UserError(f"generation_kwargs: {name}={given!r:.80}: must be an integer of at least 1")
     rules = {name: keys[name] for name in SAMPLING if keys.get(name) is not None}
     temperature = rules.pop("temperature", 0)
     if keys.get("do_sample", temperature > 0):
         rules["temperature"] = temperature
     else:
         rules = {name: value for name, value in rules.items() if name == "repetition_penalty"}
-    return Options(stops, length, tuple(sorted(rules.items())))
+    return Options(tuple(stops), length, tuple(sorted(rules.items())))
 
 
 def check_length(options: Options, window: int) -> None:

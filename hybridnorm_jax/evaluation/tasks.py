@@ -13,7 +13,7 @@ import math
 import os
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,8 +104,8 @@ def open_tasks(names: Sequence[str], *, key: str, window: int) -> Tasks:
         manager = _manager(tuple(str(folder) for folder in folders.values()), with_own=needs_names)
         specs = [spec for name in plain for spec in _specs(name, manager, folders, key)]
         loaded = _load(manager, specs, key)
-    for name, task in loaded["tasks"].items():
-        _prepare(name, task, window)
+        for name, task in loaded["tasks"].items():
+            _prepare(name, task, window)
     return Tasks(asked, loaded)
 
 
@@ -119,6 +119,8 @@ def evaluate_tasks(model: "LM", tasks: Tasks, *, limit: int | None = None) -> di
     """
     from lm_eval.evaluator import evaluate
 
+    for task in tasks.loaded["tasks"].values():
+        task.set_fewshot_seed(seed=OTHER_SEED)  # each time, or the next score would be one after other examples
     with _harness_settings():
         results = evaluate(
             lm=model, task_dict=tasks.loaded, limit=limit, bootstrap_iters=RESAMPLINGS, log_samples=False
@@ -202,7 +204,12 @@ def _specs(name: str, manager: "TaskManager", folders: Mapping[str, Path], key: 
     """What TaskManager.load takes for one name."""
     if name in folders:
         path = Path(name).expanduser()
-        return [str(path)] if path.is_file() else _specs_of_folder(name, manager, folders[name], key)
+        if not path.is_file():
+            return _specs_of_folder(name, manager, folders[name], key)
+        # The harness reads a file as a task. A group it finds by its name.
+        places = {each: manager.task_index[each].yaml_path for each in manager.all_groups}
+        groups = [each for each, place in places.items() if place is not None and place.resolve() == path.resolve()]
+        return list(groups or [str(path)])
     if name in manager.task_index:
         return [name]
     if name in OWN_TASKS:
@@ -254,12 +261,29 @@ def _prepare(name: str, task: Any, window: int) -> None:
     """What the harness's command line does to a task; and refuse what this model cannot do."""
     if task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=OTHER_SEED)
+    for metric, aggregate in task.aggregation().items():
+        if aggregate is None:
+            raise UserError(f"{name}: metric {metric}: its aggregation is not one that the harness knows")
     if task.OUTPUT_TYPE == "generate_until":
         try:
             check_length(read_options(task.get_config("generation_kwargs") or {}), window)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
+        _check_metrics(name, task)
+    task.set_fewshot_seed(seed=OTHER_SEED)
+    try:  # as the harness does with every document, but before anything is computed
+        task.build_all_requests(limit=1, rank=0, world_size=1)
+    except Exception as error:  # whatever a task's own code raises
+        raise UserError(f"{name}: cannot be asked: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _check_metrics(name: str, task: Any) -> None:
+    """Raise UserError for a metric of a task that no function computes, unless the task computes all itself."""
+    if task.get_config("process_results") is not None:
+        return
+    for metric, compute in getattr(task, "_metric_fn_list", {}).items():
+        if compute is None:
+            raise UserError(f"{name}: metric {metric}: is not one that the harness knows")
 
 
 def _score(values: Mapping[str, Any]) -> TaskScore:
@@ -295,18 +319,32 @@ def _harness_settings() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No lines for people who debug a task, and progress bars only on a terminal, of one process."""
+    """No lines for people who debug a task, and progress bars only on a terminal, of one process.
+
+    Standard output stays free for the scores: what a task's own code prints goes to standard error.
+    """
     import datasets
+    import lm_eval.api.metrics
     import lm_eval.api.task
 
     logger, bars = logging.getLogger("lm_eval"), lm_eval.api.task.tqdm
+    resample = lm_eval.api.metrics.bootstrap_stderr
     level, shows_bars = logger.level, can_redraw(sys.stderr) and jax.process_index() == 0
     logger.setLevel(logging.ERROR)
     lm_eval.api.task.tqdm = functools.partial(bars, disable=not shows_bars, leave=False)
+    lm_eval.api.metrics.bootstrap_stderr = functools.partial(_in_silence, resample)
     if not shows_bars:
         datasets.disable_progress_bars()
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     finally:
         logger.setLevel(level)
         lm_eval.api.task.tqdm = bars
+        lm_eval.api.metrics.bootstrap_stderr = resample
+
+
+def _in_silence(resample: Callable[..., float], *arguments: Any, **keys: Any) -> float:
+    """What the harness's resampling returns. It prints the metric's name and a bar, and sklearn warns each time."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        return resample(*arguments, **keys)

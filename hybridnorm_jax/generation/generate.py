@@ -1,8 +1,9 @@
 """Text from a model, as tokens: each after all tokens before it, whose keys and values are kept."""
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -62,7 +63,7 @@ def generate(
       The new tokens of each sequence.
 
     Raises:
-      UserError: what is asked for cannot be; names the argument.
+      UserError: an argument that cannot be, or needs more memory than there is; the message names it.
     """
     sampling = Sampling() if sampling is None else sampling
     request = checked_request(config, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids, seeds=seeds)
@@ -81,16 +82,18 @@ def generate(
         slots = rounded_up(width + request.max_new_tokens)
         # No mesh splits the cache more than over all devices.
         _check_room(bytes_of_cache(config, batch=batch, slots=slots) // len(devices), device, request.max_new_tokens)
-        writing = read_prompts(
-            model,
-            params,
-            jnp.asarray(_right_aligned(rows, batch, width)),
-            jnp.asarray([len(row) for row in rows] + [0] * (batch - len(rows))),
-            keys[jnp.minimum(jnp.arange(batch), len(rows) - 1)],
-            stops,
-            slots=slots,
-            sampling=sampling,
-        )
+        with _memory_of_prompts(rows):
+            writing = read_prompts(
+                model,
+                params,
+                jnp.asarray(_right_aligned(rows, batch, width)),
+                jnp.asarray([len(row) for row in rows] + [0] * (batch - len(rows))),
+                keys[jnp.minimum(jnp.arange(batch), len(rows) - 1)],
+                stops,
+                slots=slots,
+                sampling=sampling,
+            )
+            jax.block_until_ready(writing.last)
         write_more = partial(write, model, params, stops=stops, most=STRIDE, sampling=sampling)
         return _collect(write_more, writing, request, on_tokens)
 
@@ -172,3 +175,17 @@ def _check_room(size: int, device: jax.Device, max_new_tokens: int) -> None:
         needed, there = (f"{number / 2**30:,.1f} GiB" for number in (size, room))
         right = f"need {needed} of a device, which has {there}; ask for fewer tokens, or give fewer prompts"
         raise UserError(f"max_new_tokens={max_new_tokens}: the keys and values of so many {right}")
+
+
+@contextlib.contextmanager
+def _memory_of_prompts(rows: list[np.ndarray]) -> Iterator[None]:
+    """Where a device lacks memory for what is inside, say that the prompts are too long."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        longest = max(len(row) for row in rows)
+        wrong = f"{len(rows)} of up to {longest:,} tokens need more memory than a device has"
+        right = "shorten them (half the length needs a quarter of the memory), or give fewer"
+        raise UserError(f"prompts: {wrong}; {right}") from error

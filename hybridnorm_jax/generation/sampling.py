@@ -13,7 +13,7 @@ def fault_of_seed(seed: int) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. The rules apply in the order of the fields; as it stands, the likeliest token is taken.
+    """How tokens are chosen. The rules apply in the order of the fields. The defaults take the likeliest token.
 
     Raises:
       ConfigError: a value that cannot be; names the field.

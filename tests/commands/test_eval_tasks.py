@@ -102,6 +102,11 @@ def test_a_limit_is_the_first_documents(run, capsys):
         (["--tasks", ","], "--tasks: names no task; give one, such as hellaswag, or a folder of task files"),
         (["--tasks", "long_answers.yaml"], "long_answers: max_gen_toks=256: must be below the 96 tokens that the mode"),
         (["--tasks", "odd_answers.yaml"], "odd_answers: generation_kwargs: num_beams: not known; known: "),
+        (["--tasks", "odd_length.yaml"], "local_counting: generation_kwargs: max_gen_toks='many': must be an integer"),
+        (["--tasks", "odd_stops.yaml"], "local_counting: generation_kwargs: until=7: must be a text, or a list of"),
+        (["--tasks", "odd_metric.yaml"], "local_counting: metric exact_mach: is not one that the harness knows"),
+        (["--tasks", "odd_mean.yaml"], "local_counting: metric exact_match: its aggregation is not one that the har"),
+        (["--tasks", "many_shots.yaml"], "local_counting: cannot be asked: ValueError: Sample larger than population"),
     ],
     ids=str,
 )
@@ -116,12 +121,41 @@ def test_what_is_no_task_ends_in_one_line(words, message, run, tmp_path, capsys,
     }
     counting = (TASKS / "counting.yaml").read_text()
     files["long_answers.yaml"] = counting.replace("local_counting", "long_answers").replace("  max_gen_toks: 24\n", "")
+    files["odd_length.yaml"] = counting.replace("max_gen_toks: 24", "max_gen_toks: many")
+    files["odd_stops.yaml"] = re.sub("until:.*", "until: 7", counting)
+    files["odd_metric.yaml"] = counting.replace("exact_match", "exact_mach")
+    files["odd_mean.yaml"] = counting.replace("aggregation: mean", "aggregation: maen")
+    files["many_shots.yaml"] = counting + "num_fewshot: 99\n"
     files["odd_answers.yaml"] = counting.replace("local_counting", "odd_answers").replace("do_sample", "num_beams")
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     assert _error(capsys, run, *words).startswith(message)
+
+
+def _lambada(folder):
+    """A task whose metric the harness resamples for its standard error, and whose code prints."""
+    colours = (TASKS / "colours.yaml").read_text().partition("output_type")[0].replace("local_colours", "words")
+    keys = "output_type: loglikelihood\nvalidation_split: validation\ndoc_to_text: !function code.text\n"
+    metric = "metric_list:\n  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}\n"
+    (folder / "code.py").write_text("def text(doc):\n    print('a line')\n    return doc['question']\n")
+    (folder / "words.yaml").write_text(colours + keys + "doc_to_target: ' It is'\n" + metric)
+    (folder / "group.yaml").write_text("group: of_words\ntask: [words]\n")
+    (folder / "colours.jsonl").write_bytes((TASKS / "colours.jsonl").read_bytes())
+
+
+def test_nothing_but_json_is_printed_also_where_a_metric_is_resampled(run, tmp_path, capsys, monkeypatch):
+    _with_lm_eval()
+    _lambada(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", run, "--tasks", "group.yaml", "--json"]) == 0  # a group is found by its file, too
+    printed = capsys.readouterr()
+    scores = json.loads(printed.out)["tasks"]
+    assert scores["words"]["perplexity_stderr"] > 0
+    assert "of_words" in scores
+    assert "a line" in printed.err
+    assert "bootstrapping" not in printed.err
 
 
 @pytest.mark.parametrize(

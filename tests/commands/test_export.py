@@ -230,7 +230,7 @@ def _full_directory(saved):
         (None, ["runs/mine", "out", "--license", "a: b"], "--license 'a: b': must be an identifier"),
         (lambda saved: saved(), ["runs/mine", "runs/mine/out"], "runs/mine/out: lies in runs/mine, which is only read"),
         (lambda saved: saved(), ["runs/mine", "out", "--dtype", "int8"], "argument --dtype: invalid choice"),
-        (lambda saved: saved(), ["runs/mine", "out", "--tokenizer", "none.json"], "data.tokenizer=none.json"),
+        (lambda saved: saved(), ["runs/mine", "out", "--tokenizer", "none.json"], "--tokenizer none.json"),
         (_full_directory, ["runs/mine", "out"], "out: exists already; name a new directory"),
         (_missing_tokenizer, ["runs/mine", "out"], "data.tokenizer=/nowhere/tokenizer.json"),
         (_small_vocabulary, ["runs/mine", "out"], "data.tokenizer=bytes: has 257 tokens, but the model knows 200"),

@@ -193,10 +193,10 @@ def test_a_file_is_read_as_training_reads_it(generate, runs):
         (["rope", "--prompt", "x", "--file", "a.txt"], "hybridnorm generate: argument --file: not allowed with"),
         (["rope", "--temprature", "1"], "--temprature: no such option of `hybridnorm generate`; did you mean"),
         (["rope", "train.steps=3"], "train.steps=3: a key of `hybridnorm train`, not of `hybridnorm generate`"),
-        (["rope", "--tokenizer", "nowhere.json"], "data.tokenizer=nowhere.json: nowhere.json: cannot be read"),
+        (["rope", "--tokenizer", "nowhere.json"], "--tokenizer nowhere.json: nowhere.json: cannot be read"),
         (
             [GPT2, "--tokenizer", "bytes"],
-            "data.tokenizer=bytes: has 257 tokens, but the model knows 61; name",
+            "--tokenizer bytes: has 257 tokens, but the model knows 61; name",
         ),
     ],
     ids=str,

@@ -110,6 +110,20 @@ def test_every_request_and_every_metric_are_those_of_the_harness(ours, theirs, p
         assert score.samples == expected[name].samples == {"local_colours": 6}.get(name, 3)
 
 
+def test_examples_are_the_same_each_time_a_task_is_scored(ours, params, tmp_path, monkeypatch):
+    """Or two steps of one run would be scored with different questions, and neither as the harness does."""
+    file = tmp_path / "shots.yaml"
+    file.write_text((TASKS / "colours.yaml").read_text() + "num_fewshot: 2\n")
+    tasks, asked = open_tasks([str(file)], key="--tasks", window=WINDOW), []
+    for _ in range(2):
+        model = ours.for_lm_eval(params)
+        recorder = Recorder(model, monkeypatch)
+        evaluate_tasks(model, tasks)
+        asked.append([request for request, _ in recorder.answers["loglikelihood"]])
+    assert len(asked[0]) > 10
+    assert asked[0] == asked[1]
+
+
 def _instances(kind, arguments):
     return [Instance(kind, {}, each, 0) for each in arguments]
 

@@ -11,6 +11,7 @@ import pytest
 import hybridnorm_jax as hn
 from hybridnorm_jax.equivalence.decoder_forms import conversion_of
 from hybridnorm_jax.generation import decoding
+from hybridnorm_jax.generation import generate as generate_module
 from hybridnorm_jax.generation import generate as module
 from hybridnorm_jax.generation.generate import least_rows
 from hybridnorm_jax.generation.ready_parameters import ready
@@ -303,6 +304,20 @@ def test_what_cannot_be_is_said_before_anything_is_computed(keys, message, count
     with pytest.raises(hn.UserError, match=message) as error:
         hn.generate(config, None, **arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("reason", ["RESOURCE_EXHAUSTED: Out of memory allocating 224930530384 bytes.", "INTERNAL: x"])
+def test_prompts_for_which_there_is_no_memory_are_refused_in_one_line(reason, counting_model, monkeypatch):
+    """What another error says is not hidden."""
+
+    def read_prompts(*_, **keys):
+        raise jax.errors.JaxRuntimeError(reason)
+
+    monkeypatch.setattr(generate_module, "read_prompts", read_prompts)
+    refused = (hn.UserError, "prompts: 2 of up to 5 tokens need more memory than a device has; shorten them")
+    error, message = refused if "RESOURCE" in reason else (jax.errors.JaxRuntimeError, "INTERNAL: x")
+    with pytest.raises(error, match=message):
+        hn.generate(*counting_model, [[1], np.arange(5)], max_new_tokens=3)
 
 
 def test_a_text_longer_than_learned_positions_is_refused():

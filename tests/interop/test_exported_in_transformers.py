@@ -290,6 +290,25 @@ def test_the_forward_pass_is_one_graph(model_of, name):
     np.testing.assert_allclose(padded, logits_of(model, tokens, attention_mask=mask), rtol=0, atol=1e-5)
 
 
+def test_one_graph_serves_every_length(model_of):
+    """torch takes a second length as a sign that the length is a symbol."""
+    torch.compiler.reset()  # it counts programs of one line of code, also those of other models
+    model = model_of("span")
+    graph = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for length in (3, 5, 12):
+        tokens, mask = left_padded([TOKENS[0, :length], TOKENS[1, : length - 1]])
+        for given in (None, mask):
+            found, expected = (logits_of(each, tokens, attention_mask=given) for each in (graph, model))
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_shapes_are_known_without_memory(exported):
+    config = transformers.AutoConfig.from_pretrained(exported("learned_positions").directory, trust_remote_code=True)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+        assert model(torch.zeros((2, 5), dtype=torch.long)).logits.shape == (2, 5, 61)
+
+
 @pytest.mark.parametrize("name", ["span", "experts_with_all"])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_gradient(model_of, name, use_reentrant):
@@ -370,6 +389,19 @@ def test_weights_that_wait_elsewhere_are_fetched(model_of, name):
     model = model_of(name)
     expected = logits_of(model)
     np.testing.assert_array_equal(logits_of(accelerate.cpu_offload(model, execution_device="cpu")), expected)
+
+
+def test_the_trainer_evaluates_it(tmp_path, model_of):
+    """It leaves the cache out of what it gathers."""
+    pytest.importorskip("accelerate")
+    rows = [{"input_ids": row, "labels": row} for row in TOKENS.tolist()]
+    arguments = transformers.TrainingArguments(
+        output_dir=tmp_path / "out", use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    trainer = transformers.Trainer(model=model_of("span"), args=arguments, eval_dataset=rows)
+    loss = float(model_of("span")(ids(TOKENS), labels=ids(TOKENS)).loss)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    assert trainer.predict(rows).predictions.shape == (2, 12, 61)
 
 
 @pytest.mark.slow

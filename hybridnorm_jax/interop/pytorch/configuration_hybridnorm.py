@@ -61,7 +61,7 @@ class HybridNormConfig(PretrainedConfig):
     """
 
     model_type = "hybridnorm"
-    keys_to_ignore_at_inference = ("cache", "past_key_values")
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012 - the Trainer adds a list to it
 
     def __init__(
         self,

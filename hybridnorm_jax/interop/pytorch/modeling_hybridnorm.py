@@ -190,7 +190,8 @@ class Attention(nn.Module):
             k, v = cache.update(k, v, self.layer, {"cache_position": place})
         if self.groups > 1 and mask is not None:  # with a mask torch has no fast kernel for shared heads
             k, v = k.repeat_interleave(self.groups, dim=1), v.repeat_interleave(self.groups, dim=1)
-        kind = {"is_causal": mask is None and q.shape[2] > 1, "enable_gqa": self.groups > 1 and mask is None}
+        # In this order the value is a bool also where the length is a symbol of torch.compile.
+        kind = {"is_causal": q.shape[2] > 1 and mask is None, "enable_gqa": self.groups > 1 and mask is None}
         context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **kind)
         return self.o_proj(self.heads("context_norm", context.transpose(1, 2).flatten(2)).flatten(2))
 
@@ -437,8 +438,8 @@ class HybridNormModel(HybridNormPreTrainedModel):
 
     def learned_positions(self, position_ids):
         count = self.config.max_position_embeddings
-        # A look at the values would break a graph.
-        last = position_ids.shape[-1] - 1 if torch.compiler.is_compiling() else int(position_ids.max())
+        is_hidden = torch.compiler.is_compiling() or position_ids.is_meta  # a look at values would break a graph
+        last = position_ids.shape[-1] - 1 if is_hidden else int(position_ids.max())
         if last >= count:
             raise ValueError(f"position {last}, counted from 0, but max_position_embeddings={count}")
         return self.embed_positions(position_ids + self.config.position_offset)
