@@ -40,14 +40,38 @@ def rotation(positions: Int[Array, "batch seq"], rotary_dim: int, theta: float, 
 
 
 def rotate(x: Float[Array, "batch seq heads head_dim"], by: Rotation) -> Float[Array, "batch seq heads head_dim"]:
-    """RoPE on the leading 2 * half channels, channel i paired with i + half; the rest passes unchanged."""
-    cos, sin = by
-    half = cos.shape[-1]
+    """RoPE on the leading 2 * half channels, channel i paired with i + half; the rest passes unchanged.
+
+    It is linear in x, and its transpose is the rotation back. As such it is differentiated: with respect to x alone.
+    """
+    half = by[0].shape[-1]
     rotated, passed = x[..., : 2 * half], x[..., 2 * half :]
-    swapped = jnp.concatenate([rotated[..., half:], rotated[..., :half]], axis=-1)
-    whole_cos, signed_sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
-    rotated = (rotated.astype(cos.dtype) * whole_cos + swapped.astype(cos.dtype) * signed_sin).astype(x.dtype)
+    rotated = jax.custom_derivatives.linear_call(_turn, _turn_back, by, rotated)
     return rotated if passed.shape[-1] == 0 else jnp.concatenate([rotated, passed], axis=-1)
+
+
+def _turn(by: Rotation, x: Array) -> Array:
+    """[first, second] * [cos, cos] + [second, first] * [-sin, sin], the halves of the channels."""
+    cos, sin = by
+    swapped = jax.lax.platform_dependent(x, tpu=_swapped_by_slicing, default=_swapped)
+    whole_cos, signed_sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    return (x.astype(cos.dtype) * whole_cos + swapped.astype(cos.dtype) * signed_sin).astype(x.dtype)
+
+
+def _turn_back(by: Rotation, x: Array) -> Array:
+    cos, sin = by
+    return _turn((cos, -sin), x)
+
+
+def _swapped(x: Array) -> Array:
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([second, first], axis=-1)
+
+
+def _swapped_by_slicing(x: Array) -> Array:
+    """As _swapped; XLA for TPUs writes halves out before it puts them together, and this it does not."""
+    half = x.shape[-1] // 2
+    return jnp.concatenate([x, x], axis=-1)[..., half:-half]
 
 
 class Attention(nn.Module):
