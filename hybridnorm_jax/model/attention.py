@@ -155,6 +155,9 @@ class Attention(nn.Module):
         q = dense((self.num_heads, head_dim), kernel_init=self.input_init, name="query")(x)
         k = dense((num_kv_heads, head_dim), kernel_init=self.input_init, name="key")(x)
         v = dense((num_kv_heads, head_dim), kernel_init=self.value_init, name="value")(x)
+        if self.q_norm or self.k_norm or self.v_norm:
+            # XLA for TPUs would copy them in float32 into another layout for the norms (1.18B, v6e: 4 % of all bytes).
+            q, k, v = jax.lax.optimization_barrier((q, k, v))
         q, k, v = self._normalize("q_norm", q), self._normalize("k_norm", k), self._normalize("v_norm", v)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
