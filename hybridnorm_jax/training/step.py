@@ -24,6 +24,8 @@ from hybridnorm_jax.training.state import TrainState
 
 Convert = Callable[[Any], Any]
 Measure = Callable[[Any, dict[str, Array]], Measured]
+# Names in the compiled program, by which planning/model_parts.py tells what belongs to what.
+LOSS_SCOPE, OPTIMIZER_SCOPE = "loss", "optimizer"
 Batch = dict[str, Array]  # tokens, targets, weights, and with documents kept apart segment_ids, positions
 
 
@@ -82,17 +84,20 @@ def loss_sums(
         inputs |= {"deterministic": False, "rngs": {"dropout": dropout_key}}
     if chunk is None:
         logits, sown = model.apply(variables, batch["tokens"], **inputs)
-        return cross_entropy(logits, batch["targets"], batch["weights"]), sown
-    params = with_head_gathered(model.config, variables["params"])
+        with jax.named_scope(LOSS_SCOPE):
+            return cross_entropy(logits, batch["targets"], batch["weights"]), sown
+    with jax.named_scope(LOSS_SCOPE):
+        params = with_head_gathered(model.config, variables["params"])
     hidden, sown = model.apply({**variables, "params": params}, batch["tokens"], method="hidden", **inputs)
-    sums = chunked_cross_entropy(
-        lambda piece: model.apply({"params": params}, piece, method="logits"),
-        hidden,
-        batch["targets"],
-        batch["weights"],
-        chunk,
-        stretches=parts(split_axes("seq", hidden.shape[1])),
-    )
+    with jax.named_scope(LOSS_SCOPE):
+        sums = chunked_cross_entropy(
+            lambda piece: model.apply({"params": params}, piece, method="logits"),
+            hidden,
+            batch["targets"],
+            batch["weights"],
+            chunk,
+            stretches=parts(split_axes("seq", hidden.shape[1])),
+        )
     return sums, sown
 
 
@@ -139,23 +144,26 @@ def make_train_step(
         totals, sown, summed = _gradient(objective, convert, state.params, batch, key)
         # Where no target has a weight, loss and gradient are zero.
         weight = jnp.where(totals.loss.weight > 0, totals.loss.weight, 1)
-        grads = _divide(summed, weight)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope(OPTIMIZER_SCOPE):
+            grads = _divide(summed, weight)
+            grad_norm = optax.tree.norm(grads)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         routers = None if totals.routers is None else _divide(totals.routers, weight)
         if model.config.balance_bias:
             params = router_balance.move_balance_biases(params, present(routers).fraction, options.balance_bias_rate)
         metrics = _loss_metrics(totals.loss, weight, routers, options)
-        metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
-        skip, anomalies = judge(
-            state.anomalies,
-            metrics["loss"],
-            metrics["grad_norm"],
-            update_is_finite=all_finite(params),
-            sigma=options.skip_spikes_sigma,
-        )
-        before, after = (state.params, state.opt_state), (params, opt_state)
-        params, opt_state = keep_where(skip, before, after)
+        metrics |= {"grad_norm": grad_norm, "learning_rate": schedule(state.step)}
+        with jax.named_scope(OPTIMIZER_SCOPE):
+            skip, anomalies = judge(
+                state.anomalies,
+                metrics["loss"],
+                metrics["grad_norm"],
+                update_is_finite=all_finite(params),
+                sigma=options.skip_spikes_sigma,
+            )
+            before, after = (state.params, state.opt_state), (params, opt_state)
+            params, opt_state = keep_where(skip, before, after)
         measured = None if measure is None else _measured(measure, state.params, batch, sown)
         return TrainState(state.step + 1, params, opt_state, anomalies), metrics | anomaly_metrics(anomalies), measured
 
