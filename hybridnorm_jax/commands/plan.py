@@ -15,14 +15,16 @@ from hybridnorm_jax.errors import UserError
 FITS, DOES_NOT_FIT, UNKNOWN = 0, 3, 4
 
 USAGE = """hybridnorm plan CONFIG [key=value ...] [--topology TOPOLOGY] [--json]
-       hybridnorm plan --table FILE.md [CONFIG ...]"""
-DESCRIPTION = """Compiles the train step of a run for devices that nobody has to own, and says
-whether it fits.
+       hybridnorm plan --table FILE.md [--topology TOPOLOGY] [CONFIG ...]"""
+DESCRIPTION = """Compiles the train step of a run for devices that nobody has to own, says
+whether it fits, and counts its FLOPs, bytes of memory and bytes sent.
 
 TOPOLOGY is one of
   v5e:4x8, v6e:16x16, v5p:4x4x8  one slice; needs the extra tpu, but no TPU
   2xv6e:16x16                    two slices; set mesh.replica
-  gpu:8x80GB                     one node of GPUs. The step is compiled for
+  h100:8, 2xh100:8               one node of GPUs, two nodes; needs the extra
+                                 plan-gpu, but no GPU (a100, h100, h200, b200)
+  gpu:8x80GB                     a node of any GPUs. The step is compiled for
                                  simulated CPU devices: whether it fits stays
                                  unknown.
 Without --topology it is the one in the line `# Topology: v5p:4x4x4` of the
@@ -83,22 +85,24 @@ def meant_for(file: Path) -> str:
 
 
 def _table(options: argparse.Namespace) -> int:
-    from hybridnorm_jax.planning import plan_report
+    from hybridnorm_jax.planning import plan_table
     from hybridnorm_jax.planning.compilation import plan, read_config
     from hybridnorm_jax.planning.topologies import parse_topology
 
     named, overrides = sort(options.settings)
-    if overrides or options.topology or options.json:
-        raise UserError("--table takes configurations as they are: no key=value, --topology or --json")
+    if overrides or options.json:
+        raise UserError("--table takes configurations as they are: no key=value or --json")
     file = Path(options.table)
     files = named or [named_configurations.find(name) for name in named_configurations.names()]
-    plan_report.read_table(file)  # what is wrong with it is said now, not after the first compilation
+    plan_table.read_table(file)  # what is wrong with it is said now, not after the first compilation
     worst = FITS
     for config in files:
-        result = plan(read_config([str(config)]), parse_topology(meant_for(config)))
-        _, rows = plan_report.read_table(file)
-        rows[config.stem] = plan_report.table_row(config.stem, result)
-        plan_report.write_table(file, rows)
-        print(" | ".join(rows[config.stem].values()), flush=True)
+        topology = parse_topology(options.topology or meant_for(config))
+        result = plan(read_config([str(config)]), topology)
+        rows = plan_table.read_table(file)
+        row = plan_table.table_row(config.stem, result)
+        rows[plan_table.row_name(config.stem, str(topology))] = row
+        plan_table.write_table(file, rows)
+        print(" | ".join(row.values()), flush=True)
         worst = worst if result.fits else max(worst, DOES_NOT_FIT)
     return worst

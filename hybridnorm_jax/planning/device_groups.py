@@ -87,7 +87,9 @@ def _meshed(axes: str, devices: str | None, grouped: str, collective: Instructio
     along: list[int] = []
     for name, size in named.items():
         done = 1
-        for before, part in sorted((int(before or 1), int(part or size)) for each, before, part in found if each == name):
+        for before, part in sorted(
+            (int(before or 1), int(part or size)) for each, before, part in found if each == name
+        ):
             sides += [before // done, part]
             along.append(len(sides) - 1)
             done = before * part
