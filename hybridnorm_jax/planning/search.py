@@ -8,7 +8,7 @@ from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.model.config import REMAT_POLICIES
 from hybridnorm_jax.planning.compilation import read_config
-from hybridnorm_jax.planning.stored_plans import Planned, identity, plan_all
+from hybridnorm_jax.planning.stored_plans import Planned, identity, mesh_sizes, plan_all
 from hybridnorm_jax.planning.topologies import GIB, Topology
 
 CHUNKS = (256, 512, 1024, 2048)
@@ -149,11 +149,7 @@ def _cost(planned: Planned) -> tuple[float, ...]:
 
 def _parts(config: RunConfig, topology: Topology) -> int:
     """Into how many shares the mesh splits a batch."""
-    sizes = config.mesh.sizes
-    fixed = 1
-    for size in sizes.values():
-        fixed *= size if size > 0 else 1
-    sizes = {axis: size if size > 0 else topology.size // fixed for axis, size in sizes.items()}
+    sizes = mesh_sizes(config, topology)
     return sizes["replica"] * sizes["data"] * sizes["fsdp"] * sizes["expert"]
 
 

@@ -8,6 +8,7 @@ own code.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -90,8 +91,16 @@ def identity(config: RunConfig, topology: Topology) -> str:
     """A digest of all that decides a plan; the name of the run does not."""
     settings = dataclasses.asdict(config)
     settings.pop("run")
+    settings["mesh"] |= mesh_sizes(config, topology)
     decides = [settings, str(topology), memory_fraction() if topology.is_gpu else None, versions(), _code()]
     return hashlib.sha256(json.dumps(decides, default=str).encode()).hexdigest()[:32]
+
+
+def mesh_sizes(config: RunConfig, topology: Topology) -> dict[str, int]:
+    """The sizes of the mesh on these devices, with what -1 stands for."""
+    sizes = config.mesh.sizes
+    given = math.prod(size for size in sizes.values() if size > 0)
+    return {axis: size if size > 0 else topology.size // given for axis, size in sizes.items()}
 
 
 @cache
