@@ -50,7 +50,9 @@ SYNTAX = {
     ),
     "convert": Syntax(options=("--form", "--pad-to", "--dtype", "--text", "--ignore-key"), keys=(PLUGINS,)),
     "export": Syntax(options=("--format", "--dtype", "--tokenizer", "--license"), keys=(PLUGINS,)),
-    "plan": Syntax(options=("--topology", "--json", "--table"), takes_run_keys=True),
+    "plan": Syntax(
+        options=("--topology", "--json", "--table", "--compare", "--search", "--jobs", "--most"), takes_run_keys=True
+    ),
     "lab signal": Syntax(
         keys=("schemes", "depths", "initializers", "sequences", "seq_len", "out"),
         takes_run_keys=True,

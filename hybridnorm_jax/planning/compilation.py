@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.run_config import RunConfig
@@ -16,8 +17,10 @@ from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.mesh.batch_shares import batch_parts
 from hybridnorm_jax.mesh.device_mesh import make_mesh
 from hybridnorm_jax.mesh.fit_checks import check_batch
-from hybridnorm_jax.planning.collectives import Collectives, kernels, read_collectives
-from hybridnorm_jax.planning.topologies import Topology, devices_of
+from hybridnorm_jax.planning.collectives import Collectives, kernels
+from hybridnorm_jax.planning.counts import Counts, count
+from hybridnorm_jax.planning.roofline import DATA_SHEETS, Roofline, Work, roofline
+from hybridnorm_jax.planning.topologies import CHIPS, Topology, devices_of
 from hybridnorm_jax.training.memory import (
     Memory,
     bytes_per_device,
@@ -26,7 +29,7 @@ from hybridnorm_jax.training.memory import (
     memory_of,
 )
 from hybridnorm_jax.training.program import Program
-from hybridnorm_jax.training.throughput import model_flops_per_token
+from hybridnorm_jax.training.throughput import mfu, model_flops_per_token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +46,7 @@ class Plan:
       kernels: names of the Pallas kernels.
       memory: None where the compiler gave up for lack of memory.
       refusal: what the compiler said then, in its own words.
-      compiler_flops: of one device, see plan_report.FLOPS_NOTE; None where the compiler does not say.
-      collectives: None where there is no compiled program to read.
+      counts: what one device does in a step; None where there is no compiled program to read.
       compile_seconds: how long the compiler took.
     """
 
@@ -61,8 +63,7 @@ class Plan:
     kernels: list[str]
     memory: Memory | None
     refusal: str | None
-    compiler_flops: float | None
-    collectives: Collectives | None
+    counts: Counts | None
     compile_seconds: float
 
     @property
@@ -74,6 +75,34 @@ class Plan:
     def model_flops(self) -> float:
         """FLOPs of one step, on all devices together."""
         return self.model_flops_per_token * self.config.tokens_per_step
+
+    @property
+    def collectives(self) -> Collectives | None:
+        """What is sent; None where there is no compiled program to read."""
+        return None if self.counts is None else self.counts.collectives
+
+    @property
+    def roofline(self) -> Roofline | None:
+        """Of a step on these devices; None where nothing is counted, or no data sheet known."""
+        sheet = DATA_SHEETS.get(self.topology.kind)
+        if sheet is None or self.counts is None:
+            return None
+        links = self.counts.collectives.links
+        return roofline(Work(self.counts.flops, self.counts.memory, links.inside, links.between), sheet)
+
+    @property
+    def most_tokens_per_second(self) -> float | None:
+        """An upper bound, on all devices together; None as for `roofline`."""
+        found = self.roofline
+        return None if found is None else self.config.tokens_per_step / found.least_seconds
+
+    @property
+    def most_mfu(self) -> float | None:
+        """An upper bound of throughput.mfu; None as for `roofline`."""
+        tokens = self.most_tokens_per_second
+        if tokens is None:
+            return None
+        return mfu(tokens, self.model_flops_per_token, self.device_kind, self.topology.size)
 
     @property
     def needed(self) -> int:
@@ -106,7 +135,7 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
     """Compile the train step of this run for this topology.
 
     Raises:
-      UserError: libtpu is missing, or the mesh or the batch of the run cannot be split over this many devices.
+      UserError: the compiler for it is missing, or the mesh or the batch of the run cannot be split over these devices.
     """
     program = Program(config, make_mesh(config.mesh.sizes, devices_of(topology)))
     mesh, rules = program.mesh, program.rules
@@ -114,7 +143,7 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
     state = program.abstract_state
     lowered = program.lower_train_step()
     start = time.monotonic()
-    compilation = _compile(lowered)
+    compilation = _compile(lowered, dumped=topology.kind in CHIPS)
     seconds = time.monotonic() - start
     compiled, text = compilation.executable, compilation.text
     return Plan(
@@ -131,8 +160,7 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
         kernels=kernels(text) if text else [],
         memory=None if compiled is None else memory_of(compiled),
         refusal=compilation.refusal,
-        compiler_flops=_flops(compiled),
-        collectives=read_collectives(text) if text else None,
+        counts=count(text, _nodes(mesh, topology)) if text else None,
         compile_seconds=seconds,
     )
 
@@ -150,28 +178,39 @@ class _Compilation(NamedTuple):
     refusal: str | None
 
 
-def _compile(lowered: jax.stages.Lowered) -> _Compilation:
-    # as_text() fails for a v5p ("async-update instruction should have 1 operands"), and there is no executable where
-    # memory does not suffice. The file that the compiler writes is there in both cases.
+def _nodes(mesh: jax.sharding.Mesh, topology: Topology) -> list[int]:
+    """Of each device of the program, in its order, the number of its slice or node."""
+    devices = mesh.devices.flat
+    if topology.is_simulated:
+        return [device.id // topology.shape[0] for device in devices]
+    return [device.process_index if topology.is_gpu else getattr(device, "slice_index", 0) for device in devices]
+
+
+def _compile(lowered: jax.stages.Lowered, *, dumped: bool) -> _Compilation:
+    """Compile.
+
+    Args:
+      dumped: read the text from the file that the compiler writes. as_text() fails for a v5p ("async-update instruction
+        should have 1 operands"), and there is no executable where memory does not suffice. The file is there in both
+        cases.
+    """
     with tempfile.TemporaryDirectory() as directory, _no_cache():
-        options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
+        options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True} if dumped else {}
         compiled, refusal = compile_within_memory(lowered, compiler_options=options)
         written = sorted(Path(directory).glob("module_*jit_train_step*after_optimizations.txt"))
-        text = written[-1].read_text() if written else None
-    return _Compilation(executable=compiled, text=text, refusal=refusal)
+        if written:
+            return _Compilation(executable=compiled, text=written[-1].read_text(), refusal=refusal)
+    return _Compilation(executable=compiled, text=None if compiled is None else compiled.as_text(), refusal=refusal)
 
 
 @contextlib.contextmanager
 def _no_cache() -> Iterator[None]:
-    """Turn JAX's compilation cache off: for a program out of it, the compiler would write no file."""
+    """Turn JAX's compilation cache off: out of it the TPU compiler writes no file, and a GPU's program is not read."""
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks once whether it is on
     try:
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
-
-
-def _flops(compiled: jax.stages.Compiled | None) -> float | None:
-    analysis = None if compiled is None else compiled.cost_analysis()
-    return analysis.get("flops") if analysis else None
+        compilation_cache.reset_cache()

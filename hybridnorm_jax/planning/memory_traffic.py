@@ -2,19 +2,20 @@
 
 import math
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from hybridnorm_jax.planning.collectives import (
+from hybridnorm_jax.planning.collectives import KINDS
+from hybridnorm_jax.planning.executions import Loops, executions
+from hybridnorm_jax.planning.hlo_text import (
     Computation,
     Instruction,
     Module,
-    called_computations,
     parse_module,
+    result_shape,
     root_of,
-    trip_count,
     tuple_elements,
 )
+from hybridnorm_jax.planning.model_parts import REST, ModelParts
 
 # They name what is there already, or end what was counted where it began.
 _FREE = {
@@ -26,10 +27,12 @@ _FREE = {
     "reshape",
     "after-all",
     "opt-barrier",
-    "async-done",
-    "copy-done",
-    "slice-done",
+    "async-update",
 }
+# Custom calls that make or name a place in memory, and move nothing.
+_PLACES = {"AllocateBuffer", "ConcatBitcast"}
+# They run other instructions, which count by themselves.
+_CALLERS = {"while", "call", "conditional", "async-start"}
 # They read of their first operand as much as they return.
 _SLICES = {"dynamic-slice", "slice", "gather"}
 # Inside a fusion they compute what is asked of them and no more.
@@ -44,11 +47,13 @@ class Moved(NamedTuple):
       name: of the instruction.
       bytes: read and written, with the padding of tiles.
       times: how often it runs.
+      part: of the model, one of model_parts.PARTS.
     """
 
     name: str
     bytes: int
     times: int
+    part: str = REST
 
 
 def memory_traffic(text: str, *, of_loop: bool = False, unknown_trips: int = 1) -> list[Moved]:
@@ -65,11 +70,19 @@ def memory_traffic(text: str, *, of_loop: bool = False, unknown_trips: int = 1) 
       unknown_trips: how often a loop turns whose text does not say it.
 
     Raises:
-      ValueError: it is not the text of a module, or does not have that one loop.
+      UserError: it cannot be read as the text of a module.
+      ValueError: it does not have that one loop.
     """
     module = parse_module(text)
+    parts = ModelParts(module)
     start = _loop_body(module) if of_loop else module.entry
-    return sorted(_moved(module, start, 1, unknown_trips), key=lambda each: -each.bytes * each.times)
+    moved = []
+    for each in executions(module, Loops(unknown_trips), start=start, into_fusions=False):
+        opcode = each.instruction.opcode
+        if opcode not in _FREE and opcode not in _CALLERS and not opcode.endswith("-done"):
+            size = _bytes(each.instruction, module.computations[each.place], module)
+            moved.append(Moved(each.instruction.name, size, each.times, parts.of(each)))
+    return sorted(moved, key=lambda each: -each.bytes * each.times)
 
 
 def total_bytes(moved: list[Moved]) -> int:
@@ -86,7 +99,7 @@ def _loop_body(module: Module) -> str:
     loops = [each for each in module.computations[module.entry].values() if each.opcode == "while"]
     if len(loops) != 1:
         raise ValueError(f"{module.entry}: {len(loops)} loops, not one")
-    return loops[0].attribute("body")
+    return str(loops[0].attribute("body"))
 
 
 def _is_beside_cores(array: re.Match) -> bool:
@@ -112,22 +125,6 @@ def _size(shape: str) -> int:
     return math.prod(int(size.lstrip("<=")) for size in array[3].split(",") if size) if array else 0
 
 
-def _moved(module: Module, name: str, times: int, unknown_trips: int) -> Iterator[Moved]:
-    """What `times` calls of this computation move."""
-    computation = module.computations[name]
-    for instruction in computation.values():
-        match instruction.opcode:
-            case "while":
-                trips = trip_count(instruction, computation, module.computations)
-                trips = unknown_trips if trips is None else trips
-                yield from _moved(module, instruction.attribute("body"), times * trips, unknown_trips)
-            case "call" | "conditional" | "async-start":
-                for called in called_computations(instruction):
-                    yield from _moved(module, called, times, unknown_trips)
-            case opcode if opcode not in _FREE:
-                yield Moved(instruction.name, _bytes(instruction, computation, module), times)
-
-
 def _bytes(instruction: Instruction, caller: Computation, module: Module) -> int:
     """What one instruction reads and writes."""
     operands = [caller[name].shape for name in instruction.operand_names if name in caller]
@@ -144,10 +141,14 @@ def _bytes(instruction: Instruction, caller: Computation, module: Module) -> int
             destination = _ARRAY.search(tuple_elements(instruction.shape)[place])
             sides = [not _is_beside_cores(destination), bool(memory_bytes(operands[0]))]
             return sum(sides) * _padded_bytes(destination)
+        case opcode if opcode.removesuffix("-start") in KINDS:
+            return sum(map(memory_bytes, operands)) + memory_bytes(result_shape(instruction))
         case "dynamic-update-slice":
             return _updated(instruction.shape, operands[1])
         case opcode if opcode in _SLICES:
             return 2 * memory_bytes(instruction.shape)
+        case "custom-call" if instruction.target in _PLACES:
+            return 0
     # A GPU's library calls return the memory that they work in, s8, besides their results.
     result = re.sub(r"\bs8\[\d+\]", "", instruction.shape) if instruction.opcode == "custom-call" else instruction.shape
     return sum(map(memory_bytes, operands)) + memory_bytes(result)

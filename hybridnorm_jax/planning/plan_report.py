@@ -1,45 +1,35 @@
-"""A Plan as text, as JSON, and as a row of the table in docs/planning.md."""
+"""A Plan as text and as JSON."""
 
 import dataclasses
 import importlib.metadata
-import importlib.util
-import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.planning.compilation import Plan
-from hybridnorm_jax.planning.topologies import CHIPS, GIB
+from hybridnorm_jax.planning.counts import Counts
+from hybridnorm_jax.planning.model_parts import PARTS
+from hybridnorm_jax.planning.roofline import DATA_SHEETS
+from hybridnorm_jax.planning.topologies import CHIPS, GIB, memory_fraction
 
-FLOPS_NOTE = "the compiler counts a loop once, however often it runs, and kernels not at all"
+COUNTS_NOTE = "a step and device, counted in the compiled program; loops as often as they turn"
 COLLECTIVES_NOTE = "each counts as often as its loop runs; its bytes are the larger of what goes in and what comes out"
+ROOFLINE_NOTE = "at the peak of the data sheet, each alone"
+BOUND_NOTE = "an UPPER BOUND, which no run reaches: all overlaps, and nothing waits"
 SIMULATED_NOTE = (
-    "CPU devices stand for the GPUs. Which device holds what is exact. Temporaries, code and the choice of collectives "
-    "are the CPU compiler's, with the attention and experts named above; it computes some bfloat16 in float32"
+    "CPU devices stand for the GPUs. Which device holds what is exact. Temporaries, code, counts and the choice of "
+    "collectives are the CPU compiler's, with the attention and experts named above; some bfloat16 it makes float32"
 )
-
-COLUMNS = (
-    "configuration",
-    "topology",
-    "mesh",
-    "parameters",
-    "sequences",
-    "arguments",
-    "temporaries",
-    "peak",
-    "usable",
-    "fits",
-    "model PFLOP",
-    "sent",
-    "compiled",
-)
-BEGIN, END = "<!-- planning table: begin -->", "<!-- planning table: end -->"
+COMPILERS = ("libtpu", "jax-cuda13-pjrt")
 
 
 def versions() -> str:
-    """The versions of JAX and of the TPU compiler that are installed."""
-    libtpu = importlib.metadata.version("libtpu") if importlib.util.find_spec("libtpu") else "none"
-    return f"JAX {importlib.metadata.version('jax')}, libtpu {libtpu}"
+    """The versions of JAX and of the compilers for TPUs and GPUs that are installed."""
+    found = [f"JAX {importlib.metadata.version('jax')}"]
+    for name in COMPILERS:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
 
 
 def verdict(plan: Plan) -> str:
@@ -61,22 +51,23 @@ def text(plan: Plan) -> str:
     rows = [
         *_setting_rows(plan),
         *_memory_rows(plan),
-        *_flops_rows(plan),
+        Row("model FLOPs", f"{plan.model_flops:.4g} a step, {plan.model_flops_per_token:.4g} a token, all devices"),
+        Row("", f"{plan.model_flops / plan.topology.size:.4g} a step and device"),
+        *_count_rows(plan.counts),
         *_collective_rows(plan),
+        *_roofline_rows(plan),
         Row("compiled in", f"{plan.compile_seconds:.1f} s ({versions()})"),
         Row("fits", _fits(plan)),
     ]
-    return "\n".join(f"{row.name:<14} {row.line}" for row in rows)
+    return "\n".join(f"{row.name:<14} {row.line}".rstrip() for row in rows)
 
 
 def _setting_rows(plan: Plan) -> list[Row]:
     config, topology = plan.config, plan.topology
-    device, slices = plan.device_kind, "slices"
-    if topology.is_simulated:
-        device, slices = "a simulated device", "nodes"
+    device = "a simulated device" if topology.is_simulated else plan.device_kind
     devices = f"{topology}: {topology.size} x {device}"
     if topology.slices > 1:
-        devices += f", {topology.slices} {slices}"
+        devices += f", {topology.slices} {topology.groups}"
     train = config.train
     batch = f"{train.grad_accumulation} x {plan.microbatch} sequences of {train.seq_len} per device"
     backends = f"attention {plan.attention}"
@@ -86,14 +77,15 @@ def _setting_rows(plan: Plan) -> list[Row]:
         backends += f" (Pallas kernels: {', '.join(plan.kernels)})"
     return [
         Row("topology", devices),
-        Row("mesh", _mesh(plan)),
+        Row("mesh", mesh_text(plan)),
         Row("batch", f"{batch}; {config.tokens_per_step:,} tokens a step"),
         Row("parameters", f"{plan.parameters:,}, {plan.parameters_per_device:,} per device"),
         Row("computed by", backends),
     ]
 
 
-def _mesh(plan: Plan) -> str:
+def mesh_text(plan: Plan) -> str:
+    """The axes of the mesh that split something, with their sizes."""
     split = [f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1]
     return ", ".join(split) or "one device"
 
@@ -106,12 +98,15 @@ def _memory_rows(plan: Plan) -> list[Row]:
     rows = [Row("memory", f"per device: {_gib(plan.state_bytes)} of parameters and optimizer state by their shapes")]
     memory = plan.memory
     if memory is not None:
+        stated = "the sum of all these, as the compiler states no other"
+        if memory.stated_peak is not None:
+            stated = f"as the compiler states it; all of these together are {_gib(memory.sum)}"
         rows += [
             Row("", f"arguments      {_gib(memory.arguments):>10}"),
             Row("", f"outputs        {_gib(memory.outputs):>10}, of which {_gib(memory.aliased)} replace arguments"),
             Row("", f"temporaries    {_gib(memory.temporaries):>10}"),
             Row("", f"generated code {_gib(memory.generated_code):>10}"),
-            Row("", f"peak           {_gib(memory.peak):>10}, the sum of all these"),
+            Row("", f"peak           {_gib(memory.peak):>10}, {stated}"),
         ]
     if plan.refusal is not None:
         rows.append(Row("", plan.refusal))
@@ -125,42 +120,81 @@ def _fits(plan: Plan) -> str:
         if plan.fits is False:
             return f"no: the state alone needs {_gib(plan.state_bytes)} of {usable}"
         return f"unknown: the state needs {_gib(plan.state_bytes)} of {usable}. {SIMULATED_NOTE}"
-    usable = f"{_gib(topology.hbm)} that a program may use of the chip's {CHIPS[topology.kind].sold_as}"
+    if topology.is_gpu:
+        usable = f"{_gib(topology.hbm)}, {memory_fraction():.0%} of the GPU's (XLA_PYTHON_CLIENT_MEM_FRACTION)"
+    else:
+        usable = f"{_gib(topology.hbm)} that a program may use of the chip's {CHIPS[topology.kind].sold_as}"
     if plan.memory is None:
         return f"no: the compiler found too little memory, see above; there are {usable}"
     margin = topology.hbm - plan.needed
     return f"{verdict(plan)}: {_gib(abs(margin))} {'left' if margin >= 0 else 'missing'} of {usable}"
 
 
-def _flops_rows(plan: Plan) -> list[Row]:
-    counted = "unknown" if plan.compiler_flops is None else f"{plan.compiler_flops:.4g}"
-    return [
-        Row("model FLOPs", f"{plan.model_flops:.4g} a step, {plan.model_flops_per_token:.4g} a token, all devices"),
-        Row("", f"{plan.model_flops / plan.topology.size:.4g} a step and device"),
-        Row("compiler FLOPs", f"{counted} a step and device; {FLOPS_NOTE}"),
+def _count_rows(counts: Counts | None) -> list[Row]:
+    """FLOPs, bytes of memory and bytes sent of each part of the model."""
+    if counts is None:
+        return [Row("counts", "unknown: the compiler wrote no text of the program")]
+    rows = [
+        Row("counts", COUNTS_NOTE),
+        Row("", f"{'':<16} {'products':>12} {'kernels':>12} {'memory':>12} {'sent':>12}"),
     ]
+    columns = (counts.product_flops, counts.kernel_flops, counts.memory_bytes, counts.sent_bytes)
+    for part in PARTS:
+        rows.append(_count_row(part, *(column[part] for column in columns)))
+    rows.append(_count_row("all", *(sum(column.values()) for column in columns)))
+    if counts.unknown_kernels:
+        rows.append(Row("", f"not counted, as their formula is not known: {', '.join(counts.unknown_kernels)}"))
+    if counts.unknown_loops:
+        loops = ", ".join(counts.unknown_loops)
+        rows.append(
+            Row("", f"{len(counts.unknown_loops)} loops do not say how often they run, and count once: {loops}")
+        )
+    return rows
+
+
+def _count_row(part: str, products: int, kernels: int, memory: int, sent: int) -> Row:
+    flops = f"{products / 1e12:>6.4g} TFLOP {kernels / 1e12:>6.4g} TFLOP"
+    return Row("", f"{part:<16} {flops} {memory / GIB:>8.4g} GiB {sent / GIB:>8.4g} GiB")
 
 
 def _collective_rows(plan: Plan) -> list[Row]:
     found = plan.collectives
     if found is None:
-        return [Row("collectives", "unknown: the compiler wrote no text of the program")]
+        return []
     rows = [Row("collectives", f"a step and device; {COLLECTIVES_NOTE}" if found.kinds else "none")]
     for kind, traffic in sorted(found.kinds.items()):
         rows.append(Row("", f"{kind:<25} {traffic.count:>8,} x {traffic.bytes / 1e6:>12,.3f} MB in all"))
-    if found.unknown_loops:
-        rows.append(Row("", f"{found.unknown_loops} loops do not say how often they run, and count once"))
+    if found.kinds:
+        inside, between = found.links
+        inside_name, between_name = _networks(plan)
+        sent = f"{inside / 1e6:,.3f} MB over {inside_name}, {between / 1e6:,.3f} MB over {between_name}"
+        rows.append(Row("", f"at the least each device sends {sent}"))
     return rows
 
 
+def _networks(plan: Plan) -> tuple[str, str]:
+    sheet = DATA_SHEETS.get(plan.topology.kind)
+    return ("links of a node", "the network") if sheet is None else (sheet.inside_name, sheet.between_name)
+
+
+def _roofline_rows(plan: Plan) -> list[Row]:
+    found = plan.roofline
+    if found is None or plan.most_tokens_per_second is None or plan.most_mfu is None:
+        return []
+    seconds = ", ".join(f"{name} {1000 * each:.4g} ms" for name, each in found.seconds.items())
+    most = f"{plan.most_tokens_per_second:,.0f} tokens/s on all devices, MFU {plan.most_mfu:.1%}"
+    return [
+        Row("roofline", f"{seconds}; {ROOFLINE_NOTE}"),
+        Row("at most", f"{most}, bound by {found.bound}; {BOUND_NOTE}"),
+    ]
+
+
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The report as JSON: bytes and FLOPs are plain numbers, None where they are not known."""
+    """The report as JSON: bytes, FLOPs and seconds are plain numbers, None where they are not known."""
     memory = None
     if plan.memory is not None:
-        memory = dataclasses.asdict(plan.memory) | {"peak": plan.memory.peak}
-    collectives = None
-    if plan.collectives is not None:
-        collectives = {kind: dataclasses.asdict(traffic) for kind, traffic in sorted(plan.collectives.kinds.items())}
+        memory = dataclasses.asdict(plan.memory) | {"peak": plan.memory.peak, "sum": plan.memory.sum}
+    found = plan.roofline
     return {
         "topology": str(plan.topology),
         "device_kind": plan.device_kind,
@@ -183,93 +217,35 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "refusal": plan.refusal,
         "model_flops_per_token": plan.model_flops_per_token,
         "model_flops_per_step": plan.model_flops,
-        "compiler_flops_per_device_loops_once": plan.compiler_flops,
-        "collectives_per_step_and_device": collectives,
-        "loops_of_unknown_length": None if plan.collectives is None else plan.collectives.unknown_loops,
+        **_counts_as_json(plan),
+        "roofline_seconds": None if found is None else found.seconds,
+        "bound_by": None if found is None else found.bound,
+        "upper_bound_tokens_per_second": plan.most_tokens_per_second,
+        "upper_bound_mfu": plan.most_mfu,
         "compile_seconds": plan.compile_seconds,
         "versions": versions(),
         "fits": plan.fits,
     }
 
 
-def table_row(name: str, plan: Plan) -> dict[str, str]:
-    """The cells of COLUMNS for the configuration of this name; memory in GiB per device."""
-    memory = plan.memory
-    accumulation = plan.config.train.grad_accumulation
-    sent = "unknown"
-    if plan.collectives is not None:
-        sent = f"{sum(traffic.bytes for traffic in plan.collectives.kinds.values()) / 1e9:.3g}"
+def _counts_as_json(plan: Plan) -> dict[str, Any]:
+    counts = plan.counts
+    if counts is None:
+        names = ("counts_per_step_and_device", "collectives_per_step_and_device", "loops_of_unknown_length")
+        return dict.fromkeys(names)
+    inside, between = counts.collectives.links
+    kinds = counts.collectives.kinds
     return {
-        "configuration": name,
-        "topology": str(plan.topology),
-        "mesh": _mesh(plan),
-        "parameters": f"{plan.parameters:,}",
-        "sequences": f"{accumulation} x {plan.microbatch}" if accumulation > 1 else str(plan.microbatch),
-        "arguments": "-" if memory is None else f"{memory.arguments / GIB:.3g}",
-        "temporaries": "-" if memory is None else f"{memory.temporaries / GIB:.3g}",
-        "peak": "-" if memory is None else f"{memory.peak / GIB:.3g}",
-        "usable": f"{plan.topology.hbm / GIB:.4g}",
-        "fits": verdict(plan),
-        "model PFLOP": f"{plan.model_flops / 1e15:.3g}",
-        "sent": sent,
-        "compiled": f"{plan.compile_seconds:.0f} s",
+        "counts_per_step_and_device": {
+            "product_flops": counts.product_flops,
+            "kernel_flops": counts.kernel_flops,
+            "memory_bytes": counts.memory_bytes,
+            "sent_bytes": counts.sent_bytes,
+            "sent_inside": round(inside),
+            "sent_between": round(between),
+            "unknown_kernels": counts.unknown_kernels,
+            "unknown_loops": counts.unknown_loops,
+        },
+        "collectives_per_step_and_device": {kind: dataclasses.asdict(kinds[kind]) for kind in sorted(kinds)},
+        "loops_of_unknown_length": len(counts.unknown_loops),
     }
-
-
-class PlanTable(NamedTuple):
-    """The table in a file.
-
-    Attributes:
-      made_with: versions() when it was written; empty before.
-      rows: configuration -> column -> cell.
-    """
-
-    made_with: str
-    rows: dict[str, dict[str, str]]
-
-
-def read_table(file: Path) -> PlanTable:
-    """The table in this file.
-
-    Raises:
-      UserError: there are no BEGIN and END marks.
-    """
-    inside = _between_marks(file)
-    lines = [line for line in inside.splitlines() if line.startswith("|")]
-    rows = {}
-    for line in lines[2:]:  # below the headings and the rule
-        cells = [cell.strip().strip("`") for cell in line.strip().strip("|").split("|")]
-        row = dict(zip(COLUMNS, cells, strict=True))
-        rows[row["configuration"]] = row
-    made_with = re.search(r"Made with (.*)\.$", inside, re.MULTILINE)
-    return PlanTable(made_with=made_with[1] if made_with else "", rows=rows)
-
-
-def write_table(file: Path, rows: dict[str, dict[str, str]]) -> None:
-    """Put these rows, sorted by name, between the marks of this file.
-
-    Raises:
-      UserError: there are no BEGIN and END marks.
-    """
-    inside = _between_marks(file)
-    lines = ["", f"Made with {versions()}.", "", f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    for name in sorted(rows):
-        cells = [f"`{rows[name][column]}`" if column == "topology" else rows[name][column] for column in COLUMNS]
-        lines.append(f"| {' | '.join(cells)} |")
-    table = "\n".join(lines) + "\n"
-    content = file.read_text(encoding="utf-8")
-    file.write_text(content.replace(f"{BEGIN}{inside}{END}", f"{BEGIN}{table}{END}"), encoding="utf-8")
-
-
-def _between_marks(file: Path) -> str:
-    if file.exists() and not file.is_file():
-        raise UserError(f"{file}: must be a file with a table")
-    try:
-        content = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: cannot be read as UTF-8 text: {error}") from error
-    _, begin, rest = content.partition(BEGIN)
-    inside, end, _ = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"{file}: needs the lines {BEGIN} and {END}, between which the table is written")
-    return inside

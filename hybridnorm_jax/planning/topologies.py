@@ -1,4 +1,4 @@
-"""TPU slices that exist, as devices to compile for, and GPU nodes, for which CPU devices stand."""
+"""TPU slices that exist and nodes of GPUs, as devices to compile for; for a GPU of any size CPU devices stand."""
 
 import dataclasses
 import importlib.util
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from hybridnorm_jax.errors import MissingExtraError, UserError
+from hybridnorm_jax.planning.gpu_devices import GPUS, gpu_devices
 
 GIB = 2**30
 
@@ -17,7 +18,11 @@ GIB = 2**30
 MOST_SIMULATED = 4096
 MOST_DIGITS = 6
 
-NAMING = "such as v5p:4x4x4, 2xv6e:16x16 (two slices) or gpu:8x80GB"
+NAMING = "such as v5p:4x4x4, 2xv6e:16x16 (two slices), h100:8, 2xh100:8 (two nodes) or gpu:8x80GB"
+GPUS_OF_A_NODE = (1, 2, 4, 8)
+# What JAX takes of a GPU's memory where XLA_PYTHON_CLIENT_MEM_FRACTION does not say otherwise
+# (docs.jax.dev/en/latest/gpu_memory_allocation.html).
+DEFAULT_MEMORY_FRACTION = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +75,10 @@ class Topology:
     """One or several slices of TPUs, or nodes of GPUs.
 
     Attributes:
-      kind: v5e | v5p | v6e | gpu.
+      kind: v5e | v5p | v6e | a100 | h100 | h200 | b200, or gpu for one of any size.
       shape: chips along the axes of a slice; (devices,) of a GPU node.
       slices: how many slices or nodes of this shape.
-      hbm: bytes of one device that a program may use.
+      hbm: bytes of one device that a program may use; of a gpu all that it has.
     """
 
     kind: str
@@ -103,6 +108,16 @@ class Topology:
         """Whether CPU devices stand for the devices."""
         return self.kind == "gpu"
 
+    @property
+    def is_gpu(self) -> bool:
+        """Whether XLA's GPU compiler compiles for it."""
+        return self.kind in GPUS
+
+    @property
+    def groups(self) -> str:
+        """What several of its groups of devices are called."""
+        return "slices" if self.kind in CHIPS else "nodes"
+
     def __str__(self) -> str:
         times = f"{self.slices}x" if self.slices > 1 else ""
         if self.is_simulated:
@@ -111,39 +126,65 @@ class Topology:
 
 
 def parse_topology(text: str) -> Topology:
-    """The topology that `[SLICESx]KIND:SHAPE` names: v5p:4x4x4, 2xv6e:16x16, gpu:8x80GB (GB = 10^9 bytes).
+    """The topology that `[SLICESx]KIND:SHAPE` names: v5p:4x4x4, 2xh100:8, gpu:8x80GB (GB = 10^9 bytes).
 
     Raises:
-      UserError: no such slice exists; the message lists those that do.
+      UserError: no such slice or node exists; the message lists those that do.
     """
     match = re.fullmatch(r"(?:([1-9]\d{0,3})x)?([a-z]\w*):(\w[\w.]*)", text)
-    kinds = ", ".join((*CHIPS, "gpu"))
-    if not match or match[2] not in (*CHIPS, "gpu"):
-        raise UserError(f"--topology {text}: must be [SLICESx]KIND:SHAPE, KIND one of {kinds}, {NAMING}")
+    kinds = (*CHIPS, *GPUS, "gpu")
+    if not match or match[2] not in kinds:
+        raise UserError(f"--topology {text}: must be [SLICESx]KIND:SHAPE, KIND one of {', '.join(kinds)}, {NAMING}")
     if max(map(len, re.findall(r"\d+", text))) > MOST_DIGITS:
         raise UserError(f"--topology {text:.60}: a number in it has more than {MOST_DIGITS} digits")
     slices, kind, shape = int(match[1] or 1), match[2], match[3]
-    if kind == "gpu":
-        node = re.fullmatch(r"([1-9]\d{0,3})x(\d{1,6}(?:\.\d+)?)GB", shape)
-        if not node or float(node[2]) == 0:
-            raise UserError(f"--topology {text}: must be [NODESx]gpu:DEVICESxMEMORYGB, such as gpu:8x80GB")
-        topology = Topology(kind=kind, shape=(int(node[1]),), slices=slices, hbm=float(node[2]) * 1e9)
-        if topology.size > MOST_SIMULATED:
-            raise UserError(f"--topology {text}: {topology.size:,} devices; at most {MOST_SIMULATED:,} are simulated")
-        return topology
+    if kind in CHIPS:
+        return _slices(text, slices, kind, shape)
+    topology = _nodes(text, slices, kind, shape) if kind in GPUS else _simulated_nodes(text, slices, shape)
+    if topology.size > MOST_SIMULATED:
+        raise UserError(f"--topology {text}: {topology.size:,} devices; at most {MOST_SIMULATED:,} can be planned for")
+    return topology
+
+
+def _slices(text: str, slices: int, kind: str, shape: str) -> Topology:
     chip = CHIPS[kind]
     if shape not in chip.shapes:
         raise UserError(f"--topology {text}: no such slice; {kind} has {', '.join(chip.shapes)}")
     return Topology(kind=kind, shape=tuple(int(side) for side in shape.split("x")), slices=slices, hbm=chip.hbm)
 
 
-def devices_of(topology: Topology) -> list[jax.Device]:
-    """The devices of a topology, to compile for. A TPU's cannot run anything; a GPU's are CPU devices.
+def _nodes(text: str, nodes: int, kind: str, shape: str) -> Topology:
+    if shape not in map(str, GPUS_OF_A_NODE):
+        raise UserError(f"--topology {text}: a node has 1, 2, 4 or 8 GPUs; several nodes are 2x{kind}:8")
+    return Topology(kind=kind, shape=(int(shape),), slices=nodes, hbm=GPUS[kind].memory * memory_fraction())
 
-    Call it before JAX starts, and for a GPU topology once in a process.
+
+def _simulated_nodes(text: str, nodes: int, shape: str) -> Topology:
+    node = re.fullmatch(r"([1-9]\d{0,3})x(\d{1,6}(?:\.\d+)?)GB", shape)
+    if not node or float(node[2]) == 0:
+        raise UserError(f"--topology {text}: must be [NODESx]gpu:DEVICESxMEMORYGB, such as gpu:8x80GB")
+    return Topology(kind="gpu", shape=(int(node[1]),), slices=nodes, hbm=float(node[2]) * 1e9)
+
+
+def memory_fraction() -> float:
+    """The share of a GPU's memory that JAX takes, by the environment of this process.
 
     Raises:
-      UserError: libtpu is not installed.
+      UserError: XLA_PYTHON_CLIENT_MEM_FRACTION is no number above 0 and at most 1.
+    """
+    text = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", str(DEFAULT_MEMORY_FRACTION))
+    if not re.fullmatch(r"[01]|[01]?\.\d+", text) or not 0 < float(text) <= 1:
+        raise UserError(f"XLA_PYTHON_CLIENT_MEM_FRACTION={text}: must be a number above 0 and at most 1")
+    return float(text)
+
+
+def devices_of(topology: Topology) -> list[jax.Device]:
+    """The devices of a topology, to compile for. They cannot run anything, except CPU devices that stand for gpu.
+
+    Call it before JAX starts, and for one kind of topology in a process.
+
+    Raises:
+      MissingExtraError: the compiler for these devices is not installed.
     """
     # A machine's accelerators are left to those who train on them.
     jax.config.update("jax_platforms", "cpu")
@@ -152,6 +193,8 @@ def devices_of(topology: Topology) -> list[jax.Device]:
         os.environ["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\S*", "", flags)
         jax.config.update("jax_num_cpu_devices", topology.size)
         return jax.devices()
+    if topology.is_gpu:
+        return gpu_devices(topology.kind, topology.slices, topology.shape[0], asked=f"--topology {topology}")
     if importlib.util.find_spec("libtpu") is None:
         raise MissingExtraError(f"--topology {topology}", extra="tpu")
     for name, value in _ENVIRONMENT.items():

@@ -48,7 +48,7 @@ def memory_rows(memory: Memory, limit: int | None) -> list[tuple[str, str]]:
     """What the compiler says of one device; `limit` is what the device has, None where it does not say."""
     room = "" if limit is None else f" of {_size(limit)}"
     return [
-        ("memory", f"per device, as the compiler says: {_size(memory.peak)}{room} at the peak, the sum of"),
+        ("memory", f"per device, as the compiler says: {_size(memory.peak)}{room} at the peak, of"),
         ("", f"{_size(memory.arguments)} of arguments (parameters, optimizer state, batch)"),
         ("", f"{_size(memory.outputs - memory.aliased)} of outputs that replace no argument"),
         ("", f"{_size(memory.temporaries)} of temporaries (activations, gradients)"),

@@ -24,6 +24,8 @@ from hybridnorm_jax.training.state import TrainState
 
 Convert = Callable[[Any], Any]
 Measure = Callable[[Any, dict[str, Array]], Measured]
+# Names in the compiled program, by which planning/model_parts.py tells what belongs to what.
+LOSS_SCOPE, OPTIMIZER_SCOPE = "loss", "optimizer"
 Batch = dict[str, Array]  # tokens, targets, weights, and with documents kept apart segment_ids, positions
 
 
@@ -98,21 +100,24 @@ def batch_loss(
         inputs |= {"deterministic": False, "rngs": {"dropout": dropout_key}}
     if chunk is None:
         logits, sown = model.apply(variables, batch["tokens"], **inputs)
-        sums = cross_entropy(logits, batch["targets"], batch["weights"])
+        with jax.named_scope(LOSS_SCOPE):
+            sums = cross_entropy(logits, batch["targets"], batch["weights"])
         return BatchLoss(total=sums.nll + z_loss * sums.z, sums=sums, sown=sown)
-    head = gathered_head(model.config, variables["params"])
+    with jax.named_scope(LOSS_SCOPE):
+        head = gathered_head(model.config, variables["params"])
     variables = {**variables, "params": {**variables["params"], **head}}
     hidden, sown = model.apply(variables, batch["tokens"], method="hidden", **inputs)
-    total, sums = chunked_cross_entropy(
-        lambda head, piece: model.apply({"params": head}, piece, method="logits"),
-        head,
-        hidden,
-        batch["targets"],
-        batch["weights"],
-        chunk=chunk,
-        stretches=parts(split_axes("seq", hidden.shape[1])),
-        z_loss=z_loss,
-    )
+    with jax.named_scope(LOSS_SCOPE):
+        total, sums = chunked_cross_entropy(
+            lambda head, piece: model.apply({"params": head}, piece, method="logits"),
+            head,
+            hidden,
+            batch["targets"],
+            batch["weights"],
+            chunk=chunk,
+            stretches=parts(split_axes("seq", hidden.shape[1])),
+            z_loss=z_loss,
+        )
     return BatchLoss(total=total, sums=sums, sown=sown)
 
 
@@ -159,23 +164,26 @@ def make_train_step(
         totals, sown, summed = _gradient(objective, convert, state.params, batch, key)
         # Where no target has a weight, loss and gradient are zero.
         weight = jnp.where(totals.loss.weight > 0, totals.loss.weight, 1)
-        grads = _divide(summed, weight)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope(OPTIMIZER_SCOPE):
+            grads = _divide(summed, weight)
+            grad_norm = optax.tree.norm(grads)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         routers = None if totals.routers is None else _divide(totals.routers, weight)
         if model.config.balance_bias:
             params = router_balance.move_balance_biases(params, present(routers).fraction, options.balance_bias_rate)
         metrics = _loss_metrics(totals.loss, weight, routers, options)
-        metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
-        skip, anomalies = judge(
-            state.anomalies,
-            metrics["loss"],
-            metrics["grad_norm"],
-            update_is_finite=all_finite(params),
-            sigma=options.skip_spikes_sigma,
-        )
-        before, after = (state.params, state.opt_state), (params, opt_state)
-        params, opt_state = keep_where(skip, before, after)
+        metrics |= {"grad_norm": grad_norm, "learning_rate": schedule(state.step)}
+        with jax.named_scope(OPTIMIZER_SCOPE):
+            skip, anomalies = judge(
+                state.anomalies,
+                metrics["loss"],
+                metrics["grad_norm"],
+                update_is_finite=all_finite(params),
+                sigma=options.skip_spikes_sigma,
+            )
+            before, after = (state.params, state.opt_state), (params, opt_state)
+            params, opt_state = keep_where(skip, before, after)
         measured = None if measure is None else _measured(measure, state.params, batch, sown)
         return TrainState(state.step + 1, params, opt_state, anomalies), metrics | anomaly_metrics(anomalies), measured
 

@@ -30,7 +30,7 @@ WORK = {
 QUICK = ("schemes", "completion")
 FILE_ENDINGS = {"py", "md", "yaml", "safetensors"}
 # Our package: a clone, the directory that one is in ("."), or a wheel; and its extras.
-OUR_PACKAGE = re.compile(r"(?:\.|(?:\S*/)?hybridnorm[-_]jax(?:-([\d.]+)-py3-none-any\.whl)?)(?:\[([\w,]+)\])?")
+OUR_PACKAGE = re.compile(r"(?:\.|(?:\S*/)?hybridnorm[-_]jax(?:-([\d.]+)-py3-none-any\.whl)?)(?:\[([\w,-]+)\])?")
 # Packages that pip installs besides our own.
 OTHER_PACKAGES = {"libtpu", "jax[k8s]"}
 
@@ -83,6 +83,8 @@ def check_program(words, shown, monkeypatch, capsys):
         path = "commands.eval_tasks.scores_of_run"
     if "--emit-jobs" in " ".join(words):
         path = "lab.jobs.emit"
+    for option, way in (("--compare", "planning.stored_plans.plan_all"), ("--search", "planning.search.plan_all")):
+        path = way if option in words else path
     module, _, function = path.rpartition(".")
 
     def reach(*arguments, **options):
