@@ -164,6 +164,7 @@ def test_what_is_refused_is_said_and_not_kept(processes, tmp_path, monkeypatch):
         (["quickstart", "--compare", "model.scheem=pre", "", "--topology", "h100:1"], "--compare, A: "),
         (["quickstart", "--search", "--jobs", "0"], "must be a whole number from 1 to 9999"),
         (["--search"], "name a configuration"),
+        (["quickstart", "--topology", "h100:1", "--jobs", "4"], "belong to --search"),
     ],
 )
 def test_wrong_input_ends_in_one_line(arguments, message, capsys):
