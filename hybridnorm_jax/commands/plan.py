@@ -55,6 +55,8 @@ def run(arguments: Sequence[str]) -> int:
     asked = [name for name, value in modes.items() if value]
     if len(asked) > 1:
         raise UserError(f"{' and '.join(asked)}: choose one of them")
+    if not (options.search or options.compare) and (options.jobs, options.most) != (1, MOST):
+        raise UserError("--jobs and --most belong to --search and --compare")
     return (
         {"--table": _table, "--compare": _compare, "--search": _search}[asked[0]](options) if asked else _one(options)
     )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import logging
 from typing import Any
 
 import jax
@@ -37,6 +36,8 @@ class GpuKind:
     clock: float
     capability: str
 
+
+PLUGIN = "jax_plugins.xla_cuda13"
 
 # As in openxla/xla, xla/backends/gpu/target_config/specs: a100_sxm_80, h100_sxm, h200 and b200, which come from the
 # drivers of these GPUs.
@@ -110,12 +111,10 @@ def gpu_devices(kind: str, nodes: int, devices: int, asked: str) -> list[jax.Dev
     Raises:
       MissingExtraError: the compiler is not installed.
     """
-    modules = ("jax_plugins.xla_cuda13", "nvidia.cu13")
-    if not all(_is_there(module) for module in modules):
+    if not all(_is_there(module) for module in (PLUGIN, "nvidia.cu13")):
         raise MissingExtraError(asked, extra="plan-gpu")
     from jax.experimental import topologies
 
-    logging.getLogger(modules[0]).setLevel(logging.ERROR)  # it warns that no GPU can be used
     _answer_for_cudnn()
     target = _TARGET.format(**dataclasses.asdict(GPUS[kind]))
     options: dict[str, Any] = {"target_config": target, "topology": f"1x{nodes}x{devices}"}

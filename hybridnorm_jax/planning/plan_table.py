@@ -35,10 +35,14 @@ def row_name(configuration: str, topology: str) -> str:
 
 
 def table_row(name: str, plan: Plan) -> dict[str, str]:
-    """The cells of COLUMNS for the configuration of this name; counts and memory are those of one device."""
+    """The cells of COLUMNS for the configuration of this name; counts and memory are those of one device.
+
+    Where something could not be counted, "> " says that a count is too small.
+    """
     counts, found = plan.counts, plan.roofline
     accumulation = plan.config.train.grad_accumulation
     sent = None if counts is None else sum(counts.sent_bytes.values()) / 1e9
+    less = "> " if counts is not None and (counts.unknown_loops or counts.unknown_kernels) else ""
     today = datetime.datetime.now(tz=datetime.UTC).date()
     return {
         "configuration": name,
@@ -48,8 +52,8 @@ def table_row(name: str, plan: Plan) -> dict[str, str]:
         "peak": _digits(None if plan.memory is None else plan.memory.peak / GIB),
         "usable": f"{plan.topology.hbm / GIB:.4g}",
         "fits": verdict(plan),
-        "TFLOP": _digits(None if counts is None else counts.flops / 1e12),
-        "memory": _digits(None if counts is None else counts.memory / GIB),
+        "TFLOP": less + _digits(None if counts is None else counts.flops / 1e12),
+        "memory": less + _digits(None if counts is None else counts.memory / GIB),
         "sent": _digits(sent),
         "bound by": UNKNOWN if found is None else found.bound,
         "at most tokens/s": _thousands(plan.most_tokens_per_second),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import logging
 import math
 import os
 import re
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 
 from hybridnorm_jax.errors import MissingExtraError, UserError
-from hybridnorm_jax.planning.gpu_devices import GPUS, gpu_devices
+from hybridnorm_jax.planning.gpu_devices import GPUS, PLUGIN, gpu_devices
 
 GIB = 2**30
 
@@ -188,6 +189,7 @@ def devices_of(topology: Topology) -> list[jax.Device]:
     """
     # A machine's accelerators are left to those who train on them.
     jax.config.update("jax_platforms", "cpu")
+    logging.getLogger(PLUGIN).setLevel(logging.ERROR)  # where it is installed, it warns that no GPU can be used
     if topology.is_simulated:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\S*", "", flags)

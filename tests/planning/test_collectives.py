@@ -143,3 +143,66 @@ def test_a_loop_of_unknown_length_is_said():
 def test_what_is_no_program_is_not_read_as_one_without_collectives():
     with pytest.raises(ValueError, match="no ENTRY"):
         read_collectives("HloModule nothing")
+
+
+IN_A_LOOP = """HloModule m, num_partitions=8
+
+%body (p: (s32[], f32[4,8], f32[32,8])) -> (s32[], f32[4,8], f32[32,8]) {
+  %p = (s32[], f32[4,8]{1,0}, f32[32,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[4,8]{1,0} get-tuple-element(%p), index=1
+  %all = f32[32,8]{1,0} all-gather(%x), channel_id=1, replica_groups=GROUPS, dimensions={0}, \
+metadata={op_name="jit(train_step)/jvp(Decoder.hidden)/while/body/run_0/attention/dot_general"}
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  ROOT %out = (s32[], f32[4,8]{1,0}, f32[32,8]{1,0}) tuple(%next, %x, %all)
+}
+
+%condition (p.1: (s32[], f32[4,8], f32[32,8])) -> pred[] {
+  %p.1 = (s32[], f32[4,8]{1,0}, f32[32,8]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  %nine = s32[] constant(9)
+  ROOT %less = pred[] compare(%i.1, %nine), direction=LT
+}
+
+ENTRY %main (x: f32[4,8], y: f32[32,8]) -> f32[32,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %y = f32[32,8]{1,0} parameter(1)
+  %zero = s32[] constant(0)
+  %in = (s32[], f32[4,8]{1,0}, f32[32,8]{1,0}) tuple(%zero, %x, %y)
+  %loop = (s32[], f32[4,8]{1,0}, f32[32,8]{1,0}) while(%in), condition=%condition, body=%body
+  %z = f32[32,8]{1,0} get-tuple-element(%loop), index=2
+  ROOT %sum = f32[32,8]{1,0} all-reduce(%z), channel_id=2, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+}
+"""
+WHOLE = 32 * 8 * 4
+
+
+def test_an_all_gather_in_a_loop_is_sent_as_often_as_it_turns():
+    found = read_collectives(IN_A_LOOP.replace("GROUPS", "{}"))
+    gather, reduce = found.sent
+    assert (gather.kind, gather.part, gather.bytes, gather.times) == ("all-gather", "layers forward", WHOLE, 9)
+    assert (reduce.kind, reduce.bytes, reduce.times) == ("all-reduce", WHOLE, 1)
+    # Of eight devices each sends 7/8 of the whole, of two that sum twice a half.
+    assert found.links == (9 * WHOLE * 7 / 8 + WHOLE, 0)
+    assert found.unknown_loops == 0
+
+
+@pytest.mark.parametrize(
+    ("groups", "inside", "between"),
+    [
+        # Two nodes of four: half of the whole comes into each node, where four share it; within it 3/4 go round.
+        ("{}", WHOLE * 3 / 4, WHOLE / 2 / 4),
+        ("{{0,4},{1,5},{2,6},{3,7}}", 0, WHOLE / 2),
+        ("{{0,1,2,3},{4,5,6,7}}", WHOLE * 3 / 4, 0),
+    ],
+)
+def test_what_goes_between_nodes_is_told_apart(groups, inside, between):
+    found = read_collectives(IN_A_LOOP.replace("GROUPS", groups), nodes=[0, 0, 0, 0, 1, 1, 1, 1])
+    assert found.links == (9 * inside + WHOLE, 9 * between)
+
+
+def test_of_an_all_to_all_every_device_sends_its_own_between_nodes():
+    text = IN_A_LOOP.replace("all-gather(%x)", "all-to-all(%x)").replace("GROUPS", "{}")
+    found = read_collectives(text, nodes=[0, 0, 0, 0, 1, 1, 1, 1])
+    assert found.links == (9 * WHOLE * 3 / 4 / 2 + WHOLE, 9 * WHOLE / 2)
