@@ -12,6 +12,7 @@ from hybridnorm_jax.commands.program import ArgumentParser
 from hybridnorm_jax.commands.syntax import check_syntax
 from hybridnorm_jax.config import named_configurations
 from hybridnorm_jax.config.arguments import sort
+from hybridnorm_jax.config.yaml_files import read_file
 from hybridnorm_jax.errors import UserError
 
 FITS, DOES_NOT_FIT, UNKNOWN = 0, 3, 4
@@ -19,7 +20,7 @@ FITS, DOES_NOT_FIT, UNKNOWN = 0, 3, 4
 MOST, BEST = 30, 8
 
 USAGE = """hybridnorm plan CONFIG [key=value ...] [--topology TOPOLOGY] [--json]
-       hybridnorm plan CONFIG [key=value ...] --compare "key=value ..." "key=value ..."
+       hybridnorm plan CONFIG [key=value ...] --compare "key=value ..." "..."
        hybridnorm plan CONFIG [key=value ...] --search [--jobs N] [--most N]
        hybridnorm plan --table FILE.md [--topology TOPOLOGY] [CONFIG ...]"""
 DESCRIPTION = """Compiles the train step of a run for devices that nobody has to own, says
@@ -95,8 +96,8 @@ def _one(options: argparse.Namespace) -> int:
     from hybridnorm_jax.planning.compilation import plan, read_config
     from hybridnorm_jax.planning.topologies import parse_topology
 
-    topology = parse_topology(_topology(options))
-    result = plan(read_config(options.settings), topology)
+    config = read_config(options.settings)
+    result = plan(config, parse_topology(_topology(options)))
     print(json.dumps(plan_report.as_json(result), indent=2) if options.json else plan_report.text(result))
     return _status(result.fits)
 
@@ -119,7 +120,7 @@ def _compare(options: argparse.Namespace) -> int:
     from hybridnorm_jax.planning.topologies import parse_topology
 
     topology = parse_topology(_topology(options))
-    settings = [(*options.settings, *shlex.split(words)) for words in options.compare]
+    settings = [(*options.settings, *_words(words)) for words in options.compare]
     reports = []
     for name, planned in zip("AB", plan_all(settings, topology, options.jobs), strict=True):
         if planned.report is None:
@@ -131,6 +132,14 @@ def _compare(options: argparse.Namespace) -> int:
         print(f"{topology}, {' '.join(options.settings)}\nA: {options.compare[0]}\nB: {options.compare[1]}\n")
         print(comparison(*reports))
     return max(_status(report["fits"]) for report in reports)
+
+
+def _words(text: str) -> list[str]:
+    """The settings of one plan of --compare, split as a shell splits them."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--compare {text!r}: cannot be split into settings: {str(error).lower()}") from None
 
 
 def _search(options: argparse.Namespace) -> int:
@@ -163,9 +172,9 @@ def meant_for(file: Path) -> str:
     """The topology that a configuration's line `# Topology: ...` names.
 
     Raises:
-      UserError: there is no such line.
+      UserError: there is no such line, or the file cannot be read.
     """
-    line = re.search(r"^# Topology: (\S+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    line = re.search(r"^# Topology: (\S+)$", read_file(file), re.MULTILINE)
     if line is None:
         raise UserError(f"{file.name}: has no line such as `# Topology: v5p:4x4x4`; give --topology")
     return line[1]

@@ -187,7 +187,7 @@ WRONG_TOPOLOGIES = {
     "gpu:99999999x80GB": "a number in it has more than 6 digits",
     "9" * 5000 + "xgpu:8x80GB": "must be [SLICESx]KIND:SHAPE",
     "gpu:8x" + "9" * 400 + "GB": "a number in it has more than 6 digits",
-    "900xgpu:8x80GB": "7,200 devices; at most 4,096 are simulated",
+    "900xgpu:8x80GB": "7,200 devices; at most 4,096 can be planned for",
     "gpu:0x80GB": "must be [NODESx]gpu:DEVICESxMEMORYGB",
     "x\ny": "must be [SLICESx]KIND:SHAPE",
 }
@@ -203,3 +203,8 @@ def test_a_table_that_is_none(refused, tmp_path, file):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     assert file in refused("plan", "--table", file)
+
+
+def test_settings_to_compare_that_cannot_be_split(refused):
+    line = refused("plan", "151m", "--topology", "gpu:8x80GB", "--compare", "'model.remat=dots", "")
+    assert line.startswith("--compare \"'model.remat=dots\": cannot be split into settings: no closing quotation")
