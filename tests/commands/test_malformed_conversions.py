@@ -207,4 +207,4 @@ def test_a_table_that_is_none(refused, tmp_path, file):
 
 def test_settings_to_compare_that_cannot_be_split(refused):
     line = refused("plan", "151m", "--topology", "gpu:8x80GB", "--compare", "'model.remat=dots", "")
-    assert line.startswith("--compare \"'model.remat=dots\": cannot be split into settings: no closing quotation")
+    assert line.startswith('--compare "\'model.remat=dots": cannot be split into settings: no closing quotation')
