@@ -13,6 +13,7 @@ from hybridnorm_jax.kernels.attention_backends import causal_attention
 from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS
 from hybridnorm_jax.kernels.blockwise_attention import attention_statistics
 from hybridnorm_jax.kernels.cached_attention import CachedHeads, cached_attention
+from hybridnorm_jax.kernels.dense_products import rows_product
 from hybridnorm_jax.model.cache import CACHE, Slots, in_place
 from hybridnorm_jax.model.initializers import truncated_normal
 from hybridnorm_jax.model.input_checks import check_at_least_one, check_per_token, check_stream
@@ -42,15 +43,17 @@ def rotation(positions: Int[Array, "batch seq"], rotary_dim: int, theta: float, 
 def rotate(x: Float[Array, "batch seq heads head_dim"], by: Rotation) -> Float[Array, "batch seq heads head_dim"]:
     """RoPE on the leading 2 * half channels, channel i paired with i + half; the rest passes unchanged.
 
-    It is linear in x, and its transpose is the rotation back. As such it is differentiated: with respect to x alone.
+    It is linear in x, and its transpose is the rotation back, which is how it is differentiated in reverse mode. The
+    positions have no gradient.
     """
     half = by[0].shape[-1]
     rotated, passed = x[..., : 2 * half], x[..., 2 * half :]
-    rotated = jax.custom_derivatives.linear_call(_turn, _turn_back, by, rotated)
+    rotated = _rotate(rotated, by)
     return rotated if passed.shape[-1] == 0 else jnp.concatenate([rotated, passed], axis=-1)
 
 
-def _turn(by: Rotation, x: Array) -> Array:
+@jax.custom_vjp
+def _rotate(x: Array, by: Rotation) -> Array:
     """[first, second] * [cos, cos] + [second, first] * [-sin, sin], the halves of the channels."""
     cos, sin = by
     swapped = jax.lax.platform_dependent(x, tpu=_swapped_by_slicing, default=_swapped)
@@ -58,9 +61,16 @@ def _turn(by: Rotation, x: Array) -> Array:
     return (x.astype(cos.dtype) * whole_cos + swapped.astype(cos.dtype) * signed_sin).astype(x.dtype)
 
 
-def _turn_back(by: Rotation, x: Array) -> Array:
+def _rotate_forward(x: Array, by: Rotation) -> tuple[Array, Rotation]:
+    return _rotate(x, by), by
+
+
+def _rotate_backward(by: Rotation, gradient: Array) -> tuple[Array, None]:
     cos, sin = by
-    return _turn((cos, -sin), x)
+    return _rotate(gradient, (cos, -sin)), None
+
+
+_rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
 def _swapped(x: Array) -> Array:
@@ -151,7 +161,13 @@ class Attention(nn.Module):
             rotation = self._rotation(x.shape[1], head_dim, positions)
         elif positions is not None:
             raise ValueError("positions: they are in the rotation already; give one of the two")
-        dense = partial(nn.DenseGeneral, use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
+        dense = partial(
+            nn.DenseGeneral,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            dot_general=rows_product,
+        )
         q = dense((self.num_heads, head_dim), kernel_init=self.input_init, name="query")(x)
         k = dense((num_kv_heads, head_dim), kernel_init=self.input_init, name="key")(x)
         v = dense((num_kv_heads, head_dim), kernel_init=self.value_init, name="value")(x)

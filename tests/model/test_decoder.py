@@ -220,6 +220,22 @@ def test_dropout_needs_asking_for_and_changes_the_logits(small_config, random_pa
     assert not np.array_equal(dropped[0], dropped[2])
 
 
+def test_rope_under_vmap_and_its_gradient():
+    x, weights = jax.random.normal(jax.random.key(0), (2, 4, 3, 2, 8))
+    by = rotation(jnp.arange(3)[None], 8, 1e4)
+
+    def weighted(x, weights):
+        return (rotate(x[None], by) * weights[None]).sum()
+
+    one_by_one = [jax.value_and_grad(weighted)(*pair) for pair in zip(x, weights, strict=True)]
+    values, gradients = jax.vmap(jax.value_and_grad(weighted))(x, weights)
+    np.testing.assert_allclose(values, [value for value, _ in one_by_one], rtol=1e-6)
+    for row, (_, gradient) in zip(gradients, one_by_one, strict=True):
+        np.testing.assert_array_equal(row, gradient)
+    # The transpose of a rotation is the rotation back.
+    np.testing.assert_array_equal(gradients, rotate(weights, (by[0], -by[1])))
+
+
 def test_an_id_outside_the_vocabulary_does_not_pass_for_a_token(small_config, random_params):
     logits = _logits(small_config(), random_params(small_config()), np.array([[3, 61, 2]]))
     assert np.isnan(logits[:, 1:]).all()
