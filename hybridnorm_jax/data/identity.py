@@ -65,8 +65,8 @@ def identities(
     """The identities of several files, in their order.
 
     Each is named by its path relative to `root`, which is the deepest directory that holds all of them where none is
-    given. So moving the whole directory changes no identity, and files of one name in several directories differ. A file
-    that was read before and has not changed since is not read again (known_digests.py).
+    given. So moving the whole directory changes no identity, and files of one name in several directories differ.
+    A file that was read before and has not changed since is not read again (known_digests.py).
 
     Raises:
       DataError: a file cannot be read, or is no regular file.
