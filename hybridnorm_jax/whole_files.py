@@ -1,6 +1,9 @@
-"""Files on a file system or in a bucket: their names and sizes, and how one is written whole or not at all."""
+"""Files on a file system or in a bucket: their names and sizes, the user's folder for what can be made again, and how
+a file is written whole or not at all.
+"""
 
 import os
+import pathlib
 import secrets
 
 from etils import epath
@@ -24,6 +27,17 @@ def expanded(path: epath.PathLike) -> str:
     if whole == text and (text == "~" or text.startswith("~/")):  # as expanduser leaves it where it knows no home
         raise UserError(f"{text}: this user has no home directory; write the whole path")
     return whole
+
+
+def user_cache_folder() -> pathlib.Path | None:
+    """hybridnorm_jax in the user's cache folder, $XDG_CACHE_HOME or ~/.cache; None where the user has none."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(named):  # others are to be ignored, says the XDG Base Directory Specification
+        return pathlib.Path(named) / "hybridnorm_jax"
+    try:
+        return pathlib.Path.home() / ".cache" / "hybridnorm_jax"
+    except RuntimeError:  # no HOME, and no entry for this user in the system's list
+        return None
 
 
 def size_of(path: epath.Path) -> int:

@@ -92,6 +92,7 @@ def _parser() -> ArgumentParser:
 
 def convert(options: argparse.Namespace) -> None:
     """Read, convert in float64, prove, write."""
+    from hybridnorm_jax.commands.program_cache import keep_programs
     from hybridnorm_jax.equivalence.decoder_forms import conversion_of
     from hybridnorm_jax.equivalence.proof import WRITTEN, cast, prove, table
     from hybridnorm_jax.training.run_directory import check_free, save_run
@@ -103,6 +104,7 @@ def convert(options: argparse.Namespace) -> None:
     _check_out(options.checkpoint, options.out)
     check_free(options.out)
     import_plugins(options.plugins)
+    keep_programs()
     # As wide as it is computed with: files of several dtypes lose nothing.
     source = read_directory(options.checkpoint, options.ignore_key, dtype="float64")
     model = source.config.model

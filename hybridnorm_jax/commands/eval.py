@@ -12,6 +12,7 @@ from etils import epath
 
 from hybridnorm_jax.commands import eval_tasks
 from hybridnorm_jax.commands.program import ArgumentParser, wants_help
+from hybridnorm_jax.commands.program_cache import keep_programs
 from hybridnorm_jax.commands.scored_run import open_run
 from hybridnorm_jax.commands.syntax import check_syntax
 from hybridnorm_jax.config.resume_keys import differences
@@ -205,6 +206,7 @@ def run(arguments: Sequence[str], processes: Processes) -> None:
             raise ConfigError(f"{argument}: a key of training; here it is {OF_TRAINING[argument.partition('=')[0]]}")
     asked = eval_tasks.asked_tasks(options.tasks, options.limit)
     with processes.running(_distributed(overrides)):
+        keep_programs(speaks=processes.number == 0)
         if asked is not None:
             text = eval_tasks.scores_of_run(directory, overrides, asked, as_json=options.json)
         else:

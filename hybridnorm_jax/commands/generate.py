@@ -184,12 +184,14 @@ def _read(file: str) -> str:
 
 def generate(options: argparse.Namespace, sampling: Sampling) -> None:
     """Read the prompts and the model, and write after each prompt."""
+    from hybridnorm_jax.commands.program_cache import keep_programs
     from hybridnorm_jax.commands.saved_model import read_directory
     from hybridnorm_jax.generation.ready_parameters import ready
     from hybridnorm_jax.generation.text import write_text
 
     prompts = _prompts(options)
     import_plugins(options.plugins)
+    keep_programs()
     source = read_directory(options.model)
     tokenizer = _tokenizer(source, options.tokenizer)
     # Once for all prompts: those of a Hugging Face directory are not on a device yet.

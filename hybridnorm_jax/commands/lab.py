@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Sequence
 
 from hybridnorm_jax.commands.program import again, wants_help
+from hybridnorm_jax.commands.program_cache import keep_programs
 from hybridnorm_jax.commands.syntax import check_syntax
 from hybridnorm_jax.config.key_lookup import default
 from hybridnorm_jax.config.key_values import show
@@ -84,6 +85,7 @@ def _signal(arguments: list[str], processes: Processes) -> None:
     if wants_help(arguments):
         print(SIGNAL_USAGE + _keys(signal_at_start.SignalOptions))
         return
+    keep_programs(speaks=processes.number == 0)
     signal_at_start.run(arguments)
 
 
@@ -105,6 +107,7 @@ def _compare(arguments: list[str], processes: Processes) -> None:
     with sturdy_streams(), processes.running(asked.configs[0].distributed):
         kept = [each for each in arguments if not each.startswith(("distributed.", "data.cache_dir="))]
         check_alike({"the arguments": shlex.join([*kept, f"--only={number}"])})
+        keep_programs(speaks=processes.number == 0)
         results = compare.compare(asked, only)
     if processes.number == 0:
         print("" if only is not None else f"\n{compare.table(asked, results)}")

@@ -70,9 +70,11 @@ def _run(config: RunConfig, settings: Sequence[str], processes: Processes, *, dr
 
             dry_run(config)
             return
+        from hybridnorm_jax.commands.program_cache import keep_programs
         from hybridnorm_jax.training.loop import train
         from hybridnorm_jax.training.time_ledger import process_began
 
+        keep_programs(speaks=processes.number == 0)
         train(config, began=process_began())
     if processes.number == 0:
         _say_next(settings, config)

@@ -10,11 +10,12 @@ import dataclasses
 import hashlib
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from etils import epath
 
+from hybridnorm_jax.data import known_digests
 from hybridnorm_jax.errors import DataError
 from hybridnorm_jax.whole_files import expanded, is_local
 
@@ -43,6 +44,10 @@ def file_identity(path: str | os.PathLike[str], *, name: str | None = None) -> F
     """
     path = epath.Path(path)
     size = regular_file_size(path)
+    return FileIdentity(path.name if name is None else name, size, _digest(path, size))
+
+
+def _digest(path: epath.Path, size: int) -> str:
     digest = hashlib.sha256()
     try:
         with path.open("rb") as stream:
@@ -51,7 +56,7 @@ def file_identity(path: str | os.PathLike[str], *, name: str | None = None) -> F
                 digest.update(stream.read(PIECE_BYTES))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return FileIdentity(path.name if name is None else name, size, digest.hexdigest())
+    return digest.hexdigest()
 
 
 def identities(
@@ -61,14 +66,27 @@ def identities(
 
     Each is named by its path relative to `root`, which is the deepest directory that holds all of them where none is
     given. So moving the whole directory changes no identity, and files of one name in several directories differ.
+    A file that was read before and has not changed since is not read again (known_digests.py).
 
     Raises:
       DataError: a file cannot be read, or is no regular file.
     """
     paths = [epath.Path(path) for path in paths]
     names = relative_names(paths, root)
+    if not all(is_local(path) for path in paths):
+        with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+            return tuple(pool.map(lambda path, name: file_identity(path, name=name), paths, names))
+    sizes = [regular_file_size(path) for path in paths]
+    digests = known_digests.digests([os.fspath(path) for path in paths], _read_digests)
+    return tuple(FileIdentity(*parts) for parts in zip(names, sizes, digests, strict=True))
+
+
+def _read_digests(paths: Sequence[str]) -> list[str]:
+    def read(path: str) -> str:
+        return file_identity(path).digest
+
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-        return tuple(pool.map(lambda path, name: file_identity(path, name=name), paths, names))
+        return list(pool.map(read, paths))
 
 
 def relative_names(

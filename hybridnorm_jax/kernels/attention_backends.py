@@ -1,4 +1,7 @@
-"""Causal attention over grouped heads, and the choice of what computes it: xla (ours), cudnn (GPU), splash (TPU)."""
+"""Causal attention over grouped heads, and the choice of what computes it.
+
+xla is ours for any platform. The others are fused kernels: cudnn and flash (ours) for GPUs, splash for TPUs.
+"""
 
 import dataclasses
 import functools
@@ -34,7 +37,14 @@ _LIMITS = {
         dtypes=("bfloat16", "float16"),
         segment_ids=False,
         head_dim_step=8,
-        head_dim_max=128,  # 256 on Hopper and later
+        head_dim_max=256,  # see _CUDNN_BEFORE_HOPPER
+    ),
+    "flash": _Limits(
+        platform="gpu",
+        dtypes=("bfloat16", "float16", "float32"),
+        segment_ids=True,
+        head_dim_step=1,
+        head_dim_max=256,
     ),
     "splash": _Limits(
         platform="tpu",
@@ -46,23 +56,38 @@ _LIMITS = {
 }
 
 
-def resolve_backend(name: str, *, platform: str | None, dtype: Any, head_dim: int, segment_ids: bool) -> str:
+# The largest head of cudnn on GPUs before compute capability 9.0.
+_CUDNN_BEFORE_HOPPER = 128
+_HOPPER = 9
+
+
+def resolve_backend(
+    name: str, *, platform: str | None, dtype: Any, head_dim: int, segment_ids: bool, capability: str | None = None
+) -> str:
     """The backend that computes attention: the named one, or the one that "auto" stands for.
 
-    "auto" is the platform's fused kernel where that can do what is asked, and xla elsewhere.
+    "auto" is the platform's first fused kernel that can do what is asked, and xla elsewhere: on GPUs cudnn, or flash.
 
     Args:
-      name: auto | xla | cudnn | splash.
+      name: auto | xla | cudnn | flash | splash.
       platform: of the devices that will run it: cpu | gpu | tpu. With None a named backend's platform is not checked.
       dtype: of q, k and v.
       head_dim: of q, k and v.
       segment_ids: whether there are any.
+      capability: compute capability of the GPUs, such as "9.0"; None: not known, so what all GPUs can do.
 
     Raises:
       ConfigError: the named backend cannot do this; the message says why.
     """
     check_choice("model.attention", name, ATTENTION_BACKENDS)
-    obstacle = functools.partial(_obstacle, platform=platform, dtype=dtype, head_dim=head_dim, segment_ids=segment_ids)
+    is_old = platform == "gpu" and (capability is None or int(capability.partition(".")[0]) < _HOPPER)
+
+    def obstacle(name: str) -> str | None:
+        limits = _LIMITS.get(name)
+        if limits is not None and name == "cudnn" and is_old:
+            limits = dataclasses.replace(limits, head_dim_max=_CUDNN_BEFORE_HOPPER)
+        return _obstacle(limits, platform, dtype, head_dim, segment_ids)
+
     if name == "auto":
         return next((fused for fused in _LIMITS if obstacle(fused) is None), "xla")
     reason = obstacle(name)
@@ -70,11 +95,10 @@ def resolve_backend(name: str, *, platform: str | None, dtype: Any, head_dim: in
     return name
 
 
-def _obstacle(name: str, platform: str | None, dtype: Any, head_dim: int, segment_ids: bool) -> str | None:
-    """Why this backend cannot do it, or None."""
-    if name == "xla":
+def _obstacle(limits: _Limits | None, platform: str | None, dtype: Any, head_dim: int, segment_ids: bool) -> str | None:
+    """Why the backend with these limits cannot do it, or None; xla has none."""
+    if limits is None:
         return None
-    limits = _LIMITS[name]
     if platform not in (None, limits.platform):
         return f"needs platform {limits.platform}, this is {platform}"
     if jnp.dtype(dtype).name not in limits.dtypes:
@@ -100,7 +124,7 @@ def causal_attention(
 
     Query head h reads key and value head h // (heads / kv_heads). A token sees itself and earlier tokens. Where
     segment_ids are given, it sees only those of its own segment. Reverse-mode differentiable. On a mesh that splits
-    the sequence, xla and splash compute it in shares of equal work (zigzag.py); cudnn gathers the sequence.
+    the sequence, xla, flash and splash compute it in shares of equal work (zigzag.py); cudnn gathers the sequence.
 
     Args:
       preparation: norms and rotation of the heads, which come before everything else.
@@ -116,6 +140,7 @@ def causal_attention(
         dtype=query.dtype,
         head_dim=query.shape[-1],
         segment_ids=segment_ids is not None,
+        capability=capability_of(jax.devices()[0]) if backend == "auto" else None,
     )
     inputs = AttentionInputs(query, key, value, segment_ids)
     preparation = Preparation() if preparation is None else preparation
@@ -133,6 +158,15 @@ def causal_attention(
             return on_mesh(local, inputs, sequence=axes)
         case "cudnn":
             return cudnn_attention(inputs)
+        case "flash":
+            from hybridnorm_jax.kernels.gpu_flash import flash_attention  # imports Pallas, which takes a while
+
+            return flash_attention(inputs, saved_as=SAVED)
+
+
+def capability_of(device: jax.Device) -> str | None:
+    """The compute capability of a GPU, such as "9.0"; None for any other device."""
+    return getattr(device, "compute_capability", None) if device.platform == "gpu" else None
 
 
 def sequence_multiple(backend: str) -> int:

@@ -64,7 +64,7 @@ def _split(x: Float[Array, "batch seq embed"], kernels: ExpertKernels) -> _Split
     num_experts, embed_size, mlp_size = kernels.gate.shape
     experts = split_axes("experts", num_experts)
     mlp = _unless_taken(split_axes("mlp", mlp_size), experts)
-    embed = _unless_taken(split_axes("embed", embed_size), experts + mlp)
+    embed = split_axes("embed", embed_size, taken=experts + mlp)
     batch = split_axes("batch", batch_size)
     seq = _unless_taken(split_axes("seq", seq_len), batch + experts + mlp)
     return _Split(batch=batch, seq=seq, experts=experts, embed=embed, mlp=mlp)

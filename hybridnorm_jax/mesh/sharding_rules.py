@@ -12,7 +12,8 @@ MESH_AXES = ("replica", "data", "fsdp", "context", "expert", "tensor")
 DEFAULT_RULES: dict[str, tuple[str, ...]] = {
     "batch": ("replica+data+fsdp+expert",),
     "seq": ("context",),
-    "embed": ("fsdp+context", "fsdp"),
+    # Experts' kernels, whose first dimension takes "expert", are left with the second entry.
+    "embed": ("fsdp+context+expert", "fsdp+context", "fsdp"),
     "experts": ("expert",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),

@@ -13,14 +13,15 @@ from hybridnorm_jax.mesh.device_mesh import parts_of
 Axes = tuple[str, ...]
 
 
-def split_axes(name: str, size: int) -> Axes:
+def split_axes(name: str, size: int, *, taken: Axes = ()) -> Axes:
     """The mesh axes that split the logical axis `name`; none where they do not divide its size.
 
-    Axes of size 1 and manual ones (inside a jax.shard_map) are left out.
+    Axes of size 1, manual ones (inside a jax.shard_map) and those that another dimension has taken are left out.
     """
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    axes = tuple(axis for axis in _assigned(name) if types.get(axis) == AxisType.Auto and mesh.shape[axis] > 1)
+    free = tuple(axis for axis in _assigned(name) if axis not in taken)
+    axes = tuple(axis for axis in free if types.get(axis) == AxisType.Auto and mesh.shape[axis] > 1)
     return axes if size % parts(axes) == 0 else ()
 
 

@@ -14,6 +14,7 @@ from hybridnorm_jax.kernels.attention_backends import causal_attention
 from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS
 from hybridnorm_jax.kernels.blockwise_attention import attention_statistics
 from hybridnorm_jax.kernels.cached_attention import CachedHeads, cached_attention
+from hybridnorm_jax.kernels.dense_products import rows_product
 from hybridnorm_jax.kernels.head_preparation import HeadNorm, Preparation, Rotation, prepared
 from hybridnorm_jax.model import placement
 from hybridnorm_jax.model.cache import CACHE, Slots, in_place
@@ -130,7 +131,13 @@ class Attention(nn.Module):
             rotation = self._rotation(x.shape[1], head_dim, positions)
         elif positions is not None:
             raise ValueError("positions: they are in the rotation already; give one of the two")
-        dense = partial(nn.DenseGeneral, use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
+        dense = partial(
+            nn.DenseGeneral,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            dot_general=rows_product,
+        )
         q = dense((self.num_heads, head_dim), kernel_init=self.input_init, name="query")(x)
         k = dense((num_kv_heads, head_dim), kernel_init=self.input_init, name="key")(x)
         v = dense((num_kv_heads, head_dim), kernel_init=self.value_init, name="value")(x)

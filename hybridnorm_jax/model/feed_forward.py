@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from hybridnorm_jax.kernels.dense_products import dot_general
 from hybridnorm_jax.model.initializers import truncated_normal
 from hybridnorm_jax.model.input_checks import check_at_least_one
 
@@ -46,7 +47,13 @@ class FeedForward(nn.Module):
         if self.activation not in ("swiglu", *ACTIVATIONS):
             raise ValueError(f"activation={self.activation!r} must be swiglu or one of {', '.join(ACTIVATIONS)}")
         check_at_least_one("mlp_dim", self.mlp_dim)
-        dense = partial(nn.Dense, use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
+        dense = partial(
+            nn.Dense,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            dot_general=dot_general,
+        )
         up = dense(self.mlp_dim, kernel_init=self.input_init, name="up")(x)
         if self.activation == "swiglu":
             gate = dense(self.mlp_dim, kernel_init=self.input_init, name="gate")(x)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.kernels.backend_names import EXPERT_DISPATCHES
+from hybridnorm_jax.kernels.dense_products import rows_product
 from hybridnorm_jax.kernels.split_experts import apply_experts_on_mesh
 from hybridnorm_jax.kernels.swiglu import ExpertKernels
 from hybridnorm_jax.model.feed_forward import FeedForward
@@ -156,6 +157,7 @@ class MoE(nn.Module):
             param_dtype=self.param_dtype,
             kernel_init=self.router_init,
             precision=jax.lax.Precision.HIGHEST,
+            dot_general=rows_product,
             name="router",
         )(x)
         bias = None

@@ -130,9 +130,10 @@ def read_collectives(text: str, nodes: Sequence[int] | None = None) -> Collectiv
 
 
 def kernels(text: str) -> list[str]:
-    """Names of the Pallas kernels in a module compiled for TPU, sorted."""
-    names = re.findall(r"%?([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", text)
-    return sorted({re.sub(r"(\.\w+)+$", "", name) for name in names})
+    """Names of the Pallas kernels in a module, sorted."""
+    on_tpu = re.findall(r"%?([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", text)
+    on_gpu = re.findall(r"custom_call_target=\"[^\"\n]*triton[^\"\n]*\"[^\n]*\bname = \"(\w+)\"", text)
+    return sorted({re.sub(r"(\.\w+)+$", "", name) for name in on_tpu} | set(on_gpu))
 
 
 def _places(text: str) -> list[int]:

@@ -1,12 +1,14 @@
 """GPUs that are not there, as devices to compile for with XLA's own GPU compiler. It needs no GPU, driver or CUDA."""
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 from typing import Any
 
 import jax
+import jaxlib
 
-from hybridnorm_jax.errors import MissingExtraError
+from hybridnorm_jax.errors import MissingExtraError, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +112,14 @@ def gpu_devices(kind: str, nodes: int, devices: int, asked: str) -> list[jax.Dev
 
     Raises:
       MissingExtraError: the compiler is not installed.
+      UserError: it does not belong to the JAX that is installed.
     """
     if not all(_is_there(module) for module in (PLUGIN, "nvidia.cu13")):
         raise MissingExtraError(asked, extra="plan-gpu")
     from jax.experimental import topologies
 
-    _answer_for_cudnn()
+    _check_version(asked)
+    _answer_for_cudnn(GPUS[kind])
     target = _TARGET.format(**dataclasses.asdict(GPUS[kind]))
     options: dict[str, Any] = {"target_config": target, "topology": f"1x{nodes}x{devices}"}
     return list(topologies.get_topology_desc(kind, platform="cuda", **options).devices)
@@ -128,9 +132,22 @@ def _is_there(module: str) -> bool:
         return False
 
 
-def _answer_for_cudnn() -> None:
-    """Say a version of cuDNN, which JAX asks for before it lowers attention; here none runs, so none is installed."""
+def _check_version(asked: str) -> None:
+    """Raise UserError where compiler and JAX are of different versions: then it cannot read the kernels of Pallas."""
+    found, wanted = importlib.metadata.version("jax-cuda13-pjrt"), jaxlib.__version__
+    if found.split(".")[:3] != wanted.split(".")[:3]:
+        raise UserError(
+            f"{asked}: jax-cuda13-pjrt {found} does not belong to jaxlib {wanted}; "
+            f"pip install 'jax-cuda13-pjrt=={wanted}.*'"
+        )
+
+
+def _answer_for_cudnn(gpu: GpuKind) -> None:
+    """Answer what JAX asks of cuDNN and of the GPU before it lowers attention; here are none."""
     import jax._src.cudnn.fused_attention_stablehlo as attention
 
     if attention.cuda_versions is None:
         attention.check_cudnn_version = lambda: _CUDNN
+    if not any(device.platform == "gpu" for device in jax.devices()):
+        major = int(gpu.capability.removeprefix("major: "))
+        attention.check_compute_capability = lambda least: major >= int(least.partition(".")[0])

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable
 
+from hybridnorm_jax.planning.gpu_kernel_products import gpu_kernel_flops
 from hybridnorm_jax.planning.hlo_text import Array, Computation, Instruction, arrays
 
 # What XLA writes as a custom call and what multiplies no matrices.
@@ -25,7 +26,8 @@ def kernel_flops(call: Instruction, computation: Computation) -> int | None:
     """FLOPs of one run of a custom call: 0 for what multiplies nothing, None for what is not known.
 
     Splash attention counts the blocks of a causal mask that it visits, cuDNN's attention half of all pairs where it is
-    causal. Megablox (gmm) counts every row that it is given; where groups are empty it does less.
+    causal. Megablox (gmm) counts every row that it is given; where groups are empty it does less. Kernels of this
+    package for GPUs: see gpu_kernel_products.py.
     """
     operands = [array for name in call.operand_names for array in arrays(computation[name].shape)]
     results = arrays(call.shape)
@@ -42,6 +44,8 @@ def kernel_flops(call: Instruction, computation: Computation) -> int | None:
             return _cudnn_attention(call, operands)
         case target if target.startswith("__cublas$"):
             return _gemm(call, operands, results)
+        case target if "triton" in target:
+            return gpu_kernel_flops(call, operands, results)
         case target if _WITHOUT_PRODUCTS.fullmatch(target):
             return 0
     return None

@@ -23,7 +23,7 @@ from hybridnorm_jax.errors import ConfigError, first_line
 from hybridnorm_jax.planning.compilation import read_config
 from hybridnorm_jax.planning.plan_report import versions
 from hybridnorm_jax.planning.topologies import Topology, memory_fraction
-from hybridnorm_jax.whole_files import write_whole
+from hybridnorm_jax.whole_files import user_cache_folder, write_whole
 
 PACKAGE = Path(__file__).parents[1]
 # Of a few kilobytes each.
@@ -79,12 +79,8 @@ def plan_one(setting: tuple[str, ...], topology: Topology) -> Planned:
 
 def directory() -> Path | None:
     """Where plans are kept: hybridnorm_jax/plans in the user's cache folder; None where the user has none."""
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]) / "hybridnorm_jax" / "plans"
-    try:
-        return Path.home() / ".cache" / "hybridnorm_jax" / "plans"
-    except RuntimeError:
-        return None
+    root = user_cache_folder()
+    return None if root is None else root / "plans"
 
 
 def identity(config: RunConfig, topology: Topology) -> str:

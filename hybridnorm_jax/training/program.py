@@ -16,7 +16,7 @@ from hybridnorm_jax.equivalence.comparison import compare_forms, compare_norm
 from hybridnorm_jax.equivalence.decoder_forms import Conversion, conversion_of
 from hybridnorm_jax.equivalence.invariants import assert_measured, tolerances
 from hybridnorm_jax.equivalence.measurements import Measured
-from hybridnorm_jax.kernels.attention_backends import resolve_backend, sequence_multiple
+from hybridnorm_jax.kernels.attention_backends import capability_of, resolve_backend, sequence_multiple
 from hybridnorm_jax.kernels.expert_dispatch import resolve_dispatch
 from hybridnorm_jax.mesh.batch_shares import BatchShare, batch_parts, batch_sharding, batch_share
 from hybridnorm_jax.mesh.device_mesh import make_mesh, use_mesh
@@ -126,6 +126,7 @@ class Program:
             dtype=model.dtype,
             head_dim=model.head_dim,
             segment_ids=self.config.data.segment_ids,
+            capability=capability_of(self.mesh.devices.flat[0]),
         )
 
     def _jit_train_step(self) -> Callable:

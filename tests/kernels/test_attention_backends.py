@@ -196,8 +196,17 @@ def test_auto_takes_the_fused_kernel_where_it_can_do_what_is_asked():
     assert resolve_backend("auto", platform="tpu", **FITS | {"segment_ids": True}) == "splash"
     assert resolve_backend("auto", platform="cpu", **FITS) == "xla"
     for keys in ({"segment_ids": True}, {"dtype": "float32"}, {"head_dim": 60}, {"head_dim": 256}):
-        assert resolve_backend("auto", platform="gpu", **FITS | keys) == "xla"
+        assert resolve_backend("auto", platform="gpu", **FITS | keys) == "flash"
+    assert resolve_backend("auto", platform="gpu", **FITS | {"dtype": "float64"}) == "xla"
     assert resolve_backend("auto", platform="tpu", **FITS | {"dtype": "float64"}) == "xla"
+
+
+def test_cudnn_takes_large_heads_from_hopper_on():
+    large = FITS | {"platform": "gpu", "head_dim": 256}
+    expected = {None: "flash", "8.0": "flash", "9.0": "cudnn", "10.0": "cudnn"}
+    assert {each: resolve_backend("auto", capability=each, **large) for each in expected} == expected
+    with pytest.raises(ConfigError, match="a multiple of 8 up to 128, not 256"):
+        resolve_backend("cudnn", capability="8.9", **large)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +218,9 @@ def test_auto_takes_the_fused_kernel_where_it_can_do_what_is_asked():
         ("cudnn", {"head_dim": 60}, "model.head_dim a multiple of 8"),
         ("splash", {"platform": "gpu"}, "platform tpu"),
         ("splash", {"platform": "tpu", "dtype": "float64"}, "not float64"),
-        ("flash", {}, "did you mean 'splash'"),
+        ("flash", {"platform": "tpu"}, "platform gpu"),
+        ("flash", {"head_dim": 257}, "up to 256"),
+        ("splsh", {}, "did you mean 'splash'"),
     ],
 )
 def test_a_named_backend_that_cannot_do_it_says_why_in_one_line(name, keys, says):

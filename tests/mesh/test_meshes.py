@@ -140,6 +140,18 @@ def test_rules_of_a_run_decide_where_parameters_lie():
     )
 
 
+def test_parameters_that_are_not_experts_are_split_over_the_expert_axis_too():
+    config = _config({"fsdp": 2, "expert": 4}, experts=True)
+    state = Program(config).abstract_state
+    (moments,) = [each for each in jax.tree.leaves(state.opt_state, is_leaf=_has_moments) if _has_moments(each)]
+    for (path, leaf), moment in zip(jax.tree.leaves_with_path(state.params), jax.tree.leaves(moments.mu), strict=True):
+        if "norm" in jax.tree_util.keystr(path):
+            continue  # whole on every device
+        on_one_device = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        assert on_one_device == leaf.size // 8, jax.tree_util.keystr(path)
+        assert moment.sharding == leaf.sharding
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [

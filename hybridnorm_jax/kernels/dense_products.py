@@ -1,0 +1,72 @@
+"""Products of activations with a kernel, such as those of the projections, the router and the head.
+
+The gradient of a kernel sums over all positions of all sequences. XLA for CPUs sums over one of two such dimensions at
+a time, and copies an operand transposed before it. So there the positions are one dimension of rows.
+"""
+
+import math
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+# ((contracted dimensions of x, of the kernel), (batch dimensions of x, of the kernel)), as of jax.lax.dot_general.
+Dimensions = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+def dot_general(
+    x: Float[Array, "batch seq ..."],
+    kernel: Float[Array, "..."],
+    dimension_numbers: Dimensions,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> Float[Array, "batch seq ..."]:
+    """The product of the feed-forward's projections, as the `dot_general` of nn.Dense; otherwise rows_product."""
+    return rows_product(x, kernel, dimension_numbers, precision, preferred_element_type)
+
+
+def rows_product(
+    x: Float[Array, "batch seq ..."],
+    kernel: Float[Array, "..."],
+    dimension_numbers: Dimensions,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> Float[Array, "batch seq ..."]:
+    """jax.lax.dot_general(x, kernel, ...), on one CPU device as the product of two matrices.
+
+    The matrices are x as (batch * seq, inputs) and the kernel as (inputs, outputs) or (outputs, inputs). On a mesh of
+    more than one device the dimensions stay apart, because they may be split over different axes; and on a GPU or TPU
+    too, whose compilers need no help. The result is the same up to the order of the sums.
+
+    Args:
+      x: contracts its last dimensions, in order.
+      kernel: contracts its first dimensions, in order, or its last.
+      dimension_numbers, precision, preferred_element_type: as of jax.lax.dot_general, so that this function can be the
+        `dot_general` of nn.Dense and nn.DenseGeneral.
+    """
+    (of_x, of_kernel), of_batch = dimension_numbers
+    options = {"precision": precision, "preferred_element_type": preferred_element_type}
+    rows, inputs = x.shape[: x.ndim - len(of_x)], x.shape[x.ndim - len(of_x) :]
+    # One token of every sequence, or one sequence, is a matrix already: so a step of generation is as it was.
+    is_matrix = sum(size > 1 for size in rows) < 2
+    is_plain = of_batch == ((), ()) and tuple(of_x) == tuple(range(len(rows), x.ndim))
+    is_first = tuple(of_kernel) == tuple(range(len(of_kernel)))
+    is_last = tuple(of_kernel) == tuple(range(kernel.ndim - len(of_kernel), kernel.ndim))
+    if is_matrix or not is_plain or not (is_first or is_last) or not _on_one_cpu():
+        return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
+    outputs = kernel.shape[len(inputs) :] if is_first else kernel.shape[: kernel.ndim - len(inputs)]
+    width, matrix = math.prod(inputs), x.reshape(math.prod(rows), math.prod(inputs))
+    if is_first:
+        product = jax.lax.dot_general(matrix, kernel.reshape(width, -1), (((1,), (0,)), ((), ())), **options)
+    else:
+        product = jax.lax.dot_general(matrix, kernel.reshape(-1, width), (((1,), (1,)), ((), ())), **options)
+    return product.reshape(*rows, *outputs)
+
+
+def _on_one_cpu() -> bool:
+    """Whether the program that is being traced is for one CPU device, as far as mesh and default devices say."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.default_backend() == "cpu" and jax.device_count() == 1
+    device = mesh.abstract_device
+    return mesh.size == 1 and device is not None and device.platform == "cpu"

@@ -1,0 +1,168 @@
+"""Products with a kernel are those of NumPy, gradients too; on one CPU they are products of two matrices."""
+
+import contextlib
+from functools import partial
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+import hybridnorm_jax as hn
+from hybridnorm_jax.kernels.dense_products import dot_general, rows_product
+from hybridnorm_jax.mesh.device_mesh import make_mesh
+
+# name -> shapes of x and of the kernel, their contracted dimensions, and the same as an einsum
+PRODUCTS = {
+    "up": ((2, 5, 3), (3, 7), ((2,), (0,)), "bse,em->bsm"),
+    "query": ((2, 5, 6), (6, 2, 3), ((2,), (0,)), "bse,ehd->bshd"),
+    "out": ((2, 5, 2, 3), (2, 3, 6), ((2, 3), (0, 1)), "bshd,hde->bse"),
+    "tied head": ((2, 5, 3), (7, 3), ((2,), (1,)), "bse,ve->bsv"),
+}
+ONE, EIGHT = {"data": 1}, {"data": 2, "fsdp": 2, "context": 2}
+
+
+def _mesh(sizes):
+    return make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+
+
+def _inputs(name, dtype=np.float64):
+    of_x, of_kernel, contracted, spec = PRODUCTS[name]
+    rng = np.random.default_rng(0)
+    x, kernel = rng.standard_normal(of_x).astype(dtype), rng.standard_normal(of_kernel).astype(dtype)
+    return x, kernel, partial(rows_product, dimension_numbers=(contracted, ((), ()))), spec
+
+
+def _with_gradients(product, x, kernel, cotangent):
+    value, pull = jax.vjp(product, x, kernel)
+    return value, *pull(cotangent)
+
+
+def _products_of(jaxpr):
+    """The dimension numbers of every dot_general and the ranks of its operands, in inner programs too."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), ranks = equation.params["dimension_numbers"], [v.aval.ndim for v in equation.invars]
+            found.append((tuple(len(dimensions) for dimensions in contracted), ranks))
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            found += _products_of(inner)
+    return found
+
+
+def _traced(name, product=None):
+    x, kernel, ours, spec = _inputs(name, np.float32)
+    cotangent = np.ones(np.einsum(spec, x, kernel).shape, np.float32)
+    return jax.make_jaxpr(partial(_with_gradients, product or ours))(x, kernel, cotangent).jaxpr
+
+
+@pytest.mark.parametrize("sizes", [ONE, EIGHT], ids=["one device", "eight devices"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_product_and_gradients_are_numpys(name, sizes):
+    x, kernel, product, spec = _inputs(name)
+    inputs, rest = spec.split("->")
+    of_x, of_kernel = inputs.split(",")
+    cotangent = np.random.default_rng(1).standard_normal(np.einsum(spec, x, kernel).shape)
+    with jax.enable_x64(True), jax.set_mesh(_mesh(sizes)):
+        found = jax.jit(partial(_with_gradients, product))(x, kernel, cotangent)
+    expected = (
+        np.einsum(spec, x, kernel),
+        np.einsum(f"{rest},{of_kernel}->{of_x}", cotangent, kernel),
+        np.einsum(f"{of_x},{rest}->{of_kernel}", x, cotangent),
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == np.float64
+        np.testing.assert_allclose(ours, theirs, rtol=1e-13, atol=1e-13)  # sums of at most 14 products of about 1
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_on_one_cpu_all_three_products_are_of_two_matrices(name):
+    with jax.set_mesh(_mesh(ONE)):
+        assert _products_of(_traced(name)) == [((1, 1), [2, 2])] * 3
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("platform", ["tpu", "gpu", "eight CPUs", "no mesh, but eight devices"])
+def test_elsewhere_the_program_is_as_it_was(name, platform):
+    plain = partial(jax.lax.dot_general, dimension_numbers=(PRODUCTS[name][2], ((), ())))
+    with _as_on(platform):
+        assert str(_traced(name)) == str(_traced(name, plain))
+
+
+def _as_on(platform):
+    if platform == "eight CPUs":
+        return jax.set_mesh(_mesh(EIGHT))
+    if platform == "no mesh, but eight devices":
+        return contextlib.nullcontext()
+    one = _mesh(ONE).abstract_mesh
+    device = type(one.abstract_device)(device_kind="some", num_cores=1, platform=platform)
+    return jax.sharding.use_abstract_mesh(AbstractMesh(one.axis_sizes, one.axis_names, abstract_device=device))
+
+
+def test_a_single_token_of_each_sequence_is_multiplied_as_it_was():
+    kernel, contracted = np.ones((4, 2, 3), np.float32), (((2,), (0,)), ((), ()))
+    for shape in ((1, 1, 4), (3, 1, 4), (1, 5, 4)):
+        with jax.set_mesh(_mesh(ONE)):
+            traced = [
+                str(jax.make_jaxpr(partial(product, dimension_numbers=contracted))(np.ones(shape, np.float32), kernel))
+                for product in (rows_product, jax.lax.dot_general)
+            ]
+        assert traced[0] == traced[1]
+
+
+def test_narrow_operands_are_summed_as_asked():
+    x, kernel, product, spec = _inputs("up", jnp.bfloat16)
+    with jax.set_mesh(_mesh(ONE)):
+        found = product(x, kernel, preferred_element_type=jnp.float32)
+    exact = np.einsum(spec, x.astype(np.float64), kernel.astype(np.float64))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)  # products of bfloat16 are exact in float32
+
+
+def test_a_product_with_batch_dimensions_passes_through():
+    a, b = np.ones((2, 3, 4), np.float32), np.ones((2, 4, 5), np.float32)
+    with jax.set_mesh(_mesh(ONE)):
+        found = dot_general(a, b, (((2,), (1,)), ((0,), (0,))))
+    np.testing.assert_array_equal(found, np.full((2, 3, 5), 4))
+
+
+def _modules():
+    with_groups = hn.Attention(num_heads=4, num_kv_heads=2, head_dim=3, q_norm="head", use_bias=True)
+    experts = hn.MoE(num_experts=4, experts_per_token=2, mlp_dim=5, use_bias=True)
+    return {"attention": with_groups, "feed-forward": hn.FeedForward(mlp_dim=5, use_bias=True), "experts": experts}
+
+
+@pytest.mark.parametrize("name", ["attention", "feed-forward", "experts"])
+def test_modules_are_the_same_flat_and_apart_and_under_vmap(name):
+    module = _modules()[name].clone(dtype=jnp.float64, param_dtype=jnp.float64)
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2, 5, 8)))
+        params = module.init(jax.random.key(0), x[0])
+
+        def loss(params, x):
+            return jnp.square(module.apply(params, x)).sum()
+
+        both = jax.jit(jax.value_and_grad(loss, (0, 1)))
+        apart = [both(params, one) for one in x]
+        with jax.set_mesh(_mesh(ONE)):
+            flat = [both(params, one) for one in x]
+            mapped = jax.jit(jax.vmap(jax.value_and_grad(loss, (0, 1)), in_axes=(None, 0)))(params, x)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *apart)
+    for found in (jax.tree.map(lambda *leaves: np.stack(leaves), *flat), mapped):
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11), found, stacked)
+
+
+def test_a_dense_layer_whose_input_is_split_over_eight_devices():
+    mesh = _mesh(EIGHT)
+    layer = nn.Dense(6, dot_general=dot_general)
+    x = np.random.default_rng(0).standard_normal((4, 8, 3)).astype(np.float32)
+    with jax.set_mesh(mesh):
+        params = layer.init(jax.random.key(0), x)
+        split = jax.device_put(x, NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "context")))
+        found = jax.jit(layer.apply)(params, split)
+    assert len(found.sharding.device_set) == 8
+    kernel = np.asarray(params["params"]["kernel"])
+    np.testing.assert_allclose(found, x @ kernel, rtol=1e-5, atol=1e-5)
