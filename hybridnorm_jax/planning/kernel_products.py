@@ -20,6 +20,8 @@ _FUSED_EXPERTS = re.compile(r"experts_(hidden|outputs|d_hidden|d_rows|d_input_ke
 # backward each recomputes the scores and their gradient.
 _SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
 _FUSED_SPLASH_BACKWARD = 5
+# The same of our own kernels, in each block of a causal mask.
+_CAUSAL_ATTENTION = {"causal_attention_forward": 2, "causal_attention_backward": 5}
 
 
 def kernel_flops(call: Instruction, computation: Computation) -> int | None:
@@ -32,7 +34,10 @@ def kernel_flops(call: Instruction, computation: Computation) -> int | None:
     operands = [array for name in call.operand_names for array in arrays(computation[name].shape)]
     results = arrays(call.shape)
     kernel = re.sub(r"(\.\w+)+$", "", call.name)
+    own = next((name for name in _CAUSAL_ATTENTION if name in kernel), None)
     match call.target:
+        case "tpu_custom_call" if own is not None:
+            return _causal_attention(own, call, operands)
         case "tpu_custom_call" if kernel.startswith("splash_m"):
             return _splash(kernel, call, operands)
         case "tpu_custom_call" if kernel in ("gmm", "tgmm"):
@@ -67,6 +72,16 @@ def _splash(kernel: str, call: Instruction, operands: list[Array]) -> int | None
         )
         pairs = seen * block.rows
     return 2 * products * math.prod(queries.sizes) // rows * pairs
+
+
+def _causal_attention(kernel: str, call: Instruction, operands: list[Array]) -> int | None:
+    """Of heads (batch, heads, head_dim, seq): every block of queries with the blocks of keys that it sees."""
+    block = _splash_block(call, "")
+    if block is None:
+        return None
+    query = operands[0].sizes
+    blocks = query[-1] // block.rows
+    return 2 * _CAUSAL_ATTENTION[kernel] * math.prod(query[:-1]) * block.rows**2 * blocks * (blocks + 1) // 2
 
 
 class _Block:

@@ -90,6 +90,25 @@ def test_splash_attention_counts_the_blocks_that_it_visits(kernel, products, pai
     assert (found.flops, found.is_kernel) == (2 * products * 2 * 4 * 64 * pairs, True)
 
 
+CAUSAL_ATTENTION = """HloModule m
+
+ENTRY %main (q: bf16[2,4,64,1024], k: bf16[2,2,64,1024]) -> bf16[2,4,64,1024] {
+  %q = bf16[2,4,64,1024]{3,2,1,0} parameter(0)
+  %k = bf16[2,2,64,1024]{3,2,1,0} parameter(1)
+  ROOT %jvp_KERNEL_.5 = bf16[2,4,64,1024]{3,2,1,0} custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 256, \\"block_kv\\": 256}"
+}}
+}
+"""
+
+
+@pytest.mark.parametrize(("kernel", "products"), [("causal_attention_forward", 2), ("causal_attention_backward", 5)])
+def test_our_own_attention_counts_the_blocks_that_it_visits(kernel, products):
+    (found,) = matrix_products(CAUSAL_ATTENTION.replace("KERNEL", kernel))
+    assert (found.flops, found.is_kernel) == (2 * products * 2 * 4 * 64 * 256 * 256 * (1 + 2 + 3 + 4), True)
+
+
 GROUPED = """HloModule m
 
 ENTRY %main (x: bf16[512,64], w: bf16[8,64,96], g: s32[8]) -> bf16[512,96] {
