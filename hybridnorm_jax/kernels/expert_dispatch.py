@@ -1,7 +1,8 @@
 """SwiGLU experts, each on the tokens that chose it, and the choice of what computes them.
 
 dense computes every expert on every token; it is the reference. The others sort the rows by expert first: blocked
-(ours, on any platform), ragged (jax.lax.ragged_dot) and gmm (jax.experimental.pallas.ops.tpu.megablox, on a TPU).
+(ours, on any platform), ragged (jax.lax.ragged_dot, on a CPU or TPU), gmm (jax.experimental.pallas.ops.tpu.megablox, on
+a TPU) and grouped (ours, on a GPU).
 """
 
 from typing import Any
@@ -20,16 +21,20 @@ from hybridnorm_jax.kernels.swiglu import ExpertKernels, swiglu
 
 KEY = "model.expert_dispatch"
 
-_GMM_DTYPES = ("bfloat16", "float32")
+# Of each dispatch by kernels: the platform, and the dtypes.
+_KERNELS = {
+    "gmm": ("tpu", ("bfloat16", "float32")),
+    "grouped": ("gpu", ("bfloat16", "float16", "float32")),
+}
 
 
 def resolve_dispatch(name: str, *, platform: str | None, dtype: Any) -> str:
     """The dispatch that computes the experts: the named one, or the one that "auto" stands for.
 
-    "auto" is gmm where it can run, and blocked elsewhere.
+    "auto" is gmm on a TPU and grouped on a GPU where these can run, and blocked elsewhere.
 
     Args:
-      name: auto | dense | blocked | ragged | gmm.
+      name: auto | dense | blocked | ragged | gmm | grouped.
       platform: of the devices that will run it: cpu | gpu | tpu. With None a named dispatch's platform is not checked.
       dtype: of the tokens and the kernels.
 
@@ -38,7 +43,8 @@ def resolve_dispatch(name: str, *, platform: str | None, dtype: Any) -> str:
     """
     check_choice(KEY, name, EXPERT_DISPATCHES)
     if name == "auto":
-        return "gmm" if platform == "tpu" and _obstacle("gmm", platform, dtype) is None else "blocked"
+        kernel = {"tpu": "gmm", "gpu": "grouped"}.get(platform or "", "blocked")
+        return kernel if _obstacle(kernel, platform, dtype) is None else "blocked"
     reason = _obstacle(name, platform, dtype)
     check(reason is None, KEY, name, f"{reason}; use auto or blocked")
     return name
@@ -46,12 +52,15 @@ def resolve_dispatch(name: str, *, platform: str | None, dtype: Any) -> str:
 
 def _obstacle(name: str, platform: str | None, dtype: Any) -> str | None:
     """Why this dispatch cannot do it, or None."""
-    if name != "gmm":
+    if name == "ragged" and platform == "gpu":
+        return "XLA computes every row by every expert on a GPU, as many times the work as there are experts"
+    if name not in _KERNELS:
         return None
-    if platform not in (None, "tpu"):
-        return f"needs platform tpu, this is {platform}"
-    if jnp.dtype(dtype).name not in _GMM_DTYPES:
-        return f"needs model.dtype {' or '.join(_GMM_DTYPES)}, not {jnp.dtype(dtype).name}"
+    needed, dtypes = _KERNELS[name]
+    if platform not in (None, needed):
+        return f"needs platform {needed}, this is {platform}"
+    if jnp.dtype(dtype).name not in dtypes:
+        return f"needs model.dtype {' or '.join(dtypes)}, not {jnp.dtype(dtype).name}"
     return None
 
 
@@ -140,6 +149,10 @@ def _by_dispatch(
             from hybridnorm_jax.kernels.tpu_gmm import gmm_product  # imports Pallas, which takes a while
 
             return experts_by_products(gmm_product, rows, row_weights, sizes, kernels)
+        case "grouped":
+            from hybridnorm_jax.kernels.gpu_grouped_product import gpu_grouped_product  # imports Pallas
+
+            return experts_by_products(gpu_grouped_product, rows, row_weights, sizes, kernels)
 
 
 def _dense(

@@ -15,7 +15,8 @@ from hybridnorm_jax.kernels.swiglu import ExpertKernels
     ("name", "platform", "dtype", "expected"),
     [
         ("auto", "cpu", jnp.float32, "blocked"),
-        ("auto", "gpu", jnp.bfloat16, "blocked"),
+        ("auto", "gpu", jnp.bfloat16, "grouped"),
+        ("auto", "gpu", jnp.float64, "blocked"),
         ("auto", "tpu", jnp.bfloat16, "gmm"),
         ("auto", "tpu", jnp.float64, "blocked"),
         ("ragged", "cpu", jnp.float64, "ragged"),
@@ -32,6 +33,8 @@ def test_resolving(name, platform, dtype, expected):
     [
         ("gmm", "cpu", jnp.float32, "needs platform tpu, this is cpu"),
         ("gmm", "tpu", jnp.float16, "not float16"),
+        ("ragged", "gpu", jnp.bfloat16, "as many times the work as there are experts; use auto or blocked"),
+        ("grouped", "tpu", jnp.bfloat16, "needs platform gpu, this is tpu"),
         ("block", "cpu", jnp.float32, "did you mean 'blocked'"),
         ("all_to_all", "cpu", jnp.float32, "not known"),
     ],
