@@ -12,9 +12,6 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 
-# On a CPU a step's temporary arrays come from malloc; in huge pages glibc hands them out with far fewer page faults.
-TRAIN_ENV := GLIBC_TUNABLES="$${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
-
 .PHONY: help train test lint docs clean
 
 help:
@@ -26,7 +23,7 @@ help:
 	@echo "Each installs what it needs first. PYTHON=python3.12 chooses the interpreter (now: $(PYTHON), in $(VENV))."
 
 train: $(STAMP)
-	$(TRAIN_ENV) $(BIN)/hybridnorm train $(ARGS)
+	$(BIN)/hybridnorm train $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 15 --durations-min 4 $(TESTS) $(ARGS)

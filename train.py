@@ -2,7 +2,7 @@
 
 import sys
 
-from hybridnorm_jax.commands.main import main
+from hybridnorm_jax.commands.main import start
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    sys.exit(start(["train", *sys.argv[1:]]))

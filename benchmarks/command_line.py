@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from hybridnorm_jax.commands.huge_pages import begin_again_with_huge_pages
 from hybridnorm_jax.commands.main import exit_status
 
 
@@ -28,7 +29,11 @@ def positive(text: str) -> int:
 
 
 def run_main(main: Callable[[Sequence[str]], None]) -> None:
-    """Call main with the arguments of this process, and end it: with one line and status 2 for what a user can mend."""
+    """Call main with the arguments of this process, and end it: with one line and status 2 for what a user can mend.
+
+    Memory is as in `hybridnorm train`: on a CPU the process begins once more, with huge pages.
+    """
+    begin_again_with_huge_pages()
     sys.exit(exit_status(lambda: main(sys.argv[1:])))
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from hybridnorm_jax.commands.main import main
+from hybridnorm_jax.commands.main import start
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(start(sys.argv[1:]))

@@ -104,3 +104,16 @@ def random_params():
 def tokens():
     """Two sequences of twelve token ids below 61."""
     return np.random.default_rng(1).integers(0, 61, (2, 12)).astype(np.int32)
+
+
+@pytest.fixture(scope="session")
+def tpu_devices():
+    """A slice of eight v5e chips to compile for; libtpu's compiler needs no TPU."""
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+        environment.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # other tests may be compiling too
+        environment.delenv("XLA_FLAGS")  # libtpu reads them too, and ends the process at one of a CPU
+        yield topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from hybridnorm_jax.commands.huge_pages import begin_again_with_huge_pages
 from hybridnorm_jax.errors import INTERRUPTED, REQUEUE, MissingExtraError, RunStopped, UserError, did_you_mean
 from hybridnorm_jax.streams import drop_output, prepare_streams
 
@@ -31,12 +32,14 @@ class Command:
       arguments, meaning: what --help shows of it.
       has_processes: whether several processes can run it together; its function then gets them as second argument.
       requeue: whether a scheduler that ends it early should start it again.
+      computes: whether it takes long enough on a CPU that fast memory is worth a second start.
     """
 
     arguments: str
     meaning: str
     has_processes: bool = False
     requeue: bool = False
+    computes: bool = False
 
 
 # 128 + SIGPIPE, as of a program that this signal ends.
@@ -44,14 +47,18 @@ CLOSED_OUTPUT = 141
 
 COMMANDS = {
     "train": Command(
-        "[CONFIG ...] [key=value ...]", "pretrain a model, or resume a run", has_processes=True, requeue=True
+        "[CONFIG ...] [key=value ...]",
+        "pretrain a model, or resume a run",
+        has_processes=True,
+        requeue=True,
+        computes=True,
     ),
-    "eval": Command("RUN_DIR [key=value ...]", "score a run on its validation sets", has_processes=True),
-    "generate": Command("RUN_OR_DIR [--prompt TEXT]", "write text with a trained model"),
-    "convert": Command("DIR OUT_DIR --form FORM", "make a Pre-LN model cheaper, proven equal"),
+    "eval": Command("RUN_DIR [key=value ...]", "score a run on its validation sets", has_processes=True, computes=True),
+    "generate": Command("RUN_OR_DIR [--prompt TEXT]", "write text with a trained model", computes=True),
+    "convert": Command("DIR OUT_DIR --form FORM", "make a Pre-LN model cheaper, proven equal", computes=True),
     "export": Command("RUN OUT_DIR", "write a run's model for PyTorch"),
     "plan": Command("CONFIG [key=value ...]", "say whether a run fits on other devices"),
-    "lab": Command("signal | compare | report", "compare norm placements", has_processes=True),
+    "lab": Command("signal | compare | report", "compare norm placements", has_processes=True, computes=True),
     "schemes": Command("[SCHEME ...] [DEPTH]", "print norm placements as tables"),
     "completion": Command("bash | zsh | fish", "print a script that completes arguments"),
 }
@@ -72,6 +79,14 @@ Exit status:
    75  stopped by SIGTERM and saved: the same command goes on
   130  the same by Ctrl-C; 129 the same by the end of the terminal
    76  stalled (train.stall_exit=true)"""
+
+
+def start(arguments: Sequence[str] | None = None) -> int:
+    """`main` as the whole of a process, which may begin once more (huge_pages.py)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[0] in COMMANDS and COMMANDS[arguments[0]].computes:
+        begin_again_with_huge_pages()
+    return main(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

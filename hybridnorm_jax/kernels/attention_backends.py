@@ -16,6 +16,7 @@ from hybridnorm_jax.kernels.attention_on_mesh import on_mesh, sequence_axes
 from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS, SAVED, SPLASH_TILE
 from hybridnorm_jax.kernels.blockwise_attention import blockwise_attention
 from hybridnorm_jax.kernels.gpu_cudnn import cudnn_attention
+from hybridnorm_jax.kernels.head_preparation import Preparation, prepared
 from hybridnorm_jax.kernels.split_sequence import zigzag_attention
 
 
@@ -111,7 +112,13 @@ def _obstacle(limits: _Limits | None, platform: str | None, dtype: Any, head_dim
 
 
 def causal_attention(
-    query: Heads, key: KeyValueHeads, value: KeyValueHeads, *, segment_ids: SegmentIds = None, backend: str = "xla"
+    query: Heads,
+    key: KeyValueHeads,
+    value: KeyValueHeads,
+    *,
+    segment_ids: SegmentIds = None,
+    preparation: Preparation | None = None,
+    backend: str = "xla",
 ) -> Heads:
     """softmax(q k^T / sqrt(head_dim) + mask) v, in the query's dtype; the softmax in float32 at least.
 
@@ -120,6 +127,7 @@ def causal_attention(
     the sequence, xla, flash and splash compute it in shares of equal work (zigzag.py); cudnn gathers the sequence.
 
     Args:
+      preparation: norms and rotation of the heads, which come before everything else.
       backend: as in resolve_backend. "auto" looks at the default platform. A named backend is used whatever the
         platform is, so that one can compile for a platform that is not here.
 
@@ -135,6 +143,12 @@ def causal_attention(
         capability=capability_of(jax.devices()[0]) if backend == "auto" else None,
     )
     inputs = AttentionInputs(query, key, value, segment_ids)
+    preparation = Preparation() if preparation is None else preparation
+    if backend == "splash":
+        from hybridnorm_jax.kernels.tpu_splash import splash_attention  # imports Pallas, which takes a while
+
+        return splash_attention(inputs, preparation, saved_as=SAVED)
+    inputs = prepared(inputs, preparation)
     match backend:
         case "xla":
             axes = sequence_axes(query.shape[1])
@@ -148,10 +162,6 @@ def causal_attention(
             from hybridnorm_jax.kernels.gpu_flash import flash_attention  # imports Pallas, which takes a while
 
             return flash_attention(inputs, saved_as=SAVED)
-        case "splash":
-            from hybridnorm_jax.kernels.tpu_splash import splash_attention  # imports Pallas, which takes a while
-
-            return splash_attention(inputs, saved_as=SAVED)
 
 
 def capability_of(device: jax.Device) -> str | None:

@@ -1,4 +1,7 @@
-"""Causal attention by the kernel in jax.experimental.pallas.ops.tpu.splash_attention, on one TPU or on a mesh."""
+"""Causal attention on TPUs: by our own kernel where a core holds a head, otherwise by JAX's splash attention.
+
+Splash attention (jax.experimental.pallas.ops.tpu.splash_attention) has sequences that a mesh splits, and longer ones.
+"""
 
 import functools
 from typing import Any
@@ -13,22 +16,30 @@ from jaxtyping import Array
 from hybridnorm_jax.kernels.attention_arrays import AttentionInputs, Heads, SegmentIds
 from hybridnorm_jax.kernels.attention_on_mesh import on_mesh, sequence_axes
 from hybridnorm_jax.kernels.backend_names import SPLASH_TILE as TILE
+from hybridnorm_jax.kernels.head_preparation import Preparation, prepared
+from hybridnorm_jax.kernels.tpu_attention import fits, tpu_attention
 from hybridnorm_jax.kernels.zigzag import from_zigzag, gather_sequence, to_zigzag, zigzag
 from hybridnorm_jax.mesh.split_axes import Axes, parts, split_axes
 
 
-def splash_attention(inputs: AttentionInputs, *, saved_as: str) -> Heads:
+def splash_attention(inputs: AttentionInputs, preparation: Preparation, *, saved_as: str) -> Heads:
     """causal_attention; on a mesh once per device, on its share of sequences, heads and positions.
 
     Args:
+      preparation: norms and rotation of the heads.
       saved_as: checkpoint name of what the backward pass needs besides query, key and value.
 
     Raises:
       ValueError: the sequence is split among n devices, and its length is no multiple of 2 n * 128.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    _, seq, _, head_dim = inputs.query.shape
+    on_one_device = jax.sharding.get_abstract_mesh().empty
+    axes = () if on_one_device else sequence_axes(seq)
+    if not axes and fits(seq=seq, head_dim=head_dim, dtype=inputs.query.dtype):
+        return tpu_attention(inputs, preparation, saved_as=saved_as)
+    inputs = prepared(inputs, preparation)
+    if on_one_device:
         return _whole(inputs, saved_as=saved_as)
-    axes = sequence_axes(inputs.query.shape[1])
     if not axes:
         return on_mesh(functools.partial(_whole, saved_as=saved_as), inputs)
     return _in_shares(inputs, axes, saved_as)

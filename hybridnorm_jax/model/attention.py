@@ -9,19 +9,19 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from hybridnorm_jax.kernels.attention_arrays import AttentionInputs
 from hybridnorm_jax.kernels.attention_backends import causal_attention
 from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS
 from hybridnorm_jax.kernels.blockwise_attention import attention_statistics
 from hybridnorm_jax.kernels.cached_attention import CachedHeads, cached_attention
 from hybridnorm_jax.kernels.dense_products import rows_product
+from hybridnorm_jax.kernels.head_preparation import HeadNorm, Preparation, Rotation, prepared
+from hybridnorm_jax.model import placement
 from hybridnorm_jax.model.cache import CACHE, Slots, in_place
 from hybridnorm_jax.model.initializers import truncated_normal
 from hybridnorm_jax.model.input_checks import check_at_least_one, check_per_token, check_stream
-from hybridnorm_jax.model.norms import Norm
-from hybridnorm_jax.model.placement import HeadNorm
+from hybridnorm_jax.model.norms import Norm, layer_norm, rms_norm
 from hybridnorm_jax.model.signal_measures import SIGNAL
-
-Rotation = tuple[Float[Array, "batch seq 1 half"], Float[Array, "batch seq 1 half"]]
 
 
 def default_positions(seq: int) -> Int[Array, "1 seq"]:
@@ -40,48 +40,18 @@ def rotation(positions: Int[Array, "batch seq"], rotary_dim: int, theta: float, 
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: Float[Array, "batch seq heads head_dim"], by: Rotation) -> Float[Array, "batch seq heads head_dim"]:
-    """RoPE on the leading 2 * half channels, channel i paired with i + half; the rest passes unchanged.
+class HeadNormParameters(nn.Module):
+    """The parameters `scale` and `bias` of a norm of heads, for whoever applies it; None where one is not asked for."""
 
-    It is linear in x, and its transpose is the rotation back, which is how it is differentiated in reverse mode. The
-    positions have no gradient.
-    """
-    half = by[0].shape[-1]
-    rotated, passed = x[..., : 2 * half], x[..., 2 * half :]
-    rotated = _rotate(rotated, by)
-    return rotated if passed.shape[-1] == 0 else jnp.concatenate([rotated, passed], axis=-1)
+    use_scale: bool
+    use_bias: bool
+    param_dtype: Any
 
-
-@jax.custom_vjp
-def _rotate(x: Array, by: Rotation) -> Array:
-    """[first, second] * [cos, cos] + [second, first] * [-sin, sin], the halves of the channels."""
-    cos, sin = by
-    swapped = jax.lax.platform_dependent(x, tpu=_swapped_by_slicing, default=_swapped)
-    whole_cos, signed_sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
-    return (x.astype(cos.dtype) * whole_cos + swapped.astype(cos.dtype) * signed_sin).astype(x.dtype)
-
-
-def _rotate_forward(x: Array, by: Rotation) -> tuple[Array, Rotation]:
-    return _rotate(x, by), by
-
-
-def _rotate_backward(by: Rotation, gradient: Array) -> tuple[Array, None]:
-    cos, sin = by
-    return _rotate(gradient, (cos, -sin)), None
-
-
-_rotate.defvjp(_rotate_forward, _rotate_backward)
-
-
-def _swapped(x: Array) -> Array:
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([second, first], axis=-1)
-
-
-def _swapped_by_slicing(x: Array) -> Array:
-    """As _swapped; XLA for TPUs writes halves out before it puts them together, and this it does not."""
-    half = x.shape[-1] // 2
-    return jnp.concatenate([x, x], axis=-1)[..., half:-half]
+    @nn.compact
+    def __call__(self, head_dim: int) -> tuple[Float[Array, " head_dim"] | None, Float[Array, " head_dim"] | None]:
+        scale = self.param("scale", nn.initializers.ones, (head_dim,), self.param_dtype) if self.use_scale else None
+        bias = self.param("bias", nn.initializers.zeros, (head_dim,), self.param_dtype) if self.use_bias else None
+        return scale, bias
 
 
 class Attention(nn.Module):
@@ -113,10 +83,10 @@ class Attention(nn.Module):
     num_heads: int
     num_kv_heads: int | None = None
     head_dim: int | None = None
-    q_norm: HeadNorm = None
-    k_norm: HeadNorm = None
-    v_norm: HeadNorm = None
-    context_norm: HeadNorm = None
+    q_norm: placement.HeadNorm = None
+    k_norm: placement.HeadNorm = None
+    v_norm: placement.HeadNorm = None
+    context_norm: placement.HeadNorm = None
     norm: str = "rmsnorm"
     norm_epsilon: float = 1e-5
     norm_scale: bool = True
@@ -171,19 +141,22 @@ class Attention(nn.Module):
         q = dense((self.num_heads, head_dim), kernel_init=self.input_init, name="query")(x)
         k = dense((num_kv_heads, head_dim), kernel_init=self.input_init, name="key")(x)
         v = dense((num_kv_heads, head_dim), kernel_init=self.value_init, name="value")(x)
-        if self.q_norm or self.k_norm or self.v_norm:
-            # XLA for TPUs would copy them in float32 into another layout for the norms (1.18B, v6e: 4 % of all bytes).
-            q, k, v = jax.lax.optimization_barrier((q, k, v))
-        q, k, v = self._normalize("q_norm", q), self._normalize("k_norm", k), self._normalize("v_norm", v)
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
-        self._watch(q, k, segment_ids)
+        q, query_norm = self._norm_of_heads("q_norm", q)
+        k, key_norm = self._norm_of_heads("k_norm", k)
+        v, value_norm = self._norm_of_heads("v_norm", v)
+        preparation = Preparation(query=query_norm, key=key_norm, value=value_norm, rotation=rotation)
+        watched = self.is_mutable_collection(SIGNAL) and not self.is_initializing()
+        if watched or slots is not None:
+            q, k, v, _ = prepared(AttentionInputs(q, k, v, segment_ids), preparation)
+            preparation = Preparation()
+        if watched:
+            self._watch(q, k, segment_ids)
         if slots is not None:
             keys, values = self._keep("cached_key", k, slots), self._keep("cached_value", v, slots)
         if slots is not None and x.shape[1] == 1:
             context = cached_attention(q, keys, values, first=slots.first, last=slots.next)
         else:
-            context = causal_attention(q, k, v, segment_ids=segment_ids, backend=self.backend)
+            context = causal_attention(q, k, v, segment_ids=segment_ids, preparation=preparation, backend=self.backend)
         context = self._normalize("context_norm", context)
         out = dense(x.shape[-1], axis=(-2, -1), kernel_init=self.output_init, name="out")
         return out(context)
@@ -225,16 +198,28 @@ class Attention(nn.Module):
         k: Float[Array, "batch seq kv_heads head_dim"],
         segment_ids: Int[Array, "batch seq"] | None,
     ) -> None:
-        if self.is_mutable_collection(SIGNAL) and not self.is_initializing():
-            entropy, largest = attention_statistics(q, k, segment_ids)
-            self.sow(SIGNAL, "attention_entropy", entropy)
-            self.sow(SIGNAL, "largest_logit", largest)
+        entropy, largest = attention_statistics(q, k, segment_ids)
+        self.sow(SIGNAL, "attention_entropy", entropy)
+        self.sow(SIGNAL, "largest_logit", largest)
+
+    def _norm_of_heads(
+        self, name: str, heads: Float[Array, "batch seq heads head_dim"]
+    ) -> tuple[Float[Array, "batch seq heads head_dim"], HeadNorm | None]:
+        """The heads, and the norm that is still to be applied; a norm over the projection is applied here."""
+        if getattr(self, name) != "head" or self.norm not in ("layernorm", "rmsnorm"):
+            return self._normalize(name, heads), None
+        parameters = HeadNormParameters(
+            use_scale=self.norm_scale, use_bias=self.norm_bias, param_dtype=self.param_dtype, name=name
+        )
+        scale, bias = parameters(heads.shape[-1])
+        function = layer_norm if self.norm == "layernorm" else rms_norm
+        return heads, HeadNorm(scale, bias, function, self.norm_epsilon)
 
     def _normalize(
         self, name: str, heads: Float[Array, "batch seq heads head_dim"]
     ) -> Float[Array, "batch seq heads head_dim"]:
         """The norm of this name where the placement has it, otherwise heads as they are."""
-        extent: HeadNorm = getattr(self, name)
+        extent: placement.HeadNorm = getattr(self, name)
         if extent is None:
             return heads
         if extent not in ("head", "projection"):

@@ -174,20 +174,13 @@ def test_an_axis_that_would_split_two_dimensions_is_refused(small_config, rules,
         Program(dataclasses.replace(default, model=small_config(), train=train, mesh=mesh))
 
 
-def test_splash_compiles_for_eight_tpu_chips():
-    pytest.importorskip("libtpu")
-    from jax.experimental import topologies
-
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("TPU_SKIP_MDS_QUERY", "1")
-        environment.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        devices = list(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices)
-        mesh = make_mesh({"context": 4, "tensor": 2}, devices)
-        place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "context", "tensor"))
-        shape = jax.ShapeDtypeStruct((1, 4096, 4, 128), jnp.bfloat16, sharding=place)
-        with use_mesh(mesh):
-            gradient = jax.grad(lambda *qkv: _attention(None, "splash")(*qkv).astype(jnp.float32).sum(), (0, 1, 2))
-            text = jax.jit(gradient).lower(shape, shape, shape).compile().as_text()
+def test_splash_compiles_for_eight_tpu_chips(tpu_devices):
+    mesh = make_mesh({"context": 4, "tensor": 2}, list(tpu_devices))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "context", "tensor"))
+    shape = jax.ShapeDtypeStruct((1, 4096, 4, 128), jnp.bfloat16, sharding=place)
+    with use_mesh(mesh):
+        gradient = jax.grad(lambda *qkv: _attention(None, "splash")(*qkv).astype(jnp.float32).sum(), (0, 1, 2))
+        text = jax.jit(gradient).lower(shape, shape, shape).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 3
     assert "collective-permute" in text
 

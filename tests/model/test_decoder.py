@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import hybridnorm_jax as hn
-from hybridnorm_jax.model.attention import rotate, rotation
+from hybridnorm_jax.kernels.head_preparation import rotate
+from hybridnorm_jax.model.attention import rotation
 from hybridnorm_jax.model.block import stream_norm
 from hybridnorm_jax.model.decoder import Embedding
 from hybridnorm_jax.model.placement import runs

@@ -90,6 +90,25 @@ def test_splash_attention_counts_the_blocks_that_it_visits(kernel, products, pai
     assert (found.flops, found.is_kernel) == (2 * products * 2 * 4 * 64 * pairs, True)
 
 
+CAUSAL_ATTENTION = """HloModule m
+
+ENTRY %main (q: bf16[2,4,64,1024], k: bf16[2,2,64,1024]) -> bf16[2,4,64,1024] {
+  %q = bf16[2,4,64,1024]{3,2,1,0} parameter(0)
+  %k = bf16[2,2,64,1024]{3,2,1,0} parameter(1)
+  ROOT %jvp_KERNEL_.5 = bf16[2,4,64,1024]{3,2,1,0} custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 256, \\"block_kv\\": 256}"
+}}
+}
+"""
+
+
+@pytest.mark.parametrize(("kernel", "products"), [("causal_attention_forward", 2), ("causal_attention_backward", 5)])
+def test_our_own_attention_counts_the_blocks_that_it_visits(kernel, products):
+    (found,) = matrix_products(CAUSAL_ATTENTION.replace("KERNEL", kernel))
+    assert (found.flops, found.is_kernel) == (2 * products * 2 * 4 * 64 * 256 * 256 * (1 + 2 + 3 + 4), True)
+
+
 GROUPED = """HloModule m
 
 ENTRY %main (x: bf16[512,64], w: bf16[8,64,96], g: s32[8]) -> bf16[512,96] {
@@ -107,6 +126,28 @@ def test_grouped_products_count_every_row_once():
         "ROOT %gmm.1 = bf16[512,96]{1,0}", "ROOT %tgmm.1 = bf16[8,64,96]{2,1,0}"
     )
     assert total_flops(matrix_products(transposed)) == 2 * 512 * 64 * 96
+
+
+FUSED = """HloModule m
+
+ENTRY %main (n: s32[6], x: bf16[512,128], w: f32[1,4,128], g: bf16[8,128,256]) -> bf16[512,256] {
+  %n = s32[6]{0} parameter(0)
+  %x = bf16[512,128]{1,0} parameter(1)
+  %w = f32[1,4,128]{2,1,0} parameter(2)
+  %g = bf16[8,128,256]{2,1,0} parameter(3)
+  ROOT %jvp_experts_hidden_.1 = bf16[512,256]{1,0} custom-call(%n, %n, %n, %n, %x, %w, %g, %g), \
+custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_fused_experts_count_a_product_for_each_kernel_and_each_gradient_of_one():
+    assert total_flops(matrix_products(FUSED)) == 2 * 2 * 512 * 128 * 256
+    gradient = FUSED.replace("%n, %x, %w, %g, %g", "%n, %x, %x").replace(
+        "ROOT %jvp_experts_hidden_.1 = bf16[512,256]{1,0}",
+        "ROOT %experts_d_input_kernels.1 = (bf16[8,128,128]{2,1,0}, bf16[8,128,128]{2,1,0})",
+    )
+    assert total_flops(matrix_products(gradient)) == 2 * 2 * 512 * 128 * 128
 
 
 def test_a_kernel_that_nobody_knows_is_named_and_not_counted():
