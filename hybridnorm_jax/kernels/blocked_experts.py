@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hybridnorm_jax.kernels.expert_rows import GroupSizes, Rows, pad_rows
 from hybridnorm_jax.kernels.precision import wide_dtype, wide_einsum
-from hybridnorm_jax.kernels.swiglu import ExpertKernels, swiglu
+from hybridnorm_jax.kernels.swiglu import ExpertKernels, swiglu, swiglu_gradients
 
 Carry = TypeVar("Carry")
 Hidden = Float[Array, "rows mlp"]
@@ -211,23 +211,19 @@ def _block_gradients(inputs: _BackwardInputs, kernels: ExpertKernels) -> _Gradie
         dU = x^T du
         dD = (w h)^T dy
 
-    where silu(g) = g s and silu'(g) = s (1 + g (1 - s)), s = sigmoid(g).
+    See swiglu.swiglu_gradients for du, dg, dw and h.
     """
     x, d_output = inputs.x, inputs.d_output
     wide, dtype = wide_dtype(x.dtype), x.dtype
     weights, gated, upped = inputs.weights.astype(wide)[:, None], inputs.gated.astype(wide), inputs.upped.astype(wide)
-    sigmoid = jax.nn.sigmoid(gated)
-    hidden = gated * sigmoid * upped
     d_weighted = wide_einsum("bd,md->bm", d_output, kernels.down)
-    d_hidden = weights * d_weighted
-    d_upped = (d_hidden * gated * sigmoid).astype(dtype)
-    d_gated = (d_hidden * upped * sigmoid * (1 + gated * (1 - sigmoid))).astype(dtype)
+    hidden, d_gated, d_upped, d_weights = swiglu_gradients(gated, upped, weights, d_weighted)
+    hidden, d_gated, d_upped = (array.astype(dtype) for array in (hidden, d_gated, d_upped))
     d_x = wide_einsum("bm,dm->bd", d_gated, kernels.gate) + wide_einsum("bm,dm->bd", d_upped, kernels.up)
-    d_down = wide_einsum("bm,bd->md", (weights * hidden).astype(dtype), d_output)
+    d_down = wide_einsum("bm,bd->md", hidden, d_output)
     d_gate = wide_einsum("bd,bm->dm", x, d_gated)
     d_up = wide_einsum("bd,bm->dm", x, d_upped)
-    d_weights = (d_weighted * hidden).sum(1)
-    return _Gradients(rows=d_x, row_weights=d_weights, kernels=ExpertKernels(gate=d_gate, up=d_up, down=d_down))
+    return _Gradients(rows=d_x, row_weights=d_weights[:, 0], kernels=ExpertKernels(gate=d_gate, up=d_up, down=d_down))
 
 
 blocked.defvjp(_blocked_forward, _blocked_backward)

@@ -1,10 +1,11 @@
 """SwiGLU experts, each on the tokens that chose it, and the choice of what computes them.
 
 dense computes every expert on every token; it is the reference. The others sort the rows by expert first: blocked
-(ours, on any platform), ragged (jax.lax.ragged_dot) and gmm (jax.experimental.pallas.ops.tpu.megablox, on a TPU).
+(ours, on any platform), ragged (jax.lax.ragged_dot), and on a TPU gmm (jax.experimental.pallas.ops.tpu.megablox) and
+fused (ours).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,42 +17,57 @@ from hybridnorm_jax.kernels.blocked_experts import blocked
 from hybridnorm_jax.kernels.expert_rows import GroupSizes, Rows, Tokens, collect, sort_by_expert, spread
 from hybridnorm_jax.kernels.grouped_products import experts_by_products, ragged_product
 from hybridnorm_jax.kernels.precision import wide_einsum
+from hybridnorm_jax.kernels.segments import segments_of_groups
 from hybridnorm_jax.kernels.swiglu import ExpertKernels, swiglu
 
 KEY = "model.expert_dispatch"
 
-_GMM_DTYPES = ("bfloat16", "float32")
+_TPU_DTYPES = ("bfloat16", "float32")
 
 
-def resolve_dispatch(name: str, *, platform: str | None, dtype: Any) -> str:
+class ExpertSize(NamedTuple):
+    """The channels that an expert reads and returns, and those of its hidden layer."""
+
+    embed: int
+    mlp: int
+
+
+def resolve_dispatch(name: str, *, platform: str | None, dtype: Any, size: ExpertSize | None = None) -> str:
     """The dispatch that computes the experts: the named one, or the one that "auto" stands for.
 
-    "auto" is gmm where it can run, and blocked elsewhere.
+    "auto" is on a TPU fused, or gmm where an expert is too large for it, and blocked elsewhere.
 
     Args:
-      name: auto | dense | blocked | ragged | gmm.
+      name: auto | dense | blocked | ragged | gmm | fused.
       platform: of the devices that will run it: cpu | gpu | tpu. With None a named dispatch's platform is not checked.
       dtype: of the tokens and the kernels.
+      size: of each expert on one device; None where that is not to be checked.
 
     Raises:
       ConfigError: the named dispatch cannot do this; the message says why.
     """
     check_choice(KEY, name, EXPERT_DISPATCHES)
     if name == "auto":
-        return "gmm" if platform == "tpu" and _obstacle("gmm", platform, dtype) is None else "blocked"
-    reason = _obstacle(name, platform, dtype)
+        candidates = ("fused", "gmm") if platform == "tpu" else ()
+        return next((each for each in candidates if _obstacle(each, platform, dtype, size) is None), "blocked")
+    reason = _obstacle(name, platform, dtype, size)
     check(reason is None, KEY, name, f"{reason}; use auto or blocked")
     return name
 
 
-def _obstacle(name: str, platform: str | None, dtype: Any) -> str | None:
+def _obstacle(name: str, platform: str | None, dtype: Any, size: ExpertSize | None) -> str | None:
     """Why this dispatch cannot do it, or None."""
-    if name != "gmm":
+    if name not in ("gmm", "fused"):
         return None
     if platform not in (None, "tpu"):
         return f"needs platform tpu, this is {platform}"
-    if jnp.dtype(dtype).name not in _GMM_DTYPES:
-        return f"needs model.dtype {' or '.join(_GMM_DTYPES)}, not {jnp.dtype(dtype).name}"
+    if jnp.dtype(dtype).name not in _TPU_DTYPES:
+        return f"needs model.dtype {' or '.join(_TPU_DTYPES)}, not {jnp.dtype(dtype).name}"
+    if name == "fused" and size is not None:
+        from hybridnorm_jax.kernels.tpu_fused import fits  # imports Pallas, which takes a while
+
+        if not fits(size.embed, size.mlp, dtype):
+            return f"has no room in a core for experts of {size.embed} x {size.mlp} channels; use gmm"
     return None
 
 
@@ -90,7 +106,7 @@ def apply_experts(
     _check_shape("weights", weights, chosen.shape)
     if not elsewhere and not 1 <= chosen.shape[1] <= experts:
         raise ValueError(f"chosen: k={chosen.shape[1]} must be between 1 and the number of experts, {experts}")
-    dispatch = _resolve_here(dispatch, x.dtype)
+    dispatch = _resolve_here(dispatch, kernels)
     if dispatch == "dense":  # compares ids, so that experts elsewhere have no weight
         return _dense(x, kernels, weights, chosen)
     if not elsewhere:
@@ -121,7 +137,7 @@ def apply_grouped_experts(
     covered = jnp.arange(len(rows)) < sizes.sum()
     rows = jnp.where(covered[:, None], rows, 0)
     row_weights = jnp.where(covered, row_weights, 0)
-    outputs = _by_dispatch(_resolve_here(dispatch, rows.dtype), rows, row_weights, sizes, kernels)
+    outputs = _by_dispatch(_resolve_here(dispatch, kernels), rows, row_weights, sizes, kernels)
     return jnp.where(covered[:, None], outputs, 0)
 
 
@@ -140,6 +156,10 @@ def _by_dispatch(
             from hybridnorm_jax.kernels.tpu_gmm import gmm_product  # imports Pallas, which takes a while
 
             return experts_by_products(gmm_product, rows, row_weights, sizes, kernels)
+        case "fused":
+            from hybridnorm_jax.kernels.tpu_fused import fused
+
+            return fused(rows, row_weights, segments_of_groups(sizes), kernels)
 
 
 def _dense(
@@ -157,9 +177,10 @@ def _dense_grouped(rows: Rows, row_weights: Float[Array, " rows"], sizes: GroupS
     return _dense(rows, kernels, row_weights[:, None], expert[:, None])
 
 
-def _resolve_here(dispatch: str, dtype: Any) -> str:
+def _resolve_here(dispatch: str, kernels: ExpertKernels) -> str:
     platform = jax.default_backend() if dispatch == "auto" else None
-    return resolve_dispatch(dispatch, platform=platform, dtype=dtype)
+    _, embed, mlp = kernels.gate.shape
+    return resolve_dispatch(dispatch, platform=platform, dtype=kernels.gate.dtype, size=ExpertSize(embed, mlp))
 
 
 def _check_rank(name: str, array: Array, rank: int) -> None:

@@ -14,6 +14,8 @@ _WITHOUT_PRODUCTS = re.compile(
     r"|ResizeNearest\w*|LayoutConstraint|AnnotateDevicePlacement|annotate_device_placement|Pin|Unpin|CreateBuffer"
     r"|__cub\$\w+|cu_threefry2x32\w*|tpu_memory_\w+|xla_ffi_\w*partition_id|.*callback\w*|BarrierStart|BarrierDone"
 )
+# The kernels of kernels/tpu_fused.py, whose names JAX's transformations put into others.
+_FUSED_EXPERTS = re.compile(r"experts_(hidden|outputs|d_hidden|d_rows|d_input_kernels|d_output_kernels)")
 # Products of one sequence with another in each kernel of splash attention: forward the scores and their sum of values;
 # backward each recomputes the scores and their gradient.
 _SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
@@ -26,8 +28,8 @@ def kernel_flops(call: Instruction, computation: Computation) -> int | None:
     """FLOPs of one run of a custom call: 0 for what multiplies nothing, None for what is not known.
 
     Splash attention counts the blocks of a causal mask that it visits, cuDNN's attention half of all pairs where it is
-    causal. Megablox (gmm) counts every row that it is given; where groups are empty it does less. Kernels of this
-    package for GPUs: see gpu_kernel_products.py.
+    causal. Products of experts (gmm, and our own) count every row that they are given; of rows of nobody they do less.
+    Kernels of this package for GPUs: see gpu_kernel_products.py.
     """
     operands = [array for name in call.operand_names for array in arrays(computation[name].shape)]
     results = arrays(call.shape)
@@ -40,6 +42,8 @@ def kernel_flops(call: Instruction, computation: Computation) -> int | None:
             return _splash(kernel, call, operands)
         case "tpu_custom_call" if kernel in ("gmm", "tgmm"):
             return _grouped(operands, results)
+        case "tpu_custom_call" if _FUSED_EXPERTS.search(kernel):
+            return _fused_experts(operands, results)
         case target if target.startswith("__cudnn$fmha"):
             return _cudnn_attention(call, operands)
         case target if target.startswith("__cublas$"):
@@ -103,6 +107,13 @@ def _grouped(operands: list[Array], results: list[Array]) -> int:
     """2 * rows * k * n of gmm (rows, k) x (groups, k, n), and of tgmm (rows, k)^T x (rows, n) for each group."""
     left, _right = [each for each in operands if len(each.sizes) >= 2 and each.dtype not in ("s32", "u32")][-2:]
     return 2 * math.prod(left.sizes) * results[0].sizes[-1]
+
+
+def _fused_experts(operands: list[Array], results: list[Array]) -> int:
+    """2 * rows * k * n for every (groups, k, n) that they read, kernels, or write, gradients of kernels."""
+    rows = next(each.sizes[0] for each in operands if len(each.sizes) == 2)
+    stacks = [each for each in (*operands, *results) if len(each.sizes) == 3 and math.prod(each.sizes) != rows]
+    return sum(2 * rows * each.sizes[1] * each.sizes[2] for each in stacks)
 
 
 def _cudnn_attention(call: Instruction, operands: list[Array]) -> int | None:

@@ -17,7 +17,7 @@ from hybridnorm_jax.equivalence.decoder_forms import Conversion, conversion_of
 from hybridnorm_jax.equivalence.invariants import assert_measured, tolerances
 from hybridnorm_jax.equivalence.measurements import Measured
 from hybridnorm_jax.kernels.attention_backends import capability_of, resolve_backend, sequence_multiple
-from hybridnorm_jax.kernels.expert_dispatch import resolve_dispatch
+from hybridnorm_jax.kernels.expert_dispatch import ExpertSize, resolve_dispatch
 from hybridnorm_jax.mesh.batch_shares import BatchShare, batch_parts, batch_sharding, batch_share
 from hybridnorm_jax.mesh.device_mesh import make_mesh, use_mesh
 from hybridnorm_jax.mesh.fit_checks import check_experts, check_sequence
@@ -115,7 +115,8 @@ class Program:
         model = self.config.model
         if not model.num_experts:
             return None
-        return resolve_dispatch(model.expert_dispatch, platform=self._platform, dtype=model.dtype)
+        size = ExpertSize(embed=model.d_model + model.mlp_bias, mlp=model.mlp_dim)  # biases ride on one more channel
+        return resolve_dispatch(model.expert_dispatch, platform=self._platform, dtype=model.dtype, size=size)
 
     def _resolve_backend(self) -> str:
         """What computes attention on these devices."""

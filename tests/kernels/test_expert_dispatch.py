@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
-from hybridnorm_jax.kernels import blocked_experts, tpu_gmm
+from hybridnorm_jax.kernels import blocked_experts, tpu_gmm, tpu_visits
 from hybridnorm_jax.kernels.expert_dispatch import apply_experts, apply_grouped_experts
 from hybridnorm_jax.kernels.expert_rows import collect, sort_by_expert, spread
 from hybridnorm_jax.kernels.swiglu import ExpertKernels
 
 EMBED, MLP = 12, 20
 SORTED = ("blocked", "ragged")
+TPU = ("gmm", "fused")
 
 
 def draw(tokens, experts, k, dtype=np.float64, seed=0):
@@ -60,8 +61,10 @@ def assert_equal_to(expected, got, tolerance):
 
 
 @pytest.fixture
-def gmm_interpreted(monkeypatch):
+def interpreted(monkeypatch):
+    """TPU kernels run here."""
     monkeypatch.setattr(tpu_gmm, "gmm", functools.partial(tpu_gmm.gmm, interpret=True))
+    monkeypatch.setattr(tpu_visits, "pallas_call", functools.partial(tpu_visits.pallas_call, interpret=True))
 
 
 def test_dense_is_the_formula():
@@ -105,8 +108,8 @@ def test_sorted_dispatches_equal_dense_in_value_and_gradient(dispatch, routing):
 # float32: some rounding errors of 6e-8 in sums of at most 300 terms. bfloat16: as many of 4e-3, which the gate, the up
 # product, the hidden layer and every row of the result are rounded by.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
-@pytest.mark.parametrize("dispatch", ["dense", "gmm", *SORTED])
-def test_narrow_dtypes_stay_within_their_rounding(gmm_interpreted, dispatch, dtype, tolerance):
+@pytest.mark.parametrize("dispatch", ["dense", *TPU, *SORTED])
+def test_narrow_dtypes_stay_within_their_rounding(interpreted, dispatch, dtype, tolerance):
     with jax.enable_x64(True):
         rounded, chosen = draw(70, 6, 2, dtype), choose(70, 6, 2, scores=np.array([0, 0, 2, 0.3, -2, 0.1]))
         wide = (array.astype(np.float64) for array in rounded)
@@ -116,8 +119,8 @@ def test_narrow_dtypes_stay_within_their_rounding(gmm_interpreted, dispatch, dty
     assert_equal_to(expected, got, tolerance)
 
 
-@pytest.mark.parametrize("dispatch", ["dense", "gmm", *SORTED])
-def test_weights_keep_their_own_dtype(gmm_interpreted, dispatch):
+@pytest.mark.parametrize("dispatch", ["dense", *TPU, *SORTED])
+def test_weights_keep_their_own_dtype(interpreted, dispatch):
     *inputs, weights = draw(6, 3, 2, jnp.bfloat16)
     got = value_and_gradients(by_dispatch(dispatch, choose(6, 3, 2)), *inputs, weights.astype(jnp.float32))
     assert [array.dtype.name for array in got] == ["bfloat16"] * 5 + ["float32"]
@@ -190,9 +193,9 @@ def grouped(dispatch, sizes):
 
 
 @pytest.mark.parametrize("sizes", [(3, 0, 9, 1), (0, 0, 0, 0), (0, 20, 0, 0), (5, 5, 5, 5), (0, 0, 0, 17)])
-@pytest.mark.parametrize("dispatch", ["dense", "gmm", *SORTED])
-def test_rows_past_the_last_group_are_zero_whatever_they_hold(gmm_interpreted, dispatch, sizes):
-    dtype, tolerance = (np.float32, 2e-6) if dispatch == "gmm" else (np.float64, 1e-10)
+@pytest.mark.parametrize("dispatch", ["dense", *TPU, *SORTED])
+def test_rows_past_the_last_group_are_zero_whatever_they_hold(interpreted, dispatch, sizes):
+    dtype, tolerance = (np.float32, 2e-6) if dispatch in TPU else (np.float64, 1e-10)
     used = sum(sizes)
     with jax.enable_x64(dtype is np.float64):
         (rows, *kernels, row_weights), sizes = draw_grouped(sizes, 20, dtype)
@@ -308,7 +311,7 @@ def tpu_device():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize(("tokens", "embed", "mlp", "experts", "k"), [(2048, 2048, 1024, 8, 8), (100, 96, 160, 4, 2)])
-@pytest.mark.parametrize(("dispatch", "kernels"), [("gmm", 9), ("blocked", 0)])
+@pytest.mark.parametrize(("dispatch", "kernels"), [("gmm", 9), ("fused", 6), ("blocked", 0)])
 def test_gradient_compiles_for_tpu(tpu_device, dispatch, kernels, tokens, embed, mlp, experts, k, dtype):
     place = jax.sharding.SingleDeviceSharding(tpu_device)
     shapes = (tokens, embed), (experts, embed, mlp), (experts, embed, mlp), (experts, mlp, embed), (tokens, k)

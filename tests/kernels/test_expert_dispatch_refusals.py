@@ -7,7 +7,7 @@ import pytest
 from test_expert_dispatch import EMBED, MLP, by_dispatch, choose, draw, draw_grouped
 
 from hybridnorm_jax.errors import ConfigError
-from hybridnorm_jax.kernels.expert_dispatch import KEY, apply_grouped_experts, resolve_dispatch
+from hybridnorm_jax.kernels.expert_dispatch import KEY, ExpertSize, apply_grouped_experts, resolve_dispatch
 from hybridnorm_jax.kernels.swiglu import ExpertKernels
 
 
@@ -16,7 +16,7 @@ from hybridnorm_jax.kernels.swiglu import ExpertKernels
     [
         ("auto", "cpu", jnp.float32, "blocked"),
         ("auto", "gpu", jnp.bfloat16, "blocked"),
-        ("auto", "tpu", jnp.bfloat16, "gmm"),
+        ("auto", "tpu", jnp.bfloat16, "fused"),
         ("auto", "tpu", jnp.float64, "blocked"),
         ("ragged", "cpu", jnp.float64, "ragged"),
         ("dense", None, jnp.float64, "dense"),
@@ -28,10 +28,23 @@ def test_resolving(name, platform, dtype, expected):
 
 
 @pytest.mark.parametrize(
+    ("embed", "mlp", "expected"),
+    [(2048, 1024, "fused"), (4096, 14336, "fused"), (193, 50, "fused"), (65536, 128, "gmm")],
+)
+def test_on_a_tpu_the_size_of_an_expert_decides(embed, mlp, expected):
+    size = ExpertSize(embed, mlp)
+    assert resolve_dispatch("auto", platform="tpu", dtype=jnp.bfloat16, size=size) == expected
+    if expected == "gmm":
+        with pytest.raises(ConfigError, match="no room in a core for experts of 65536 x 128 channels; use gmm"):
+            resolve_dispatch("fused", platform="tpu", dtype=jnp.bfloat16, size=size)
+
+
+@pytest.mark.parametrize(
     ("name", "platform", "dtype", "part"),
     [
         ("gmm", "cpu", jnp.float32, "needs platform tpu, this is cpu"),
         ("gmm", "tpu", jnp.float16, "not float16"),
+        ("fused", "gpu", jnp.bfloat16, "needs platform tpu, this is gpu"),
         ("block", "cpu", jnp.float32, "did you mean 'blocked'"),
         ("all_to_all", "cpu", jnp.float32, "not known"),
     ],

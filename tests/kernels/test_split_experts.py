@@ -206,7 +206,7 @@ def _lowered(devices, shape, dispatch, dtype=jnp.bfloat16, platforms=None):
         return traced.lower(lowering_platforms=platforms)
 
 
-@pytest.mark.parametrize(("dispatch", "kernels"), [("gmm", 9), ("blocked", 0)])
+@pytest.mark.parametrize(("dispatch", "kernels"), [("gmm", 9), ("fused", 6), ("blocked", 0)])
 def test_compiles_for_eight_tpu_chips(dispatch, kernels):
     pytest.importorskip("libtpu")
     from jax.experimental import topologies

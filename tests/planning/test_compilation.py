@@ -266,7 +266,12 @@ def test_rows_are_written_and_read_again(tmp_path):
     ("file", "topology", "mesh", "names"),
     [
         (QUICKSTART, "v5p:2x2x1", ["mesh.data=1", "mesh.fsdp=-1"], {"splash_mha_fwd_residuals"}),
-        (MOE_QUICKSTART, "v6e:2x2", ["mesh.expert=4"], {"splash_mha_fwd_residuals", "gmm", "tgmm"}),
+        (
+            MOE_QUICKSTART,
+            "v6e:2x2",
+            ["mesh.expert=4"],
+            {"splash_mha_fwd_residuals", "experts_hidden", "experts_d_hidden"},
+        ),
         (QUICKSTART, "2xv5e:2x2", ["mesh.replica=2"], {"splash_mha_fwd_residuals"}),
     ],
 )

@@ -128,6 +128,28 @@ def test_grouped_products_count_every_row_once():
     assert total_flops(matrix_products(transposed)) == 2 * 512 * 64 * 96
 
 
+FUSED = """HloModule m
+
+ENTRY %main (n: s32[6], x: bf16[512,128], w: f32[1,4,128], g: bf16[8,128,256]) -> bf16[512,256] {
+  %n = s32[6]{0} parameter(0)
+  %x = bf16[512,128]{1,0} parameter(1)
+  %w = f32[1,4,128]{2,1,0} parameter(2)
+  %g = bf16[8,128,256]{2,1,0} parameter(3)
+  ROOT %jvp_experts_hidden_.1 = bf16[512,256]{1,0} custom-call(%n, %n, %n, %n, %x, %w, %g, %g), \
+custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_fused_experts_count_a_product_for_each_kernel_and_each_gradient_of_one():
+    assert total_flops(matrix_products(FUSED)) == 2 * 2 * 512 * 128 * 256
+    gradient = FUSED.replace("%n, %x, %w, %g, %g", "%n, %x, %x").replace(
+        "ROOT %jvp_experts_hidden_.1 = bf16[512,256]{1,0}",
+        "ROOT %experts_d_input_kernels.1 = (bf16[8,128,128]{2,1,0}, bf16[8,128,128]{2,1,0})",
+    )
+    assert total_flops(matrix_products(gradient)) == 2 * 2 * 512 * 128 * 128
+
+
 def test_a_kernel_that_nobody_knows_is_named_and_not_counted():
     (found,) = matrix_products(GROUPED.replace("%gmm.1", "%mine.1"))
     assert (found.name, found.flops, found.times) == ("mine.1", None, 1)
