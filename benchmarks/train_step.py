@@ -4,41 +4,39 @@ By default of the configuration `benchmark`. A step is forward, loss, backward, 
 lie on the device. Step times are medians after warm-up; every step is waited for. MFU counts causal attention by half
 and no rematerialization, over the bfloat16 peak of all devices (training/throughput.py).
 
---peer times the same shape, precision and step in PyTorch's transformers (Olmo2), in turns with ours in this process.
+--peer compares with the same shape, precision and step in PyTorch's transformers (Olmo2): of the configuration that is
+named, or of quickstart, lab and benchmark. A duel is two fresh processes that compute in turns; ours has its memory and
+its layers as `python train.py` has them, theirs is as it comes. Medians of several duels are what counts: single ones
+differ by a tenth or more.
+
 --depths times the compilation of the step instead, at these numbers of layers, and gives the ratio of last and first.
 """
 
+import argparse
 import dataclasses
-import os
+import json
 import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import contestants
 import jax
-import numpy as np
 from command_line import make_parser, number_text, positive, print_result, run_main
+from contestants import random_batch
 
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.run_config import RunConfig
-from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.throughput import mfu, model_flops_per_token, tokens_per_second
 
 DEFAULT = "benchmark"
+# What --peer compares where no configuration is named, and how long a turn is.
+SHAPES, TURN_SECONDS = ("quickstart", "lab", "benchmark"), 1.0
 
 
 # ---- What takes a step
-
-
-def random_batch(config: RunConfig) -> dict[str, np.ndarray]:
-    """Tokens, targets and weights of one step."""
-    train = config.train
-    shape = (train.grad_accumulation, config.microbatch_size, train.seq_len + 1)
-    stream = np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32)
-    tokens, targets = stream[..., :-1], stream[..., 1:]
-    return {"tokens": tokens, "targets": targets, "weights": np.ones(tokens.shape, np.float32)}
 
 
 class CompiledStep(NamedTuple):
@@ -72,96 +70,26 @@ class Ours:
         jax.block_until_ready((self.state, metrics))
 
 
-class Peer:
-    """Olmo2 of transformers: the same widths and depth, AdamW and clipping, eager PyTorch with fused attention.
-
-    Raises:
-      UserError: torch or transformers is not installed.
-    """
-
-    def __init__(self, config: RunConfig):
-        try:
-            import torch
-            import transformers
-        except ImportError as error:
-            raise UserError(f"--peer needs torch and transformers: {error}") from error
-        model, self.torch = config.model, torch
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-        sizes = transformers.Olmo2Config(
-            vocab_size=model.vocab_size,
-            hidden_size=model.d_model,
-            intermediate_size=model.mlp_dim,
-            num_hidden_layers=model.num_layers,
-            num_attention_heads=model.num_heads,
-            num_key_value_heads=model.num_kv_heads,
-            max_position_embeddings=config.train.seq_len,
-            tie_word_embeddings=model.tie_embeddings,
-            pad_token_id=None,
-            bos_token_id=None,
-            eos_token_id=None,
-            use_cache=False,
-            attn_implementation="sdpa",
-        )
-        self.model = transformers.Olmo2ForCausalLM(sizes).to(self.device).train()
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=config.optimizer.learning_rate,
-            betas=(config.optimizer.b1, config.optimizer.b2),
-            weight_decay=config.optimizer.weight_decay,
-            fused=True,
-        )
-        self.computes_in_bfloat16 = model.dtype == "bfloat16"
-        self.microbatches = [
-            torch.tensor(part, dtype=torch.long).to(self.device) for part in random_batch(config)["tokens"]
-        ]
-
-    def __call__(self) -> None:
-        torch = self.torch
-        for tokens in self.microbatches:
-            with torch.autocast(self.device, torch.bfloat16, enabled=self.computes_in_bfloat16):
-                loss = self.model(input_ids=tokens, labels=tokens).loss / len(self.microbatches)
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        float(loss.detach())  # waits for the device
-
-
 # ---- Measuring
 
 
-def step_times(config: RunConfig, *, with_peer: bool, rounds: int, per_round: int) -> dict[str, Any]:
+def step_times(config: RunConfig, *, rounds: int, per_round: int) -> dict[str, Any]:
     """What a step of this configuration costs."""
     ours = Ours(config)
-    contestants: dict[str, Callable[[], None]] = {"ours": ours}
-    if with_peer:
-        contestants["peer"] = Peer(config)
-    times = measure_single_steps(contestants, rounds, per_round)
-    result = _our_result(config, ours, times["ours"])
-    if with_peer:
-        median, of_peer = statistics.median(times["ours"]), statistics.median(times["peer"])
-        result["peer step seconds, median"] = of_peer
-        result["peer tokens per second"] = tokens_per_second(times["peer"], config.tokens_per_step)
-        result["ours / peer, tokens per s"] = of_peer / median
-    return result
+    return _our_result(config, ours, measure_single_steps(ours, rounds, per_round))
 
 
-def measure_single_steps(
-    steps: Mapping[str, Callable[[], None]], rounds: int, per_round: int
-) -> dict[str, list[float]]:
+def measure_single_steps(step: Callable[[], None], rounds: int, per_round: int) -> list[float]:
     """Seconds of single steps, in turns of `per_round` steps.
 
-    Two steps of each come first. The first step of a turn warms caches and is not timed.
+    Two steps come first. The first step of a turn warms caches and is not timed.
     """
-    for step in steps.values():
-        step()
-        step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    step()
+    step()
+    times: list[float] = []
     for _ in range(rounds):
-        for name, step in steps.items():
-            step()
-            times[name] += [_seconds(step) for _ in range(per_round)]
+        step()
+        times += [_seconds(step) for _ in range(per_round)]
     return times
 
 
@@ -226,17 +154,37 @@ def _text(value: Any) -> str:
 def main(arguments: Sequence[str]) -> None:
     """Measure what the command line asks for and print it."""
     parser = make_parser(__doc__)
-    parser.add_argument("--peer", action="store_true", help="PyTorch's step, too")
+    parser.add_argument("--peer", action="store_true", help="against PyTorch, in duels")
+    parser.add_argument("--duels", type=positive, default=5, help="duels of --peer (default 5)")
+    parser.add_argument("--turns", type=positive, default=4, help="turns of a duel (default 4)")
+    parser.add_argument("--peer-tunables", default="", metavar="TEXT", help="GLIBC_TUNABLES of PyTorch (default unset)")
     parser.add_argument("--depths", type=positive, nargs="+", metavar="LAYERS", help="compile times instead")
     parser.add_argument("--rounds", type=positive, default=7, help="turns (default 7)")
     parser.add_argument("--per-round", type=positive, default=3, help="timed steps per turn (default 3)")
     options, settings = parser.parse_known_args(arguments)
+    if options.peer:
+        _print_contests([settings] if settings else [[shape] for shape in SHAPES], options)
+        return
     config = parse(settings, DEFAULT)
     if options.depths:
         result = compile_times(config, options.depths)
     else:
-        result = step_times(config, with_peer=options.peer, rounds=options.rounds, per_round=options.per_round)
+        result = step_times(config, rounds=options.rounds, per_round=options.per_round)
     print_result(result, report, as_json=options.json)
+
+
+def _print_contests(settings: Sequence[Sequence[str]], options: argparse.Namespace) -> None:
+    results = [
+        contestants.contest(
+            setting,
+            duels=options.duels,
+            turns=options.turns,
+            seconds=TURN_SECONDS,
+            peer_tunables=options.peer_tunables,
+        )
+        for setting in settings
+    ]
+    print(json.dumps(results, indent=2) if options.json else contestants.report(results))
 
 
 if __name__ == "__main__":

@@ -46,3 +46,27 @@ def test_wrong_input_ends_in_one_line():
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: model.d_modle=3: no such key")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_duels_with_pytorch_say_who_was_faster_and_how_both_were_set_up():
+    pytest.importorskip("transformers")
+    done = _run("--peer", "--duels", "2", "--turns", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)
+    assert found["tokens per step"] == 8 * 16
+    assert len(found["ours, each duel"]) == len(found["peer, each duel"]) == 2
+    ratios = [ours / peer for ours, peer in zip(found["ours, each duel"], found["peer, each duel"], strict=True)]
+    assert found["ours / peer, each duel"] == pytest.approx(ratios)
+    assert found["ours / peer"] == pytest.approx(sum(ratios) / 2)
+    assert set(found["facts"]) == {"ours", "peer"}
+    assert found["facts"]["ours"]["threads"] == found["facts"]["peer"]["threads"] == len(os.sched_getaffinity(0))
+    assert found["facts"]["peer"]["GLIBC_TUNABLES"] == ""
+
+
+@pytest.mark.slow
+def test_a_contestant_that_cannot_start_ends_in_one_line():
+    done = _run("--peer", "model.d_modle=3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: model.d_modle=3: no such key")
+    assert done.stderr.count("\n") == 1
