@@ -81,6 +81,7 @@ def _setting_rows(plan: Plan) -> list[Row]:
         Row("batch", f"{batch}; {config.tokens_per_step:,} tokens a step"),
         Row("parameters", f"{plan.parameters:,}, {plan.parameters_per_device:,} per device"),
         Row("computed by", backends),
+        Row("remat", f"{plan.remat}{'' if plan.remat == config.model.remat else ', chosen by model.remat=auto'}"),
     ]
 
 
@@ -212,6 +213,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "attention": plan.attention,
         "expert_dispatch": plan.dispatch,
         "pallas_kernels": plan.kernels,
+        "remat": plan.remat,
         "memory_per_device": memory,
         "usable_memory_per_device": int(plan.topology.hbm),
         "refusal": plan.refusal,
