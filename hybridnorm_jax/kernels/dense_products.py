@@ -4,8 +4,9 @@ The gradient of a kernel sums over all positions of all sequences. XLA for CPUs 
 a time, and copies an operand transposed before it. So there the positions are one dimension of rows.
 """
 
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Float
@@ -21,8 +22,45 @@ def dot_general(
     precision: Any = None,
     preferred_element_type: Any = None,
 ) -> Float[Array, "batch seq ..."]:
-    """The product of the feed-forward's projections, as the `dot_general` of nn.Dense; otherwise rows_product."""
-    return rows_product(x, kernel, dimension_numbers, precision, preferred_element_type)
+    """The product of the feed-forward's projections, as the `dot_general` of nn.Dense; otherwise rows_product.
+
+    On a TPU the gradient of the kernel is computed before that of x. XLA, left alone, computes it last, and meanwhile
+    keeps the gradients of gate and up, which are the largest arrays of a layer.
+    """
+    if _platform() != "tpu":
+        return rows_product(x, kernel, dimension_numbers, precision, preferred_element_type)
+    options = _Options(dimension_numbers, precision, preferred_element_type)
+    return _kernel_gradient_first(x, kernel, options)
+
+
+class _Options(NamedTuple):
+    """Of jax.lax.dot_general."""
+
+    dimension_numbers: Dimensions
+    precision: Any
+    preferred_element_type: Any
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _kernel_gradient_first(x: Array, kernel: Array, options: _Options) -> Array:
+    return jax.lax.dot_general(x, kernel, **options._asdict())
+
+
+def _forward(x: Array, kernel: Array, options: _Options) -> tuple[Array, tuple[Array, Array]]:
+    return _kernel_gradient_first(x, kernel, options), (x, kernel)
+
+
+def _backward(options: _Options, factors: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = factors
+    _, to_kernel = jax.vjp(lambda kernel: jax.lax.dot_general(x, kernel, **options._asdict()), kernel)
+    _, to_x = jax.vjp(lambda x: jax.lax.dot_general(x, kernel, **options._asdict()), x)
+    (d_kernel,) = to_kernel(gradient)
+    gradient, d_kernel = jax.lax.optimization_barrier((gradient, d_kernel))
+    (d_x,) = to_x(gradient)
+    return d_x, d_kernel
+
+
+_kernel_gradient_first.defvjp(_forward, _backward)
 
 
 def rows_product(
@@ -66,7 +104,12 @@ def rows_product(
 def _on_one_cpu() -> bool:
     """Whether the program that is being traced is for one CPU device, as far as mesh and default devices say."""
     mesh = jax.sharding.get_abstract_mesh()
+    return _platform() == "cpu" and (jax.device_count() if mesh.empty else mesh.size) == 1
+
+
+def _platform() -> str | None:
+    """Of the devices that the program that is being traced is for, as far as mesh and default devices say."""
+    mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return jax.default_backend() == "cpu" and jax.device_count() == 1
-    device = mesh.abstract_device
-    return mesh.size == 1 and device is not None and device.platform == "cpu"
+        return jax.default_backend()
+    return None if mesh.abstract_device is None else mesh.abstract_device.platform

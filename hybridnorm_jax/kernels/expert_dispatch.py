@@ -1,8 +1,8 @@
 """SwiGLU experts, each on the tokens that chose it, and the choice of what computes them.
 
 dense computes every expert on every token; it is the reference. The others sort the rows by expert first: blocked
-(ours, on any platform), ragged (jax.lax.ragged_dot), and on a TPU gmm (jax.experimental.pallas.ops.tpu.megablox) and
-fused (ours).
+(ours, on any platform), ragged (jax.lax.ragged_dot, on a CPU or TPU), on a TPU gmm (jax.experimental.pallas.ops.tpu.
+megablox) and fused (ours), and on a GPU grouped (ours).
 """
 
 from typing import Any, NamedTuple
@@ -23,6 +23,12 @@ from hybridnorm_jax.kernels.swiglu import ExpertKernels, swiglu
 KEY = "model.expert_dispatch"
 
 _TPU_DTYPES = ("bfloat16", "float32")
+# Of each dispatch by kernels, the first choice first: the platform, and the dtypes.
+_KERNELS = {
+    "fused": ("tpu", _TPU_DTYPES),
+    "gmm": ("tpu", _TPU_DTYPES),
+    "grouped": ("gpu", ("bfloat16", "float16", "float32")),
+}
 
 
 class ExpertSize(NamedTuple):
@@ -35,10 +41,10 @@ class ExpertSize(NamedTuple):
 def resolve_dispatch(name: str, *, platform: str | None, dtype: Any, size: ExpertSize | None = None) -> str:
     """The dispatch that computes the experts: the named one, or the one that "auto" stands for.
 
-    "auto" is on a TPU fused, or gmm where an expert is too large for it, and blocked elsewhere.
+    "auto" is on a TPU fused, or gmm where an expert is too large for it, on a GPU grouped, and blocked elsewhere.
 
     Args:
-      name: auto | dense | blocked | ragged | gmm | fused.
+      name: auto | dense | blocked | ragged | gmm | fused | grouped.
       platform: of the devices that will run it: cpu | gpu | tpu. With None a named dispatch's platform is not checked.
       dtype: of the tokens and the kernels.
       size: of each expert on one device; None where that is not to be checked.
@@ -48,7 +54,7 @@ def resolve_dispatch(name: str, *, platform: str | None, dtype: Any, size: Exper
     """
     check_choice(KEY, name, EXPERT_DISPATCHES)
     if name == "auto":
-        candidates = ("fused", "gmm") if platform == "tpu" else ()
+        candidates = [each for each, (needed, _) in _KERNELS.items() if needed == platform]
         return next((each for each in candidates if _obstacle(each, platform, dtype, size) is None), "blocked")
     reason = _obstacle(name, platform, dtype, size)
     check(reason is None, KEY, name, f"{reason}; use auto or blocked")
@@ -57,12 +63,15 @@ def resolve_dispatch(name: str, *, platform: str | None, dtype: Any, size: Exper
 
 def _obstacle(name: str, platform: str | None, dtype: Any, size: ExpertSize | None) -> str | None:
     """Why this dispatch cannot do it, or None."""
-    if name not in ("gmm", "fused"):
+    if name == "ragged" and platform == "gpu":
+        return "XLA computes every row by every expert on a GPU, as many times the work as there are experts"
+    if name not in _KERNELS:
         return None
-    if platform not in (None, "tpu"):
-        return f"needs platform tpu, this is {platform}"
-    if jnp.dtype(dtype).name not in _TPU_DTYPES:
-        return f"needs model.dtype {' or '.join(_TPU_DTYPES)}, not {jnp.dtype(dtype).name}"
+    needed, dtypes = _KERNELS[name]
+    if platform not in (None, needed):
+        return f"needs platform {needed}, this is {platform}"
+    if jnp.dtype(dtype).name not in dtypes:
+        return f"needs model.dtype {' or '.join(dtypes)}, not {jnp.dtype(dtype).name}"
     if name == "fused" and size is not None:
         from hybridnorm_jax.kernels.tpu_fused import fits  # imports Pallas, which takes a while
 
@@ -177,6 +186,10 @@ def _by_dispatch(
             from hybridnorm_jax.kernels.tpu_fused import fused
 
             return fused(rows, row_weights, segments_of_groups(sizes), kernels)
+        case "grouped":
+            from hybridnorm_jax.kernels.gpu_grouped_product import gpu_grouped_product  # imports Pallas
+
+            return experts_by_products(gpu_grouped_product, rows, row_weights, sizes, kernels)
 
 
 def _dense(

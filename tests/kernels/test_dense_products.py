@@ -12,8 +12,10 @@ from flax import linen as nn
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 import hybridnorm_jax as hn
+from hybridnorm_jax.kernels import dense_products
 from hybridnorm_jax.kernels.dense_products import dot_general, rows_product
 from hybridnorm_jax.mesh.device_mesh import make_mesh
+from hybridnorm_jax.model.feed_forward import FeedForward
 
 # name -> shapes of x and of the kernel, their contracted dimensions, and the same as an einsum
 PRODUCTS = {
@@ -166,3 +168,24 @@ def test_a_dense_layer_whose_input_is_split_over_eight_devices():
     assert len(found.sharding.device_set) == 8
     kernel = np.asarray(params["params"]["kernel"])
     np.testing.assert_allclose(found, x @ kernel, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_on_a_tpu_the_order_of_the_gradients_changes_none_of_them(monkeypatch, dtype):
+    x = jax.random.normal(jax.random.key(0), (3, 4, 6), dtype)
+    feed_forward = FeedForward(mlp_dim=8, dtype=dtype)
+    params = feed_forward.init(jax.random.key(1), x)
+
+    def gradients(params, x):
+        return jax.grad(lambda params, x: jnp.sin(feed_forward.apply(params, x)).sum(), argnums=(0, 1))(params, x)
+
+    expected = gradients(params, x)
+    monkeypatch.setattr(dense_products, "_platform", lambda: "tpu")
+    assert "optimization_barrier" in str(jax.make_jaxpr(gradients)(params, x))
+    for reference, got in zip(jax.tree.leaves(expected), jax.tree.leaves(gradients(params, x)), strict=True):
+        np.testing.assert_array_equal(got, reference)
+    of_each, _ = jax.vmap(gradients, in_axes=(None, 0))(params, x[:, None])
+    for reference, got in zip(jax.tree.leaves(expected[0]), jax.tree.leaves(of_each), strict=True):
+        # Sums over four tokens, then over three sequences, each rounded.
+        atol = 8 * float(jnp.finfo(dtype).eps) * float(jnp.abs(reference).max())
+        np.testing.assert_allclose(got.sum(0).astype(jnp.float32), reference.astype(jnp.float32), rtol=0, atol=atol)

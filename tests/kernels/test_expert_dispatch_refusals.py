@@ -15,7 +15,8 @@ from hybridnorm_jax.kernels.swiglu import ExpertKernels
     ("name", "platform", "dtype", "expected"),
     [
         ("auto", "cpu", jnp.float32, "blocked"),
-        ("auto", "gpu", jnp.bfloat16, "blocked"),
+        ("auto", "gpu", jnp.bfloat16, "grouped"),
+        ("auto", "gpu", jnp.float64, "blocked"),
         ("auto", "tpu", jnp.bfloat16, "fused"),
         ("auto", "tpu", jnp.float64, "blocked"),
         ("ragged", "cpu", jnp.float64, "ragged"),
@@ -44,6 +45,8 @@ def test_on_a_tpu_the_size_of_an_expert_decides(embed, mlp, expected):
     [
         ("gmm", "cpu", jnp.float32, "needs platform tpu, this is cpu"),
         ("gmm", "tpu", jnp.float16, "not float16"),
+        ("ragged", "gpu", jnp.bfloat16, "as many times the work as there are experts; use auto or blocked"),
+        ("grouped", "tpu", jnp.bfloat16, "needs platform gpu, this is tpu"),
         ("fused", "gpu", jnp.bfloat16, "needs platform tpu, this is gpu"),
         ("block", "cpu", jnp.float32, "did you mean 'blocked'"),
         ("all_to_all", "cpu", jnp.float32, "not known"),

@@ -321,20 +321,25 @@ def test_the_table_holds(name):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "has_unknown_loops"),
+    ("arguments", "attention", "kernels"),
     [
-        ([QUICKSTART, "mesh.data=1", "mesh.fsdp=-1"], False),
-        ([MOE_QUICKSTART, "mesh.expert=4"], True),  # over the blocks of rows that each expert gets
+        ([QUICKSTART, "mesh.data=1", "mesh.fsdp=-1"], "cudnn", set()),
+        (
+            [MOE_QUICKSTART, "mesh.expert=4", "data.segment_ids=true"],
+            "flash",
+            {"flash_forward", "flash_d_query", "flash_d_key_value", "grouped_product", "grouped_kernel_gradient"},
+        ),
     ],
 )
-def test_the_step_compiles_for_gpus_that_are_not_here(arguments, has_unknown_loops):
+def test_the_step_compiles_for_gpus_that_are_not_here(arguments, attention, kernels):
     pytest.importorskip("jax_plugins.xla_cuda13")
     done = run(*arguments, "model.num_layers=2", "model.dtype=bfloat16", "--topology", "2xh100:2", "--json")
     assert (done.returncode, done.stderr) == (command.FITS, "")
     found = json.loads(done.stdout)
-    assert (found["attention"], found["devices"], found["slices"]) == ("cudnn", 4, 2)
+    assert (found["attention"], found["devices"], found["slices"]) == (attention, 4, 2)
+    assert set(found["pallas_kernels"]) == kernels
     counts = found["counts_per_step_and_device"]
-    assert (counts["unknown_kernels"], bool(counts["unknown_loops"])) == ([], has_unknown_loops)
+    assert (counts["unknown_kernels"], counts["unknown_loops"]) == ([], [])
     assert min(counts["product_flops"]["layers forward"], counts["kernel_flops"]["layers forward"]) > 0
     assert min(counts["sent_inside"], counts["sent_between"]) > 0
     assert set(found["roofline_seconds"]) == {"arithmetic", "HBM", "NVLink", "network"}
