@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float
 
+from hybridnorm_jax.kernels.precision import wide_dtype
+
 # ((contracted dimensions of x, of the kernel), (batch dimensions of x, of the kernel)), as of jax.lax.dot_general.
 Dimensions = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
 
@@ -99,6 +101,51 @@ def rows_product(
     else:
         product = jax.lax.dot_general(matrix, kernel.reshape(-1, width), (((1,), (1,)), ((), ())), **options)
     return product.reshape(*rows, *outputs)
+
+
+def head_product(
+    x: Float[Array, "batch seq embed"], kernel: Float[Array, "..."], dimension_numbers: Dimensions
+) -> Float[Array, "batch seq vocab"]:
+    """The logits: x times the kernel rounded to x's dtype, summed and returned in float32 at least.
+
+    On a GPU the gradient of the logits is rounded to x's dtype as well before it is multiplied, as a TPU does by
+    itself: in float32 its two products would take at least twice the time. They are summed in float32 at least.
+    """
+    if _platform() == "gpu" and wide_dtype(x.dtype) != x.dtype:
+        return _narrow_gradient_product(x, kernel, dimension_numbers)
+    return _wide_product(x, kernel, dimension_numbers)
+
+
+def _wide_product(x: Array, kernel: Array, dimension_numbers: Dimensions) -> Array:
+    accumulate = wide_dtype(x.dtype)
+    return rows_product(x, kernel.astype(x.dtype), dimension_numbers, preferred_element_type=accumulate)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _narrow_gradient_product(x: Array, kernel: Array, dimension_numbers: Dimensions) -> Array:
+    return _wide_product(x, kernel, dimension_numbers)
+
+
+def _narrow_forward(x: Array, kernel: Array, dimension_numbers: Dimensions) -> tuple[Array, tuple[Array, Array]]:
+    return _wide_product(x, kernel, dimension_numbers), (x, kernel)
+
+
+def _narrow_backward(
+    dimension_numbers: Dimensions, factors: tuple[Array, Array], d_logits: Array
+) -> tuple[Array, Array]:
+    x, kernel = factors
+    ((_,), (contracted,)), _ = dimension_numbers
+    narrow, wide = d_logits.astype(x.dtype), wide_dtype(x.dtype)
+    # The gradient by a kernel of (vocab, embed) or (embed, vocab); and the gradient by x, over batch and seq.
+    to_x = (((2,), (1 - contracted,)), ((), ()))
+    over_rows = (((0, 1), (0, 1)), ((), ()))
+    d_x = jax.lax.dot_general(narrow, kernel.astype(x.dtype), to_x, preferred_element_type=wide)
+    pair = (narrow, x) if contracted == 1 else (x, narrow)
+    d_kernel = jax.lax.dot_general(*pair, over_rows, preferred_element_type=wide)
+    return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
+
+
+_narrow_gradient_product.defvjp(_narrow_forward, _narrow_backward)
 
 
 def _on_one_cpu() -> bool:

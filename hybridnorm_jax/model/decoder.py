@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.kernels.backend_names import SAVED
-from hybridnorm_jax.kernels.dense_products import rows_product
+from hybridnorm_jax.kernels.dense_products import head_product
 from hybridnorm_jax.kernels.precision import wide_dtype
 from hybridnorm_jax.model.attention import Rotation, default_positions, rotation
 from hybridnorm_jax.model.block import (
@@ -97,12 +97,12 @@ class Head(nn.Module):
         """`tied`: the token embedding, where it is also the head."""
         accumulate, dtype = jnp.promote_types(hidden.dtype, jnp.float32), jnp.dtype(self.param_dtype)
         if tied is not None:
-            kernel, contracted = tied.astype(hidden.dtype), ((2,), (1,))
+            kernel, contracted = tied, ((2,), (1,))
         else:
             shape = (hidden.shape[-1], self.vocab_size)
-            kernel = self.param("kernel", truncated_normal(self.std), shape, dtype).astype(hidden.dtype)
+            kernel = self.param("kernel", truncated_normal(self.std), shape, dtype)
             contracted = ((2,), (0,))
-        logits = rows_product(hidden, kernel, (contracted, ((), ())), preferred_element_type=accumulate)
+        logits = head_product(hidden, kernel, (contracted, ((), ())))
         if not self.use_bias:
             return logits
         return logits + self.param("bias", nn.initializers.zeros, (self.vocab_size,), dtype).astype(accumulate)

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.kernels import dense_products
-from hybridnorm_jax.kernels.dense_products import dot_general, rows_product
+from hybridnorm_jax.kernels.dense_products import dot_general, head_product, rows_product
 from hybridnorm_jax.mesh.device_mesh import make_mesh
 from hybridnorm_jax.model.feed_forward import FeedForward
 
@@ -189,3 +189,35 @@ def test_on_a_tpu_the_order_of_the_gradients_changes_none_of_them(monkeypatch, d
         # Sums over four tokens, then over three sequences, each rounded.
         atol = 8 * float(jnp.finfo(dtype).eps) * float(jnp.abs(reference).max())
         np.testing.assert_allclose(got.sum(0).astype(jnp.float32), reference.astype(jnp.float32), rtol=0, atol=atol)
+
+
+# ---- the head on a GPU
+
+
+@pytest.mark.parametrize(("shape", "contracted"), [((7, 16), 1), ((16, 7), 0)])
+def test_on_a_gpu_the_heads_gradient_has_narrow_factors_and_a_wide_sum(monkeypatch, shape, contracted):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 5, 16)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    cotangent = jnp.asarray(rng.standard_normal((2, 5, 7)), jnp.float32)
+    product = partial(head_product, dimension_numbers=(((2,), (contracted,)), ((), ())))
+    elsewhere = _with_gradients(product, x, kernel, cotangent)
+    monkeypatch.setattr(dense_products, "_platform", lambda: "gpu")
+    value, d_x, d_kernel = _with_gradients(product, x, kernel, cotangent)
+    np.testing.assert_array_equal(value, elsewhere[0])
+    # In float64, of the factors as bfloat16 has them: what is left are the roundings of the results.
+    factors = (np.asarray(each.astype(jnp.bfloat16), np.float64) for each in (x, kernel, cotangent))
+    of_x, of_kernel, of_logits = factors
+    vocab_first = of_kernel if contracted == 1 else of_kernel.T
+    expected = np.einsum("bsv,bse->ve", of_logits, of_x)
+    np.testing.assert_allclose(d_kernel, expected if contracted == 1 else expected.T, rtol=0, atol=2e-6)
+    d_x_expected = of_logits @ vocab_first
+    np.testing.assert_allclose(np.asarray(d_x, np.float64), d_x_expected, rtol=2.0**-8, atol=1e-6)
+    assert (d_x.dtype, d_kernel.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_in_float32_the_head_is_the_same_on_a_gpu(monkeypatch):
+    x, kernel, product, _ = _inputs("tied head", np.float32)
+    monkeypatch.setattr(dense_products, "_platform", lambda: "gpu")
+    got = head_product(x, kernel, product.keywords["dimension_numbers"])
+    np.testing.assert_array_equal(got, product(x, kernel, preferred_element_type=jnp.float32))
