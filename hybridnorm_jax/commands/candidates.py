@@ -36,7 +36,7 @@ CHOICES = {
     "model.param_dtype": model.PARAM_DTYPES,
     "model.attention": ATTENTION_BACKENDS,
     "model.expert_dispatch": EXPERT_DISPATCHES,
-    "model.remat": model.REMAT_POLICIES,
+    "model.remat": (*model.REMAT_POLICIES, model.AUTO_REMAT),
     "data.source": SOURCES,
     "data.token_dtype": TOKEN_DTYPES,
     "train.equivalent_form": EQUIVALENT_FORMS,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hybridnorm_jax.kernels.expert_rows import GroupSizes, Rows, pad_rows
+from hybridnorm_jax.kernels.mean_turns import mean_turns
 from hybridnorm_jax.kernels.precision import wide_dtype, wide_einsum
 from hybridnorm_jax.kernels.swiglu import ExpertKernels, swiglu, swiglu_gradients
 
@@ -69,18 +70,33 @@ def for_each_group(sizes: GroupSizes, visit: Callable[[Group, Carry], Carry], ca
         expert = present[i]
         return visit(Group(expert, starts[expert], sizes[expert]), carry)
 
-    return jax.lax.fori_loop(0, jnp.count_nonzero(sizes), body, carry)
+    with mean_turns(len(sizes)):
+        return jax.lax.fori_loop(0, jnp.count_nonzero(sizes), body, carry)
 
 
-def _for_each_block(group: Group, length: int, visit: Callable[[_Block, Carry], Carry], carry: Carry) -> Carry:
-    """carry = visit(block, carry) for every block of `length` rows of a group."""
+class _Cut(NamedTuple):
+    """How groups are cut into blocks: rows of a block, and blocks of the mean group."""
+
+    length: int
+    mean_blocks: int
+
+
+def _cut(rows: int, experts: int) -> _Cut:
+    length = block_size(rows, experts)
+    return _Cut(length, mean_blocks=-(-rows // (experts * length)))
+
+
+def _for_each_block(group: Group, cut: _Cut, visit: Callable[[_Block, Carry], Carry], carry: Carry) -> Carry:
+    """carry = visit(block, carry) for every block of a group."""
+    length = cut.length
 
     def body(i: Array, carry: Carry) -> Carry:
         start = group.start + i * length
         inside = jnp.arange(length) < group.size - i * length
         return visit(_Block(start, inside), carry)
 
-    return jax.lax.fori_loop(0, -(-group.size // length), body, carry)
+    with mean_turns(cut.mean_blocks):
+        return jax.lax.fori_loop(0, -(-group.size // length), body, carry)
 
 
 @jax.custom_vjp
@@ -120,8 +136,8 @@ class _Gradients(NamedTuple):
 def _blocked_forward(
     rows: Rows, row_weights: RowWeights, sizes: GroupSizes, kernels: ExpertKernels
 ) -> tuple[Rows, _Residuals]:
-    length = block_size(len(rows), len(sizes))
-    padded, padded_weights = pad_rows(rows, length), pad_rows(row_weights, length)
+    cut = _cut(len(rows), len(sizes))
+    padded, padded_weights = pad_rows(rows, cut.length), pad_rows(row_weights, cut.length)
 
     def visit_group(group: Group, products: _Products) -> _Products:
         gate, up, down = kernels.of(group.expert)
@@ -137,7 +153,7 @@ def _blocked_forward(
                 outputs=block.write(products.outputs, outputs),
             )
 
-        return _for_each_block(group, length, visit, products)
+        return _for_each_block(group, cut, visit, products)
 
     hidden = jnp.zeros((len(padded), kernels.gate.shape[2]), rows.dtype)
     empty = _Products(gated=hidden, upped=hidden, outputs=jnp.zeros_like(padded))
@@ -148,16 +164,16 @@ def _blocked_forward(
 
 def _blocked_backward(residuals: _Residuals, d_outputs: Rows) -> tuple[Rows, RowWeights, None, ExpertKernels]:
     rows, row_weights, sizes, kernels, gated, upped = residuals
-    length = block_size(len(rows), len(sizes))
+    cut = _cut(len(rows), len(sizes))
     inputs = _BackwardInputs(
-        x=pad_rows(rows, length),
-        weights=pad_rows(row_weights, length),
-        d_output=pad_rows(d_outputs, length),
+        x=pad_rows(rows, cut.length),
+        weights=pad_rows(row_weights, cut.length),
+        d_output=pad_rows(d_outputs, cut.length),
         gated=gated,
         upped=upped,
     )
     zeros = jax.tree.map(jnp.zeros_like, _Gradients(inputs.x, inputs.weights, kernels))
-    visit_group = functools.partial(_fill_in_group, inputs, kernels, length)
+    visit_group = functools.partial(_fill_in_group, inputs, kernels, cut)
     gradients = for_each_group(sizes, visit_group, zeros)
     return gradients.rows[: len(rows)], gradients.row_weights[: len(rows)], None, gradients.kernels
 
@@ -173,7 +189,7 @@ class _BackwardInputs(NamedTuple):
 
 
 def _fill_in_group(
-    inputs: _BackwardInputs, kernels: ExpertKernels, length: int, group: Group, gradients: _Gradients
+    inputs: _BackwardInputs, kernels: ExpertKernels, cut: _Cut, group: Group, gradients: _Gradients
 ) -> _Gradients:
     """`gradients` with those of one group's rows, and of its expert's kernels, filled in."""
     of_expert = kernels.of(group.expert)
@@ -188,7 +204,7 @@ def _fill_in_group(
 
     # The sums over an expert's blocks run in float32 at least, whatever the dtype of the result.
     nothing = jax.tree.map(lambda kernel: jnp.zeros(kernel.shape, wide_dtype(kernel.dtype)), of_expert)
-    total = _for_each_block(group, length, visit, gradients._replace(kernels=nothing))
+    total = _for_each_block(group, cut, visit, gradients._replace(kernels=nothing))
 
     def put(stack: Array, gradient: Array) -> Array:
         return stack.at[group.expert].set(gradient.astype(stack.dtype))

@@ -17,7 +17,7 @@ from hybridnorm_jax.kernels.blocked_experts import blocked
 from hybridnorm_jax.kernels.expert_rows import GroupSizes, Rows, Tokens, collect, sort_by_expert, spread
 from hybridnorm_jax.kernels.grouped_products import experts_by_products, ragged_product
 from hybridnorm_jax.kernels.precision import wide_einsum
-from hybridnorm_jax.kernels.segments import segments_of_groups
+from hybridnorm_jax.kernels.segments import Segments, expert_of_rows, segments_of_groups
 from hybridnorm_jax.kernels.swiglu import ExpertKernels, swiglu
 
 KEY = "model.expert_dispatch"
@@ -148,6 +148,23 @@ def apply_grouped_experts(
     row_weights = jnp.where(covered, row_weights, 0)
     outputs = _by_dispatch(_resolve_here(dispatch, kernels), rows, row_weights, sizes, kernels)
     return jnp.where(covered[:, None], outputs, 0)
+
+
+def apply_experts_to_segments(
+    rows: Rows, row_weights: Float[Array, " rows"], segments: Segments, kernels: ExpertKernels, *, dispatch: str
+) -> Rows:
+    """row_weights_i down[e](silu(rows_i gate[e]) * (rows_i up[e])) for rows in segments of expert e.
+
+    Rows of no segment are undefined in the result and in the gradients of rows and row_weights; nothing that they hold
+    reaches anything else. The rest is as in apply_grouped_experts.
+    """
+    dispatch = _resolve_here(dispatch, kernels)
+    if dispatch == "fused":
+        from hybridnorm_jax.kernels.tpu_fused import fused
+
+        return fused(rows, row_weights, segments, kernels)
+    experts = expert_of_rows(segments, len(rows), nobody=len(kernels.gate))
+    return apply_experts(rows, kernels, row_weights[:, None], experts[:, None], dispatch=dispatch, elsewhere=True)
 
 
 def _by_dispatch(

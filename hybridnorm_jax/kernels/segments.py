@@ -24,6 +24,14 @@ def segments_of_groups(sizes: Int[Array, " experts"]) -> Segments:
     return Segments(start=end - sizes.astype(jnp.int32), end=end, expert=jnp.arange(len(sizes), dtype=jnp.int32))
 
 
+def expert_of_rows(segments: Segments, rows: int, *, nobody: int) -> Int[Array, " rows"]:
+    """The expert of each row; `nobody` for a row of no segment."""
+    row = jnp.arange(rows)
+    segment = jnp.searchsorted(segments.start, row, side="right") - 1  # of several that start here, the last has rows
+    inside = (segment >= 0) & (row < segments.end[segment])
+    return jnp.where(inside, segments.expert[segment], nobody)
+
+
 class Visits(NamedTuple):
     """What a kernel does one after the other: each visit is of the part of one segment that lies in one tile of rows.
 

@@ -1,10 +1,9 @@
 """The experts of one layer on all devices of a mesh.
 
 Every device holds a share of the experts (logical axis "experts") and, of each, a share of the hidden layer ("mlp").
-Devices that differ along the experts' mesh axes gather their tokens. Each computes what its own experts make of all of
-them, and the results are summed and scattered back. No capacity bounds what an expert takes, so nothing is dropped at
-any imbalance. With n devices along these axes a device receives n - 1 times its tokens, where sending every token to
-its k experts, the usual all-to-all, would take k (n - 1) / n times as much: no more traffic up to n = k.
+Devices that differ along the experts' mesh axes, and have different tokens, exchange rows (exchanged_experts.py).
+Where they have the same tokens, or share the hidden layer, each computes what its own share makes of all tokens, and
+the results are summed. No capacity bounds what an expert takes, so nothing is dropped at any imbalance.
 """
 
 import functools
@@ -14,6 +13,7 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from hybridnorm_jax.kernels.exchanged_experts import apply_exchanged_experts
 from hybridnorm_jax.kernels.expert_dispatch import apply_experts
 from hybridnorm_jax.kernels.swiglu import ExpertKernels
 from hybridnorm_jax.mesh.split_axes import Axes, split_axes
@@ -40,8 +40,7 @@ def apply_experts_on_mesh(
     """experts.apply_experts on global arrays, computed where the mesh in force and Flax's logical rules say.
 
     Mesh and rules: see mesh/split_axes.py; where nothing is split, it is apply_experts. A dimension that its mesh axes
-    do not divide stays whole. Memory of one device: O(n tokens k) rows for its own `tokens` and n devices along the
-    experts' axes, which holds any imbalance.
+    do not divide stays whole. Memory of one device: O(tokens k) rows for its own `tokens`, at any imbalance.
     """
     split = _split(x, kernels)
     local = functools.partial(_local, split=split, dispatch=dispatch)
@@ -91,17 +90,23 @@ def _local(
             down=jax.lax.all_gather(kernels.down, split.embed, axis=2, tiled=True),
         )
     # The results are summed over the devices that share the experts. Where these have different tokens, all need the
-    # tokens of all, and each keeps the sums of its own.
-    sharing = split.experts + split.mlp
+    # tokens of all, and each keeps the sums of its own; but along the experts' axes alone they exchange single rows.
+    exchanged = bool(split.experts) and set(split.experts) <= set(split.batch)
+    sharing = split.mlp if exchanged else split.experts + split.mlp
     gathered = tuple(axis for axis in sharing if axis in split.batch)
     summed = tuple(axis for axis in sharing if axis not in split.batch)
     if gathered:
         x, weights, chosen = (jax.lax.all_gather(array, gathered, tiled=True) for array in (x, weights, chosen))
-    if split.experts:
+    rows = _flat(x), kernels, _flat(weights)
+    if exchanged:
+        different = split.batch + split.seq
+        flat = apply_exchanged_experts(*rows, _flat(chosen), axes=split.experts, different=different, dispatch=dispatch)
+    elif split.experts:
         chosen = chosen - len(kernels.gate) * jax.lax.axis_index(split.experts)
-    y = apply_experts(
-        _flat(x), kernels, _flat(weights), _flat(chosen), dispatch=dispatch, elsewhere=bool(split.experts)
-    ).reshape(x.shape)
+        flat = apply_experts(*rows, _flat(chosen), dispatch=dispatch, elsewhere=True)
+    else:
+        flat = apply_experts(*rows, _flat(chosen), dispatch=dispatch)
+    y = flat.reshape(x.shape)
     if summed:
         y = jax.lax.psum(y, summed)
     return jax.lax.psum_scatter(y, gathered, tiled=True) if gathered else y

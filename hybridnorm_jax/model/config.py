@@ -12,6 +12,8 @@ from hybridnorm_jax.model.schemes import SCHEMES, Scheme
 ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu")
 NORMS = ("rmsnorm", "layernorm", "crmsnorm")
 INITIALIZERS = ("normal", "depth_scaled", "megatron", "deepnorm", "b2t")
+# Training takes the policy that fits; by itself a model with "auto" computes nothing again.
+AUTO_REMAT = "auto"
 REMAT_POLICIES = ("none", "full", "all_but_attention", "dots", "dots_no_batch")
 COMPUTE_DTYPES = ("bfloat16", "float32", "float64")
 PARAM_DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -104,7 +106,7 @@ class ModelConfig:
     param_dtype: str = key("float32", f"dtype of the parameters: {' | '.join(PARAM_DTYPES)}; training needs 32 bits")
     attention: str = key("auto", f"backend: {' | '.join(ATTENTION_BACKENDS)}")
     expert_dispatch: str = key("auto", f"what computes the experts: {' | '.join(EXPERT_DISPATCHES)}")
-    remat: str = key("none", f"what the backward pass recomputes: {' | '.join(REMAT_POLICIES)}")
+    remat: str = key("none", f"what the backward pass recomputes: {' | '.join((*REMAT_POLICIES, AUTO_REMAT))}")
     scan_unroll: int = key(
         1,
         "blocks per iteration of the scan over layers; more is faster and compiles longer",
@@ -133,7 +135,7 @@ class ModelConfig:
             ("attention_norm", ("auto", "rmsnorm", "layernorm")),
             ("attention", ATTENTION_BACKENDS),
             ("expert_dispatch", EXPERT_DISPATCHES),
-            ("remat", REMAT_POLICIES),
+            ("remat", (*REMAT_POLICIES, AUTO_REMAT)),
             ("dtype", COMPUTE_DTYPES),
             ("param_dtype", PARAM_DTYPES),
             ("initializer", ("auto", *INITIALIZERS)),

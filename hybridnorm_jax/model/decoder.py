@@ -32,7 +32,7 @@ from hybridnorm_jax.model.block import (
     watch_stream,
 )
 from hybridnorm_jax.model.cache import Slots
-from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.config import AUTO_REMAT, ModelConfig
 from hybridnorm_jax.model.initializers import std_factor, truncated_normal
 from hybridnorm_jax.model.input_checks import check_per_token, check_tokens
 from hybridnorm_jax.model.moe import CHOSEN, ROUTER
@@ -247,7 +247,7 @@ class Decoder(nn.Module):
         """The blocks of a run, one after the other: (stream, layer_inputs(run), SharedInputs) -> (stream, None)."""
         config = self.config
         block = ScannedBlock
-        if config.remat != "none":
+        if config.remat not in ("none", AUTO_REMAT):
             # A loop keeps XLA from merging what is computed again with what was computed first; without one, a barrier.
             no_loop = config.scan_unroll >= run.length
             block = nn.remat(ScannedBlock, policy=REMAT_POLICIES[config.remat], prevent_cse=no_loop)

@@ -21,6 +21,8 @@ KINDS = (
     "collective-broadcast",
 )
 _BETWEEN_SLICES = " between slices"
+# How XLA for TPUs names a fusion that carries on, beside its own work, a collective that another fusion started.
+CONTINUES_COLLECTIVE = "async_collective_fusion"
 
 
 class Links(NamedTuple):
@@ -156,7 +158,7 @@ def _kind(instruction: Instruction, place: str) -> str | None:
 def _is_no_continuation(name: str, instructions: Iterable[Instruction]) -> bool:
     """False for a fusion that continues a collective which another one started (its target is AsyncCollectiveStart)."""
     ends = any(instruction.target == "AsyncCollectiveDone" for instruction in instructions)
-    return not ends and not name.startswith("async_collective_fusion")
+    return not ends and not name.startswith(CONTINUES_COLLECTIVE)
 
 
 def _message_bytes(instruction: Instruction, computation: Computation) -> int:

@@ -16,19 +16,12 @@ from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.mesh.batch_shares import batch_parts
 from hybridnorm_jax.mesh.device_mesh import make_mesh
-from hybridnorm_jax.mesh.fit_checks import check_batch
 from hybridnorm_jax.planning.collectives import Collectives, kernels
 from hybridnorm_jax.planning.counts import Counts, count
 from hybridnorm_jax.planning.roofline import DATA_SHEETS, Roofline, Work, roofline
 from hybridnorm_jax.planning.topologies import CHIPS, Topology, devices_of
-from hybridnorm_jax.training.memory import (
-    Memory,
-    bytes_per_device,
-    compile_within_memory,
-    elements_per_device,
-    memory_of,
-)
-from hybridnorm_jax.training.program import Program
+from hybridnorm_jax.training.memory import Memory, bytes_per_device, compile_within_memory, elements_per_device
+from hybridnorm_jax.training.remat_choice import compiled_program
 from hybridnorm_jax.training.throughput import mfu, model_flops_per_token
 
 
@@ -44,10 +37,11 @@ class Plan:
       state_bytes: of parameters and optimizer state on one device, from their shapes alone.
       attention, dispatch: the backends that compute attention and experts; a dense model has no dispatch.
       kernels: names of the Pallas kernels.
+      remat: what the backward pass computes again; with model.remat=auto what was chosen.
       memory: None where the compiler gave up for lack of memory.
       refusal: what the compiler said then, in its own words.
       counts: what one device does in a step; None where there is no compiled program to read.
-      compile_seconds: how long the compiler took.
+      compile_seconds: how long the compiler took, over all policies of remat that were tried.
     """
 
     config: RunConfig
@@ -61,6 +55,7 @@ class Plan:
     attention: str
     dispatch: str | None
     kernels: list[str]
+    remat: str
     memory: Memory | None
     refusal: str | None
     counts: Counts | None
@@ -137,15 +132,19 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
     Raises:
       UserError: the compiler for it is missing, or the mesh or the batch of the run cannot be split over these devices.
     """
-    program = Program(config, make_mesh(config.mesh.sizes, devices_of(topology)))
-    mesh, rules = program.mesh, program.rules
-    check_batch("train.batch_size / train.grad_accumulation", config.microbatch_size, mesh, rules)
+    seconds, text = 0.0, None
+
+    def compile_step(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, str | None]:
+        nonlocal seconds, text
+        start = time.monotonic()
+        compilation = _compile(lowered, dumped=topology.kind in CHIPS)
+        seconds, text = seconds + time.monotonic() - start, compilation.text
+        return compilation.executable, compilation.refusal
+
+    mesh = make_mesh(config.mesh.sizes, devices_of(topology))
+    compiled = compiled_program(config, mesh, room=topology.hbm, compile_step=compile_step)
+    program, rules = compiled.program, compiled.program.rules
     state = program.abstract_state
-    lowered = program.lower_train_step()
-    start = time.monotonic()
-    compilation = _compile(lowered, dumped=topology.kind in CHIPS)
-    seconds = time.monotonic() - start
-    compiled, text = compilation.executable, compilation.text
     return Plan(
         config=config,
         topology=topology,
@@ -158,8 +157,9 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
         attention=program.backend,
         dispatch=program.dispatch,
         kernels=kernels(text) if text else [],
-        memory=None if compiled is None else memory_of(compiled),
-        refusal=compilation.refusal,
+        remat=program.remat,
+        memory=compiled.memory,
+        refusal=compiled.refusal,
         counts=count(text, _nodes(mesh, topology)) if text else None,
         compile_seconds=seconds,
     )

@@ -23,6 +23,7 @@ class Counts:
       collectives: what is sent by kind.
       unknown_kernels: names of kernels without a formula, whose FLOPs are missing.
       unknown_loops: names of loops that do not say how often they turn, and count once.
+      balanced_loops: names of loops that turn as often as the data ask for, and count as where the load is balanced.
     """
 
     product_flops: dict[str, int]
@@ -32,6 +33,7 @@ class Counts:
     collectives: Collectives
     unknown_kernels: list[str]
     unknown_loops: list[str]
+    balanced_loops: list[str]
 
     @property
     def flops(self) -> int:
@@ -67,4 +69,5 @@ def count(text: str, nodes: Sequence[int]) -> Counts:
         collectives=collectives,
         unknown_kernels=sorted({each.name for each in products if each.flops is None}),
         unknown_loops=sorted(set(loops.unknown)),
+        balanced_loops=sorted(set(loops.balanced)),
     )

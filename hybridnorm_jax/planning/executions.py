@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+from hybridnorm_jax.kernels.mean_turns import turns_of
 from hybridnorm_jax.planning.hlo_text import Computation, Instruction, Module, called_computations, root_of
 
 
@@ -26,15 +27,30 @@ class Execution(NamedTuple):
 
 @dataclasses.dataclass
 class Loops:
-    """Collects the loops whose text does not say how often they turn.
+    """Collects the loops that do not turn a fixed number of times.
 
     Attributes:
-      unknown_trips: how often such a loop is taken to turn.
-      unknown: their names.
+      unknown_trips: how often a loop is taken to turn that says nothing.
+      unknown: the names of such loops.
+      balanced: the names of loops that turn as often as the data ask for, and say how often that is where the load is
+        balanced, see kernels/mean_turns.py; they are taken to turn so often.
     """
 
     unknown_trips: int = 1
     unknown: list[str] = dataclasses.field(default_factory=list)
+    balanced: list[str] = dataclasses.field(default_factory=list)
+
+    def turns(self, loop: Instruction, caller: Computation, computations: dict[str, Computation]) -> int:
+        """How often a while loop is taken to turn. Arguments as those of trip_count."""
+        trips = trip_count(loop, caller, computations)
+        if trips is not None:
+            return trips
+        balanced = turns_of(loop.op_name)
+        if balanced is not None:
+            self.balanced.append(loop.name)
+            return balanced
+        self.unknown.append(loop.name)
+        return self.unknown_trips
 
 
 def executions(
@@ -74,10 +90,7 @@ def _executions(
         yield here
         times, called = at.times, called_computations(instruction)
         if instruction.opcode == "while":
-            trips = trip_count(instruction, computation, module.computations)
-            if trips is None:
-                loops.unknown.append(instruction.name)
-                trips = loops.unknown_trips
+            trips = loops.turns(instruction, computation, module.computations)
             times, called = times * trips, [str(instruction.attribute("body"))]
         elif instruction.opcode == "fusion" and not into_fusions:
             continue

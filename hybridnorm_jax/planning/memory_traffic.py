@@ -1,10 +1,11 @@
 """How many bytes of a device's memory (HBM) a compiled program reads and writes, counted in XLA's text of it."""
 
+import dataclasses
 import math
 import re
 from typing import NamedTuple
 
-from hybridnorm_jax.planning.collectives import KINDS
+from hybridnorm_jax.planning.collectives import CONTINUES_COLLECTIVE, KINDS
 from hybridnorm_jax.planning.executions import Loops, executions
 from hybridnorm_jax.planning.hlo_text import (
     Computation,
@@ -131,11 +132,19 @@ def _bytes(instruction: Instruction, caller: Computation, module: Module) -> int
     match instruction.opcode:
         case "fusion":
             inside = module.computations[instruction.attribute("calls")]
+            target = root_of(inside).target
+            if target == "AsyncCollectiveDone":
+                return 0  # of arrays that the start was given and made
+            if target == "AsyncCollectiveStart":
+                return sum(map(memory_bytes, operands)) + _made_by_collectives(inside)
+            shape = instruction.shape
+            if (instruction.attribute("calls") or "").startswith(CONTINUES_COLLECTIVE):
+                inside, shape = _without_collective(inside, shape)
             read = sum(
                 round(memory_bytes(shape) * _share_read(_parameter(inside, number), inside, module))
                 for number, shape in enumerate(operands)
             )
-            return read + _written(instruction.shape, root_of(inside), inside, module)
+            return read + _written(shape, root_of(inside), inside, module)
         case "copy-start" | "slice-start" as opcode:  # (destination, source, ...); ((source), destination, ...)
             place = 0 if opcode == "copy-start" else 1
             destination = _ARRAY.search(tuple_elements(instruction.shape)[place])
@@ -152,6 +161,27 @@ def _bytes(instruction: Instruction, caller: Computation, module: Module) -> int
     # A GPU's library calls return the memory that they work in, s8, besides their results.
     result = re.sub(r"\bs8\[\d+\]", "", instruction.shape) if instruction.opcode == "custom-call" else instruction.shape
     return sum(map(memory_bytes, operands)) + memory_bytes(result)
+
+
+def _made_by_collectives(inside: Computation) -> int:
+    return sum(memory_bytes(each.shape) for each in inside.values() if each.opcode in KINDS)
+
+
+def _without_collective(inside: Computation, shape: str) -> tuple[Computation, str]:
+    """A fusion that carries on a collective beside its own work, and its result's shape, without that collective.
+
+    The arrays that are sent and received only pass through: they are elements of the tuple that it returns.
+    """
+    kept = {name: each for name, each in inside.items() if each.opcode not in KINDS}
+    root = root_of(inside)
+    passing = {name for name in root.operand_names if name not in kept or kept[name].opcode == "parameter"}
+    if root.opcode != "tuple" or not passing:
+        return kept, shape
+    elements = zip(tuple_elements(shape), root.operand_names, strict=True)
+    own = [(element, name) for element, name in elements if name not in passing]
+    shape = f"({', '.join(element for element, _ in own)})"
+    operands = ", ".join(f"%{name}" for _, name in own)
+    return kept | {root.name: dataclasses.replace(root, shape=shape, operands=operands)}, shape
 
 
 def _parameter(inside: Computation, number: int) -> Instruction:

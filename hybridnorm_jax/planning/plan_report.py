@@ -81,6 +81,7 @@ def _setting_rows(plan: Plan) -> list[Row]:
         Row("batch", f"{batch}; {config.tokens_per_step:,} tokens a step"),
         Row("parameters", f"{plan.parameters:,}, {plan.parameters_per_device:,} per device"),
         Row("computed by", backends),
+        Row("remat", f"{plan.remat}{'' if plan.remat == config.model.remat else ', chosen by model.remat=auto'}"),
     ]
 
 
@@ -144,6 +145,10 @@ def _count_rows(counts: Counts | None) -> list[Row]:
     rows.append(_count_row("all", *(sum(column.values()) for column in columns)))
     if counts.unknown_kernels:
         rows.append(Row("", f"not counted, as their formula is not known: {', '.join(counts.unknown_kernels)}"))
+    if counts.balanced_loops:
+        rows.append(
+            Row("", "experts count as where each gets as many tokens; their loops turn as often as a step needs")
+        )
     if counts.unknown_loops:
         loops = ", ".join(counts.unknown_loops)
         rows.append(
@@ -212,6 +217,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "attention": plan.attention,
         "expert_dispatch": plan.dispatch,
         "pallas_kernels": plan.kernels,
+        "remat": plan.remat,
         "memory_per_device": memory,
         "usable_memory_per_device": int(plan.topology.hbm),
         "refusal": plan.refusal,
@@ -245,6 +251,7 @@ def _counts_as_json(plan: Plan) -> dict[str, Any]:
             "sent_between": round(between),
             "unknown_kernels": counts.unknown_kernels,
             "unknown_loops": counts.unknown_loops,
+            "balanced_loops": counts.balanced_loops,
         },
         "collectives_per_step_and_device": {kind: dataclasses.asdict(kinds[kind]) for kind in sorted(kinds)},
         "loops_of_unknown_length": len(counts.unknown_loops),

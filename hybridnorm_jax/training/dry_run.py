@@ -5,15 +5,10 @@ import jax
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.mesh.batch_shares import batch_parts
-from hybridnorm_jax.mesh.fit_checks import check_batch
-from hybridnorm_jax.training.memory import (
-    Memory,
-    bytes_per_device,
-    compile_within_memory,
-    elements_per_device,
-    memory_of,
-)
+from hybridnorm_jax.mesh.device_room import room_of
+from hybridnorm_jax.training.memory import Memory, bytes_per_device, elements_per_device
 from hybridnorm_jax.training.program import Program
+from hybridnorm_jax.training.remat_choice import compiled_program
 from hybridnorm_jax.training.run_directory import run_directory
 from hybridnorm_jax.training.start_report import count_text, run_rows, table
 
@@ -26,22 +21,21 @@ def dry_run(config: RunConfig) -> None:
     Raises:
       UserError: as in training, up to the first step; or the compiler finds no room for the step, after the report.
     """
-    program = Program(config)
-    check_batch("train.batch_size / train.grad_accumulation", config.microbatch_size, program.mesh, program.rules)
-    compiled, refusal = compile_within_memory(program.lower_train_step())
+    compiled = compiled_program(config, room=room_of(jax.local_devices()[0]))
+    program = compiled.program
     directory = run_directory(config)
     source = f"not read: {config.data.source} {', '.join(config.data.files)}".rstrip()
     rows = run_rows(
         config, program, f"{directory}: dry run of {count_text(config.train.steps, 'step')}, nothing is written", source
     )
     rows += _batch_rows(program) + _state_rows(program)
-    if compiled is not None:
-        rows += memory_rows(memory_of(compiled), _limit(program))
+    if compiled.memory is not None:
+        rows += memory_rows(compiled.memory, _limit(program))
     if jax.process_index() == 0:
         print(table(rows), flush=True)
-    if refusal is not None:
+    if compiled.refusal is not None:
         right = "raise train.grad_accumulation, model.remat or the mesh axes that split parameters"
-        raise UserError(f"the train step does not fit these devices: {refusal}; {right}")
+        raise UserError(f"the train step does not fit these devices: {compiled.refusal}; {right}")
 
 
 def memory_rows(memory: Memory, limit: int | None) -> list[tuple[str, str]]:

@@ -16,7 +16,6 @@ from hybridnorm_jax.evaluation import perplexity, tasks
 from hybridnorm_jax.evaluation.held_out import check_sets, training_files
 from hybridnorm_jax.generation.text_sample import check_prompt, text_sample
 from hybridnorm_jax.mesh.device_room import room_of
-from hybridnorm_jax.mesh.fit_checks import check_batch
 from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.streams import sturdy_streams
 from hybridnorm_jax.training.checkpoints import Checkpoints
@@ -26,6 +25,7 @@ from hybridnorm_jax.training.memory import check_room, least_bytes
 from hybridnorm_jax.training.metrics_file import read_records
 from hybridnorm_jax.training.metrics_writer import MetricsWriter, WandbRun
 from hybridnorm_jax.training.program import Program
+from hybridnorm_jax.training.remat_choice import program_to_train
 from hybridnorm_jax.training.resume import beginning
 from hybridnorm_jax.training.run import Run
 from hybridnorm_jax.training.run_directory import open_run_directory, run_directory, saved_config, write_config
@@ -192,8 +192,7 @@ def _next_batch(run: Run) -> Batch:
 
 def _prepare(config: RunConfig) -> tuple[Program, Data, TaskModel | None]:
     """What needs no run directory: the program, checked; the data, tokenized where they are not yet; eval.tasks."""
-    program = Program(config)
-    check_batch("train.batch_size / train.grad_accumulation", config.microbatch_size, program.mesh, program.rules)
+    program = program_to_train(config)
     check_room(least_bytes(config, program.abstract_state), room_of(program.mesh.devices.flat[0]))
     data = open_data(
         config.data,

@@ -52,6 +52,7 @@ class Program:
     Attributes:
       config, mesh: as named; `rules` say what lies on which axis of the mesh.
       backend, dispatch: what computes attention, and the experts (None without any).
+      remat: what the backward pass computes again.
       model: what the loss computes; `conversion` makes its parameters of the state's, None where they are the same.
       abstract_state: shapes, dtypes and shardings of the training state.
 
@@ -60,8 +61,15 @@ class Program:
         experts cannot do what is asked.
     """
 
-    def __init__(self, config: RunConfig, mesh: Mesh | None = None):
+    def __init__(self, config: RunConfig, mesh: Mesh | None = None, *, remat: str | None = None):
+        """Build and check.
+
+        Args:
+          mesh: None: over the devices at hand, as the configuration says.
+          remat: in the place of model.remat, see remat_choice.py.
+        """
         self.config = config
+        self.remat = config.model.remat if remat is None else remat
         self.mesh = make_mesh(config.mesh.sizes) if mesh is None else mesh
         self.rules = resolve_rules(config.mesh.rules)
         check_precision(config.model)
@@ -70,7 +78,8 @@ class Program:
         self.backend = self._resolve_backend()
         self._check_sequence()
         self._check_watch()
-        model = dataclasses.replace(config.model, attention=self.backend, expert_dispatch=self.dispatch or "auto")
+        resolved = {"attention": self.backend, "expert_dispatch": self.dispatch or "auto", "remat": self.remat}
+        model = dataclasses.replace(config.model, **resolved)
         self.conversion = _conversion(model, config.train)
         self.model = Decoder(model if self.conversion is None else self.conversion.config)
         self._schedule = learning_rate_schedule(config.optimizer, config.train.steps, config.tokens_per_step)
@@ -82,7 +91,8 @@ class Program:
         self._watch = self._jit_watch()
 
     @property
-    def _platform(self) -> str:
+    def platform(self) -> str:
+        """Of the devices: cpu | gpu | tpu."""
         return self.mesh.devices.flat[0].platform
 
     @property
@@ -116,14 +126,14 @@ class Program:
         if not model.num_experts:
             return None
         size = ExpertSize(embed=model.d_model + model.mlp_bias, mlp=model.mlp_dim)  # biases ride on one more channel
-        return resolve_dispatch(model.expert_dispatch, platform=self._platform, dtype=model.dtype, size=size)
+        return resolve_dispatch(model.expert_dispatch, platform=self.platform, dtype=model.dtype, size=size)
 
     def _resolve_backend(self) -> str:
         """What computes attention on these devices."""
         model = self.config.model
         return resolve_backend(
             model.attention,
-            platform=self._platform,
+            platform=self.platform,
             dtype=model.dtype,
             head_dim=model.head_dim,
             segment_ids=self.config.data.segment_ids,
@@ -203,7 +213,7 @@ class Program:
         with use_mesh(self.mesh, self.rules):
             state, metrics, measured = self._train_step(state, self.put(batch, leading=1))
         if measured is not None:
-            assert_measured(state.step, measured, tolerances(self.config.model, self._platform))
+            assert_measured(state.step, measured, tolerances(self.config.model, self.platform))
         return state, metrics
 
     def watch(self, state: TrainState, batch: Batch) -> Measures:

@@ -73,6 +73,7 @@ def run_rows(config: RunConfig, program: Program, run: str, data: str) -> list[t
         rows.append(("form", _form(program)))
     rows += [
         ("attention", f"{program.backend}{_choice(model.attention, program.backend, 'model.attention')}"),
+        ("remat", f"{program.remat}{_choice(model.remat, program.remat, 'model.remat')}"),
         ("step", _step(config)),
         ("data", data),
     ]

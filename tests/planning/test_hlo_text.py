@@ -101,6 +101,17 @@ def test_a_loop_that_does_not_say_how_often_it_turns_is_told_of(old, new):
     assert (times["y"], loops.unknown) == (3 * 7, ["inner"])
 
 
+def test_a_loop_turns_as_often_as_a_balanced_load_asks_for_where_it_says_so():
+    unknown = NESTED.replace("compare(%j.1, %five), direction=LT", "compare(%j.1, %five), direction=NE")
+    path = "jit(step)/mean_turns_9/while/body/mean_turns_4/while"
+    named = unknown.replace("body=%inner_body", f'body=%inner_body, metadata={{op_name="{path}"}}')
+    for text, turns, found in [(named, 4, ["inner"]), (named.replace("_4/while", "_4/body"), 1, [])]:
+        loops = Loops()
+        times = {each.instruction.name: each.times for each in executions(parse_module(text), loops)}
+        assert (times["y"], loops.balanced) == (3 * turns, found)
+        assert loops.unknown == ([] if found else ["inner"])
+
+
 def test_what_xla_has_written_of_a_loop_is_believed():
     text = NESTED.replace("body=%inner_body", 'body=%inner_body, backend_config={"known_trip_count":{"n":"11"}}')
     assert {each.instruction.name: each.times for each in executions(parse_module(text), Loops())}["y"] == 33

@@ -114,3 +114,48 @@ def test_a_step_of_generation_reads_parameters_and_cache_once(batch):
     assert found["ratio"] < 1.15
     # No copy of the cache; beside its tiles there is room for one matrix that is fetched in advance, 768 x 2048.
     assert found["temporaries_mb"] < found["cache_mb"] / 4 + 768 * 2048 * 2 / 1e6
+
+
+ASYNC_COLLECTIVE = """HloModule m
+
+%begin (p: f32[8,128]) -> (f32[8,128], f32[32,128], u32[]) {
+  %p = f32[8,128]{1,0} parameter(0)
+  %whole = f32[32,128]{1,0} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %started = (f32[8,128]{1,0}, f32[32,128]{1,0}, u32[]{:S(2)}) custom-call(%whole), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.1 (p0: f32[8,128], p1: f32[32,128], p2: f32[16]) -> (f32[16], f32[8,128], f32[32,128], \
+f32[32,128]) {
+  %p0 = f32[8,128]{1,0} parameter(0)
+  %p1 = f32[32,128]{1,0} parameter(1)
+  %p2 = f32[16]{0} parameter(2)
+  %whole = f32[32,128]{1,0} all-gather(%p0), replica_groups={{0,1,2,3}}, dimensions={0}
+  %own = f32[16]{0} negate(%p2)
+  ROOT %all = (f32[16]{0}, f32[8,128]{1,0}, f32[32,128]{1,0}, f32[32,128]{1,0}) tuple(%own, %p0, %p1, %whole)
+}
+
+%end (p0: f32[8,128], p1: f32[32,128]) -> f32[32,128] {
+  %p0 = f32[8,128]{1,0} parameter(0)
+  %p1 = f32[32,128]{1,0} parameter(1)
+  %whole = f32[32,128]{1,0} all-gather(%p0), replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %done = f32[32,128]{1,0} custom-call(%p0, %p1, %whole), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (w: f32[8,128], x: f32[16]) -> f32[32,128] {
+  %w = f32[8,128]{1,0} parameter(0)
+  %x = f32[16]{0} parameter(1)
+  %start = (f32[8,128]{1,0}, f32[32,128]{1,0}, u32[]{:S(2)}) fusion(%w), kind=kCustom, calls=%begin
+  %part = f32[8,128]{1,0} get-tuple-element(%start), index=0
+  %whole = f32[32,128]{1,0} get-tuple-element(%start), index=1
+  %both = (f32[16]{0}, f32[8,128]{1,0}, f32[32,128]{1,0}, f32[32,128]{1,0}) fusion(%part, %whole, %x), kind=kOutput, \
+calls=%async_collective_fusion.1
+  %own = f32[16]{0} get-tuple-element(%both), index=0
+  ROOT %gathered = f32[32,128]{1,0} fusion(%part, %whole), kind=kCustom, calls=%end
+}
+"""
+
+
+def test_a_collective_that_fusions_carry_on_is_read_and_written_once():
+    counted = {each.name: each.bytes for each in memory_traffic(ASYNC_COLLECTIVE)}
+    assert counted == {"start": (8 + 32) * 128 * 4, "both": 2 * 16 * 4, "gathered": 0}
