@@ -18,6 +18,7 @@ from hybridnorm_jax.mesh.batch_shares import batch_parts
 from hybridnorm_jax.mesh.device_mesh import make_mesh
 from hybridnorm_jax.planning.collectives import Collectives, kernels
 from hybridnorm_jax.planning.counts import Counts, count
+from hybridnorm_jax.planning.overlap import Overlap, read_overlap
 from hybridnorm_jax.planning.roofline import DATA_SHEETS, Roofline, Work, roofline
 from hybridnorm_jax.planning.topologies import CHIPS, Topology, devices_of
 from hybridnorm_jax.training.memory import Memory, bytes_per_device, compile_within_memory, elements_per_device
@@ -41,6 +42,7 @@ class Plan:
       memory: None where the compiler gave up for lack of memory.
       refusal: what the compiler said then, in its own words.
       counts: what one device does in a step; None where there is no compiled program to read.
+      overlap: what runs beside the collectives of a GPU; None for other devices.
       compile_seconds: how long the compiler took, over all policies of remat that were tried.
     """
 
@@ -59,6 +61,7 @@ class Plan:
     memory: Memory | None
     refusal: str | None
     counts: Counts | None
+    overlap: Overlap | None
     compile_seconds: float
 
     @property
@@ -161,6 +164,7 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
         memory=compiled.memory,
         refusal=compiled.refusal,
         counts=count(text, _nodes(mesh, topology)) if text else None,
+        overlap=read_overlap(text) if text and topology.is_gpu and not topology.is_simulated else None,
         compile_seconds=seconds,
     )
 

@@ -174,6 +174,10 @@ def _collective_rows(plan: Plan) -> list[Row]:
         inside_name, between_name = _networks(plan)
         sent = f"{inside / 1e6:,.3f} MB over {inside_name}, {between / 1e6:,.3f} MB over {between_name}"
         rows.append(Row("", f"at the least each device sends {sent}"))
+    if found.kinds and plan.overlap is not None:
+        alone = len(plan.overlap.alone)
+        names = f"; nothing runs beside {', '.join(plan.overlap.alone)}" if alone else ""
+        rows.append(Row("", f"other work runs beside {plan.overlap.collectives - alone} of them in the text{names}"))
     return rows
 
 
@@ -217,6 +221,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "attention": plan.attention,
         "expert_dispatch": plan.dispatch,
         "pallas_kernels": plan.kernels,
+        "collectives_without_overlap": None if plan.overlap is None else plan.overlap.alone,
         "remat": plan.remat,
         "memory_per_device": memory,
         "usable_memory_per_device": int(plan.topology.hbm),

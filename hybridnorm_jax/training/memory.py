@@ -9,6 +9,7 @@ import jax
 
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.training.xla_options import readable_refusals
 
 SIZES = "model.d_model, model.num_layers, model.mlp_dim, model.vocab_size, train.batch_size and train.seq_len"
 
@@ -64,7 +65,8 @@ def memory_of(compiled: jax.stages.Compiled, platform: str) -> Memory:
 def compile_within_memory(lowered: jax.stages.Lowered, **options: Any) -> tuple[jax.stages.Compiled | None, str | None]:
     """(executable, None), or (None, what the compiler says of the memory it lacks); `options` of Lowered.compile."""
     try:
-        return lowered.compile(**options), None
+        with readable_refusals():
+            return lowered.compile(**options), None
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -37,6 +37,7 @@ from hybridnorm_jax.training.step import (
     make_eval_step,
     make_train_step,
 )
+from hybridnorm_jax.training.xla_options import readable_refusals, step_options
 
 
 def check_precision(model: ModelConfig) -> None:
@@ -55,6 +56,7 @@ class Program:
       remat: what the backward pass computes again.
       model: what the loss computes; `conversion` makes its parameters of the state's, None where they are the same.
       abstract_state: shapes, dtypes and shardings of the training state.
+      compiler_options: what XLA is told about the training step.
 
     Raises:
       ConfigError: the mesh does not fit the devices or the experts, or the attention backend or the dispatch of the
@@ -86,6 +88,7 @@ class Program:
         self._optimizer = make_optimizer(config.optimizer, self._schedule)
         self._initialize = make_initializer(config.model, self._optimizer, spike_window=config.train.spike_window)
         self.abstract_state = abstract_state(self._initialize, self.mesh, self.rules)
+        self.compiler_options = step_options(self.platform)
         self._train_step = self._jit_train_step()
         self._eval_step = self._jit_eval_step()
         self._watch = self._jit_watch()
@@ -161,7 +164,12 @@ class Program:
             measure=_measure(self.config) if train.check_invariants else None,
         )
         places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        return jax.jit(step, donate_argnums=0, out_shardings=(places, self._whole, None))
+        return jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(places, self._whole, None),
+            compiler_options=self.compiler_options,
+        )
 
     def _jit_eval_step(self) -> Callable:
         """(parameters, batch) -> loss sums."""
@@ -210,7 +218,7 @@ class Program:
         Raises:
           InvariantError: with train.check_invariants, the first invariant that does not hold.
         """
-        with use_mesh(self.mesh, self.rules):
+        with use_mesh(self.mesh, self.rules), readable_refusals():
             state, metrics, measured = self._train_step(state, self.put(batch, leading=1))
         if measured is not None:
             assert_measured(state.step, measured, tolerances(self.config.model, self.platform))

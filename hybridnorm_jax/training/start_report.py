@@ -12,6 +12,7 @@ from hybridnorm_jax.data import Data
 from hybridnorm_jax.mesh.shardings import undivided
 from hybridnorm_jax.model.placement import runs
 from hybridnorm_jax.training.program import Program
+from hybridnorm_jax.training.xla_options import described
 
 WIDTH = 80
 
@@ -77,6 +78,9 @@ def run_rows(config: RunConfig, program: Program, run: str, data: str) -> list[t
         ("step", _step(config)),
         ("data", data),
     ]
+    compiler = described(program.compiler_options)
+    if compiler is not None:
+        rows.append(("compiler", compiler))
     return rows + [("sharding", line) for line in undivided(params, mesh, program.rules)]
 
 

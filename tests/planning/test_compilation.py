@@ -347,6 +347,15 @@ def test_the_step_compiles_for_gpus_that_are_not_here(arguments, attention, kern
     assert 0 < found["upper_bound_mfu"] < 1
 
 
+def test_with_fsdp_other_work_runs_beside_every_gathering_of_parameters():
+    pytest.importorskip("jax_plugins.xla_cuda13")
+    setting = ["model.num_layers=4", "model.dtype=bfloat16", "train.batch_size=64", "mesh.data=1", "mesh.fsdp=8"]
+    done = run(QUICKSTART, *setting, "--topology", "h100:8", "--json")
+    assert (done.returncode, done.stderr) == (command.FITS, "")
+    alone = json.loads(done.stdout)["collectives_without_overlap"]
+    assert [name for name in alone if name.startswith("all-gather")] == []
+
+
 @pytest.mark.slow
 def test_what_is_too_large_for_a_gpu_compiles_and_does_not_fit():
     pytest.importorskip("jax_plugins.xla_cuda13")

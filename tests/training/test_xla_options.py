@@ -1,0 +1,49 @@
+"""What XLA is told about the step: by platform, the user's flags first, and a refusal is one line."""
+
+import jax
+import pytest
+
+from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.training.memory import compile_within_memory
+from hybridnorm_jax.training.xla_options import described, readable_refusals, step_options
+
+HIDES = "xla_gpu_enable_latency_hiding_scheduler"
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("gpu", {HIDES: True}), ("cpu", {}), ("tpu", {})])
+def test_only_gpus_have_options(monkeypatch, platform, expected):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_something_else=3")
+    assert step_options(platform) == expected
+
+
+def test_what_the_user_sets_wins(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", f"--{HIDES}=false --xla_other=1")
+    assert step_options("gpu") == {}
+    assert described({}) == f"XLA_FLAGS=--{HIDES}=false --xla_other=1"
+
+
+def test_the_start_of_a_run_names_them(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert described(step_options("gpu")) == f"{HIDES}=true"
+    assert described({}) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"xla_no_such": True}, "xla_no_such: refused by the compiler of JAX .*: this XLA has no such option; set it"),
+        ({"xla_allow_excess_precision": "perhaps"}, "xla_allow_excess_precision: refused .* not a valid bool value"),
+    ],
+)
+def test_a_refused_option_is_one_line(options, message):
+    step = jax.jit(lambda x: x + 1, compiler_options=options)
+    with pytest.raises(UserError, match=message) as error, readable_refusals():
+        step(1.0)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=message):
+        compile_within_memory(step.lower(1.0))
+
+
+def test_other_errors_pass():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"), readable_refusals():
+        raise jax.errors.JaxRuntimeError("something else")
