@@ -163,6 +163,10 @@ def apply_experts_to_segments(
         from hybridnorm_jax.kernels.tpu_fused import fused
 
         return fused(rows, row_weights, segments, kernels)
+    if dispatch == "grouped":
+        from hybridnorm_jax.kernels.gpu_experts import gpu_experts
+
+        return gpu_experts(rows, row_weights, segments, kernels)
     experts = expert_of_rows(segments, len(rows), nobody=len(kernels.gate))
     return apply_experts(rows, kernels, row_weights[:, None], experts[:, None], dispatch=dispatch, elsewhere=True)
 
@@ -187,9 +191,9 @@ def _by_dispatch(
 
             return fused(rows, row_weights, segments_of_groups(sizes), kernels)
         case "grouped":
-            from hybridnorm_jax.kernels.gpu_grouped_product import gpu_grouped_product  # imports Pallas
+            from hybridnorm_jax.kernels.gpu_experts import gpu_experts
 
-            return experts_by_products(gpu_grouped_product, rows, row_weights, sizes, kernels)
+            return gpu_experts(rows, row_weights, segments_of_groups(sizes), kernels)
 
 
 def _dense(

@@ -15,18 +15,19 @@ def gpu_kernel_flops(call: Instruction, operands: list[Array], results: list[Arr
     """FLOPs of one run of a Pallas kernel on a GPU; None for what is not known.
 
     Flash attention counts the tiles of a causal mask that it visits where there are no segments; where there are, it
-    visits fewer. A grouped product counts every row that it is given; where groups are empty it does less.
+    visits fewer. The experts count every row that they are given.
     """
     name = re.search(r'\bname = "(\w+)"', call.attributes)
     match name[1] if name else "":
         case kernel if kernel in _FLASH:
             return _flash(kernel, operands)
-        case "grouped_product":
-            rows, _ = _matrices(operands)
-            return 2 * math.prod(rows.sizes) * results[0].sizes[-1]
-        case "grouped_kernel_gradient":
-            rows, d_out = _matrices(operands)
-            return 2 * math.prod(rows.sizes) * d_out.sizes[-1]
+        case "experts_hidden" | "experts_d_hidden" | "experts_outputs" | "experts_d_rows":
+            kernels = [each for each in operands if len(each.sizes) == 3]
+            rows = next(each for each in operands if len(each.sizes) == 2)
+            return sum(2 * rows.sizes[0] * each.sizes[1] * each.sizes[2] for each in kernels)
+        case "experts_d_input_kernels" | "experts_d_output_kernels":
+            rows = next(each for each in operands if len(each.sizes) == 2)
+            return sum(2 * rows.sizes[0] * each.sizes[1] * each.sizes[2] for each in results)
     return None
 
 
@@ -38,7 +39,3 @@ def _flash(kernel: str, operands: list[Array]) -> int:
     of_kernel = {"flash_forward": tiles.forward, "flash_d_query": tiles.d_query, "flash_d_key_value": tiles.d_key_value}
     pairs = visited_pairs(queries, keys, of_kernel[kernel])
     return 2 * _FLASH[kernel] * batch * heads * head_dim * pairs
-
-
-def _matrices(operands: list[Array]) -> list[Array]:
-    return [each for each in operands if len(each.sizes) >= 2]

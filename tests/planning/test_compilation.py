@@ -328,7 +328,17 @@ def test_the_table_holds(name):
         (
             [MOE_QUICKSTART, "mesh.expert=4", "data.segment_ids=true"],
             "flash",
-            {"flash_forward", "flash_d_query", "flash_d_key_value", "grouped_product", "grouped_kernel_gradient"},
+            {
+                "flash_forward",
+                "flash_d_query",
+                "flash_d_key_value",
+                "experts_hidden",
+                "experts_outputs",
+                "experts_d_hidden",
+                "experts_d_rows",
+                "experts_d_input_kernels",
+                "experts_d_output_kernels",
+            },
         ),
     ],
 )
