@@ -29,7 +29,7 @@ def dot_general(
     On a TPU the gradient of the kernel is computed before that of x. XLA, left alone, computes it last, and meanwhile
     keeps the gradients of gate and up, which are the largest arrays of a layer.
     """
-    if _platform() != "tpu":
+    if traced_platform() != "tpu":
         return rows_product(x, kernel, dimension_numbers, precision, preferred_element_type)
     options = _Options(dimension_numbers, precision, preferred_element_type)
     return _kernel_gradient_first(x, kernel, options)
@@ -111,7 +111,7 @@ def head_product(
     On a GPU the gradient of the logits is rounded to x's dtype as well before it is multiplied, as a TPU does by
     itself: in float32 its two products would take at least twice the time. They are summed in float32 at least.
     """
-    if _platform() == "gpu" and wide_dtype(x.dtype) != x.dtype:
+    if traced_platform() == "gpu" and wide_dtype(x.dtype) != x.dtype:
         return _narrow_gradient_product(x, kernel, dimension_numbers)
     return _wide_product(x, kernel, dimension_numbers)
 
@@ -151,10 +151,10 @@ _narrow_gradient_product.defvjp(_narrow_forward, _narrow_backward)
 def _on_one_cpu() -> bool:
     """Whether the program that is being traced is for one CPU device, as far as mesh and default devices say."""
     mesh = jax.sharding.get_abstract_mesh()
-    return _platform() == "cpu" and (jax.device_count() if mesh.empty else mesh.size) == 1
+    return traced_platform() == "cpu" and (jax.device_count() if mesh.empty else mesh.size) == 1
 
 
-def _platform() -> str | None:
+def traced_platform() -> str | None:
     """Of the devices that the program that is being traced is for, as far as mesh and default devices say."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from hybridnorm_jax.kernels.exchanged_experts import apply_exchanged_experts
 from hybridnorm_jax.kernels.expert_dispatch import apply_experts
 from hybridnorm_jax.kernels.swiglu import ExpertKernels
+from hybridnorm_jax.mesh.gathered import gather
 from hybridnorm_jax.mesh.split_axes import Axes, split_axes
 
 
@@ -85,9 +86,9 @@ def _local(
     """One device's part: its own experts on the tokens of all devices that share the experts with it."""
     if split.embed:  # gathered here and not on the way in, so that the gradients are scattered while they are summed
         kernels = ExpertKernels(
-            gate=jax.lax.all_gather(kernels.gate, split.embed, axis=1, tiled=True),
-            up=jax.lax.all_gather(kernels.up, split.embed, axis=1, tiled=True),
-            down=jax.lax.all_gather(kernels.down, split.embed, axis=2, tiled=True),
+            gate=gather(kernels.gate, split.embed, 1),
+            up=gather(kernels.up, split.embed, 1),
+            down=gather(kernels.down, split.embed, 2),
         )
     # The results are summed over the devices that share the experts. Where these have different tokens, all need the
     # tokens of all, and each keeps the sums of its own; but along the experts' axes alone they exchange single rows.

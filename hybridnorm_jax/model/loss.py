@@ -11,6 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Shaped
 
 from hybridnorm_jax.kernels.precision import wide_dtype
+from hybridnorm_jax.kernels.token_logits import token_logits
 from hybridnorm_jax.model.config import ModelConfig
 
 
@@ -45,10 +46,7 @@ def cross_entropy(
 ) -> LossSums:
     """Sums of weights * (log Z - logits[target]) and weights * (log Z)^2, Z = sum exp(logits), in float32 at least."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    # Not gathered: a TPU would keep the logits in memory for it. The sum is taken beside that of the exponentials.
-    is_target = targets[..., None] == jnp.arange(logits.shape[-1])
-    chosen = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    log_z, chosen = token_logits(logits, targets)
     weights = weights.astype(logits.dtype)
     return LossSums(
         nll=jnp.sum(weights * (log_z - chosen)),

@@ -132,10 +132,11 @@ def read_collectives(text: str, nodes: Sequence[int] | None = None) -> Collectiv
 
 
 def kernels(text: str) -> list[str]:
-    """Names of the Pallas kernels in a module, sorted."""
+    """Names of the Pallas kernels in a module, sorted; without what JAX's transformations put around them."""
     on_tpu = re.findall(r"%?([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", text)
     on_gpu = re.findall(r"custom_call_target=\"[^\"\n]*triton[^\"\n]*\"[^\n]*\bname = \"(\w+)\"", text)
-    return sorted({re.sub(r"(\.\w+)+$", "", name) for name in on_tpu} | set(on_gpu))
+    own_names = {re.sub(r"^((transpose|jvp|vmap)_+)+|_*(\.\w+)*$", "", name) for name in on_tpu}
+    return sorted(own_names | set(on_gpu))
 
 
 def _places(text: str) -> list[int]:

@@ -180,7 +180,7 @@ def test_on_a_tpu_the_order_of_the_gradients_changes_none_of_them(monkeypatch, d
         return jax.grad(lambda params, x: jnp.sin(feed_forward.apply(params, x)).sum(), argnums=(0, 1))(params, x)
 
     expected = gradients(params, x)
-    monkeypatch.setattr(dense_products, "_platform", lambda: "tpu")
+    monkeypatch.setattr(dense_products, "traced_platform", lambda: "tpu")
     assert "optimization_barrier" in str(jax.make_jaxpr(gradients)(params, x))
     for reference, got in zip(jax.tree.leaves(expected), jax.tree.leaves(gradients(params, x)), strict=True):
         np.testing.assert_array_equal(got, reference)
@@ -202,7 +202,7 @@ def test_on_a_gpu_the_heads_gradient_has_narrow_factors_and_a_wide_sum(monkeypat
     cotangent = jnp.asarray(rng.standard_normal((2, 5, 7)), jnp.float32)
     product = partial(head_product, dimension_numbers=(((2,), (contracted,)), ((), ())))
     elsewhere = _with_gradients(product, x, kernel, cotangent)
-    monkeypatch.setattr(dense_products, "_platform", lambda: "gpu")
+    monkeypatch.setattr(dense_products, "traced_platform", lambda: "gpu")
     value, d_x, d_kernel = _with_gradients(product, x, kernel, cotangent)
     np.testing.assert_array_equal(value, elsewhere[0])
     # In float64, of the factors as bfloat16 has them: what is left are the roundings of the results.
@@ -218,6 +218,6 @@ def test_on_a_gpu_the_heads_gradient_has_narrow_factors_and_a_wide_sum(monkeypat
 
 def test_in_float32_the_head_is_the_same_on_a_gpu(monkeypatch):
     x, kernel, product, _ = _inputs("tied head", np.float32)
-    monkeypatch.setattr(dense_products, "_platform", lambda: "gpu")
+    monkeypatch.setattr(dense_products, "traced_platform", lambda: "gpu")
     got = head_product(x, kernel, product.keywords["dimension_numbers"])
     np.testing.assert_array_equal(got, product(x, kernel, preferred_element_type=jnp.float32))

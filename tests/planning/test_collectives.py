@@ -131,6 +131,8 @@ def test_the_tpu_compilers_forms_are_read():
     }
     assert found.unknown_loops == 0
     assert kernels(TPU_TEXT) == ["splash_mha_fwd_residuals"]
+    inside_a_gradient = TPU_TEXT.replace("splash_mha_fwd_residuals", "transpose_jvp_splash_mha_fwd_residuals__")
+    assert kernels(inside_a_gradient) == ["splash_mha_fwd_residuals"]
 
 
 def test_a_loop_of_unknown_length_is_said():
