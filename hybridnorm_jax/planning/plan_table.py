@@ -64,7 +64,10 @@ def table_row(name: str, plan: Plan) -> dict[str, str]:
 
 
 def _digits(number: float | None) -> str:
-    return UNKNOWN if number is None else f"{number:.3g}"
+    """Three digits, without an exponent: 0.0267, 14.3, 1,260."""
+    if number is None or number < 1000:
+        return UNKNOWN if number is None else f"{number:.3g}"
+    return _thousands(number)
 
 
 def _thousands(number: float | None) -> str:

@@ -201,6 +201,7 @@ def devices_of(topology: Topology) -> list[jax.Device]:
         raise MissingExtraError(f"--topology {topology}", extra="tpu")
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ["XLA_FLAGS"] = _without_other_platforms(os.environ.get("XLA_FLAGS", ""))
     from jax.experimental import topologies
 
     one_slice = dataclasses.replace(topology, slices=1)
@@ -212,3 +213,8 @@ def devices_of(topology: Topology) -> list[jax.Device]:
         options["num_slices"] = topology.slices
     description = topologies.get_topology_desc(topology_name=str(one_slice), platform="tpu", **options)
     return list(description.devices)
+
+
+def _without_other_platforms(flags: str) -> str:
+    """XLA_FLAGS without those that are about CPUs or GPUs: libtpu ends the process at one that it does not know."""
+    return " ".join(flag for flag in flags.split() if not flag.startswith(("--xla_cpu_", "--xla_gpu_")))

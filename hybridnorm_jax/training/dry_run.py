@@ -5,10 +5,9 @@ import jax
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.mesh.batch_shares import batch_parts
-from hybridnorm_jax.mesh.device_room import room_of
 from hybridnorm_jax.training.memory import Memory, bytes_per_device, elements_per_device
 from hybridnorm_jax.training.program import Program
-from hybridnorm_jax.training.remat_choice import compiled_program
+from hybridnorm_jax.training.remat_choice import compiled_program, least_room
 from hybridnorm_jax.training.run_directory import run_directory
 from hybridnorm_jax.training.start_report import count_text, run_rows, table
 
@@ -21,7 +20,7 @@ def dry_run(config: RunConfig) -> None:
     Raises:
       UserError: as in training, up to the first step; or the compiler finds no room for the step, after the report.
     """
-    compiled = compiled_program(config, room=room_of(jax.local_devices()[0]))
+    compiled = compiled_program(config, room=least_room())
     program = compiled.program
     directory = run_directory(config)
     source = f"not read: {config.data.source} {', '.join(config.data.files)}".rstrip()

@@ -25,7 +25,7 @@ from hybridnorm_jax.training.memory import check_room, least_bytes
 from hybridnorm_jax.training.metrics_file import read_records
 from hybridnorm_jax.training.metrics_writer import MetricsWriter, WandbRun
 from hybridnorm_jax.training.program import Program
-from hybridnorm_jax.training.remat_choice import program_to_train
+from hybridnorm_jax.training.remat_choice import checked_program, with_chosen_remat
 from hybridnorm_jax.training.resume import beginning
 from hybridnorm_jax.training.run import Run
 from hybridnorm_jax.training.run_directory import open_run_directory, run_directory, saved_config, write_config
@@ -192,7 +192,7 @@ def _next_batch(run: Run) -> Batch:
 
 def _prepare(config: RunConfig) -> tuple[Program, Data, TaskModel | None]:
     """What needs no run directory: the program, checked; the data, tokenized where they are not yet; eval.tasks."""
-    program = program_to_train(config)
+    program = checked_program(config)
     check_room(least_bytes(config, program.abstract_state), room_of(program.mesh.devices.flat[0]))
     data = open_data(
         config.data,
@@ -202,6 +202,7 @@ def _prepare(config: RunConfig) -> tuple[Program, Data, TaskModel | None]:
     )
     check_sets(config.data.validation, training_files(config.data))
     check_prompt(config, data)
+    program = with_chosen_remat(program)  # compiles for minutes, so what is wrong with the data is said before
     if not config.eval.tasks:
         return program, data, None
     limit = config.eval.task_limit

@@ -66,18 +66,36 @@ def compiled_program(
     return Compiled(program, executable, refusal, memory)
 
 
-def program_to_train(config: RunConfig) -> Program:
-    """The program of a run on the devices at hand. Only a policy that is to be chosen has anything compiled for it.
+def checked_program(config: RunConfig) -> Program:
+    """The program of a run on the devices at hand. Nothing is compiled; model.remat=auto is still open.
+
+    Raises:
+      ConfigError: as Program, or the batch cannot be split over the mesh.
+    """
+    return _checked(Program(config))
+
+
+def with_chosen_remat(program: Program) -> Program:
+    """The program to train with: the same one, or where model.remat=auto the one with the policy that is chosen.
 
     All processes take the same policy: the one for the device with the least room.
+
+    Raises:
+      ConfigError: the policy is to be chosen, and the room is unknown.
     """
-    if config.model.remat != AUTO_REMAT:
-        return _checked(Program(config))
+    if program.config.model.remat != AUTO_REMAT:
+        return program
+    return compiled_program(program.config, program.mesh, room=least_room()).program
+
+
+def least_room() -> int | None:
+    """Bytes of the device that has least, of those of all processes; None: unknown."""
     rooms = [room_of(device) for device in jax.local_devices()]
-    least = min((room for room in rooms if room is not None), default=None)
-    if least is not None and jax.process_count() > 1:
-        least = int(multihost_utils.process_allgather(np.int64(least)).min())
-    return compiled_program(config, room=least).program
+    least = None if None in rooms else min(rooms)
+    if jax.process_count() > 1:
+        # A process that does not know says 0, so that no process waits for it.
+        least = int(multihost_utils.process_allgather(np.int64(least or 0)).min()) or None
+    return least
 
 
 def _checked(program: Program) -> Program:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hybridnorm_jax.commands import huge_pages
-from hybridnorm_jax.commands.huge_pages import TUNABLES, VARIABLE, begin_again_with_huge_pages
+from hybridnorm_jax.commands.huge_pages import TUNABLES, VARIABLE, WANTED, begin_again_with_huge_pages
 from hybridnorm_jax.commands.main import main, start
 
 REPOSITORY = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def test_every_entry_begins_twice_and_not_more(command, environment, monkeypatch
     (first, second), run = _starts(environment, *command)
     assert run.returncode == 0, run.stderr
     assert "usage" in run.stdout
-    assert (first[1], second[1]) == (None, "glibc.malloc.hugetlb=1")
+    assert (first[1], second[1]) == (None, ":".join(f"{name}={value}" for name, value in WANTED.items()))
     assert first[0] == second[0]  # the same process
     assert first[2] == second[2] == list(command)
 
@@ -88,8 +88,10 @@ def test_signals_and_the_exit_status_are_as_they_were(environment):
 
 @on_this_system
 def test_other_tunables_are_kept(environment):
-    starts, _ = _starts(environment | {TUNABLES: "glibc.malloc.check=0"}, "-m", "hybridnorm_jax", "eval", "--help")
-    assert [start[1] for start in starts] == ["glibc.malloc.check=0", "glibc.malloc.check=0:glibc.malloc.hugetlb=1"]
+    given = "glibc.malloc.check=0:glibc.malloc.arena_max=3"
+    starts, _ = _starts(environment | {TUNABLES: given}, "-m", "hybridnorm_jax", "eval", "--help")
+    added = [f"{name}={value}" for name, value in WANTED.items() if name != "glibc.malloc.arena_max"]
+    assert [start[1] for start in starts] == [given, ":".join([given, *added])]
 
 
 @pytest.mark.parametrize(

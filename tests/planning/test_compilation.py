@@ -194,6 +194,16 @@ def test_the_command_simulates_gpus():
     assert (found["attention"], found["fits"], found["simulated"]) == ("xla", None, True)
 
 
+def test_flags_for_cpus_do_not_end_a_plan_for_tpus(monkeypatch):
+    """libtpu reads XLA_FLAGS too, and ends the process at a flag that it does not have."""
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_gpu_of_another_version=1")
+    code = "import sys; from hybridnorm_jax.planning.topologies import devices_of, parse_topology; "
+    code += "print(len(devices_of(parse_topology('v6e:2x2'))))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,6 +2,7 @@
 
 import pytest
 
+from hybridnorm_jax.planning import plan_table
 from hybridnorm_jax.planning.gpu_devices import GPUS
 from hybridnorm_jax.planning.roofline import DATA_SHEETS, Work, roofline
 from hybridnorm_jax.planning.topologies import CHIPS
@@ -27,3 +28,10 @@ def test_every_topology_has_a_data_sheet():
         assert DATA_SHEETS[kind].flops == peak_flops(gpu.name)
         # The driver's clock gives a few percent less than the data sheet, or as much.
         assert gpu.bandwidth == pytest.approx(DATA_SHEETS[kind].memory, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("number", "cell"), [(None, "-"), (0.02671, "0.0267"), (14.27, "14.3"), (999.4, "999"), (1257.0, "1,260")]
+)
+def test_cells_of_the_table_have_three_digits(number, cell):
+    assert plan_table._digits(number) == cell

@@ -3,15 +3,17 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
 from hybridnorm_jax.config.run_config import RunConfig
-from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.model.config import REMAT_POLICIES
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.training import remat_choice
+from hybridnorm_jax.training.loop import train
 from hybridnorm_jax.training.memory import Memory, compile_within_memory
-from hybridnorm_jax.training.remat_choice import ORDER, compiled_program, program_to_train
+from hybridnorm_jax.training.remat_choice import ORDER, checked_program, compiled_program, least_room, with_chosen_remat
 
 # What the step of each policy is said to need.
 NEEDED = {"none": 1000, "dots": 800, "dots_no_batch": 600, "all_but_attention": 400, "full": 200}
@@ -73,7 +75,39 @@ def test_a_device_that_does_not_say_how_much_it_has_needs_a_name(small_config, m
     config = run_config(small_config, "auto")
     monkeypatch.setattr(remat_choice, "room_of", lambda device: None)
     with pytest.raises(ConfigError, match=r"^model\.remat=auto: this device does not say .*; name a policy$"):
-        program_to_train(config)
+        with_chosen_remat(checked_program(config))
+
+
+def test_a_program_with_a_named_policy_stays(small_config, tried):
+    program = checked_program(run_config(small_config, "dots"))
+    assert with_chosen_remat(program) is program
+    assert tried == ["dots"]
+
+
+@pytest.mark.parametrize(("others", "least"), [((700, 500), 500), ((0, 700), None)])
+def test_the_process_with_the_least_room_decides(monkeypatch, others, least):
+    """All processes ask, one that does not know its room as well: otherwise the others would wait for it."""
+    said = []
+
+    def gather(mine):
+        said.append(int(mine))
+        return np.array([mine, *others])
+
+    monkeypatch.setattr(remat_choice.jax, "process_count", lambda: 3)
+    monkeypatch.setattr(remat_choice.multihost_utils, "process_allgather", gather)
+    monkeypatch.setattr(remat_choice, "room_of", lambda device: 600)
+    assert least_room() == least
+    monkeypatch.setattr(remat_choice, "room_of", lambda device: None)
+    assert least_room() is None
+    assert said == [600, 0]
+
+
+def test_data_that_are_not_there_are_missed_before_policies_are_tried(small_config, monkeypatch, tmp_path):
+    config = run_config(small_config, "auto")
+    data = dataclasses.replace(config.data, source="tokens", files=(str(tmp_path / "nowhere.npy"),))
+    monkeypatch.setattr(remat_choice, "compiled_program", None)
+    with pytest.raises(UserError, match=r"nowhere\.npy"):
+        train(dataclasses.replace(config, data=data, run=dataclasses.replace(config.run, dir=str(tmp_path / "runs"))))
 
 
 def test_every_policy_is_tried():

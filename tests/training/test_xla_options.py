@@ -1,19 +1,33 @@
 """What XLA is told about the step: by platform, the user's flags first, and a refusal is one line."""
 
 import jax
+import jaxlib
+import numpy as np
 import pytest
 
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.training.memory import compile_within_memory
 from hybridnorm_jax.training.xla_options import described, readable_refusals, step_options
 
-HIDES = "xla_gpu_enable_latency_hiding_scheduler"
+HIDES, WIDTH = "xla_gpu_enable_latency_hiding_scheduler", "xla_cpu_prefer_vector_width"
 
 
-@pytest.mark.parametrize(("platform", "expected"), [("gpu", {HIDES: True}), ("cpu", {}), ("tpu", {})])
-def test_only_gpus_have_options(monkeypatch, platform, expected):
+@pytest.mark.parametrize(("platform", "expected"), [("gpu", {HIDES: True}), ("tpu", {})])
+def test_options_of_gpus_and_tpus(monkeypatch, platform, expected):
     monkeypatch.setenv("XLA_FLAGS", "--xla_something_else=3")
     assert step_options(platform) == expected
+
+
+@pytest.mark.skipif(not jaxlib.__version__.startswith("0.10."), reason="the options were tried with this XLA")
+def test_cpus_have_options_that_their_compiler_takes(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", f"--{WIDTH}=256")
+    assert WIDTH not in step_options("cpu")
+    monkeypatch.delenv("XLA_FLAGS")
+    options = step_options("cpu")
+    assert options[WIDTH] == 512
+    x = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+    product = jax.jit(lambda x: x @ x.T, compiler_options=options)
+    np.testing.assert_allclose(product(x), x @ x.T, rtol=1e-5, atol=1e-5)
 
 
 def test_what_the_user_sets_wins(monkeypatch):
