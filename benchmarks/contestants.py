@@ -239,7 +239,12 @@ def duel(settings: Sequence[str], *, turns: int, seconds: float, peer_tunables: 
 def contest(settings: Sequence[str], *, duels: int, turns: int, seconds: float, peer_tunables: str) -> dict[str, Any]:
     """Several duels of one shape: medians over the duels, and every ratio."""
     tokens = parse(settings).tokens_per_step
-    found = [duel(settings, turns=turns, seconds=seconds, peer_tunables=peer_tunables) for _ in range(duels)]
+    found = []
+    for number in range(1, duels + 1):
+        found.append(duel(settings, turns=turns, seconds=seconds, peer_tunables=peer_tunables))
+        ours, peer = (tokens / statistics.median(times) for times in (found[-1].ours, found[-1].peer))
+        said = f"{' '.join(settings)}, duel {number} of {duels}: {ours:,.0f} and {peer:,.0f} tokens/s"
+        print(f"{said}, ours / peer {ours / peer:.2f}", file=sys.stderr, flush=True)
     rates = {name: [tokens / statistics.median(getattr(one, name)) for one in found] for name in ("ours", "peer")}
     ratios = [one.ratio for one in found]
     return {
