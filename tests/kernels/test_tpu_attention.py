@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import AxisType, SingleDeviceSharding
 
 from hybridnorm_jax.kernels import tpu_attention, tpu_splash
@@ -216,8 +217,11 @@ def test_a_head_that_no_core_holds_is_left_to_splash_attention(monkeypatch):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("head_dim", [8, 64, 128, 256])
 def test_what_fits_compiles(tpu_devices, head_dim, dtype):
-    seq = max(seq for seq in range(512, 8193, 512) if tpu_attention.fits(seq=seq, head_dim=head_dim, dtype=dtype))
-    text = _gradient(tpu_devices[0], seq=seq, head_dim=head_dim, dtype=dtype, norms="head", theta=1e4)
+    """For a v5p, whose core has half the memory of a v5e's, with all that norms can have."""
+    device = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0]
+    lengths = range(512, 8193, 512)
+    seq = max(seq for seq in lengths if tpu_attention.fits(seq=seq, head_dim=head_dim, dtype=dtype))
+    text = _gradient(device, seq=seq, head_dim=head_dim, dtype=dtype, norms="head", theta=1e4, norm="layernorm")
     assert text.count('custom_call_target="tpu_custom_call"') == 2
 
 
@@ -258,7 +262,7 @@ def test_the_policy_that_keeps_attention_computes_it_once(tpu_devices, policy, t
     assert (kernels.count("forward"), kernels.count("backward")) == (times, 1)
 
 
-def _gradient(device, *, seq, head_dim, norms, theta, dtype=jnp.bfloat16):
+def _gradient(device, *, seq, head_dim, norms, theta, dtype=jnp.bfloat16, norm="rmsnorm"):
     """The compiled text of a training step of an Attention of 4 heads."""
     place = SingleDeviceSharding(device)
     module = Attention(
@@ -268,6 +272,8 @@ def _gradient(device, *, seq, head_dim, norms, theta, dtype=jnp.bfloat16):
         q_norm=norms,
         k_norm=norms,
         v_norm=norms,
+        norm=norm,
+        norm_bias=norm == "layernorm",
         rope_theta=theta,
         backend="splash",
         dtype=dtype,
