@@ -5,6 +5,7 @@ xla is ours for any platform. The others are fused kernels: cudnn and flash (our
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -165,8 +166,9 @@ def causal_attention(
 
 
 def capability_of(device: jax.Device) -> str | None:
-    """The compute capability of a GPU, such as "9.0"; None for any other device."""
-    return getattr(device, "compute_capability", None) if device.platform == "gpu" else None
+    """The compute capability of a GPU of NVIDIA's, such as "9.0"; None for any other device."""
+    capability = str(getattr(device, "compute_capability", ""))  # other makers have names there
+    return capability if device.platform == "gpu" and re.fullmatch(r"\d+\.\d+", capability) else None
 
 
 def sequence_multiple(backend: str) -> int:

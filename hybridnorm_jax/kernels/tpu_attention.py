@@ -28,8 +28,10 @@ from hybridnorm_jax.kernels.tpu_attention_blocks import LANES, KernelInputs
 from hybridnorm_jax.kernels.tpu_attention_forward import forward_kernel
 from hybridnorm_jax.mesh.split_axes import Axes, parts, split_axes
 
-# Of the 128 MiB (v5e, v6e) or 64 MiB (v7x) of memory beside the arithmetic units; XLA uses the rest for its own.
+# Of the 128 MiB (v5e, v6e) or 64 MiB (v5p, v7x) of memory beside the arithmetic units; XLA uses the rest for its own.
 MEMORY = 48 * 2**20
+# Products in full float32 take this much of it for parts of their operands: 13 MiB were seen, with heads of 256.
+FLOAT32_PRODUCTS = 16 * 2**20
 _interpret = False  # tests set it
 
 
@@ -40,7 +42,9 @@ def fits(*, seq: int, head_dim: int, dtype: Any) -> bool:
     passing = 2 * 8 * head_dim * narrow  # q, k, v, context and its gradient in, three gradients out, each twice
     kept = 3 * head_dim * 4 + 2 * head_dim * narrow + 2 * channels * narrow
     tables = 2 * 2 * head_dim // 2 * 4 + LANES * 4 + 6 * 8 * 4
-    return seq * (passing + kept + tables) <= MEMORY
+    columns = 2 * 12 * head_dim * LANES * 4  # scale and bias of three norms and their gradients, each twice
+    products = FLOAT32_PRODUCTS if narrow == 4 else 0
+    return seq * (passing + kept + tables) + columns + products <= MEMORY
 
 
 def tpu_attention(inputs: AttentionInputs, preparation: Preparation, *, saved_as: str) -> Heads:
@@ -76,7 +80,8 @@ def _padded(seq: int) -> int:
 
 
 def _positions_last(x: Heads, padding: int) -> Float[Array, "batch heads head_dim seq"]:
-    return jnp.moveaxis(jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))), 1, 3)
+    """Filled up at the end with the last position: without an epsilon a norm of zeros would not be finite."""
+    return jnp.moveaxis(jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0)), mode="edge"), 1, 3)
 
 
 def _table(x: Float[Array, "batch seq 1 half"], padding: int) -> Float[Array, "batch half seq"]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from hybridnorm_jax.planning.model_parts import PARTS
 from hybridnorm_jax.planning.topologies import GIB
 
-WIDTH = 16
+WIDTH = 18  # one more than the longest name of a policy of model.remat
 
 
 class Line(NamedTuple):
@@ -25,6 +25,7 @@ def comparison(first: dict[str, Any], second: dict[str, Any]) -> str:
     """Both plans (plan_report.as_json) as a table: A, B, and B / A."""
     rows = [f"{'':<36}{'A':>{WIDTH}}{'B':>{WIDTH}}{'B / A':>10}"]
     rows.append(f"{'fits':<36}{_yes(first['fits']):>{WIDTH}}{_yes(second['fits']):>{WIDTH}}")
+    rows.append(f"{'remat':<36}{first['remat']:>{WIDTH}}{second['remat']:>{WIDTH}}")
     for line in _lines(first, second):
         one, other = line.of(first), line.of(second)
         if not one and not other:

@@ -188,7 +188,7 @@ def _chunks(config: RunConfig) -> Iterator[Change]:
 
 def table(found: Best, base: Sequence[str], number: int) -> str:
     """The best few, one a line."""
-    rows = [f"{'fits':<8}{'peak GiB':>10}{'bound by':>12}{'tokens/s <=':>14}{'MFU <=':>8}  setting"]
+    rows = [f"{'fits':<8}{'peak GiB':>10}{'bound by':>12}{'tokens/s <=':>14}{'MFU <=':>8}  {'remat':<18}setting"]
     rows += [_row(each, base) for each in found.planned[:number]]
     return "\n".join(rows)
 
@@ -201,4 +201,4 @@ def _row(planned: Planned, base: Sequence[str]) -> str:
     mfu = "-" if report["upper_bound_mfu"] is None else f"{report['upper_bound_mfu']:.1%}"
     speed = "-" if tokens is None else f"{tokens:,.0f}"
     changed = " ".join(planned.setting[len(base) :]) or "as it is"
-    return f"{fits:<8}{peak:>10}{report['bound_by'] or '-':>12}{speed:>14}{mfu:>8}  {changed}"
+    return f"{fits:<8}{peak:>10}{report['bound_by'] or '-':>12}{speed:>14}{mfu:>8}  {report['remat']:<18}{changed}"

@@ -1,6 +1,7 @@
 """Attention is what its formula says, whoever computes it; a backend that cannot do what is asked says so."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.kernels import tpu_splash as attention_splash
-from hybridnorm_jax.kernels.attention_backends import causal_attention, resolve_backend
+from hybridnorm_jax.kernels.attention_backends import capability_of, causal_attention, resolve_backend
 from hybridnorm_jax.kernels.backend_names import SAVED
 from hybridnorm_jax.mesh.device_mesh import use_mesh
 
@@ -207,6 +208,14 @@ def test_cudnn_takes_large_heads_from_hopper_on():
     assert {each: resolve_backend("auto", capability=each, **large) for each in expected} == expected
     with pytest.raises(ConfigError, match="a multiple of 8 up to 128, not 256"):
         resolve_backend("cudnn", capability="8.9", **large)
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "expected"), [("gpu", "9.0", "9.0"), ("gpu", "gfx942", None), ("cpu", "", None)]
+)
+def test_only_gpus_of_nvidia_have_a_compute_capability(platform, capability, expected):
+    device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+    assert capability_of(device) == expected
 
 
 @pytest.mark.parametrize(

@@ -123,11 +123,14 @@ import jax.numpy as jnp
 from hybridnorm_jax.kernels.gpu_experts import gpu_experts
 from hybridnorm_jax.kernels.segments import segments_of_groups
 from hybridnorm_jax.kernels.swiglu import ExpertKernels
+from hybridnorm_jax.mesh.device_mesh import make_mesh
 from hybridnorm_jax.planning.collectives import kernels
 from hybridnorm_jax.planning.gpu_devices import gpu_devices
 from hybridnorm_jax.planning.matrix_products import matrix_products
 
-here = jax.sharding.SingleDeviceSharding(gpu_devices("h100", 1, 1, "test")[0])
+mesh = make_mesh({"data": 1}, gpu_devices("h100", 1, 1, "test"))
+jax.set_mesh(mesh)  # from which JAX 0.12 knows what it compiles for
+here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 def shape(*sizes, dtype):
     return jax.ShapeDtypeStruct(sizes, dtype, sharding=here)

@@ -152,11 +152,14 @@ jax.config.update("jax_platforms", "cpu")
 import jax.numpy as jnp
 from hybridnorm_jax.kernels.attention_backends import causal_attention
 from hybridnorm_jax.kernels.backend_names import SAVED
+from hybridnorm_jax.mesh.device_mesh import make_mesh
 from hybridnorm_jax.planning.collectives import kernels
 from hybridnorm_jax.planning.gpu_devices import gpu_devices
 from hybridnorm_jax.planning.matrix_products import matrix_products
 
-here = jax.sharding.SingleDeviceSharding(gpu_devices("h100", 1, 1, "test")[0])
+mesh = make_mesh({"data": 1}, gpu_devices("h100", 1, 1, "test"))
+jax.set_mesh(mesh)  # from which JAX 0.12 knows what it compiles for
+here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 def shape(*sizes, dtype):
     return jax.ShapeDtypeStruct(sizes, dtype, sharding=here)

@@ -1,12 +1,15 @@
 """The kernels for TPUs are attention of prepared heads, in value and gradient. They run interpreted here."""
 
+import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import AxisType, SingleDeviceSharding
 
 from hybridnorm_jax.kernels import tpu_attention, tpu_splash
@@ -14,6 +17,8 @@ from hybridnorm_jax.kernels.attention_backends import causal_attention
 from hybridnorm_jax.kernels.head_preparation import HeadNorm, Preparation
 from hybridnorm_jax.mesh.device_mesh import use_mesh
 from hybridnorm_jax.model.attention import Attention, rotation
+from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.norms import layer_norm, rms_norm
 from hybridnorm_jax.planning.memory_traffic import memory_traffic, total_bytes
 
@@ -92,6 +97,8 @@ def context_and_gradients(attention, query, key, value, norms, d_context):
 def compare(dtype, tolerance, *, shape=(2, 130, 4, 2, 8), norms=(None, None, None), by=None, segmented=False):
     """The kernels in this dtype, against the textbook in float64 of the same inputs; relative to the largest."""
     segment_ids = documents(*shape[:2]) if segmented else None
+    if segmented == "mixed":
+        segment_ids = np.random.default_rng(1).permuted(segment_ids, axis=1)
     with jax.enable_x64(True):
         rounded = [jnp.asarray(x, dtype) for x in draw(*shape)]
         *wide, d_context = [x.astype(np.float64) for x in rounded]
@@ -113,6 +120,7 @@ def compare(dtype, tolerance, *, shape=(2, 130, 4, 2, 8), norms=(None, None, Non
 CASES = {
     "plain": {},
     "documents": {"segmented": True},
+    "documents in no order": {"segmented": "mixed"},
     "one key head": {"shape": (1, 256, 3, 1, 24)},
     "a short sequence": {"shape": (2, 5, 2, 2, 8), "segmented": True},
     "several blocks": {"shape": (1, 1100, 2, 1, 16), "segmented": True},
@@ -167,6 +175,13 @@ def test_scores_far_beyond_the_range_of_exp_do_no_harm(interpreted):
         assert np.isfinite(array).all()
 
 
+@pytest.mark.parametrize("function", [rms_norm, layer_norm])
+def test_what_fills_a_sequence_up_has_a_norm_without_epsilon(interpreted, function):
+    """A norm of zeros would be 0 / 0, which no mask keeps out of a sum."""
+    norms = tuple(dataclasses.replace(norm(8, function, seed=seed), epsilon=0.0) for seed in range(3))
+    compare(jnp.float32, 5e-6, shape=(2, 5, 2, 2, 8), norms=norms)
+
+
 def test_attention_in_a_model_gives_its_kernels_unprepared_heads(interpreted):
     """The module with all norms and RoPE: same values and gradients of all parameters as with the XLA backend."""
     x = jax.random.normal(jax.random.key(0), (2, 40, 32))
@@ -202,8 +217,11 @@ def test_a_head_that_no_core_holds_is_left_to_splash_attention(monkeypatch):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("head_dim", [8, 64, 128, 256])
 def test_what_fits_compiles(tpu_devices, head_dim, dtype):
-    seq = max(seq for seq in range(512, 8193, 512) if tpu_attention.fits(seq=seq, head_dim=head_dim, dtype=dtype))
-    text = _gradient(tpu_devices[0], seq=seq, head_dim=head_dim, dtype=dtype, norms="head", theta=1e4)
+    """For a v5p, whose core has half the memory of a v5e's, with all that norms can have."""
+    device = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0]
+    lengths = range(512, 8193, 512)
+    seq = max(seq for seq in lengths if tpu_attention.fits(seq=seq, head_dim=head_dim, dtype=dtype))
+    text = _gradient(device, seq=seq, head_dim=head_dim, dtype=dtype, norms="head", theta=1e4, norm="layernorm")
     assert text.count('custom_call_target="tpu_custom_call"') == 2
 
 
@@ -217,7 +235,34 @@ def test_norms_and_rotation_move_no_bytes(tpu_devices, head_dim):
     assert prepared <= 1.01 * plain
 
 
-def _gradient(device, *, seq, head_dim, norms, theta, dtype=jnp.bfloat16):
+@pytest.mark.parametrize(("policy", "times"), [("none", 1), ("all_but_attention", 1), ("full", 2)])
+def test_the_policy_that_keeps_attention_computes_it_once(tpu_devices, policy, times):
+    """In the compiled program: it keeps the context and the logarithm of the denominator."""
+    config = ModelConfig(
+        vocab_size=128,
+        d_model=128,
+        num_layers=3,
+        num_heads=2,
+        mlp_dim=128,
+        scheme="pre",
+        remat=policy,
+        attention="splash",
+        dtype="bfloat16",
+    )
+    place = SingleDeviceSharding(tpu_devices[0])
+    tokens = jax.ShapeDtypeStruct((1, 128), jnp.int32, sharding=place)
+    params = jax.eval_shape(Decoder(dataclasses.replace(config, attention="xla")).init, jax.random.key(0), tokens)
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=place), params)
+
+    def loss(params, tokens):
+        return Decoder(config).apply(params, tokens).sum()
+
+    text = jax.jit(jax.grad(loss)).lower(params, tokens).compile().as_text()
+    kernels = re.findall(r"%causal_attention_(forward|backward)[.\d]* = .* custom-call", text)
+    assert (kernels.count("forward"), kernels.count("backward")) == (times, 1)
+
+
+def _gradient(device, *, seq, head_dim, norms, theta, dtype=jnp.bfloat16, norm="rmsnorm"):
     """The compiled text of a training step of an Attention of 4 heads."""
     place = SingleDeviceSharding(device)
     module = Attention(
@@ -227,6 +272,8 @@ def _gradient(device, *, seq, head_dim, norms, theta, dtype=jnp.bfloat16):
         q_norm=norms,
         k_norm=norms,
         v_norm=norms,
+        norm=norm,
+        norm_bias=norm == "layernorm",
         rope_theta=theta,
         backend="splash",
         dtype=dtype,

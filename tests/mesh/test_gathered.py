@@ -12,14 +12,16 @@ from hybridnorm_jax.mesh.device_mesh import make_mesh
 
 @pytest.mark.parametrize("largest", [1, 4, 64])
 @pytest.mark.parametrize(("mesh", "axes"), [({"fsdp": 8}, ("fsdp",)), ({"fsdp": 4, "context": 2}, ("fsdp", "context"))])
-def test_the_gradient_is_the_scattered_sum(mesh, axes, largest, monkeypatch):
+@pytest.mark.parametrize("shape", [(8, 16, 3), (3, 16)], ids=str)
+def test_the_gradient_is_the_scattered_sum(mesh, axes, largest, shape, monkeypatch):
     """Every device multiplies what it gathered by numbers of its own, so that each part of the sum is seen."""
     monkeypatch.setattr(gathered, "LARGEST_STAGE", largest)
-    x, factors = (jnp.asarray(np.random.default_rng(i).standard_normal((8, 16, 3)), jnp.float32) for i in range(2))
+    rng = np.random.default_rng(0)
+    x, factors = (jnp.asarray(rng.standard_normal(size), jnp.float32) for size in (shape, (8, *shape)))
 
     def loss(gather, x):
         def local(shard, factor):
-            return (gather(shard, axes, 1) * factor).sum(keepdims=True)
+            return (gather(shard, axes, 1) * factor[0]).sum()[None]
 
         split = PartitionSpec(None, axes), PartitionSpec(axes)
         return jax.shard_map(local, in_specs=split, out_specs=PartitionSpec(axes), check_vma=False)(x, factors).sum()
@@ -35,10 +37,11 @@ def test_the_gradient_is_the_scattered_sum(mesh, axes, largest, monkeypatch):
 
 
 def test_stages_are_of_all_devices_and_of_neighbours_last():
-    assert gathered._stages(64) == [None]
-    first, second = gathered._stages(128)
+    assert gathered._stages(64, of_channels=False) == [None]
+    first, second = gathered._stages(128, of_channels=False)
     assert [len(groups) for groups in (first, second)] == [8, 16]
     assert second[0] == list(range(8))
     assert first[0] == list(range(0, 128, 8))
     assert all(sorted(device for group in groups for device in group) == list(range(128)) for groups in (first, second))
-    assert gathered._stages(127) == [None]
+    assert [len(groups) for groups in gathered._stages(128, of_channels=True)] == [16, 8]
+    assert gathered._stages(127, of_channels=False) == [None]

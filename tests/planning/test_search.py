@@ -27,6 +27,7 @@ def report(seconds=(1.0, 1.0), *, fits=True, peak=2**30):
     counts |= {name: dict.fromkeys(PARTS, 2**30) for name in ("memory_bytes", "sent_bytes")}
     return {
         "fits": fits,
+        "remat": "all_but_attention",
         "parameters": 100,
         "memory_per_device": {"peak": peak, "arguments": 1, "temporaries": 1},
         "counts_per_step_and_device": counts,
@@ -95,6 +96,7 @@ def test_the_table_says_what_was_changed(planned):
     rows = table(_search(), BASE, 3).splitlines()
     assert len(rows) == 4
     assert "train.grad_accumulation=4" in rows[1]
+    assert all("  all_but_attention " in row for row in rows[1:])  # of the report: model.remat=auto does not say it
     assert "<=" in rows[0]  # upper bounds
 
 
@@ -105,6 +107,7 @@ def test_a_comparison_has_ratios():
     assert cells["arithmetic at peak, ms"] == ["2,000", "3,000", "1.500"]
     assert cells["products, TFLOP: all"] == ["5", "5", "1.000"]
     assert cells["fits"] == ["yes", "no"]
+    assert cells["remat"] == ["all_but_attention"] * 2  # model.remat=auto does not say what was chosen
 
 
 @pytest.fixture
