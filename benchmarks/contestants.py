@@ -30,6 +30,9 @@ from hybridnorm_jax.training.program import Program
 
 # Between turns, so that threads that still wait for work in a loop have gone to sleep.
 PAUSE = 0.3
+# Seconds of steps before the first turn, and a quarter of it before every other, that do not count: the system clears
+# memory that is used for the first time, and may have taken away what lay idle.
+WARM_UP = 4.0
 
 
 def random_batch(config: RunConfig) -> dict[str, np.ndarray]:
@@ -156,15 +159,21 @@ CONTESTANTS = {"ours": Ours, "peer": Peer}
 def serve(name: str, settings: Sequence[str]) -> None:
     """Be a contestant: a line of JSON with its facts, then the seconds of as many steps as each line asks for."""
     contestant: Contestant = CONTESTANTS[name](parse(settings))
-    contestant.steps(2)
+    _warm_up(contestant, WARM_UP)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     print(json.dumps(contestant.facts), file=answers, flush=True)
     for line in sys.stdin:
-        contestant.steps(1)  # warms caches
+        _warm_up(contestant, WARM_UP / 4)
         begin = time.perf_counter()
         contestant.steps(int(line))
         print(time.perf_counter() - begin, file=answers, flush=True)
+
+
+def _warm_up(contestant: Contestant, seconds: float) -> None:
+    begin = time.perf_counter()
+    while time.perf_counter() < begin + seconds:
+        contestant.steps(1)
 
 
 # ---- In the process that asks
