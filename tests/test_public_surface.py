@@ -226,7 +226,7 @@ def test_attention_rotates_by_rope_theta_and_positions():
         ),
         (hn.Attention(num_heads=4, rotary_dim=4), {}, "^rotary_dim=4: nothing rotates without rope_theta"),
         (hn.Attention(num_heads=4, num_kv_heads=0), {}, "^num_kv_heads=0: must be at least 1"),
-        (hn.Attention(num_heads=4, backend="flash"), {}, "^backend='flash': must be auto, xla, cudnn, splash"),
+        (hn.Attention(num_heads=4, backend="fast"), {}, "^backend='fast': must be auto, xla, cudnn, flash, splash"),
         (hn.Attention(num_heads=4), {"segment_ids": POSITIONS[0]}, r"^segment_ids: shape \(5,\) must be \(1, 5\)"),
         (
             hn.Attention(num_heads=4, rope_theta=1e4),
