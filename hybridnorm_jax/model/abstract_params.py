@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
 
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
@@ -31,7 +32,9 @@ def _traced(config: ModelConfig, scheme: Scheme, x64: bool) -> dict[str, Any]:
     Args:
       scheme, x64: what the result depends on besides the configuration, which only names its scheme.
     """
-    # Key and tokens are made inside, where they are traced: outside, making them would start a device.
-    variables = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    # Key and tokens are made inside, where they are traced: outside, making them would start a device. So would a
+    # question for the platform; that of this mesh is unknown.
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,))):
+        variables = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
     params: dict[str, Any] = variables["params"]
     return params
