@@ -1,9 +1,8 @@
-"""Memory in huge pages for what computes on a CPU: the process begins once more with other settings of glibc.
+"""Memory in huge pages for what computes on a CPU: the process begins once more with another setting of glibc.
 
 XLA for CPUs takes a step's temporary arrays from malloc and gives them back after it. In pages of 4 KiB the system maps
-and clears them anew in every step. In huge pages it has less to map, and where malloc keeps what it was given back,
-nothing is left to do. glibc reads GLIBC_TUNABLES when a process starts and not later, so the process sets it and
-executes itself: with the same id, arguments, files and ignored signals.
+and clears them anew in every step. In huge pages it has less to map. glibc reads GLIBC_TUNABLES when a process starts
+and not later, so the process sets it and executes itself: with the same id, arguments, files and ignored signals.
 """
 
 import importlib.util
@@ -15,16 +14,9 @@ from pathlib import Path
 # 0 keeps the process as it is.
 VARIABLE = "HYBRIDNORM_HUGE_PAGES"
 TUNABLES, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
-# Seconds a step on two cores of a Xeon, medians of three: quickstart 0.275 without any, 0.210 with huge pages, 0.182
-# with all; lab 0.087 with huge pages, 0.075 with all.
-WANTED = {
-    HUGE_PAGES: "1",
-    # Large arrays come from the heap, which keeps its memory, and not from the system. Only one arena has such a heap.
-    # The threads that compile then share it: compiling takes a few seconds more where the program was not kept.
-    "glibc.malloc.mmap_max": "0",
-    "glibc.malloc.arena_max": "1",
-    "glibc.malloc.trim_threshold": "2147483647",
-}
+# A heap that keeps all it was given back (mmap_max=0, arena_max=1, trim_threshold=2^31 - 1) was tried as well, on two
+# cores of a quiet Xeon on 2026-11-27: quickstart gained nothing, and 8 layers of width 512 lost a third of their speed.
+WANTED = f"{HUGE_PAGES}=1"
 # The first version that knows the tunable.
 GLIBC = (2, 35)
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -39,8 +31,7 @@ def begin_again_with_huge_pages() -> None:
     if not _is_worth_it(os.environ):
         return
     given = os.environ.get(TUNABLES, "")
-    settings = [f"{name}={value}" for name, value in WANTED.items() if f"{name}=" not in given]
-    environment = os.environ | {TUNABLES: ":".join(filter(None, [given, *settings]))}
+    environment = os.environ | {TUNABLES: f"{given}:{WANTED}" if given else WANTED}
     sys.stdout.flush()
     sys.stderr.flush()
     try:
