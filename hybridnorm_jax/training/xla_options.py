@@ -27,9 +27,9 @@ _GPU: Options = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
 }
 # On CPUs, with the XLA that they were tried with; the next one may have other names, or no need of them. Thread-seconds
-# of a step of quickstart on two cores of a Xeon with AVX-512: 0.39 without, 0.36 with the first, 0.335 with both. Beside
-# PyTorch (2026-11-27, see README) quickstart gains 0.81 -> 0.97, and 8 layers of width 512 lose 0.88 -> 0.72: which of
-# the two options harms there, and from which width on, is not known yet.
+# of a step of quickstart on two cores of a Xeon with AVX-512: 0.39 without, 0.36 with the first, 0.335 with both.
+# Beside PyTorch (2026-11-27, see README) quickstart gains 0.81 -> 0.97, and 8 layers of width 512 lose 0.88 -> 0.72:
+# which of the two options harms there, and from which width on, is not known yet.
 _CPU: Options = {
     # Vectors of 512 bits where the processor has them; XLA by default takes 256.
     "xla_cpu_prefer_vector_width": 512,
