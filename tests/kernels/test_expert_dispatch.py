@@ -298,22 +298,11 @@ def test_blocks_are_no_longer_than_the_mean_group_needs(rows, experts, expected)
 # ---- The TPU compiler works without a TPU.
 
 
-@pytest.fixture(scope="module")
-def tpu_device():
-    pytest.importorskip("libtpu")
-    from jax.experimental import topologies
-
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
-        environment.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # other tests may be compiling too
-        yield topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
-
-
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize(("tokens", "embed", "mlp", "experts", "k"), [(2048, 2048, 1024, 8, 8), (100, 96, 160, 4, 2)])
 @pytest.mark.parametrize(("dispatch", "kernels"), [("gmm", 9), ("fused", 6), ("blocked", 0)])
-def test_gradient_compiles_for_tpu(tpu_device, dispatch, kernels, tokens, embed, mlp, experts, k, dtype):
-    place = jax.sharding.SingleDeviceSharding(tpu_device)
+def test_gradient_compiles_for_tpu(tpu_devices, dispatch, kernels, tokens, embed, mlp, experts, k, dtype):
+    place = jax.sharding.SingleDeviceSharding(tpu_devices[0])
     shapes = (tokens, embed), (experts, embed, mlp), (experts, embed, mlp), (experts, mlp, embed), (tokens, k)
     inputs = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape in shapes]
     chosen = jax.ShapeDtypeStruct((tokens, k), jnp.int32, sharding=place)

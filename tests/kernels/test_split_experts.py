@@ -207,15 +207,8 @@ def _lowered(devices, shape, dispatch, dtype=jnp.bfloat16, platforms=None):
 
 
 @pytest.mark.parametrize(("dispatch", "kernels"), [("gmm", 11), ("fused", 6), ("blocked", 0)])
-def test_compiles_for_eight_tpu_chips(dispatch, kernels):
-    pytest.importorskip("libtpu")
-    from jax.experimental import topologies
-
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("TPU_SKIP_MDS_QUERY", "1")
-        environment.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        devices = list(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices)
-        text = _lowered(devices, (1, 2, 2, 2), dispatch).compile().as_text()
+def test_compiles_for_eight_tpu_chips(tpu_devices, dispatch, kernels):
+    text = _lowered(list(tpu_devices), (1, 2, 2, 2), dispatch).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == kernels
     assert " all-gather" in text
     assert " all-to-all" in text
