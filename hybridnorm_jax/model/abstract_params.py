@@ -1,9 +1,11 @@
 """The parameters that a model will have, without any of their numbers."""
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
@@ -33,8 +35,11 @@ def _traced(config: ModelConfig, scheme: Scheme, x64: bool) -> dict[str, Any]:
       scheme, x64: what the result depends on besides the configuration, which only names its scheme.
     """
     # Key and tokens are made inside, where they are traced: outside, making them would start a device. So would a
-    # question for the platform; that of this mesh is unknown.
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,))):
+    # question for the platform; that of this mesh is unknown. Inside a step that is being traced there is a mesh
+    # already, which cannot be left. Without rules no axis is sharded, whatever the mesh.
+    unknown = jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,)))
+    traced_already = not jax.sharding.get_abstract_mesh().empty
+    with contextlib.nullcontext() if traced_already else unknown, nn.logical_axis_rules(()):
         variables = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
     params: dict[str, Any] = variables["params"]
     return params

@@ -3,11 +3,13 @@
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 
 import hybridnorm_jax as hn
+from hybridnorm_jax.model import abstract_params as abstract_module
 from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.schemes import SCHEMES
 
@@ -32,6 +34,26 @@ def test_what_is_remembered_is_of_this_scheme_and_this_precision(small_config, m
     with jax.enable_x64(True):
         assert {leaf.dtype for leaf in jax.tree.leaves(abstract_params(double))} == {jnp.dtype("float64")}
     assert {leaf.dtype for leaf in jax.tree.leaves(abstract_params(double))} == {jnp.dtype("float32")}
+
+
+def test_they_are_found_inside_a_sharded_step(small_config):
+    """The equivalent forms ask for them while a training step of a mesh is traced."""
+    config = small_config(scheme="pre")
+    mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    @jax.jit
+    def step(x):
+        with nn.logical_axis_rules((("vocab", "fsdp"),)):
+            assert jax.tree.structure(abstract_params(config)) == jax.tree.structure(expected)
+        return x
+
+    expected = abstract_params(config)
+    abstract_module._traced.cache_clear()
+    with jax.set_mesh(mesh):
+        step(jnp.zeros(8))
+    abstract_module._traced.cache_clear()
+    with nn.logical_axis_rules((("vocab", "fsdp"),)):
+        assert jax.tree.structure(abstract_params(config)) == jax.tree.structure(expected)
 
 
 def test_no_device_is_started():
