@@ -46,7 +46,7 @@ KINDS = {
         **{"scheme": "pre_qk_projection", "positions": "learned", "max_positions": 20, "position_offset": 2},
         "tie_embeddings": True,
     },
-    "partial_rotation": {"scheme": "keel", "rotary_fraction": 0.5, "rope_theta": 500.0},
+    "partial_rotation": {"scheme": "keel", "rotary_dim": 4, "rope_theta": 500.0},
     "tied_with_bias": {"scheme": "parallel", "tie_embeddings": True, "head_bias": True},
     "every_head_its_own": {"scheme": "pre_qkvc_post", "num_kv_heads": 4, "attention_norm": "layernorm"},
     "biased_head_norms": {"scheme": "pre_qkc_post", "attention_norm": "layernorm", "attention_norm_bias": True},

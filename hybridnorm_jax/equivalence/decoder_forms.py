@@ -20,7 +20,7 @@ from hybridnorm_jax.equivalence.layout import (
 from hybridnorm_jax.equivalence.transforms import compress, fold_affine, recenter, stored_width
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.placement import HEAD_NORMS, Run, SublayerName, runs
+from hybridnorm_jax.model.placement import HEAD_NORMS, Run, SublayerName
 
 FORMS = ("pre_rmsnorm", "pre_crmsnorm")
 
@@ -111,7 +111,7 @@ def decoder_layout(config: ModelConfig) -> ResidualLayout:
     rules: dict[str, Role] = {"token_embedding/embedding": Writes()}
     if config.positions == "learned":
         rules["position_embedding/embedding"] = Writes()
-    for number, run in enumerate(runs(config.placements)):
+    for number, run in enumerate(config.runs):
         rules |= _run_rules(config, run, f"run_{number}")
     rules |= _norm_rules(config, "final_norm")
     if not config.tie_embeddings:
@@ -169,7 +169,7 @@ def _feed_forward_projections(config: ModelConfig) -> _Projections:
     if config.num_experts == 0:
         readers: dict[str, int] = {"up": 1}
         writers: tuple[str, ...] = ("down",)
-        if config.activation == "swiglu":
+        if config.is_gated:
             readers["gate"] = 1
     else:
         readers, writers = {"router": 1, "expert_gate": 2, "expert_up": 2}, ("expert_down",)
@@ -208,7 +208,7 @@ def _with_room(config: ModelConfig, roomy: ModelConfig, params: Any) -> dict[str
     if roomy.head_bias and not config.head_bias:
         kernel = params["head"]["kernel"]
         params["head"] = {**params["head"], "bias": jnp.zeros(kernel.shape[1:], kernel.dtype)}
-    for number in range(len(runs(config.placements))):
+    for number in range(len(config.runs)):
         run = params[f"run_{number}"] = dict(params[f"run_{number}"])
         for sublayer, key in (("attention", "attention_bias"), ("feed_forward", "mlp_bias")):
             if getattr(roomy, key) and not getattr(config, key):

@@ -28,7 +28,7 @@ def mathematics(config: ModelConfig) -> dict[str, Any]:
     found = {"scheme": (config.placements, config.has_final_norm), "embedding_norm": config.has_embedding_norm}
     found |= _values(config, keys)
     if config.positions == "rope":
-        found["rotary_fraction"] = config.rotary_dim / config.head_dim
+        found["rotary_dim"] = None if config.rotary_width == config.head_dim else config.rotary_width
     if any(_has_head_norm(placement) for placement in config.placements):
         found["attention_norm"] = config.attention_norm_kind
         found |= _values(config, ["attention_norm_scale", "attention_norm_bias"])

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from hybridnorm_jax.config_fields import shortened
+from hybridnorm_jax.config_fields import present, shortened
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.model.config import ModelConfig
 
@@ -62,8 +62,8 @@ class Rope:
         """The keys that may stand at the top of config.json."""
         return (self.theta, self.fraction or FRACTION, *self.restated)
 
-    def read(self, document: Json, source: str, *, head_dim: int | None) -> dict[str, float]:
-        """ModelConfig's rope_theta and rotary_fraction.
+    def read(self, document: Json, source: str, *, head_dim: int | None) -> dict[str, Any]:
+        """ModelConfig's rope_theta and rotary_dim.
 
         Args:
           document: what config.json holds.
@@ -85,9 +85,11 @@ class Rope:
             if statement.value != found[statement.meaning]:
                 raise UserError(_contradiction(statement, found[statement.meaning], source))
         fraction = found[FRACTION]
-        if fraction != 1 and head_dim is not None:
-            fraction = _of_even_width(fraction, head_dim, source)
-        return {"rope_theta": found[THETA], "rotary_fraction": fraction}
+        whole = fraction == 1 or head_dim is None
+        return {
+            "rope_theta": found[THETA],
+            "rotary_dim": None if whole else _even_width(fraction, present(head_dim), source),
+        }
 
     def _check_number(self, statement: _Statement, source: str) -> None:
         name, value = statement.name, statement.value
@@ -102,7 +104,7 @@ class Rope:
         """The keys of a model."""
         keys = {self.theta: config.rope_theta}
         if self.fraction is not None:
-            keys[self.fraction] = written_fraction(config.rotary_fraction, config.rotary_dim, config.head_dim)
+            keys[self.fraction] = written_fraction(config.rotary_width, config.head_dim)
         return keys
 
     def _statements(self, document: Json, source: str) -> Iterator[_Statement]:
@@ -142,21 +144,16 @@ def _contradiction(statement: _Statement, found: float, source: str) -> str:
     return f"{source}: {statement.name}={statement.value}, but {instead} {found}"
 
 
-def _of_even_width(fraction: float, head_dim: int, source: str) -> float:
-    """The fraction of a head whose product with its width is the integer that transformers rotates."""
+def _even_width(fraction: float, head_dim: int, source: str) -> int:
+    """How many channels of a head rotate."""
     rotary_dim = int(head_dim * fraction)  # transformers truncates
     if rotary_dim < 2 or rotary_dim % 2:
         right = f"{rotary_dim} of {head_dim} channels would rotate, but it must be an even number of at least 2"
         raise UserError(f"{source}: {FRACTION}={fraction}: {right}")
-    return written_fraction(fraction, rotary_dim, head_dim)
+    return rotary_dim
 
 
-def written_fraction(fraction: float, rotary_dim: int, head_dim: int) -> float:
-    """A fraction whose product with head_dim is rotary_dim, rounded down as well as to the nearest integer.
-
-    It is `fraction` where that is such a one.
-    """
-    if int(head_dim * fraction) == round(head_dim * fraction, 6) == rotary_dim:
-        return fraction
+def written_fraction(rotary_dim: int, head_dim: int) -> float:
+    """A fraction whose product with head_dim is rotary_dim, rounded down as well as to the nearest integer."""
     fraction = rotary_dim / head_dim
     return fraction if int(head_dim * fraction) == rotary_dim else math.nextafter(fraction, math.inf)

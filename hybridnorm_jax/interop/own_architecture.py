@@ -33,7 +33,7 @@ NOT_WRITTEN = {
     "scan_unroll": "how the program is compiled",
 }
 # Fields that `read` and `write` join to keys of another meaning.
-READ_APART = ("scheme", "embedding_norm", "rotary_fraction", "max_positions")
+READ_APART = ("scheme", "embedding_norm", "rotary_dim", "max_positions")
 _PRE = {"attention": {"pre": True}, "feed_forward": {"pre": True}}
 _DEFAULT_LAYERS = 12
 
@@ -103,10 +103,7 @@ class OwnArchitecture(Architecture):
         if fields["positions"] == "learned":
             fields["max_positions"] = MOST_POSITIONS.read(document, source)
         else:
-            rotating, width = ROTARY_DIM.read(document, source), fields["head_dim"]
-            if not 0 < rotating <= width:
-                raise UserError(f"{source}: rotary_dim={rotating}: must be between 1 and head_dim={width}")
-            fields["rotary_fraction"] = rotating / width
+            fields["rotary_dim"] = ROTARY_DIM.read(document, source)
         fields["scheme"] = _scheme(document, source, fields["num_layers"])
         try:
             return ModelConfig(**fields)
@@ -120,7 +117,7 @@ class OwnArchitecture(Architecture):
         if config.positions == "learned":
             document[MOST_POSITIONS.name] = config.max_positions
         else:
-            document[ROTARY_DIM.name] = config.rotary_dim
+            document[ROTARY_DIM.name] = config.rotary_width
         return document | {
             ATTENTION_NORM.name: config.attention_norm_kind,
             EMBEDDING_NORM.name: config.has_embedding_norm,

@@ -16,7 +16,6 @@ from flax.traverse_util import flatten_dict
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.placement import runs
 
 Shape = tuple[int, ...]
 Index = tuple[int, ...]
@@ -240,7 +239,7 @@ class TensorTable:
 
     def _groups(self, config: ModelConfig) -> Iterator[_Group]:
         yield _Group(self.outer, theirs="", ours="", layer=())
-        for number, run in enumerate(runs(config.placements)):
+        for number, run in enumerate(config.runs):
             for layer in range(run.length):
                 theirs = self.layer.format(run.start + layer)
                 yield _Group(self.block, theirs=theirs, ours=f"run_{number}/", layer=(layer,))

@@ -228,7 +228,7 @@ class Block(nn.Module):
             norm_scale=config.attention_norm_scale,
             norm_bias=config.attention_norm_bias,
             rope_theta=config.rope_theta if config.positions == "rope" else None,
-            rotary_dim=config.rotary_dim if config.positions == "rope" else None,
+            rotary_dim=config.rotary_width if config.positions == "rope" else None,
             use_bias=config.attention_bias,
             backend=config.attention,
             dtype=jnp.dtype(config.dtype),

@@ -36,7 +36,7 @@ from hybridnorm_jax.model.config import AUTO_REMAT, ModelConfig
 from hybridnorm_jax.model.initializers import std_factor, truncated_normal
 from hybridnorm_jax.model.input_checks import check_per_token, check_tokens
 from hybridnorm_jax.model.moe import CHOSEN, ROUTER
-from hybridnorm_jax.model.placement import Run, Scales, runs
+from hybridnorm_jax.model.placement import Run, Scales
 from hybridnorm_jax.model.signal_measures import PROBE, SIGNAL
 
 _ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)
@@ -212,7 +212,7 @@ class Decoder(nn.Module):
                 self._check_length(tokens.shape[1])
             stream = stream + self.position_embedding(positions + config.position_offset)
         else:
-            turn = rotation(positions, config.rotary_dim, config.rope_theta, config.dtype)
+            turn = rotation(positions, config.rotary_width, config.rope_theta, config.dtype)
         if config.has_embedding_norm:
             stream = self.embedding_norm(stream)
         stream = nn.with_logical_constraint(self.dropout(stream, deterministic=deterministic), ("batch", "seq", None))
@@ -220,7 +220,7 @@ class Decoder(nn.Module):
 
         keys = {name: self.make_rng(name) for name in KEYS if self.has_rng(name)}
         shared = SharedInputs(segment_ids=segment_ids, rotation=turn, slots=slots)
-        for number, run in enumerate(runs(config.placements)):
+        for number, run in enumerate(config.runs):
             layers = layer_inputs(run, config.dtype, keys)
             if self.unrolled:
                 stream = self._one_by_one(stream, run, layers, shared, deterministic)

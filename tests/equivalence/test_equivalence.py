@@ -29,7 +29,7 @@ GPT2_LIKE = {
 }
 MODELS = {
     "gpt2": GPT2_LIKE,
-    "neox": {"scheme": "parallel", "norm_bias": True, "attention_bias": True, "mlp_bias": True, "rotary_fraction": 0.5},
+    "neox": {"scheme": "parallel", "norm_bias": True, "attention_bias": True, "mlp_bias": True, "rotary_dim": 4},
     "no_biases": {"scheme": "pre", "num_kv_heads": 2},
     "norm_biases_alone": {"scheme": "pre", "norm_bias": True},
     "bare_norms_tied": {"scheme": "pre", "norm_scale": False, "tie_embeddings": True},

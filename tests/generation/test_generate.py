@@ -28,7 +28,7 @@ KINDS = {
     "experts pre": {"scheme": "pre", **EXPERTS},
     "experts hybrid_star": {"scheme": "hybrid_star", **EXPERTS},
     "a kv head for each head": {"scheme": "hybrid", "num_kv_heads": 4},
-    "one kv head": {"scheme": "hybrid", "num_kv_heads": 1, "rotary_fraction": 0.5},
+    "one kv head": {"scheme": "hybrid", "num_kv_heads": 1, "rotary_dim": 4},
     "learned positions": {"scheme": "pre", "norm": "layernorm", "positions": "learned", "max_positions": 24},
     "positions with an offset": {
         **{"scheme": "span", "tie_embeddings": True, "positions": "learned", "max_positions": 24},

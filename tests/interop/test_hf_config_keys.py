@@ -74,9 +74,9 @@ ROTATIONS = {
 def test_the_rotation_is_that_of_transformers(name):
     for keys, theta, rotary_dim in ROTATIONS[name]:
         config = read(name, keys)
-        assert (config.rope_theta, config.rotary_dim) == (theta, rotary_dim), keys
-        # Nearest integer or cut, it is the same one.
-        product = config.head_dim * config.rotary_fraction
+        assert (config.rope_theta, config.rotary_width) == (theta, rotary_dim), keys
+        # What we write is that integer, rounded to the nearest one or cut.
+        product = config.head_dim * written_fraction(config.rotary_width, config.head_dim)
         assert int(product) == round(product) == rotary_dim
 
 
@@ -269,7 +269,7 @@ def _theirs(transformers, name, document):
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     fraction = config.rope_parameters.get("partial_rotary_factor", 1.0) if name == "gpt_neox" else 1.0
     eps = config.layer_norm_eps if name == "gpt_neox" else config.rms_norm_eps
-    rotation = {"rope_theta": config.rope_parameters["rope_theta"], "rotary_dim": int(head_dim * fraction)}
+    rotation = {"rope_theta": config.rope_parameters["rope_theta"], "rotary_width": int(head_dim * fraction)}
     return common | rotation | {"head_dim": head_dim, "norm_eps": eps, "attention_bias": config.attention_bias}
 
 
@@ -301,7 +301,7 @@ def test_no_key_is_taken_that_transformers_passes_over_nor_passed_over_that_it_t
 def test_a_fraction_stands_for_its_integer_cut_or_rounded():
     for head_dim in range(2, 300):
         for rotary_dim in range(2, head_dim + 1, 2):
-            fraction = written_fraction(rotary_dim / head_dim, rotary_dim, head_dim)
+            fraction = written_fraction(rotary_dim, head_dim)
             assert int(head_dim * fraction) == round(head_dim * fraction) == rotary_dim
             assert 0 < fraction <= 1
-    assert written_fraction(0.25, 16, 64) == 0.25
+    assert written_fraction(16, 64) == 0.25

@@ -23,8 +23,8 @@ SHARDED = "hf_olmo2_bf16_sharded"
 # directory -> its scheme, and some of what its config.json says.
 CASES = {
     "hf_gpt2": ("pre", {"activation": "gelu_tanh", "tie_embeddings": True, "max_positions": 32}),
-    "hf_gpt_neox": ("pre", {"activation": "gelu", "rotary_fraction": 0.5, "rope_theta": 1e4}),
-    "hf_gpt_neox_old_config": ("parallel", {"rotary_fraction": 0.5, "rope_theta": 25e3}),
+    "hf_gpt_neox": ("pre", {"activation": "gelu", "rotary_dim": 4, "rope_theta": 1e4}),
+    "hf_gpt_neox_old_config": ("parallel", {"rotary_dim": 4, "rope_theta": 25e3}),
     "hf_opt": ("pre", {"activation": "relu", "position_offset": 2}),
     "hf_llama": ("pre", {"norm_eps": 1e-6, "num_kv_heads": 2}),
     "hf_llama_old_config": ("pre", {"rope_theta": 5e4}),
@@ -271,7 +271,7 @@ OWN = {
     "gpt_neox": ("gpt_neox", {**LAYER_NORM, "scheme": "pre", "activation": "gelu_tanh", "mlp_bias": True}),
     "pythia": (
         "gpt_neox",
-        {**LAYER_NORM, "scheme": "parallel", "activation": "gelu", "mlp_bias": True, "rotary_fraction": 0.25},
+        {**LAYER_NORM, "scheme": "parallel", "activation": "gelu", "mlp_bias": True, "rotary_dim": 2},
     ),
     "opt": ("opt", {**LEARNED, "scheme": "pre", "position_offset": 2, "activation": "gelu", "tie_embeddings": True}),
     "opt without biases": ("opt", {**OPT_BARE, "scheme": "pre", "activation": "relu"}),

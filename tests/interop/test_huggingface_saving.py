@@ -43,7 +43,7 @@ BIASED = {"norm": "layernorm", "norm_bias": True, "num_kv_heads": 4, "mlp_bias":
         ("llama", {"scheme": "pre", "norm_scale": False}, "llama cannot express model.norm_scale=False"),
         ("llama", {"scheme": "pre", "head_bias": True}, "llama cannot express model.head_bias=True"),
         ("llama", {"scheme": "pre", "embedding_norm": "true"}, "llama cannot express model.embedding_norm=true"),
-        ("llama", {"scheme": "pre", "rotary_fraction": 0.5}, "llama cannot express model.rotary_fraction=0.5"),
+        ("llama", {"scheme": "pre", "rotary_dim": 4}, "llama cannot express model.rotary_dim=4"),
         (
             "qwen3",
             {"scheme": "pre_qk_pre", "attention_norm_bias": True},
