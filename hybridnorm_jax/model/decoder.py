@@ -32,7 +32,7 @@ from hybridnorm_jax.model.block import (
     watch_stream,
 )
 from hybridnorm_jax.model.cache import Slots
-from hybridnorm_jax.model.config import AUTO_REMAT, ModelConfig
+from hybridnorm_jax.model.config import AUTO_REMAT, LONGEST_CONTEXT, ModelConfig
 from hybridnorm_jax.model.initializers import std_factor, truncated_normal
 from hybridnorm_jax.model.input_checks import check_per_token, check_tokens
 from hybridnorm_jax.model.moe import CHOSEN, ROUTER
@@ -44,6 +44,8 @@ _ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)
 COLLECTIONS = ("params", "intermediates", STREAM, DEFECT, ROUTER, CHOSEN, SIGNAL, PROBE)
 # The streams of keys that a block draws from.
 KEYS = ("params", "dropout")
+# A window as wide as any text, where the layers of a run differ in theirs.
+UNLIMITED = 2 * LONGEST_CONTEXT
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "all_but_attention": _ATTENTION,
@@ -112,10 +114,17 @@ class ScannedBlock(Block):
     """Block as nn.scan calls it, with what differs between the layers of a run as scanned inputs.
 
     Attributes:
+      run_window: how many positions a token sees in all layers of the run; 0: all, or as LayerInputs says.
       deterministic: no dropout.
     """
 
+    run_window: int = 0
     deterministic: bool = True
+
+    @property
+    def window(self) -> int:
+        """How many positions a token sees; 0: all."""
+        return self.run_window
 
     def __call__(  # type: ignore[override]
         self, stream: Stream, layer: LayerInputs, shared: SharedInputs
@@ -239,8 +248,9 @@ class Decoder(nn.Module):
         """The blocks of a run, each by itself."""
         block = partial(ScannedBlock, self.config, placement=run.structure, deterministic=deterministic)
         for place in range(run.length):
-            layer = jax.tree.map(itemgetter(place), layers)
-            stream, _ = block(name=f"layer_{run.start + place}")(stream, layer, shared)
+            layer = jax.tree.map(itemgetter(place), layers).replace(window=None)
+            name, window = f"layer_{run.start + place}", run.layers[place].window
+            stream, _ = block(name=name, run_window=window)(stream, layer, shared)
         return stream
 
     def _scanned(self, run: Run, name: str, deterministic: bool) -> nn.Module:
@@ -259,7 +269,13 @@ class Decoder(nn.Module):
             length=run.length,
             unroll=min(config.scan_unroll, run.length),
         )
-        return scanned(config=config, placement=run.structure, deterministic=deterministic, name=name)
+        return scanned(
+            config=config,
+            placement=run.structure,
+            run_window=run.window or 0,
+            deterministic=deterministic,
+            name=name,
+        )
 
     def _check_length(self, length: int) -> None:
         largest = present(self.config.max_positions)
@@ -268,7 +284,7 @@ class Decoder(nn.Module):
 
 
 def layer_inputs(run: Run, dtype: str, keys: Mapping[str, Array]) -> LayerInputs:
-    """The scanned inputs of a run: numbers of its layers, their scales, and their keys.
+    """The scanned inputs of a run: numbers of its layers, their scales and keys, and their windows where these differ.
 
     A layer's keys depend on its number in the model and not on the run that it belongs to: so all schemes draw the same
     numbers for it.
@@ -291,4 +307,5 @@ def layer_inputs(run: Run, dtype: str, keys: Mapping[str, Array]) -> LayerInputs
         attention=columns(run.scales("attention")),
         feed_forward=columns(run.scales("feed_forward")),
         keys={name: jax.vmap(partial(jax.random.fold_in, key))(layers) for name, key in keys.items()},
+        window=None if run.window is not None else jnp.asarray([layer.window or UNLIMITED for layer in run.layers]),
     )

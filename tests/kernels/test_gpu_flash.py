@@ -150,7 +150,7 @@ COMPILED = """
 import jax
 jax.config.update("jax_platforms", "cpu")
 import jax.numpy as jnp
-from hybridnorm_jax.kernels.attention_backends import causal_attention
+from hybridnorm_jax.kernels.attention_backends import softmax_attention
 from hybridnorm_jax.kernels.backend_names import SAVED
 from hybridnorm_jax.mesh.device_mesh import make_mesh
 from hybridnorm_jax.planning.collectives import kernels
@@ -165,7 +165,7 @@ def shape(*sizes, dtype):
     return jax.ShapeDtypeStruct(sizes, dtype, sharding=here)
 
 def loss(query, key, value, ids):
-    return causal_attention(query, key, value, segment_ids=ids, backend="flash").astype(jnp.float32).sum()
+    return softmax_attention(query, key, value, segment_ids=ids, backend="flash").astype(jnp.float32).sum()
 
 for dtype, head_dim, segmented in [("bfloat16", 64, True), ("bfloat16", 96, False), ("float32", 256, True)]:
     query, key = shape(1, 512, 4, head_dim, dtype=dtype), shape(1, 512, 2, head_dim, dtype=dtype)

@@ -13,7 +13,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, SingleDeviceSharding
 
 from hybridnorm_jax.kernels import tpu_attention, tpu_splash
-from hybridnorm_jax.kernels.attention_backends import causal_attention
+from hybridnorm_jax.kernels.attention_backends import softmax_attention
 from hybridnorm_jax.kernels.head_preparation import HeadNorm, Preparation
 from hybridnorm_jax.mesh.device_mesh import use_mesh
 from hybridnorm_jax.model.attention import Attention, rotation
@@ -110,7 +110,7 @@ def compare(dtype, tolerance, *, shape=(2, 130, 4, 2, 8), norms=(None, None, Non
     def ours(query, key, value, norms):
         preparation = Preparation(*norms, rotation=by)
         ids = None if segment_ids is None else jnp.asarray(segment_ids)
-        return causal_attention(query, key, value, segment_ids=ids, preparation=preparation, backend="splash")
+        return softmax_attention(query, key, value, segment_ids=ids, preparation=preparation, backend="splash")
 
     got = context_and_gradients(ours, *rounded[:3], norms, rounded[3])
     for reference, array in zip(expected, got, strict=True):
@@ -169,7 +169,7 @@ def test_on_a_mesh_each_device_computes_its_share(interpreted, shape):
 
 def test_scores_far_beyond_the_range_of_exp_do_no_harm(interpreted):
     query, key, value, d_context = (jnp.asarray(x, jnp.float32) for x in draw(1, 200, 2, 2, 8))
-    attention = functools.partial(causal_attention, backend="splash")
+    attention = functools.partial(softmax_attention, backend="splash")
     context, pull = jax.vjp(attention, 1e4 * query, key, value)
     for array in (context, *pull(d_context)):
         assert np.isfinite(array).all()
