@@ -19,7 +19,7 @@ from hybridnorm_jax.model.config_sizes import (
     MOST_PARAMETERS,
     WIDEST,
 )
-from hybridnorm_jax.model.placement import BlockPlacement, Layer, Run, runs
+from hybridnorm_jax.model.placement import HEAD_NORMS, BlockPlacement, Layer, Run, runs
 from hybridnorm_jax.model.schemes import SCHEMES, Scheme
 
 __all__ = [
