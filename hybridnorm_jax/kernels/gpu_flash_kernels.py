@@ -236,5 +236,5 @@ def flash_d_key_value(tiles: Tiles, head_dim: int, scale: float, *refs: Any) -> 
 
     nothing = jnp.zeros((tiles.columns, key.shape[1]), log_total_ref.dtype)
     d_key, d_value = jax.lax.fori_loop(0, readers, head_body, (nothing, nothing))
-    reader.store(d_key_ref, head_dim**-0.5 * d_key)
+    reader.store(d_key_ref, scale * d_key)
     reader.store(d_value_ref, d_value)

@@ -59,8 +59,8 @@ class HeadNormParameters(nn.Module):
 class Attention(nn.Module):
     """softmax(N(q) N(k)^T / sqrt(head_dim) + causal mask) N(v), normalized, times W_O. HybridNorm (2503.04598), eq. 5.
 
-    Query head h reads key and value head h // (num_heads / num_kv_heads). Norms stand before RoPE. What else may be made
-    of the scores, kernels/score_rules.py says.
+    Query head h reads key and value head h // (num_heads / num_kv_heads). Norms stand before RoPE. What else may be
+    made of the scores, kernels/score_rules.py says.
 
     Parameters: `query/kernel` (embed, heads, head_dim), `key/kernel` and `value/kernel` (embed, kv_heads, head_dim),
     `out/kernel` (heads, head_dim, embed), their `bias` where asked for, `q_norm`, `k_norm`, `v_norm`, `context_norm`
@@ -201,7 +201,9 @@ class Attention(nn.Module):
         if self.use_sinks:
             sinks = self.param("sinks", nn.initializers.zeros, (self.num_heads,), self.param_dtype)
         if self.alibi is not None:
-            alibi = self.alibi.rule(self.num_heads, self.dtype, default_positions(seq) if positions is None else positions)
+            alibi = self.alibi.rule(
+                self.num_heads, self.dtype, default_positions(seq) if positions is None else positions
+            )
         return ScoreRules(
             scale=self.score_scale,
             cap=self.score_cap,

@@ -13,6 +13,7 @@ from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.kernels import tpu_splash as attention_splash
 from hybridnorm_jax.kernels.attention_backends import capability_of, resolve_backend, softmax_attention
 from hybridnorm_jax.kernels.backend_names import SAVED
+from hybridnorm_jax.kernels.score_rules import ScoreRules
 from hybridnorm_jax.mesh.device_mesh import use_mesh
 
 AXES = ("data", "fsdp", "tensor")
@@ -251,8 +252,9 @@ def test_splash_equals_xla_where_no_core_holds_a_head(monkeypatch, shape, batch,
     interpreted = functools.partial(attention_splash.splash.make_splash_mha, interpret=True)
     monkeypatch.setattr(attention_splash.splash, "make_splash_mha", interpreted)
     inputs, segment_ids = draw(batch, seq, heads, kv_heads, 8), documents(batch, seq)
-    expected = context_and_gradients(functools.partial(softmax_attention, segment_ids=segment_ids), *inputs)
-    attention = functools.partial(softmax_attention, segment_ids=segment_ids, backend="splash")
+    ours = functools.partial(softmax_attention, segment_ids=segment_ids, rules=ScoreRules(scale=0.9))
+    expected = context_and_gradients(ours, *inputs)
+    attention = functools.partial(ours, backend="splash")
     if shape is None:
         got = context_and_gradients(attention, *inputs)
     else:
