@@ -19,6 +19,7 @@ from hybridnorm_jax.config.yaml_files import from_yaml
 from hybridnorm_jax.data.tokenizer_files import byte_tokenizer_json
 from hybridnorm_jax.data.tokenizers import ByteTokenizer
 from hybridnorm_jax.generation.generate import generate
+from hybridnorm_jax.interop.own_architecture import CODE_FILES
 
 os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="hf_modules_"))
 SIZES = {"d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 48, "vocab_size": 257}

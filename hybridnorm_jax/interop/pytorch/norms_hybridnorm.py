@@ -51,8 +51,8 @@ class Norm(nn.Module):
     crmsnorm:  x / sqrt((sum x^2 + (sum x)^2) / width + eps), for a zero-mean vector of length `width` whose last
                element is not stored
 
-    times `weight`, or 1 + weight with plus_one, plus `bias`, where there are these. With `groups` they are of so many
-    vectors, (groups * size,), one for each place of the last axis but one: norms of heads.
+    times `weight`, or 1 + weight with plus_one, plus `bias`, where there are these. With `groups` both are (groups,
+    size), a vector for each place of the last axis but one: norms of heads.
     """
 
     def __init__(self, kind, size, *, eps, scale, bias, width=None, plus_one=False, initial_scale=1.0, groups=None):
@@ -60,13 +60,14 @@ class Norm(nn.Module):
         self.kind, self.size, self.eps, self.width = kind, size, eps, width or size + 1
         self.offset = 1.0 if plus_one else 0.0
         self.initial_scale, self.groups = initial_scale - self.offset, groups
-        length = size * (groups or 1)
-        self.weight = nn.Parameter(torch.full((length,), self.initial_scale)) if scale else None
-        self.bias = nn.Parameter(torch.zeros(length)) if bias else None
+        shape = (groups, size) if groups else (size,)
+        self.weight = nn.Parameter(torch.full(shape, self.initial_scale)) if scale else None
+        self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
 
     def forward(self, x):
         y = wide(x)
-        weight, bias = self.parameter(self.weight, y.dtype), self.parameter(self.bias, y.dtype)
+        weight = None if self.weight is None else self.weight.to(y.dtype)
+        bias = None if self.bias is None else self.bias.to(y.dtype)
         if weight is not None and self.offset:
             weight = weight + self.offset
         if self.kind == "layernorm" and not self.groups:
@@ -86,12 +87,6 @@ class Norm(nn.Module):
         else:
             square = square / self.size
         return y * torch.rsqrt(square + self.eps)
-
-    def parameter(self, values, dtype):
-        """The weight or bias as it is multiplied or added; None where there is none."""
-        if values is None:
-            return None
-        return values.to(dtype).unflatten(0, (self.groups, self.size)) if self.groups else values.to(dtype)
 
 
 def stream_norm(config, present=True, initial_scale=1.0):
