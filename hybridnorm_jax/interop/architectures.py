@@ -23,10 +23,12 @@ def mathematics(config: ModelConfig) -> dict[str, Any]:
     # In this order messages name what an architecture lacks.
     keys = ["d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "vocab_size", "activation"]
     keys += ["norm", "norm_eps", "norm_scale", "norm_bias", "norm_width", "attention_bias", "mlp_bias", "head_bias"]
-    keys += ["tie_embeddings", "positions"]
+    keys += ["tie_embeddings", "embedding_scale", "logit_scale", "logit_cap", "layer_scale", "positions"]
     keys += ["rope_theta"] if config.positions == "rope" else ["max_positions", "position_offset"]
     found = {"scheme": (config.placements, config.has_final_norm), "embedding_norm": config.has_embedding_norm}
     found |= _values(config, keys)
+    if config.norm_scale or config.attention_norm_scale:
+        found["norm_scale_plus_one"] = config.norm_scale_plus_one
     if config.positions == "rope":
         found["rotary_dim"] = None if config.rotary_width == config.head_dim else config.rotary_width
     if any(_has_head_norm(placement) for placement in config.placements):
