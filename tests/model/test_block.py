@@ -8,7 +8,7 @@ from flax import linen as nn
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.model.block import Dropout, scale_arrays, times
-from hybridnorm_jax.model.decoder import layer_inputs
+from hybridnorm_jax.model.layers import layer_inputs
 
 L, LAYER = 4, 2  # l = 3
 a = {"deepnorm": 8**0.25, "keel": 8.0}

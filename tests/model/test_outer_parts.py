@@ -87,6 +87,8 @@ def test_gradients_are_finite_differences(name, small_config, random_params, tok
         params = random_params(config)
         rng = np.random.default_rng(3)
         direction = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape)), params)
+        length = math.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(direction)))
+        direction = jax.tree.map(lambda leaf: leaf / length, direction)
         loss = jax.jit(lambda params: _loss(config, params, tokens))
         gradient = jax.grad(loss)(params)
         slope = sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))

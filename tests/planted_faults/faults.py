@@ -21,14 +21,14 @@ MODEL = (
     ),
     Fault(
         name="every_layer_has_the_same_keys",
-        file="model/decoder.py",
+        file="model/layers.py",
         right="jax.vmap(partial(jax.random.fold_in, key))(layers)",
         wrong="jax.vmap(partial(jax.random.fold_in, key))(0 * layers)",
         tests=("model/test_layer_keys.py::test_every_layer_and_every_branch_has_a_dropout_mask_of_its_own",),
     ),
     Fault(
         name="the_keys_of_a_layer_depend_on_its_run",
-        file="model/decoder.py",
+        file="model/layers.py",
         right="jax.vmap(partial(jax.random.fold_in, key))(layers)",
         wrong="jax.vmap(partial(jax.random.fold_in, key))(layers - run.start)",
         tests=("model/test_layer_keys.py::test_schemes_of_every_grouping_start_from_the_same_matrices",),
