@@ -239,7 +239,7 @@ def placement_to_json(placement: BlockPlacement) -> dict[str, Any]:
         value = getattr(placement, field.name)
         if isinstance(value, SublayerPlacement):
             stated[field.name] = _stated_parts(value)
-        elif value not in (None, False):
+        elif value != field.default:
             stated[field.name] = value
     return stated
 
