@@ -60,10 +60,10 @@ class HybridNormBlock(GradientCheckpointingLayer):
         """The stream (batch, tokens, width) after this block."""
 
         def attend(x):
-            return self.dropout(self.attention_layer_scale(self.self_attn(x, turns, masks, cache, place)))
+            return self.dropout(self.self_attn(x, turns, masks, cache, place))
 
         def feed_forward(x):
-            return self.dropout(self.feed_forward_layer_scale(self.mlp(x)))
+            return self.dropout(self.mlp(x))
 
         attention_norms, feed_forward_norms = self.norms("attention"), self.norms("feed_forward")
         if self.placement.shared_pre_norm:  # computed once: both branches read the block's input
@@ -73,7 +73,10 @@ class HybridNormBlock(GradientCheckpointingLayer):
         return apply_formula(feed_forward, y, x, self.placement.feed_forward, feed_forward_norms)
 
     def norms(self, name):
-        return [getattr(self, f"{name}_{which}_norm") for which in ("pre", "branch", "post")]
+        """The norms of a branch; behind the branch norm stands the layer scale, where there is one."""
+        pre, branch, post = (getattr(self, f"{name}_{which}_norm") for which in ("pre", "branch", "post"))
+        scale = getattr(self, f"{name}_layer_scale")
+        return [pre, branch if isinstance(scale, nn.Identity) else lambda x: scale(branch(x)), post]
 
 
 class HybridNormPreTrainedModel(PreTrainedModel):
