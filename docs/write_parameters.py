@@ -110,7 +110,7 @@ MODELS: tuple[dict[str, Any], ...] = (
     {"scheme": "hybrid_output_norm"},
     {"scheme": "qkvc_post"},
     {"scheme": "pre_qk_projection"},
-    EXPERTS | {"scheme": "pre"},
+    EXPERTS | {"scheme": "pre", "attention_sinks": True},
 )
 
 # Start of a leaf's path -> what brings it.
@@ -122,6 +122,7 @@ WHEN = {
     "run_<i>/attention/key": "always",
     "run_<i>/attention/value": "always",
     "run_<i>/attention/out": "always",
+    "run_<i>/attention/sinks": "`attention_sinks=true`",
     "run_<i>/attention/q_norm": "the scheme normalizes q",
     "run_<i>/attention/k_norm": "the scheme normalizes k",
     "run_<i>/attention/v_norm": "the scheme normalizes v",
@@ -183,6 +184,8 @@ def when(path: str) -> str:
         return f"{WHEN[start]}, `{flag}_{name}=true`"
     if name != "bias" or start.endswith("bias"):
         return WHEN[start]
+    if path.endswith("attention/out/bias"):
+        return "`attention_output_bias=true`, which is `attention_bias` by default"
     key = "attention_bias" if "/attention/" in path else "mlp_bias"
     return f"`{key}=true`" if WHEN[start] == "always" else f"{WHEN[start]}, `{key}=true`"
 

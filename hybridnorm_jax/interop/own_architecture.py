@@ -11,6 +11,7 @@ from typing import Any
 from hybridnorm_jax.config_fields import shortened
 from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.interop.hf_config_keys import Architecture, Json, Key, names
+from hybridnorm_jax.interop.tensor_parts import HYBRIDNORM
 from hybridnorm_jax.model.config import ACTIVATIONS, NORMS, ModelConfig
 from hybridnorm_jax.model.placement import HEAD_NORMS, BlockPlacement, SublayerPlacement
 from hybridnorm_jax.model.schemes import SCHEMES
@@ -132,6 +133,7 @@ OWN = OwnArchitecture(
     class_name="HybridNormForCausalLM",
     constants={},
     keys=(*KEYS, ATTENTION_NORM, ROTARY_DIM, MOST_POSITIONS, EMBEDDING_NORM, FINAL_NORM),
+    tensors=HYBRIDNORM,
     fixed={"auto_map": lambda value, document: True},  # which classes transformers should load; we load none
     harmless=names("scheme placements"),
 )

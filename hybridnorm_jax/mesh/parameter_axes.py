@@ -24,6 +24,7 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "key/bias": ("kv_heads", "head_dim"),
     "value/bias": ("kv_heads", "head_dim"),
     "out/bias": (None,),
+    "attention/sinks": ("heads",),
     "gate/kernel": ("embed", "mlp"),
     "up/kernel": ("embed", "mlp"),
     "down/kernel": ("mlp", "embed"),
@@ -57,7 +58,8 @@ def logical_axes(path: tuple[str, ...], ndim: int) -> tuple[str | None, ...]:
         return ()
     if ndim == len(layers):
         return layers
-    if ndim == len(layers) + 1:
-        return (*layers, None)
+    is_norm = path[-2:-1] != () and path[-2].endswith("_norm")  # some have a vector for each head
+    if ndim == len(layers) + 1 or is_norm:
+        return (*layers, *(None,) * (ndim - len(layers)))
     name = "/".join(path)
     raise KeyError(f"no logical axes for the parameter {name}: mesh.parameter_axes.PARAMETER_AXES must name it")

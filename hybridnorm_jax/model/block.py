@@ -83,12 +83,14 @@ class LayerInputs:
       attention, feed_forward: the scales of the formula in the two sublayers.
       keys: what the layer draws its parameters and its dropout from, by the name of Flax's stream. The Decoder gives
         them; a Block alone leaves keys to Flax.
+      window: how many positions a token sees, where the layers of the run differ in that; None: Block.window says it.
     """
 
     layer: int | Int[Array, ""]
     attention: ScaleArrays
     feed_forward: ScaleArrays
     keys: dict[str, Array] = flax.struct.field(default_factory=dict)
+    window: Int[Array, ""] | None = None
 
 
 @flax.struct.dataclass
@@ -124,7 +126,8 @@ class Block(nn.Module):
     Attributes:
       config: sizes, kinds and dtypes; its scheme does not matter here, except for initializer=auto.
       placement: where this block normalizes, and its scales.
-      layer: number of the block in its model, from 0; only the initializer "depth_scaled" asks for it.
+      layer: number of the block in its model, from 0: it decides the block's window and rotation, where layers differ
+        in them, and the initializer "depth_scaled" asks for it.
     """
 
     config: ModelConfig
@@ -171,6 +174,7 @@ class Block(nn.Module):
                 positions=shared.positions,
                 segment_ids=shared.segment_ids,
                 rotation=shared.rotation,
+                layer_window=layer.window,
                 slots=shared.slots,
             )
 
@@ -209,6 +213,11 @@ class Block(nn.Module):
             post=norm(placement.post, "post"),
         )
 
+    @property
+    def window(self) -> int:
+        """How many positions a token sees; 0: all."""
+        return self.config.layer_windows[self.layer]
+
     def _initializer(self, role: str, layer: int | Int[Array, ""]) -> Callable[..., Array]:
         factor = std_factor(self.config.initializer_name, role, layer, self.config.num_layers)
         return truncated_normal(self.config.init_std * factor)
@@ -229,7 +238,15 @@ class Block(nn.Module):
             norm_bias=config.attention_norm_bias,
             rope_theta=config.rope_theta if config.positions == "rope" else None,
             rotary_dim=config.rotary_width if config.positions == "rope" else None,
+            norm_per_head=config.attention_norm_per_head,
+            score_scale=config.attention_scale,
+            score_cap=config.score_cap,
+            qkv_clip=config.qkv_clip,
+            window=self.window or None,
+            causal=config.is_causal,
+            use_sinks=config.attention_sinks,
             use_bias=config.attention_bias,
+            use_output_bias=config.attention_output_bias,
             backend=config.attention,
             dtype=jnp.dtype(config.dtype),
             param_dtype=jnp.dtype(config.param_dtype),

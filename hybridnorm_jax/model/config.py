@@ -19,7 +19,7 @@ from hybridnorm_jax.model.config_sizes import (
     MOST_PARAMETERS,
     WIDEST,
 )
-from hybridnorm_jax.model.placement import BlockPlacement, Layer, Run, runs
+from hybridnorm_jax.model.placement import HEAD_NORMS, BlockPlacement, Layer, Run, runs
 from hybridnorm_jax.model.schemes import SCHEMES, Scheme
 
 __all__ = [
@@ -52,12 +52,6 @@ PENDING = (
     "router_bias",
     "dense_layers",
     "dense_mlp_dim",
-    "attention_output_bias",
-    "attention_scale",
-    "score_cap",
-    "qkv_clip",
-    "attention_sinks",
-    "windows",
     "rope_scaling",
     "rope_layers",
     "second_rope_theta",
@@ -65,7 +59,6 @@ PENDING = (
     "alibi_scale",
     "alibi_bfloat16",
     "norm_scale_plus_one",
-    "attention_norm_per_head",
     "embedding_scale",
     "branch_multiplier",
     "logit_scale",
@@ -206,6 +199,9 @@ class ModelConfig(AttentionKeys):
             self._check("norm_width", self.norm == "crmsnorm", "only for model.norm=crmsnorm")
             right = f"must be at most model.d_model={stored} and the one element that is not stored"
             self._check("norm_width", width <= stored + 1, right)
+        extents = {getattr(placement, name) for placement in self.placements for name in HEAD_NORMS} - {None}
+        right = f"only where norms of q, k, v or context are over a head; model.scheme={self.scheme} has no such"
+        self._check("attention_norm_per_head", extents == {"head"} or not self.attention_norm_per_head, right)
         has_scale = self.norm_scale or self.attention_norm_scale
         self._check("norm_scale_plus_one", has_scale or not self.norm_scale_plus_one, "norms have no scale")
 

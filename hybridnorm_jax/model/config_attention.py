@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from hybridnorm_jax.config_fields import check_choice, key
+from hybridnorm_jax.kernels.backend_names import features_of
 from hybridnorm_jax.model.config_feed_forward import FeedForwardKeys
 from hybridnorm_jax.model.config_sizes import LONGEST_CONTEXT, WIDEST
 
@@ -95,6 +96,22 @@ class AttentionKeys(FeedForwardKeys):
         if self.positions != "rope":
             return (NO_ROTATION,) * self.num_layers
         return self._by_layer(self.rope_layers, FIRST_ROTATION)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token sees no later ones."""
+        return True
+
+    @property
+    def score_features(self) -> tuple[str, ...]:
+        """What a kernel must be able to do besides causal attention, by the names of kernels.backend_names.FEATURES."""
+        return features_of(
+            causal=self.is_causal,
+            windows=any(self.layer_windows),
+            cap=self.score_cap is not None,
+            sinks=self.attention_sinks,
+            alibi=self.positions == "alibi",
+        )
 
     @property
     def score_scale(self) -> float:

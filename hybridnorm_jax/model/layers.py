@@ -16,7 +16,7 @@ from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.kernels.backend_names import SAVED
 from hybridnorm_jax.kernels.precision import wide_dtype
 from hybridnorm_jax.model.block import DEFECT, STREAM, Block, LayerInputs, SharedInputs, Stream
-from hybridnorm_jax.model.config import AUTO_REMAT, ModelConfig
+from hybridnorm_jax.model.config import AUTO_REMAT, LONGEST_CONTEXT, ModelConfig
 from hybridnorm_jax.model.moe import CHOSEN, ROUTER
 from hybridnorm_jax.model.placement import Run, Scales
 from hybridnorm_jax.model.signal_measures import PROBE, SIGNAL
@@ -26,6 +26,8 @@ _ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)
 COLLECTIONS = ("params", "intermediates", STREAM, DEFECT, ROUTER, CHOSEN, SIGNAL, PROBE)
 # The streams of keys that a block draws from.
 KEYS = ("params", "dropout")
+# A window as wide as any text, where the layers of a run differ in theirs.
+UNLIMITED = 2 * LONGEST_CONTEXT
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "all_but_attention": _ATTENTION,
@@ -39,10 +41,17 @@ class ScannedBlock(Block):
     """Block as nn.scan calls it, with what differs between the layers of a run as scanned inputs.
 
     Attributes:
+      run_window: how many positions a token sees in all layers of the run; 0: all, or as LayerInputs says.
       deterministic: no dropout.
     """
 
+    run_window: int = 0
     deterministic: bool = True
+
+    @property
+    def window(self) -> int:
+        """How many positions a token sees; 0: all."""
+        return self.run_window
 
     def __call__(  # type: ignore[override]
         self, stream: Stream, layer: LayerInputs, shared: SharedInputs
@@ -87,7 +96,8 @@ def _one_by_one(
     block = partial(ScannedBlock, config, placement=run.structure, deterministic=deterministic)
     for place in range(run.length):
         layer = jax.tree.map(itemgetter(place), layers)
-        stream, _ = block(name=f"layer_{run.start + place}")(stream, layer, shared)
+        name, window = f"layer_{run.start + place}", run.layers[place].window
+        stream, _ = block(name=name, run_window=window)(stream, layer.replace(window=None), shared)
     return stream
 
 
@@ -106,11 +116,13 @@ def _scanned(config: ModelConfig, run: Run, name: str, *, deterministic: bool) -
         length=run.length,
         unroll=min(config.scan_unroll, run.length),
     )
-    return scanned(config=config, placement=run.structure, deterministic=deterministic, name=name)
+    return scanned(
+        config=config, placement=run.structure, run_window=run.window or 0, deterministic=deterministic, name=name
+    )
 
 
 def layer_inputs(run: Run, dtype: str, keys: Mapping[str, Array]) -> LayerInputs:
-    """The scanned inputs of a run: numbers of its layers, their scales, and their keys.
+    """The scanned inputs of a run: numbers of its layers, their scales and keys, and their windows where these differ.
 
     A layer's keys depend on its number in the model and not on the run that it belongs to: so all schemes draw the same
     numbers for it.
@@ -133,4 +145,5 @@ def layer_inputs(run: Run, dtype: str, keys: Mapping[str, Array]) -> LayerInputs
         attention=columns(run.scales("attention")),
         feed_forward=columns(run.scales("feed_forward")),
         keys={name: jax.vmap(partial(jax.random.fold_in, key))(layers) for name, key in keys.items()},
+        window=None if run.window is not None else jnp.asarray([layer.window or UNLIMITED for layer in run.layers]),
     )

@@ -195,6 +195,12 @@ class Run:
         """The number of layers."""
         return len(self.layers)
 
+    @property
+    def window(self) -> int | None:
+        """The window of all layers, see Layer; None: they differ."""
+        first, *others = {layer.window for layer in self.layers}
+        return None if others else first
+
     def scales(self, sublayer: SublayerName) -> Scales[tuple[float, ...] | None]:
         """Of each scale of this sublayer one number per layer, or None where it is 1 in every layer."""
         layers = [getattr(layer.placement, sublayer).scales for layer in self.layers]

@@ -142,6 +142,7 @@ class Program:
             head_dim=model.head_dim,
             segment_ids=self.config.data.segment_ids,
             capability=capability_of(self.mesh.devices.flat[0]),
+            features=model.score_features,
         )
 
     def _jit_train_step(self) -> Callable:

@@ -30,6 +30,10 @@ KINDS = {
     "a kv head for each head": {"scheme": "hybrid", "num_kv_heads": 4},
     "one kv head": {"scheme": "hybrid", "num_kv_heads": 1, "rotary_dim": 4},
     "learned positions": {"scheme": "pre", "norm": "layernorm", "positions": "learned", "max_positions": 24},
+    "rules of scores": {
+        **{"scheme": "hybrid", "windows": (2, 0), "attention_sinks": True, "score_cap": 3.0, "attention_scale": 0.8},
+        **{"qkv_clip": 1.5, "attention_bias": True, "attention_output_bias": False, "attention_norm_per_head": True},
+    },
     "positions with an offset": {
         **{"scheme": "span", "tie_embeddings": True, "positions": "learned", "max_positions": 24},
         **{"position_offset": 2, "attention_bias": True, "mlp_bias": True},
