@@ -52,12 +52,6 @@ PENDING = (
     "router_bias",
     "dense_layers",
     "dense_mlp_dim",
-    "rope_scaling",
-    "rope_layers",
-    "second_rope_theta",
-    "alibi_max",
-    "alibi_scale",
-    "alibi_bfloat16",
     "norm_scale_plus_one",
     "embedding_scale",
     "branch_multiplier",
@@ -65,7 +59,6 @@ PENDING = (
     "logit_cap",
 )
 PENDING_VALUES = {
-    "positions": ("sinusoidal", "alibi"),
     "activation": (
         "swiglu_clamped",
         "geglu",
