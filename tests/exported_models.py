@@ -17,8 +17,8 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 
 import hybridnorm_jax as hn  # noqa: E402
 from hybridnorm_jax.interop.huggingface import save_huggingface  # noqa: E402
+from hybridnorm_jax.interop.own_architecture import OWN  # noqa: E402
 from hybridnorm_jax.interop.tensor_places import leaf_shapes  # noqa: E402
-from hybridnorm_jax.interop.tensors import TABLES  # noqa: E402
 from hybridnorm_jax.model.abstract_params import abstract_params  # noqa: E402
 
 transformers.logging.set_verbosity_error()
@@ -123,9 +123,8 @@ def compiled(config):
 def as_leaves(config, tensors):
     """Tensors of our PyTorch code by name, as the leaves of our tree by path."""
     leaves = {path: np.zeros(shape, np.float64) for path, shape in leaf_shapes(config).items()}
-    for place in TABLES["hybridnorm"].places(config):
+    for place in OWN.tensors.places(config):
         if place.name in tensors:
             array = tensors[place.name].detach().double().numpy()
-            for view, target in zip(place.views(array), place.targets(leaves), strict=True):
-                target[...] = view
+            place.read(array, place.targets(leaves))
     return leaves

@@ -25,7 +25,6 @@ from hybridnorm_jax.interop.checkpoint_files import read_json
 from hybridnorm_jax.interop.own_architecture import CODE_FILES, OWN
 from hybridnorm_jax.interop.safetensors_files import CONFIG, StoredTensors, is_finite, split_into_shards, write_shards
 from hybridnorm_jax.interop.tensor_places import Place, TensorTable, leaf_shapes
-from hybridnorm_jax.interop.tensors import TABLES
 from hybridnorm_jax.model.config import PARAM_DTYPES, ModelConfig
 from hybridnorm_jax.whole_files import expanded
 
@@ -66,7 +65,7 @@ def load_huggingface(
         wrong = "not a directory" if directory.exists() else "no such directory"
         raise UserError(f"{directory}: {wrong}")
     name, config = config_from_json(read_json(directory, CONFIG), str(directory / CONFIG), ignore_keys)
-    table = TABLES[name]
+    table = ALL[name].tensors
     with contextlib.ExitStack() as stack:
         tensors = StoredTensors(directory, table, stack)
         # A tied model's file may hold the head as well.
@@ -124,7 +123,7 @@ def save_huggingface(
     if name == OWN.name:
         contents |= {file: (CODE / file).read_bytes() for file in CODE_FILES}
     numpy_dtype = jnp.dtype(written.param_dtype)
-    shards = split_into_shards(TABLES[name].places(config), numpy_dtype.itemsize, max_shard_bytes)
+    shards = split_into_shards(ALL[name].tensors.places(config), numpy_dtype.itemsize, max_shard_bytes)
     with whole_directory(path) as directory:
         for file, content in contents.items():
             (directory / file).write_bytes(content)
@@ -186,11 +185,11 @@ def _read_params(
     """Every tensor, one at a time, into the leaves it holds."""
     leaves = {path: np.empty(shape, dtype) for path, shape in shapes.items()}
     for place in places:
-        for view, target in zip(place.views(tensors.read(place.name)), place.targets(leaves), strict=True):
-            with np.errstate(over="ignore"):  # What does not fit the dtype becomes Inf, which is looked for next.
-                target[...] = view
-            if not is_finite(target):
-                raise UserError(f"{tensors.where(place.name)}: holds NaN or Inf, read as {dtype.name}")
+        targets = place.targets(leaves)
+        with np.errstate(over="ignore"):  # What does not fit the dtype becomes Inf, which is looked for next.
+            place.read(tensors.read(place.name), targets)
+        if not all(map(is_finite, targets)):
+            raise UserError(f"{tensors.where(place.name)}: holds NaN or Inf, read as {dtype.name}")
     return unflatten_dict(leaves, sep="/")
 
 

@@ -46,18 +46,14 @@ PENDING = (
     "clamp_limit",
     "clamp_alpha",
     "mlp_output_bias",
-    "layer_scale",
     "shared_mlp_dim",
     "shared_expert_gate",
     "router_bias",
     "dense_layers",
     "dense_mlp_dim",
-    "norm_scale_plus_one",
-    "embedding_scale",
-    "branch_multiplier",
-    "logit_scale",
-    "logit_cap",
 )
+# Keys that the equivalences do not take into account yet.
+NOT_CONVERTED = ("norm_scale_plus_one", "layer_scale")
 PENDING_VALUES = {
     "activation": (
         "swiglu_clamped",
@@ -262,9 +258,16 @@ class ModelConfig(AttentionKeys):
         scheme = f"model.scheme={self.scheme}"
         if self.norm != "layernorm":
             return f"model.norm={self.norm}"
+        if self.positions == "sinusoidal":
+            return f"model.positions={self.positions}: a fixed table on the stream"
+        for name in NOT_CONVERTED:
+            if getattr(self, name):
+                return f"model.{name}={getattr(self, name)}"
         if self.has_embedding_norm:
             return f"{scheme}, model.embedding_norm={self.embedding_norm}: a norm after the embedding"
         for layer, placement in enumerate(self.placements):
+            if placement.shared_pre_norm:
+                return f"{scheme}: one norm for both branches of layer {layer}"
             for name in ("attention", "feed_forward"):
                 sublayer = getattr(placement, name)
                 for which in ("post", "branch"):
