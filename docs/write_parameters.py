@@ -32,7 +32,9 @@ A *stretch* is a number of consecutive layers that normalize at the same places.
 scheme needs. They are called `run_0`, `run_1` and so on. `hn.describe("hybrid_star", 8)` shows them. All layers of a
 stretch are stacked along the first axis of each leaf, `layers`. `hn.Block` alone has the same leaves without that axis.
 
-All leaves have the dtype `model.param_dtype`.
+All leaves have the dtype `model.param_dtype`. With `model.norm_scale_plus_one=true` the `scale` of a norm is what it
+multiplies by, minus 1. In a parallel block with one norm for both branches (`shared_pre_norm`) there is only
+`attention_pre_norm`.
 """
 
 LEAVES = """## Every leaf
@@ -111,6 +113,7 @@ MODELS: tuple[dict[str, Any], ...] = (
     {"scheme": "qkvc_post"},
     {"scheme": "pre_qk_projection"},
     EXPERTS | {"scheme": "pre", "attention_sinks": True},
+    {"scheme": "pre", "layer_scale": True},
 )
 
 # Start of a leaf's path -> what brings it.
@@ -130,6 +133,7 @@ WHEN = {
     "run_<i>/attention_pre_norm": "the scheme has this norm",
     "run_<i>/attention_branch_norm": "the scheme has this norm",
     "run_<i>/attention_post_norm": "the scheme has this norm",
+    "run_<i>/attention_layer_scale": "`layer_scale=true`",
     "run_<i>/feed_forward/gate": "dense, `activation=swiglu`",
     "run_<i>/feed_forward/up": "dense",
     "run_<i>/feed_forward/down": "dense",
@@ -142,6 +146,7 @@ WHEN = {
     "run_<i>/feed_forward_pre_norm": "the scheme has this norm",
     "run_<i>/feed_forward_branch_norm": "the scheme has this norm",
     "run_<i>/feed_forward_post_norm": "the scheme has this norm",
+    "run_<i>/feed_forward_layer_scale": "`layer_scale=true`",
     "final_norm": "the scheme has a final norm",
     "head/kernel": "`tie_embeddings=false`",
     "head/bias": "`head_bias=true`",

@@ -13,7 +13,7 @@ from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.interop.hf_config_keys import Architecture, Json, Key, names
 from hybridnorm_jax.interop.tensor_parts import HYBRIDNORM
 from hybridnorm_jax.model.config import ACTIVATIONS, NORMS, ModelConfig
-from hybridnorm_jax.model.placement import HEAD_NORMS, BlockPlacement, SublayerPlacement
+from hybridnorm_jax.model.placement import BlockPlacement, SublayerPlacement
 from hybridnorm_jax.model.schemes import SCHEMES
 
 # The files of pytorch/ that are copied beside the weights.
@@ -149,7 +149,7 @@ def placement_to_json(placement: BlockPlacement) -> dict[str, Any]:
         value = getattr(placement, field.name)
         if isinstance(value, SublayerPlacement):
             stated[field.name] = _stated_parts(value)
-        elif value is not None:
+        elif value != field.default:
             stated[field.name] = value
     return stated
 
@@ -161,7 +161,7 @@ def _stated_parts(sublayer: SublayerPlacement) -> dict[str, Any]:
 
 def placement_from_json(stated: Any, where: str) -> BlockPlacement:
     """The placement that a mapping states; `where` is the key, for messages."""
-    parts = dict(_mapping(stated, where, ("attention", "feed_forward", *HEAD_NORMS)))
+    parts = dict(_mapping(stated, where, [field.name for field in dataclasses.fields(BlockPlacement)]))
     known = [field.name for field in dataclasses.fields(SublayerPlacement)]
     try:
         for name in ("attention", "feed_forward"):

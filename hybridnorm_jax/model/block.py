@@ -1,7 +1,7 @@
 """One transformer block: the formula, applied to attention and to the feed-forward layer as the placement says."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax
 import jax.numpy as jnp
@@ -30,7 +30,10 @@ STREAM, DEFECT = "stream", "stream_defect"
 
 
 class SublayerNorms(NamedTuple):
-    """The norms of the formula, each the identity where the placement has none."""
+    """The norms of the formula, each the identity where the placement has none.
+
+    Behind the branch norm stands LayerScale, where the model has it.
+    """
 
     pre: StreamFunction
     branch: StreamFunction
@@ -60,7 +63,7 @@ def apply_formula(
     return post(times(residual_scale, r) + times(branch_scale, branch(f(times(input_scale, pre(x))))))
 
 
-def times(scale: Float[Array, ""] | None, x: Array) -> Array:
+def times(scale: Float[Array, "..."] | None, x: Array) -> Array:
     """scale * x, multiplied in float32 at least and rounded once to the dtype of x; a scale of None is 1."""
     return x if scale is None else (scale.astype(wide_dtype(x.dtype)) * widened(x)).astype(x.dtype)
 
@@ -113,6 +116,20 @@ class Dropout(nn.Dropout):
         return dropped.astype(x.dtype)
 
 
+class LayerScale(nn.Module):
+    """scale * x, a learned number for each channel, which starts at 1. CaiT (2103.17239), section 2.
+
+    Parameters: `scale` (embed,).
+    """
+
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Stream) -> Stream:
+        """The product, multiplied in float32 at least and rounded once to the dtype of x."""
+        return times(self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype), x)
+
+
 class Block(nn.Module):
     """Attention and feed-forward, each as post(residual_scale * r + branch_scale * branch(f(input_scale * pre(x)))).
 
@@ -121,7 +138,9 @@ class Block(nn.Module):
         y = block.apply(variables, x)
 
     Parameters: `attention/...`, `feed_forward/...`, and of the norms that the placement has `attention_pre_norm`,
-    `attention_branch_norm`, `attention_post_norm`, `feed_forward_pre_norm`, ... with `scale` and `bias` (embed,).
+    `attention_branch_norm`, `attention_post_norm`, `feed_forward_pre_norm`, ... with `scale` and `bias` (embed,); with
+    config.layer_scale `attention_layer_scale/scale` and `feed_forward_layer_scale/scale` (embed,). Where the placement
+    has one pre norm for both branches, it is `attention_pre_norm`.
 
     Attributes:
       config: sizes, kinds and dtypes; its scheme does not matter here, except for initializer=auto.
@@ -178,12 +197,14 @@ class Block(nn.Module):
                 slots=shared.slots,
             )
 
+        attention_norms = self._norms("attention", self.placement.attention)
+        shared_pre = attention_norms.pre if self.placement.shared_pre_norm else None
         after_attention = apply_formula(
             self._with_dropout(attend, deterministic, "attention_dropout"),
             sublayer_input=x,
             block_input=x,
             placement=self.placement.attention,
-            norms=self._norms("attention", self.placement.attention),
+            norms=attention_norms,
             scales=layer.attention,
         )
         y = apply_formula(
@@ -191,7 +212,7 @@ class Block(nn.Module):
             sublayer_input=after_attention,
             block_input=x,
             placement=self.placement.feed_forward,
-            norms=self._norms("feed_forward", self.placement.feed_forward),
+            norms=self._norms("feed_forward", self.placement.feed_forward, shared_pre),
             scales=layer.feed_forward,
         )
         return nn.with_logical_constraint(watch_stream(self, y), ("batch", "seq", None))
@@ -200,7 +221,11 @@ class Block(nn.Module):
         dropout = Dropout(self.config.dropout, deterministic=deterministic, name=name)
         return lambda x: dropout(f(x))
 
-    def _norms(self, sublayer: str, placement: SublayerPlacement) -> SublayerNorms:
+    def _norms(
+        self, sublayer: str, placement: SublayerPlacement, shared_pre: StreamFunction | None = None
+    ) -> SublayerNorms:
+        """The norms of a sublayer; `shared_pre` is the pre norm of another one that it uses."""
+
         def norm(present: bool, which: str, initial_scale: float = 1.0) -> StreamFunction:
             if not present:
                 return lambda x: x
@@ -208,10 +233,17 @@ class Block(nn.Module):
             return stream_norm(self.config, name=f"{sublayer}_{which}_norm", scale_init=scale_init)
 
         return SublayerNorms(
-            pre=norm(placement.pre, "pre"),
-            branch=norm(placement.branch, "branch", placement.branch_norm_init),
+            pre=norm(placement.pre, "pre") if shared_pre is None else shared_pre,
+            branch=self._scaled(norm(placement.branch, "branch", placement.branch_norm_init), sublayer),
             post=norm(placement.post, "post"),
         )
+
+    def _scaled(self, branch_norm: StreamFunction, sublayer: str) -> StreamFunction:
+        """The branch norm and what stands behind it."""
+        if not self.config.layer_scale:
+            return branch_norm
+        scale = LayerScale(jnp.dtype(self.config.param_dtype), name=f"{sublayer}_layer_scale")
+        return lambda x: scale(branch_norm(x))
 
     @property
     def window(self) -> int:
@@ -236,6 +268,7 @@ class Block(nn.Module):
             norm_epsilon=config.norm_eps,
             norm_scale=config.attention_norm_scale,
             norm_bias=config.attention_norm_bias,
+            norm_scale_plus_one=config.norm_scale_plus_one,
             rope_theta=config.rope_theta if config.positions == "rope" else None,
             rotary_dim=config.rotary_width if config.positions == "rope" else None,
             norm_per_head=config.attention_norm_per_head,
@@ -322,6 +355,7 @@ def stream_norm(
         epsilon=config.norm_eps,
         use_scale=config.norm_scale,
         use_bias=config.norm_bias,
+        scale_plus_one=config.norm_scale_plus_one,
         scale_init=scale_init,
         width=config.norm_width,
         dtype=jnp.dtype(config.dtype),

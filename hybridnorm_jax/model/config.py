@@ -46,7 +46,6 @@ PENDING = (
     "clamp_limit",
     "clamp_alpha",
     "mlp_output_bias",
-    "layer_scale",
     "shared_mlp_dim",
     "shared_expert_gate",
     "router_bias",
@@ -58,12 +57,9 @@ PENDING = (
     "alibi_max",
     "alibi_scale",
     "alibi_bfloat16",
-    "norm_scale_plus_one",
-    "embedding_scale",
-    "branch_multiplier",
-    "logit_scale",
-    "logit_cap",
 )
+# Keys that the equivalences do not take into account yet.
+NOT_CONVERTED = ("norm_scale_plus_one", "layer_scale")
 PENDING_VALUES = {
     "positions": ("sinusoidal", "alibi"),
     "activation": (
@@ -269,9 +265,14 @@ class ModelConfig(AttentionKeys):
         scheme = f"model.scheme={self.scheme}"
         if self.norm != "layernorm":
             return f"model.norm={self.norm}"
+        for name in NOT_CONVERTED:
+            if getattr(self, name):
+                return f"model.{name}={getattr(self, name)}"
         if self.has_embedding_norm:
             return f"{scheme}, model.embedding_norm={self.embedding_norm}: a norm after the embedding"
         for layer, placement in enumerate(self.placements):
+            if placement.shared_pre_norm:
+                return f"{scheme}: one norm for both branches of layer {layer}"
             for name in ("attention", "feed_forward"):
                 sublayer = getattr(placement, name)
                 for which in ("post", "branch"):

@@ -6,74 +6,18 @@ structure (placement.runs), first to last, stacked along the first axis of every
 
 from functools import partial
 
-import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.config_fields import present
-from hybridnorm_jax.kernels.dense_products import head_product
 from hybridnorm_jax.model.attention import Rotation, default_positions, rotation
 from hybridnorm_jax.model.block import Dropout, SharedInputs, Stream, stream_norm, watch_stream
 from hybridnorm_jax.model.cache import Slots
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.initializers import std_factor, truncated_normal
+from hybridnorm_jax.model.embedding import Embedding, Head
+from hybridnorm_jax.model.initializers import std_factor
 from hybridnorm_jax.model.input_checks import check_per_token, check_tokens
 from hybridnorm_jax.model.layers import through_layers
-
-
-class Embedding(nn.Module):
-    """Rows of a learned table.
-
-    Parameters: `embedding` (rows, embed).
-    """
-
-    rows: int
-    width: int
-    std: float | Array
-    dtype: str
-    param_dtype: str
-
-    def setup(self) -> None:
-        init = truncated_normal(self.std)
-        self.embedding = self.param("embedding", init, (self.rows, self.width), jnp.dtype(self.param_dtype))
-
-    def __call__(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
-        """Look the rows up; an id outside the table gives NaN. The gradient is summed in the parameters' dtype."""
-        # JAX would count a negative id from the table's end.
-        ids = jnp.where(ids < 0, self.rows, ids)
-        # Gathered along embed before the lookup: XLA cannot get from a result sharded by embed to one sharded by batch.
-        table = nn.with_logical_constraint(self.embedding, ("vocab", None))
-        rows: Stream = jnp.take(table, ids, axis=0)
-        return rows.astype(self.dtype)
-
-
-class Head(nn.Module):
-    """hidden @ kernel + bias, in float32 at least.
-
-    Parameters: `kernel` (embed, vocab), none where the head is tied; `bias` (vocab,) where asked for.
-    """
-
-    vocab_size: int
-    std: float | Array
-    use_bias: bool
-    param_dtype: str
-
-    @nn.compact
-    def __call__(
-        self, hidden: Float[Array, "batch seq embed"], tied: Float[Array, "vocab embed"] | None = None
-    ) -> Float[Array, "batch seq vocab"]:
-        """`tied`: the token embedding, where it is also the head."""
-        accumulate, dtype = jnp.promote_types(hidden.dtype, jnp.float32), jnp.dtype(self.param_dtype)
-        if tied is not None:
-            kernel, contracted = tied, ((2,), (1,))
-        else:
-            shape = (hidden.shape[-1], self.vocab_size)
-            kernel = self.param("kernel", truncated_normal(self.std), shape, dtype)
-            contracted = ((2,), (0,))
-        logits = head_product(hidden, kernel, (contracted, ((), ())))
-        if not self.use_bias:
-            return logits
-        return logits + self.param("bias", nn.initializers.zeros, (self.vocab_size,), dtype).astype(accumulate)
 
 
 class Decoder(nn.Module):
@@ -99,14 +43,21 @@ class Decoder(nn.Module):
         embedding = partial(
             Embedding, width=config.d_model, std=std, dtype=config.dtype, param_dtype=config.param_dtype
         )
-        self.token_embedding = embedding(rows=config.vocab_size)
+        self.token_embedding = embedding(rows=config.vocab_size, scale=config.embedding_scale)
         if config.positions == "learned":
             self.position_embedding = embedding(rows=config.position_offset + present(config.max_positions))
         if config.has_embedding_norm:
             self.embedding_norm = stream_norm(config)
         if config.has_final_norm:
             self.final_norm = stream_norm(config)
-        self.head = Head(config.vocab_size, std=std, use_bias=config.head_bias, param_dtype=config.param_dtype)
+        self.head = Head(
+            config.vocab_size,
+            std=std,
+            use_bias=config.head_bias,
+            param_dtype=config.param_dtype,
+            scale=config.logit_scale,
+            cap=config.logit_cap,
+        )
         self.dropout = Dropout(config.dropout)
 
     def __call__(

@@ -11,7 +11,7 @@ import hybridnorm_jax as hn
 from hybridnorm_jax.kernels.head_preparation import rotate
 from hybridnorm_jax.model.attention import rotation
 from hybridnorm_jax.model.block import stream_norm
-from hybridnorm_jax.model.decoder import Embedding
+from hybridnorm_jax.model.embedding import Embedding
 
 
 def _logits(config, params, tokens, **inputs):
