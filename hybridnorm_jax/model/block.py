@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.kernels.precision import wide_dtype, widened
+from hybridnorm_jax.kernels.swiglu import SwigluClamp
 from hybridnorm_jax.model.attention import Attention, Rotation
 from hybridnorm_jax.model.cache import Slots
 from hybridnorm_jax.model.config import ModelConfig
@@ -145,8 +146,8 @@ class Block(nn.Module):
     Attributes:
       config: sizes, kinds and dtypes; its scheme does not matter here, except for initializer=auto.
       placement: where this block normalizes, and its scales.
-      layer: number of the block in its model, from 0: it decides the block's window and rotation, where layers differ
-        in them, and the initializer "depth_scaled" asks for it.
+      layer: number of the block in its model, from 0: it decides the block's window and rotation and whether it has
+        experts, where layers differ in them, and the initializer "depth_scaled" asks for it.
     """
 
     config: ModelConfig
@@ -250,6 +251,11 @@ class Block(nn.Module):
         """How many positions a token sees; 0: all."""
         return self.config.layer_windows[self.layer]
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether the feed-forward layer is one of experts."""
+        return self.config.has_experts[self.layer]
+
     def _initializer(self, role: str, layer: int | Int[Array, ""]) -> Callable[..., Array]:
         factor = std_factor(self.config.initializer_name, role, layer, self.config.num_layers)
         return truncated_normal(self.config.init_std * factor)
@@ -291,11 +297,14 @@ class Block(nn.Module):
 
     def _feed_forward(self, layer: int | Int[Array, ""]) -> FeedForward | MoE:
         config = self.config
-        if config.num_experts == 0:
+        clamp = SwigluClamp(limit=config.clamp_limit, alpha=config.clamp_alpha)
+        if not self.has_experts:
             return FeedForward(
-                mlp_dim=config.mlp_dim,
+                mlp_dim=config.dense_width,
                 activation=config.activation,
                 use_bias=config.mlp_bias,
+                use_output_bias=config.mlp_output_bias,
+                clamp=clamp,
                 dtype=jnp.dtype(config.dtype),
                 param_dtype=jnp.dtype(config.param_dtype),
                 input_init=self._initializer("feed_forward", layer),
@@ -306,10 +315,15 @@ class Block(nn.Module):
             num_experts=config.num_experts,
             experts_per_token=present(config.experts_per_token),
             mlp_dim=config.mlp_dim,
+            clamp=clamp if config.activation == "swiglu_clamped" else None,
             normalize_weights=config.normalize_expert_weights,
             shared_experts=config.shared_experts,
+            shared_mlp_dim=config.shared_mlp_dim,
+            shared_gate=config.shared_expert_gate,
             balance_bias=config.balance_bias,
             use_bias=config.mlp_bias,
+            use_output_bias=config.mlp_output_bias,
+            use_router_bias=config.router_bias,
             dispatch=config.expert_dispatch,
             dtype=jnp.dtype(config.dtype),
             param_dtype=jnp.dtype(config.param_dtype),

@@ -43,14 +43,6 @@ COMPUTE_DTYPES = ("bfloat16", "float32", "float64")
 PARAM_DTYPES = ("float32", "float64", "bfloat16", "float16")
 # Keys that no model computes yet.
 PENDING = (
-    "clamp_limit",
-    "clamp_alpha",
-    "mlp_output_bias",
-    "shared_mlp_dim",
-    "shared_expert_gate",
-    "router_bias",
-    "dense_layers",
-    "dense_mlp_dim",
     "rope_scaling",
     "rope_layers",
     "second_rope_theta",
@@ -59,20 +51,9 @@ PENDING = (
     "alibi_bfloat16",
 )
 # Keys that the equivalences do not take into account yet.
-NOT_CONVERTED = ("norm_scale_plus_one", "layer_scale")
+NOT_CONVERTED = ("norm_scale_plus_one", "layer_scale", "shared_expert_gate", "dense_layers")
 PENDING_VALUES = {
     "positions": ("sinusoidal", "alibi"),
-    "activation": (
-        "swiglu_clamped",
-        "geglu",
-        "geglu_tanh",
-        "geglu_quick",
-        "reglu",
-        "reglu_squared",
-        "gelu_quick",
-        "relu_squared",
-        "silu",
-    ),
 }
 
 
@@ -268,6 +249,9 @@ class ModelConfig(AttentionKeys):
         for name in NOT_CONVERTED:
             if getattr(self, name):
                 return f"model.{name}={getattr(self, name)}"
+        for name in ("mlp_output_bias", "router_bias"):
+            if getattr(self, name) not in (None, self.mlp_bias):
+                return f"model.{name}={getattr(self, name)}, but model.mlp_bias={self.mlp_bias}"
         if self.has_embedding_norm:
             return f"{scheme}, model.embedding_norm={self.embedding_norm}: a norm after the embedding"
         for layer, placement in enumerate(self.placements):

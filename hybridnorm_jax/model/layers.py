@@ -41,10 +41,12 @@ class ScannedBlock(Block):
     """Block as nn.scan calls it, with what differs between the layers of a run as scanned inputs.
 
     Attributes:
+      run_has_experts: whether the feed-forward layers of the run are of experts.
       run_window: how many positions a token sees in all layers of the run; 0: all, or as LayerInputs says.
       deterministic: no dropout.
     """
 
+    run_has_experts: bool = False
     run_window: int = 0
     deterministic: bool = True
 
@@ -52,6 +54,11 @@ class ScannedBlock(Block):
     def window(self) -> int:
         """How many positions a token sees; 0: all."""
         return self.run_window
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the feed-forward layer is one of experts."""
+        return self.run_has_experts
 
     def __call__(  # type: ignore[override]
         self, stream: Stream, layer: LayerInputs, shared: SharedInputs
@@ -93,7 +100,13 @@ def _one_by_one(
     config: ModelConfig, run: Run, stream: Stream, layers: LayerInputs, shared: SharedInputs, *, deterministic: bool
 ) -> Stream:
     """The blocks of a run, each by itself."""
-    block = partial(ScannedBlock, config, placement=run.structure, deterministic=deterministic)
+    block = partial(
+        ScannedBlock,
+        config,
+        placement=run.structure,
+        run_has_experts=run.has_experts,
+        deterministic=deterministic,
+    )
     for place in range(run.length):
         layer = jax.tree.map(itemgetter(place), layers)
         name, window = f"layer_{run.start + place}", run.layers[place].window
@@ -117,7 +130,12 @@ def _scanned(config: ModelConfig, run: Run, name: str, *, deterministic: bool) -
         unroll=min(config.scan_unroll, run.length),
     )
     return scanned(
-        config=config, placement=run.structure, run_window=run.window or 0, deterministic=deterministic, name=name
+        config=config,
+        placement=run.structure,
+        run_has_experts=run.has_experts,
+        run_window=run.window or 0,
+        deterministic=deterministic,
+        name=name,
     )
 
 

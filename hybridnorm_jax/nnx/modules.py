@@ -147,7 +147,7 @@ class Attention(Shell):
 
 
 class FeedForward(Shell):
-    """SwiGLU, or one hidden layer with GELU or ReLU; see hn.FeedForward.
+    """One hidden layer with an activation or a gate, such as SwiGLU; see hn.FeedForward.
 
         feed_forward = hn.nnx.FeedForward(512, mlp_dim=1376, rngs=nnx.Rngs(0))
 
