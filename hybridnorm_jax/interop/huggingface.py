@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hybridnorm_jax.config_fields import check_choice
 from hybridnorm_jax.errors import UserError, first_line
-from hybridnorm_jax.interop.architectures import ALL, config_from_json, config_to_json
+from hybridnorm_jax.interop.architectures import ALL, check_class, config_from_json, config_to_json
 from hybridnorm_jax.interop.checkpoint_files import read_json
 from hybridnorm_jax.interop.own_architecture import CODE_FILES, OWN
 from hybridnorm_jax.interop.safetensors_files import CONFIG, StoredTensors, is_finite, split_into_shards, write_shards
@@ -64,7 +64,11 @@ def load_huggingface(
     if not directory.is_dir():
         wrong = "not a directory" if directory.exists() else "no such directory"
         raise UserError(f"{directory}: {wrong}")
-    name, config = config_from_json(read_json(directory, CONFIG), str(directory / CONFIG), ignore_keys)
+    _check_no_adapter(directory)
+    document = read_json(directory, CONFIG)
+    name, config = config_from_json(document, str(directory / CONFIG), ignore_keys)
+    if "architectures" not in ignore_keys:
+        check_class(document, str(directory / CONFIG))
     table = ALL[name].tensors
     with contextlib.ExitStack() as stack:
         tensors = StoredTensors(directory, table, stack)
@@ -128,6 +132,14 @@ def save_huggingface(
         for file, content in contents.items():
             (directory / file).write_bytes(content)
         write_shards(directory, shards, flatten_dict(params, sep="/"), numpy_dtype)
+
+
+def _check_no_adapter(directory: Path) -> None:
+    """Raise UserError for a directory that holds an adapter: a change of a model that is elsewhere."""
+    for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
+        if (directory / name).exists():
+            right = "merge it into its model (PEFT's merge_and_unload) and read that"
+            raise UserError(f"{directory / name}: an adapter, not a whole model; {right}")
 
 
 def check_free(path: Path) -> None:
