@@ -498,7 +498,13 @@ def build(name, keys, seed=0):
 
     transformers.logging.set_verbosity_error()
     config = transformers.AutoConfig.for_model(name, **(TOKENS | keys))
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
+    model = (
+        transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", experts_implementation="eager"
+        )
+        .eval()
+        .float()
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
