@@ -1,5 +1,6 @@
 """Whether a tree holds the parameters of a model of a configuration: before a conversion, and after it."""
 
+from collections.abc import Collection
 from typing import Any
 
 import chex
@@ -22,7 +23,7 @@ def check_params(config: ModelConfig, params: Any) -> None:
             raise LayoutError(f"{path}: missing; params must be the tree of build_model(config), variables['params']")
         if path not in expected:
             raise LayoutError(f"{path}: a model of this config has no such parameter")
-    first = next(path for path in sorted(expected, reverse=True) if "embedding" in path)
+    first = _embedding(expected)
     for path in expected:
         shape, dtype = getattr(found[path], "shape", None), getattr(found[path], "dtype", None)
         if shape != expected[path].shape:
@@ -32,14 +33,14 @@ def check_params(config: ModelConfig, params: Any) -> None:
 
 
 def assert_params(config: ModelConfig, params: Any) -> None:
-    """Assert, from shapes and dtypes alone, that a model of this config has these params: leaves, ranks, widths, dtypes.
+    """Assert, from shapes and dtypes alone, that a model of this config has these params, leaf by leaf.
 
     Raises:
       AssertionError: names the first leaf that is missing, left over (a norm's scale not folded, say) or not as it
         has to be.
     """
     expected, found = flatten_dict(abstract_params(config), sep="/"), flatten_dict(params, sep="/")
-    dtype = jnp.asarray(next(iter(found.values()))).dtype
+    dtype = jnp.asarray(found[_embedding(found)]).dtype
     for path in sorted(expected.keys() | found.keys()):
         if path not in found:
             raise AssertionError(f"{path}: missing")
@@ -49,3 +50,8 @@ def assert_params(config: ModelConfig, params: Any) -> None:
         chex.assert_rank(found[path], expected[path].ndim, custom_message=path)
         chex.assert_shape(found[path], expected[path].shape, custom_message=path)
         chex.assert_type(found[path], dtype, custom_message=path)
+
+
+def _embedding(paths: Collection[str]) -> str:
+    """The leaf whose dtype all others must have: the last by its path of those in front of the blocks."""
+    return max(path for path in paths if path.partition("/")[0].endswith("_embedding"))

@@ -78,7 +78,7 @@ def test_a_tied_head_stays_tied_where_it_may(small_config, random_params):
 def test_a_tree_that_is_not_the_models_is_refused_in_one_line(small_config, random_params):
     config, params = _model(small_config, random_params, {"scheme": "pre"}, "float32")
     with pytest.raises(
-        eq.LayoutError, match=r": missing; params must be the tree of Decoder\(config\), variables\['params'\]$"
+        eq.LayoutError, match=r": missing; params must be the tree of build_model\(config\), variables\['params'\]$"
     ):
         eq.to_pre_rmsnorm(config, {"params": params})
     for change, message in (
