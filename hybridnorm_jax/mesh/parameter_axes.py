@@ -34,6 +34,7 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     # The router's result is needed whole by every token.
     "router/kernel": ("embed", None),
     "router/bias": (None,),
+    "shared_gate/kernel": ("embed", None),
     "expert_gate/kernel": ("experts", "embed", "mlp"),
     "expert_up/kernel": ("experts", "embed", "mlp"),
     "expert_down/kernel": ("experts", "mlp", "embed"),

@@ -22,36 +22,29 @@ from hybridnorm_jax.model.alibi import AlibiKind
 from hybridnorm_jax.model.cache import CACHE, Slots, in_place
 from hybridnorm_jax.model.initializers import truncated_normal
 from hybridnorm_jax.model.input_checks import check_at_least_one, check_per_token, check_stream
-from hybridnorm_jax.model.norms import Norm, layer_norm, rms_norm
+from hybridnorm_jax.model.norms import Norm, layer_norm, plus_one, rms_norm
+from hybridnorm_jax.model.rotation import default_positions, rotation
 from hybridnorm_jax.model.signal_measures import SIGNAL
 
 
-def default_positions(seq: int) -> Int[Array, "1 seq"]:
-    """0, 1, ... for every sequence of a batch."""
-    return jnp.arange(seq)[None]
-
-
-def rotation(positions: Int[Array, "batch seq"], rotary_dim: int, theta: float, dtype: Any = jnp.float32) -> Rotation:
-    """cos and sin of positions * theta^(-2i / rotary_dim), i < rotary_dim / 2, one for all heads.
-
-    Source: RoPE (2104.09864). At least float32: at position 1e5 bfloat16 has no fraction left.
-    """
-    dtype = jnp.promote_types(dtype, jnp.float32)
-    wavelengths = theta ** (jnp.arange(0, rotary_dim, 2, dtype=dtype) / rotary_dim)
-    angles = positions[:, :, None, None].astype(dtype) / wavelengths
-    return jnp.cos(angles), jnp.sin(angles)
-
-
 class HeadNormParameters(nn.Module):
-    """The parameters `scale` and `bias` of a norm of heads, for whoever applies it; None where one is not asked for."""
+    """The scale and bias of a norm of heads, for whoever applies it; None where one is not asked for.
+
+    Parameters: `scale` and `bias`. With scale_plus_one the scale that is returned is 1 + `scale`.
+    """
 
     use_scale: bool
     use_bias: bool
+    scale_plus_one: bool
+    dtype: Any
     param_dtype: Any
 
     @nn.compact
     def __call__(self, head_dim: int) -> tuple[Float[Array, " head_dim"] | None, Float[Array, " head_dim"] | None]:
-        scale = self.param("scale", nn.initializers.ones, (head_dim,), self.param_dtype) if self.use_scale else None
+        start = nn.initializers.zeros if self.scale_plus_one else nn.initializers.ones
+        scale = self.param("scale", start, (head_dim,), self.param_dtype) if self.use_scale else None
+        if scale is not None and self.scale_plus_one:
+            scale = plus_one(scale, self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (head_dim,), self.param_dtype) if self.use_bias else None
         return scale, bias
 
@@ -72,7 +65,8 @@ class Attention(nn.Module):
       num_kv_heads: heads of k and v; None: num_heads.
       head_dim: width of a head; None: embed / num_heads.
       q_norm, k_norm, v_norm, context_norm: None, "head" or "projection".
-      norm, norm_epsilon, norm_scale, norm_bias: Norm's kind, epsilon, use_scale and use_bias for all of these.
+      norm, norm_epsilon, norm_scale, norm_bias, norm_scale_plus_one: Norm's kind, epsilon, use_scale, use_bias and
+        scale_plus_one for all of these.
       norm_per_head: a norm over a head has scale and bias for each head.
       rope_theta: base of the rotary wavelengths; None: q and k are not rotated.
       rotary_dim: how many leading channels of a head rotate; None: all.
@@ -104,6 +98,7 @@ class Attention(nn.Module):
     norm_epsilon: float = 1e-5
     norm_scale: bool = True
     norm_bias: bool = False
+    norm_scale_plus_one: bool = False
     norm_per_head: bool = False
     rope_theta: float | None = None
     rotary_dim: int | None = None
@@ -252,7 +247,12 @@ class Attention(nn.Module):
         if getattr(self, name) != "head" or self.norm_per_head or self.norm not in ("layernorm", "rmsnorm"):
             return self._normalize(name, heads), None
         parameters = HeadNormParameters(
-            use_scale=self.norm_scale, use_bias=self.norm_bias, param_dtype=self.param_dtype, name=name
+            use_scale=self.norm_scale,
+            use_bias=self.norm_bias,
+            scale_plus_one=self.norm_scale_plus_one,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
         )
         scale, bias = parameters(heads.shape[-1])
         function = layer_norm if self.norm == "layernorm" else rms_norm
@@ -272,6 +272,7 @@ class Attention(nn.Module):
             epsilon=self.norm_epsilon,
             use_scale=self.norm_scale,
             use_bias=self.norm_bias,
+            scale_plus_one=self.norm_scale_plus_one,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             feature_axes=(-2, -1) if extent == "head" and self.norm_per_head else -1,

@@ -41,43 +41,8 @@ AUTO_REMAT = "auto"
 REMAT_POLICIES = ("none", "full", "all_but_attention", "dots", "dots_no_batch")
 COMPUTE_DTYPES = ("bfloat16", "float32", "float64")
 PARAM_DTYPES = ("float32", "float64", "bfloat16", "float16")
-# Keys that no model computes yet.
-PENDING = (
-    "clamp_limit",
-    "clamp_alpha",
-    "mlp_output_bias",
-    "layer_scale",
-    "shared_mlp_dim",
-    "shared_expert_gate",
-    "router_bias",
-    "dense_layers",
-    "dense_mlp_dim",
-    "rope_scaling",
-    "rope_layers",
-    "second_rope_theta",
-    "alibi_max",
-    "alibi_scale",
-    "alibi_bfloat16",
-    "norm_scale_plus_one",
-    "embedding_scale",
-    "branch_multiplier",
-    "logit_scale",
-    "logit_cap",
-)
-PENDING_VALUES = {
-    "positions": ("sinusoidal", "alibi"),
-    "activation": (
-        "swiglu_clamped",
-        "geglu",
-        "geglu_tanh",
-        "geglu_quick",
-        "reglu",
-        "reglu_squared",
-        "gelu_quick",
-        "relu_squared",
-        "silu",
-    ),
-}
+# Keys that the equivalences do not take into account yet.
+NOT_CONVERTED = ("norm_scale_plus_one", "layer_scale", "shared_expert_gate", "dense_layers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +105,6 @@ class ModelConfig(AttentionKeys):
             if isinstance(getattr(self, field.name), list):  # as JSON gives it, but it is to be hashable
                 self._fill(field.name, tuple(getattr(self, field.name)))
         check_fields("model", self)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            is_pending = field.name in PENDING and value != field.default
-            right = "is not implemented yet"
-            self._check(field.name, not is_pending and value not in PENDING_VALUES.get(field.name, ()), right)
         self._check_names()
         self._fill_sizes()
         self._fill_feed_forward()
@@ -269,9 +229,19 @@ class ModelConfig(AttentionKeys):
         scheme = f"model.scheme={self.scheme}"
         if self.norm != "layernorm":
             return f"model.norm={self.norm}"
+        if self.positions == "sinusoidal":
+            return f"model.positions={self.positions}: a fixed table on the stream"
+        for name in NOT_CONVERTED:
+            if getattr(self, name):
+                return f"model.{name}={getattr(self, name)}"
+        for name in ("mlp_output_bias", "router_bias"):
+            if getattr(self, name) not in (None, self.mlp_bias):
+                return f"model.{name}={getattr(self, name)}, but model.mlp_bias={self.mlp_bias}"
         if self.has_embedding_norm:
             return f"{scheme}, model.embedding_norm={self.embedding_norm}: a norm after the embedding"
         for layer, placement in enumerate(self.placements):
+            if placement.shared_pre_norm:
+                return f"{scheme}: one norm for both branches of layer {layer}"
             for name in ("attention", "feed_forward"):
                 sublayer = getattr(placement, name)
                 for which in ("post", "branch"):

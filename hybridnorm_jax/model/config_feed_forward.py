@@ -110,8 +110,16 @@ class FeedForwardKeys(SizeKeys):
             self._check("experts_per_token", possible, f"must be between 1 and model.num_experts={self.num_experts}")
             right = f"experts (model.num_experts={self.num_experts}) are {' or '.join(EXPERT_ACTIVATIONS)}"
             self._check("activation", self.activation in EXPERT_ACTIVATIONS, right)
+        self._check_clamp()
         self._check_dense_layers()
         self._check_shared_experts()
+
+    def _check_clamp(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.name in ("clamp_limit", "clamp_alpha"):
+                as_by_default = getattr(self, field.name) == field.default
+                is_clamped = self.activation == "swiglu_clamped"
+                self._check(field.name, is_clamped or as_by_default, "only for model.activation=swiglu_clamped")
 
     def _check_dense_layers(self) -> None:
         listed = self.dense_layers

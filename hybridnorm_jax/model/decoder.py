@@ -6,74 +6,19 @@ structure (placement.runs), first to last, stacked along the first axis of every
 
 from functools import partial
 
-import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.config_fields import present
-from hybridnorm_jax.kernels.dense_products import head_product
-from hybridnorm_jax.model.attention import Rotation, default_positions, rotation
 from hybridnorm_jax.model.block import Dropout, SharedInputs, Stream, stream_norm, watch_stream
 from hybridnorm_jax.model.cache import Slots
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.initializers import std_factor, truncated_normal
+from hybridnorm_jax.model.embedding import Embedding, Head
+from hybridnorm_jax.model.initializers import std_factor
 from hybridnorm_jax.model.input_checks import check_per_token, check_tokens
 from hybridnorm_jax.model.layers import through_layers
-
-
-class Embedding(nn.Module):
-    """Rows of a learned table.
-
-    Parameters: `embedding` (rows, embed).
-    """
-
-    rows: int
-    width: int
-    std: float | Array
-    dtype: str
-    param_dtype: str
-
-    def setup(self) -> None:
-        init = truncated_normal(self.std)
-        self.embedding = self.param("embedding", init, (self.rows, self.width), jnp.dtype(self.param_dtype))
-
-    def __call__(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
-        """Look the rows up; an id outside the table gives NaN. The gradient is summed in the parameters' dtype."""
-        # JAX would count a negative id from the table's end.
-        ids = jnp.where(ids < 0, self.rows, ids)
-        # Gathered along embed before the lookup: XLA cannot get from a result sharded by embed to one sharded by batch.
-        table = nn.with_logical_constraint(self.embedding, ("vocab", None))
-        rows: Stream = jnp.take(table, ids, axis=0)
-        return rows.astype(self.dtype)
-
-
-class Head(nn.Module):
-    """hidden @ kernel + bias, in float32 at least.
-
-    Parameters: `kernel` (embed, vocab), none where the head is tied; `bias` (vocab,) where asked for.
-    """
-
-    vocab_size: int
-    std: float | Array
-    use_bias: bool
-    param_dtype: str
-
-    @nn.compact
-    def __call__(
-        self, hidden: Float[Array, "batch seq embed"], tied: Float[Array, "vocab embed"] | None = None
-    ) -> Float[Array, "batch seq vocab"]:
-        """`tied`: the token embedding, where it is also the head."""
-        accumulate, dtype = jnp.promote_types(hidden.dtype, jnp.float32), jnp.dtype(self.param_dtype)
-        if tied is not None:
-            kernel, contracted = tied, ((2,), (1,))
-        else:
-            shape = (hidden.shape[-1], self.vocab_size)
-            kernel = self.param("kernel", truncated_normal(self.std), shape, dtype)
-            contracted = ((2,), (0,))
-        logits = head_product(hidden, kernel, (contracted, ((), ())))
-        if not self.use_bias:
-            return logits
-        return logits + self.param("bias", nn.initializers.zeros, (self.vocab_size,), dtype).astype(accumulate)
+from hybridnorm_jax.model.rotation import default_positions, rotations
+from hybridnorm_jax.model.sinusoids import sinusoids
 
 
 class Decoder(nn.Module):
@@ -99,14 +44,21 @@ class Decoder(nn.Module):
         embedding = partial(
             Embedding, width=config.d_model, std=std, dtype=config.dtype, param_dtype=config.param_dtype
         )
-        self.token_embedding = embedding(rows=config.vocab_size)
+        self.token_embedding = embedding(rows=config.vocab_size, scale=config.embedding_scale)
         if config.positions == "learned":
             self.position_embedding = embedding(rows=config.position_offset + present(config.max_positions))
         if config.has_embedding_norm:
             self.embedding_norm = stream_norm(config)
         if config.has_final_norm:
             self.final_norm = stream_norm(config)
-        self.head = Head(config.vocab_size, std=std, use_bias=config.head_bias, param_dtype=config.param_dtype)
+        self.head = Head(
+            config.vocab_size,
+            std=std,
+            use_bias=config.head_bias,
+            param_dtype=config.param_dtype,
+            scale=config.logit_scale,
+            cap=config.logit_cap,
+        )
         self.dropout = Dropout(config.dropout)
 
     def __call__(
@@ -155,19 +107,21 @@ class Decoder(nn.Module):
         if positions is None:
             positions = default_positions(tokens.shape[1])
         stream = self.token_embedding(tokens)
-        turn: Rotation | None = None
-        if config.positions == "learned":
+        if config.max_positions is not None:
             if slots is None:  # whose padding has positions, too
                 self._check_length(tokens.shape[1])
-            stream = stream + self.position_embedding(positions + config.position_offset)
-        else:
-            turn = rotation(positions, config.rotary_width, config.rope_theta, config.dtype)
+            stream = stream + self._of_positions(positions + config.position_offset)
         if config.has_embedding_norm:
             stream = self.embedding_norm(stream)
         stream = nn.with_logical_constraint(self.dropout(stream, deterministic=deterministic), ("batch", "seq", None))
         stream = watch_stream(self, stream)
 
-        shared = SharedInputs(segment_ids=segment_ids, rotation=turn, slots=slots)
+        shared = SharedInputs(
+            segment_ids=segment_ids,
+            rotations=rotations(config, positions, config.dtype),
+            positions=positions if config.positions == "alibi" else None,
+            slots=slots,
+        )
         stream = through_layers(self, stream, shared, deterministic=deterministic, unrolled=self.unrolled)
         return self.final_norm(stream) if config.has_final_norm else stream
 
@@ -175,6 +129,12 @@ class Decoder(nn.Module):
         """The head alone."""
         tied = self.token_embedding.embedding if self.config.tie_embeddings else None
         return nn.with_logical_constraint(self.head(hidden, tied), ("batch", "seq", "vocab"))
+
+    def _of_positions(self, rows: Int[Array, "batch seq"]) -> Stream:
+        """These rows of the table of positions, learned or fixed."""
+        if self.config.positions == "learned":
+            return self.position_embedding(rows)
+        return sinusoids(rows, self.config.d_model, self.config.dtype)
 
     def _check_length(self, length: int) -> None:
         largest = present(self.config.max_positions)

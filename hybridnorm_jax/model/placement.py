@@ -113,7 +113,7 @@ class BlockPlacement:
 
     q_norm, k_norm, v_norm and context_norm are None (absent), "head" (over head_dim, one scale vector shared by all
     heads) or "projection" (over all heads together). q, k, v are normalized before RoPE, the context before the
-    output projection.
+    output projection. With shared_pre_norm the pre norm of a parallel block is one norm, which both branches read.
     """
 
     attention: SublayerPlacement = SublayerPlacement()
@@ -122,6 +122,7 @@ class BlockPlacement:
     k_norm: HeadNorm = None
     v_norm: HeadNorm = None
     context_norm: HeadNorm = None
+    shared_pre_norm: bool = False
 
     def __post_init__(self) -> None:
         for name in ("attention", "feed_forward"):
@@ -131,6 +132,10 @@ class BlockPlacement:
             _require(name, getattr(self, name), (None, "head", "projection"))
         if self.attention.residual == "both":
             raise ValueError("attention.residual='both' would add the block's input twice: attention reads it already")
+        _require("shared_pre_norm", self.shared_pre_norm, (False, True))
+        reads_one = self.attention.pre and self.feed_forward.pre and self.feed_forward.reads == "block"
+        if self.shared_pre_norm and not reads_one:
+            raise ValueError("shared_pre_norm=True needs both pre norms, and feed_forward.reads='block'")
 
     def with_branches_times(self, factor: float) -> "BlockPlacement":
         """This placement with both branch scales times a factor."""
@@ -200,6 +205,21 @@ class Run:
         """The window of all layers, see Layer; None: they differ."""
         first, *others = {layer.window for layer in self.layers}
         return None if others else first
+
+    @property
+    def rotations(self) -> list[int]:
+        """The rotations that its layers have, see Layer, each once."""
+        return sorted({layer.rotation for layer in self.layers})
+
+    @property
+    def rotation(self) -> int | None:
+        """The rotation of all layers; None: they differ."""
+        return self.rotations[0] if len(self.rotations) == 1 else None
+
+    @property
+    def places_of_rotations(self) -> list[int]:
+        """Of each layer the place of its rotation in `rotations`."""
+        return [self.rotations.index(layer.rotation) for layer in self.layers]
 
     def scales(self, sublayer: SublayerName) -> Scales[tuple[float, ...] | None]:
         """Of each scale of this sublayer one number per layer, or None where it is 1 in every layer."""

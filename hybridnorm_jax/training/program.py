@@ -130,7 +130,13 @@ class Program:
         if not model.num_experts:
             return None
         size = ExpertSize(embed=model.d_model + model.mlp_bias, mlp=model.mlp_dim)  # biases ride on one more channel
-        return resolve_dispatch(model.expert_dispatch, platform=self.platform, dtype=model.dtype, size=size)
+        return resolve_dispatch(
+            model.expert_dispatch,
+            platform=self.platform,
+            dtype=model.dtype,
+            size=size,
+            clamped=model.activation == "swiglu_clamped",
+        )
 
     def _resolve_backend(self) -> str:
         """What computes attention on these devices."""
