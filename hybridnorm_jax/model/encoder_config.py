@@ -135,6 +135,8 @@ class EncoderConfig(ModelConfig):
     @property
     def pre_layernorm_obstacle(self) -> str | None:
         """As ModelConfig's; a norm after the embedding is none, because the mean can be subtracted behind it."""
+        if self.norm_scale_plus_one:
+            return "model.norm_scale_plus_one=True"
         plain = dataclasses.replace(self, embedding_norm="false")
         return super(EncoderConfig, plain).pre_layernorm_obstacle
 
