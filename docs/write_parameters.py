@@ -114,6 +114,7 @@ MODELS: tuple[dict[str, Any], ...] = (
     {"scheme": "peri", "positions": "learned", "max_positions": 30, "position_offset": 2, "activation": "gelu"},
     {"scheme": "keel"},
     {"scheme": "hybrid_output_norm"},
+    {"scheme": "hybrid", "attention_norm_per_head": True},
     {"scheme": "qkvc_post"},
     {"scheme": "pre_qk_projection"},
     EXPERTS | {"scheme": "pre", "attention_sinks": True},

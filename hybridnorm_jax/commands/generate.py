@@ -262,8 +262,10 @@ def _most(asked: int | None, prompt: str, source: "SavedModel", tokenizer: "Toke
 
     if asked is not None:
         return asked
-    positions = source.config.model.max_positions
-    if source.config.model.positions != "learned" or positions is None:
-        return MANY
-    # The last token is written, but not read.
-    return max(1, min(MANY, positions - len(document_of(prompt, tokenizer)) + 1))
+    model = source.config.model
+    length, most = len(document_of(prompt, tokenizer)), MANY
+    for limit in (model.max_positions, model.length_of_short_factors):
+        # A prompt beyond the second of them is beyond it for good; beyond the first, the request is refused.
+        if limit is not None and (length <= limit or limit == model.max_positions):
+            most = min(most, limit - length + 1)  # the last token is written, but not read
+    return max(1, most)

@@ -365,7 +365,7 @@ def _in_schemes(config: ModelConfig, names: Sequence[str]) -> ModelConfig:
     """The config under whichever of these schemes places the norms as its own does, otherwise as it is."""
     own = config.scheme_rule.placements(config.num_layers)
     for name in names:
-        if name in SCHEMES and SCHEMES[name].placements(config.num_layers) == own:
+        if SCHEMES[name].placements(config.num_layers) == own:
             return dataclasses.replace(config, scheme=name)
     return config
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Int
 
 from hybridnorm_jax.kernels.precision import wide_dtype
 from hybridnorm_jax.kernels.score_rules import Alibi
+from hybridnorm_jax.model.config_attention import AttentionKeys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,13 @@ class AlibiKind:
         """
         slopes = jnp.asarray(alibi_slopes(num_heads, self.largest), wide_dtype(dtype))
         return Alibi(slopes=slopes, scale=self.scale, key_positions=positions if self.in_bfloat16 else None)
+
+
+def alibi_of(config: AttentionKeys) -> AlibiKind | None:
+    """The ALiBi of a model; None where it knows positions otherwise."""
+    if config.positions != "alibi":
+        return None
+    return AlibiKind(largest=config.alibi_max, scale=config.alibi_scale, in_bfloat16=config.alibi_bfloat16)
 
 
 def alibi_slopes(num_heads: int, largest: float = 8.0) -> np.ndarray:

@@ -23,23 +23,8 @@ from hybridnorm_jax.model.cache import CACHE, Slots, in_place
 from hybridnorm_jax.model.initializers import truncated_normal
 from hybridnorm_jax.model.input_checks import check_at_least_one, check_per_token, check_stream
 from hybridnorm_jax.model.norms import Norm, layer_norm, plus_one, rms_norm
+from hybridnorm_jax.model.rotation import default_positions, rotation
 from hybridnorm_jax.model.signal_measures import SIGNAL
-
-
-def default_positions(seq: int) -> Int[Array, "1 seq"]:
-    """0, 1, ... for every sequence of a batch."""
-    return jnp.arange(seq)[None]
-
-
-def rotation(positions: Int[Array, "batch seq"], rotary_dim: int, theta: float, dtype: Any = jnp.float32) -> Rotation:
-    """cos and sin of positions * theta^(-2i / rotary_dim), i < rotary_dim / 2, one for all heads.
-
-    Source: RoPE (2104.09864). At least float32: at position 1e5 bfloat16 has no fraction left.
-    """
-    dtype = jnp.promote_types(dtype, jnp.float32)
-    wavelengths = theta ** (jnp.arange(0, rotary_dim, 2, dtype=dtype) / rotary_dim)
-    angles = positions[:, :, None, None].astype(dtype) / wavelengths
-    return jnp.cos(angles), jnp.sin(angles)
 
 
 class HeadNormParameters(nn.Module):

@@ -4,21 +4,26 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.config_fields import present
+from hybridnorm_jax.kernels.head_preparation import Rotation
 from hybridnorm_jax.kernels.precision import wide_dtype, widened
 from hybridnorm_jax.kernels.swiglu import SwigluClamp
-from hybridnorm_jax.model.attention import Attention, Rotation
+from hybridnorm_jax.model.alibi import alibi_of
+from hybridnorm_jax.model.attention import Attention
 from hybridnorm_jax.model.cache import Slots
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.feed_forward import FeedForward
 from hybridnorm_jax.model.initializers import std_factor, truncated_normal
+from hybridnorm_jax.model.input_checks import check_per_token
 from hybridnorm_jax.model.moe import MoE
 from hybridnorm_jax.model.norms import Norm, padding_defect, zero_mean_defect
 from hybridnorm_jax.model.placement import BlockPlacement, Scales, SublayerPlacement
+from hybridnorm_jax.model.rotation import default_positions, rotations
 from hybridnorm_jax.model.signal_measures import PROBE, SIGNAL, gradient_probe, stream_rms, token_similarity
 
 Stream = Float[Array, "batch seq embed"]
@@ -88,6 +93,8 @@ class LayerInputs:
       keys: what the layer draws its parameters and its dropout from, by the name of Flax's stream. The Decoder gives
         them; a Block alone leaves keys to Flax.
       window: how many positions a token sees, where the layers of the run differ in that; None: Block.window says it.
+      rotation: which of the rotations of SharedInputs.rotation, where the layers of the run differ in that; None: there
+        is one, or none.
     """
 
     layer: int | Int[Array, ""]
@@ -95,13 +102,20 @@ class LayerInputs:
     feed_forward: ScaleArrays
     keys: dict[str, Array] = flax.struct.field(default_factory=dict)
     window: Int[Array, ""] | None = None
+    rotation: Int[Array, ""] | None = None
 
 
 @flax.struct.dataclass
 class SharedInputs:
-    """What is the same for all layers; see the arguments of Attention. `slots` are those of the cache, if any."""
+    """What is the same for all layers; see the arguments of Attention. `slots` are those of the cache, if any.
+
+    Attributes:
+      rotation: of the layers of one run; several on a first axis where they differ.
+      rotations: those of a whole model, by kind, see model/rotation.py; a run takes its own out of them.
+    """
 
     rotation: Rotation | None = None
+    rotations: dict[int, Rotation] = flax.struct.field(default_factory=dict)
     segment_ids: Int[Array, "batch seq"] | None = None
     positions: Int[Array, "batch seq"] | None = None
     slots: Slots | None = None
@@ -180,6 +194,13 @@ class Block(nn.Module):
             attention=scale_arrays(self.placement.attention.scales, self.config.dtype),
             feed_forward=scale_arrays(self.placement.feed_forward.scales, self.config.dtype),
         )
+        if rotation is not None and positions is not None:
+            raise ValueError("positions: they are in the rotation already; give one of the two")
+        if rotation is None and self.config.positions == "rope":
+            positions = default_positions(x.shape[1]) if positions is None else positions
+            check_per_token("positions", positions, batch=x.shape[0], seq=x.shape[1])
+            kind = self.config.layer_rotations[self.layer]
+            rotation, positions = rotations(self.config, positions, self.config.dtype).get(kind), None
         shared = SharedInputs(positions=positions, segment_ids=segment_ids, rotation=rotation)
         return self.transform(x, layer, shared, deterministic=deterministic)
 
@@ -188,12 +209,16 @@ class Block(nn.Module):
         """`__call__` with the layer's number and scales as inputs: so one traced block serves a scan over layers."""
         attention, feed_forward = self._attention(layer.layer), self._feed_forward(layer.layer)
 
+        by = shared.rotation
+        if layer.rotation is not None:
+            by = jax.tree.map(lambda stacked: stacked[layer.rotation], by)
+
         def attend(x: Stream) -> Stream:
             return attention(
                 x,
                 positions=shared.positions,
                 segment_ids=shared.segment_ids,
-                rotation=shared.rotation,
+                rotation=by,
                 layer_window=layer.window,
                 slots=shared.slots,
             )
@@ -275,8 +300,7 @@ class Block(nn.Module):
             norm_scale=config.attention_norm_scale,
             norm_bias=config.attention_norm_bias,
             norm_scale_plus_one=config.norm_scale_plus_one,
-            rope_theta=config.rope_theta if config.positions == "rope" else None,
-            rotary_dim=config.rotary_width if config.positions == "rope" else None,
+            alibi=alibi_of(config),
             norm_per_head=config.attention_norm_per_head,
             score_scale=config.attention_scale,
             score_cap=config.score_cap,

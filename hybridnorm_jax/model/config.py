@@ -41,20 +41,8 @@ AUTO_REMAT = "auto"
 REMAT_POLICIES = ("none", "full", "all_but_attention", "dots", "dots_no_batch")
 COMPUTE_DTYPES = ("bfloat16", "float32", "float64")
 PARAM_DTYPES = ("float32", "float64", "bfloat16", "float16")
-# Keys that no model computes yet.
-PENDING = (
-    "rope_scaling",
-    "rope_layers",
-    "second_rope_theta",
-    "alibi_max",
-    "alibi_scale",
-    "alibi_bfloat16",
-)
 # Keys that the equivalences do not take into account yet.
 NOT_CONVERTED = ("norm_scale_plus_one", "layer_scale", "shared_expert_gate", "dense_layers")
-PENDING_VALUES = {
-    "positions": ("sinusoidal", "alibi"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +105,6 @@ class ModelConfig(AttentionKeys):
             if isinstance(getattr(self, field.name), list):  # as JSON gives it, but it is to be hashable
                 self._fill(field.name, tuple(getattr(self, field.name)))
         check_fields("model", self)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            is_pending = field.name in PENDING and value != field.default
-            right = "is not implemented yet"
-            self._check(field.name, not is_pending and value not in PENDING_VALUES.get(field.name, ()), right)
         self._check_names()
         self._fill_sizes()
         self._fill_feed_forward()
@@ -246,6 +229,8 @@ class ModelConfig(AttentionKeys):
         scheme = f"model.scheme={self.scheme}"
         if self.norm != "layernorm":
             return f"model.norm={self.norm}"
+        if self.positions == "sinusoidal":
+            return f"model.positions={self.positions}: a fixed table on the stream"
         for name in NOT_CONVERTED:
             if getattr(self, name):
                 return f"model.{name}={getattr(self, name)}"

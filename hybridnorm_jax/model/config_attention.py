@@ -74,7 +74,10 @@ class AttentionKeys(FeedForwardKeys):
         None, "base of the wavelengths of layers with rope_layers 2", at_least=1, at_most=LARGEST_THETA
     )
     max_positions: int | None = key(
-        None, "learned positions there are; null with rope and alibi", at_least=1, at_most=LONGEST_CONTEXT
+        None,
+        "rows of the table of positions, learned or sinusoidal; null with rope and alibi",
+        at_least=1,
+        at_most=LONGEST_CONTEXT,
     )
     position_offset: int = key(
         0, "rows of the position table before position 0 (OPT has 2)", at_least=0, at_most=LONGEST_CONTEXT
@@ -124,6 +127,11 @@ class AttentionKeys(FeedForwardKeys):
         return self.attention_bias if self.attention_output_bias is None else self.attention_output_bias
 
     @property
+    def length_of_short_factors(self) -> int | None:
+        """A text longer than this is rotated otherwise from its first token on (longrope); None: no such length."""
+        return self.rope_original_length if self.rope_scaling == "longrope" else None
+
+    @property
     def rotary_width(self) -> int:
         """How many of head_dim's leading channels rotate."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
@@ -146,6 +154,8 @@ class AttentionKeys(FeedForwardKeys):
         right = f"positions={self.positions} needs a number" if has_table else "only for positions=learned, sinusoidal"
         self._check("max_positions", (self.max_positions is not None) == has_table, right)
         self._check("position_offset", has_table or self.position_offset == 0, right)
+        right = "positions=sinusoidal needs at least 4 channels"
+        self._check("d_model", self.positions != "sinusoidal" or self.d_model >= 4, right)
 
     def _check_alibi(self) -> None:
         if self.positions != "alibi":
@@ -173,6 +183,9 @@ class AttentionKeys(FeedForwardKeys):
         needs_length = kind in ("llama3", "yarn", "longrope")
         right = f"model.rope_scaling={kind} {'needs a number' if needs_length else 'has none'}"
         self._check("rope_original_length", (self.rope_original_length is not None) == needs_length, right)
+        right = f"model.rope_scaling={kind} divides by its logarithm, so it must be above 1"
+        self._check("rope_original_length", kind != "longrope" or self.rope_original_length != 1, right)
+        self._check("rope_theta", kind != "yarn" or self.rope_theta > 1, right)
         needs_bounds = kind in ("llama3", "yarn")
         right = f"model.rope_scaling={kind} {'needs two numbers, the smaller first' if needs_bounds else 'has none'}"
         bounds = self.rope_bounds

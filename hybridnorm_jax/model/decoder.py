@@ -10,7 +10,6 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.config_fields import present
-from hybridnorm_jax.model.attention import Rotation, default_positions, rotation
 from hybridnorm_jax.model.block import Dropout, SharedInputs, Stream, stream_norm, watch_stream
 from hybridnorm_jax.model.cache import Slots
 from hybridnorm_jax.model.config import ModelConfig
@@ -18,6 +17,8 @@ from hybridnorm_jax.model.embedding import Embedding, Head
 from hybridnorm_jax.model.initializers import std_factor
 from hybridnorm_jax.model.input_checks import check_per_token, check_tokens
 from hybridnorm_jax.model.layers import through_layers
+from hybridnorm_jax.model.rotation import default_positions, rotations
+from hybridnorm_jax.model.sinusoids import sinusoids
 
 
 class Decoder(nn.Module):
@@ -106,19 +107,21 @@ class Decoder(nn.Module):
         if positions is None:
             positions = default_positions(tokens.shape[1])
         stream = self.token_embedding(tokens)
-        turn: Rotation | None = None
-        if config.positions == "learned":
+        if config.max_positions is not None:
             if slots is None:  # whose padding has positions, too
                 self._check_length(tokens.shape[1])
-            stream = stream + self.position_embedding(positions + config.position_offset)
-        else:
-            turn = rotation(positions, config.rotary_width, config.rope_theta, config.dtype)
+            stream = stream + self._of_positions(positions + config.position_offset)
         if config.has_embedding_norm:
             stream = self.embedding_norm(stream)
         stream = nn.with_logical_constraint(self.dropout(stream, deterministic=deterministic), ("batch", "seq", None))
         stream = watch_stream(self, stream)
 
-        shared = SharedInputs(segment_ids=segment_ids, rotation=turn, slots=slots)
+        shared = SharedInputs(
+            segment_ids=segment_ids,
+            rotations=rotations(config, positions, config.dtype),
+            positions=positions if config.positions == "alibi" else None,
+            slots=slots,
+        )
         stream = through_layers(self, stream, shared, deterministic=deterministic, unrolled=self.unrolled)
         return self.final_norm(stream) if config.has_final_norm else stream
 
@@ -126,6 +129,12 @@ class Decoder(nn.Module):
         """The head alone."""
         tied = self.token_embedding.embedding if self.config.tie_embeddings else None
         return nn.with_logical_constraint(self.head(hidden, tied), ("batch", "seq", "vocab"))
+
+    def _of_positions(self, rows: Int[Array, "batch seq"]) -> Stream:
+        """These rows of the table of positions, learned or fixed."""
+        if self.config.positions == "learned":
+            return self.position_embedding(rows)
+        return sinusoids(rows, self.config.d_model, self.config.dtype)
 
     def _check_length(self, length: int) -> None:
         largest = present(self.config.max_positions)

@@ -1,5 +1,6 @@
 """The trunk of a model: its runs of blocks, each run under one nn.scan. Decoder and Encoder both call it."""
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from operator import itemgetter
@@ -19,6 +20,7 @@ from hybridnorm_jax.model.block import DEFECT, STREAM, Block, LayerInputs, Share
 from hybridnorm_jax.model.config import AUTO_REMAT, LONGEST_CONTEXT, ModelConfig
 from hybridnorm_jax.model.moe import CHOSEN, ROUTER
 from hybridnorm_jax.model.placement import Run, Scales
+from hybridnorm_jax.model.rotation import stacked
 from hybridnorm_jax.model.signal_measures import PROBE, SIGNAL
 
 _ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)
@@ -92,8 +94,16 @@ def through_layers(
         if unrolled:
             stream = _one_by_one(config, run, stream, layers, shared, deterministic=deterministic)
         else:
-            stream, _ = _scanned(config, run, f"run_{number}", deterministic=deterministic)(stream, layers, shared)
+            of_run = _with_rotation(shared, run)
+            stream, _ = _scanned(config, run, f"run_{number}", deterministic=deterministic)(stream, layers, of_run)
     return stream
+
+
+def _with_rotation(shared: SharedInputs, run: Run) -> SharedInputs:
+    """`shared` with the rotation of these layers, or with those that they choose from."""
+    if run.rotation is not None:
+        return dataclasses.replace(shared, rotations={}, rotation=shared.rotations.get(run.rotation))
+    return dataclasses.replace(shared, rotations={}, rotation=stacked(shared.rotations, run.rotations))
 
 
 def _one_by_one(
@@ -109,8 +119,10 @@ def _one_by_one(
     )
     for place in range(run.length):
         layer = jax.tree.map(itemgetter(place), layers)
-        name, window = f"layer_{run.start + place}", run.layers[place].window
-        stream, _ = block(name=name, run_window=window)(stream, layer.replace(window=None), shared)
+        kind = run.layers[place]
+        layer = layer.replace(window=None, rotation=None)
+        own = dataclasses.replace(shared, rotations={}, rotation=shared.rotations.get(kind.rotation))
+        stream, _ = block(name=f"layer_{run.start + place}", run_window=kind.window)(stream, layer, own)
     return stream
 
 
@@ -140,7 +152,7 @@ def _scanned(config: ModelConfig, run: Run, name: str, *, deterministic: bool) -
 
 
 def layer_inputs(run: Run, dtype: str, keys: Mapping[str, Array]) -> LayerInputs:
-    """The scanned inputs of a run: numbers of its layers, their scales and keys, and their windows where these differ.
+    """The scanned inputs of a run: numbers of its layers, their scales and keys, and in what else they differ.
 
     A layer's keys depend on its number in the model and not on the run that it belongs to: so all schemes draw the same
     numbers for it.
@@ -164,4 +176,5 @@ def layer_inputs(run: Run, dtype: str, keys: Mapping[str, Array]) -> LayerInputs
         feed_forward=columns(run.scales("feed_forward")),
         keys={name: jax.vmap(partial(jax.random.fold_in, key))(layers) for name, key in keys.items()},
         window=None if run.window is not None else jnp.asarray([layer.window or UNLIMITED for layer in run.layers]),
+        rotation=None if run.rotation is not None else jnp.asarray(run.places_of_rotations),
     )

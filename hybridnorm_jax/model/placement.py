@@ -206,6 +206,21 @@ class Run:
         first, *others = {layer.window for layer in self.layers}
         return None if others else first
 
+    @property
+    def rotations(self) -> list[int]:
+        """The rotations that its layers have, see Layer, each once."""
+        return sorted({layer.rotation for layer in self.layers})
+
+    @property
+    def rotation(self) -> int | None:
+        """The rotation of all layers; None: they differ."""
+        return self.rotations[0] if len(self.rotations) == 1 else None
+
+    @property
+    def places_of_rotations(self) -> list[int]:
+        """Of each layer the place of its rotation in `rotations`."""
+        return [self.rotations.index(layer.rotation) for layer in self.layers]
+
     def scales(self, sublayer: SublayerName) -> Scales[tuple[float, ...] | None]:
         """Of each scale of this sublayer one number per layer, or None where it is 1 in every layer."""
         layers = [getattr(layer.placement, sublayer).scales for layer in self.layers]

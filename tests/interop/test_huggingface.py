@@ -15,7 +15,7 @@ import hybridnorm_jax as hn
 from hybridnorm_jax.interop.architectures import ARCHITECTURES, config_from_json
 from hybridnorm_jax.interop.huggingface import load_huggingface, save_huggingface
 from hybridnorm_jax.interop.tensor_places import leaf_shapes
-from hybridnorm_jax.model import decoder
+from hybridnorm_jax.model import rotation
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 SHARDED = "hf_olmo2_bf16_sharded"
@@ -96,7 +96,7 @@ def test_the_other_golden_of_the_bfloat16_checkpoint_differs_by_a_rounded_rotati
         return jnp.cos(angles), jnp.sin(angles)
 
     exact = logits_of(config, params, golden["tokens"])
-    monkeypatch.setattr(decoder, "rotation", rounded)
+    monkeypatch.setattr(rotation, "rotation", rounded)
     np.testing.assert_allclose(logits_of(config, params, golden["tokens"]), golden["logits"], rtol=0, atol=1e-5)
     assert np.abs(exact - golden["logits"]).max() > 1e-4
 

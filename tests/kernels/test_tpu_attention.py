@@ -17,10 +17,11 @@ from hybridnorm_jax.kernels.attention_backends import softmax_attention
 from hybridnorm_jax.kernels.head_preparation import HeadNorm, Preparation
 from hybridnorm_jax.kernels.score_rules import ScoreRules
 from hybridnorm_jax.mesh.device_mesh import use_mesh
-from hybridnorm_jax.model.attention import Attention, rotation
+from hybridnorm_jax.model.attention import Attention
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.norms import layer_norm, rms_norm
+from hybridnorm_jax.model.rotation import rotation
 from hybridnorm_jax.planning.memory_traffic import memory_traffic, total_bytes
 
 AXES = ("data", "fsdp", "tensor")

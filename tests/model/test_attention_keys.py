@@ -11,7 +11,6 @@ import pytest
 import hybridnorm_jax as hn
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.mesh.device_mesh import make_mesh, use_mesh
-from hybridnorm_jax.model.alibi import alibi_slopes
 from hybridnorm_jax.training.program import Program
 
 TINY = {"d_model": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 48, "vocab_size": 61}
@@ -24,6 +23,7 @@ RULES = {
     "attention_bias": True,
     "attention_output_bias": False,
 }
+LONG = {"rope_long_factors": (2, 3, 4, 5), "rope_factor": 4}
 
 
 def drawn(module, *inputs, seed=0, **keys):
@@ -111,10 +111,22 @@ def test_each_layer_of_a_model_has_its_window(windows):
         assert (moved[reach + 1 :] == 0).all()
 
 
-@pytest.mark.parametrize("windows", [(), (5, 0)])
-def test_documents_in_one_row_are_as_if_alone(windows):
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"windows": (5, 0)},
+        {"rope_layers": (1, 0, 2), "second_rope_theta": 100.0},
+        {"positions": "alibi", "alibi_scale": 0.5},
+        {"positions": "alibi", "alibi_bfloat16": True, "windows": (5, 0)},
+        {"positions": "sinusoidal", "max_positions": 20, "position_offset": 2},
+        {"rope_scaling": "longrope", "rope_original_length": 7, "rope_short_factors": (1,) * 4, **LONG},
+        {"rope_scaling": "longrope", "rope_original_length": 6, "rope_short_factors": (1,) * 4, **LONG},
+    ],
+    ids=str,
+)
+def test_documents_in_one_row_are_as_if_alone(keys):
     with jax.enable_x64(True):
-        config = hn.ModelConfig(**TINY, **WIDE, **RULES, scheme="hybrid", windows=windows)
+        config = hn.ModelConfig(**TINY, **WIDE, **RULES, scheme="hybrid", **keys)
         tokens = np.random.default_rng(0).integers(0, 61, (1, 14))
         params = drawn(hn.Decoder(config), jnp.asarray(tokens))
         apply = jax.jit(hn.Decoder(config).apply)
@@ -125,9 +137,18 @@ def test_documents_in_one_row_are_as_if_alone(windows):
 
 
 @pytest.mark.parametrize("sizes", [{"context": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
-def test_gradients_of_a_model_are_those_of_one_device_on_a_mesh(sizes):
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope_layers": (1, 0, 2), "second_rope_theta": 100.0, "rope_scaling": "linear", "rope_factor": 2},
+        {"positions": "alibi"},
+        {"positions": "alibi", "alibi_bfloat16": True},
+    ],
+    ids=str,
+)
+def test_gradients_of_a_model_are_those_of_one_device_on_a_mesh(sizes, keys):
     with jax.enable_x64(True):
-        config = hn.ModelConfig(**TINY, **WIDE, **RULES, scheme="pre", windows=(5, 0), remat="full")
+        config = hn.ModelConfig(**TINY, **WIDE, **RULES, **keys, scheme="pre", windows=(5, 0), remat="full")
         tokens = np.random.default_rng(0).integers(0, 61, (4, 16))
         params = drawn(hn.Decoder(config), jnp.asarray(tokens))
 
@@ -167,11 +188,3 @@ def test_a_norm_for_each_head_needs_a_norm_over_heads():
     for scheme in ("pre", "pre_qk_projection"):
         with pytest.raises(ConfigError, match=r"attention_norm_per_head=True.*over a head"):
             hn.ModelConfig(**TINY, scheme=scheme, attention_norm_per_head=True)
-
-
-@pytest.mark.parametrize(
-    ("heads", "expected"),
-    [(1, [8]), (2, [4, 8]), (3, [4, 8, 2]), (6, [2, 4, 6, 8, 1, 3]), (8, range(1, 9))],
-)
-def test_slopes_of_any_number_of_heads(heads, expected):
-    np.testing.assert_allclose(alibi_slopes(heads), 2.0 ** -np.array(expected), rtol=1e-15)

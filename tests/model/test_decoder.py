@@ -9,9 +9,9 @@ import pytest
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.kernels.head_preparation import rotate
-from hybridnorm_jax.model.attention import rotation
 from hybridnorm_jax.model.block import stream_norm
 from hybridnorm_jax.model.embedding import Embedding
+from hybridnorm_jax.model.rotation import rotation
 
 
 def _logits(config, params, tokens, **inputs):

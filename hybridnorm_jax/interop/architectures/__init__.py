@@ -11,9 +11,18 @@ from hybridnorm_jax.interop.architectures.registry import (
     ALL,
     ARCHITECTURES,
     architecture_of,
+    check_class,
     config_from_json,
     config_to_json,
 )
 from hybridnorm_jax.interop.mathematics import mathematics
 
-__all__ = ["ALL", "ARCHITECTURES", "architecture_of", "config_from_json", "config_to_json", "mathematics"]
+__all__ = [
+    "ALL",
+    "ARCHITECTURES",
+    "architecture_of",
+    "check_class",
+    "config_from_json",
+    "config_to_json",
+    "mathematics",
+]

@@ -188,7 +188,7 @@ _MPT = Architecture(
 def _has_two_norms(config: ModelConfig) -> bool:
     """Whether both branches of a parallel block have a norm of their own."""
     block = config.placements[0]
-    return block.feed_forward.reads == "block" and not getattr(block, "shared_pre_norm", False)
+    return block.feed_forward.reads == "block" and not block.shared_pre_norm
 
 
 def _has_one_name(config: ModelConfig) -> bool:

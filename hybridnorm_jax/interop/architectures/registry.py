@@ -42,6 +42,21 @@ def architecture_of(document: Any, source: str) -> Architecture:
     return ALL[name]
 
 
+def check_class(document: Mapping[str, Any], source: str) -> None:
+    """Raise UserError unless `architectures` names one class, and its tensors are those of model_type.
+
+    A checkpoint of a classifier or of an encoder and decoder has the model_type of its language model.
+    """
+    architecture = architecture_of(document, source)
+    stated, right = document.get("architectures"), f"must be [{architecture.class_name!r}], the class of its tensors"
+    if stated is None:
+        raise UserError(f"{source}: architectures is missing; it {right}")
+    if not isinstance(stated, list) or len(stated) != 1:
+        raise UserError(f"{source}: architectures={stated!r:.80} {right}")
+    if stated[0] not in architecture.class_names:
+        raise UserError(f"{source}: architectures={stated!r:.80}: with model_type={architecture.name} it {right}")
+
+
 def config_from_json(document: Any, source: str, ignore_keys: Collection[str] = ()) -> tuple[str, ModelConfig]:
     """The architecture's name and the model of a config.json.
 
