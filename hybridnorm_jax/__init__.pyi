@@ -15,8 +15,12 @@ from .mesh.device_mesh import use_mesh as use_mesh
 from .mesh.shardings import tree_shardings as tree_shardings
 from .model.attention import Attention as Attention
 from .model.block import Block as Block
+from .model.build import build_model as build_model
 from .model.config import ModelConfig as ModelConfig
 from .model.decoder import Decoder as Decoder
+from .model.encoder import Encoder as Encoder
+from .model.encoder import EncoderOutput as EncoderOutput
+from .model.encoder_config import EncoderConfig as EncoderConfig
 from .model.feed_forward import FeedForward as FeedForward
 from .model.moe import MoE as MoE
 from .model.norms import Norm as Norm

@@ -93,7 +93,7 @@ def _parser() -> ArgumentParser:
 def convert(options: argparse.Namespace) -> None:
     """Read, convert in float64, prove, write."""
     from hybridnorm_jax.commands.program_cache import keep_programs
-    from hybridnorm_jax.equivalence.decoder_forms import conversion_of
+    from hybridnorm_jax.equivalence.forms import conversion_of
     from hybridnorm_jax.equivalence.proof import WRITTEN, cast, prove, table
     from hybridnorm_jax.training.run_directory import check_free, save_run
 

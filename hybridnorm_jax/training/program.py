@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from hybridnorm_jax.config.run_config import RunConfig, TrainSection
 from hybridnorm_jax.config_fields import check
 from hybridnorm_jax.equivalence.comparison import compare_forms, compare_norm
-from hybridnorm_jax.equivalence.decoder_forms import Conversion, conversion_of
+from hybridnorm_jax.equivalence.decoder_forms import Conversion
+from hybridnorm_jax.equivalence.forms import conversion_of
 from hybridnorm_jax.equivalence.invariants import assert_measured, tolerances
 from hybridnorm_jax.equivalence.measurements import Measured
 from hybridnorm_jax.kernels.attention_backends import capability_of, resolve_backend, sequence_multiple

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import hybridnorm_jax as hn
-from hybridnorm_jax.equivalence.decoder_forms import conversion_of
+from hybridnorm_jax.equivalence.forms import conversion_of
 from hybridnorm_jax.generation import decoding
 from hybridnorm_jax.generation import generate as generate_module
 from hybridnorm_jax.generation import generate as module
