@@ -120,6 +120,11 @@ class Multiplier(Key):
         value = super().read(document, source)
         return None if value == 1 else value
 
+    def write(self, config: ModelConfig) -> Any:
+        """Their value."""
+        value = super().write(config) if getattr(config, self.fields[0]) is not None else None
+        return 1.0 if value is None else value
+
 
 @dataclasses.dataclass(frozen=True)
 class Inverse(Key):
@@ -138,7 +143,7 @@ class Inverse(Key):
         """Their value: the one that is read as ours, where there is one."""
         value = getattr(config, self.written or self.fields[0])
         if value is None:
-            return self.default
+            return 1.0
         near = value ** (1 / self.power)
         for candidate in (near, float(round(near)), math.nextafter(near, 0), math.nextafter(near, math.inf)):
             if candidate > 0 and candidate**self.power == value:
