@@ -245,7 +245,7 @@ def _granite(rng):
     keys = _common(rng)
     keys |= {"attention_bias": _flag(rng), "mlp_bias": _flag(rng)}
     multipliers = ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
-    keys |= {name: pick(rng, 1.0, 0.3, 3.7) for name in multipliers}
+    keys |= {name: pick(rng, 1.0, 0.3, 1.7) for name in multipliers}
     return keys | _gated(rng) | _rms(rng) | _whole_rope(rng, keys)
 
 
