@@ -181,7 +181,7 @@ def _gated_width(width: int, ratio: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class EndToken:
-    """eos_token_id of CLIP's text tower: the first such token is what is pooled. As it once was, 2 means the largest id.
+    """eos_token_id of CLIP's text tower: the first such token is pooled. As it once was, 2 means the largest id.
 
     Attributes:
       default: where the key is absent.
