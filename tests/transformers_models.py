@@ -508,7 +508,8 @@ def build(name, keys, seed=0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            scale = 0.3 if parameter.dim() > 1 else 0.5
+            # Small enough that roundings do not grow from layer to layer.
+            scale = min(0.3, parameter.shape[-1] ** -0.5) if parameter.dim() > 1 else 0.5
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
             if parameter.dim() == 1:  # norm scales, for most: not near 0, where everything would vanish
                 parameter.add_(0.7)

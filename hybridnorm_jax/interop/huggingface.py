@@ -38,7 +38,7 @@ def load_huggingface(
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """The model of a Hugging Face directory: `Decoder(config).apply({"params": params}, tokens)` gives its logits.
 
-    Which architectures are read, docs/foreign_models.md lists; besides them what save_huggingface writes with code of
+    Which architectures are read, docs/architectures.md lists; besides them what save_huggingface writes with code of
     ours. No code in the directory is executed. Tensors are read one at a time into the stacked leaves: beyond the
     parameters themselves, host memory is needed for one tensor, or for two while a tied model's own copy of the head is
     compared.
