@@ -276,6 +276,8 @@ class Architecture:
       fixed: key -> the one value that is implemented, or a function (value, document) -> whether it is.
       harmless: keys of this architecture alone that do not touch the computation.
       summary: what is particular about it, for the table of the documentation.
+      config_class: ModelConfig, or EncoderConfig for an encoder.
+      classes: further classes whose checkpoints are read, where these are not the model without its head.
     """
 
     name: str
@@ -287,6 +289,8 @@ class Architecture:
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     harmless: Collection[str] = ()
     summary: str = ""
+    config_class: type[ModelConfig] = ModelConfig
+    classes: tuple[str, ...] = ()
 
     def read(self, document: Json, source: str) -> ModelConfig:
         """The ModelConfig of a config.json, in float32."""
@@ -297,7 +301,7 @@ class Architecture:
         for rule in self.rules:
             fields |= rule.read(document, source, fields)
         try:
-            return ModelConfig(**fields)
+            return self.config_class(**fields)
         except ConfigError as error:
             raise UserError(f"{source}: {error}") from error
 
@@ -320,7 +324,7 @@ class Architecture:
     def class_names(self) -> tuple[str, ...]:
         """The classes whose checkpoints hold these tensors: the language model, and the model without its head."""
         bare = self.class_name.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
-        return (self.class_name, f"{bare}Model")
+        return (self.class_name, *self.classes, *([] if bare == self.class_name else [f"{bare}Model"]))
 
     @property
     def _own_names(self) -> set[str]:

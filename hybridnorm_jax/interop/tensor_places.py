@@ -187,7 +187,9 @@ class TensorTable:
 
     def full_name(self, name: str) -> str:
         """A name with the prefix that files of the bare model lack."""
-        return name if name.startswith((self.prefix, self.head.split(".")[0] + ".")) else self.prefix + name
+        heads = [tensor.name for tensor in self.outer if not tensor.name.startswith(self.prefix)]
+        starts = [self.prefix, *(f"{head.partition('.')[0]}." for head in (self.head, *heads))]
+        return name if name.startswith(tuple(starts)) else self.prefix + name
 
     def is_buffer(self, name: str) -> bool:
         """Whether the tensor of this full name holds no parameters."""

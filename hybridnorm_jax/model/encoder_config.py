@@ -195,8 +195,6 @@ class EncoderConfig(ModelConfig):
         self._check("pooling", self.class_token or not needs_class, "needs model.class_token")
         self._check("pooling", self.pooling != "end" or not self.reads_pixels, "only for model.input=tokens")
         self._check("end_token", self.pooling == "end" or self.end_token is None, "only for model.pooling=end")
-        if self.end_token is not None:
-            self._check("end_token", self.end_token < self.vocab_size, f"below model.vocab_size={self.vocab_size}")
         only = "only for model.pooling=attention"
         self._check("pooling_norm", self.pooling == "attention" or self.pooling_norm is None, only)
         divides = self.pooling != "attention" or self.whole_width % self.num_heads == 0
