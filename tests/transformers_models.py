@@ -441,7 +441,7 @@ def _gemma2(rng):
 
 def _gemma3(rng):
     keys = _common(rng)
-    keys |= _gemma_layers(rng, keys)
+    keys |= _gemma_layers(rng, keys) | {"attn_logit_softcapping": None}
     layers = {"layer_types": _layer_types(rng, keys["num_hidden_layers"])}
     keys |= pick(rng, layers, {"sliding_window_pattern": pick(rng, 2, 3)})
     return keys | _layered_rope(rng, keys)

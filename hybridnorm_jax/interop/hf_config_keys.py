@@ -145,10 +145,10 @@ class Inverse(Key):
         if value is None:
             return 1.0
         near = value ** (1 / self.power)
-        for candidate in (near, float(round(near)), math.nextafter(near, 0), math.nextafter(near, math.inf)):
-            if candidate > 0 and candidate**self.power == value:
-                return int(candidate) if isinstance(self.default, int) else candidate
-        return int(near) if isinstance(self.default, int) else near
+        if isinstance(self.default, int):
+            return round(near)
+        candidates = (float(round(near)), near, math.nextafter(near, 0), math.nextafter(near, math.inf))
+        return next((each for each in candidates if each > 0 and each**self.power == value), near)
 
 
 @dataclasses.dataclass(frozen=True)
