@@ -35,7 +35,8 @@ class Key:
       fields: of ModelConfig.
       default: where the key is absent.
       null: where it is null, a function of the document; without one null is an error.
-      words: their value -> ours where these differ. Of several that mean one of ours the first is written.
+      words: their value -> ours where these differ. Of several that mean one of ours the default is written, or the
+        first.
       least: their smallest number. Without one ModelConfig decides.
       most: their largest number. A few bytes of config.json must not make anybody build a list of so many layers.
       alias: another name that the architecture's class reads as this one; it is never written.
@@ -105,6 +106,8 @@ class Key:
         value = getattr(config, self.written or self.fields[0])
         if self.words is not None:
             theirs = [word for word, meaning in self.words.items() if meaning == value]
+            if self.default in theirs:
+                return self.default
             return theirs[0] if theirs else next(iter(self.words))
         if self.least is not None:
             return self.default if value < self.least else value
