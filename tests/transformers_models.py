@@ -245,7 +245,7 @@ def _granite(rng):
     keys = _common(rng)
     keys |= {"attention_bias": _flag(rng), "mlp_bias": _flag(rng)}
     multipliers = ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
-    keys |= {name: pick(rng, 1.0, 0.3, 3.7) for name in multipliers}
+    keys |= {name: pick(rng, 1.0, 0.3, 1.7) for name in multipliers}
     return keys | _gated(rng) | _rms(rng) | _whole_rope(rng, keys)
 
 
@@ -441,7 +441,7 @@ def _gemma2(rng):
 
 def _gemma3(rng):
     keys = _common(rng)
-    keys |= _gemma_layers(rng, keys)
+    keys |= _gemma_layers(rng, keys) | {"attn_logit_softcapping": None}
     layers = {"layer_types": _layer_types(rng, keys["num_hidden_layers"])}
     keys |= pick(rng, layers, {"sliding_window_pattern": pick(rng, 2, 3)})
     return keys | _layered_rope(rng, keys)

@@ -35,7 +35,8 @@ class Key:
       fields: of ModelConfig.
       default: where the key is absent.
       null: where it is null, a function of the document; without one null is an error.
-      words: their value -> ours where these differ. Of several that mean one of ours the first is written.
+      words: their value -> ours where these differ. Of several that mean one of ours the default is written, or the
+        first.
       least: their smallest number. Without one ModelConfig decides.
       most: their largest number. A few bytes of config.json must not make anybody build a list of so many layers.
       alias: another name that the architecture's class reads as this one; it is never written.
@@ -105,6 +106,8 @@ class Key:
         value = getattr(config, self.written or self.fields[0])
         if self.words is not None:
             theirs = [word for word, meaning in self.words.items() if meaning == value]
+            if self.default in theirs:
+                return self.default
             return theirs[0] if theirs else next(iter(self.words))
         if self.least is not None:
             return self.default if value < self.least else value
@@ -119,6 +122,11 @@ class Multiplier(Key):
         """Our value."""
         value = super().read(document, source)
         return None if value == 1 else value
+
+    def write(self, config: ModelConfig) -> Any:
+        """Their value."""
+        value = super().write(config) if getattr(config, self.fields[0]) is not None else None
+        return 1.0 if value is None else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,12 +146,12 @@ class Inverse(Key):
         """Their value: the one that is read as ours, where there is one."""
         value = getattr(config, self.written or self.fields[0])
         if value is None:
-            return self.default
+            return 1.0
         near = value ** (1 / self.power)
-        for candidate in (near, float(round(near)), math.nextafter(near, 0), math.nextafter(near, math.inf)):
-            if candidate > 0 and candidate**self.power == value:
-                return int(candidate) if isinstance(self.default, int) else candidate
-        return int(near) if isinstance(self.default, int) else near
+        if isinstance(self.default, int):
+            return round(near)
+        candidates = (float(round(near)), near, math.nextafter(near, 0), math.nextafter(near, math.inf))
+        return next((each for each in candidates if each > 0 and each**self.power == value), near)
 
 
 @dataclasses.dataclass(frozen=True)
