@@ -95,8 +95,8 @@ def _layer_types(rng, count):
     return [pick(rng, "sliding_attention", "full_attention") for _ in range(count)]
 
 
-def _gpt2_like(rng, *, divisor=1):
-    heads = divisor * pick(rng, 1, 2, 3)
+def _gpt2_like(rng):
+    heads = pick(rng, 1, 2, 3, 4, 6)
     return {
         "vocab_size": int(rng.integers(20, 70)),
         "n_embd": heads * 2 * int(rng.integers(2, 6)),
@@ -140,7 +140,8 @@ def _gptj(rng):
 
 
 def _codegen(rng):
-    keys = _gpt2_like(rng, divisor=4)
+    keys = _gpt2_like(rng)
+    keys["n_embd"] += -keys["n_embd"] % (4 * keys["n_head"])
     return keys | {"rotary_dim": 2 * int(rng.integers(1, keys["n_embd"] // keys["n_head"] // 2 + 1))}
 
 
