@@ -21,7 +21,7 @@ import numpy as np
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.interop.huggingface import load_huggingface
-from hybridnorm_jax.kernels.attention_backends import capability_of, causal_attention, resolve_backend
+from hybridnorm_jax.kernels.attention_backends import capability_of, resolve_backend, softmax_attention
 from hybridnorm_jax.kernels.expert_dispatch import apply_experts, resolve_dispatch
 from hybridnorm_jax.kernels.swiglu import ExpertKernels
 
@@ -187,7 +187,7 @@ def _kernel_checks(backend: str, dtype: str, shape: AttentionShape, segmented: b
 
     def both(query: Any, key: Any, value: Any) -> Any:
         def attention(*inputs: Any) -> Any:
-            return causal_attention(*inputs, segment_ids=None if ids is None else jnp.asarray(ids), backend=backend)
+            return softmax_attention(*inputs, segment_ids=None if ids is None else jnp.asarray(ids), backend=backend)
 
         context, pull = jax.vjp(attention, query, key, value)
         return context, *pull(d_context)

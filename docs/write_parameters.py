@@ -28,11 +28,14 @@ INTRODUCTION = """# The parameter tree
 `hn.load_run`, `hn.load_huggingface` and `hn.nnx.to_linen_params` hold the same tree. A path such as
 `head/kernel` below is `params["head"]["kernel"]`, and in NNX `decoder.head.kernel`.
 
-A *stretch* is a number of consecutive layers that normalize at the same places. A model has as many stretches as its
-scheme needs. They are called `run_0`, `run_1` and so on. `hn.describe("hybrid_star", 8)` shows them. All layers of a
-stretch are stacked along the first axis of each leaf, `layers`. `hn.Block` alone has the same leaves without that axis.
+A *stretch* is a number of consecutive layers that normalize at the same places, and that all have experts or all have
+none. A model has as many stretches as its scheme and `model.dense_layers` need. They are called `run_0`, `run_1` and so
+on. `hn.describe("hybrid_star", 8)` shows those of a scheme. All layers of a stretch are stacked along the first axis of
+each leaf, `layers`. `hn.Block` alone has the same leaves without that axis.
 
-All leaves have the dtype `model.param_dtype`.
+All leaves have the dtype `model.param_dtype`. With `model.norm_scale_plus_one=true` the `scale` of a norm is what it
+multiplies by, minus 1. In a parallel block with one norm for both branches (`shared_pre_norm`) there is only
+`attention_pre_norm`.
 """
 
 LEAVES = """## Every leaf
@@ -50,8 +53,9 @@ DIMENSIONS = """
 | layers | layers of the stretch; they add up to `model.num_layers` |
 | embed | `model.d_model` |
 | heads, kv_heads, head_dim | `model.num_heads`, `model.num_kv_heads`, `model.head_dim` |
-| mlp | `model.mlp_dim` |
+| mlp | `model.mlp_dim`; in the dense layers of a model with experts `model.dense_mlp_dim` |
 | experts, shared | `model.num_experts`, `model.shared_experts` |
+| shared * mlp | `model.shared_mlp_dim`, where it is set |
 | vocab | `model.vocab_size` |
 | positions | `model.max_positions` + `model.position_offset` |
 """
@@ -100,17 +104,21 @@ NAMES = {
     120: "heads * head_dim",
     40: "kv_heads * head_dim",
     168: "shared * mlp",
+    1: "1",
 }
 BIASES = {"norm_bias": True, "attention_bias": True, "mlp_bias": True, "head_bias": True}
 EXPERTS = {"num_experts": 4, "experts_per_token": 2, "shared_experts": 3, "balance_bias": True}
+EXPERTS |= {"shared_expert_gate": True}
 # Together they have every leaf.
 MODELS: tuple[dict[str, Any], ...] = (
     {"scheme": "peri", "positions": "learned", "max_positions": 30, "position_offset": 2, "activation": "gelu"},
     {"scheme": "keel"},
     {"scheme": "hybrid_output_norm"},
+    {"scheme": "hybrid", "attention_norm_per_head": True},
     {"scheme": "qkvc_post"},
     {"scheme": "pre_qk_projection"},
-    EXPERTS | {"scheme": "pre"},
+    EXPERTS | {"scheme": "pre", "attention_sinks": True},
+    {"scheme": "pre", "layer_scale": True},
 )
 
 # Start of a leaf's path -> what brings it.
@@ -122,6 +130,7 @@ WHEN = {
     "run_<i>/attention/key": "always",
     "run_<i>/attention/value": "always",
     "run_<i>/attention/out": "always",
+    "run_<i>/attention/sinks": "`attention_sinks=true`",
     "run_<i>/attention/q_norm": "the scheme normalizes q",
     "run_<i>/attention/k_norm": "the scheme normalizes k",
     "run_<i>/attention/v_norm": "the scheme normalizes v",
@@ -129,7 +138,8 @@ WHEN = {
     "run_<i>/attention_pre_norm": "the scheme has this norm",
     "run_<i>/attention_branch_norm": "the scheme has this norm",
     "run_<i>/attention_post_norm": "the scheme has this norm",
-    "run_<i>/feed_forward/gate": "dense, `activation=swiglu`",
+    "run_<i>/attention_layer_scale": "`layer_scale=true`",
+    "run_<i>/feed_forward/gate": "dense, with a gated `activation` such as swiglu",
     "run_<i>/feed_forward/up": "dense",
     "run_<i>/feed_forward/down": "dense",
     "run_<i>/feed_forward/router": "experts",
@@ -138,9 +148,11 @@ WHEN = {
     "run_<i>/feed_forward/expert_up": "experts",
     "run_<i>/feed_forward/expert_down": "experts",
     "run_<i>/feed_forward/shared": "experts, `shared_experts` above 0",
+    "run_<i>/feed_forward/shared_gate": "experts, `shared_expert_gate=true`",
     "run_<i>/feed_forward_pre_norm": "the scheme has this norm",
     "run_<i>/feed_forward_branch_norm": "the scheme has this norm",
     "run_<i>/feed_forward_post_norm": "the scheme has this norm",
+    "run_<i>/feed_forward_layer_scale": "`layer_scale=true`",
     "final_norm": "the scheme has a final norm",
     "head/kernel": "`tie_embeddings=false`",
     "head/bias": "`head_bias=true`",
@@ -183,6 +195,11 @@ def when(path: str) -> str:
         return f"{WHEN[start]}, `{flag}_{name}=true`"
     if name != "bias" or start.endswith("bias"):
         return WHEN[start]
+    if path.endswith("attention/out/bias"):
+        return "`attention_output_bias=true`, which is `attention_bias` by default"
+    if path.endswith(("down/bias", "router/bias")):
+        flag = "router_bias" if path.endswith("router/bias") else "mlp_output_bias"
+        return f"{WHEN[start]}, `{flag}=true`, which is `mlp_bias` by default"
     key = "attention_bias" if "/attention/" in path else "mlp_bias"
     return f"`{key}=true`" if WHEN[start] == "always" else f"{WHEN[start]}, `{key}=true`"
 

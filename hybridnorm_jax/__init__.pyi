@@ -14,10 +14,13 @@ from .mesh.device_mesh import make_mesh as make_mesh
 from .mesh.device_mesh import use_mesh as use_mesh
 from .mesh.shardings import tree_shardings as tree_shardings
 from .model.attention import Attention as Attention
-from .model.attention import rotation as rotation
 from .model.block import Block as Block
+from .model.build import build_model as build_model
 from .model.config import ModelConfig as ModelConfig
 from .model.decoder import Decoder as Decoder
+from .model.encoder import Encoder as Encoder
+from .model.encoder import EncoderOutput as EncoderOutput
+from .model.encoder_config import EncoderConfig as EncoderConfig
 from .model.feed_forward import FeedForward as FeedForward
 from .model.moe import MoE as MoE
 from .model.norms import Norm as Norm
@@ -26,6 +29,7 @@ from .model.norms import layer_norm as layer_norm
 from .model.norms import rms_norm as rms_norm
 from .model.placement import BlockPlacement as BlockPlacement
 from .model.placement import SublayerPlacement as SublayerPlacement
+from .model.rotation import rotation as rotation
 from .model.schemes import SCHEMES as SCHEMES
 from .model.schemes import Scheme as Scheme
 from .model.schemes import describe as describe

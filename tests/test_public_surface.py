@@ -149,7 +149,7 @@ def test_a_block_is_built_and_applied_from_public_names():
     positions = jnp.arange(6)[None]
     documents = jnp.asarray([[0, 0, 0, 1, 1, 1]])
     np.testing.assert_array_equal(block.apply(variables, x, positions=positions), y)
-    turn = hn.rotation(positions, config.rotary_dim, config.rope_theta)
+    turn = hn.rotation(positions, config.rotary_width, config.rope_theta)
     np.testing.assert_array_equal(block.apply(variables, x, rotation=turn), y)
     # Rotation is relative, so that a shift of all positions changes nothing but rounding.
     np.testing.assert_allclose(block.apply(variables, x, positions=positions + 5), y, atol=1e-5)

@@ -188,11 +188,13 @@ def generate(options: argparse.Namespace, sampling: Sampling) -> None:
     from hybridnorm_jax.commands.saved_model import read_directory
     from hybridnorm_jax.generation.ready_parameters import ready
     from hybridnorm_jax.generation.text import write_text
+    from hybridnorm_jax.model.encoder_config import check_decoder
 
     prompts = _prompts(options)
     import_plugins(options.plugins)
     keep_programs()
     source = read_directory(options.model)
+    check_decoder(source.config.model, options.model, "generate text")
     tokenizer = _tokenizer(source, options.tokenizer)
     # Once for all prompts: those of a Hugging Face directory are not on a device yet.
     params = ready(source.config.model, source.params)
@@ -262,8 +264,10 @@ def _most(asked: int | None, prompt: str, source: "SavedModel", tokenizer: "Toke
 
     if asked is not None:
         return asked
-    positions = source.config.model.max_positions
-    if source.config.model.positions != "learned" or positions is None:
-        return MANY
-    # The last token is written, but not read.
-    return max(1, min(MANY, positions - len(document_of(prompt, tokenizer)) + 1))
+    model = source.config.model
+    length, most = len(document_of(prompt, tokenizer)), MANY
+    for limit in (model.max_positions, model.length_of_short_factors):
+        # A prompt beyond the second of them is beyond it for good; beyond the first, the request is refused.
+        if limit is not None and (length <= limit or limit == model.max_positions):
+            most = min(most, limit - length + 1)  # the last token is written, but not read
+    return max(1, most)

@@ -62,7 +62,8 @@ text = tokenizer.bos_token + "def "  # a document begins with this token
 inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))"""
 OWN_CODE = """transformers has no architecture with these placements: the directory holds the PyTorch code of the model,
-`modeling_hybridnorm.py`, which `trust_remote_code=True` lets transformers run. It needs torch and transformers 5."""
+`modeling_hybridnorm.py` and what it imports, which `trust_remote_code=True` lets transformers run. It needs torch and
+transformers 5."""
 PARAMETERS = """The tensors of `model.safetensors` are the parameters of `hybridnorm_jax.Decoder` by their paths:
 
 ```python

@@ -330,7 +330,7 @@ class RunConfig:
         wide = self.model.param_dtype in ("float32", "float64")
         check(wide, "model.param_dtype", self.model.param_dtype, "training needs float32 or float64 parameters")
         limit = self.model.max_positions
-        right = f"must be at most model.max_positions={limit}, the rows of the learned position table"
+        right = f"must be at most model.max_positions={limit}, the rows of the table of positions"
         check(limit is None or self.train.seq_len <= limit, "train.seq_len", self.train.seq_len, right)
         stride = self.eval.stride
         right = f"must be at most train.seq_len={self.train.seq_len}"

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hybridnorm_jax.equivalence.decoder_forms import conversion_of
 from hybridnorm_jax.equivalence.expert_choices import compare_routing
+from hybridnorm_jax.equivalence.forms import conversion_of
 from hybridnorm_jax.equivalence.forward_pass import ForwardPass, forward
 from hybridnorm_jax.equivalence.measurements import (
     Measured,

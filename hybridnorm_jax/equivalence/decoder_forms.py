@@ -1,4 +1,4 @@
-"""Our own Decoder in its three forms: its residual layout, and whole-model conversion."""
+"""Our own Decoder in its three forms: its residual layout, and whole-model conversion; forms.py is what others call."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,7 +7,6 @@ from typing import Any
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from hybridnorm_jax.equivalence.decoder_params import assert_decoder_params, check_decoder_params
 from hybridnorm_jax.equivalence.layout import (
     NormBias,
     NormScale,
@@ -17,12 +16,11 @@ from hybridnorm_jax.equivalence.layout import (
     Untouched,
     Writes,
 )
+from hybridnorm_jax.equivalence.model_params import assert_params, check_params
 from hybridnorm_jax.equivalence.transforms import compress, fold_affine, recenter, stored_width
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.placement import HEAD_NORMS, Run, SublayerName, runs
-
-FORMS = ("pre_rmsnorm", "pre_crmsnorm")
+from hybridnorm_jax.model.placement import HEAD_NORMS, Run, SublayerName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,46 +28,20 @@ class Conversion:
     """How Pre-LN parameters become those of a cheaper form.
 
     Attributes:
-      config: of the Decoder in that form.
+      config: of the model in that form.
       convert: parameters of the given config -> those of `config`; pure and differentiable.
       layout: of the trees that `convert` returns.
+      centrings: where a mean over the channels is still subtracted in the forward pass, in words; most often nowhere.
     """
 
     config: ModelConfig
     convert: Callable[[Any], dict[str, Any]]
     layout: ResidualLayout
+    centrings: tuple[str, ...] = ()
 
 
-def to_pre_rmsnorm(config: ModelConfig, params: Any) -> tuple[ModelConfig, dict[str, Any]]:
-    """(config, params) of a Decoder with RMSNorm that computes the logits of this Pre-LN one.
-
-    Norm scales and biases are folded into what reads them, so biases appear where a norm had one. A tied head is
-    untied where its norm has a scale or bias. Norms on q, k, v stay. Dtypes stay, and the arithmetic runs in them, in
-    float32 at least: convert in float64 what is to be compared in float64.
-
-    Raises:
-      ConfigError: not a Pre-LN model: another norm than LayerNorm, a norm after a branch or a sum, one missing.
-
-    Source: 2305.14858, section 3.1.
-    """
-    conversion = conversion_of(config, "pre_rmsnorm")
-    return conversion.config, conversion.convert(params)
-
-
-def to_pre_crmsnorm(config: ModelConfig, params: Any, *, pad_to: int = 1) -> tuple[ModelConfig, dict[str, Any]]:
-    """As to_pre_rmsnorm, with CRMSNorm on a stream that is stored without its last element.
-
-    The new model.d_model is d - 1, filled up with zero channels to a multiple of `pad_to`; model.norm_width is d. A
-    tied head is always untied. Source: 2305.14858, section 3.2.
-    """
-    conversion = conversion_of(config, "pre_crmsnorm", pad_to=pad_to)
-    return conversion.config, conversion.convert(params)
-
-
-def conversion_of(config: ModelConfig, form: str, *, pad_to: int = 1) -> Conversion:
-    """The conversion of a model of this config to `form`, "pre_rmsnorm" or "pre_crmsnorm"; see the functions above."""
-    if form not in FORMS:
-        raise ConfigError(f"form={form}: must be {' or '.join(FORMS)}")
+def decoder_conversion(config: ModelConfig, form: str, *, pad_to: int = 1) -> Conversion:
+    """forms.conversion_of for a Decoder."""
     if obstacle := config.pre_layernorm_obstacle:
         raise ConfigError(f"{obstacle}: only LayerNorm at the entrance of every branch and before the head converts")
     compressed = form == "pre_crmsnorm"
@@ -87,8 +59,8 @@ def conversion_of(config: ModelConfig, form: str, *, pad_to: int = 1) -> Convers
     before, after = decoder_layout(roomy), decoder_layout(plain)
 
     def centred(params: Any) -> dict[str, Any]:
-        folded = fold_affine(_with_room(config, roomy, params), before)
-        return _checked(plain, recenter(folded, after))
+        folded = fold_affine(with_room(config, roomy, params), before)
+        return checked(plain, recenter(folded, after))
 
     if not compressed:
         return Conversion(config=plain, convert=centred, layout=after)
@@ -96,13 +68,13 @@ def conversion_of(config: ModelConfig, form: str, *, pad_to: int = 1) -> Convers
     small = dataclasses.replace(plain, norm="crmsnorm", d_model=stored, norm_width=config.d_model)
 
     def stored_without_last(params: Any) -> dict[str, Any]:
-        return _checked(small, compress(centred(params), after, pad_to=pad_to))
+        return checked(small, compress(centred(params), after, pad_to=pad_to))
 
     return Conversion(config=small, convert=stored_without_last, layout=after)
 
 
-def _checked(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
-    assert_decoder_params(config, params)
+def checked(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
+    assert_params(config, params)
     return params
 
 
@@ -111,8 +83,8 @@ def decoder_layout(config: ModelConfig) -> ResidualLayout:
     rules: dict[str, Role] = {"token_embedding/embedding": Writes()}
     if config.positions == "learned":
         rules["position_embedding/embedding"] = Writes()
-    for number, run in enumerate(runs(config.placements)):
-        rules |= _run_rules(config, run, f"run_{number}")
+    for number, run in enumerate(config.runs):
+        rules |= run_rules(config, run, f"run_{number}")
     rules |= _norm_rules(config, "final_norm")
     if not config.tie_embeddings:
         rules["head/kernel"] = Reads("final_norm")
@@ -121,7 +93,7 @@ def decoder_layout(config: ModelConfig) -> ResidualLayout:
     return ResidualLayout(rules)
 
 
-def _run_rules(config: ModelConfig, run: Run, name: str) -> dict[str, Role]:
+def run_rules(config: ModelConfig, run: Run, name: str) -> dict[str, Role]:
     """The rules of one run, whose leaves have the layers in front."""
     rules: dict[str, Role] = {}
     branches: dict[SublayerName, _Projections] = {
@@ -169,7 +141,7 @@ def _feed_forward_projections(config: ModelConfig) -> _Projections:
     if config.num_experts == 0:
         readers: dict[str, int] = {"up": 1}
         writers: tuple[str, ...] = ("down",)
-        if config.activation == "swiglu":
+        if config.is_gated:
             readers["gate"] = 1
     else:
         readers, writers = {"router": 1, "expert_gate": 2, "expert_up": 2}, ("expert_down",)
@@ -199,16 +171,16 @@ def _norm_rules(config: ModelConfig, path: str) -> dict[str, Role]:
     return rules
 
 
-def _with_room(config: ModelConfig, roomy: ModelConfig, params: Any) -> dict[str, Any]:
+def with_room(config: ModelConfig, roomy: ModelConfig, params: Any) -> dict[str, Any]:
     """The same function with an untied head and with zero biases, where `roomy` has them and config does not."""
-    check_decoder_params(config, params)
+    check_params(config, params)
     params = dict(params)
     if config.tie_embeddings and not roomy.tie_embeddings:
         params["head"] = {**params.get("head", {}), "kernel": jnp.asarray(params["token_embedding"]["embedding"]).T}
     if roomy.head_bias and not config.head_bias:
         kernel = params["head"]["kernel"]
         params["head"] = {**params["head"], "bias": jnp.zeros(kernel.shape[1:], kernel.dtype)}
-    for number in range(len(runs(config.placements))):
+    for number in range(len(config.runs)):
         run = params[f"run_{number}"] = dict(params[f"run_{number}"])
         for sublayer, key in (("attention", "attention_bias"), ("feed_forward", "mlp_bias")):
             if getattr(roomy, key) and not getattr(config, key):

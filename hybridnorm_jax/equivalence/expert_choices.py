@@ -27,7 +27,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.moe import CHOSEN
-from hybridnorm_jax.model.placement import runs
 
 # What routing_of reads: choices, as MoE sows them, and the results of the modules that is_router names.
 ROUTED = [CHOSEN, "intermediates"]
@@ -76,7 +75,9 @@ def is_router(module: nn.Module, method: str) -> bool:
 def routing_of(config: ModelConfig, params: Any, sown: Any) -> Routing:
     """The routing of Decoder(config).apply(...), which returned the collections ROUTED in `sown`."""
     parts: list[Routing] = []
-    for number in range(len(runs(config.placements))):
+    for number, run in enumerate(config.runs):
+        if not run.has_experts:
+            continue
         layer = f"run_{number}"
         (logits,) = sown["intermediates"][layer]["feed_forward"]["router"]["__call__"]
         (experts,) = sown[CHOSEN][layer]["feed_forward"]["value"]

@@ -1,4 +1,4 @@
-"""A forward pass of Decoder that also returns the stream and the routers' choices."""
+"""A forward pass of a model that also returns the stream and the routers' choices."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,8 +11,10 @@ from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.equivalence.expert_choices import ROUTED, Routing, is_router, routing_of
 from hybridnorm_jax.model.block import STREAM
+from hybridnorm_jax.model.build import build_model
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.decoder import Decoder
+from hybridnorm_jax.model.encoder import EncoderOutput
+from hybridnorm_jax.model.encoder_config import EncoderConfig
 
 
 @flax.struct.dataclass
@@ -20,7 +22,8 @@ class ForwardPass:
     """What a forward pass gives.
 
     Attributes:
-      logits: as named.
+      logits: (batch, seq, vocab); of an Encoder what it gives of the whole input, (batch, 1, channels): its logits, or
+        what is pooled; without pooling the last hidden state.
       stream: after the embedding and after every block.
       routing: None for a model without experts.
     """
@@ -31,10 +34,11 @@ class ForwardPass:
 
 
 def forward(config: ModelConfig, params: Any, tokens: Int[Array, "batch seq"], **inputs: Any) -> ForwardPass:
-    """The forward pass of Decoder(config) in config.dtype, without dropout.
+    """The forward pass of build_model(config) in config.dtype, without dropout.
 
     Args:
-      inputs: further arguments of the Decoder, such as segment_ids.
+      tokens: what the model reads; of an Encoder perhaps pixels (batch, height, width, channels).
+      inputs: further arguments of the model, such as segment_ids.
     """
     plain = dataclasses.replace(config, attention="xla", expert_dispatch="blocked", remat="none")
     collections = [STREAM]
@@ -43,12 +47,19 @@ def forward(config: ModelConfig, params: Any, tokens: Int[Array, "batch seq"], *
         inputs |= {"capture_intermediates": is_router}
     # By default TPUs and GPUs take float32 products in fewer bits, which would be compared here.
     with jax.default_matmul_precision("highest"):
-        logits, sown = Decoder(plain).apply({"params": params}, tokens, mutable=collections, **inputs)
+        output, sown = build_model(plain).apply({"params": params}, tokens, mutable=collections, **inputs)
     return ForwardPass(
-        logits=logits,
+        logits=_of_whole_input(output) if isinstance(config, EncoderConfig) else output,
         stream=collected(sown, STREAM),
         routing=routing_of(config, params, sown) if config.num_experts else None,
     )
+
+
+def _of_whole_input(output: Any) -> Float[Array, "batch positions channels"]:
+    """The logits of an Encoder or what it has pooled, as one position; without both the last hidden state."""
+    if not isinstance(output, EncoderOutput):
+        return output[:, None]
+    return output.last_hidden_state if output.pooled is None else output.pooled[:, None]
 
 
 def collected(sown: Mapping[str, Any], collection: str) -> Array:

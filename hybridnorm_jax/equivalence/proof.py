@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from hybridnorm_jax.equivalence.decoder_forms import Conversion, conversion_of
+from hybridnorm_jax.equivalence.decoder_forms import Conversion
 from hybridnorm_jax.equivalence.expert_choices import TIE, compare_routing
+from hybridnorm_jax.equivalence.forms import conversion_of
 from hybridnorm_jax.equivalence.forward_pass import ForwardPass, forward
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.norms import zero_mean_defect

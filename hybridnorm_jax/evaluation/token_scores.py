@@ -93,6 +93,8 @@ class TokenScorer:
         stretches = parts_of(first_entry(rules, "seq"), mesh)
         self._multiple = 2 * stretches * sequence_multiple(model.config.attention) if stretches > 1 else 1
         self._stretches = stretches
+        # The rotation of such a model depends on how long a text is, so the filling behind it must not count.
+        self._states_positions = model.config.length_of_short_factors is not None
         # All processes read all results.
         whole = NamedSharding(mesh, PartitionSpec())
         self._score = jax.jit(partial(_score_rows, model), static_argnames="chunk", out_shardings=whole)
@@ -154,7 +156,10 @@ class TokenScorer:
         share = batch_share(self._mesh, self._rules)
         local = count // share.count
         own = batch.rows[share.number * local : (share.number + 1) * local]
-        arrays = _arrays([row.piece for row in own], rows_in_all=local, length=batch.length)
+        pieces_of_own = [row.piece for row in own]
+        arrays = _arrays(pieces_of_own, rows_in_all=local, length=batch.length)
+        if self._states_positions:
+            arrays["positions"] = _positions(pieces_of_own, rows_in_all=local, length=batch.length)
         place = batch_sharding(self._mesh, 0, self._rules)
         with use_mesh(self._mesh, self._rules):
             placed = {name: jax.make_array_from_process_local_data(place, each) for name, each in arrays.items()}
@@ -189,7 +194,7 @@ def _score_rows(
 ) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
     """(sum of the log-probabilities of a row's targets, whether all are the likeliest); chunk: as in in_chunks."""
     params = {**params, **gathered_head(model.config, params)}
-    hidden = model.apply({"params": params}, batch["tokens"], method="hidden")
+    hidden = model.apply({"params": params}, batch["tokens"], positions=batch.get("positions"), method="hidden")
 
     def add(sums: tuple[Array, Array], piece: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], None]:
         hidden, targets, is_target = piece
@@ -228,6 +233,13 @@ def _arrays(rows: Sequence[Piece], *, rows_in_all: int, length: int) -> dict[str
         targets[number, places] = piece.targets
         is_target[number, places] = True
     return {"tokens": tokens, "targets": targets, "is_target": is_target}
+
+
+def _positions(rows: Sequence[Piece], *, rows_in_all: int, length: int) -> np.ndarray:
+    """Positions of the rows' tokens; what stands behind a row repeats its last one."""
+    last = np.zeros((rows_in_all, 1), np.int32)
+    last[: len(rows), 0] = [len(piece.inputs) - 1 for piece in rows]
+    return np.minimum(np.arange(length, dtype=np.int32), last)
 
 
 def _one_batch_late(

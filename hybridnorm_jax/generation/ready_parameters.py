@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.placement import runs
 
 ROUNDED, KEPT_WIDE = ("kernel", "embedding"), ("router",)
 
@@ -20,7 +19,7 @@ def ready(config: ModelConfig, params: Any) -> Any:
     """
     if "run_0" not in params:
         return params
-    lengths = tuple(run.length for run in runs(config.placements))
+    lengths = tuple(run.length for run in config.runs)
     return _ready(params, lengths=lengths, dtype=config.dtype)
 
 

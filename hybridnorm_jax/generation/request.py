@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.generation.sampling import fault_of_seed
 from hybridnorm_jax.model.config import LONGEST_CONTEXT, ModelConfig
+from hybridnorm_jax.model.encoder_config import check_decoder
 
 Tokens = Int[np.ndarray, " tokens"]
 
@@ -39,6 +39,7 @@ def checked_request(
     Raises:
       UserError: what is asked for cannot be; names the argument.
     """
+    check_decoder(config, "config", "generate text")
     rows = [_integers(f"prompts[{number}]", prompt) for number, prompt in enumerate(prompts)]
     ends = _integers("stop_ids", stop_ids)
     max_new_tokens = _integer("max_new_tokens", max_new_tokens)
@@ -95,9 +96,16 @@ def _check_prompts(config: ModelConfig, rows: list[Tokens], max_new_tokens: int)
             raise UserError(f"prompts[{number}]: must be a list of at least one token; begin with the separator")
         _check_tokens(f"prompts[{number}]", row, config)
     longest = max(len(row) for row in rows)
-    if config.positions == "learned" and longest + max_new_tokens - 1 > present(config.max_positions):
+    # The last new token is written, but not read.
+    if config.max_positions is not None and longest + max_new_tokens - 1 > config.max_positions:
         right = f"model.max_positions={config.max_positions}; shorten the prompt or ask for fewer"
         raise UserError(f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} do not fit {right}")
+    short = config.length_of_short_factors
+    for row in rows if short is not None else []:
+        if len(row) <= short < len(row) + max_new_tokens - 1:
+            wrong = f"a prompt of {len(row)} tokens and max_new_tokens={max_new_tokens}: the text grows beyond {short}"
+            right = "where longrope rotates all its tokens anew; ask for fewer, or give a longer prompt"
+            raise UserError(f"{wrong} tokens (model.rope_original_length), {right}")
 
 
 def _check_tokens(name: str, tokens: Tokens, config: ModelConfig) -> None:

@@ -59,6 +59,8 @@ def text_sample(config: RunConfig, data: Data, params: Any) -> str:
     if data.tokenizer is None:
         return "No sample of text: data.tokenizer names no tokenizer for these token files."
     count, window = config.train.sample_tokens, config.train.seq_len
+    # No text grows beyond a length at which its first tokens would be rotated anew.
+    window = min(window, config.model.length_of_short_factors or window)
     prompt = _prompt(config.train.sample_prompt, data, window)
     ids = go_on(config.model, params, prompt.ids, count=count, window=window, seed=config.train.seed)
     cut = f"; the model reads its last {window:,} tokens" if len(prompt.ids) > window else ""

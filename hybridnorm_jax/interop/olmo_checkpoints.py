@@ -10,7 +10,7 @@ import numpy as np
 from hybridnorm_jax.config_fields import present, shortened
 from hybridnorm_jax.errors import UserError, first_line
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.placement import HEAD_NORMS, SublayerPlacement, runs
+from hybridnorm_jax.model.placement import HEAD_NORMS, SublayerPlacement
 
 _THEIR_ENTRANCE_NORM = {"attention": "attn_norm", "feed_forward": "ff_norm"}
 _THEIR_HEAD_NORM = {"q_norm": "q_norm", "k_norm": "k_norm", "v_norm": "v_norm", "context_norm": "c_norm"}
@@ -131,7 +131,7 @@ def params_from_olmo(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> d
     for name in ("embedding_norm", "final_norm"):
         if name in norms:
             params[name] = norms[name]
-    for number, run in enumerate(runs(config.placements)):
+    for number, run in enumerate(config.runs):
         layers = [_block(config, source, norms, layer) for layer in range(run.start, run.start + run.length)]
         params[f"run_{number}"] = _stack(layers)
     source.check_all_read()
@@ -245,7 +245,7 @@ def _head_norms(config: ModelConfig, source: _Arrays, prefix: str, layer: int) -
 
 
 def _feed_forward(config: ModelConfig, source: _Arrays, prefix: str) -> dict[str, Any]:
-    gated, mlp, width = config.activation == "swiglu", config.mlp_dim, config.d_model
+    gated, mlp, width = config.is_gated, config.mlp_dim, config.d_model
     names = ("up", "gate") if gated else ("up",)
     kernels = np.split(source.take(f"{prefix}.ff_proj.weight", len(names) * mlp, width), len(names))
     found = {name: {"kernel": kernel.T} for name, kernel in zip(names, kernels, strict=True)}

@@ -11,12 +11,21 @@ from typing import Any
 from hybridnorm_jax.config_fields import shortened
 from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.interop.hf_config_keys import Architecture, Json, Key, names
+from hybridnorm_jax.interop.tensor_parts import HYBRIDNORM
 from hybridnorm_jax.model.config import ACTIVATIONS, NORMS, ModelConfig
-from hybridnorm_jax.model.placement import HEAD_NORMS, BlockPlacement, SublayerPlacement
+from hybridnorm_jax.model.config_attention import POSITIONS, ROPE_SCALINGS
+from hybridnorm_jax.model.placement import BlockPlacement, SublayerPlacement
 from hybridnorm_jax.model.schemes import SCHEMES
 
 # The files of pytorch/ that are copied beside the weights.
-CODE_FILES = ("configuration_hybridnorm.py", "modeling_hybridnorm.py")
+CODE_FILES = (
+    "attention_hybridnorm.py",
+    "configuration_hybridnorm.py",
+    "feed_forward_hybridnorm.py",
+    "modeling_hybridnorm.py",
+    "norms_hybridnorm.py",
+    "positions_hybridnorm.py",
+)
 AUTO_MAP = {
     "AutoConfig": "configuration_hybridnorm.HybridNormConfig",
     "AutoModel": "modeling_hybridnorm.HybridNormModel",
@@ -33,9 +42,11 @@ NOT_WRITTEN = {
     "scan_unroll": "how the program is compiled",
 }
 # Fields that `read` and `write` join to keys of another meaning.
-READ_APART = ("scheme", "embedding_norm", "rotary_fraction", "max_positions")
+READ_APART = ("scheme", "embedding_norm", "rotary_dim", "max_positions")
 _PRE = {"attention": {"pre": True}, "feed_forward": {"pre": True}}
 _DEFAULT_LAYERS = 12
+# Positions that a table of so many rows says.
+TABLES = ("learned", "sinusoidal")
 
 
 def _nothing(document: Json) -> None:
@@ -44,6 +55,51 @@ def _nothing(document: Json) -> None:
 
 def _same(*words: str) -> Mapping[str, str]:
     return {word: word for word in words}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Optional(Key):
+    """A key whose value is null or of one type; null means what it means in ModelConfig."""
+
+    kind: type = int
+
+    def read(self, document: Json, source: str) -> Any:
+        """Our value, None where theirs is null."""
+        value = document.get(self.name, self.default)
+        if value is None:
+            return None
+        return dataclasses.replace(self, default=self.kind())._checked_number(self.name, value, source)
+
+    def write(self, config: ModelConfig) -> Any:
+        """Their value, which is ours."""
+        return getattr(config, self.fields[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Numbers(Key):
+    """A key whose value is a list of numbers of one type."""
+
+    kind: type = int
+
+    def read(self, document: Json, source: str) -> tuple[Any, ...]:
+        """Our value."""
+        value = document.get(self.name, [])
+        if not isinstance(value, list):
+            raise UserError(f"{source}: {self.name}={value!r:.80} must be a list of numbers")
+        number = dataclasses.replace(self, default=self.kind())
+        return tuple(number._checked_number(f"{self.name}[{place}]", each, source) for place, each in enumerate(value))
+
+    def write(self, config: ModelConfig) -> list[Any]:
+        """Their value: ours as a list."""
+        return list(getattr(config, self.fields[0]))
+
+
+def _float_or_null(name: str, field: str) -> Key:
+    return _Optional(name, (field,), None, kind=float, most=10**12)
+
+
+def _bool_or_null(name: str, field: str) -> Key:
+    return _Optional(name, (field,), None, kind=bool)
 
 
 # The defaults are those of HybridNormConfig: transformers leaves out what is as it is by default.
@@ -61,19 +117,54 @@ KEYS = (
     Key("norm_scale", ("norm_scale",), True),
     Key("norm_bias", ("norm_bias",), False),
     Key("norm_width", ("norm_width",), None, null=_nothing),
+    Key("norm_scale_plus_one", ("norm_scale_plus_one",), False),
     Key("attention_norm_scale", ("attention_norm_scale",), True),
     Key("attention_norm_bias", ("attention_norm_bias",), False),
-    Key("positions", ("positions",), "rope", words=_same("rope", "learned")),
+    Key("attention_norm_per_head", ("attention_norm_per_head",), False),
+    Key("layer_scale", ("layer_scale",), False),
+    Key("positions", ("positions",), "rope", words=_same(*POSITIONS)),
     Key("rotary_base", ("rope_theta",), 10000.0, most=10**12),
+    _Numbers("rotary_layers", ("rope_layers",), None),
+    _float_or_null("second_rotary_base", "second_rope_theta"),
+    Key("rotary_scaling", ("rope_scaling",), "none", words=_same(*ROPE_SCALINGS)),
+    Key("rotary_factor", ("rope_factor",), 1.0),
+    Key("rotary_original_length", ("rope_original_length",), None, null=_nothing),
+    _Numbers("rotary_bounds", ("rope_bounds",), None, kind=float),
+    _float_or_null("rotary_attention_factor", "rope_attention_factor"),
+    Key("rotary_truncate", ("rope_truncate",), True),
+    _Numbers("rotary_short_factors", ("rope_short_factors",), None, kind=float),
+    _Numbers("rotary_long_factors", ("rope_long_factors",), None, kind=float),
     Key("position_offset", ("position_offset",), 0),
+    Key("alibi_max", ("alibi_max",), 8.0),
+    Key("alibi_scale", ("alibi_scale",), 1.0),
+    Key("alibi_bfloat16", ("alibi_bfloat16",), False),
+    _Numbers("attention_windows", ("windows",), None),
+    _float_or_null("attention_scale", "attention_scale"),
+    _float_or_null("score_cap", "score_cap"),
+    _float_or_null("qkv_clip", "qkv_clip"),
+    Key("attention_sinks", ("attention_sinks",), False),
     Key("num_experts", ("num_experts",), 0),
     Key("num_experts_per_tok", ("experts_per_token",), None, null=_nothing),
     Key("norm_topk_prob", ("normalize_expert_weights",), False),
     Key("num_shared_experts", ("shared_experts",), 0),
+    Key("shared_intermediate_size", ("shared_mlp_dim",), None, null=_nothing),
+    Key("shared_expert_gate", ("shared_expert_gate",), False),
     Key("balance_bias", ("balance_bias",), False),
+    _Numbers("dense_layers", ("dense_layers",), None),
+    Key("dense_intermediate_size", ("dense_mlp_dim",), None, null=_nothing),
+    Key("clamp_limit", ("clamp_limit",), 7.0),
+    Key("clamp_alpha", ("clamp_alpha",), 1.702),
     Key("attention_bias", ("attention_bias",), False),
+    _bool_or_null("attention_output_bias", "attention_output_bias"),
     Key("mlp_bias", ("mlp_bias",), False),
+    _bool_or_null("mlp_output_bias", "mlp_output_bias"),
+    _bool_or_null("router_bias", "router_bias"),
     Key("head_bias", ("head_bias",), False),
+    _float_or_null("embedding_scale", "embedding_scale"),
+    # It is in the placements, too; PyTorch takes it from there.
+    Key("branch_multiplier", ("branch_multiplier",), 1.0),
+    _float_or_null("logits_scale", "logit_scale"),
+    _float_or_null("logits_cap", "logit_cap"),
     Key("tie_word_embeddings", ("tie_embeddings",), False),
     Key("dropout", ("dropout",), 0.0),
     Key("initializer_range", ("init_std",), 0.02),
@@ -100,14 +191,11 @@ class OwnArchitecture(Architecture):
         fields = {field: key.read(document, source) for key in KEYS for field in key.fields}
         fields["attention_norm"] = ATTENTION_NORM.read(document, source)
         fields["embedding_norm"] = str(EMBEDDING_NORM.read(document, source)).lower()
-        if fields["positions"] == "learned":
+        if fields["positions"] in TABLES:
             fields["max_positions"] = MOST_POSITIONS.read(document, source)
-        else:
-            rotating, width = ROTARY_DIM.read(document, source), fields["head_dim"]
-            if not 0 < rotating <= width:
-                raise UserError(f"{source}: rotary_dim={rotating}: must be between 1 and head_dim={width}")
-            fields["rotary_fraction"] = rotating / width
-        fields["scheme"] = _scheme(document, source, fields["num_layers"])
+        elif fields["positions"] == "rope":
+            fields["rotary_dim"] = ROTARY_DIM.read(document, source)
+        fields["scheme"] = _scheme(document, source, fields["num_layers"], fields["branch_multiplier"])
         try:
             return ModelConfig(**fields)
         except ConfigError as error:
@@ -116,11 +204,11 @@ class OwnArchitecture(Architecture):
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """The config.json of a model: its meaning only."""
         document = {"model_type": self.name, "auto_map": AUTO_MAP}
-        document |= {key.name: getattr(config, key.fields[0]) for key in KEYS}
-        if config.positions == "learned":
+        document |= {key.name: key.write(config) for key in KEYS}
+        if config.positions in TABLES:
             document[MOST_POSITIONS.name] = config.max_positions
-        else:
-            document[ROTARY_DIM.name] = config.rotary_dim
+        elif config.positions == "rope":
+            document[ROTARY_DIM.name] = config.rotary_width
         return document | {
             ATTENTION_NORM.name: config.attention_norm_kind,
             EMBEDDING_NORM.name: config.has_embedding_norm,
@@ -135,6 +223,7 @@ OWN = OwnArchitecture(
     class_name="HybridNormForCausalLM",
     constants={},
     keys=(*KEYS, ATTENTION_NORM, ROTARY_DIM, MOST_POSITIONS, EMBEDDING_NORM, FINAL_NORM),
+    tensors=HYBRIDNORM,
     fixed={"auto_map": lambda value, document: True},  # which classes transformers should load; we load none
     harmless=names("scheme placements"),
 )
@@ -150,7 +239,7 @@ def placement_to_json(placement: BlockPlacement) -> dict[str, Any]:
         value = getattr(placement, field.name)
         if isinstance(value, SublayerPlacement):
             stated[field.name] = _stated_parts(value)
-        elif value is not None:
+        elif value != field.default:
             stated[field.name] = value
     return stated
 
@@ -162,7 +251,7 @@ def _stated_parts(sublayer: SublayerPlacement) -> dict[str, Any]:
 
 def placement_from_json(stated: Any, where: str) -> BlockPlacement:
     """The placement that a mapping states; `where` is the key, for messages."""
-    parts = dict(_mapping(stated, where, ("attention", "feed_forward", *HEAD_NORMS)))
+    parts = dict(_mapping(stated, where, [field.name for field in dataclasses.fields(BlockPlacement)]))
     known = [field.name for field in dataclasses.fields(SublayerPlacement)]
     try:
         for name in ("attention", "feed_forward"):
@@ -184,7 +273,7 @@ def _mapping(value: Any, where: str, known: tuple[str, ...] | list[str]) -> Mapp
     return value
 
 
-def _scheme(document: Json, source: str, num_layers: int) -> str:
+def _scheme(document: Json, source: str, num_layers: int, branch_multiplier: float) -> str:
     """The scheme of the table that has the placements and the final norm of this config.json.
 
     Raises:
@@ -199,7 +288,8 @@ def _scheme(document: Json, source: str, num_layers: int) -> str:
     name, final_norm = document.get("scheme"), FINAL_NORM.read(document, source)
     for scheme in sorted(SCHEMES, key=lambda scheme: scheme != name):  # its own name first
         rule = SCHEMES[scheme]
-        if rule.final_norm == final_norm and rule.placements(num_layers) == placements:
+        its_own = tuple(each.with_branches_times(branch_multiplier) for each in rule.placements(num_layers))
+        if rule.final_norm == final_norm and its_own == placements:
             return scheme
     if isinstance(name, str) and name in SCHEMES:
         raise UserError(f"{source}: placements and final_norm are not those of scheme={name}, nor of any other scheme")

@@ -12,7 +12,8 @@ from flax.traverse_util import flatten_dict
 from hybridnorm_jax.config_fields import check_choice
 from hybridnorm_jax.interop.huggingface import check_free, check_params, whole_directory
 from hybridnorm_jax.interop.safetensors_files import split_into_shards, write_shards
-from hybridnorm_jax.interop.tensor_places import AS_IT_IS, LeafSlice, Place, leaf_shapes
+from hybridnorm_jax.interop.tensor_layouts import AS_IT_IS
+from hybridnorm_jax.interop.tensor_places import LeafSlice, Place, leaf_shapes
 from hybridnorm_jax.model.config import PARAM_DTYPES, ModelConfig
 from hybridnorm_jax.whole_files import expanded
 

@@ -244,8 +244,7 @@ def _filled(place: Place, leaves: Mapping[str, Any], dtype: np.dtype) -> np.ndar
     """Their tensor, filled from our leaves."""
     tensor = np.empty(place.shape, dtype)
     with np.errstate(over="ignore"):  # What does not fit the dtype becomes Inf, which is looked for next.
-        for view, leaf in zip(place.views(tensor), place.targets(leaves), strict=True):
-            view[...] = leaf
+        place.write(tensor, [np.asarray(leaf) for leaf in place.targets(leaves)])
     if not is_finite(tensor):
         paths = " or ".join(piece.path for piece in place.slices)
         raise UserError(f"{paths}: holds NaN or Inf, written as {dtype.name}")

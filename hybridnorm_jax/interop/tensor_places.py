@@ -1,106 +1,57 @@
 """How tensors of a Hugging Face checkpoint hold leaves of our parameter tree, whatever the architecture.
 
-A Layout gives *views* of their tensor in the shapes of our leaves, so loading assigns the views to the leaves and
-saving assigns the leaves to the views. Which tensors an architecture has is in tensors.py.
+Which tensors an architecture has is in architectures/, how one tensor holds leaves in tensor_layouts.py.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.interop.tensor_layouts import Layout, Shape, in_halves
 from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.placement import runs
 
-Shape = tuple[int, ...]
 Index = tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How one tensor of theirs holds one leaf of ours, or several that differ in their output axes only.
-
-    Our leaf has shape (*inputs, *outputs); in their tensor the inputs are one axis and the outputs of all leaves
-    another: a matrix, or a vector where there are no inputs.
-
-    Attributes:
-      inputs: how many leading axes of our leaf are inputs; 0 for a bias, a scale.
-      transposed: their matrix is (out, in), not (in, out).
-      per_head: head by head the outputs of every leaf in turn, (heads, leaves, head_dim), not one leaf after another.
-      as_it_is: their tensor is our leaf, whatever its shape.
-    """
-
-    inputs: int = 0
-    transposed: bool = False
-    per_head: bool = False
-    as_it_is: bool = False
-
-    def shape(self, leaves: Sequence[Shape]) -> Shape:
-        """The shape of their tensor for leaves of these shapes."""
-        if self.as_it_is:
-            return leaves[0]
-        outputs = sum(math.prod(leaf[self.inputs :]) for leaf in leaves)
-        if not self.inputs:
-            return (outputs,)
-        inputs = math.prod(leaves[0][: self.inputs])
-        return (outputs, inputs) if self.transposed else (inputs, outputs)
-
-    def views(self, tensor: np.ndarray, leaves: Sequence[Shape]) -> list[np.ndarray]:
-        """Views of their tensor in the shapes of the leaves: together every element once, none copied."""
-        if self.as_it_is:
-            return [tensor]
-        tensor = tensor.T if self.transposed else tensor
-        if self.per_head:
-            heads = leaves[0][self.inputs]
-            grid = tensor.reshape(*leaves[0][: self.inputs], heads, len(leaves), -1)
-            return [grid[..., number, :] for number in range(len(leaves))]
-        ends = np.cumsum([math.prod(leaf[self.inputs :]) for leaf in leaves])
-        parts = np.split(tensor, ends[:-1], axis=-1)
-        return [part.reshape(leaf) for part, leaf in zip(parts, leaves, strict=True)]
-
-
-VECTOR = Layout()
-TABLE = Layout(inputs=1)
-LINEAR = Layout(inputs=1, transposed=True)
-LINEAR_OUT = Layout(inputs=2, transposed=True)  # heads and head_dim go in
-CONV1D = Layout(inputs=1)
-CONV1D_OUT = Layout(inputs=2)
-LINEAR_PER_HEAD = Layout(inputs=1, transposed=True, per_head=True)
-VECTOR_PER_HEAD = Layout(per_head=True)
-AS_IT_IS = Layout(as_it_is=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
     """Their tensor `name`, the leaves of ours that it holds, in its order, and how it holds them.
 
-    A name with {} is that of one tensor per expert. {} stands for the expert, whose slice of the leaves it holds.
+    A name with {} is that of one tensor for each index of the leaves' first axis, such as one per expert or per head.
+    {} stands for the index, whose slice of the leaves it holds.
+
+    Attributes:
+      paired: those of the leaves whose rotating channels are next to each other in theirs (in_halves).
+      when: of which models the tensor is; None: of all that have its leaves.
     """
 
     name: str
     leaves: tuple[str, ...]
     layout: Layout
+    paired: tuple[str, ...] = ()
+    when: Callable[[ModelConfig], bool] | None = None
 
-    def of_experts(self, experts: int) -> Iterator["_NamedTensor"]:
-        """The tensors that this stands for: one, or one for each expert."""
+    def numbered(self, count: int) -> Iterator["_NamedTensor"]:
+        """The tensors that this stands for: one, or so many."""
         if "{}" not in self.name:
-            yield _NamedTensor(self.name, expert=())
+            yield _NamedTensor(self.name, index=())
             return
-        for expert in range(experts):
-            yield _NamedTensor(self.name.format(expert), expert=(expert,))
+        for number in range(count):
+            yield _NamedTensor(self.name.format(number), index=(number,))
 
 
 class _NamedTensor(NamedTuple):
-    """A tensor's name, and the index of its expert, () of a tensor that is no expert's."""
+    """A tensor's name, and its index in the leaves' first axis, () where it holds all of it."""
 
     name: str
-    expert: Index
+    index: Index
 
 
 class LeafSlice(NamedTuple):
@@ -108,13 +59,15 @@ class LeafSlice(NamedTuple):
 
     Attributes:
       path: of the leaf in our tree, "/" between its keys.
-      index: in the stacked leaf: () outside runs, (layer of the run,), or (layer of the run, expert).
+      index: in the stacked leaf: () outside runs, (layer of the run,), or (layer of the run, expert or head).
       shape: of what the tensor holds, without the axes of the index.
+      paired_channels: how many leading channels of a head are paired next to each other in theirs; see in_halves.
     """
 
     path: str
     index: Index
     shape: Shape
+    paired_channels: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,13 +94,45 @@ class Place:
         """How many numbers their tensor holds."""
         return math.prod(self.shape)
 
-    def views(self, tensor: np.ndarray) -> list[np.ndarray]:
-        """Views of their tensor in the shapes of what it holds."""
-        return self.layout.views(tensor, [piece.shape for piece in self.slices])
+    def read(self, tensor: np.ndarray, leaves: Sequence[np.ndarray]) -> None:
+        """Assign what their tensor holds to our leaves, of which `leaves` are the slices, contiguous."""
+        for view, leaf, piece in self._views(tensor, leaves):
+            if piece.paired_channels == 0:
+                leaf.reshape(view.shape)[...] = view
+            else:
+                halves, rest = _parts(leaf, piece.paired_channels)
+                theirs = np.ascontiguousarray(view).reshape(leaf.shape)
+                halves[...] = in_halves(theirs, piece.paired_channels)
+                rest[...] = theirs[..., piece.paired_channels :]
+
+    def write(self, tensor: np.ndarray, leaves: Sequence[np.ndarray]) -> None:
+        """Assign our leaves, of which `leaves` are the slices, to their tensor."""
+        for view, leaf, piece in self._views(tensor, leaves):
+            if piece.paired_channels == 0:
+                view[...] = leaf.reshape(view.shape)
+            else:
+                halves, rest = _parts(leaf, piece.paired_channels)
+                theirs = np.empty_like(leaf)
+                in_halves(theirs, piece.paired_channels)[...] = halves
+                theirs[..., piece.paired_channels :] = rest
+                view[...] = theirs.reshape(view.shape)
+
+    def _views(
+        self, tensor: np.ndarray, leaves: Sequence[np.ndarray]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, LeafSlice]]:
+        """Of each leaf: the view of their tensor, the slice of ours, and what it is."""
+        views = self.layout.views(tensor, [piece.shape for piece in self.slices])
+        yield from zip(views, leaves, self.slices, strict=True)
 
     def targets(self, tree: Mapping[str, Any]) -> list[Any]:
         """What the tensor holds of the leaves in a tree by path; views where the leaves are NumPy's."""
         return [tree[piece.path][piece.index] for piece in self.slices]
+
+
+def _parts(leaf: np.ndarray, rotary_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Views of a leaf: the channels that rotate, as (..., 2, rotary_dim / 2), and the others."""
+    rotating = leaf[..., :rotary_dim]
+    return rotating.reshape(*rotating.shape[:-1], 2, rotary_dim // 2), leaf[..., rotary_dim:]
 
 
 class _Group(NamedTuple):
@@ -180,11 +165,16 @@ class _Group(NamedTuple):
             raise UserError(f"{self.theirs}{tensor.name}: the model has only part of {', '.join(paths)}")
         return present
 
-    def places(self, tensor: Tensor, leaves: Mapping[str, Shape], experts: int) -> Iterator[Place]:
-        """Where one of these tensors, or that of every expert, holds these leaves."""
-        for name, expert in tensor.of_experts(experts):
-            index = self.layer + expert
-            slices = [LeafSlice(path, index, shape=shape[len(index) :]) for path, shape in leaves.items()]
+    def places(self, tensor: Tensor, leaves: Mapping[str, Shape], rotary_width: int) -> Iterator[Place]:
+        """Where one of these tensors, or each of those that it stands for, holds these leaves."""
+        paired = [self.ours + leaf for leaf in tensor.paired]
+        first = next(iter(leaves.values()))[len(self.layer) :]
+        for name, number in tensor.numbered(first[0] if first else 0):
+            index = self.layer + number
+            slices = [
+                LeafSlice(path, index, shape[len(index) :], paired_channels=rotary_width if path in paired else 0)
+                for path, shape in leaves.items()
+            ]
             yield Place(self.theirs + name, tuple(slices), tensor.layout)
 
 
@@ -210,7 +200,9 @@ class TensorTable:
 
     def full_name(self, name: str) -> str:
         """A name with the prefix that files of the bare model lack."""
-        return name if name.startswith((self.prefix, self.head.split(".")[0] + ".")) else self.prefix + name
+        heads = [tensor.name for tensor in self.outer if not tensor.name.startswith(self.prefix)]
+        starts = [self.prefix, *(f"{head.partition('.')[0]}." for head in (self.head, *heads))]
+        return name if name.startswith(tuple(starts)) else self.prefix + name
 
     def is_buffer(self, name: str) -> bool:
         """Whether the tensor of this full name holds no parameters."""
@@ -225,10 +217,12 @@ class TensorTable:
         shapes = leaf_shapes(config)
         left = set(shapes)
         for group, tensor in self._tensors(config):
+            if tensor.when is not None and not tensor.when(config):
+                continue
             leaves = group.leaves_present(tensor, shapes)
             left.difference_update(leaves)
             if leaves:
-                yield from group.places(tensor, leaves, config.num_experts)
+                yield from group.places(tensor, leaves, config.rotary_width)
         for path in shapes:
             if path in left:
                 raise UserError(f"{path}: this architecture has no tensor for this parameter of the model")
@@ -240,7 +234,7 @@ class TensorTable:
 
     def _groups(self, config: ModelConfig) -> Iterator[_Group]:
         yield _Group(self.outer, theirs="", ours="", layer=())
-        for number, run in enumerate(runs(config.placements)):
+        for number, run in enumerate(config.runs):
             for layer in range(run.length):
                 theirs = self.layer.format(run.start + layer)
                 yield _Group(self.block, theirs=theirs, ours=f"run_{number}/", layer=(layer,))

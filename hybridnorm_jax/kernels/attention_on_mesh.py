@@ -1,5 +1,6 @@
 """Attention on a mesh: how sequences, positions and heads are split among the devices."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from hybridnorm_jax.kernels.attention_arrays import AttentionInputs, Heads
+from hybridnorm_jax.kernels.score_rules import ScoreRules
 from hybridnorm_jax.mesh.split_axes import Axes, parts, split_axes
 
 
@@ -16,6 +18,24 @@ def sequence_axes(seq: int) -> Axes:
     """The axes of the mesh in force that split a sequence of this length; none where their halves do not divide it."""
     axes = split_axes("seq", seq)
     return axes if seq % (2 * parts(axes)) == 0 else ()
+
+
+def rules_on_mesh(rules: ScoreRules, inputs: AttentionInputs, sequence: Axes) -> ScoreRules:
+    """How on_mesh splits the arrays of these rules; `sequence`: the mesh axes that split the positions."""
+    heads = PartitionSpec(split_axes("heads", inputs.query.shape[2]))
+    alibi = rules.alibi
+    if alibi is not None:
+        positions = alibi.key_positions
+        if positions is not None:
+            rows = split_axes("batch", positions.shape[0]) if positions.shape[0] > 1 else None
+            positions = PartitionSpec(rows, sequence)
+        alibi = dataclasses.replace(alibi, slopes=heads, key_positions=positions)
+    return dataclasses.replace(
+        rules,
+        layer_window=None if rules.layer_window is None else PartitionSpec(),
+        sinks=None if rules.sinks is None else heads,
+        alibi=alibi,
+    )
 
 
 def on_mesh(

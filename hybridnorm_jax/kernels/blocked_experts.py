@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from hybridnorm_jax.kernels.expert_rows import GroupSizes, Rows, pad_rows
 from hybridnorm_jax.kernels.mean_turns import mean_turns
 from hybridnorm_jax.kernels.precision import wide_dtype, wide_einsum
-from hybridnorm_jax.kernels.swiglu import ExpertKernels, swiglu, swiglu_gradients
+from hybridnorm_jax.kernels.swiglu import ExpertKernels, clamped_swiglu_gradients, swiglu, swiglu_gradients
 
 Carry = TypeVar("Carry")
 Hidden = Float[Array, "rows mlp"]
@@ -140,13 +140,14 @@ def _blocked_forward(
     padded, padded_weights = pad_rows(rows, cut.length), pad_rows(row_weights, cut.length)
 
     def visit_group(group: Group, products: _Products) -> _Products:
-        gate, up, down = kernels.of(group.expert)
+        of_expert = kernels.of(group.expert)
 
         def visit(block: _Block, products: _Products) -> _Products:
             x = block.read(padded)
-            gated = wide_einsum("bd,dm->bm", x, gate).astype(x.dtype)
-            upped = wide_einsum("bd,dm->bm", x, up).astype(x.dtype)
-            outputs = wide_einsum("bm,md->bd", swiglu(gated, upped, block.read(padded_weights)), down)
+            gated = wide_einsum("bd,dm->bm", x, of_expert.gate).astype(x.dtype)
+            upped = wide_einsum("bd,dm->bm", x, of_expert.up).astype(x.dtype)
+            hidden = swiglu(gated, upped, block.read(padded_weights), kernels.clamp)
+            outputs = wide_einsum("bm,md->bd", hidden, of_expert.down)
             return _Products(
                 gated=block.write(products.gated, gated),
                 upped=block.write(products.upped, upped),
@@ -227,19 +228,23 @@ def _block_gradients(inputs: _BackwardInputs, kernels: ExpertKernels) -> _Gradie
         dU = x^T du
         dD = (w h)^T dy
 
-    See swiglu.swiglu_gradients for du, dg, dw and h.
+    See swiglu.swiglu_gradients for du, dg, dw and h, and for experts that are clamped clamped_swiglu_gradients.
     """
     x, d_output = inputs.x, inputs.d_output
     wide, dtype = wide_dtype(x.dtype), x.dtype
     weights, gated, upped = inputs.weights.astype(wide)[:, None], inputs.gated.astype(wide), inputs.upped.astype(wide)
     d_weighted = wide_einsum("bd,md->bm", d_output, kernels.down)
-    hidden, d_gated, d_upped, d_weights = swiglu_gradients(gated, upped, weights, d_weighted)
+    if kernels.clamp is None:
+        gradients = swiglu_gradients(gated, upped, weights, d_weighted)
+    else:
+        gradients = clamped_swiglu_gradients(gated, upped, weights, d_weighted, kernels.clamp)
+    hidden, d_gated, d_upped, d_weights = gradients
     hidden, d_gated, d_upped = (array.astype(dtype) for array in (hidden, d_gated, d_upped))
     d_x = wide_einsum("bm,dm->bd", d_gated, kernels.gate) + wide_einsum("bm,dm->bd", d_upped, kernels.up)
     d_down = wide_einsum("bm,bd->md", hidden, d_output)
     d_gate = wide_einsum("bd,bm->dm", x, d_gated)
     d_up = wide_einsum("bd,bm->dm", x, d_upped)
-    return _Gradients(rows=d_x, row_weights=d_weights[:, 0], kernels=ExpertKernels(gate=d_gate, up=d_up, down=d_down))
+    return _Gradients(rows=d_x, row_weights=d_weights[:, 0], kernels=kernels.replace(gate=d_gate, up=d_up, down=d_down))
 
 
 blocked.defvjp(_blocked_forward, _blocked_backward)

@@ -29,6 +29,8 @@ _KERNELS = {
     "gmm": ("tpu", _TPU_DTYPES),
     "grouped": ("gpu", ("bfloat16", "float16", "float32")),
 }
+# Their kernels compute the hidden layer, and know no other.
+_SWIGLU_ONLY = ("fused", "grouped")
 
 
 class ExpertSize(NamedTuple):
@@ -38,16 +40,20 @@ class ExpertSize(NamedTuple):
     mlp: int
 
 
-def resolve_dispatch(name: str, *, platform: str | None, dtype: Any, size: ExpertSize | None = None) -> str:
+def resolve_dispatch(
+    name: str, *, platform: str | None, dtype: Any, size: ExpertSize | None = None, clamped: bool = False
+) -> str:
     """The dispatch that computes the experts: the named one, or the one that "auto" stands for.
 
-    "auto" is on a TPU fused, or gmm where an expert is too large for it, on a GPU grouped, and blocked elsewhere.
+    "auto" is on a TPU fused, or gmm where an expert is too large for it or clamped, on a GPU grouped unless experts are
+    clamped, and blocked elsewhere.
 
     Args:
       name: auto | dense | blocked | ragged | gmm | fused | grouped.
       platform: of the devices that will run it: cpu | gpu | tpu. With None a named dispatch's platform is not checked.
       dtype: of the tokens and the kernels.
       size: of each expert on one device; None where that is not to be checked.
+      clamped: whether experts are swiglu_clamped, and not swiglu.
 
     Raises:
       ConfigError: the named dispatch cannot do this; the message says why.
@@ -55,13 +61,13 @@ def resolve_dispatch(name: str, *, platform: str | None, dtype: Any, size: Exper
     check_choice(KEY, name, EXPERT_DISPATCHES)
     if name == "auto":
         candidates = [each for each, (needed, _) in _KERNELS.items() if needed == platform]
-        return next((each for each in candidates if _obstacle(each, platform, dtype, size) is None), "blocked")
-    reason = _obstacle(name, platform, dtype, size)
+        return next((each for each in candidates if _obstacle(each, platform, dtype, size, clamped) is None), "blocked")
+    reason = _obstacle(name, platform, dtype, size, clamped)
     check(reason is None, KEY, name, f"{reason}; use auto or blocked")
     return name
 
 
-def _obstacle(name: str, platform: str | None, dtype: Any, size: ExpertSize | None) -> str | None:
+def _obstacle(name: str, platform: str | None, dtype: Any, size: ExpertSize | None, clamped: bool) -> str | None:
     """Why this dispatch cannot do it, or None."""
     if name == "ragged" and platform == "gpu":
         return "XLA computes every row by every expert on a GPU, as many times the work as there are experts"
@@ -72,6 +78,8 @@ def _obstacle(name: str, platform: str | None, dtype: Any, size: ExpertSize | No
         return f"needs platform {needed}, this is {platform}"
     if jnp.dtype(dtype).name not in dtypes:
         return f"needs model.dtype {' or '.join(dtypes)}, not {jnp.dtype(dtype).name}"
+    if clamped and name in _SWIGLU_ONLY:
+        return "has SwiGLU inside its kernels, and these experts are model.activation=swiglu_clamped"
     if name == "fused" and size is not None:
         from hybridnorm_jax.kernels.tpu_fused import fits  # imports Pallas, which takes a while
 
@@ -90,6 +98,8 @@ def apply_experts(
     elsewhere: bool = False,
 ) -> Tokens:
     """y_t = sum_j weights[t, j] down[e](silu(x_t gate[e]) * (x_t up[e])), e = chosen[t, j]; no token is dropped.
+
+    With kernels.clamp the hidden layer is swiglu.clamped_swiglu instead.
 
     The result has x's dtype, as have gate's and up's products; all sums run in float32 at least. Memory is
     O(tokens k). It is O(tokens experts) with dense, and with ragged where XLA expands it, as on a CPU. Reverse-mode
@@ -203,7 +213,7 @@ def _dense(
     weights = jnp.where(one_hot, weights[..., None], 0).sum(1)
     gated = wide_einsum("td,edm->tem", x, kernels.gate).astype(x.dtype)
     upped = wide_einsum("td,edm->tem", x, kernels.up).astype(x.dtype)
-    return wide_einsum("tem,emd->td", swiglu(gated, upped, weights), kernels.down).astype(x.dtype)
+    return wide_einsum("tem,emd->td", swiglu(gated, upped, weights, kernels.clamp), kernels.down).astype(x.dtype)
 
 
 def _dense_grouped(rows: Rows, row_weights: Float[Array, " rows"], sizes: GroupSizes, kernels: ExpertKernels) -> Rows:
@@ -214,7 +224,13 @@ def _dense_grouped(rows: Rows, row_weights: Float[Array, " rows"], sizes: GroupS
 def _resolve_here(dispatch: str, kernels: ExpertKernels) -> str:
     platform = jax.default_backend() if dispatch == "auto" else None
     _, embed, mlp = kernels.gate.shape
-    return resolve_dispatch(dispatch, platform=platform, dtype=kernels.gate.dtype, size=ExpertSize(embed, mlp))
+    return resolve_dispatch(
+        dispatch,
+        platform=platform,
+        dtype=kernels.gate.dtype,
+        size=ExpertSize(embed, mlp),
+        clamped=kernels.clamp is not None,
+    )
 
 
 def _check_rank(name: str, array: Array, rank: int) -> None:
@@ -234,6 +250,6 @@ def _check_kernels(name: str, x: Array, kernels: ExpertKernels) -> None:
     _check_shape("gate", kernels.gate, (experts, x.shape[1], mlp))
     _check_shape("up", kernels.up, kernels.gate.shape)
     _check_shape("down", kernels.down, (experts, mlp, x.shape[1]))
-    for argument, kernel in kernels._asdict().items():
+    for argument, kernel in {"gate": kernels.gate, "up": kernels.up, "down": kernels.down}.items():
         if kernel.dtype != x.dtype:
             raise ValueError(f"{argument}: dtype {kernel.dtype} must be that of {name}, {x.dtype}")

@@ -52,7 +52,7 @@ def gpu_experts(rows: Rows, row_weights: RowWeights, segments: Segments, kernels
     if more_embed or more_mlp:
         into_mlp = ((0, 0), (0, more_embed), (0, more_mlp))
         rows = jnp.pad(rows, ((0, 0), (0, more_embed)))
-        kernels = ExpertKernels(
+        kernels = kernels.replace(
             gate=jnp.pad(kernels.gate, into_mlp),
             up=jnp.pad(kernels.up, into_mlp),
             down=jnp.pad(kernels.down, ((0, 0), (0, more_mlp), (0, more_embed))),
@@ -136,7 +136,7 @@ def _backward(height: int, residuals: _Residuals, d_out: Rows) -> tuple[Rows, Ro
         gpu.experts_d_hidden,
         visits,
         of_hidden,
-        operands=[rows, d_out, weights, *kernels],
+        operands=[rows, d_out, weights, kernels.gate, kernels.up, kernels.down],
         # Each tile of columns has its own part of dw.
         results=[
             *[like_hidden] * 3,
@@ -155,7 +155,7 @@ def _backward(height: int, residuals: _Residuals, d_out: Rows) -> tuple[Rows, Ro
     d_gate, d_up = _over_experts(gpu.experts_d_input_kernels, segments, rows, [d_gated, d_upped], kernels.gate)
     (d_down,) = _over_experts(gpu.experts_d_output_kernels, segments, hidden, [d_out], kernels.down)
     of_weights = d_weights.sum(0).astype(row_weights.dtype)
-    return d_rows, of_weights, None, ExpertKernels(gate=d_gate, up=d_up, down=d_down)
+    return d_rows, of_weights, None, kernels.replace(gate=d_gate, up=d_up, down=d_down)
 
 
 _experts.defvjp(_forward, _backward)

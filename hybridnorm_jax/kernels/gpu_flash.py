@@ -28,17 +28,26 @@ from hybridnorm_jax.kernels.zigzag import from_zigzag, gather_sequence, to_zigza
 from hybridnorm_jax.mesh.split_axes import Axes
 
 
-def flash_attention(inputs: AttentionInputs, *, saved_as: str) -> Heads:
-    """causal_attention; on a mesh once per device, on its share of sequences, heads and positions.
+def flash_attention(inputs: AttentionInputs, *, scale: float, saved_as: str) -> Heads:
+    """softmax_attention; on a mesh once per device, on its share of sequences, heads and positions.
 
     Args:
+      scale: factor of q k^T.
       saved_as: checkpoint name of what the backward pass needs besides query, key and value.
     """
+    how = _How(scale, saved_as)
     if jax.sharding.get_abstract_mesh().empty:
-        return _whole(inputs, saved_as=saved_as)
+        return _whole(inputs, how=how)
     axes = sequence_axes(inputs.query.shape[1])
     local = functools.partial(_share, axes=axes) if axes else _whole
-    return on_mesh(functools.partial(local, saved_as=saved_as), inputs, sequence=axes)
+    return on_mesh(functools.partial(local, how=how), inputs, sequence=axes)
+
+
+class _How(NamedTuple):
+    """The arguments of flash_attention of these names."""
+
+    scale: float
+    saved_as: str
 
 
 class _Stretch(NamedTuple):
@@ -57,13 +66,13 @@ class _Stretch(NamedTuple):
     column_ids: SegmentIds
 
 
-def _whole(inputs: AttentionInputs, *, saved_as: str) -> Heads:
+def _whole(inputs: AttentionInputs, *, how: _How) -> Heads:
     """All positions on one device."""
     query, key, value, ids = inputs
-    return _padded(_Stretch(query, key, value, start=None, row_ids=ids, column_ids=ids), saved_as)
+    return _padded(_Stretch(query, key, value, start=None, row_ids=ids, column_ids=ids), how)
 
 
-def _share(inputs: AttentionInputs, *, axes: Axes, saved_as: str) -> Heads:
+def _share(inputs: AttentionInputs, *, axes: Axes, how: _How) -> Heads:
     """Inside jax.shard_map: one device's share of the positions, two halves of a stretch, see zigzag.py."""
     shards, device = jax.lax.axis_size(axes), jax.lax.axis_index(axes)
     query, ids = to_zigzag(inputs.query, axes), inputs.segment_ids
@@ -80,11 +89,11 @@ def _share(inputs: AttentionInputs, *, axes: Axes, saved_as: str) -> Heads:
             row_ids=None if ids is None else to_zigzag(ids, axes)[:, rows],
             column_ids=None if ids is None else gather_sequence(ids, axes),
         )
-        contexts.append(_padded(stretch, saved_as))
+        contexts.append(_padded(stretch, how))
     return from_zigzag(jnp.concatenate(contexts, axis=1), axes)
 
 
-def _padded(stretch: _Stretch, saved_as: str) -> Heads:
+def _padded(stretch: _Stretch, how: _How) -> Heads:
     """_attend, with positions filled up to whole tiles. No token sees such keys, and nobody reads such queries."""
     rows, tiles = stretch.query.shape[1], _tiles(stretch)
 
@@ -103,7 +112,7 @@ def _padded(stretch: _Stretch, saved_as: str) -> Heads:
         row_ids=pad(stretch.row_ids, "edge"),
         column_ids=pad(stretch.column_ids, "edge"),
     )
-    return _attend(whole, tiles, saved_as)[:, :rows]
+    return _attend(whole, tiles, how)[:, :rows]
 
 
 def _tiles(stretch: _Stretch) -> AttentionTiles:
@@ -120,28 +129,28 @@ class _Residuals(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _attend(stretch: _Stretch, tiles: AttentionTiles, saved_as: str) -> Heads:
-    return _forward(stretch, tiles, saved_as)[0]
+def _attend(stretch: _Stretch, tiles: AttentionTiles, how: _How) -> Heads:
+    return _forward(stretch, tiles, how)[0]
 
 
-def _forward(stretch: _Stretch, tiles: AttentionTiles, saved_as: str) -> tuple[Heads, _Residuals]:
+def _forward(stretch: _Stretch, tiles: AttentionTiles, how: _How) -> tuple[Heads, _Residuals]:
     batch, rows, heads, _ = stretch.query.shape
-    launch = _Launch(stretch, tiles.forward)
+    launch = _Launch(stretch, tiles.forward, how.scale)
     log_totals = jax.ShapeDtypeStruct((batch, heads, rows), wide_dtype(stretch.query.dtype))
     context, log_total = launch.over_rows(
         flash_forward,
         operands=[],
         results=[(stretch.query, launch.row_heads), (log_totals, launch.row_numbers)],
     )
-    context, log_total = checkpoint_name((context, log_total), saved_as)
+    context, log_total = checkpoint_name((context, log_total), how.saved_as)
     return context, _Residuals(stretch, context, log_total)
 
 
-def _backward(tiles: AttentionTiles, saved_as: str, residuals: _Residuals, d_context: Heads) -> tuple[_Stretch]:
+def _backward(tiles: AttentionTiles, how: _How, residuals: _Residuals, d_context: Heads) -> tuple[_Stretch]:
     stretch, context, log_total = residuals
     # What softmax's derivative subtracts in each row: sum_k weight d_weight = context . d_context.
     inner = (widened(context) * widened(d_context)).sum(-1).swapaxes(1, 2)
-    launch = _Launch(stretch, tiles.d_query)
+    launch = _Launch(stretch, tiles.d_query, how.scale)
     (d_query,) = launch.over_rows(
         flash_d_query,
         operands=[
@@ -151,7 +160,7 @@ def _backward(tiles: AttentionTiles, saved_as: str, residuals: _Residuals, d_con
         ],
         results=[(stretch.query, launch.row_heads)],
     )
-    launch = _Launch(stretch, tiles.d_key_value)
+    launch = _Launch(stretch, tiles.d_key_value, how.scale)
     d_key, d_value = launch.over_columns(
         flash_d_key_value,
         operands=[
@@ -181,8 +190,8 @@ class _Launch:
       readers_heads, readers_numbers: all rows, of the query heads that read one key head.
     """
 
-    def __init__(self, stretch: _Stretch, tiles: Tiles):
-        self.stretch, self.tiles = stretch, tiles
+    def __init__(self, stretch: _Stretch, tiles: Tiles, scale: float):
+        self.stretch, self.tiles, self.scale = stretch, tiles, scale
         self.batch, self.rows, self.heads, self.head_dim = stretch.query.shape
         _, self.columns, self.kv_heads, _ = stretch.key.shape
         self.readers = self.heads // self.kv_heads
@@ -244,7 +253,7 @@ class _Launch:
         start = self.stretch.start
         inputs = [(start, pl.BlockSpec((1,), lambda i, h, b: (0,))), *inputs]
         call = pl.pallas_call(
-            functools.partial(kernel, self.tiles, self.head_dim),
+            functools.partial(kernel, self.tiles, self.head_dim, self.scale),
             grid=grid,
             in_specs=[None if array is None else spec for array, spec in inputs],
             out_specs=[spec for _, spec in results],

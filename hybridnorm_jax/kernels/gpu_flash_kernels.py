@@ -1,7 +1,7 @@
 """The kernels of flash attention for GPUs, in Pallas (Triton); gpu_flash.py launches them.
 
-Arguments that are named `tiles` and `head_dim` are static. What ends with _ref, and what a NamedTuple of Refs holds, is
-an array in the GPU's memory. Products of float32 are what jax_default_matmul_precision says: TF32 by default.
+Arguments that are named `tiles`, `head_dim` and `scale` are static. What ends with _ref, and what a NamedTuple of Refs
+holds, is an array in the GPU's memory. Products of float32 are what jax_default_matmul_precision says: TF32 by default.
 """
 
 import functools
@@ -118,14 +118,14 @@ def _tile(number: Any, size: int) -> Any:
 class _Columns:
     """What the kernels over rows share: which tiles of keys a tile of queries goes through."""
 
-    def __init__(self, tiles: Tiles, head_dim: int, refs: "_RowRefs"):
+    def __init__(self, tiles: Tiles, head_dim: int, scale: float, refs: "_RowRefs"):
         self.tiles, self.refs, self.reader = tiles, refs, _Reader(head_dim)
         self.row_tile = pl.num_programs(0) - 1 - pl.program_id(0)
         self.diagonal = _diagonal(tiles, refs.start)
         self.row_ids = None if refs.row_ids is None else refs.row_ids[...]
         self.query = self.reader.load(refs.query)
         # exp(x) = exp2(x log2(e)): a GPU has the exponential to the base 2.
-        self.scale = head_dim**-0.5 * _LOG2_E
+        self.scale = scale * _LOG2_E
 
     def scores(self, masked: bool, column_tile: Any, key: Array, hidden: float) -> Array:
         """Scores times log2(e), `hidden` where a pair does not see each other."""
@@ -163,10 +163,10 @@ class _RowRefs(NamedTuple):
     value: Any
 
 
-def flash_forward(tiles: Tiles, head_dim: int, *refs: Any) -> None:
+def flash_forward(tiles: Tiles, head_dim: int, scale: float, *refs: Any) -> None:
     """The context of a tile of queries, and the logarithm of the denominator."""
     *inputs, context_ref, log_total_ref = refs
-    columns = _Columns(tiles, head_dim, _RowRefs(*inputs))
+    columns = _Columns(tiles, head_dim, scale, _RowRefs(*inputs))
     wide = log_total_ref.dtype
 
     def body(masked: bool, tile: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -186,10 +186,10 @@ def flash_forward(tiles: Tiles, head_dim: int, *refs: Any) -> None:
     log_total_ref[...] = (highest + jnp.log2(total)) / _LOG2_E
 
 
-def flash_d_query(tiles: Tiles, head_dim: int, *refs: Any) -> None:
+def flash_d_query(tiles: Tiles, head_dim: int, scale: float, *refs: Any) -> None:
     """The gradient of a tile of queries."""
     *inputs, d_context_ref, log_total_ref, inner_ref, d_query_ref = refs
-    columns = _Columns(tiles, head_dim, _RowRefs(*inputs))
+    columns = _Columns(tiles, head_dim, scale, _RowRefs(*inputs))
     d_context = columns.reader.load(d_context_ref)
     log_total, inner = log_total_ref[...] * _LOG2_E, inner_ref[...]
 
@@ -201,10 +201,10 @@ def flash_d_query(tiles: Tiles, head_dim: int, *refs: Any) -> None:
         return d_query + _dot(d_scores, key, (1, 0))
 
     nothing = jnp.zeros((tiles.rows, columns.query.shape[1]), log_total_ref.dtype)
-    columns.reader.store(d_query_ref, head_dim**-0.5 * columns.visit(body, nothing))
+    columns.reader.store(d_query_ref, scale * columns.visit(body, nothing))
 
 
-def flash_d_key_value(tiles: Tiles, head_dim: int, *refs: Any) -> None:
+def flash_d_key_value(tiles: Tiles, head_dim: int, scale: float, *refs: Any) -> None:
     """The gradients of a tile of keys and of their values, summed over the query heads that read them."""
     *inputs, d_context_ref, log_total_ref, inner_ref, d_key_ref, d_value_ref = refs
     given = _RowRefs(*inputs)
@@ -219,7 +219,7 @@ def flash_d_key_value(tiles: Tiles, head_dim: int, *refs: Any) -> None:
         place = _tile(row_tile, tiles.rows)
         query, d_context = reader.load(given.query.at[place, head, :]), reader.load(d_context_ref.at[place, head, :])
         log_total, inner = log_total_ref[head, place] * _LOG2_E, inner_ref[head, place]
-        scores = head_dim**-0.5 * _LOG2_E * _dot(query, key, (1, 1))
+        scores = scale * _LOG2_E * _dot(query, key, (1, 1))
         if masked or column_ids is not None:
             row_ids = None if given.row_ids is None else given.row_ids[place]
             scores = jnp.where(_mask(diagonal, row_tile, column_tile, row_ids, column_ids), scores, HIDDEN)
@@ -236,5 +236,5 @@ def flash_d_key_value(tiles: Tiles, head_dim: int, *refs: Any) -> None:
 
     nothing = jnp.zeros((tiles.columns, key.shape[1]), log_total_ref.dtype)
     d_key, d_value = jax.lax.fori_loop(0, readers, head_body, (nothing, nothing))
-    reader.store(d_key_ref, head_dim**-0.5 * d_key)
+    reader.store(d_key_ref, scale * d_key)
     reader.store(d_value_ref, d_value)

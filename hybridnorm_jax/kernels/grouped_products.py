@@ -30,7 +30,7 @@ def experts_by_products(
         return jnp.where(covered, product(array, kernels, sizes), 0)
 
     gated, upped = covered_product(rows, kernels.gate), covered_product(rows, kernels.up)
-    return covered_product(swiglu(gated, upped, row_weights), kernels.down)
+    return covered_product(swiglu(gated, upped, row_weights, kernels.clamp), kernels.down)
 
 
 @jax.custom_vjp

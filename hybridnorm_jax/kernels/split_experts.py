@@ -50,7 +50,7 @@ def apply_experts_on_mesh(
     tokens = PartitionSpec(split.batch, split.seq)
     inputs = PartitionSpec(split.experts, split.embed, split.mlp)
     outputs = PartitionSpec(split.experts, split.mlp, split.embed)
-    specs = (tokens, ExpertKernels(gate=inputs, up=inputs, down=outputs), tokens, tokens)
+    specs = (tokens, kernels.replace(gate=inputs, up=inputs, down=outputs), tokens, tokens)
     return jax.shard_map(local, in_specs=specs, out_specs=tokens, check_vma=False)(x, kernels, weights, chosen)
 
 
@@ -85,7 +85,7 @@ def _local(
 ) -> Float[Array, "batch seq embed"]:
     """One device's part: its own experts on the tokens of all devices that share the experts with it."""
     if split.embed:  # gathered here and not on the way in, so that the gradients are scattered while they are summed
-        kernels = ExpertKernels(
+        kernels = kernels.replace(
             gate=gather(kernels.gate, split.embed, 1),
             up=gather(kernels.up, split.embed, 1),
             down=gather(kernels.down, split.embed, 2),

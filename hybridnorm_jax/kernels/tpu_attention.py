@@ -1,6 +1,6 @@
 """Causal attention on a TPU, with norms and rotation of its heads, as one kernel forward and one backward.
 
-    context = softmax(R(N(q)) R(N(k))^T / sqrt(head_dim) + causal mask) N(v)
+    context = softmax(scale * R(N(q)) R(N(k))^T + causal mask) N(v)
 
 q, k and v are read as they were projected, and their gradients written so: normalized or rotated heads never leave the
 core. A kernel holds all positions of a head, which `fits` says of a length; tpu_splash.py has what is longer, and
@@ -47,10 +47,11 @@ def fits(*, seq: int, head_dim: int, dtype: Any) -> bool:
     return seq * (passing + kept + tables) + columns + products <= MEMORY
 
 
-def tpu_attention(inputs: AttentionInputs, preparation: Preparation, *, saved_as: str) -> Heads:
-    """causal_attention of prepared heads; on a mesh once per device, on its share of sequences and heads.
+def tpu_attention(inputs: AttentionInputs, preparation: Preparation, *, scale: float, saved_as: str) -> Heads:
+    """softmax_attention of prepared heads; on a mesh once per device, on its share of sequences and heads.
 
     Args:
+      scale: factor of q k^T.
       saved_as: checkpoint name of the context and the logarithm of the softmax's denominator.
     """
     query, key, value, segment_ids = inputs
@@ -71,7 +72,7 @@ def tpu_attention(inputs: AttentionInputs, preparation: Preparation, *, saved_as
         key_norm=_as_columns(preparation.key),
         value_norm=_as_columns(preparation.value),
     )
-    context = _attention(kernel_inputs, rows, columns, saved_as)
+    context = _attention(kernel_inputs, rows, columns, scale, saved_as)
     return jnp.moveaxis(context[..., :seq], 3, 1)
 
 
@@ -92,26 +93,29 @@ def _as_columns(norm: HeadNorm | None) -> HeadNorm | None:
     return jax.tree.map(lambda parameter: parameter.astype(jnp.float32)[:, None], norm)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _attention(inputs: KernelInputs, rows: Axes, columns: Axes, saved_as: str) -> Array:
-    context, _ = _forward(inputs, rows, columns, saved_as)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _attention(inputs: KernelInputs, rows: Axes, columns: Axes, scale: float, saved_as: str) -> Array:
+    context, _ = _forward(inputs, rows, columns, scale, saved_as)
     return context
 
 
-def _forward(inputs: KernelInputs, rows: Axes, columns: Axes, saved_as: str) -> tuple[Array, tuple[Any, ...]]:
+def _forward(
+    inputs: KernelInputs, rows: Axes, columns: Axes, scale: float, saved_as: str
+) -> tuple[Array, tuple[Any, ...]]:
     heads = PartitionSpec(rows, columns)
-    mapped = _on_mesh(_call_forward, (_specs(inputs, rows, columns),), (heads, heads))
+    mapped = _on_mesh(functools.partial(_call_forward, scale), (_specs(inputs, rows, columns),), (heads, heads))
     context, log_total = (checkpoint_name(array, saved_as) for array in mapped(inputs))
     return context, (inputs, context, log_total)
 
 
 def _backward(
-    rows: Axes, columns: Axes, saved_as: str, kept: tuple[KernelInputs, Array, Array], d_context: Array
+    rows: Axes, columns: Axes, scale: float, saved_as: str, kept: tuple[KernelInputs, Array, Array], d_context: Array
 ) -> tuple[KernelInputs]:
     inputs, context, log_total = kept
     heads, specs = PartitionSpec(rows, columns), _specs(inputs, rows, columns)
     norms = jax.tree.map(lambda _: heads, (inputs.query_norm, inputs.key_norm, inputs.value_norm))
-    mapped = _on_mesh(_call_backward, (specs, Results(heads, heads, heads)), Gradients(heads, heads, heads, *norms))
+    local = functools.partial(_call_backward, scale)
+    mapped = _on_mesh(local, (specs, Results(heads, heads, heads)), Gradients(heads, heads, heads, *norms))
     gradients = mapped(inputs, Results(context, log_total, d_context))
 
     def total(norm: HeadNorm | None) -> HeadNorm | None:
@@ -151,12 +155,12 @@ def _specs(inputs: KernelInputs, rows: Axes, columns: Axes) -> KernelInputs:
     return KernelInputs(heads, heads, heads, ids, table, table, *norms)
 
 
-def _call_forward(inputs: KernelInputs) -> tuple[Array, Array]:
+def _call_forward(scale: float, inputs: KernelInputs) -> tuple[Array, Array]:
     """(context, log_total) of one device's share."""
     batch, heads, head_dim, seq = inputs.query.shape
     dtype = inputs.query.dtype
     block = _block(seq)
-    kernel = functools.partial(forward_kernel, block=block)
+    kernel = functools.partial(forward_kernel, block=block, scale=scale)
     return pl.pallas_call(
         kernel,
         grid=_grid(inputs),
@@ -176,7 +180,7 @@ def _call_forward(inputs: KernelInputs) -> tuple[Array, Array]:
     )(inputs)
 
 
-def _call_backward(inputs: KernelInputs, results: Results) -> Gradients:
+def _call_backward(scale: float, inputs: KernelInputs, results: Results) -> Gradients:
     """The gradients of one device's share; those of norms for each sequence and key head, to be added up."""
     batch, _, head_dim, seq = inputs.query.shape
     kv_heads, dtype, block = inputs.key.shape[1], inputs.query.dtype, _block(seq)
@@ -186,7 +190,7 @@ def _call_backward(inputs: KernelInputs, results: Results) -> Gradients:
     sums = jax.ShapeDtypeStruct((batch, kv_heads, head_dim, 1), jnp.float32)
     wide = pltpu.VMEM((head_dim, seq), jnp.float32)
     (gradients,) = pl.pallas_call(
-        functools.partial(backward_kernel, block=block),
+        functools.partial(backward_kernel, block=block, scale=scale),
         grid=_grid(inputs),
         in_specs=(_input_blocks(inputs), Results(query_head, _query_head(inputs, 1), query_head)),
         out_specs=(Gradients(query_head, key_head, key_head, *jax.tree.map(lambda _: _key_head(head_dim, 1), norms)),),

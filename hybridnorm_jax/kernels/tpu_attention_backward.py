@@ -71,11 +71,14 @@ class Kept(NamedTuple):
     columns_of_ids: Any | None
 
 
-def backward_kernel(inputs: KernelInputs, results: Results, gradients: Gradients, kept: Kept, *, block: int) -> None:
+def backward_kernel(
+    inputs: KernelInputs, results: Results, gradients: Gradients, kept: Kept, *, block: int, scale: float
+) -> None:
     """One query head of one sequence; the heads that read the same keys follow each other, and add to their gradient.
 
     Args:
       block: how many positions are taken at a time.
+      scale: factor of the products of queries and keys.
     """
     seq = inputs.query.shape[1]
     group, last = pl.program_id(2), pl.num_programs(2) - 1
@@ -89,9 +92,9 @@ def backward_kernel(inputs: KernelInputs, results: Results, gradients: Gradients
                 parameter[...] = jnp.zeros_like(parameter)
         each_block(seq, block, lambda index: _prepare_keys(inputs, kept, positions(index, block)))
 
-    each_block(seq, block, lambda index: _prepare_queries(inputs, results, kept, positions(index, block)))
+    each_block(seq, block, lambda index: _prepare_queries(inputs, results, kept, positions(index, block), scale))
     each_block(seq, block, lambda column: _differentiate(inputs, results, kept, column, block=block))
-    each_block(seq, block, lambda index: _write_d_query(inputs, gradients, kept, positions(index, block)))
+    each_block(seq, block, lambda index: _write_d_query(inputs, gradients, kept, positions(index, block), scale))
 
     @pl.when(group == last)
     def _() -> None:
@@ -108,9 +111,9 @@ def _prepare_keys(inputs: KernelInputs, kept: Kept, here: Any) -> None:
     kept.d_value[:, here] = jnp.zeros_like(value)
 
 
-def _prepare_queries(inputs: KernelInputs, results: Results, kept: Kept, here: Any) -> None:
+def _prepare_queries(inputs: KernelInputs, results: Results, kept: Kept, here: Any, scale: float) -> None:
     query = rotated(normalized(inputs.query[:, here], inputs.query_norm), inputs.cos, inputs.sin, here)
-    kept.queries[:, here] = (query * query.shape[0] ** -0.5).astype(kept.queries.dtype)
+    kept.queries[:, here] = (query * scale).astype(kept.queries.dtype)
     kept.d_query[:, here] = jnp.zeros_like(query)
     context, d_context = results.context[:, here], results.d_context[:, here]
     product = context.astype(jnp.float32) * d_context.astype(jnp.float32)
@@ -146,8 +149,8 @@ def _differentiate(inputs: KernelInputs, results: Results, kept: Kept, column: A
     kept.d_value[:, there] += d_value
 
 
-def _write_d_query(inputs: KernelInputs, gradients: Gradients, kept: Kept, here: Any) -> None:
-    d_query = kept.d_query[:, here] * inputs.query.shape[0] ** -0.5
+def _write_d_query(inputs: KernelInputs, gradients: Gradients, kept: Kept, here: Any, scale: float) -> None:
+    d_query = kept.d_query[:, here] * scale
     d_query = rotated(d_query, inputs.cos, inputs.sin, here, back=True)
     gradients.query[:, here] = _through_norm(inputs.query[:, here], d_query, inputs.query_norm, gradients.query_norm)
 

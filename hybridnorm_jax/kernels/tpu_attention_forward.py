@@ -19,7 +19,15 @@ from hybridnorm_jax.kernels.tpu_attention_blocks import (
 
 
 def forward_kernel(
-    inputs: KernelInputs, context: Any, log_total: Any, keys: Any, values: Any, columns_of_ids: Any, *, block: int
+    inputs: KernelInputs,
+    context: Any,
+    log_total: Any,
+    keys: Any,
+    values: Any,
+    columns_of_ids: Any,
+    *,
+    block: int,
+    scale: float,
 ) -> None:
     """One query head of one sequence; the heads that read the same keys follow each other.
 
@@ -30,8 +38,9 @@ def forward_kernel(
       keys, values: keep the prepared keys (seq, head_dim) and values (head_dim, seq) from head to head.
       columns_of_ids: keeps the keys' segment ids, (seq, LANES); None without segment ids.
       block: how many positions are taken at a time.
+      scale: factor of the products of queries and keys.
     """
-    seq, head_dim = inputs.query.shape[1], inputs.query.shape[0]
+    seq = inputs.query.shape[1]
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
@@ -49,7 +58,7 @@ def forward_kernel(
     def attend(row: Any) -> None:
         here = positions(row, block)
         query = rotated(normalized(inputs.query[:, here], inputs.query_norm), inputs.cos, inputs.sin, here)
-        query = (query * head_dim**-0.5).astype(keys.dtype)
+        query = (query * scale).astype(keys.dtype)
         query_ids = None if inputs.segment_ids is None else inputs.segment_ids[:, here]
 
         def seen(column: Any, *, diagonal: bool) -> jax.Array:

@@ -64,7 +64,7 @@ def fused(rows: Rows, row_weights: RowWeights, segments: Segments, kernels: Expe
     if more_embed or more_mlp:
         into_mlp = ((0, 0), (0, more_embed), (0, more_mlp))
         rows = jnp.pad(rows, ((0, 0), (0, more_embed)))
-        kernels = ExpertKernels(
+        kernels = kernels.replace(
             gate=jnp.pad(kernels.gate, into_mlp),
             up=jnp.pad(kernels.up, into_mlp),
             down=jnp.pad(kernels.down, ((0, 0), (0, more_mlp), (0, more_embed))),
@@ -101,7 +101,7 @@ def _backward(tile: int, residuals: _Residuals, d_outputs: Rows) -> tuple[Rows, 
     outer = functools.partial(sums_of_outer_products, visits=visits, experts=experts, tile=tile)
     d_gate, d_up = outer(rows, [d_gated, d_upped], name="experts_d_input_kernels")
     (d_down,) = outer(hidden, [d_outputs], name="experts_d_output_kernels")
-    return d_rows, d_weights.astype(row_weights.dtype), None, ExpertKernels(gate=d_gate, up=d_up, down=d_down)
+    return d_rows, d_weights.astype(row_weights.dtype), None, kernels.replace(gate=d_gate, up=d_up, down=d_down)
 
 
 _fused.defvjp(_forward, _backward)

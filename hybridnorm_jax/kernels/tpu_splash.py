@@ -22,11 +22,12 @@ from hybridnorm_jax.kernels.zigzag import from_zigzag, gather_sequence, to_zigza
 from hybridnorm_jax.mesh.split_axes import Axes, parts, split_axes
 
 
-def splash_attention(inputs: AttentionInputs, preparation: Preparation, *, saved_as: str) -> Heads:
-    """causal_attention; on a mesh once per device, on its share of sequences, heads and positions.
+def splash_attention(inputs: AttentionInputs, preparation: Preparation, *, scale: float, saved_as: str) -> Heads:
+    """softmax_attention; on a mesh once per device, on its share of sequences, heads and positions.
 
     Args:
       preparation: norms and rotation of the heads.
+      scale: factor of q k^T.
       saved_as: checkpoint name of what the backward pass needs besides query, key and value.
 
     Raises:
@@ -36,8 +37,9 @@ def splash_attention(inputs: AttentionInputs, preparation: Preparation, *, saved
     on_one_device = jax.sharding.get_abstract_mesh().empty
     axes = () if on_one_device else sequence_axes(seq)
     if not axes and fits(seq=seq, head_dim=head_dim, dtype=inputs.query.dtype):
-        return tpu_attention(inputs, preparation, saved_as=saved_as)
+        return tpu_attention(inputs, preparation, scale=scale, saved_as=saved_as)
     inputs = prepared(inputs, preparation)
+    inputs = inputs._replace(query=_scaled(inputs.query, scale))
     if on_one_device:
         return _whole(inputs, saved_as=saved_as)
     if not axes:
@@ -101,14 +103,14 @@ def _whole(inputs: AttentionInputs, *, saved_as: str) -> Heads:
     def pad(x: Array) -> Array:
         return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0)))
 
-    query, key, value = pad(_scaled(inputs.query)), pad(inputs.key), pad(inputs.value)
+    query, key, value = pad(inputs.query), pad(inputs.key), pad(inputs.value)
     ids = None if inputs.segment_ids is None else jnp.pad(inputs.segment_ids, ((0, 0), (0, padding)))
     return _apply(kernel, AttentionInputs(query, key, value, ids), query_ids=ids)[:, :seq]
 
 
 def _share(kernel: Any, inputs: AttentionInputs, *, axes: Axes) -> Heads:
     """Inside jax.shard_map: one device's share of the positions."""
-    query = to_zigzag(_scaled(inputs.query), axes)
+    query = to_zigzag(inputs.query, axes)
     key, value = gather_sequence(inputs.key, axes), gather_sequence(inputs.value, axes)
     query_ids = key_ids = None
     if inputs.segment_ids is not None:
@@ -117,8 +119,8 @@ def _share(kernel: Any, inputs: AttentionInputs, *, axes: Axes) -> Heads:
     return from_zigzag(_apply(kernel, AttentionInputs(query, key, value, key_ids), query_ids=query_ids), axes)
 
 
-def _scaled(query: Heads) -> Heads:
-    return (query * jnp.float32(query.shape[-1] ** -0.5)).astype(query.dtype)
+def _scaled(query: Heads, scale: float) -> Heads:
+    return (query * jnp.float32(scale)).astype(query.dtype)
 
 
 def _apply(kernel: Any, inputs: AttentionInputs, *, query_ids: SegmentIds) -> Heads:

@@ -7,6 +7,15 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "position_embedding/embedding": (None, "embed"),
     "head/kernel": ("embed", "vocab"),
     "head/bias": ("vocab",),
+    "distillation_head/kernel": ("embed", "vocab"),
+    "distillation_head/bias": ("vocab",),
+    "patch_embedding/kernel": (None, None, None, "embed"),
+    "patch_embedding/bias": (None,),
+    "class_token/embedding": (None, "embed"),
+    "distillation_token/embedding": (None, "embed"),
+    "register_tokens/embedding": (None, "embed"),
+    "mask_token/embedding": (None, "embed"),
+    "probe/embedding": (None, "embed"),
     "query/kernel": ("embed", "heads", "head_dim"),
     "key/kernel": ("embed", "kv_heads", "head_dim"),
     "value/kernel": ("embed", "kv_heads", "head_dim"),
@@ -15,6 +24,7 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "key/bias": ("kv_heads", "head_dim"),
     "value/bias": ("kv_heads", "head_dim"),
     "out/bias": (None,),
+    "attention/sinks": ("heads",),
     "gate/kernel": ("embed", "mlp"),
     "up/kernel": ("embed", "mlp"),
     "down/kernel": ("mlp", "embed"),
@@ -24,6 +34,7 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     # The router's result is needed whole by every token.
     "router/kernel": ("embed", None),
     "router/bias": (None,),
+    "shared_gate/kernel": ("embed", None),
     "expert_gate/kernel": ("experts", "embed", "mlp"),
     "expert_up/kernel": ("experts", "embed", "mlp"),
     "expert_down/kernel": ("experts", "mlp", "embed"),
@@ -48,7 +59,8 @@ def logical_axes(path: tuple[str, ...], ndim: int) -> tuple[str | None, ...]:
         return ()
     if ndim == len(layers):
         return layers
-    if ndim == len(layers) + 1:
-        return (*layers, None)
+    is_norm = path[-2:-1] != () and path[-2].endswith("_norm")  # some have a vector for each head
+    if ndim == len(layers) + 1 or is_norm:
+        return (*layers, *(None,) * (ndim - len(layers)))
     name = "/".join(path)
     raise KeyError(f"no logical axes for the parameter {name}: mesh.parameter_axes.PARAMETER_AXES must name it")

@@ -7,16 +7,15 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
+from hybridnorm_jax.model.build import build_model, smallest_input
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.schemes import Scheme
 
 
 def abstract_params(config: ModelConfig) -> dict[str, Any]:
-    """Shapes and dtypes of the parameters of Decoder(config): its tree, with a jax.ShapeDtypeStruct for each array.
+    """Shapes and dtypes of the parameters of build_model(config): its tree, with a jax.ShapeDtypeStruct for each array.
 
     Nothing is computed and no device is started. Without jax_enable_x64 float64 parameters are float32 here, as JAX
     makes them.
@@ -34,12 +33,13 @@ def _traced(config: ModelConfig, scheme: Scheme, x64: bool) -> dict[str, Any]:
     Args:
       scheme, x64: what the result depends on besides the configuration, which only names its scheme.
     """
-    # Key and tokens are made inside, where they are traced: outside, making them would start a device. So would a
+    # Key and input are made inside, where they are traced: outside, making them would start a device. So would a
     # question for the platform; that of this mesh is unknown. Inside a step that is being traced there is a mesh
     # already, which cannot be left. Without rules no axis is sharded, whatever the mesh.
     unknown = jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,)))
     traced_already = not jax.sharding.get_abstract_mesh().empty
     with contextlib.nullcontext() if traced_already else unknown, nn.logical_axis_rules(()):
-        variables = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+        model = build_model(config)
+        variables = jax.eval_shape(lambda: model.init(jax.random.key(0), smallest_input(config)))
     params: dict[str, Any] = variables["params"]
     return params

@@ -1,4 +1,4 @@
-"""The attention branch: grouped-query causal self-attention with norms on q, k, v and context, and RoPE."""
+"""The attention branch: grouped-query self-attention with norms on q, k, v and context, RoPE, ALiBi, windows, sinks."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,46 +10,41 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.kernels.attention_arrays import AttentionInputs
-from hybridnorm_jax.kernels.attention_backends import causal_attention
+from hybridnorm_jax.kernels.attention_backends import softmax_attention
 from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS
 from hybridnorm_jax.kernels.blockwise_attention import attention_statistics
 from hybridnorm_jax.kernels.cached_attention import CachedHeads, cached_attention
 from hybridnorm_jax.kernels.dense_products import rows_product
 from hybridnorm_jax.kernels.head_preparation import HeadNorm, Preparation, Rotation, prepared
+from hybridnorm_jax.kernels.score_rules import ScoreRules
 from hybridnorm_jax.model import placement
+from hybridnorm_jax.model.alibi import AlibiKind
 from hybridnorm_jax.model.cache import CACHE, Slots, in_place
 from hybridnorm_jax.model.initializers import truncated_normal
 from hybridnorm_jax.model.input_checks import check_at_least_one, check_per_token, check_stream
-from hybridnorm_jax.model.norms import Norm, layer_norm, rms_norm
+from hybridnorm_jax.model.norms import Norm, layer_norm, plus_one, rms_norm
+from hybridnorm_jax.model.rotation import default_positions, rotation
 from hybridnorm_jax.model.signal_measures import SIGNAL
 
 
-def default_positions(seq: int) -> Int[Array, "1 seq"]:
-    """0, 1, ... for every sequence of a batch."""
-    return jnp.arange(seq)[None]
-
-
-def rotation(positions: Int[Array, "batch seq"], rotary_dim: int, theta: float, dtype: Any = jnp.float32) -> Rotation:
-    """cos and sin of positions * theta^(-2i / rotary_dim), i < rotary_dim / 2, one for all heads.
-
-    Source: RoPE (2104.09864). At least float32: at position 1e5 bfloat16 has no fraction left.
-    """
-    dtype = jnp.promote_types(dtype, jnp.float32)
-    wavelengths = theta ** (jnp.arange(0, rotary_dim, 2, dtype=dtype) / rotary_dim)
-    angles = positions[:, :, None, None].astype(dtype) / wavelengths
-    return jnp.cos(angles), jnp.sin(angles)
-
-
 class HeadNormParameters(nn.Module):
-    """The parameters `scale` and `bias` of a norm of heads, for whoever applies it; None where one is not asked for."""
+    """The scale and bias of a norm of heads, for whoever applies it; None where one is not asked for.
+
+    Parameters: `scale` and `bias`. With scale_plus_one the scale that is returned is 1 + `scale`.
+    """
 
     use_scale: bool
     use_bias: bool
+    scale_plus_one: bool
+    dtype: Any
     param_dtype: Any
 
     @nn.compact
     def __call__(self, head_dim: int) -> tuple[Float[Array, " head_dim"] | None, Float[Array, " head_dim"] | None]:
-        scale = self.param("scale", nn.initializers.ones, (head_dim,), self.param_dtype) if self.use_scale else None
+        start = nn.initializers.zeros if self.scale_plus_one else nn.initializers.ones
+        scale = self.param("scale", start, (head_dim,), self.param_dtype) if self.use_scale else None
+        if scale is not None and self.scale_plus_one:
+            scale = plus_one(scale, self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (head_dim,), self.param_dtype) if self.use_bias else None
         return scale, bias
 
@@ -57,21 +52,33 @@ class HeadNormParameters(nn.Module):
 class Attention(nn.Module):
     """softmax(N(q) N(k)^T / sqrt(head_dim) + causal mask) N(v), normalized, times W_O. HybridNorm (2503.04598), eq. 5.
 
-    Query head h reads key and value head h // (num_heads / num_kv_heads). Norms stand before RoPE.
+    Query head h reads key and value head h // (num_heads / num_kv_heads). Norms stand before RoPE. What else may be
+    made of the scores, kernels/score_rules.py says.
 
     Parameters: `query/kernel` (embed, heads, head_dim), `key/kernel` and `value/kernel` (embed, kv_heads, head_dim),
-    `out/kernel` (heads, head_dim, embed), their `bias` where asked for, and `q_norm`, `k_norm`, `v_norm`,
-    `context_norm` with `scale` and `bias` (head_dim,), or (heads * head_dim,) over the projection.
+    `out/kernel` (heads, head_dim, embed), their `bias` where asked for, `q_norm`, `k_norm`, `v_norm`, `context_norm`
+    with `scale` and `bias` (head_dim,), (heads, head_dim) where each head has its own, or (heads * head_dim,) over the
+    projection; and `sinks` (heads,) where asked for.
 
     Attributes:
       num_heads: heads of q.
       num_kv_heads: heads of k and v; None: num_heads.
       head_dim: width of a head; None: embed / num_heads.
       q_norm, k_norm, v_norm, context_norm: None, "head" or "projection".
-      norm, norm_epsilon, norm_scale, norm_bias: Norm's kind, epsilon, use_scale and use_bias for all of these.
+      norm, norm_epsilon, norm_scale, norm_bias, norm_scale_plus_one: Norm's kind, epsilon, use_scale, use_bias and
+        scale_plus_one for all of these.
+      norm_per_head: a norm over a head has scale and bias for each head.
       rope_theta: base of the rotary wavelengths; None: q and k are not rotated.
       rotary_dim: how many leading channels of a head rotate; None: all.
+      alibi: which ALiBi is added to the scores; None: none.
+      score_scale: factor of q k^T; None: 1 / sqrt(head_dim).
+      score_cap: scores s become score_cap * tanh(s / score_cap); None: no cap.
+      qkv_clip: q, k and v are clipped to [-qkv_clip, qkv_clip] after their projections; None: they are not.
+      window: a token sees keys at a distance less than this; None: all.
+      causal: a token sees no later ones.
+      use_sinks: the softmax has one more term exp(sink).
       use_bias: biases on the four projections.
+      use_output_bias: a bias on the output projection; None: use_bias.
       backend: what computes the attention itself, see kernels.attention_backends.
       dtype, param_dtype: of the computation and of the parameters.
       input_init, value_init, output_init: initializers of q and k, of v, and of the output projection.
@@ -91,9 +98,19 @@ class Attention(nn.Module):
     norm_epsilon: float = 1e-5
     norm_scale: bool = True
     norm_bias: bool = False
+    norm_scale_plus_one: bool = False
+    norm_per_head: bool = False
     rope_theta: float | None = None
     rotary_dim: int | None = None
+    alibi: AlibiKind | None = None
+    score_scale: float | None = None
+    score_cap: float | None = None
+    qkv_clip: float | None = None
+    window: int | None = None
+    causal: bool = True
+    use_sinks: bool = False
     use_bias: bool = False
+    use_output_bias: bool | None = None
     backend: str = "xla"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -109,15 +126,17 @@ class Attention(nn.Module):
         positions: Int[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
         rotation: Rotation | None = None,
+        layer_window: Int[Array, ""] | None = None,
         slots: Slots | None = None,
     ) -> Float[Array, "batch seq embed"]:
         """What attention adds to the stream, in the compute dtype.
 
         Args:
-          positions: of each token in its document, for RoPE; 0, 1, ... by default.
+          positions: of each token in its document, for RoPE and ALiBi; 0, 1, ... by default.
           segment_ids: tokens attend to earlier tokens of the same id only.
           rotation: what hn.rotation(positions, ...) gives, where many layers share it; takes the place of positions,
             rope_theta and rotary_dim.
+          layer_window: in the place of the attribute window, where it is known when the program runs and not before.
           slots: keep the keys and values of these tokens in these slots of the collection CACHE. One token attends to
             the tokens that are kept there. Several tokens are the first ones, and attend to each other.
         """
@@ -131,35 +150,64 @@ class Attention(nn.Module):
             rotation = self._rotation(x.shape[1], head_dim, positions)
         elif positions is not None:
             raise ValueError("positions: they are in the rotation already; give one of the two")
-        dense = partial(
-            nn.DenseGeneral,
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            dot_general=rows_product,
-        )
-        q = dense((self.num_heads, head_dim), kernel_init=self.input_init, name="query")(x)
-        k = dense((num_kv_heads, head_dim), kernel_init=self.input_init, name="key")(x)
-        v = dense((num_kv_heads, head_dim), kernel_init=self.value_init, name="value")(x)
+        dense = partial(nn.DenseGeneral, dtype=self.dtype, param_dtype=self.param_dtype, dot_general=rows_product)
+
+        def project(name: str, heads: int, init: Callable[..., Array]) -> Float[Array, "batch seq heads head_dim"]:
+            module = dense((heads, head_dim), kernel_init=init, use_bias=self.use_bias, name=name)
+            projected: Float[Array, "batch seq heads head_dim"] = module(x)
+            return projected if self.qkv_clip is None else jnp.clip(projected, -self.qkv_clip, self.qkv_clip)
+
+        q = project("query", self.num_heads, self.input_init)
+        k = project("key", num_kv_heads, self.input_init)
+        v = project("value", num_kv_heads, self.value_init)
         q, query_norm = self._norm_of_heads("q_norm", q)
         k, key_norm = self._norm_of_heads("k_norm", k)
         v, value_norm = self._norm_of_heads("v_norm", v)
         preparation = Preparation(query=query_norm, key=key_norm, value=value_norm, rotation=rotation)
+        rules = self._rules(x.shape[1], positions, layer_window)
         watched = self.is_mutable_collection(SIGNAL) and not self.is_initializing()
         if watched or slots is not None:
             q, k, v, _ = prepared(AttentionInputs(q, k, v, segment_ids), preparation)
             preparation = Preparation()
         if watched:
-            self._watch(q, k, segment_ids)
+            entropy, largest = attention_statistics(q, k, segment_ids, rules)
+            self.sow(SIGNAL, "attention_entropy", entropy)
+            self.sow(SIGNAL, "largest_logit", largest)
         if slots is not None:
             keys, values = self._keep("cached_key", k, slots), self._keep("cached_value", v, slots)
         if slots is not None and x.shape[1] == 1:
-            context = cached_attention(q, keys, values, first=slots.first, last=slots.next)
+            context = cached_attention(q, keys, values, first=slots.first, last=slots.next, rules=rules)
         else:
-            context = causal_attention(q, k, v, segment_ids=segment_ids, preparation=preparation, backend=self.backend)
+            context = softmax_attention(
+                q, k, v, segment_ids=segment_ids, rules=rules, preparation=preparation, backend=self.backend
+            )
         context = self._normalize("context_norm", context)
-        out = dense(x.shape[-1], axis=(-2, -1), kernel_init=self.output_init, name="out")
+        use_bias = self.use_bias if self.use_output_bias is None else self.use_output_bias
+        out = dense(x.shape[-1], axis=(-2, -1), kernel_init=self.output_init, use_bias=use_bias, name="out")
         return out(context)
+
+    def _rules(
+        self, seq: int, positions: Int[Array, "batch seq"] | None, layer_window: Int[Array, ""] | None
+    ) -> ScoreRules:
+        """What is made of the scores."""
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window}: must be at least 1, or None")
+        sinks = alibi = None
+        if self.use_sinks:
+            sinks = self.param("sinks", nn.initializers.zeros, (self.num_heads,), self.param_dtype)
+        if self.alibi is not None:
+            alibi = self.alibi.rule(
+                self.num_heads, self.dtype, default_positions(seq) if positions is None else positions
+            )
+        return ScoreRules(
+            scale=self.score_scale,
+            cap=self.score_cap,
+            causal=self.causal,
+            window=self.window if layer_window is None else None,
+            layer_window=layer_window,
+            sinks=sinks,
+            alibi=alibi,
+        )
 
     def _keep(self, name: str, new: Float[Array, "batch seq kv_heads head_dim"], slots: Slots) -> CachedHeads:
         """Put new keys or values into their slots; returns all slots of this layer."""
@@ -181,7 +229,7 @@ class Attention(nn.Module):
 
     def _rotation(self, seq: int, head_dim: int, positions: Int[Array, "batch seq"] | None) -> Rotation | None:
         if self.rope_theta is None:
-            if positions is not None:
+            if positions is not None and self.alibi is None:
                 raise ValueError("positions: nothing here reads them, because nothing rotates (rope_theta=None)")
             if self.rotary_dim is not None:
                 raise ValueError(f"rotary_dim={self.rotary_dim}: nothing rotates without rope_theta")
@@ -192,24 +240,19 @@ class Attention(nn.Module):
         positions = default_positions(seq) if positions is None else positions
         return rotation(positions, rotary_dim, self.rope_theta, self.dtype)
 
-    def _watch(
-        self,
-        q: Float[Array, "batch seq heads head_dim"],
-        k: Float[Array, "batch seq kv_heads head_dim"],
-        segment_ids: Int[Array, "batch seq"] | None,
-    ) -> None:
-        entropy, largest = attention_statistics(q, k, segment_ids)
-        self.sow(SIGNAL, "attention_entropy", entropy)
-        self.sow(SIGNAL, "largest_logit", largest)
-
     def _norm_of_heads(
         self, name: str, heads: Float[Array, "batch seq heads head_dim"]
     ) -> tuple[Float[Array, "batch seq heads head_dim"], HeadNorm | None]:
         """The heads, and the norm that is still to be applied; a norm over the projection is applied here."""
-        if getattr(self, name) != "head" or self.norm not in ("layernorm", "rmsnorm"):
+        if getattr(self, name) != "head" or self.norm_per_head or self.norm not in ("layernorm", "rmsnorm"):
             return self._normalize(name, heads), None
         parameters = HeadNormParameters(
-            use_scale=self.norm_scale, use_bias=self.norm_bias, param_dtype=self.param_dtype, name=name
+            use_scale=self.norm_scale,
+            use_bias=self.norm_bias,
+            scale_plus_one=self.norm_scale_plus_one,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
         )
         scale, bias = parameters(heads.shape[-1])
         function = layer_norm if self.norm == "layernorm" else rms_norm
@@ -229,8 +272,10 @@ class Attention(nn.Module):
             epsilon=self.norm_epsilon,
             use_scale=self.norm_scale,
             use_bias=self.norm_bias,
+            scale_plus_one=self.norm_scale_plus_one,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            feature_axes=(-2, -1) if extent == "head" and self.norm_per_head else -1,
             name=name,
         )
         if extent == "head":

@@ -4,20 +4,27 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import flax
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.config_fields import present
+from hybridnorm_jax.kernels.head_preparation import Rotation
 from hybridnorm_jax.kernels.precision import wide_dtype, widened
-from hybridnorm_jax.model.attention import Attention, Rotation
+from hybridnorm_jax.kernels.swiglu import SwigluClamp
+from hybridnorm_jax.model.alibi import alibi_of
+from hybridnorm_jax.model.attention import Attention
 from hybridnorm_jax.model.cache import Slots
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.feed_forward import FeedForward
 from hybridnorm_jax.model.initializers import std_factor, truncated_normal
+from hybridnorm_jax.model.input_checks import check_per_token
+from hybridnorm_jax.model.layer_scale import LayerScale
 from hybridnorm_jax.model.moe import MoE
 from hybridnorm_jax.model.norms import Norm, padding_defect, zero_mean_defect
 from hybridnorm_jax.model.placement import BlockPlacement, Scales, SublayerPlacement
+from hybridnorm_jax.model.rotation import default_positions, rotations
 from hybridnorm_jax.model.signal_measures import PROBE, SIGNAL, gradient_probe, stream_rms, token_similarity
 
 Stream = Float[Array, "batch seq embed"]
@@ -30,7 +37,10 @@ STREAM, DEFECT = "stream", "stream_defect"
 
 
 class SublayerNorms(NamedTuple):
-    """The norms of the formula, each the identity where the placement has none."""
+    """The norms of the formula, each the identity where the placement has none.
+
+    Behind the branch norm stands LayerScale, where the model has it.
+    """
 
     pre: StreamFunction
     branch: StreamFunction
@@ -83,19 +93,30 @@ class LayerInputs:
       attention, feed_forward: the scales of the formula in the two sublayers.
       keys: what the layer draws its parameters and its dropout from, by the name of Flax's stream. The Decoder gives
         them; a Block alone leaves keys to Flax.
+      window: how many positions a token sees, where the layers of the run differ in that; None: Block.window says it.
+      rotation: which of the rotations of SharedInputs.rotation, where the layers of the run differ in that; None: there
+        is one, or none.
     """
 
     layer: int | Int[Array, ""]
     attention: ScaleArrays
     feed_forward: ScaleArrays
     keys: dict[str, Array] = flax.struct.field(default_factory=dict)
+    window: Int[Array, ""] | None = None
+    rotation: Int[Array, ""] | None = None
 
 
 @flax.struct.dataclass
 class SharedInputs:
-    """What is the same for all layers; see the arguments of Attention. `slots` are those of the cache, if any."""
+    """What is the same for all layers; see the arguments of Attention. `slots` are those of the cache, if any.
+
+    Attributes:
+      rotation: of the layers of one run; several on a first axis where they differ.
+      rotations: those of a whole model, by kind, see model/rotation.py; a run takes its own out of them.
+    """
 
     rotation: Rotation | None = None
+    rotations: dict[int, Rotation] = flax.struct.field(default_factory=dict)
     segment_ids: Int[Array, "batch seq"] | None = None
     positions: Int[Array, "batch seq"] | None = None
     slots: Slots | None = None
@@ -119,12 +140,15 @@ class Block(nn.Module):
         y = block.apply(variables, x)
 
     Parameters: `attention/...`, `feed_forward/...`, and of the norms that the placement has `attention_pre_norm`,
-    `attention_branch_norm`, `attention_post_norm`, `feed_forward_pre_norm`, ... with `scale` and `bias` (embed,).
+    `attention_branch_norm`, `attention_post_norm`, `feed_forward_pre_norm`, ... with `scale` and `bias` (embed,); with
+    config.layer_scale `attention_layer_scale/scale` and `feed_forward_layer_scale/scale` (embed,). Where the placement
+    has one pre norm for both branches, it is `attention_pre_norm`.
 
     Attributes:
       config: sizes, kinds and dtypes; its scheme does not matter here, except for initializer=auto.
       placement: where this block normalizes, and its scales.
-      layer: number of the block in its model, from 0; only the initializer "depth_scaled" asks for it.
+      layer: number of the block in its model, from 0: it decides the block's window and rotation and whether it has
+        experts, where layers differ in them, and the initializer "depth_scaled" asks for it.
     """
 
     config: ModelConfig
@@ -157,6 +181,13 @@ class Block(nn.Module):
             attention=scale_arrays(self.placement.attention.scales, self.config.dtype),
             feed_forward=scale_arrays(self.placement.feed_forward.scales, self.config.dtype),
         )
+        if rotation is not None and positions is not None:
+            raise ValueError("positions: they are in the rotation already; give one of the two")
+        if rotation is None and self.config.positions == "rope":
+            positions = default_positions(x.shape[1]) if positions is None else positions
+            check_per_token("positions", positions, batch=x.shape[0], seq=x.shape[1])
+            kind = self.config.layer_rotations[self.layer]
+            rotation, positions = rotations(self.config, positions, self.config.dtype).get(kind), None
         shared = SharedInputs(positions=positions, segment_ids=segment_ids, rotation=rotation)
         return self.transform(x, layer, shared, deterministic=deterministic)
 
@@ -165,21 +196,28 @@ class Block(nn.Module):
         """`__call__` with the layer's number and scales as inputs: so one traced block serves a scan over layers."""
         attention, feed_forward = self._attention(layer.layer), self._feed_forward(layer.layer)
 
+        by = shared.rotation
+        if layer.rotation is not None:
+            by = jax.tree.map(lambda stacked: stacked[layer.rotation], by)
+
         def attend(x: Stream) -> Stream:
             return attention(
                 x,
                 positions=shared.positions,
                 segment_ids=shared.segment_ids,
-                rotation=shared.rotation,
+                rotation=by,
+                layer_window=layer.window,
                 slots=shared.slots,
             )
 
+        attention_norms = self._norms("attention", self.placement.attention)
+        shared_pre = attention_norms.pre if self.placement.shared_pre_norm else None
         after_attention = apply_formula(
             self._with_dropout(attend, deterministic, "attention_dropout"),
             sublayer_input=x,
             block_input=x,
             placement=self.placement.attention,
-            norms=self._norms("attention", self.placement.attention),
+            norms=attention_norms,
             scales=layer.attention,
         )
         y = apply_formula(
@@ -187,7 +225,7 @@ class Block(nn.Module):
             sublayer_input=after_attention,
             block_input=x,
             placement=self.placement.feed_forward,
-            norms=self._norms("feed_forward", self.placement.feed_forward),
+            norms=self._norms("feed_forward", self.placement.feed_forward, shared_pre),
             scales=layer.feed_forward,
         )
         return nn.with_logical_constraint(watch_stream(self, y), ("batch", "seq", None))
@@ -196,7 +234,11 @@ class Block(nn.Module):
         dropout = Dropout(self.config.dropout, deterministic=deterministic, name=name)
         return lambda x: dropout(f(x))
 
-    def _norms(self, sublayer: str, placement: SublayerPlacement) -> SublayerNorms:
+    def _norms(
+        self, sublayer: str, placement: SublayerPlacement, shared_pre: StreamFunction | None = None
+    ) -> SublayerNorms:
+        """The norms of a sublayer; `shared_pre` is the pre norm of another one that it uses."""
+
         def norm(present: bool, which: str, initial_scale: float = 1.0) -> StreamFunction:
             if not present:
                 return lambda x: x
@@ -204,10 +246,27 @@ class Block(nn.Module):
             return stream_norm(self.config, name=f"{sublayer}_{which}_norm", scale_init=scale_init)
 
         return SublayerNorms(
-            pre=norm(placement.pre, "pre"),
-            branch=norm(placement.branch, "branch", placement.branch_norm_init),
+            pre=norm(placement.pre, "pre") if shared_pre is None else shared_pre,
+            branch=self._scaled(norm(placement.branch, "branch", placement.branch_norm_init), sublayer),
             post=norm(placement.post, "post"),
         )
+
+    def _scaled(self, branch_norm: StreamFunction, sublayer: str) -> StreamFunction:
+        """The branch norm and what stands behind it."""
+        if not self.config.layer_scale:
+            return branch_norm
+        scale = LayerScale(jnp.dtype(self.config.param_dtype), name=f"{sublayer}_layer_scale")
+        return lambda x: scale(branch_norm(x))
+
+    @property
+    def window(self) -> int:
+        """How many positions a token sees; 0: all."""
+        return self.config.layer_windows[self.layer]
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the feed-forward layer is one of experts."""
+        return self.config.has_experts[self.layer]
 
     def _initializer(self, role: str, layer: int | Int[Array, ""]) -> Callable[..., Array]:
         factor = std_factor(self.config.initializer_name, role, layer, self.config.num_layers)
@@ -227,9 +286,17 @@ class Block(nn.Module):
             norm_epsilon=config.norm_eps,
             norm_scale=config.attention_norm_scale,
             norm_bias=config.attention_norm_bias,
-            rope_theta=config.rope_theta if config.positions == "rope" else None,
-            rotary_dim=config.rotary_dim if config.positions == "rope" else None,
+            norm_scale_plus_one=config.norm_scale_plus_one,
+            alibi=alibi_of(config),
+            norm_per_head=config.attention_norm_per_head,
+            score_scale=config.attention_scale,
+            score_cap=config.score_cap,
+            qkv_clip=config.qkv_clip,
+            window=self.window or None,
+            causal=config.is_causal,
+            use_sinks=config.attention_sinks,
             use_bias=config.attention_bias,
+            use_output_bias=config.attention_output_bias,
             backend=config.attention,
             dtype=jnp.dtype(config.dtype),
             param_dtype=jnp.dtype(config.param_dtype),
@@ -241,11 +308,14 @@ class Block(nn.Module):
 
     def _feed_forward(self, layer: int | Int[Array, ""]) -> FeedForward | MoE:
         config = self.config
-        if config.num_experts == 0:
+        clamp = SwigluClamp(limit=config.clamp_limit, alpha=config.clamp_alpha)
+        if not self.has_experts:
             return FeedForward(
-                mlp_dim=config.mlp_dim,
+                mlp_dim=config.dense_width,
                 activation=config.activation,
                 use_bias=config.mlp_bias,
+                use_output_bias=config.mlp_output_bias,
+                clamp=clamp,
                 dtype=jnp.dtype(config.dtype),
                 param_dtype=jnp.dtype(config.param_dtype),
                 input_init=self._initializer("feed_forward", layer),
@@ -256,10 +326,15 @@ class Block(nn.Module):
             num_experts=config.num_experts,
             experts_per_token=present(config.experts_per_token),
             mlp_dim=config.mlp_dim,
+            clamp=clamp if config.activation == "swiglu_clamped" else None,
             normalize_weights=config.normalize_expert_weights,
             shared_experts=config.shared_experts,
+            shared_mlp_dim=config.shared_mlp_dim,
+            shared_gate=config.shared_expert_gate,
             balance_bias=config.balance_bias,
             use_bias=config.mlp_bias,
+            use_output_bias=config.mlp_output_bias,
+            use_router_bias=config.router_bias,
             dispatch=config.expert_dispatch,
             dtype=jnp.dtype(config.dtype),
             param_dtype=jnp.dtype(config.param_dtype),
@@ -305,6 +380,7 @@ def stream_norm(
         epsilon=config.norm_eps,
         use_scale=config.norm_scale,
         use_bias=config.norm_bias,
+        scale_plus_one=config.norm_scale_plus_one,
         scale_init=scale_init,
         width=config.norm_width,
         dtype=jnp.dtype(config.dtype),

@@ -1,8 +1,8 @@
-"""The feed-forward branch: SwiGLU, or one hidden layer with GELU or ReLU."""
+"""The feed-forward branch: one hidden layer with an activation, or with a gate (a GLU)."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,26 +10,65 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from hybridnorm_jax.kernels.dense_products import dot_general
+from hybridnorm_jax.kernels.swiglu import SwigluClamp, clamped_swiglu
 from hybridnorm_jax.model.initializers import truncated_normal
 from hybridnorm_jax.model.input_checks import check_at_least_one
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
+Hidden = Float[Array, "batch seq mlp"]
+
+
+class Activation(NamedTuple):
+    """The hidden layer is function(gate(x)) * up(x) where it is gated, and function(up(x)) otherwise."""
+
+    function: Callable[[Hidden], Hidden]
+    is_gated: bool
+
+
+def gelu_quick(x: Hidden) -> Hidden:
+    """x * sigmoid(1.702 x), GELU as CLIP has it (1606.08415, section 2)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def relu_squared(x: Hidden) -> Hidden:
+    """max(x, 0)^2. Primer (2109.08668)."""
+    return jnp.square(jax.nn.relu(x))
+
+
+_gelu, _gelu_tanh = partial(jax.nn.gelu, approximate=False), partial(jax.nn.gelu, approximate=True)
+ACTIVATIONS = {
+    "swiglu": Activation(jax.nn.silu, is_gated=True),
+    "geglu": Activation(_gelu, is_gated=True),
+    "geglu_tanh": Activation(_gelu_tanh, is_gated=True),
+    "geglu_quick": Activation(gelu_quick, is_gated=True),
+    "reglu": Activation(jax.nn.relu, is_gated=True),
+    "reglu_squared": Activation(relu_squared, is_gated=True),
+    "gelu": Activation(_gelu, is_gated=False),
+    "gelu_tanh": Activation(_gelu_tanh, is_gated=False),
+    "gelu_quick": Activation(gelu_quick, is_gated=False),
+    "relu": Activation(jax.nn.relu, is_gated=False),
+    "relu_squared": Activation(relu_squared, is_gated=False),
+    "silu": Activation(jax.nn.silu, is_gated=False),
 }
+# Gated too, but up is not what the function is multiplied by.
+CLAMPED = "swiglu_clamped"
 
 
 class FeedForward(nn.Module):
-    """down(silu(gate(x)) * up(x)) for swiglu, down(activation(up(x))) otherwise.
+    """down(function(gate(x)) * up(x)) for gated activations, down(function(up(x))) for the others.
 
-    Parameters: `gate/kernel` (embed, mlp; swiglu only), `up/kernel` (embed, mlp), `down/kernel` (mlp, embed), and
-    their `bias` where asked for. SwiGLU: 2002.05202.
+    Gated are swiglu (silu), geglu, geglu_tanh, geglu_quick (the GELUs), reglu (ReLU), reglu_squared (ReLU squared), and
+    swiglu_clamped, of which kernels.swiglu.clamped_swiglu has the formula. GLUs: 2002.05202.
+
+    Parameters: `gate/kernel` (embed, mlp; gated only), `up/kernel` (embed, mlp), `down/kernel` (mlp, embed), and
+    their `bias` where asked for.
 
     Attributes:
       mlp_dim: width of the hidden layer.
-      activation: "swiglu", "gelu" (exact), "gelu_tanh" or "relu".
-      use_bias: biases on all projections.
+      activation: one of those above, or "gelu" (exact), "gelu_tanh", "gelu_quick" (x sigmoid(1.702 x)), "relu",
+        "relu_squared" or "silu".
+      use_bias: biases on gate and up, and on down unless use_output_bias says otherwise.
+      use_output_bias: a bias on down; None: use_bias.
+      clamp: of swiglu_clamped; nothing else reads it.
       dtype, param_dtype: of the computation and of the parameters.
       input_init, output_init: initializers of gate and up, and of down.
     """
@@ -37,6 +76,8 @@ class FeedForward(nn.Module):
     mlp_dim: int
     activation: str = "swiglu"
     use_bias: bool = False
+    use_output_bias: bool | None = None
+    clamp: SwigluClamp = SwigluClamp()
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     input_init: Callable[..., Array] = truncated_normal(0.02)
@@ -44,20 +85,17 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
-        if self.activation not in ("swiglu", *ACTIVATIONS):
-            raise ValueError(f"activation={self.activation!r} must be swiglu or one of {', '.join(ACTIVATIONS)}")
+        known = (*ACTIVATIONS, CLAMPED)
+        if self.activation not in known:
+            raise ValueError(f"activation={self.activation!r} must be one of {', '.join(known)}")
         check_at_least_one("mlp_dim", self.mlp_dim)
-        dense = partial(
-            nn.Dense,
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            dot_general=dot_general,
-        )
-        up = dense(self.mlp_dim, kernel_init=self.input_init, name="up")(x)
-        if self.activation == "swiglu":
-            gate = dense(self.mlp_dim, kernel_init=self.input_init, name="gate")(x)
-            hidden = jax.nn.silu(gate) * up
+        dense = partial(nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype, dot_general=dot_general)
+        read = partial(dense, self.mlp_dim, use_bias=self.use_bias, kernel_init=self.input_init)
+        up = read(name="up")(x)
+        if self.activation == CLAMPED:
+            hidden = clamped_swiglu(read(name="gate")(x), up, self.clamp)
         else:
-            hidden = ACTIVATIONS[self.activation](up)
-        return dense(x.shape[-1], kernel_init=self.output_init, name="down")(hidden)
+            function, is_gated = ACTIVATIONS[self.activation]
+            hidden = function(read(name="gate")(x)) * up if is_gated else function(up)
+        use_output_bias = self.use_bias if self.use_output_bias is None else self.use_output_bias
+        return dense(x.shape[-1], use_bias=use_output_bias, kernel_init=self.output_init, name="down")(hidden)

@@ -14,8 +14,8 @@ from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.kernels.backend_names import EXPERT_DISPATCHES
 from hybridnorm_jax.kernels.dense_products import rows_product
 from hybridnorm_jax.kernels.split_experts import apply_experts_on_mesh
-from hybridnorm_jax.kernels.swiglu import ExpertKernels
-from hybridnorm_jax.model.feed_forward import FeedForward
+from hybridnorm_jax.kernels.swiglu import ExpertKernels, SwigluClamp
+from hybridnorm_jax.model.feed_forward import CLAMPED, FeedForward
 from hybridnorm_jax.model.initializers import truncated_normal
 from hybridnorm_jax.model.input_checks import check_at_least_one, check_stream
 
@@ -102,12 +102,13 @@ class ExpertProjection(nn.Module):
 class MoE(nn.Module):
     """y = sum over the k chosen experts of weight_e * down_e(silu(gate_e(x)) * up_e(x)), plus the shared experts.
 
-    The router is softmax(x @ kernel + bias) in float32 at least, its k largest entries are the weights. Dropless: every
+    The router is softmax(x @ kernel + bias) in float32 at least, its k largest entries are the weights, with
+    normalize_weights the softmax of the k largest logits, which is the same over their sum. Dropless: every
     token reaches all its experts, however unevenly they are chosen. OLMoE (2409.02060), eqs. 1 and 2.
 
     Parameters: `router/kernel` (embed, experts), `expert_gate/kernel` and `expert_up/kernel` (experts, embed, mlp),
     `expert_down/kernel` (experts, mlp, embed), their `bias` where asked for, `balance_bias` (experts,) where asked for,
-    and of the shared experts `shared/{gate, up, down}`, as FeedForward's of width shared_experts * mlp.
+    of the shared experts `shared/{gate, up, down}`, as FeedForward's, and `shared_gate/kernel` (embed, 1).
 
     Reverse-mode differentiable, once. Inside a jax.shard_map of yours it needs check_vma=False.
 
@@ -117,11 +118,16 @@ class MoE(nn.Module):
     Attributes:
       num_experts, experts_per_token: as named; the second is k.
       mlp_dim: width of each expert's hidden layer.
+      clamp: None: experts are swiglu as above; otherwise their hidden layer is kernels.swiglu.clamped_swiglu.
       normalize_weights: divide a token's k weights by their sum.
       shared_experts: how many experts every token passes besides, with weight 1 (2401.06066).
+      shared_mlp_dim: width of the shared experts together; None: shared_experts * mlp_dim.
+      shared_gate: what the shared experts give is multiplied by sigmoid(x @ kernel), one number for each token.
       balance_bias: add a bias to the router's softmax for the choice of experts; it has no gradient and is moved by
         training alone (training/router_balance.py). Loss-free balancing, 2408.15664.
-      use_bias: biases on the router and on all projections.
+      use_bias: biases on the router and on all projections, unless the next two say otherwise.
+      use_output_bias: biases on down, of the shared experts too; None: use_bias.
+      use_router_bias: a bias on the router; None: use_bias.
       dispatch: what computes the experts, see kernels.expert_dispatch.
       dtype, param_dtype: of the computation and of the parameters.
       router_init, input_init, output_init: initializers of the router, of gate and up, and of down.
@@ -130,10 +136,15 @@ class MoE(nn.Module):
     num_experts: int
     experts_per_token: int
     mlp_dim: int
+    clamp: SwigluClamp | None = None
     normalize_weights: bool = False
     shared_experts: int = 0
+    shared_mlp_dim: int | None = None
+    shared_gate: bool = False
     balance_bias: bool = False
     use_bias: bool = False
+    use_output_bias: bool | None = None
+    use_router_bias: bool | None = None
     dispatch: str = "auto"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -152,7 +163,7 @@ class MoE(nn.Module):
         check_stream(x)
         logits = nn.Dense(
             self.num_experts,
-            use_bias=self.use_bias,
+            use_bias=self.use_bias if self.use_router_bias is None else self.use_router_bias,
             dtype=jnp.promote_types(self.dtype, jnp.float32),
             param_dtype=self.param_dtype,
             kernel_init=self.router_init,
@@ -168,18 +179,39 @@ class MoE(nn.Module):
         )
         self._sow(logits, chosen)
         y = self._experts(x.astype(self.dtype), weights, chosen)
-        if self.shared_experts == 0:
-            return y
+        return y if self.shared_experts == 0 else y + self._shared(x)
+
+    @property
+    def _has_output_bias(self) -> bool:
+        return self.use_bias if self.use_output_bias is None else self.use_output_bias
+
+    def _shared(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+        """What the shared experts add."""
+        width = self.shared_experts * self.mlp_dim if self.shared_mlp_dim is None else self.shared_mlp_dim
         shared = FeedForward(
-            mlp_dim=self.shared_experts * self.mlp_dim,
+            mlp_dim=width,
+            activation="swiglu" if self.clamp is None else CLAMPED,
             use_bias=self.use_bias,
+            use_output_bias=self._has_output_bias,
+            clamp=SwigluClamp() if self.clamp is None else self.clamp,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             input_init=self.input_init,
             output_init=self.output_init,
             name="shared",
         )
-        return y + shared(x)
+        if not self.shared_gate:
+            return shared(x)
+        gate = nn.Dense(
+            1,
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=self.router_init,
+            dot_general=rows_product,
+            name="shared_gate",
+        )
+        return jax.nn.sigmoid(gate(x)) * shared(x)
 
     def _sow(self, logits: Array, chosen: Array) -> None:
         if self.is_initializing():  # where every collection is
@@ -190,25 +222,29 @@ class MoE(nn.Module):
             self.sow(CHOSEN, "value", chosen)
 
     def _experts(self, x: Array, weights: Array, chosen: Array) -> Array:
+        """What the chosen experts add; weights are in float32 at least."""
         experts, embed, mlp = self.num_experts, x.shape[-1], self.mlp_dim
-        projection = partial(ExpertProjection, use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
-        gate, gate_bias = projection((experts, embed, mlp), kernel_init=self.input_init, name="expert_gate")()
-        up, up_bias = projection((experts, embed, mlp), kernel_init=self.input_init, name="expert_up")()
-        down, down_bias = projection((experts, mlp, embed), kernel_init=self.output_init, name="expert_down")()
-        if not self.use_bias:
-            return apply_experts_on_mesh(x, ExpertKernels(gate, up, down), weights, chosen, dispatch=self.dispatch)
-        # Biases ride on one more channel, which is 1: dispatches need not know of them.
-        x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
-        gate = jnp.concatenate([gate, present(gate_bias)[:, None]], axis=1)
-        up = jnp.concatenate([up, present(up_bias)[:, None]], axis=1)
-        down = jnp.pad(down, ((0, 0), (0, 0), (0, 1)))
-        y = apply_experts_on_mesh(x, ExpertKernels(gate, up, down), weights, chosen, dispatch=self.dispatch)[
-            ..., :embed
-        ]
+        projection = partial(ExpertProjection, dtype=self.dtype, param_dtype=self.param_dtype)
+        read = partial(projection, (experts, embed, mlp), use_bias=self.use_bias, kernel_init=self.input_init)
+        gate, gate_bias = read(name="expert_gate")()
+        up, up_bias = read(name="expert_up")()
+        down, down_bias = projection(
+            (experts, mlp, embed), use_bias=self._has_output_bias, kernel_init=self.output_init, name="expert_down"
+        )()
+        if self.use_bias:
+            # They ride on one more channel, which is 1: dispatches need not know of them.
+            x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
+            gate = jnp.concatenate([gate, present(gate_bias)[:, None]], axis=1)
+            up = jnp.concatenate([up, present(up_bias)[:, None]], axis=1)
+            down = jnp.pad(down, ((0, 0), (0, 0), (0, 1)))
+        kernels = ExpertKernels(gate, up, down, self.clamp)
+        y = apply_experts_on_mesh(x, kernels, weights, chosen, dispatch=self.dispatch)[..., :embed]
+        if down_bias is None:
+            return y
         one_hot = chosen[..., None] == jnp.arange(experts)
         per_expert = jnp.where(one_hot, weights[..., None], 0).sum(-2)
         # The weights are not rounded to the compute dtype, and the sum is rounded once.
         biases = jnp.einsum(
-            "bse,ed->bsd", per_expert, present(down_bias).astype(weights.dtype), precision=jax.lax.Precision.HIGHEST
+            "bse,ed->bsd", per_expert, down_bias.astype(weights.dtype), precision=jax.lax.Precision.HIGHEST
         )
         return (y.astype(weights.dtype) + biases).astype(self.dtype)

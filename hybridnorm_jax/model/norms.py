@@ -22,6 +22,11 @@ def _wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def plus_one(scale: Float[Array, "*scale"], dtype: Any) -> Float[Array, "*scale"]:
+    """1 + scale in float32 at least: what norms that store their scale so multiply an array of this dtype by."""
+    return 1 + scale.astype(jnp.promote_types(dtype, jnp.float32))
+
+
 def _affine(normalized: Array, scale: Array | None, bias: Array | None, dtype: Any) -> Array:
     if scale is not None:
         normalized = normalized * scale.astype(normalized.dtype)
@@ -149,6 +154,7 @@ class Norm(nn.Module, kw_only=True):
       dtype: of the result; None: what x and the parameters promote to.
       param_dtype: of the parameters.
       use_scale, use_bias: whether the parameter exists; use_bias=None: as in flax.linen, for layernorm alone.
+      scale_plus_one: what is multiplied by is 1 + scale, and `scale` starts at scale_init - 1 (Gemma, Nemotron).
       scale_init, bias_init: initializers.
       reduction_axes: the axes that statistics are taken over; the last one for crmsnorm.
       feature_axes: the axes that scale and bias belong to.
@@ -166,6 +172,7 @@ class Norm(nn.Module, kw_only=True):
     param_dtype: Any = jnp.float32
     use_scale: bool = True
     use_bias: bool | None = None
+    scale_plus_one: bool = False
     scale_init: Callable[..., Array] = nn.initializers.ones
     bias_init: Callable[..., Array] = nn.initializers.zeros
     reduction_axes: Axes = -1
@@ -182,13 +189,15 @@ class Norm(nn.Module, kw_only=True):
         x = jnp.asarray(x)
         self._check(x.ndim, mask)
         use_bias = self.kind == "layernorm" if self.use_bias is None else self.use_bias
-        scale = self._parameter("scale", self.scale_init, x) if self.use_scale else None
+        scale = self._parameter("scale", self._scale_init, x) if self.use_scale else None
         bias = self._parameter("bias", self.bias_init, x) if use_bias else None
         dtype = self.dtype
         if dtype is None:
             present = [array for array in (x, scale, bias) if array is not None]
             dtype = jnp.result_type(*present)
         x = x.astype(jnp.promote_types(x.dtype, dtype))
+        if scale is not None and self.scale_plus_one:
+            scale = plus_one(scale, x.dtype)
         match self.kind:
             case "crmsnorm":
                 y = crms_norm(x, scale, bias, eps=self.epsilon, width=self.width)
@@ -197,6 +206,10 @@ class Norm(nn.Module, kw_only=True):
             case _:
                 y = rms_norm(x, scale, bias, eps=self.epsilon, axis=self._axes("reduction_axes", x.ndim))
         return y.astype(dtype)
+
+    def _scale_init(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        start = self.scale_init(key, shape, dtype)
+        return start - 1 if self.scale_plus_one else start
 
     def _parameter(self, name: str, init: Callable[..., Array], x: Array) -> Array:
         """The parameter, of the shape of feature_axes, shaped so that it broadcasts against x."""

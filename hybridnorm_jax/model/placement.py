@@ -113,7 +113,7 @@ class BlockPlacement:
 
     q_norm, k_norm, v_norm and context_norm are None (absent), "head" (over head_dim, one scale vector shared by all
     heads) or "projection" (over all heads together). q, k, v are normalized before RoPE, the context before the
-    output projection.
+    output projection. With shared_pre_norm the pre norm of a parallel block is one norm, which both branches read.
     """
 
     attention: SublayerPlacement = SublayerPlacement()
@@ -122,6 +122,7 @@ class BlockPlacement:
     k_norm: HeadNorm = None
     v_norm: HeadNorm = None
     context_norm: HeadNorm = None
+    shared_pre_norm: bool = False
 
     def __post_init__(self) -> None:
         for name in ("attention", "feed_forward"):
@@ -131,6 +132,18 @@ class BlockPlacement:
             _require(name, getattr(self, name), (None, "head", "projection"))
         if self.attention.residual == "both":
             raise ValueError("attention.residual='both' would add the block's input twice: attention reads it already")
+        _require("shared_pre_norm", self.shared_pre_norm, (False, True))
+        reads_one = self.attention.pre and self.feed_forward.pre and self.feed_forward.reads == "block"
+        if self.shared_pre_norm and not reads_one:
+            raise ValueError("shared_pre_norm=True needs both pre norms, and feed_forward.reads='block'")
+
+    def with_branches_times(self, factor: float) -> "BlockPlacement":
+        """This placement with both branch scales times a factor."""
+
+        def times(sublayer: SublayerPlacement) -> SublayerPlacement:
+            return dataclasses.replace(sublayer, branch_scale=factor * sublayer.branch_scale)
+
+        return dataclasses.replace(self, attention=times(self.attention), feed_forward=times(self.feed_forward))
 
     @property
     def structure(self) -> "BlockPlacement":
@@ -140,27 +153,77 @@ class BlockPlacement:
 
 
 @dataclasses.dataclass(frozen=True)
+class Layer:
+    """What one layer of a model is, as far as layers differ.
+
+    Attributes:
+      placement: where it normalizes.
+      has_experts: whether its feed-forward layer is one of experts.
+      window: how many positions a token sees, its own and those just before; 0: all.
+      rotation: of q and k: 1 the model's first, 2 its second, 0 none.
+    """
+
+    placement: BlockPlacement
+    has_experts: bool = False
+    window: int = 0
+    rotation: int = 1
+
+    def may_follow(self, other: "Layer") -> bool:
+        """Whether one loop can compute both: they differ in numbers alone."""
+        return self.has_experts == other.has_experts and self.placement.structure == other.placement.structure
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """Consecutive layers of one structure: one scan.
 
     Attributes:
       start: number of the first layer, from 0.
-      structure: what their placements have in common, with every scale 1.
-      placements: of each layer, first to last.
+      layers: first to last.
     """
 
     start: int
-    structure: BlockPlacement
-    placements: tuple[BlockPlacement, ...]
+    layers: tuple[Layer, ...]
+
+    @property
+    def structure(self) -> BlockPlacement:
+        """What the placements of the layers have in common, with every scale 1."""
+        return self.layers[0].placement.structure
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the feed-forward layers are of experts."""
+        return self.layers[0].has_experts
 
     @property
     def length(self) -> int:
         """The number of layers."""
-        return len(self.placements)
+        return len(self.layers)
+
+    @property
+    def window(self) -> int | None:
+        """The window of all layers, see Layer; None: they differ."""
+        first, *others = {layer.window for layer in self.layers}
+        return None if others else first
+
+    @property
+    def rotations(self) -> list[int]:
+        """The rotations that its layers have, see Layer, each once."""
+        return sorted({layer.rotation for layer in self.layers})
+
+    @property
+    def rotation(self) -> int | None:
+        """The rotation of all layers; None: they differ."""
+        return self.rotations[0] if len(self.rotations) == 1 else None
+
+    @property
+    def places_of_rotations(self) -> list[int]:
+        """Of each layer the place of its rotation in `rotations`."""
+        return [self.rotations.index(layer.rotation) for layer in self.layers]
 
     def scales(self, sublayer: SublayerName) -> Scales[tuple[float, ...] | None]:
         """Of each scale of this sublayer one number per layer, or None where it is 1 in every layer."""
-        layers = [getattr(placement, sublayer).scales for placement in self.placements]
+        layers = [getattr(layer.placement, sublayer).scales for layer in self.layers]
         return Scales(
             residual=_unless_all_one(layer.residual for layer in layers),
             branch=_unless_all_one(layer.branch for layer in layers),
@@ -173,12 +236,12 @@ def _unless_all_one(values: Iterable[float]) -> tuple[float, ...] | None:
     return None if all(value == 1.0 for value in column) else column
 
 
-def runs(placements: Iterable[BlockPlacement]) -> tuple[Run, ...]:
-    """Group consecutive placements that differ only in scales."""
+def runs(layers: Iterable[Layer]) -> tuple[Run, ...]:
+    """Group consecutive layers that differ in numbers only."""
     found: list[Run] = []
-    for layer, placement in enumerate(placements):
-        if found and found[-1].structure == placement.structure:
-            found[-1] = dataclasses.replace(found[-1], placements=(*found[-1].placements, placement))
+    for number, layer in enumerate(layers):
+        if found and layer.may_follow(found[-1].layers[-1]):
+            found[-1] = dataclasses.replace(found[-1], layers=(*found[-1].layers, layer))
         else:
-            found.append(Run(start=layer, structure=placement.structure, placements=(placement,)))
+            found.append(Run(start=number, layers=(layer,)))
     return tuple(found)

@@ -76,7 +76,8 @@ def _stretch_lines(placement: BlockPlacement, layers: list[int]) -> Iterator[str
     stretch = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
     extents = {name.removesuffix("_norm"): getattr(placement, name) for name in HEAD_NORMS}
     norms = ", ".join(f"{name} per {extent}" for name, extent in extents.items() if extent is not None)
-    yield f"  {stretch}   normalized: {norms}" if norms else f"  {stretch}"
+    shared = "   one pre norm for both branches" if placement.shared_pre_norm else ""
+    yield (f"  {stretch}   normalized: {norms}" if norms else f"  {stretch}") + shared
     yield f"    attention     {placement.attention.formula('Attn')}"
     yield f"    feed-forward  {placement.feed_forward.formula('FFN')}"
 
@@ -251,6 +252,30 @@ def b2t(layer: int, num_layers: int) -> BlockPlacement:
 def parallel(layer: int, num_layers: int) -> BlockPlacement:
     """X' = X + Attn(N1(X)) + FFN(N2(X)): the parallel residual of GPT-NeoX and Pythia."""
     return BlockPlacement(PRE, SublayerPlacement(pre=True, reads="block"))
+
+
+@scheme("parallel_one_norm")
+def parallel_one_norm(layer: int, num_layers: int) -> BlockPlacement:
+    """X' = X + Attn(N(X)) + FFN(N(X)), one norm for both: GPT-J, Falcon 7B, Phi, Cohere."""
+    return dataclasses.replace(parallel(layer, num_layers), shared_pre_norm=True)
+
+
+@scheme("parallel_qk")
+def parallel_qk(layer: int, num_layers: int) -> BlockPlacement:
+    """As parallel, q and k normalized per head."""
+    return dataclasses.replace(parallel(layer, num_layers), q_norm="head", k_norm="head")
+
+
+@scheme("parallel_one_norm_qk")
+def parallel_one_norm_qk(layer: int, num_layers: int) -> BlockPlacement:
+    """As parallel_one_norm, q and k normalized per head: Phi, StableLM 2 and Cohere with norms of q and k."""
+    return dataclasses.replace(parallel_one_norm(layer, num_layers), q_norm="head", k_norm="head")
+
+
+@scheme("sandwich_qk")
+def sandwich_qk(layer: int, num_layers: int) -> BlockPlacement:
+    """As sandwich, q and k normalized per head. Gemma 3 (2503.19786)."""
+    return dataclasses.replace(sandwich(layer, num_layers), q_norm="head", k_norm="head")
 
 
 @scheme("pre_post")

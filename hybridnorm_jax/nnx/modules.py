@@ -10,8 +10,8 @@ from flax import linen as nn
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from hybridnorm_jax.kernels.head_preparation import Rotation
 from hybridnorm_jax.model import attention, block, decoder, feed_forward, moe, norms
-from hybridnorm_jax.model.attention import Rotation
 from hybridnorm_jax.model.block import Stream
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.placement import BlockPlacement
@@ -147,7 +147,7 @@ class Attention(Shell):
 
 
 class FeedForward(Shell):
-    """SwiGLU, or one hidden layer with GELU or ReLU; see hn.FeedForward.
+    """One hidden layer with an activation or a gate, such as SwiGLU; see hn.FeedForward.
 
         feed_forward = hn.nnx.FeedForward(512, mlp_dim=1376, rngs=nnx.Rngs(0))
 

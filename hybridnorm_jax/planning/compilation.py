@@ -13,7 +13,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.run_config import RunConfig
-from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.config_fields import shortened
+from hybridnorm_jax.errors import ConfigError, UserError, first_line
 from hybridnorm_jax.mesh.batch_shares import batch_parts
 from hybridnorm_jax.mesh.device_mesh import make_mesh
 from hybridnorm_jax.planning.collectives import Collectives, kernels
@@ -133,7 +134,8 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
     """Compile the train step of this run for this topology.
 
     Raises:
-      UserError: the compiler for it is missing, or the mesh or the batch of the run cannot be split over these devices.
+      UserError: the compiler for it is missing or gives up, or the mesh or the batch of the run cannot be split over
+        these devices.
     """
     seconds, text = 0.0, None
 
@@ -200,7 +202,10 @@ def _compile(lowered: jax.stages.Lowered, *, dumped: bool) -> _Compilation:
     """
     with tempfile.TemporaryDirectory() as directory, _no_cache():
         options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True} if dumped else {}
-        compiled, refusal = compile_within_memory(lowered, compiler_options=options)
+        try:
+            compiled, refusal = compile_within_memory(lowered, compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            raise UserError(f"the compiler gives up on this program: {shortened(first_line(error))}") from error
         written = sorted(Path(directory).glob("module_*jit_train_step*after_optimizations.txt"))
         if written:
             return _Compilation(executable=compiled, text=written[-1].read_text(), refusal=refusal)

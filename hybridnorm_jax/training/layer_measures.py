@@ -10,7 +10,6 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float
 
 from hybridnorm_jax.model.decoder import Decoder
-from hybridnorm_jax.model.placement import runs
 from hybridnorm_jax.model.signal_measures import PROBE, SIGNAL
 from hybridnorm_jax.training.state import TrainState
 from hybridnorm_jax.training.step import Batch, Convert, batch_loss
@@ -38,9 +37,7 @@ def measure_signal(
       chunk, convert: as in training.step; the gradient is that of the parameters before `convert`.
     """
     dtype = jnp.promote_types(model.config.dtype, jnp.float32)
-    probes = {
-        f"run_{i}": {"square": jnp.zeros(run.length, dtype)} for i, run in enumerate(runs(model.config.placements))
-    }
+    probes = {f"run_{i}": {"square": jnp.zeros(run.length, dtype)} for i, run in enumerate(model.config.runs)}
     probes["square"] = jnp.zeros((), dtype)
 
     def loss(params, probes):

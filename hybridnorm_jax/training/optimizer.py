@@ -37,7 +37,7 @@ def learning_rate_schedule(config: OptimizerSection, steps: int, tokens_per_step
 
 
 def decay_mask(config: OptimizerSection, params: Any) -> Any:
-    """Which parameters decay: kernels always, embeddings and norm scales and biases as configured.
+    """Which parameters decay: kernels always, embeddings as configured, and so norm scales, biases and sinks.
 
     The biases that balance experts never do: no gradient holds against it.
     """
@@ -48,7 +48,7 @@ def decay_mask(config: OptimizerSection, params: Any) -> Any:
             return False
         if name == "embedding":
             return config.decay_embeddings
-        return config.decay_norms_and_biases if name in ("scale", "bias") else True
+        return config.decay_norms_and_biases if name in ("scale", "bias", "sinks") else True
 
     return jax.tree.map_with_path(decays, params)
 

@@ -13,9 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from hybridnorm_jax.config.run_config import RunConfig, TrainSection
 from hybridnorm_jax.config_fields import check
 from hybridnorm_jax.equivalence.comparison import compare_forms, compare_norm
-from hybridnorm_jax.equivalence.decoder_forms import Conversion, conversion_of
+from hybridnorm_jax.equivalence.decoder_forms import Conversion
+from hybridnorm_jax.equivalence.forms import conversion_of
 from hybridnorm_jax.equivalence.invariants import assert_measured, tolerances
 from hybridnorm_jax.equivalence.measurements import Measured
+from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.kernels.attention_backends import capability_of, resolve_backend, sequence_multiple
 from hybridnorm_jax.kernels.expert_dispatch import ExpertSize, resolve_dispatch
 from hybridnorm_jax.mesh.batch_shares import BatchShare, batch_parts, batch_sharding, batch_share
@@ -24,6 +26,7 @@ from hybridnorm_jax.mesh.fit_checks import check_experts, check_sequence
 from hybridnorm_jax.mesh.sharding_rules import resolve_rules
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
+from hybridnorm_jax.model.encoder_config import EncoderConfig
 from hybridnorm_jax.model.loss import LossSums
 from hybridnorm_jax.training.layer_measures import Measures, make_watch
 from hybridnorm_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -70,6 +73,8 @@ class Program:
           mesh: None: over the devices at hand, as the configuration says.
           remat: in the place of model.remat, see remat_choice.py.
         """
+        if isinstance(config.model, EncoderConfig):
+            raise ConfigError("model: an encoder, which no run trains; examples/image_classification.py trains one")
         self.config = config
         self.remat = config.model.remat if remat is None else remat
         self.mesh = make_mesh(config.mesh.sizes) if mesh is None else mesh
@@ -129,7 +134,13 @@ class Program:
         if not model.num_experts:
             return None
         size = ExpertSize(embed=model.d_model + model.mlp_bias, mlp=model.mlp_dim)  # biases ride on one more channel
-        return resolve_dispatch(model.expert_dispatch, platform=self.platform, dtype=model.dtype, size=size)
+        return resolve_dispatch(
+            model.expert_dispatch,
+            platform=self.platform,
+            dtype=model.dtype,
+            size=size,
+            clamped=model.activation == "swiglu_clamped",
+        )
 
     def _resolve_backend(self) -> str:
         """What computes attention on these devices."""
@@ -141,6 +152,7 @@ class Program:
             head_dim=model.head_dim,
             segment_ids=self.config.data.segment_ids,
             capability=capability_of(self.mesh.devices.flat[0]),
+            features=model.score_features,
         )
 
     def _jit_train_step(self) -> Callable:

@@ -10,7 +10,6 @@ from etils import epath
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data import Data
 from hybridnorm_jax.mesh.shardings import undivided
-from hybridnorm_jax.model.placement import runs
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.xla_options import described
 
@@ -93,7 +92,7 @@ def _shape(config: RunConfig) -> str:
 def _scheme(config: RunConfig) -> str:
     """The placement of norms; equal layers in a row are compiled once, so their groups say how long compiling takes."""
     model = config.model
-    groups = len(runs(model.placements))
+    groups = len(model.runs)
     in_groups = "" if groups == 1 else f"; the layers form {groups} groups of equal ones"
     return f"{model.scheme} with {model.norm}{in_groups}"
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.model.config import ModelConfig
 
 # bfloat16 FLOP/s of dense (not sparse) matrix products per JAX device, by jax.Device.device_kind; from the vendors'
@@ -54,18 +55,22 @@ def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
         6 * weights + 12 * num_layers * num_heads * head_dim * seq_len / 2
 
     `weights` counts the parameters that enter a token's matrix products: q, k, v and output projections, the
-    feed-forward layer (three matrices for swiglu, otherwise two) and the head, tied or not; not the embedding lookup,
-    norms and biases. Of a mixture of experts these are the router, the token's k experts and the shared ones. The
-    second term is attention's scores and their product with the values, of which the causal mask needs half. The
+    feed-forward layer (three matrices where it has a gate, otherwise two) and the head, tied or not; not the embedding
+    lookup, norms and biases. Of a mixture of experts these are the router, the token's k experts and the shared ones.
+    The second term is attention's scores and their product with the values, of which the causal mask needs half. The
     backward pass costs twice the forward pass. What rematerialization computes again is not counted.
     """
     head_dim, d_model = model.head_dim, model.d_model
     attention = d_model * head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
-    feed_forward = d_model * model.mlp_dim * (3 if model.activation == "swiglu" else 2)
-    if model.num_experts:
-        feed_forward *= model.experts_per_token + model.shared_experts
-        feed_forward += d_model * model.num_experts
-    weights = model.num_layers * (attention + feed_forward) + d_model * model.vocab_size
+    kernels = 3 if model.is_gated else 2
+    feed_forward = 0
+    for has_experts in model.has_experts:
+        if has_experts:
+            width = present(model.experts_per_token) * model.mlp_dim + model.shared_width
+            feed_forward += d_model * (kernels * width + model.num_experts + model.shared_expert_gate)
+        else:
+            feed_forward += d_model * kernels * model.dense_width
+    weights = model.num_layers * attention + feed_forward + d_model * model.vocab_size
     return 6 * weights + 12 * model.num_layers * model.num_heads * head_dim * seq_len / 2
 
 

@@ -19,11 +19,12 @@ from hybridnorm_jax.config.yaml_files import from_yaml
 from hybridnorm_jax.data.tokenizer_files import byte_tokenizer_json
 from hybridnorm_jax.data.tokenizers import ByteTokenizer
 from hybridnorm_jax.generation.generate import generate
+from hybridnorm_jax.interop.own_architecture import CODE_FILES
 
 os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="hf_modules_"))
 SIZES = {"d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 48, "vocab_size": 257}
 ALWAYS = {"README.md", "config.json", "generation_config.json", "model.safetensors", "training_config.yaml"}
-CODE = {"configuration_hybridnorm.py", "modeling_hybridnorm.py"}
+CODE = set(CODE_FILES)
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 
 

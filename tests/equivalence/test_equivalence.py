@@ -11,9 +11,9 @@ import hybridnorm_jax as hn
 from hybridnorm_jax import equivalence as eq
 from hybridnorm_jax.equivalence import decoder_forms, transforms
 from hybridnorm_jax.equivalence.comparison import compare_forms
-from hybridnorm_jax.equivalence.decoder_params import assert_decoder_params
 from hybridnorm_jax.equivalence.invariants import InvariantError, assert_measured, tolerances
 from hybridnorm_jax.equivalence.measurements import Measured, centring_defects
+from hybridnorm_jax.equivalence.model_params import assert_params
 from hybridnorm_jax.model.norms import padding_defect, zero_mean_defect
 
 GPT2_LIKE = {
@@ -29,7 +29,7 @@ GPT2_LIKE = {
 }
 MODELS = {
     "gpt2": GPT2_LIKE,
-    "neox": {"scheme": "parallel", "norm_bias": True, "attention_bias": True, "mlp_bias": True, "rotary_fraction": 0.5},
+    "neox": {"scheme": "parallel", "norm_bias": True, "attention_bias": True, "mlp_bias": True, "rotary_dim": 4},
     "no_biases": {"scheme": "pre", "num_kv_heads": 2},
     "norm_biases_alone": {"scheme": "pre", "norm_bias": True},
     "bare_norms_tied": {"scheme": "pre", "norm_scale": False, "tie_embeddings": True},
@@ -65,7 +65,7 @@ def test_all_forms_compute_the_same_logits(name, small_config, random_params, to
             assert (form.norm, form.d_model, form.norm_scale, form.norm_bias) == (norm, width, False, False)
             found = _logits(form, theirs, tokens)
             assert float(abs(found - expected).max() / abs(expected).max()) < 1e-12
-            assert_decoder_params(form, theirs)
+            assert_params(form, theirs)
 
 
 def test_a_tied_head_stays_tied_where_it_may(small_config, random_params):
@@ -78,7 +78,7 @@ def test_a_tied_head_stays_tied_where_it_may(small_config, random_params):
 def test_a_tree_that_is_not_the_models_is_refused_in_one_line(small_config, random_params):
     config, params = _model(small_config, random_params, {"scheme": "pre"}, "float32")
     with pytest.raises(
-        eq.LayoutError, match=r": missing; params must be the tree of Decoder\(config\), variables\['params'\]$"
+        eq.LayoutError, match=r": missing; params must be the tree of build_model\(config\), variables\['params'\]$"
     ):
         eq.to_pre_rmsnorm(config, {"params": params})
     for change, message in (
@@ -89,13 +89,13 @@ def test_a_tree_that_is_not_the_models_is_refused_in_one_line(small_config, rand
         ),
         (
             {"head": {"kernel": np.ones((32, 61), np.float16)}},
-            r"^head/kernel: is float16, but the embedding is float32$",
+            r"^head/kernel: is float16, but token_embedding/embedding is float32$",
         ),
-        ({"stranger": np.ones(3, np.float32)}, r"^stranger: Decoder\(config\) has no such parameter$"),
+        ({"stranger": np.ones(3, np.float32)}, r"^stranger: a model of this config has no such parameter$"),
     ):
         with pytest.raises(eq.LayoutError, match=message):
             eq.to_pre_crmsnorm(config, params | change)
-    with pytest.raises(eq.LayoutError, match=r"^params: must be the tree of Decoder"):
+    with pytest.raises(eq.LayoutError, match=r"^params: must be the tree of build_model"):
         eq.to_pre_rmsnorm(config, None)
 
 
@@ -255,7 +255,7 @@ def test_static_invariants_name_the_leaf(spoil, message, small_config, random_pa
     converted = jax.tree.map(lambda leaf: leaf, converted)
     spoil(converted)
     with pytest.raises(AssertionError, match=message):
-        jax.eval_shape(lambda p: assert_decoder_params(form, p), converted)
+        jax.eval_shape(lambda p: assert_params(form, p), converted)
 
 
 def test_a_model_of_one_layer_and_a_foreign_scale(small_config, random_params, tokens):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import hybridnorm_jax as hn
-from hybridnorm_jax.equivalence.decoder_forms import conversion_of
+from hybridnorm_jax.equivalence.forms import conversion_of
 from hybridnorm_jax.generation import decoding
 from hybridnorm_jax.generation import generate as generate_module
 from hybridnorm_jax.generation import generate as module
@@ -28,8 +28,24 @@ KINDS = {
     "experts pre": {"scheme": "pre", **EXPERTS},
     "experts hybrid_star": {"scheme": "hybrid_star", **EXPERTS},
     "a kv head for each head": {"scheme": "hybrid", "num_kv_heads": 4},
-    "one kv head": {"scheme": "hybrid", "num_kv_heads": 1, "rotary_fraction": 0.5},
+    "one kv head": {"scheme": "hybrid", "num_kv_heads": 1, "rotary_dim": 4},
     "learned positions": {"scheme": "pre", "norm": "layernorm", "positions": "learned", "max_positions": 24},
+    "rules of scores": {
+        **{"scheme": "hybrid", "windows": (2, 0), "attention_sinks": True, "score_cap": 3.0, "attention_scale": 0.8},
+        **{"qkv_clip": 1.5, "attention_bias": True, "attention_output_bias": False, "attention_norm_per_head": True},
+    },
+    "rotations by layer": {"scheme": "pre", "rope_layers": (2, 0, 1), "second_rope_theta": 50.0, "windows": (3, 0)},
+    "yarn": {
+        **{"scheme": "pre", "rope_scaling": "yarn", "rope_factor": 4, "rope_original_length": 8},
+        "rope_bounds": (1, 32),
+    },
+    "longrope": {
+        **{"scheme": "pre", "rope_scaling": "longrope", "rope_factor": 4, "rope_original_length": 16},
+        **{"rope_short_factors": (1, 2), "rope_long_factors": (3, 4)},
+    },
+    "alibi": {"scheme": "pre", "positions": "alibi", "alibi_scale": 0.5, "windows": (4, 0)},
+    "alibi in bfloat16": {"scheme": "pre", "positions": "alibi", "alibi_bfloat16": True},
+    "sinusoidal": {"scheme": "pre", "positions": "sinusoidal", "max_positions": 24, "position_offset": 2},
     "positions with an offset": {
         **{"scheme": "span", "tie_embeddings": True, "positions": "learned", "max_positions": 24},
         **{"position_offset": 2, "attention_bias": True, "mlp_bias": True},
@@ -134,6 +150,27 @@ def test_the_likeliest_text_is_that_without_a_cache(kind, random_params):
     prompt = np.random.default_rng(1).integers(0, 61, 7)
     (ours,) = hn.generate(config, params, [prompt], max_new_tokens=9)
     assert ours.tolist() == _uncached(config, params, prompt, 9)
+
+
+def test_longrope_is_exact_on_both_sides_of_its_length_and_refused_across_it(random_params):
+    config, params = _kind("longrope", random_params)
+    rng = np.random.default_rng(1)
+    short, long = rng.integers(0, 61, 7), rng.integers(0, 61, 17)
+    # The last new token is not read, so that 16 tokens are.
+    ours = hn.generate(config, params, [short, long], max_new_tokens=10)
+    for prompt, text in zip((short, long), ours, strict=True):
+        assert text.tolist() == _uncached_by_length(config, params, prompt, 10)
+    with pytest.raises(hn.UserError, match=r"a prompt of 7 tokens and max_new_tokens=11: the text grows beyond 16"):
+        hn.generate(config, params, [long, short], max_new_tokens=11)
+
+
+def _uncached_by_length(config, params, prompt, count):
+    """As _uncached, but from passes over the text alone: with padding behind it, it would be a longer one."""
+    text = [int(token) for token in prompt]
+    forward = jax.jit(lambda tokens: hn.Decoder(config).apply({"params": params}, tokens))
+    for _ in range(count):
+        text.append(int(np.argmax(forward(np.asarray([text]))[0, -1])))
+    return text[len(prompt) :]
 
 
 def test_a_penalty_counts_the_prompt_and_what_was_written(random_params):

@@ -1,12 +1,12 @@
 """docs/using_a_model.md: its table of schemes is what its script writes, and its example is the model card's."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.commands.model_card import WITH_TOKENIZER
 from hybridnorm_jax.interop.architectures import ARCHITECTURES
-from hybridnorm_jax.interop.hf_config_keys import Architecture
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -23,10 +23,12 @@ def test_the_table_is_up_to_date():
     assert script.PAGE.read_text() == script.page(), "run: python docs/write_export_table.py"
 
 
-def test_the_table_has_every_scheme_and_every_class():
+def test_the_table_has_every_scheme_and_classes_that_exist():
     table = _script().table()
     assert all(f"`{scheme}`" in table for scheme in hn.SCHEMES)
-    assert all(isinstance(each, Architecture) and f"`{each.class_name}`" in table for each in ARCHITECTURES.values())
+    found = set(re.findall(r"`(\w+(?:ForCausalLM|LMHeadModel))`", table))
+    assert found
+    assert found <= {each.class_name for each in ARCHITECTURES.values()}
 
 
 def test_the_example_is_that_of_the_model_cards():

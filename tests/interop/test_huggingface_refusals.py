@@ -58,29 +58,27 @@ def change_tensors(directory, change):
 NOT_IMPLEMENTED = {
     "hf_gpt2": {
         "scale_attn_by_inverse_layer_idx": True,
-        "scale_attn_weights": False,
         "add_cross_attention": True,
-        "activation_function": "quick_gelu",
+        "activation_function": "gelu_10",
         "is_encoder_decoder": True,
         "pruned_heads": {"0": [1]},
     },
-    "hf_gpt_neox": {"hidden_act": "silu", "quantization_config": {"bits": 4}},
+    "hf_gpt_neox": {"hidden_act": "mish", "quantization_config": {"bits": 4}},
     "hf_opt": {
         "do_layer_norm_before": False,
         "_remove_final_layer_norm": True,
         "word_embed_proj_dim": 16,
     },
     "hf_llama": {
-        "hidden_act": "gelu",
+        "hidden_act": "gelu_10",
         "sliding_window": 4096,
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
         "auto_map": {"AutoModelForCausalLM": "modeling.Model"},
         "is_causal": False,
     },
-    "hf_qwen3": {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
     "hf_olmo2": {"clip_qkv": 8.0},
-    "hf_olmoe": {"clip_qkv": 8.0, "hidden_act": "gelu", "quantization_config": {"bits": 4}},
+    "hf_olmoe": {"clip_qkv": 8.0, "hidden_act": "gelu_10", "quantization_config": {"bits": 4}},
 }
 
 
@@ -92,18 +90,19 @@ def test_a_key_that_changes_the_mathematics_is_refused_by_name(copy, refused, na
 
 
 ROPE_REFUSALS = [
-    ("hf_llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type='linear': only the plain"),
-    ("hf_llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type='yarn': only the plain"),
+    ("hf_llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type='dynamic' is not impl"),
+    ("hf_llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.factor=None must be a number"),
+    ("hf_llama", {"rope_scaling": {"type": "linear", "rope_type": "yarn"}}, "rope_scaling.rope_type='yarn', but type="),
     (
         "hf_qwen3",
         {"rope_parameters": {"rope_type": "default", "factor": 8}},
-        "rope_parameters.factor=8: only the plain",
+        "rope_parameters.factor=8: rope_type=default has no such key",
     ),
-    ("hf_llama", {"rope_theta": 5.0}, "rope_theta=10000.0, but elsewhere in the file it is 5.0"),
+    ("hf_llama", {"rope_theta": 5.0}, "rope_theta=5.0, but elsewhere in the file it is 10000.0"),
     ("hf_llama", {"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta='1e4' must be a number"),
     ("hf_llama", {"rope_scaling": 2}, "rope_scaling=2 must be a mapping"),
     ("hf_llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: this architecture rotates whole heads"),
-    ("hf_gpt_neox", {"rotary_pct": 0.25}, "partial_rotary_factor=0.5, but elsewhere in the file it is 0.25"),
+    ("hf_gpt_neox", {"rotary_pct": 0.25}, "rotary_pct=0.25, but elsewhere in the file it is 0.5"),
 ]
 
 
@@ -119,14 +118,14 @@ def test_the_plain_rotation_may_be_spelled_out(copy, scaling):
     assert config == load_huggingface(GOLDENS / "hf_llama")[0]
 
 
-SUPPORTED = "supported: gpt2, gpt_neox, opt, llama, qwen3, olmo2, olmoe"
+SUPPORTED = "supported: gpt2, gpt_bigcode, gpt_neo, gptj, codegen, gpt_neox, opt"
 
 
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        ({"model_type": "mixtral"}, f"model_type='mixtral' is not supported; {SUPPORTED}"),
-        ({"model_type": "qwen3_moe"}, f"model_type='qwen3_moe' is not supported; {SUPPORTED}"),
+        ({"model_type": "mamba"}, f"model_type='mamba' is not supported; {SUPPORTED}"),
+        ({"model_type": "t5"}, f"model_type='t5' is not supported; {SUPPORTED}"),
         ({"model_type": None}, f"model_type=None is not supported; {SUPPORTED}"),
         ({"alibi": True, "n": "a\nb"}, "alibi=True is not known for llama and might change what the model computes"),
         ({"chat": "line\nline"}, r"chat='line\\nline' is not known"),
@@ -290,3 +289,59 @@ def test_tensors_of_several_dtypes_can_be_converted(copy):
 def test_a_tied_head_of_another_shape(copy, refused):
     change_tensors(copy("hf_gpt2"), lambda arrays: arrays.update({"lm_head.weight": np.ones((60, 32), np.float32)}))
     refused("hf_gpt2", r"lm_head\.weight: shape \(60, 32\), but config\.json asks for \(61, 32\)")
+
+
+# ---- What a directory says it is
+
+
+@pytest.mark.parametrize(
+    ("stated", "match"),
+    [
+        (None, "architectures is missing; it must be ['LlamaForCausalLM']"),
+        ([], "architectures=[] must be ['LlamaForCausalLM']"),
+        (["LlamaForCausalLM", "GPT2LMHeadModel"], "architectures=['LlamaForCausalLM', 'GPT2LMHeadModel'] must be"),
+        ("LlamaForCausalLM", "architectures='LlamaForCausalLM' must be ['LlamaForCausalLM']"),
+        (["LlamaForSequenceClassification"], "architectures=['LlamaForSequenceClassification']: with model_type=llama"),
+        (["GPT2LMHeadModel"], "architectures=['GPT2LMHeadModel']: with model_type=llama it must be"),
+    ],
+)
+def test_config_json_names_the_one_class_of_its_tensors(copy, refused, stated, match):
+    directory = copy("hf_llama")
+    document = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(document | {"architectures": stated}))
+    refused("hf_llama", re.escape(match))
+    assert load_huggingface(directory, ignore_keys=["architectures"])[0].num_heads == 4
+
+
+def test_a_model_without_its_head_is_read_where_the_head_is_tied(copy):
+    directory = copy("hf_gpt2", architectures=["GPT2Model"])
+    assert load_huggingface(directory)[0].tie_embeddings
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_is_refused_by_name(copy, refused, file):
+    (copy("hf_llama") / file).write_text("{}")
+    refused("hf_llama", f"{file}: an adapter, not a whole model; merge it into its model")
+
+
+def test_a_vocabulary_larger_than_the_table_is_refused(copy, refused):
+    copy("hf_llama", vocab_size=62)
+    refused("hf_llama", re.escape("model.embed_tokens.weight: shape (61, 32), but config.json asks for (62, 32)"))
+
+
+def test_matrices_of_float16_and_norms_of_float32_are_read_with_a_dtype(copy, refused):
+    """As some GPT-2 are stored."""
+    directory = copy("hf_gpt2")
+
+    def halve(arrays):
+        for name, array in arrays.items():
+            if array.ndim > 1:
+                arrays[name] = array.astype(np.float16)
+
+    change_tensors(directory, halve)
+    refused("hf_gpt2", "tensors of several dtypes")
+    _, params = load_huggingface(directory, dtype="float32")
+    _, exact = load_huggingface(GOLDENS / "hf_gpt2")
+    np.testing.assert_array_equal(params["final_norm"]["scale"], exact["final_norm"]["scale"])
+    table = exact["token_embedding"]["embedding"].astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(params["token_embedding"]["embedding"], table)

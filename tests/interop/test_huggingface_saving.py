@@ -11,7 +11,6 @@ import hybridnorm_jax as hn
 from hybridnorm_jax.interop import safetensors_files
 from hybridnorm_jax.interop.architectures import ALL
 from hybridnorm_jax.interop.huggingface import load_huggingface, save_huggingface
-from hybridnorm_jax.interop.tensors import TABLES
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 SUPPORTED = f"supported: {', '.join(ALL)}"
@@ -43,7 +42,7 @@ BIASED = {"norm": "layernorm", "norm_bias": True, "num_kv_heads": 4, "mlp_bias":
         ("llama", {"scheme": "pre", "norm_scale": False}, "llama cannot express model.norm_scale=False"),
         ("llama", {"scheme": "pre", "head_bias": True}, "llama cannot express model.head_bias=True"),
         ("llama", {"scheme": "pre", "embedding_norm": "true"}, "llama cannot express model.embedding_norm=true"),
-        ("llama", {"scheme": "pre", "rotary_fraction": 0.5}, "llama cannot express model.rotary_fraction=0.5"),
+        ("llama", {"scheme": "pre", "rotary_dim": 4}, "llama cannot express model.rotary_dim=4"),
         (
             "qwen3",
             {"scheme": "pre_qk_pre", "attention_norm_bias": True},
@@ -127,7 +126,10 @@ def test_parameters_that_are_not_the_models_are_not_saved(refuses_to_save, chang
         ({"extra": {"hidden_size": 64}}, "extra: hidden_size=64, but the model has hidden_size=32"),
         ({"extra": {"wings": 2}}, "extra: wings=2 is not known for llama"),
         ({"extra": {"sliding_window": 2}}, "extra: sliding_window=2 is not implemented for llama"),
-        ({"extra": {"rope_parameters": {"rope_theta": 3.0}}}, "extra: rope_theta=3.0, but elsewhere"),
+        (
+            {"extra": {"rope_parameters": {"rope_theta": 3.0}}},
+            "extra: rope_theta=10000.0, but elsewhere in the file it is 3.0",
+        ),
         ({"extra": {"bos_token_id": object()}}, "extra: cannot be written as JSON"),
         ({"max_shard_bytes": 0}, "max_shard_bytes=0: must be at least 1"),
     ],
@@ -164,4 +166,4 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_table_without_a_leaf_of_the_model_is_found_out(small_config):
     with pytest.raises(hn.UserError, match=r"run_0/attention/.*_norm/scale: this architecture has no tensor for"):
-        list(TABLES["llama"].places(small_config(scheme="pre_qk_pre")))
+        list(ALL["llama"].tensors.places(small_config(scheme="pre_qk_pre")))

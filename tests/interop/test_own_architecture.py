@@ -8,11 +8,21 @@ import numpy as np
 import pytest
 
 import hybridnorm_jax as hn
+import hybridnorm_jax.model.config as config_module
 from hybridnorm_jax.interop import own_architecture
 from hybridnorm_jax.interop.architectures import config_from_json, config_to_json, mathematics
 from hybridnorm_jax.interop.huggingface import CODE, load_huggingface, save_huggingface
 
 FIELDS = [field.name for field in dataclasses.fields(hn.ModelConfig)]
+EXPERTS = {"num_experts": 4, "experts_per_token": 2}
+_STRETCHED = {"rope_factor": 4.0, "rope_original_length": 64}
+LLAMA3 = _STRETCHED | {"rope_scaling": "llama3", "rope_bounds": (1.0, 4.0)}
+YARN = _STRETCHED | {"rope_scaling": "yarn", "rope_bounds": (1.0, 32.0)}
+LONGROPE = _STRETCHED | {
+    "rope_scaling": "longrope",
+    "rope_short_factors": (1.0, 1.25, 1.5, 2.0),
+    "rope_long_factors": (1.0, 2.5, 3.5, 4.0),
+}
 # Another value of each field that config.json holds, and what else a model with it needs.
 OTHER_VALUES = {
     "scheme": {"scheme": "span"},
@@ -44,12 +54,56 @@ OTHER_VALUES = {
     "embedding_norm": {"embedding_norm": "true"},
     "positions": {"positions": "learned", "max_positions": 16},
     "rope_theta": {"rope_theta": 500.0},
-    "rotary_fraction": {"rotary_fraction": 0.5},
+    "rotary_dim": {"rotary_dim": 4},
     "max_positions": {"positions": "learned", "max_positions": 17},
     "position_offset": {"positions": "learned", "max_positions": 16, "position_offset": 2},
     "dropout": {"dropout": 0.25},
     "init_std": {"init_std": 0.5},
+    "norm_scale_plus_one": {"norm_scale_plus_one": True},
+    "attention_norm_per_head": {"scheme": "pre_qk_pre", "attention_norm_per_head": True},
+    "layer_scale": {"layer_scale": True},
+    "rope_layers": {"rope_layers": (1, 0)},
+    "second_rope_theta": {"rope_layers": (1, 1, 2), "second_rope_theta": 500.0},
+    "rope_scaling": {"rope_scaling": "linear", "rope_factor": 2.0},
+    "rope_factor": {"rope_scaling": "linear", "rope_factor": 2.5},
+    "rope_original_length": LLAMA3,
+    "rope_bounds": LLAMA3,
+    "rope_attention_factor": YARN | {"rope_attention_factor": 1.25},
+    "rope_truncate": YARN | {"rope_truncate": False},
+    "rope_short_factors": LONGROPE,
+    "rope_long_factors": LONGROPE,
+    "alibi_max": {"positions": "alibi", "alibi_max": 4.0},
+    "alibi_scale": {"positions": "alibi", "alibi_scale": 0.5},
+    "alibi_bfloat16": {"positions": "alibi", "alibi_bfloat16": True},
+    "windows": {"windows": (4, 0)},
+    "attention_scale": {"attention_scale": 0.75},
+    "score_cap": {"score_cap": 20.5},
+    "qkv_clip": {"qkv_clip": 1.5},
+    "attention_sinks": {"attention_sinks": True},
+    "shared_mlp_dim": EXPERTS | {"shared_experts": 1, "shared_mlp_dim": 24},
+    "shared_expert_gate": EXPERTS | {"shared_experts": 1, "shared_expert_gate": True},
+    "dense_layers": EXPERTS | {"dense_layers": (1,)},
+    "dense_mlp_dim": EXPERTS | {"dense_layers": (0,), "dense_mlp_dim": 24},
+    "clamp_limit": {"activation": "swiglu_clamped", "clamp_limit": 1.5},
+    "clamp_alpha": {"activation": "swiglu_clamped", "clamp_alpha": 1.5},
+    "attention_output_bias": {"attention_output_bias": True},
+    "mlp_output_bias": {"mlp_output_bias": True},
+    "router_bias": EXPERTS | {"router_bias": True},
+    "embedding_scale": {"embedding_scale": 5.5},
+    "branch_multiplier": {"branch_multiplier": 0.25},
+    "logit_scale": {"logit_scale": 0.125},
+    "logit_cap": {"logit_cap": 30.5},
 }
+# Of models alone that training may not change: nothing else depends on them.
+WITHOUT_MATHEMATICS = ("dropout", "init_std")
+
+
+def skip_if_pending(keys):
+    """Skip a test of keys that no model computes yet."""
+    pending = set(getattr(config_module, "PENDING", ())) & set(keys)
+    values = getattr(config_module, "PENDING_VALUES", {})
+    if pending or any(keys.get(name) in known for name, known in values.items()):
+        pytest.skip("no model computes it yet")
 
 
 def test_every_field_of_a_model_is_accounted_for():
@@ -62,6 +116,7 @@ def test_every_field_of_a_model_is_accounted_for():
 
 @pytest.mark.parametrize("field", OTHER_VALUES)
 def test_every_field_that_is_written_comes_back(small_config, field):
+    skip_if_pending(OTHER_VALUES[field])
     config, other = small_config(), small_config(**OTHER_VALUES[field])
     assert getattr(config, field) != getattr(other, field)
     _, document = config_to_json(other, "hybridnorm")
@@ -70,6 +125,8 @@ def test_every_field_that_is_written_comes_back(small_config, field):
     assert name == "hybridnorm"
     assert getattr(back, field) == getattr(other, field)
     assert mathematics(back) == mathematics(other)
+    if field not in WITHOUT_MATHEMATICS:  # otherwise an architecture that lacks it would be taken for this model's
+        assert mathematics(other) != mathematics(config)
 
 
 @pytest.mark.parametrize("scheme", hn.SCHEMES)
@@ -164,8 +221,12 @@ PLACEMENT = {"attention": {"pre": True}}
         ({"num_hidden_layers": 10_001}, "num_hidden_layers=10001 is out of range"),
         ({"hidden_size": "wide"}, "hidden_size='wide' must be of type int"),
         ({"norm": "batchnorm"}, "norm='batchnorm' is not implemented"),
-        ({"rotary_dim": 0}, "rotary_dim=0: must be between 1 and head_dim=8"),
-        ({"rotary_dim": 3}, "rotary_fraction"),
+        ({"rotary_dim": 0}, "rotary_dim=0: must be at least 2"),
+        (
+            {"rotary_dim": 10},
+            "rotary_dim=10: rope rotates pairs, so it must be an even number, at most model.head_dim=8",
+        ),
+        ({"rotary_dim": 3}, "rotary_dim=3: rope rotates pairs"),
         ({"positions": "learned"}, "max_positions"),
         ({"num_experts": 3}, "experts_per_token"),
         ({"wings": 2}, "wings=2 is not known for hybridnorm"),

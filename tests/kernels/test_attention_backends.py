@@ -11,8 +11,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.kernels import tpu_splash as attention_splash
-from hybridnorm_jax.kernels.attention_backends import capability_of, causal_attention, resolve_backend
+from hybridnorm_jax.kernels.attention_backends import capability_of, resolve_backend, softmax_attention
 from hybridnorm_jax.kernels.backend_names import SAVED
+from hybridnorm_jax.kernels.score_rules import ScoreRules
 from hybridnorm_jax.mesh.device_mesh import use_mesh
 
 AXES = ("data", "fsdp", "tensor")
@@ -64,7 +65,7 @@ def test_xla_is_softmax_attention_in_value_and_gradient(seq, kv_heads, segmented
     with jax.enable_x64(True):
         inputs = draw(2, seq, 4, kv_heads, 8, np.float64)
         expected = context_and_gradients(functools.partial(textbook, segment_ids=segment_ids), *inputs)
-        got = context_and_gradients(functools.partial(causal_attention, segment_ids=segment_ids), *inputs)
+        got = context_and_gradients(functools.partial(softmax_attention, segment_ids=segment_ids), *inputs)
     assert_equal_to(expected, got, 1e-12)
 
 
@@ -73,7 +74,7 @@ def test_narrow_dtypes_stay_within_their_rounding(dtype, tolerance):
     with jax.enable_x64(True):
         rounded = draw(2, 200, 4, 2, 16, dtype)
         expected = context_and_gradients(textbook, *(x.astype(np.float64) for x in rounded))
-        got = context_and_gradients(causal_attention, *rounded)
+        got = context_and_gradients(softmax_attention, *rounded)
     assert {array.dtype for array in got} == {jnp.dtype(dtype)}
     assert_equal_to(expected, got, tolerance)
 
@@ -106,13 +107,13 @@ def as_written(function):
 
 def test_the_softmax_of_bfloat16_is_computed_in_float32():
     query, key, value, expected = many_far_keys()
-    last = np.asarray(as_written(causal_attention)(query, key, value)[0, -1], np.float64)
+    last = np.asarray(as_written(softmax_attention)(query, key, value)[0, -1], np.float64)
     np.testing.assert_allclose(last, expected, rtol=2.0**-9, atol=ROUNDED_WEIGHTS)
 
 
 def test_scores_far_beyond_the_range_of_exp_do_no_harm():
     query, key, value, d_context = draw(1, 70, 2, 2, 8)
-    for array in context_and_gradients(causal_attention, 1e4 * query, key, value, d_context):
+    for array in context_and_gradients(softmax_attention, 1e4 * query, key, value, d_context):
         assert np.isfinite(array).all()
 
 
@@ -120,7 +121,7 @@ def test_later_tokens_change_nothing():
     one, other = draw(1, 300, 2, 1, 8), draw(1, 300, 2, 1, 8, seed=1)
     position = 150
     mixed = (jnp.concatenate([a[:, :position], b[:, position:]], axis=1) for a, b in zip(one, other, strict=True))
-    attention = jax.jit(causal_attention)
+    attention = jax.jit(softmax_attention)
     np.testing.assert_array_equal(
         attention(*one[:3])[:, :position], attention(*tuple(mixed)[:3])[:, :position], strict=True
     )
@@ -131,7 +132,7 @@ def test_another_segment_changes_nothing_bit_for_bit():
     border = 140
     segment_ids = jnp.asarray(np.arange(300) >= border, jnp.int32)[None]
     mixed = [jnp.concatenate([b[:, :border], a[:, border:]], axis=1) for a, b in zip(one, other, strict=True)]
-    attention = functools.partial(causal_attention, segment_ids=segment_ids)
+    attention = functools.partial(softmax_attention, segment_ids=segment_ids)
     before_and_after = zip(*(context_and_gradients(attention, *inputs) for inputs in (one, mixed)), strict=True)
     for before, after in before_and_after:
         np.testing.assert_array_equal(before[:, border:], after[:, border:])
@@ -146,13 +147,13 @@ def test_gradients_pass_through_scan_and_checkpoint():
         return jax.lax.scan(layer, query, jnp.array([0.5, 1.0, 1.5]))[0]
 
     expected = context_and_gradients(functools.partial(stack, textbook), query, key, value, d_context)
-    got = context_and_gradients(functools.partial(stack, causal_attention), query, key, value, d_context)
+    got = context_and_gradients(functools.partial(stack, softmax_attention), query, key, value, d_context)
     assert_equal_to(expected, got, 5e-6)
 
 
 def test_the_backward_pass_keeps_nothing_of_size_seq_squared():
     query, key, value, _ = draw(1, 512, 2, 1, 8)
-    kept = jax.tree.leaves(jax.vjp(causal_attention, query, key, value)[1])
+    kept = jax.tree.leaves(jax.vjp(softmax_attention, query, key, value)[1])
     inputs_and_context = 2 * query.size + key.size + value.size
     assert sum(array.size for array in kept) == inputs_and_context + 2 * 512  # and one number per query and head
 
@@ -161,7 +162,7 @@ def test_a_policy_that_saves_products_keeps_no_scores_where_it_also_saves_ours()
     query, key, value, _ = draw(1, 512, 2, 2, 8)
     policies = jax.checkpoint_policies
     policy = policies.save_from_both_policies(policies.checkpoint_dots, policies.save_only_these_names(SAVED))
-    kept = jax.tree.leaves(jax.vjp(jax.checkpoint(causal_attention, policy=policy), query, key, value)[1])
+    kept = jax.tree.leaves(jax.vjp(jax.checkpoint(softmax_attention, policy=policy), query, key, value)[1])
     assert max(array.size for array in kept) == query.size
 
 
@@ -172,7 +173,7 @@ def test_sequences_and_heads_on_different_devices_never_talk():
     inputs, segment_ids = draw(4, 200, 4, 2, 8), documents(4, 200)
 
     def both(query, key, value, d_context, segment_ids):
-        attention = functools.partial(causal_attention, segment_ids=segment_ids)
+        attention = functools.partial(softmax_attention, segment_ids=segment_ids)
         return context_and_gradients(attention, query, key, value, d_context)
 
     expected = both(*inputs, segment_ids)
@@ -241,7 +242,7 @@ def test_a_named_backend_that_cannot_do_it_says_why_in_one_line(name, keys, says
 def test_attention_refuses_what_the_named_backend_cannot_do():
     query, key, value, _ = draw(1, 8, 2, 2, 8)
     with pytest.raises(ConfigError, match=r"model\.attention=cudnn: .*not float32"):
-        causal_attention(query, key, value, backend="cudnn")
+        softmax_attention(query, key, value, backend="cudnn")
 
 
 @pytest.mark.parametrize("shape", [None, (2, 2, 2), (1, 2, 4)])
@@ -251,8 +252,9 @@ def test_splash_equals_xla_where_no_core_holds_a_head(monkeypatch, shape, batch,
     interpreted = functools.partial(attention_splash.splash.make_splash_mha, interpret=True)
     monkeypatch.setattr(attention_splash.splash, "make_splash_mha", interpreted)
     inputs, segment_ids = draw(batch, seq, heads, kv_heads, 8), documents(batch, seq)
-    expected = context_and_gradients(functools.partial(causal_attention, segment_ids=segment_ids), *inputs)
-    attention = functools.partial(causal_attention, segment_ids=segment_ids, backend="splash")
+    ours = functools.partial(softmax_attention, segment_ids=segment_ids, rules=ScoreRules(scale=0.9))
+    expected = context_and_gradients(ours, *inputs)
+    attention = functools.partial(ours, backend="splash")
     if shape is None:
         got = context_and_gradients(attention, *inputs)
     else:
@@ -279,7 +281,7 @@ def compile_gradient(backend, mesh, devices, query, kv_heads, segmented):
     segment_ids = jax.ShapeDtypeStruct((batch, seq), jnp.int32, sharding=ids) if segmented else None
 
     def loss(query, key, value, segment_ids):
-        context = causal_attention(query, key, value, segment_ids=segment_ids, backend=backend)
+        context = softmax_attention(query, key, value, segment_ids=segment_ids, backend=backend)
         return context.astype(jnp.float32).sum()
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))

@@ -41,8 +41,9 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(gpu_flash, "attention_tiles", lambda *_: SMALL)
 
 
-def flash(query, key, value, segment_ids=None):
-    return gpu_flash.flash_attention(AttentionInputs(query, key, value, segment_ids), saved_as=SAVED)
+def flash(query, key, value, segment_ids=None, scale=None):
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return gpu_flash.flash_attention(AttentionInputs(query, key, value, segment_ids), scale=scale, saved_as=SAVED)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,16 @@ def test_flash_is_softmax_attention_in_value_and_gradient(seq, kv_heads, head_di
         inputs = draw(2, seq, 4, kv_heads, head_dim, np.float64)
         expected = context_and_gradients(functools.partial(textbook, segment_ids=segment_ids), *inputs)
         got = context_and_gradients(functools.partial(flash, segment_ids=segment_ids), *inputs)
+    assert_equal_to(expected, got, 1e-12)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_another_scale_of_the_scores_is_that_of_longer_queries():
+    with jax.enable_x64(True):
+        query, *rest = draw(2, 70, 4, 2, 16, np.float64)
+        factor = 0.7 * 16**0.5
+        expected = context_and_gradients(lambda q, k, v: textbook(factor * q, k, v), query, *rest)
+        got = context_and_gradients(functools.partial(flash, scale=0.7), query, *rest)
     assert_equal_to(expected, got, 1e-12)
 
 
@@ -150,7 +161,7 @@ COMPILED = """
 import jax
 jax.config.update("jax_platforms", "cpu")
 import jax.numpy as jnp
-from hybridnorm_jax.kernels.attention_backends import causal_attention
+from hybridnorm_jax.kernels.attention_backends import softmax_attention
 from hybridnorm_jax.kernels.backend_names import SAVED
 from hybridnorm_jax.mesh.device_mesh import make_mesh
 from hybridnorm_jax.planning.collectives import kernels
@@ -165,7 +176,7 @@ def shape(*sizes, dtype):
     return jax.ShapeDtypeStruct(sizes, dtype, sharding=here)
 
 def loss(query, key, value, ids):
-    return causal_attention(query, key, value, segment_ids=ids, backend="flash").astype(jnp.float32).sum()
+    return softmax_attention(query, key, value, segment_ids=ids, backend="flash").astype(jnp.float32).sum()
 
 for dtype, head_dim, segmented in [("bfloat16", 64, True), ("bfloat16", 96, False), ("float32", 256, True)]:
     query, key = shape(1, 512, 4, head_dim, dtype=dtype), shape(1, 512, 2, head_dim, dtype=dtype)

@@ -24,7 +24,7 @@ from hybridnorm_jax.config.run_config import MeshSection, RunConfig, TrainSectio
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.kernels import split_sequence
 from hybridnorm_jax.kernels import tpu_splash as attention_splash
-from hybridnorm_jax.kernels.attention_backends import causal_attention
+from hybridnorm_jax.kernels.attention_backends import softmax_attention
 from hybridnorm_jax.kernels.attention_on_mesh import sequence_axes
 from hybridnorm_jax.kernels.zigzag import zigzag
 from hybridnorm_jax.mesh.device_mesh import make_mesh, use_mesh
@@ -41,7 +41,7 @@ def _mesh(**sizes):
 
 
 def _attention(segment_ids, backend="xla"):
-    return functools.partial(causal_attention, segment_ids=segment_ids, backend=backend)
+    return functools.partial(softmax_attention, segment_ids=segment_ids, backend=backend)
 
 
 @pytest.mark.parametrize(("shards", "seq"), [(2, 8), (3, 12), (8, 32)])

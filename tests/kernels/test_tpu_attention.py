@@ -13,13 +13,15 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, SingleDeviceSharding
 
 from hybridnorm_jax.kernels import tpu_attention, tpu_splash
-from hybridnorm_jax.kernels.attention_backends import causal_attention
+from hybridnorm_jax.kernels.attention_backends import softmax_attention
 from hybridnorm_jax.kernels.head_preparation import HeadNorm, Preparation
+from hybridnorm_jax.kernels.score_rules import ScoreRules
 from hybridnorm_jax.mesh.device_mesh import use_mesh
-from hybridnorm_jax.model.attention import Attention, rotation
+from hybridnorm_jax.model.attention import Attention
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.norms import layer_norm, rms_norm
+from hybridnorm_jax.model.rotation import rotation
 from hybridnorm_jax.planning.memory_traffic import memory_traffic, total_bytes
 
 AXES = ("data", "fsdp", "tensor")
@@ -52,7 +54,7 @@ def turn(rows, seq, rotary_dim, seed=0):
     return rotation(jnp.asarray(positions), rotary_dim, 1e4, jnp.float64)
 
 
-def textbook(query, key, value, norms, by, segment_ids):
+def textbook(query, key, value, norms, by, segment_ids, scale=None):
     """Norms, rotation and the whole matrix of weights, as the papers write them."""
 
     def normalized(x, norm):
@@ -77,7 +79,8 @@ def textbook(query, key, value, norms, by, segment_ids):
         normalized(value, norms[2]),
     )
     readers = query.shape[2] // key.shape[2]
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, jnp.repeat(key, readers, axis=2)) / math.sqrt(query.shape[-1])
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    logits = scale * jnp.einsum("bqhd,bkhd->bhqk", query, jnp.repeat(key, readers, axis=2))
     visible = np.tri(query.shape[1], dtype=bool)
     if segment_ids is not None:
         visible = visible & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
@@ -94,7 +97,9 @@ def context_and_gradients(attention, query, key, value, norms, d_context):
     return [np.asarray(array, np.float64) for array in jax.tree.leaves(both(query, key, value, norms))]
 
 
-def compare(dtype, tolerance, *, shape=(2, 130, 4, 2, 8), norms=(None, None, None), by=None, segmented=False):
+def compare(
+    dtype, tolerance, *, shape=(2, 130, 4, 2, 8), norms=(None, None, None), by=None, segmented=False, scale=None
+):
     """The kernels in this dtype, against the textbook in float64 of the same inputs; relative to the largest."""
     segment_ids = documents(*shape[:2]) if segmented else None
     if segmented == "mixed":
@@ -102,7 +107,7 @@ def compare(dtype, tolerance, *, shape=(2, 130, 4, 2, 8), norms=(None, None, Non
     with jax.enable_x64(True):
         rounded = [jnp.asarray(x, dtype) for x in draw(*shape)]
         *wide, d_context = [x.astype(np.float64) for x in rounded]
-        reference = functools.partial(textbook, by=by, segment_ids=segment_ids)
+        reference = functools.partial(textbook, by=by, segment_ids=segment_ids, scale=scale)
         expected = context_and_gradients(reference, *wide, norms, d_context)
     by = jax.tree.map(lambda table: table.astype(jnp.float32), by)
     norms = jax.tree.map(jnp.float32, norms)
@@ -110,7 +115,10 @@ def compare(dtype, tolerance, *, shape=(2, 130, 4, 2, 8), norms=(None, None, Non
     def ours(query, key, value, norms):
         preparation = Preparation(*norms, rotation=by)
         ids = None if segment_ids is None else jnp.asarray(segment_ids)
-        return causal_attention(query, key, value, segment_ids=ids, preparation=preparation, backend="splash")
+        rules = ScoreRules(scale=scale)
+        return softmax_attention(
+            query, key, value, segment_ids=ids, rules=rules, preparation=preparation, backend="splash"
+        )
 
     got = context_and_gradients(ours, *rounded[:3], norms, rounded[3])
     for reference, array in zip(expected, got, strict=True):
@@ -125,6 +133,7 @@ CASES = {
     "a short sequence": {"shape": (2, 5, 2, 2, 8), "segmented": True},
     "several blocks": {"shape": (1, 1100, 2, 1, 16), "segmented": True},
     "rotated": {"by": (1, 8)},
+    "another scale": {"scale": 0.9},
     "half the channels, other positions in each sequence": {"by": (2, 4), "segmented": True},
     "normalized": {"norms": (rms_norm, rms_norm, rms_norm)},
     "normalized with bias, without the values": {"norms": (layer_norm, layer_norm, None), "by": (1, 8)},
@@ -169,7 +178,7 @@ def test_on_a_mesh_each_device_computes_its_share(interpreted, shape):
 
 def test_scores_far_beyond_the_range_of_exp_do_no_harm(interpreted):
     query, key, value, d_context = (jnp.asarray(x, jnp.float32) for x in draw(1, 200, 2, 2, 8))
-    attention = functools.partial(causal_attention, backend="splash")
+    attention = functools.partial(softmax_attention, backend="splash")
     context, pull = jax.vjp(attention, 1e4 * query, key, value)
     for array in (context, *pull(d_context)):
         assert np.isfinite(array).all()

@@ -8,8 +8,7 @@ from flax import linen as nn
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.model.block import Dropout, scale_arrays, times
-from hybridnorm_jax.model.decoder import layer_inputs
-from hybridnorm_jax.model.placement import runs
+from hybridnorm_jax.model.layers import layer_inputs
 
 L, LAYER = 4, 2  # l = 3
 a = {"deepnorm": 8**0.25, "keel": 8.0}
@@ -83,9 +82,7 @@ def test_a_block_is_its_papers_equation(scheme, small_config, random_params):
     config = small_config(scheme=scheme, num_layers=L, dtype="float64", param_dtype="float64", norm_eps=1e-3)
     placement = config.placements[LAYER]
     with jax.enable_x64(True):
-        run, number = next(
-            (r, i) for i, r in enumerate(runs(config.placements)) if r.start <= LAYER < r.start + r.length
-        )
+        run, number = next((r, i) for i, r in enumerate(config.runs) if r.start <= LAYER < r.start + r.length)
         index = LAYER - run.start
         stacked = random_params(config)[f"run_{number}"]
         params = jax.tree.map(lambda leaf: np.asarray(leaf[index], np.float64), stacked)
@@ -106,7 +103,7 @@ def test_a_block_is_its_papers_equation(scheme, small_config, random_params):
 
 def test_dropout_acts_on_the_branch_and_not_on_the_residual(small_config, random_params):
     config = small_config(scheme="pre", num_layers=1, dropout=0.5)
-    (run,) = runs(config.placements)
+    (run,) = config.runs
     params = jax.tree.map(lambda leaf: leaf[0], random_params(config)["run_0"])
     silent = jax.tree.map(np.zeros_like, params) | {
         name: params[name] for name in params if name.endswith("norm")
@@ -136,10 +133,10 @@ def test_scales_are_multiplied_in_float32_and_rounded_once():
 @pytest.mark.parametrize("scheme", ["deepnorm", "layernorm_scaling", "hybrid_depth_scaled"])
 def test_a_bfloat16_model_has_its_scales_in_float32(scheme, small_config):
     config = small_config(scheme=scheme, num_layers=5, dtype="bfloat16")
-    (run,) = runs(config.placements)
+    (run,) = config.runs
     inputs = layer_inputs(run, config.dtype, {})
-    alone = scale_arrays(run.placements[2].feed_forward.scales, config.dtype)
-    exact = run.placements[2].feed_forward.scales
+    alone = scale_arrays(run.layers[2].placement.feed_forward.scales, config.dtype)
+    exact = run.layers[2].placement.feed_forward.scales
     for scanned, single, scale in zip(inputs.feed_forward, alone, exact, strict=True):
         if scale == 1.0:
             assert scanned is None

@@ -9,10 +9,9 @@ import pytest
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.kernels.head_preparation import rotate
-from hybridnorm_jax.model.attention import rotation
 from hybridnorm_jax.model.block import stream_norm
-from hybridnorm_jax.model.decoder import Embedding
-from hybridnorm_jax.model.placement import runs
+from hybridnorm_jax.model.embedding import Embedding
+from hybridnorm_jax.model.rotation import rotation
 
 
 def _logits(config, params, tokens, **inputs):
@@ -56,10 +55,10 @@ def test_scanned_layers_equal_a_loop_over_blocks(scheme, small_config, random_pa
     with jax.enable_x64(True):
         params = random_params(config)
         stream = jnp.take(params["token_embedding"]["embedding"], tokens, axis=0)
-        for number, run in enumerate(runs(config.placements)):
+        for number, run in enumerate(config.runs):
             for index in range(run.length):
                 layer = jax.tree.map(lambda leaf, index=index: leaf[index], params[f"run_{number}"])
-                block = hn.Block(config=config, placement=run.placements[index], layer=run.start + index)
+                block = hn.Block(config=config, placement=run.layers[index].placement, layer=run.start + index)
                 stream = block.apply({"params": layer}, stream)
         if config.has_final_norm:
             stream = stream_norm(config).apply({"params": params["final_norm"]}, stream)
@@ -172,7 +171,7 @@ def test_rope_scores_depend_on_distance_only():
     np.testing.assert_allclose(scores, scores[0], rtol=1e-10)
 
 
-def test_a_rotary_fraction_leaves_the_other_channels_alone():
+def test_a_partial_rotation_leaves_the_other_channels_alone():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 2, 8)), jnp.float32)
     turned = rotate(x, rotation(jnp.arange(3)[None], 4, 1e4))
     np.testing.assert_array_equal(turned[..., 4:], x[..., 4:])
@@ -264,8 +263,9 @@ def test_the_gradient_of_the_embedding_is_summed_in_float32():
     np.testing.assert_array_equal(gradient["params"]["embedding"], [[1024.0] * 3, [0.0] * 3])
 
 
-def test_rotary_fraction_stands_for_an_even_integer(small_config):
-    assert small_config(head_dim=100, rotary_fraction=0.58).rotary_dim == 58
-    for fraction in (0.32, 0.25 + 1e-3, 0.03, 1e-9):
-        with pytest.raises(hn.UserError, match=r"^model\.rotary_fraction=.* must be an even integer$"):
-            small_config(head_dim=64 if fraction != 0.03 else 100, rotary_fraction=fraction)
+def test_rotary_dim_is_an_even_part_of_a_head(small_config):
+    assert small_config(head_dim=100, rotary_dim=58).rotary_width == 58
+    assert small_config(head_dim=100).rotary_width == 100
+    for wrong in (1, 3, 102):
+        with pytest.raises(hn.UserError, match=rf"^model\.rotary_dim={wrong}: (rope rotates pairs|must be at least 2)"):
+            small_config(head_dim=100, rotary_dim=wrong)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridnorm_jax.model.decoder import Embedding
+from hybridnorm_jax.model.embedding import Embedding
 
 
 @pytest.mark.parametrize("unknown", [5, 1000, -1, -5])

@@ -11,7 +11,6 @@ from flax import linen as nn
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.model.block import STREAM, Dropout
-from hybridnorm_jax.model.placement import runs
 
 LAYERS = 8  # mix_ln then has two layers of its own at the start, hybrid_star one
 SMALL = {"d_model": 8, "num_layers": LAYERS, "num_heads": 2, "mlp_dim": 16, "vocab_size": 11}
@@ -26,7 +25,7 @@ def _groupings():
     """One scheme of each way in which schemes group their layers into runs."""
     found = {}
     for name in hn.SCHEMES:
-        grouping = tuple(run.length for run in runs(_config(name).placements))
+        grouping = tuple(run.length for run in _config(name).runs)
         found.setdefault(grouping, name)
     return list(found.values())
 
@@ -40,7 +39,7 @@ def _init(config, seed=0):
 def _by_layer(config, tree, is_kept):
     """Leaves of the tree by (absolute layer, path inside the block), and those outside the blocks by path."""
     found = {}
-    starts = [run.start for run in runs(config.placements)]
+    starts = [run.start for run in config.runs]
     for path, leaf in jax.tree.leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         run, _, inside = name.partition("/")

@@ -5,7 +5,7 @@ import math
 import pytest
 
 import hybridnorm_jax as hn
-from hybridnorm_jax.model.placement import runs
+from hybridnorm_jax.model.placement import Layer, runs
 from hybridnorm_jax.model.schemes import Scheme
 
 PAPER = {
@@ -27,6 +27,10 @@ PAPER = {
     "keel": ("N(8 x + Attn(N(x)))", "N(8 x + FFN(N(x)))"),
     "b2t": ("N(x + Attn(x))", "N((x + X) + FFN(x))"),
     "parallel": ("x + Attn(N(x))", "x + FFN(N(X))"),
+    "parallel_one_norm": ("x + Attn(N(x))", "x + FFN(N(X))"),
+    "parallel_qk": ("x + Attn(N(x))", "x + FFN(N(X))"),
+    "parallel_one_norm_qk": ("x + Attn(N(x))", "x + FFN(N(X))"),
+    "sandwich_qk": ("x + N(Attn(N(x)))", "x + N(FFN(N(x)))"),
     "pre_post": ("N(x + Attn(N(x)))", "x + FFN(x)"),
     "post_pre": ("x + Attn(x)", "N(x + FFN(N(x)))"),
     "kc_post": ("N(x + Attn(x))", "x + FFN(x)"),
@@ -90,11 +94,17 @@ def test_scales():
 
 
 def test_runs_group_equal_structure_and_keep_the_scales():
-    grouped = runs(hn.SCHEMES["hybrid_star"].placements(6))
+    grouped = runs(map(Layer, hn.SCHEMES["hybrid_star"].placements(6)))
     assert [(run.start, run.length) for run in grouped] == [(0, 1), (1, 5)]
     assert grouped[1].scales("attention") == (None, None, None)
-    (scaled,) = runs(hn.SCHEMES["layernorm_scaling"].placements(4))
+    (scaled,) = runs(map(Layer, hn.SCHEMES["layernorm_scaling"].placements(4)))
     assert scaled.scales("feed_forward") == (None, None, tuple(1 / math.sqrt(depth) for depth in (1, 2, 3, 4)))
+
+
+def test_runs_hold_layers_of_equal_parameters_whatever_their_windows_and_rotations():
+    (placement,) = hn.SCHEMES["pre"].placements(1)
+    layers = [Layer(placement, window=4), Layer(placement, rotation=0), Layer(placement, has_experts=True)]
+    assert [(run.start, run.length, run.has_experts) for run in runs(layers)] == [(0, 2, False), (2, 1, True)]
 
 
 @pytest.mark.parametrize("name", hn.SCHEMES)

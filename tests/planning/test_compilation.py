@@ -170,6 +170,15 @@ def test_the_model_flops_are_those_of_mfu(simulated):
     assert found.model_flops == found.model_flops_per_token * found.config.train.batch_size * 128
 
 
+def test_a_compiler_that_gives_up_is_quoted_in_one_line(monkeypatch):
+    def give_up(lowered, **options):
+        raise jax.errors.JaxRuntimeError("INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot.504\n\tmore")
+
+    monkeypatch.setattr(compilation, "compile_within_memory", give_up)
+    with pytest.raises(UserError, match=r"^the compiler gives up on this program: INTERNAL: .* %dot\.504$"):
+        compilation._compile(None, dumped=False)
+
+
 def test_data_files_may_be_missing():
     assert read_config([str(REPOSITORY / "configs" / "151m.yaml")]).data.files == ("not-read",)
     with pytest.raises(ConfigError, match="scheem"):

@@ -1,5 +1,6 @@
 """Faults that give wrong numbers without a word, each with the tests that must fail where it is planted."""
 
+from planted_faults.architecture_faults import ARCHITECTURES
 from planted_faults.fault import Fault
 from planted_faults.task_faults import TASKS
 
@@ -13,22 +14,22 @@ MODEL = (
     ),
     Fault(
         name="rotation_in_the_compute_dtype",
-        file="model/attention.py",
-        right="""    dtype = jnp.promote_types(dtype, jnp.float32)
+        file="model/rotation.py",
+        right="""    dtype = wide_dtype(dtype)
     wavelengths""",
         wrong="    wavelengths",
         tests=("model/test_decoder.py::test_a_bfloat16_model_rotates_in_float32",),
     ),
     Fault(
         name="every_layer_has_the_same_keys",
-        file="model/decoder.py",
+        file="model/layers.py",
         right="jax.vmap(partial(jax.random.fold_in, key))(layers)",
         wrong="jax.vmap(partial(jax.random.fold_in, key))(0 * layers)",
         tests=("model/test_layer_keys.py::test_every_layer_and_every_branch_has_a_dropout_mask_of_its_own",),
     ),
     Fault(
         name="the_keys_of_a_layer_depend_on_its_run",
-        file="model/decoder.py",
+        file="model/layers.py",
         right="jax.vmap(partial(jax.random.fold_in, key))(layers)",
         wrong="jax.vmap(partial(jax.random.fold_in, key))(layers - run.start)",
         tests=("model/test_layer_keys.py::test_schemes_of_every_grouping_start_from_the_same_matrices",),
@@ -77,7 +78,7 @@ MODEL = (
     ),
     Fault(
         name="gradient_of_the_embedding_summed_in_the_compute_dtype",
-        file="model/decoder.py",
+        file="model/embedding.py",
         right="jnp.take(table, ids, axis=0)",
         wrong="jnp.take(table.astype(self.dtype), ids, axis=0)",
         tests=("model/test_decoder.py::test_the_gradient_of_the_embedding_is_summed_in_float32",),
@@ -262,8 +263,8 @@ MOMENTS = (
     Fault(
         name="biases_decay",
         file="training/optimizer.py",
-        right='if name in ("scale", "bias")',
-        wrong='if name == "scale"',
+        right='if name in ("scale", "bias", "sinks")',
+        wrong='if name in ("scale", "sinks")',
         tests=("training/test_step.py::test_what_decays",),
     ),
     Fault(
@@ -309,7 +310,7 @@ SHARDING = (
     Fault(
         name="a_split_sequence_forgets_documents",
         file="kernels/split_sequence.py",
-        right="visible = (visible & (row_ids[:, :, None] == column_ids[:, None]))[:, None, None]",
+        right="visible = same if visible is None else visible & same",
         wrong="pass",
         tests=("kernels/test_split_sequence.py",),
     ),
@@ -338,4 +339,4 @@ SHARDING = (
     ),
 )
 
-FAULTS = MODEL + LOSS + DATA + ACCUMULATION + MOMENTS + SHARDING + TASKS
+FAULTS = MODEL + LOSS + DATA + ACCUMULATION + MOMENTS + SHARDING + TASKS + ARCHITECTURES

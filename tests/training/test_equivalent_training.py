@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hybridnorm_jax.config.run_config import MeshSection, OptimizerSection, RunConfig, TrainSection
-from hybridnorm_jax.equivalence import decoder_forms, transforms
+from hybridnorm_jax.equivalence import conversion_of, decoder_forms, transforms
 from hybridnorm_jax.equivalence.invariants import InvariantError
 from hybridnorm_jax.equivalence.measurements import Measured
 from hybridnorm_jax.errors import ConfigError
@@ -76,7 +76,7 @@ def test_training_the_cheaper_parameters_themselves_is_another_trajectory(small_
         model = {"dtype": "float64", "param_dtype": "float64"}
         config = _config(small_config, model=model)
         program = Program(config, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
-        conversion = decoder_forms.conversion_of(config.model, "pre_rmsnorm")
+        conversion = conversion_of(config.model, "pre_rmsnorm")
         direct = Program(dataclasses.replace(config, model=conversion.config), program.mesh)
         state = program.fresh_state()
         theirs = conversion.convert(jax.device_get(state.params))

@@ -12,7 +12,6 @@ from flax.traverse_util import flatten_dict
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.kernels.blockwise_attention import attention_statistics
-from hybridnorm_jax.model.placement import runs
 from hybridnorm_jax.model.signal_measures import gradient_probe, stream_rms, token_similarity
 from hybridnorm_jax.training.layer_measures import layer_norms, make_watch, measure_signal
 from hybridnorm_jax.training.state import TrainState
@@ -28,10 +27,10 @@ def _batch(tokens):
 def _layers(config, params):
     """[(block, parameters)] of every layer, taken out of the stacks."""
     found = []
-    for number, run in enumerate(runs(config.placements)):
-        for i, placement in enumerate(run.placements):
+    for number, run in enumerate(config.runs):
+        for i, layer in enumerate(run.layers):
             own = jax.tree.map(lambda leaf, i=i: leaf[i], params[f"run_{number}"])
-            found.append((hn.Block(config=config, placement=placement), own))
+            found.append((hn.Block(config=config, placement=layer.placement), own))
     return found
 
 

@@ -21,11 +21,14 @@ SUBLAYER = {
 PRE = {"attention": {"pre": True}, "feed_forward": {"pre": True}}
 HEAD_NORMS = ("q_norm", "k_norm", "v_norm", "context_norm")
 EXTENTS = (None, "head", "projection")
+PARTS = ("attention", "feed_forward", *HEAD_NORMS, "shared_pre_norm")
+GATED = ("swiglu", "swiglu_clamped", "geglu", "geglu_tanh", "geglu_quick", "reglu", "reglu_squared")
 CHOICES = {
-    "hidden_act": ("swiglu", "gelu", "gelu_tanh", "relu"),
+    "hidden_act": (*GATED, "gelu", "gelu_tanh", "gelu_quick", "relu", "relu_squared", "silu"),
     "norm": ("rmsnorm", "layernorm", "crmsnorm"),
     "attention_norm": ("rmsnorm", "layernorm"),
-    "positions": ("rope", "learned"),
+    "positions": ("rope", "learned", "sinusoidal", "alibi"),
+    "rotary_scaling": ("none", "linear", "llama3", "yarn", "longrope"),
 }
 
 
@@ -44,18 +47,41 @@ class HybridNormConfig(PretrainedConfig):
         are "head", "projection" or absent.
       scheme: the name of the placements in hybridnorm_jax; nothing here reads it.
       final_norm, embedding_norm: whether a norm stands before the head, and after the embedding.
-      hidden_act: "swiglu", "gelu" (exact), "gelu_tanh" or "relu".
+        `shared_pre_norm`: the feed-forward layer reads what the attention's pre norm gives, and has none of its own.
+      hidden_act: a name of CHOICES; those that end in "glu" or stand in GATED have a gate. "gelu" is the exact one.
+      clamp_limit, clamp_alpha: of "swiglu_clamped", see gated in feed_forward_hybridnorm.py.
       norm, attention_norm: the kind of the norms on the stream, and on q, k, v and the context.
       norm_scale, norm_bias, attention_norm_scale, attention_norm_bias: whether these norms have a learned scale, bias.
       norm_eps: added inside the root of every norm.
       norm_width: of crmsnorm: length of the zero-mean vector whose last element is not stored.
-      positions: "rope" or "learned".
+      norm_scale_plus_one: norms multiply by 1 + weight.
+      attention_norm_per_head: norms over a head have a weight and a bias for each head.
+      layer_scale: what a branch adds is multiplied by a learned weight per channel.
+      positions: "rope", "learned", "sinusoidal" or "alibi".
       rotary_base, rotary_dim: base of the wavelengths, and how many leading channels of a head rotate.
-      max_position_embeddings: learned positions there are; with rope a hint for others, which nothing here reads.
-      position_offset: rows of the table of learned positions before position 0.
+      rotary_layers, second_rotary_base: the rotation of each layer: 1 the first, by rotary_base and rotary_scaling; 2
+        by second_rotary_base; 0 none. A shorter list repeats; []: 1 everywhere.
+      rotary_scaling, rotary_factor, rotary_original_length, rotary_bounds, rotary_attention_factor, rotary_truncate,
+        rotary_short_factors, rotary_long_factors: how wavelengths are stretched; see positions_hybridnorm.py.
+      max_position_embeddings: rows there are of a table of positions; otherwise a hint that nothing here reads.
+      position_offset: rows of the table of positions before position 0.
+      alibi_max, alibi_scale, alibi_bfloat16: see alibi_bias in positions_hybridnorm.py.
+      attention_windows: how many tokens a token sees in each layer, its own and those just before; 0: all. A shorter
+        list repeats; []: all.
+      attention_scale: factor of q k^T; null: 1/sqrt(head_dim).
+      score_cap: scores s become cap * tanh(s / cap); null: they do not.
+      qkv_clip: q, k, v are clipped to [-clip, clip] after their projections; null: they are not.
+      attention_sinks: the softmax of each head has one more term exp(sink).
       num_experts: 0: the feed-forward layers are dense.
-      num_experts_per_tok, norm_topk_prob, num_shared_experts, balance_bias: see Experts in modeling_hybridnorm.py.
+      num_experts_per_tok, norm_topk_prob, num_shared_experts, balance_bias, shared_expert_gate: see
+        feed_forward_hybridnorm.py.
+      shared_intermediate_size: width of the shared experts together; null: num_shared_experts * intermediate_size.
+      dense_layers, dense_intermediate_size: layers without experts, and their width; null: intermediate_size.
       attention_bias, mlp_bias, head_bias: whether these projections have biases.
+      attention_output_bias, mlp_output_bias, router_bias: whether these have one; null: as attention_bias, mlp_bias.
+      embedding_scale: factor of the token embedding, before positions are added; null: 1.
+      branch_multiplier: a factor of branch_scale that is in `placements` already; nothing here reads it.
+      logits_scale, logits_cap: factor of the logits z, which then become cap * tanh(z / cap); null: neither.
       dropout: after the embedding and after every branch, in training.
       initializer_range: standard deviation of weights that are in no checkpoint.
     """
@@ -83,21 +109,55 @@ class HybridNormConfig(PretrainedConfig):
         norm_scale=True,
         norm_bias=False,
         norm_width=None,
+        norm_scale_plus_one=False,
         attention_norm_scale=True,
         attention_norm_bias=False,
+        attention_norm_per_head=False,
+        layer_scale=False,
         positions="rope",
         rotary_base=10000.0,
         rotary_dim=64,
+        rotary_layers=None,
+        second_rotary_base=None,
+        rotary_scaling="none",
+        rotary_factor=1.0,
+        rotary_original_length=None,
+        rotary_bounds=None,
+        rotary_attention_factor=None,
+        rotary_truncate=True,
+        rotary_short_factors=None,
+        rotary_long_factors=None,
         max_position_embeddings=None,
         position_offset=0,
+        alibi_max=8.0,
+        alibi_scale=1.0,
+        alibi_bfloat16=False,
+        attention_windows=None,
+        attention_scale=None,
+        score_cap=None,
+        qkv_clip=None,
+        attention_sinks=False,
         num_experts=0,
         num_experts_per_tok=None,
         norm_topk_prob=False,
         num_shared_experts=0,
+        shared_intermediate_size=None,
+        shared_expert_gate=False,
         balance_bias=False,
+        dense_layers=None,
+        dense_intermediate_size=None,
+        clamp_limit=7.0,
+        clamp_alpha=1.702,
         attention_bias=False,
+        attention_output_bias=None,
         mlp_bias=False,
+        mlp_output_bias=None,
+        router_bias=None,
         head_bias=False,
+        embedding_scale=None,
+        branch_multiplier=1.0,
+        logits_scale=None,
+        logits_cap=None,
         tie_word_embeddings=False,
         dropout=0.0,
         initializer_range=0.02,
@@ -125,21 +185,55 @@ class HybridNormConfig(PretrainedConfig):
         self.norm_scale = norm_scale
         self.norm_bias = norm_bias
         self.norm_width = norm_width
+        self.norm_scale_plus_one = norm_scale_plus_one
         self.attention_norm_scale = attention_norm_scale
         self.attention_norm_bias = attention_norm_bias
+        self.attention_norm_per_head = attention_norm_per_head
+        self.layer_scale = layer_scale
         self.positions = positions
         self.rotary_base = rotary_base
         self.rotary_dim = rotary_dim
+        self.rotary_layers = rotary_layers or []
+        self.second_rotary_base = second_rotary_base
+        self.rotary_scaling = rotary_scaling
+        self.rotary_factor = rotary_factor
+        self.rotary_original_length = rotary_original_length
+        self.rotary_bounds = rotary_bounds or []
+        self.rotary_attention_factor = rotary_attention_factor
+        self.rotary_truncate = rotary_truncate
+        self.rotary_short_factors = rotary_short_factors or []
+        self.rotary_long_factors = rotary_long_factors or []
         self.max_position_embeddings = max_position_embeddings
         self.position_offset = position_offset
+        self.alibi_max = alibi_max
+        self.alibi_scale = alibi_scale
+        self.alibi_bfloat16 = alibi_bfloat16
+        self.attention_windows = attention_windows or []
+        self.attention_scale = attention_scale
+        self.score_cap = score_cap
+        self.qkv_clip = qkv_clip
+        self.attention_sinks = attention_sinks
         self.num_experts = num_experts
         self.num_experts_per_tok = num_experts_per_tok
         self.norm_topk_prob = norm_topk_prob
         self.num_shared_experts = num_shared_experts
+        self.shared_intermediate_size = shared_intermediate_size
+        self.shared_expert_gate = shared_expert_gate
         self.balance_bias = balance_bias
+        self.dense_layers = dense_layers or []
+        self.dense_intermediate_size = dense_intermediate_size
+        self.clamp_limit = clamp_limit
+        self.clamp_alpha = clamp_alpha
         self.attention_bias = attention_bias
+        self.attention_output_bias = attention_output_bias
         self.mlp_bias = mlp_bias
+        self.mlp_output_bias = mlp_output_bias
+        self.router_bias = router_bias
         self.head_bias = head_bias
+        self.embedding_scale = embedding_scale
+        self.branch_multiplier = branch_multiplier
+        self.logits_scale = logits_scale
+        self.logits_cap = logits_cap
         self.dropout = dropout
         self.initializer_range = initializer_range
         self.use_cache = use_cache
@@ -154,14 +248,60 @@ class HybridNormConfig(PretrainedConfig):
         self.tie_word_embeddings = tie_word_embeddings
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
 
+    # What follows from several values. transformers writes attributes alone, so these are never in a config.json.
+
+    @property
+    def score_scale(self):
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
+    def scores_need_eager(self):
+        """Whether torch's scaled_dot_product_attention cannot compute these scores."""
+        return self.score_cap is not None or self.attention_sinks
+
+    @property
+    def layer_windows(self):
+        return by_layer(self.attention_windows, 0, self.num_hidden_layers)
+
+    @property
+    def layer_rotations(self):
+        return by_layer(self.rotary_layers, 1, self.num_hidden_layers)
+
+    @property
+    def has_attention_output_bias(self):
+        return self.attention_bias if self.attention_output_bias is None else self.attention_output_bias
+
+    @property
+    def has_mlp_output_bias(self):
+        return self.mlp_bias if self.mlp_output_bias is None else self.mlp_output_bias
+
+    @property
+    def has_router_bias(self):
+        return self.mlp_bias if self.router_bias is None else self.router_bias
+
+    @property
+    def shared_width(self):
+        together = self.num_shared_experts * self.intermediate_size
+        return together if self.shared_intermediate_size is None else self.shared_intermediate_size
+
+    @property
+    def dense_width(self):
+        return self.intermediate_size if self.dense_intermediate_size is None else self.dense_intermediate_size
+
     def check(self):
         """Raise ValueError for a value that the model would misread; the message names it. The model calls this."""
         for name, known in CHOICES.items():
             require(name, getattr(self, name), known)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"num_key_value_heads={self.num_key_value_heads}: must divide num_attention_heads")
-        if self.positions == "learned" and self.max_position_embeddings is None:
-            raise ValueError("max_position_embeddings=null: positions=learned needs a number")
+        if self.positions in ("learned", "sinusoidal") and self.max_position_embeddings is None:
+            raise ValueError(f"max_position_embeddings=null: positions={self.positions} needs a number")
+        if 2 in self.layer_rotations and self.second_rotary_base is None:
+            raise ValueError("second_rotary_base=null: rotary_layers has 2, which needs a number")
+        if self.num_experts and self.hidden_act not in ("swiglu", "swiglu_clamped"):
+            raise ValueError(f"hidden_act={self.hidden_act!r}: experts have swiglu or swiglu_clamped")
+        if self.hidden_act == "swiglu_clamped" and self.clamp_limit <= 0:
+            raise ValueError(f"clamp_limit={self.clamp_limit}: must be above 0")
         if self.num_experts and not 1 <= (self.num_experts_per_tok or 0) <= self.num_experts:
             raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok}: must be between 1 and num_experts")
         if len(self.placements) != self.num_hidden_layers:
@@ -173,10 +313,18 @@ class HybridNormConfig(PretrainedConfig):
                     check_sublayer(where, value)
                 elif name in HEAD_NORMS:
                     require(where, value, EXTENTS)
+                elif name == "shared_pre_norm":
+                    require(where, value, (False, True))
                 else:
-                    raise ValueError(f"{where}: not known; known: attention, feed_forward, {', '.join(HEAD_NORMS)}")
+                    raise ValueError(f"{where}: not known; known: {', '.join(PARTS)}")
         if self._attn_implementation not in (None, "sdpa"):
             raise ValueError(f"attn_implementation={self._attn_implementation!r}: this model has sdpa alone")
+
+
+def by_layer(pattern, otherwise, layers):
+    """A number for each layer: the pattern again and again, or the same number everywhere where it is empty."""
+    whole = pattern or [otherwise]
+    return [whole[layer % len(whole)] for layer in range(layers)]
 
 
 def check_sublayer(where, sublayer):

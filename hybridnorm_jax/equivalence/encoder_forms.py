@@ -1,0 +1,95 @@
+"""Our own Encoder in its three forms. Its blocks are converted like a Decoder's; what stands around them is not.
+
+Embedding, final norm, pooling and head keep their parameters and see whole vectors in every form. What writes the
+stream before the first block is centred. Where a norm follows the embedding, its result has a mean again, which the
+converted model subtracts: the one centring of a stream that stays.
+"""
+
+import dataclasses
+from typing import Any
+
+from flax.traverse_util import flatten_dict
+
+from hybridnorm_jax.equivalence.decoder_forms import Conversion, checked, run_rules, with_room
+from hybridnorm_jax.equivalence.layout import ResidualLayout, Role, Untouched, Writes
+from hybridnorm_jax.equivalence.transforms import compress, fold_affine, recenter, stored_width
+from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.model.abstract_params import abstract_params
+from hybridnorm_jax.model.encoder_config import EncoderConfig
+
+# The first part of the path of every leaf that is added to the stream before the first block.
+ENTRANCES = (
+    "patch_embedding",
+    "token_embedding",
+    "class_token",
+    "distillation_token",
+    "register_tokens",
+    "mask_token",
+    "position_embedding",
+)
+EMBEDDING_CENTRING = "the stream behind the norm after the embedding (model.embedding_centring)"
+POOLING_CENTRING = "the norm in attention pooling stays LayerNorm (model.pooling_norm)"
+
+
+def encoder_conversion(config: EncoderConfig, form: str, *, pad_to: int = 1) -> Conversion:
+    """forms.conversion_of for an Encoder.
+
+    The last hidden state of a model whose final norm is applied to what is pooled alone (norm_pooled_only) is the
+    stream, whose mean the conversion takes away; all other outputs stay.
+    """
+    if obstacle := config.pre_layernorm_obstacle:
+        raise ConfigError(f"{obstacle}: only LayerNorm at the entrance of every branch and before the head converts")
+    has_pooling_norm = config.pooling == "attention"
+    roomy = dataclasses.replace(
+        config,
+        attention_bias=config.attention_bias or config.norm_bias,
+        mlp_bias=config.mlp_bias or config.norm_bias,
+    )
+    plain = dataclasses.replace(
+        roomy,
+        norm="rmsnorm",
+        attention_norm=config.attention_norm_kind,
+        norm_scale=False,
+        norm_bias=False,
+        pooling_norm=(config.pooling_norm or "layernorm") if has_pooling_norm else None,
+        embedding_centring=config.embedding_centring or config.has_embedding_norm,
+    )
+    remaining = {
+        EMBEDDING_CENTRING: plain.embedding_centring,
+        POOLING_CENTRING: plain.pooling_norm == "layernorm",
+    }
+    centrings = tuple(name for name, remains in remaining.items() if remains)
+    before, after = encoder_layout(roomy), encoder_layout(plain)
+
+    def centred(params: Any) -> dict[str, Any]:
+        folded = fold_affine(with_room(config, roomy, params), before)
+        return checked(plain, recenter(folded, after))
+
+    if form == "pre_rmsnorm":
+        return Conversion(config=plain, convert=centred, layout=after, centrings=centrings)
+    small = dataclasses.replace(
+        plain,
+        norm="crmsnorm",
+        d_model=stored_width(config.d_model, pad_to),
+        norm_width=config.d_model,
+        whole_outside=True,
+    )
+    blocks_alone = encoder_layout(small)
+
+    def stored_without_last(params: Any) -> dict[str, Any]:
+        return checked(small, compress(centred(params), blocks_alone, pad_to=pad_to))
+
+    return Conversion(config=small, convert=stored_without_last, layout=blocks_alone, centrings=centrings)
+
+
+def encoder_layout(config: EncoderConfig) -> ResidualLayout:
+    """The residual layout of Encoder(config), Pre-Norm; with whole_outside only the blocks' leaves touch the stream."""
+    rules: dict[str, Role] = {}
+    for path in flatten_dict(abstract_params(config), sep="/"):
+        first = path.partition("/")[0]
+        if not first.startswith("run_"):
+            is_entrance = first in ENTRANCES and not config.whole_outside
+            rules[path] = Writes() if is_entrance else Untouched()
+    for number, run in enumerate(config.runs):
+        rules |= run_rules(config, run, f"run_{number}")
+    return ResidualLayout(rules)

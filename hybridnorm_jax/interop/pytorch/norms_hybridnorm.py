@@ -1,0 +1,124 @@
+"""The norms of a HybridNorm model, the formula of its sublayers, and what multiplies the residual stream."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from .configuration_hybridnorm import HEAD_NORMS, SUBLAYER
+
+
+def placement_of(config, layer):
+    """The placement of a layer, with every part that config.json leaves out: norms, "input", scales of 1."""
+    stated = config.placements[layer]
+    absent = {part: 1.0 if known is None else known[0] for part, known in SUBLAYER.items()}
+    sublayers = {name: SimpleNamespace(**(absent | stated.get(name, {}))) for name in ("attention", "feed_forward")}
+    shared = stated.get("shared_pre_norm", False)
+    return SimpleNamespace(**sublayers, **{name: stated.get(name) for name in HEAD_NORMS}, shared_pre_norm=shared)
+
+
+def apply_formula(f, sublayer_input, block_input, placement, norms):
+    """y = post(residual_scale * r + branch_scale * branch(f(input_scale * pre(x)))): every sublayer of every scheme."""
+    pre, branch, post = norms
+    x = block_input if placement.reads == "block" else sublayer_input
+    r = {"input": sublayer_input, "block": block_input}.get(placement.residual)
+    r = sublayer_input + block_input if placement.residual == "both" else r
+    y = branch(f(times(placement.input_scale, pre(x))))
+    return post(times(placement.residual_scale, r) + times(placement.branch_scale, y))
+
+
+def times(scale, x):
+    """scale * x, multiplied in float32 at least and rounded once; a scale of 1 or None changes nothing."""
+    return x if scale is None or scale == 1 else (scale * wide(x)).to(x.dtype)
+
+
+def capped(cap, x):
+    """cap * tanh(x / cap); x where cap is None."""
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+def wide(x):
+    """x in float32, or in float64 where it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Norm(nn.Module):
+    """One of three norms over the last axis, in float32 at least; eps stands inside the root.
+
+    rmsnorm:   x / sqrt(mean(x^2) + eps)
+    layernorm: (x - mean) / sqrt(variance + eps)
+    crmsnorm:  x / sqrt((sum x^2 + (sum x)^2) / width + eps), for a zero-mean vector of length `width` whose last
+               element is not stored
+
+    times `weight`, or 1 + weight with plus_one, plus `bias`, where there are these. With `groups` both are (groups,
+    size), a vector for each place of the last axis but one: norms of heads.
+    """
+
+    def __init__(self, kind, size, *, eps, scale, bias, width=None, plus_one=False, initial_scale=1.0, groups=None):
+        super().__init__()
+        self.kind, self.size, self.eps, self.width = kind, size, eps, width or size + 1
+        self.offset = 1.0 if plus_one else 0.0
+        self.initial_scale, self.groups = initial_scale - self.offset, groups
+        shape = (groups, size) if groups else (size,)
+        self.weight = nn.Parameter(torch.full(shape, self.initial_scale)) if scale else None
+        self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
+
+    def forward(self, x):
+        y = wide(x)
+        weight = None if self.weight is None else self.weight.to(y.dtype)
+        bias = None if self.bias is None else self.bias.to(y.dtype)
+        if weight is not None and self.offset:
+            weight = weight + self.offset
+        if self.kind == "layernorm" and not self.groups:
+            return F.layer_norm(y, (self.size,), weight, bias, self.eps).to(x.dtype)
+        y = self.normalized(y)
+        y = y if weight is None else y * weight
+        y = y if bias is None else y + bias
+        return y.to(x.dtype)
+
+    def normalized(self, y):
+        if self.kind == "layernorm":
+            return F.layer_norm(y, (self.size,), eps=self.eps)
+        # The length of a vector in one pass over it, where the mean of its squares takes two.
+        square = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square()
+        if self.kind == "crmsnorm":
+            square = (square + y.sum(-1, keepdim=True).square()) / self.width
+        else:
+            square = square / self.size
+        return y * torch.rsqrt(square + self.eps)
+
+
+def stream_norm(config, present=True, initial_scale=1.0):
+    """A norm on the residual stream; the identity where it is not present."""
+    if not present:
+        return nn.Identity()
+    affine = {"scale": config.norm_scale, "bias": config.norm_bias, "initial_scale": initial_scale}
+    sizes = {"width": config.norm_width, "plus_one": config.norm_scale_plus_one}
+    return Norm(config.norm, config.hidden_size, eps=config.norm_eps, **sizes, **affine)
+
+
+def head_norm(config, extent, heads):
+    """A norm on q, k, v or the context: over each "head", or over the whole "projection"."""
+    whole = heads * config.head_dim
+    per_head = extent == "head" and config.attention_norm_per_head
+    return Norm(
+        config.attention_norm,
+        config.head_dim if extent == "head" else whole,
+        eps=config.norm_eps,
+        scale=config.attention_norm_scale,
+        bias=config.attention_norm_bias,
+        plus_one=config.norm_scale_plus_one,
+        groups=heads if per_head else None,
+    )
+
+
+class LayerScale(nn.Module):
+    """What a branch adds times a learned scale per channel."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        return (wide(x) * wide(self.weight)).to(x.dtype)

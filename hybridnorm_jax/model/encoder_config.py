@@ -1,0 +1,225 @@
+"""EncoderConfig: everything that decides what an Encoder computes; its keys besides those of ModelConfig."""
+
+import dataclasses
+
+from hybridnorm_jax.config_fields import Filled, check_choice, key
+from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.config_sizes import LONGEST_CONTEXT, WIDEST
+
+INPUTS = ("pixels", "tokens")
+POOLINGS = ("class", "mean", "class_and_mean", "attention", "end", "none")
+POSITION_SCOPES = ("all", "patches")
+ENCODER_POSITIONS = ("learned", "rope")
+LARGEST_IMAGE = 65_536
+MOST_REGISTERS = 65_536
+# Keys of what a Decoder has behind its last norm or before its first, which an Encoder has in another form or not.
+DECODER_ONLY = ("tie_embeddings", "embedding_scale", "logit_scale", "logit_cap", "position_offset")
+
+
+def check_decoder(config: ModelConfig, source: str, verb: str) -> None:
+    """Raise UserError for an encoder, which does not do what is asked.
+
+    Args:
+      source: what it was read from, or the name of the argument.
+      verb: what an encoder does not do.
+    """
+    if isinstance(config, EncoderConfig):
+        raise UserError(f"{source}: an encoder, which does not {verb}; hn.build_model(config) applies it")
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig(ModelConfig):
+    """An encoder of images or tokens: a vision transformer, or a tower of CLIP or SigLIP. Frozen and hashable.
+
+    `dataclasses.replace(config, image_size=...)` keeps the old max_positions unless that is given too; None again makes
+    it follow.
+    """
+
+    vocab_size: int = key(1, "input=tokens: rows of the token embedding", at_least=1, at_most=16_777_216)
+    positions: str = key("learned", " | ".join(ENCODER_POSITIONS))
+    head_bias: bool = key(True, "the head has a bias")
+    causal: bool = key(False, "a position sees itself and those before it only (CLIP's text tower)")
+    input: str = key("pixels", f"what the encoder reads: {' | '.join(INPUTS)}")
+    image_size: tuple[int, ...] = key(
+        (224, 224), "input=pixels: [height, width] of the images", at_least=1, at_most=LARGEST_IMAGE
+    )
+    patch_size: tuple[int, ...] = key(
+        (16, 16),
+        "input=pixels: [height, width] of a patch; pixels behind the last whole patch are not read",
+        at_least=1,
+        at_most=LARGEST_IMAGE,
+    )
+    num_channels: int = key(3, "input=pixels: channels of the images", at_least=1, at_most=LARGEST_IMAGE)
+    patch_bias: bool = key(True, "input=pixels: the patch embedding has a bias")
+    class_token: bool = key(True, "a learned token before all others, which pooling=class reads")
+    distillation_token: bool = key(False, "a second learned token, behind the class token (DeiT)")
+    register_tokens: int = key(
+        0, "learned tokens behind these, which nothing reads at the end", at_least=0, at_most=MOST_REGISTERS
+    )
+    mask_token: bool = key(False, "input=pixels: a learned token that takes the place of masked patches")
+    position_scope: str = key("all", "what has learned positions: all (learned tokens too) | patches")
+    norm_pooled_only: bool = key(
+        False, "the final norm is applied to what is pooled, not to the last hidden state (CLIP)"
+    )
+    pooling: str = key("class", f"what stands for the whole input: {' | '.join(POOLINGS)}")
+    end_token: int | None = key(
+        None,
+        "pooling=end: the id whose first position is read (position 0 where there is none); null: the largest id's",
+        at_least=0,
+        at_most=2**31 - 1,
+    )
+    pooling_norm: str | None = key(
+        None, "pooling=attention: the kind of its norm, as norm; null: that of the final norm"
+    )
+    num_classes: int | None = key(
+        None, "outputs of the head, which reads what is pooled; null: no head", at_least=1, at_most=16_777_216
+    )
+    distillation_head: bool = key(
+        False, "a second head reads the distillation token, and the logits are the mean of both (DeiT)"
+    )
+    outer_norm_scale: Filled[bool] = key(None, "norm_scale of the norms outside the blocks; null: norm_scale")
+    outer_norm_bias: Filled[bool] = key(None, "norm_bias of the norms outside the blocks; null: norm_bias")
+    whole_outside: bool = key(
+        False,
+        "norm=crmsnorm: outside the blocks vectors are whole, of norm_width elements; norms are RMSNorm there",
+    )
+    embedding_centring: bool = key(False, "the mean over the channels is subtracted before the first block")
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size"):
+            if isinstance(getattr(self, name), int):
+                self._fill(name, (getattr(self, name),) * 2)
+        super().__post_init__()
+        self._check_input()
+        self._check_tokens()
+        self._check_pooling()
+        self._check_outside()
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a position sees no later ones."""
+        return self.causal
+
+    @property
+    def reads_pixels(self) -> bool:
+        """Whether the input is images."""
+        return self.input == "pixels"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        rows, columns = self.grid
+        return rows * columns
+
+    @property
+    def learned_tokens(self) -> int:
+        """How many learned tokens stand before the patches, or the tokens that are read."""
+        return int(self.class_token) + int(self.distillation_token) + self.register_tokens
+
+    @property
+    def first_position(self) -> int:
+        """The place in the sequence that the first row of the position table belongs to."""
+        return 0 if self.position_scope == "all" else self.learned_tokens
+
+    @property
+    def whole_width(self) -> int:
+        """Channels outside the blocks: of the embedding, of the last hidden state, and of what is pooled."""
+        if not self.whole_outside:
+            return self.d_model
+        return self.d_model + 1 if self.norm_width is None else self.norm_width
+
+    @property
+    def outer_norm(self) -> str:
+        """The kind of the norms outside the blocks."""
+        return "rmsnorm" if self.whole_outside else self.norm
+
+    @property
+    def pooled_width(self) -> int:
+        """Channels of what the head reads."""
+        return 2 * self.whole_width if self.pooling == "class_and_mean" else self.whole_width
+
+    @property
+    def pre_layernorm_obstacle(self) -> str | None:
+        """As ModelConfig's; a norm after the embedding is none, because the mean can be subtracted behind it."""
+        if self.norm_scale_plus_one:
+            return "model.norm_scale_plus_one=True"
+        plain = dataclasses.replace(self, embedding_norm="false")
+        return super(EncoderConfig, plain).pre_layernorm_obstacle
+
+    def _fill_derived(self) -> None:
+        super()._fill_derived()
+        if self.outer_norm_scale is None:
+            self._fill("outer_norm_scale", self.norm_scale)
+        if self.outer_norm_bias is None:
+            self._fill("outer_norm_bias", self.norm_bias)
+        fits = len(self.image_size) == len(self.patch_size) == 2
+        self._check("image_size", fits, "and model.patch_size must be [height, width], or one number for both")
+        if self.reads_pixels and self.positions == "learned" and self.max_positions is None:
+            learned = self.learned_tokens if self.position_scope == "all" else 0
+            self._fill("max_positions", self.num_patches + learned)
+
+    def _check_names(self) -> None:
+        super()._check_names()
+        check_choice("model.input", self.input, INPUTS)
+        check_choice("model.pooling", self.pooling, POOLINGS)
+        check_choice("model.position_scope", self.position_scope, POSITION_SCOPES)
+        check_choice("model.positions", self.positions, ENCODER_POSITIONS)
+        if self.pooling_norm is not None:
+            check_choice("model.pooling_norm", self.pooling_norm, ("rmsnorm", "layernorm"))
+
+    def _check_input(self) -> None:
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in DECODER_ONLY:
+            self._check(name, getattr(self, name) == defaults[name], "an Encoder does not have it")
+        if not self.reads_pixels:
+            only = "only for model.input=pixels"
+            for name in ("image_size", "patch_size", "num_channels", "patch_bias", "mask_token"):
+                self._check(name, getattr(self, name) == defaults[name], only)
+            return
+        self._check("vocab_size", self.vocab_size == defaults["vocab_size"], "only for model.input=tokens")
+        self._check("patch_size", self.num_patches > 0, f"larger than model.image_size={list(self.image_size)}")
+        self._check("image_size", self.num_patches <= LONGEST_CONTEXT, f"makes {self.num_patches} patches")
+        numbers = self.d_model * self.num_channels * self.patch_size[0] * self.patch_size[1]
+        self._check("patch_size", numbers <= WIDEST**2, f"makes a patch embedding of {numbers:.1e} parameters")
+        if self.positions == "learned":
+            learned = self.learned_tokens if self.position_scope == "all" else 0
+            needed = self.num_patches + learned
+            right = f"must be {needed}: {self.num_patches} patches and {learned} learned tokens; null: as it must be"
+            self._check("max_positions", self.max_positions == needed, right)
+
+    def _check_tokens(self) -> None:
+        right = "needs model.class_token, behind which it stands"
+        self._check("distillation_token", self.class_token or not self.distillation_token, right)
+        right = "needs model.distillation_token, which it reads, and model.num_classes"
+        can_read = self.distillation_token and self.num_classes is not None
+        self._check("distillation_head", can_read or not self.distillation_head, right)
+        right = "model.positions=rope turns all tokens"
+        self._check("position_scope", self.positions == "learned" or self.position_scope == "all", right)
+
+    def _check_pooling(self) -> None:
+        needs_class = self.pooling in ("class", "class_and_mean")
+        self._check("pooling", self.class_token or not needs_class, "needs model.class_token")
+        self._check("pooling", self.pooling != "end" or not self.reads_pixels, "only for model.input=tokens")
+        self._check("end_token", self.pooling == "end" or self.end_token is None, "only for model.pooling=end")
+        only = "only for model.pooling=attention"
+        self._check("pooling_norm", self.pooling == "attention" or self.pooling_norm is None, only)
+        divides = self.pooling != "attention" or self.whole_width % self.num_heads == 0
+        right = f"must divide the width of what is pooled, {self.whole_width}"
+        self._check("num_heads", divides, right)
+        right = "needs something pooled, model.pooling is none"
+        self._check("num_classes", self.num_classes is None or self.pooling != "none", right)
+        right = "needs something pooled that has no norm of its own"
+        can = self.pooling in ("class", "end", "mean")
+        self._check("norm_pooled_only", can or not self.norm_pooled_only, f"{right}; model.pooling={self.pooling}")
+
+    def _check_outside(self) -> None:
+        only = "only for model.norm=crmsnorm"
+        self._check("whole_outside", self.norm == "crmsnorm" or not self.whole_outside, only)
+        if self.pooling == "attention" and self.outer_norm == "crmsnorm" and self.pooling_norm is None:
+            self._check("pooling_norm", False, "crmsnorm is no norm for pooling; set rmsnorm or layernorm")

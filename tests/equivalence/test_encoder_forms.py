@@ -1,0 +1,50 @@
+"""Encoders convert like decoders: every output stays, up to rounding, and what remains to be centred is named."""
+
+import jax
+import numpy as np
+import pytest
+from model.test_encoder import MODELS, PRE_LN, apply, encoder_config, inputs_of, random_params
+
+import hybridnorm_jax as hn
+from hybridnorm_jax.equivalence import conversion_of
+from hybridnorm_jax.equivalence.encoder_forms import EMBEDDING_CENTRING, POOLING_CENTRING
+from hybridnorm_jax.equivalence.forward_pass import forward
+from hybridnorm_jax.model.norms import zero_mean_defect
+
+WIDE = {"dtype": "float64", "param_dtype": "float64"}
+HEADS = {"two heads": {"num_classes": 5, "distillation_token": True, "distillation_head": True}}
+CENTRINGS = {"clip": (EMBEDDING_CENTRING,), "siglip": (POOLING_CENTRING,)}
+
+
+@pytest.mark.parametrize("name", MODELS | HEADS)
+@pytest.mark.parametrize(("form", "pad_to"), [("pre_rmsnorm", 1), ("pre_crmsnorm", 1), ("pre_crmsnorm", 12)])
+def test_every_output_stays(name, form, pad_to):
+    with jax.enable_x64(True):
+        config = encoder_config(**PRE_LN, **(MODELS | HEADS)[name], **WIDE)
+        params, inputs = random_params(config), inputs_of(config)
+        conversion = conversion_of(config, form, pad_to=pad_to)
+        assert conversion.config.norm == form.removeprefix("pre_")
+        assert conversion.centrings == CENTRINGS.get(name, ())
+        expected = apply(config, params, inputs)
+        found = apply(conversion.config, conversion.convert(params), inputs)
+        if config.norm_pooled_only:  # the last hidden state is the stream, which has no mean any more
+            expected, found = expected.pooled, found.pooled
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), found, expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_stream_has_no_mean(name):
+    with jax.enable_x64(True):
+        config = encoder_config(**PRE_LN, **MODELS[name], **WIDE)
+        params, inputs = random_params(config), inputs_of(config)
+        conversion = conversion_of(config, "pre_rmsnorm")
+        before = forward(config, params, inputs).stream
+        after = forward(conversion.config, conversion.convert(params), inputs).stream
+        assert float(zero_mean_defect(before)) > 1e-2
+        assert float(zero_mean_defect(after)) < 1e-12
+
+
+def test_other_placements_are_refused():
+    config = encoder_config(**{**PRE_LN, "scheme": "post"})
+    with pytest.raises(hn.ConfigError, match="only LayerNorm at the entrance of every branch"):
+        conversion_of(config, "pre_rmsnorm")

@@ -1,0 +1,200 @@
+"""A Decoder's forward pass in NumPy and float64, written from the formulas and not from the library's code.
+
+It reads the parameter tree of docs/parameters.md. It knows norms, placements, feed-forward layers, experts and what
+stands at the two ends of a model; attention is plain and causal with RoPE over halves.
+"""
+
+import math
+
+import numpy as np
+
+
+def forward(config, params, tokens):
+    """Logits (batch, seq, vocab)."""
+    params = _in_float64(params)
+    x = params["token_embedding"]["embedding"][tokens]
+    if config.embedding_scale is not None:
+        x = x * config.embedding_scale
+    if config.has_embedding_norm:
+        x = _norm(config, params["embedding_norm"], x)
+    for layer, (placement, leaves) in enumerate(zip(config.placements, _layers(config, params), strict=True)):
+        x = _block(config, placement, leaves, x, has_experts=config.has_experts[layer])
+    if config.has_final_norm:
+        x = _norm(config, params["final_norm"], x)
+    kernel = params["token_embedding"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
+    logits = x @ kernel + params.get("head", {}).get("bias", 0)
+    if config.logit_scale is not None:
+        logits = logits * config.logit_scale
+    if config.logit_cap is not None:
+        logits = config.logit_cap * np.tanh(logits / config.logit_cap)
+    return logits
+
+
+def _in_float64(tree):
+    if isinstance(tree, dict):
+        return {name: _in_float64(branch) for name, branch in tree.items()}
+    return np.asarray(tree, np.float64)
+
+
+def _layers(config, params):
+    """The parameters of each layer."""
+
+    def of(tree, place):
+        return {name: of(branch, place) for name, branch in tree.items()} if isinstance(tree, dict) else tree[place]
+
+    return [of(params[f"run_{i}"], place) for i, run in enumerate(config.runs) for place in range(run.length)]
+
+
+def _block(config, placement, leaves, x, *, has_experts):
+    def attend(x):
+        return _attention(config, placement, leaves["attention"], x)
+
+    def feed_forward(x):
+        if has_experts:
+            return _experts(config, leaves["feed_forward"], x)
+        return _feed_forward(config, leaves["feed_forward"], x, config.activation)
+
+    shared = "attention_pre_norm" if placement.shared_pre_norm else "feed_forward_pre_norm"
+    y = _sublayer(config, placement.attention, attend, leaves, x, x, "attention", "attention_pre_norm")
+    return _sublayer(config, placement.feed_forward, feed_forward, leaves, y, x, "feed_forward", shared)
+
+
+def _sublayer(config, part, f, leaves, x, block_input, name, pre_norm):
+    read = block_input if part.reads == "block" else x
+    residual = {"input": x, "block": block_input, "both": x + block_input}[part.residual]
+    branch = f(part.input_scale * (_norm(config, leaves[pre_norm], read) if part.pre else read))
+    if part.branch:
+        branch = _norm(config, leaves[f"{name}_branch_norm"], branch)
+    if config.layer_scale:
+        branch = branch * leaves[f"{name}_layer_scale"]["scale"]
+    y = part.residual_scale * residual + part.branch_scale * branch
+    return _norm(config, leaves[f"{name}_post_norm"], y) if part.post else y
+
+
+def _norm(config, leaves, x, kind=None):
+    kind = config.norm if kind is None else kind
+    if kind == "layernorm":
+        x = x - x.mean(-1, keepdims=True)
+    y = x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps)
+    if "scale" in leaves:
+        y = y * (leaves["scale"] + (1 if config.norm_scale_plus_one else 0))
+    return y + leaves.get("bias", 0)
+
+
+def _attention(config, placement, leaves, x):
+    q, k, v = (_heads(leaves[name], x) for name in ("query", "key", "value"))
+    q, k, v = (
+        _head_norm(config, extent, leaves.get(f"{name}_norm", {}), heads)
+        for name, extent, heads in (("q", placement.q_norm, q), ("k", placement.k_norm, k), ("v", placement.v_norm, v))
+    )
+    q, k = _rotated(config, q), _rotated(config, k)
+    groups = config.num_heads // config.num_kv_heads
+    k, v = np.repeat(k, groups, axis=2), np.repeat(v, groups, axis=2)
+    scores = np.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(config.head_dim)
+    scores = np.where(np.tril(np.ones(scores.shape[-2:], bool)), scores, -np.inf)
+    context = np.einsum("bhqk,bkhd->bqhd", _softmax(scores), v)
+    context = _head_norm(config, placement.context_norm, leaves.get("context_norm", {}), context)
+    return np.einsum("bqhd,hde->bqe", context, leaves["out"]["kernel"]) + leaves["out"].get("bias", 0)
+
+
+def _heads(leaves, x):
+    return np.einsum("bse,ehd->bshd", x, leaves["kernel"]) + leaves.get("bias", 0)
+
+
+def _head_norm(config, extent, leaves, heads):
+    if extent is None:
+        return heads
+    if extent == "head":
+        return _norm(config, leaves, heads, config.attention_norm_kind)
+    flat = heads.reshape(*heads.shape[:2], -1)
+    return _norm(config, leaves, flat, config.attention_norm_kind).reshape(heads.shape)
+
+
+def _rotated(config, heads):
+    half = config.head_dim // 2
+    angles = np.arange(heads.shape[1])[:, None] / config.rope_theta ** (np.arange(half) / half)
+    turns = np.exp(1j * angles)[None, :, None, :]
+    turned = (heads[..., :half] + 1j * heads[..., half:]) * turns
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def _softmax(scores):
+    exponentials = np.exp(scores - scores.max(-1, keepdims=True))
+    return exponentials / exponentials.sum(-1, keepdims=True)
+
+
+def sigmoid(x):
+    """1 / (1 + exp(-x))."""
+    return 1 / (1 + np.exp(-x))
+
+
+def gelu(x):
+    """x Phi(x), Phi the distribution function of a normal variable."""
+    return x * np.vectorize(lambda number: (1 + math.erf(number / math.sqrt(2))) / 2)(x)
+
+
+def gelu_tanh(x):
+    """Its approximation by tanh (1606.08415)."""
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+# Names of model.activation -> the function.
+FUNCTIONS = {
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "gelu_quick": lambda x: x * sigmoid(1.702 * x),
+    "relu": lambda x: np.maximum(x, 0),
+    "relu_squared": lambda x: np.maximum(x, 0) ** 2,
+    "silu": lambda x: x * sigmoid(x),
+}
+GATES = {
+    "swiglu": "silu",
+    "geglu": "gelu",
+    "geglu_tanh": "gelu_tanh",
+    "geglu_quick": "gelu_quick",
+    "reglu": "relu",
+    "reglu_squared": "relu_squared",
+}
+
+
+def _hidden(config, activation, gated, upped):
+    if activation == "swiglu_clamped":
+        gated = np.minimum(gated, config.clamp_limit)
+        upped = np.clip(upped, -config.clamp_limit, config.clamp_limit)
+        return gated * sigmoid(config.clamp_alpha * gated) * (upped + 1)
+    if activation in GATES:
+        return FUNCTIONS[GATES[activation]](gated) * upped
+    return FUNCTIONS[activation](upped)
+
+
+def _project(leaves, x):
+    return x @ leaves["kernel"] + leaves.get("bias", 0)
+
+
+def _feed_forward(config, leaves, x, activation):
+    gated = _project(leaves["gate"], x) if "gate" in leaves else None
+    return _project(leaves["down"], _hidden(config, activation, gated, _project(leaves["up"], x)))
+
+
+def _experts(config, leaves, x):
+    """One token after the other."""
+    y = np.zeros(x.shape)
+    for place in np.ndindex(x.shape[:2]):
+        row = x[place]
+        logits = _project(leaves["router"], row)
+        p = _softmax(logits)
+        chosen = np.argsort(-(p + leaves.get("balance_bias", 0)))[: config.experts_per_token]
+        weights = _softmax(logits[chosen]) if config.normalize_expert_weights else p[chosen]
+        for expert, weight in zip(chosen, weights, strict=True):
+            of_expert = {
+                name.removeprefix("expert_"): {leaf: array[expert] for leaf, array in branch.items()}
+                for name, branch in leaves.items()
+                if name.startswith("expert_")
+            }
+            y[place] += weight * _feed_forward(config, of_expert, row, config.activation)
+    if "shared" in leaves:
+        shared = _feed_forward(config, leaves["shared"], x, config.activation)
+        if "shared_gate" in leaves:
+            shared = shared * sigmoid(_project(leaves["shared_gate"], x))
+        y = y + shared
+    return y

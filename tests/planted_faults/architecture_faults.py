@@ -1,0 +1,65 @@
+"""Faults in what other architectures need: scales, caps, shared norms, activations and kinds of experts."""
+
+from planted_faults.fault import Fault
+
+_OUTER = "model/test_outer_parts.py::test_the_decoder_is_the_one_in_numpy"
+_KINDS = "model/test_feed_forward_kinds.py"
+
+ARCHITECTURES = (
+    Fault(
+        name="norms_of_heads_forget_that_1_is_added",
+        file="model/attention.py",
+        right="            scale = plus_one(scale, self.dtype)\n",
+        wrong="            scale = scale\n",
+        tests=(_OUTER,),
+    ),
+    Fault(
+        name="logits_are_capped_before_they_are_scaled",
+        file="model/embedding.py",
+        right="            logits = cap * jnp.tanh(logits / cap)\n",
+        wrong="            logits = cap * (self.scale or 1) * jnp.tanh(logits / (self.scale or 1) / cap)\n",
+        tests=(_OUTER,),
+    ),
+    Fault(
+        name="the_layer_scale_stands_before_the_branch_norm",
+        file="model/block.py",
+        right="return lambda x: scale(branch_norm(x))",
+        wrong="return lambda x: branch_norm(scale(x))",
+        tests=(_OUTER,),
+    ),
+    Fault(
+        name="a_shared_norm_is_two_norms",
+        file="model/block.py",
+        right="attention_norms.pre if self.placement.shared_pre_norm else None",
+        wrong="None",
+        tests=("model/test_outer_parts.py::test_a_shared_norm_is_one_set_of_parameters",),
+    ),
+    Fault(
+        name="clamped_experts_do_not_add_1_to_up",
+        file="kernels/swiglu.py",
+        right="jax.nn.sigmoid(clamp.alpha * gated) * (upped + 1)",
+        wrong="jax.nn.sigmoid(clamp.alpha * gated) * upped",
+        tests=(_KINDS,),
+    ),
+    Fault(
+        name="blocked_experts_are_differentiated_as_if_not_clamped",
+        file="kernels/blocked_experts.py",
+        right="    if kernels.clamp is None:\n",
+        wrong="    if True:\n",
+        tests=(f"{_KINDS}::test_clamped_experts_and_their_gradients_are_the_same_by_every_dispatch",),
+    ),
+    Fault(
+        name="dense_layers_have_the_width_of_experts",
+        file="model/block.py",
+        right="mlp_dim=config.dense_width",
+        wrong="mlp_dim=config.mlp_dim",
+        tests=(f"{_KINDS}::test_dense_layers_are_runs_of_their_own",),
+    ),
+    Fault(
+        name="a_block_has_experts_wherever_the_model_has_some",
+        file="model/layers.py",
+        right="        return self.run_has_experts\n",
+        wrong="        return self.config.num_experts > 0\n",
+        tests=(f"{_KINDS}::test_dense_layers_are_runs_of_their_own",),
+    ),
+)
