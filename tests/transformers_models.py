@@ -95,8 +95,8 @@ def _layer_types(rng, count):
     return [pick(rng, "sliding_attention", "full_attention") for _ in range(count)]
 
 
-def _gpt2_like(rng, *, divisor=1):
-    heads = divisor * pick(rng, 1, 2, 3)
+def _gpt2_like(rng):
+    heads = pick(rng, 1, 2, 3, 4, 6)
     return {
         "vocab_size": int(rng.integers(20, 70)),
         "n_embd": heads * 2 * int(rng.integers(2, 6)),
@@ -140,7 +140,8 @@ def _gptj(rng):
 
 
 def _codegen(rng):
-    keys = _gpt2_like(rng, divisor=4)
+    keys = _gpt2_like(rng)
+    keys["n_embd"] += -keys["n_embd"] % (4 * keys["n_head"])
     return keys | {"rotary_dim": 2 * int(rng.integers(1, keys["n_embd"] // keys["n_head"] // 2 + 1))}
 
 
@@ -245,7 +246,7 @@ def _granite(rng):
     keys = _common(rng)
     keys |= {"attention_bias": _flag(rng), "mlp_bias": _flag(rng)}
     multipliers = ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
-    keys |= {name: pick(rng, 1.0, 0.3, 3.7) for name in multipliers}
+    keys |= {name: pick(rng, 1.0, 0.3, 1.7) for name in multipliers}
     return keys | _gated(rng) | _rms(rng) | _whole_rope(rng, keys)
 
 
@@ -441,7 +442,7 @@ def _gemma2(rng):
 
 def _gemma3(rng):
     keys = _common(rng)
-    keys |= _gemma_layers(rng, keys)
+    keys |= _gemma_layers(rng, keys) | {"attn_logit_softcapping": None}
     layers = {"layer_types": _layer_types(rng, keys["num_hidden_layers"])}
     keys |= pick(rng, layers, {"sliding_window_pattern": pick(rng, 2, 3)})
     return keys | _layered_rope(rng, keys)
@@ -498,11 +499,18 @@ def build(name, keys, seed=0):
 
     transformers.logging.set_verbosity_error()
     config = transformers.AutoConfig.for_model(name, **(TOKENS | keys))
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
+    model = (
+        transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", experts_implementation="eager"
+        )
+        .eval()
+        .float()
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            scale = 0.3 if parameter.dim() > 1 else 0.5
+            # Small enough that roundings do not grow from layer to layer.
+            scale = min(0.3, parameter.shape[-1] ** -0.5) if parameter.dim() > 1 else 0.5
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
             if parameter.dim() == 1:  # norm scales, for most: not near 0, where everything would vanish
                 parameter.add_(0.7)

@@ -35,7 +35,8 @@ class Key:
       fields: of ModelConfig.
       default: where the key is absent.
       null: where it is null, a function of the document; without one null is an error.
-      words: their value -> ours where these differ. Of several that mean one of ours the first is written.
+      words: their value -> ours where these differ. Of several that mean one of ours the default is written, or the
+        first.
       least: their smallest number. Without one ModelConfig decides.
       most: their largest number. A few bytes of config.json must not make anybody build a list of so many layers.
       alias: another name that the architecture's class reads as this one; it is never written.
@@ -105,6 +106,8 @@ class Key:
         value = getattr(config, self.written or self.fields[0])
         if self.words is not None:
             theirs = [word for word, meaning in self.words.items() if meaning == value]
+            if self.default in theirs:
+                return self.default
             return theirs[0] if theirs else next(iter(self.words))
         if self.least is not None:
             return self.default if value < self.least else value
@@ -119,6 +122,11 @@ class Multiplier(Key):
         """Our value."""
         value = super().read(document, source)
         return None if value == 1 else value
+
+    def write(self, config: ModelConfig) -> Any:
+        """Their value."""
+        value = super().write(config) if getattr(config, self.fields[0]) is not None else None
+        return 1.0 if value is None else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,12 +146,12 @@ class Inverse(Key):
         """Their value: the one that is read as ours, where there is one."""
         value = getattr(config, self.written or self.fields[0])
         if value is None:
-            return self.default
+            return 1.0
         near = value ** (1 / self.power)
-        for candidate in (near, float(round(near)), math.nextafter(near, 0), math.nextafter(near, math.inf)):
-            if candidate > 0 and candidate**self.power == value:
-                return int(candidate) if isinstance(self.default, int) else candidate
-        return int(near) if isinstance(self.default, int) else near
+        if isinstance(self.default, int):
+            return round(near)
+        candidates = (float(round(near)), near, math.nextafter(near, 0), math.nextafter(near, math.inf))
+        return next((each for each in candidates if each > 0 and each**self.power == value), near)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +279,8 @@ class Architecture:
       fixed: key -> the one value that is implemented, or a function (value, document) -> whether it is.
       harmless: keys of this architecture alone that do not touch the computation.
       summary: what is particular about it, for the table of the documentation.
+      config_class: ModelConfig, or EncoderConfig for an encoder.
+      classes: further classes whose checkpoints are read, where these are not the model without its head.
     """
 
     name: str
@@ -282,6 +292,8 @@ class Architecture:
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     harmless: Collection[str] = ()
     summary: str = ""
+    config_class: type[ModelConfig] = ModelConfig
+    classes: tuple[str, ...] = ()
 
     def read(self, document: Json, source: str) -> ModelConfig:
         """The ModelConfig of a config.json, in float32."""
@@ -292,7 +304,7 @@ class Architecture:
         for rule in self.rules:
             fields |= rule.read(document, source, fields)
         try:
-            return ModelConfig(**fields)
+            return self.config_class(**fields)
         except ConfigError as error:
             raise UserError(f"{source}: {error}") from error
 
@@ -315,7 +327,7 @@ class Architecture:
     def class_names(self) -> tuple[str, ...]:
         """The classes whose checkpoints hold these tensors: the language model, and the model without its head."""
         bare = self.class_name.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
-        return (self.class_name, f"{bare}Model")
+        return (self.class_name, *self.classes, *([] if bare == self.class_name else [f"{bare}Model"]))
 
     @property
     def _own_names(self) -> set[str]:

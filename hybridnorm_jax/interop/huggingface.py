@@ -23,7 +23,8 @@ from hybridnorm_jax.errors import UserError, first_line
 from hybridnorm_jax.interop.architectures import ALL, check_class, config_from_json, config_to_json
 from hybridnorm_jax.interop.checkpoint_files import read_json
 from hybridnorm_jax.interop.own_architecture import CODE_FILES, OWN
-from hybridnorm_jax.interop.safetensors_files import CONFIG, StoredTensors, is_finite, split_into_shards, write_shards
+from hybridnorm_jax.interop.placed_params import placed_params, read_place
+from hybridnorm_jax.interop.safetensors_files import CONFIG, StoredTensors, split_into_shards, write_shards
 from hybridnorm_jax.interop.tensor_places import Place, TensorTable, leaf_shapes
 from hybridnorm_jax.model.config import PARAM_DTYPES, ModelConfig
 from hybridnorm_jax.whole_files import expanded
@@ -33,26 +34,27 @@ CODE = Path(__file__).with_name("pytorch")
 
 
 def load_huggingface(
-    path: str | Path, *, dtype: str | None = None, ignore_keys: Sequence[str] = ()
+    path: str | Path, *, dtype: str | None = None, ignore_keys: Sequence[str] = (), shardings: Any = None
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """The model of a Hugging Face directory: `Decoder(config).apply({"params": params}, tokens)` gives its logits.
 
-    Architectures: GPT-2, GPT-NeoX (sequential and parallel residual), OPT (with norms before the sublayers), Llama,
-    Qwen3, OLMo 2, OLMoE (every expert is a tensor of its own in the files), and what save_huggingface writes with code
-    of ours. No code in the directory is executed. Tensors are read one at a time into the
-    stacked leaves: beyond the parameters themselves, host memory is needed for one tensor, or for two while a tied
-    model's own copy of the head is compared.
+    Which architectures are read, docs/architectures.md lists; besides them what save_huggingface writes with code of
+    ours. No code in the directory is executed. Tensors are read one at a time into the stacked leaves: beyond the
+    parameters themselves, host memory is needed for one tensor, or for two while a tied model's own copy of the head is
+    compared.
 
     Args:
       path: directory with config.json and model.safetensors, or shards and model.safetensors.index.json.
       dtype: of the parameters (float64, float32, bfloat16, float16), converted while reading; by default as stored.
       ignore_keys: keys of config.json to read as if they were absent.
+      shardings: where the parameters shall be: a jax Sharding for all, or a tree of them like the parameters'. They are
+        jax arrays then, and the host holds one layer at a time. All processes of a run must call this together.
 
     Returns:
       config: its param_dtype is that of the parameters, its compute dtype float32, the nearest to what the authors
         published; `dataclasses.replace(config, dtype="bfloat16")` for another. Dropout is 0 and the initializer our
         default: neither is taken over.
-      params: the tree described in model/decoder.py, NumPy arrays.
+      params: the tree described in model/decoder.py, NumPy arrays, or jax arrays where `shardings` says.
 
     Raises:
       UserError: the directory, config.json or a tensor is missing, damaged or not understood; a tensor is left over,
@@ -61,14 +63,7 @@ def load_huggingface(
     if dtype is not None:
         check_choice("dtype", dtype, PARAM_DTYPES)
     directory = Path(expanded(path))
-    if not directory.is_dir():
-        wrong = "not a directory" if directory.exists() else "no such directory"
-        raise UserError(f"{directory}: {wrong}")
-    _check_no_adapter(directory)
-    document = read_json(directory, CONFIG)
-    name, config = config_from_json(document, str(directory / CONFIG), ignore_keys)
-    if "architectures" not in ignore_keys:
-        check_class(document, str(directory / CONFIG))
+    name, config = _name_and_config(directory, ignore_keys)
     table = ALL[name].tensors
     with contextlib.ExitStack() as stack:
         tensors = StoredTensors(directory, table, stack)
@@ -77,8 +72,34 @@ def load_huggingface(
         dtype = dtype or _stored_dtype(found.dtypes, directory)
         if config.tie_embeddings:
             _check_tied_head(tensors, table, embedding=found.places[0])
-        params = _read_params(tensors, found.places, leaf_shapes(config), jnp.dtype(dtype))
+        shapes = leaf_shapes(config)
+        if shardings is None:
+            params = _read_params(tensors, found.places, shapes, jnp.dtype(dtype))
+        else:
+            params = placed_params(tensors, found.places, shapes, jnp.dtype(dtype), shardings)
     return dataclasses.replace(config, param_dtype=dtype), params
+
+
+def huggingface_config(path: str | Path, *, ignore_keys: Sequence[str] = ()) -> ModelConfig:
+    """The model of a Hugging Face directory, in float32; no tensor is read.
+
+    Raises:
+      UserError: as load_huggingface.
+    """
+    return _name_and_config(Path(expanded(path)), ignore_keys)[1]
+
+
+def _name_and_config(directory: Path, ignore_keys: Sequence[str]) -> tuple[str, ModelConfig]:
+    """The architecture's name and the model of a directory."""
+    if not directory.is_dir():
+        wrong = "not a directory" if directory.exists() else "no such directory"
+        raise UserError(f"{directory}: {wrong}")
+    _check_no_adapter(directory)
+    document = read_json(directory, CONFIG)
+    name, config = config_from_json(document, str(directory / CONFIG), ignore_keys)
+    if "architectures" not in ignore_keys:
+        check_class(document, str(directory / CONFIG))
+    return name, config
 
 
 def save_huggingface(
@@ -197,11 +218,7 @@ def _read_params(
     """Every tensor, one at a time, into the leaves it holds."""
     leaves = {path: np.empty(shape, dtype) for path, shape in shapes.items()}
     for place in places:
-        targets = place.targets(leaves)
-        with np.errstate(over="ignore"):  # What does not fit the dtype becomes Inf, which is looked for next.
-            place.read(tensors.read(place.name), targets)
-        if not all(map(is_finite, targets)):
-            raise UserError(f"{tensors.where(place.name)}: holds NaN or Inf, read as {dtype.name}")
+        read_place(tensors, place, place.targets(leaves))
     return unflatten_dict(leaves, sep="/")
 
 

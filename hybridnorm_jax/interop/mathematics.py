@@ -1,10 +1,12 @@
 """What of a ModelConfig decides the numbers that a model computes."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.encoder_config import EncoderConfig
 from hybridnorm_jax.model.placement import HEAD_NORMS, BlockPlacement
 
 ROTATION = ("rope_theta", "rope_scaling", "rope_factor", "rope_original_length", "rope_bounds", "rope_truncate")
@@ -29,13 +31,22 @@ def mathematics(config: ModelConfig) -> dict[str, Any]:
     found["windows"] = config.layer_windows
     if config.norm_scale or config.attention_norm_scale:
         found["norm_scale_plus_one"] = config.norm_scale_plus_one
-    return found | _of_positions(config) | _of_head_norms(config) | _of_experts(config)
+    found |= _of_positions(config) | _of_head_norms(config) | _of_experts(config)
+    return found | _of_encoder(config)
 
 
 def _own_score_scale(config: ModelConfig) -> float | None:
     """The factor of q k^T; None where it is one over the root of head_dim."""
     is_usual = math.isclose(config.score_scale, 1 / math.sqrt(config.head_dim), rel_tol=1e-12)
     return None if is_usual else config.score_scale
+
+
+def _of_encoder(config: ModelConfig) -> dict[str, Any]:
+    """The keys that an EncoderConfig has besides."""
+    if not isinstance(config, EncoderConfig):
+        return {}
+    shared = {field.name for field in dataclasses.fields(ModelConfig)}
+    return _values(config, [field.name for field in dataclasses.fields(config) if field.name not in shared])
 
 
 def _of_positions(config: ModelConfig) -> dict[str, Any]:

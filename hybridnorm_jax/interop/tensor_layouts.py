@@ -60,20 +60,34 @@ class Matrix(Layout):
 class GroupedHeads(Matrix):
     """A matrix, or a vector, with the heads of all leaves in groups: in each some heads of the first, of the second...
 
-    Attributes:
-      groups: how many; None: as many as the leaf with the fewest heads has, so that each key has its own.
+    There are as many groups as the leaf with the fewest heads has, so that each key has its own.
     """
-
-    groups: int | None = None
 
     def views(self, tensor: np.ndarray, leaves: Sequence[Shape]) -> list[np.ndarray]:
         """Of each leaf (*inputs, groups, heads in a group, head_dim)."""
         tensor = tensor.T if self.transposed else tensor
         heads = [leaf[self.inputs] for leaf in leaves]
-        groups = min(heads) if self.groups is None else self.groups
+        groups = min(heads)
         grid = tensor.reshape(*leaves[0][: self.inputs], groups, sum(heads) // groups, leaves[0][-1])
         ends = np.cumsum([count // groups for count in heads])
         return np.split(grid, ends[:-1], axis=-2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards(Matrix):
+    """A matrix, or a vector, in shards: in each a part of the outputs of every leaf, whose sizes are the same.
+
+    Attributes:
+      count: how many shards.
+    """
+
+    count: int = 1
+
+    def views(self, tensor: np.ndarray, leaves: Sequence[Shape]) -> list[np.ndarray]:
+        """Of each leaf (*inputs, shards, outputs in a shard)."""
+        tensor = tensor.T if self.transposed else tensor
+        grid = tensor.reshape(*leaves[0][: self.inputs], self.count, len(leaves), -1)
+        return [grid[..., number, :] for number in range(len(leaves))]
 
 
 @dataclasses.dataclass(frozen=True)

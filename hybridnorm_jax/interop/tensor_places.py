@@ -96,30 +96,43 @@ class Place:
 
     def read(self, tensor: np.ndarray, leaves: Sequence[np.ndarray]) -> None:
         """Assign what their tensor holds to our leaves, of which `leaves` are the slices, contiguous."""
-        for theirs, ours in self._pairs(tensor, leaves):
-            ours[...] = theirs
+        for view, leaf, piece in self._views(tensor, leaves):
+            if piece.paired_channels == 0:
+                leaf.reshape(view.shape)[...] = view
+            else:
+                halves, rest = _parts(leaf, piece.paired_channels)
+                theirs = np.ascontiguousarray(view).reshape(leaf.shape)
+                halves[...] = in_halves(theirs, piece.paired_channels)
+                rest[...] = theirs[..., piece.paired_channels :]
 
     def write(self, tensor: np.ndarray, leaves: Sequence[np.ndarray]) -> None:
         """Assign our leaves, of which `leaves` are the slices, to their tensor."""
-        for theirs, ours in self._pairs(tensor, leaves):
-            theirs[...] = ours
-
-    def _pairs(self, tensor: np.ndarray, leaves: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Views of their tensor and of our leaves that hold the same numbers: together all of them."""
-        views = self.layout.views(tensor, [piece.shape for piece in self.slices])
-        for view, leaf, piece in zip(views, leaves, self.slices, strict=True):
-            whole = leaf.reshape(view.shape)
+        for view, leaf, piece in self._views(tensor, leaves):
             if piece.paired_channels == 0:
-                yield view, whole
-                continue
-            rotating = whole[..., : piece.paired_channels]
-            halves = rotating.reshape(*rotating.shape[:-1], 2, piece.paired_channels // 2)
-            yield in_halves(view, piece.paired_channels), halves
-            yield view[..., piece.paired_channels :], whole[..., piece.paired_channels :]
+                view[...] = leaf.reshape(view.shape)
+            else:
+                halves, rest = _parts(leaf, piece.paired_channels)
+                theirs = np.empty_like(leaf)
+                in_halves(theirs, piece.paired_channels)[...] = halves
+                theirs[..., piece.paired_channels :] = rest
+                view[...] = theirs.reshape(view.shape)
+
+    def _views(
+        self, tensor: np.ndarray, leaves: Sequence[np.ndarray]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, LeafSlice]]:
+        """Of each leaf: the view of their tensor, the slice of ours, and what it is."""
+        views = self.layout.views(tensor, [piece.shape for piece in self.slices])
+        yield from zip(views, leaves, self.slices, strict=True)
 
     def targets(self, tree: Mapping[str, Any]) -> list[Any]:
         """What the tensor holds of the leaves in a tree by path; views where the leaves are NumPy's."""
         return [tree[piece.path][piece.index] for piece in self.slices]
+
+
+def _parts(leaf: np.ndarray, rotary_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Views of a leaf: the channels that rotate, as (..., 2, rotary_dim / 2), and the others."""
+    rotating = leaf[..., :rotary_dim]
+    return rotating.reshape(*rotating.shape[:-1], 2, rotary_dim // 2), leaf[..., rotary_dim:]
 
 
 class _Group(NamedTuple):
@@ -187,7 +200,9 @@ class TensorTable:
 
     def full_name(self, name: str) -> str:
         """A name with the prefix that files of the bare model lack."""
-        return name if name.startswith((self.prefix, self.head.split(".")[0] + ".")) else self.prefix + name
+        heads = [tensor.name for tensor in self.outer if not tensor.name.startswith(self.prefix)]
+        starts = [self.prefix, *(f"{head.partition('.')[0]}." for head in (self.head, *heads))]
+        return name if name.startswith(tuple(starts)) else self.prefix + name
 
     def is_buffer(self, name: str) -> bool:
         """Whether the tensor of this full name holds no parameters."""

@@ -1,7 +1,7 @@
 """One transformer block: the formula, applied to attention and to the feed-forward layer as the placement says."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax
 import jax
@@ -20,6 +20,7 @@ from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.feed_forward import FeedForward
 from hybridnorm_jax.model.initializers import std_factor, truncated_normal
 from hybridnorm_jax.model.input_checks import check_per_token
+from hybridnorm_jax.model.layer_scale import LayerScale
 from hybridnorm_jax.model.moe import MoE
 from hybridnorm_jax.model.norms import Norm, padding_defect, zero_mean_defect
 from hybridnorm_jax.model.placement import BlockPlacement, Scales, SublayerPlacement
@@ -69,7 +70,7 @@ def apply_formula(
     return post(times(residual_scale, r) + times(branch_scale, branch(f(times(input_scale, pre(x))))))
 
 
-def times(scale: Float[Array, "..."] | None, x: Array) -> Array:
+def times(scale: Float[Array, ""] | None, x: Array) -> Array:
     """scale * x, multiplied in float32 at least and rounded once to the dtype of x; a scale of None is 1."""
     return x if scale is None else (scale.astype(wide_dtype(x.dtype)) * widened(x)).astype(x.dtype)
 
@@ -129,20 +130,6 @@ class Dropout(nn.Dropout):
         """x / (1 - rate) where it is kept, and 0 elsewhere, in the dtype of x; arguments as in flax.linen.Dropout."""
         dropped: Array = super().__call__(widened(x), deterministic=deterministic, rng=rng)
         return dropped.astype(x.dtype)
-
-
-class LayerScale(nn.Module):
-    """scale * x, a learned number for each channel, which starts at 1. CaiT (2103.17239), section 2.
-
-    Parameters: `scale` (embed,).
-    """
-
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Stream) -> Stream:
-        """The product, multiplied in float32 at least and rounded once to the dtype of x."""
-        return times(self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype), x)
 
 
 class Block(nn.Module):

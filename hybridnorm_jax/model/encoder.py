@@ -11,7 +11,6 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from hybridnorm_jax.config_fields import present
-from hybridnorm_jax.model.attention import Rotation, default_positions, rotation
 from hybridnorm_jax.model.block import Dropout, SharedInputs, Stream, watch_stream
 from hybridnorm_jax.model.decoder import Embedding, Head
 from hybridnorm_jax.model.encoder_config import EncoderConfig
@@ -28,6 +27,7 @@ from hybridnorm_jax.model.initializers import std_factor
 from hybridnorm_jax.model.input_checks import check_per_token, check_tokens
 from hybridnorm_jax.model.layers import through_layers
 from hybridnorm_jax.model.norms import Norm
+from hybridnorm_jax.model.rotation import default_positions, rotations
 
 Tokens = Int[Array, "batch seq"]
 Logits = Float[Array, "batch classes"]
@@ -129,10 +129,8 @@ class Encoder(nn.Module):
         check_per_token("segment_ids", segment_ids, batch=stream.shape[0], seq=stream.shape[1])
         stream = nn.with_logical_constraint(self.dropout(stream, deterministic=deterministic), ("batch", "seq", None))
         stream = watch_stream(self, self._entered(stream))
-        turn: Rotation | None = None
-        if config.positions == "rope":
-            turn = rotation(default_positions(stream.shape[1]), config.rotary_width, config.rope_theta, config.dtype)
-        shared = SharedInputs(segment_ids=segment_ids, rotation=turn)
+        turns = rotations(config, default_positions(stream.shape[1]), config.dtype)
+        shared = SharedInputs(segment_ids=segment_ids, rotations=turns)
         stream = through_layers(self, stream, shared, deterministic=deterministic)
         features = self._features(stream, inputs)
         if config.num_classes is None or return_features:
@@ -243,6 +241,7 @@ def _outer_norm(config: EncoderConfig) -> Norm:
         epsilon=config.norm_eps,
         use_scale=config.outer_norm_scale,
         use_bias=config.outer_norm_bias,
+        scale_plus_one=config.norm_scale_plus_one,
         width=None if config.whole_outside else config.norm_width,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),

@@ -3,6 +3,7 @@
 import dataclasses
 
 from hybridnorm_jax.config_fields import Filled, check_choice, key
+from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.config_sizes import LONGEST_CONTEXT, WIDEST
 
@@ -14,6 +15,17 @@ LARGEST_IMAGE = 65_536
 MOST_REGISTERS = 65_536
 # Keys of what a Decoder has behind its last norm or before its first, which an Encoder has in another form or not.
 DECODER_ONLY = ("tie_embeddings", "embedding_scale", "logit_scale", "logit_cap", "position_offset")
+
+
+def check_decoder(config: ModelConfig, source: str, verb: str) -> None:
+    """Raise UserError for an encoder, which does not do what is asked.
+
+    Args:
+      source: what it was read from, or the name of the argument.
+      verb: what an encoder does not do.
+    """
+    if isinstance(config, EncoderConfig):
+        raise UserError(f"{source}: an encoder, which does not {verb}; hn.build_model(config) applies it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +147,8 @@ class EncoderConfig(ModelConfig):
     @property
     def pre_layernorm_obstacle(self) -> str | None:
         """As ModelConfig's; a norm after the embedding is none, because the mean can be subtracted behind it."""
+        if self.norm_scale_plus_one:
+            return "model.norm_scale_plus_one=True"
         plain = dataclasses.replace(self, embedding_norm="false")
         return super(EncoderConfig, plain).pre_layernorm_obstacle
 
@@ -193,8 +207,6 @@ class EncoderConfig(ModelConfig):
         self._check("pooling", self.class_token or not needs_class, "needs model.class_token")
         self._check("pooling", self.pooling != "end" or not self.reads_pixels, "only for model.input=tokens")
         self._check("end_token", self.pooling == "end" or self.end_token is None, "only for model.pooling=end")
-        if self.end_token is not None:
-            self._check("end_token", self.end_token < self.vocab_size, f"below model.vocab_size={self.vocab_size}")
         only = "only for model.pooling=attention"
         self._check("pooling_norm", self.pooling == "attention" or self.pooling_norm is None, only)
         divides = self.pooling != "attention" or self.whole_width % self.num_heads == 0

@@ -11,7 +11,7 @@ from hybridnorm_jax.kernels.dense_products import rows_product
 from hybridnorm_jax.kernels.precision import wide_dtype, widened
 from hybridnorm_jax.model.block import Stream
 from hybridnorm_jax.model.encoder_config import EncoderConfig
-from hybridnorm_jax.model.feed_forward import FeedForward
+from hybridnorm_jax.model.feed_forward import FeedForward, SwigluClamp
 from hybridnorm_jax.model.initializers import truncated_normal
 from hybridnorm_jax.model.norms import Norm
 
@@ -99,6 +99,7 @@ class AttentionPooling(nn.Module):
             epsilon=config.norm_eps,
             use_scale=config.outer_norm_scale,
             use_bias=config.outer_norm_bias,
+            scale_plus_one=config.norm_scale_plus_one,
             dtype=dtype,
             param_dtype=param_dtype,
             name="norm",
@@ -107,6 +108,7 @@ class AttentionPooling(nn.Module):
             mlp_dim=config.mlp_dim,
             activation=config.activation,
             use_bias=True,
+            clamp=SwigluClamp(limit=config.clamp_limit, alpha=config.clamp_alpha),
             dtype=dtype,
             param_dtype=param_dtype,
             input_init=truncated_normal(config.init_std),

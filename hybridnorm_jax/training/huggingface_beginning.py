@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.interop.architectures import mathematics
-from hybridnorm_jax.interop.huggingface import load_huggingface
+from hybridnorm_jax.interop.huggingface import huggingface_config, load_huggingface
 from hybridnorm_jax.interop.safetensors_files import CONFIG
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.training.program import Program
@@ -34,9 +33,9 @@ def huggingface_params(config: RunConfig, program: Program) -> Any:
     if config.init_optimizer:
         right = "start without it, or from a run"
         raise ConfigError(f"init_optimizer=true: {path} is a Hugging Face directory, without an optimizer; {right}")
-    model, params = load_huggingface(path, dtype=config.model.param_dtype)
-    _check_same_model(path, model, config.model)
-    return jax.tree.map(_placed, params, program.abstract_state.params)
+    _check_same_model(path, huggingface_config(path), config.model)
+    places = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state.params)
+    return load_huggingface(path, dtype=config.model.param_dtype, shardings=places)[1]
 
 
 def _check_same_model(path: str, found: ModelConfig, asked: ModelConfig) -> None:
@@ -47,8 +46,3 @@ def _check_same_model(path: str, found: ModelConfig, asked: ModelConfig) -> None
             wrong = f"model.{key}: {path} has {getattr(found, key)}, asked {getattr(asked, key)}"
             right = "ask for the model that it is"
             raise ConfigError(f"init_from={path}: its parameters belong to another model ({wrong}); {right}")
-
-
-def _placed(leaf: np.ndarray, place: jax.ShapeDtypeStruct) -> jax.Array:
-    """The leaf where this program has it; each process hands over what its own devices hold."""
-    return jax.make_array_from_callback(leaf.shape, place.sharding, lambda index: leaf[index])

@@ -289,3 +289,59 @@ def test_tensors_of_several_dtypes_can_be_converted(copy):
 def test_a_tied_head_of_another_shape(copy, refused):
     change_tensors(copy("hf_gpt2"), lambda arrays: arrays.update({"lm_head.weight": np.ones((60, 32), np.float32)}))
     refused("hf_gpt2", r"lm_head\.weight: shape \(60, 32\), but config\.json asks for \(61, 32\)")
+
+
+# ---- What a directory says it is
+
+
+@pytest.mark.parametrize(
+    ("stated", "match"),
+    [
+        (None, "architectures is missing; it must be ['LlamaForCausalLM']"),
+        ([], "architectures=[] must be ['LlamaForCausalLM']"),
+        (["LlamaForCausalLM", "GPT2LMHeadModel"], "architectures=['LlamaForCausalLM', 'GPT2LMHeadModel'] must be"),
+        ("LlamaForCausalLM", "architectures='LlamaForCausalLM' must be ['LlamaForCausalLM']"),
+        (["LlamaForSequenceClassification"], "architectures=['LlamaForSequenceClassification']: with model_type=llama"),
+        (["GPT2LMHeadModel"], "architectures=['GPT2LMHeadModel']: with model_type=llama it must be"),
+    ],
+)
+def test_config_json_names_the_one_class_of_its_tensors(copy, refused, stated, match):
+    directory = copy("hf_llama")
+    document = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(document | {"architectures": stated}))
+    refused("hf_llama", re.escape(match))
+    assert load_huggingface(directory, ignore_keys=["architectures"])[0].num_heads == 4
+
+
+def test_a_model_without_its_head_is_read_where_the_head_is_tied(copy):
+    directory = copy("hf_gpt2", architectures=["GPT2Model"])
+    assert load_huggingface(directory)[0].tie_embeddings
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_is_refused_by_name(copy, refused, file):
+    (copy("hf_llama") / file).write_text("{}")
+    refused("hf_llama", f"{file}: an adapter, not a whole model; merge it into its model")
+
+
+def test_a_vocabulary_larger_than_the_table_is_refused(copy, refused):
+    copy("hf_llama", vocab_size=62)
+    refused("hf_llama", re.escape("model.embed_tokens.weight: shape (61, 32), but config.json asks for (62, 32)"))
+
+
+def test_matrices_of_float16_and_norms_of_float32_are_read_with_a_dtype(copy, refused):
+    """As some GPT-2 are stored."""
+    directory = copy("hf_gpt2")
+
+    def halve(arrays):
+        for name, array in arrays.items():
+            if array.ndim > 1:
+                arrays[name] = array.astype(np.float16)
+
+    change_tensors(directory, halve)
+    refused("hf_gpt2", "tensors of several dtypes")
+    _, params = load_huggingface(directory, dtype="float32")
+    _, exact = load_huggingface(GOLDENS / "hf_gpt2")
+    np.testing.assert_array_equal(params["final_norm"]["scale"], exact["final_norm"]["scale"])
+    table = exact["token_embedding"]["embedding"].astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(params["token_embedding"]["embedding"], table)

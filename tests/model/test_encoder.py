@@ -211,15 +211,14 @@ def test_the_end_is_the_first_of_its_id_or_of_the_largest_or_the_start():
 
 @pytest.mark.parametrize("scheme", hn.SCHEMES)
 def test_every_scheme_starts_and_has_gradients(scheme):
-    config = encoder_config(scheme=scheme, num_classes=3, causal=True, remat="full")
+    config = encoder_config(scheme=scheme, num_classes=3, remat="full")
     model, inputs = hn.Encoder(config), inputs_of(config)
     params = model.init(jax.random.key(0), inputs)["params"]
 
-    @jax.jit
     def loss(params):
         return -jax.nn.log_softmax(model.apply({"params": params}, inputs))[:, 0].mean()
 
-    gradients = jax.grad(loss)(params)
+    gradients = jax.jit(jax.grad(loss))(params)
     assert jax.tree.structure(gradients) == jax.tree.structure(abstract_params(config))
     for path, gradient in jax.tree.leaves_with_path(gradients):
         assert np.isfinite(gradient).all(), path
@@ -228,23 +227,20 @@ def test_every_scheme_starts_and_has_gradients(scheme):
 
 @pytest.mark.parametrize("shape", [{"data": 2, "fsdp": 4}, {"fsdp": 2, "tensor": 4}])
 def test_eight_devices_equal_one(shape):
-    config = encoder_config(**PRE_LN, **MODELS["dinov2"], num_classes=8)
-    params, inputs = random_params(config), inputs_of(config, batch=8)
+    """In float64: the gradient of a key's bias is zero but for rounding, which no tolerance in float32 would see."""
+    with jax.enable_x64(True):
+        config = encoder_config(**PRE_LN, **MODELS["dinov2"], num_classes=8, dtype="float64", param_dtype="float64")
+        params, inputs = random_params(config), inputs_of(config, batch=8)
 
-    def loss(params, inputs):
-        return jnp.square(apply(config, params, inputs)).sum()
+        def loss(params, inputs):
+            return jnp.square(apply(config, params, inputs)).sum()
 
-    alone, gradients_alone = jax.value_and_grad(loss)(params, inputs)
-    mesh = hn.make_mesh(**shape)
-    with hn.use_mesh(mesh):
-        placed = jax.device_put(params, hn.tree_shardings(params, mesh))
-        found, gradients = jax.jit(jax.value_and_grad(loss))(placed, inputs)
-    np.testing.assert_allclose(found, alone, rtol=1e-5)
-    for path, gradient in jax.tree.leaves_with_path(gradients):
-        expected = gradients_alone
-        for part in path:
-            expected = expected[part.key]
-        np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=1e-4 * float(jnp.abs(expected).max() + 1e-6))
+        alone = jax.value_and_grad(loss)(params, inputs)
+        mesh = hn.make_mesh(shape)
+        with hn.use_mesh(mesh):
+            placed = jax.device_put(params, hn.tree_shardings(params, mesh))
+            found = jax.jit(jax.value_and_grad(loss))(placed, inputs)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), found, alone)
 
 
 def test_every_leaf_has_logical_axes():
@@ -281,9 +277,11 @@ def test_dropout_needs_a_key_and_changes_the_result():
         ({"image_size": (1, 2, 3)}, r"model\.image_size=.*\[height, width\]"),
         ({"max_positions": 5}, r"model\.max_positions=5: must be 9: 8 patches and 1 learned tokens"),
         ({"vocab_size": 5}, r"model\.vocab_size=5: only for model\.input=tokens"),
-        ({"input": "tokens", "image_size": 16}, r"model\.image_size=.*only for model\.input=pixels"),
+        (
+            {"input": "tokens", "max_positions": 4, "image_size": 16},
+            r"model\.image_size=.*only for model\.input=pixels",
+        ),
         ({"tie_embeddings": True}, r"model\.tie_embeddings=True: an Encoder does not have it"),
-        ({"positions": "alibi"}, r"model\.positions=alibi: not known"),
         ({"distillation_head": True}, r"model\.distillation_head=True: needs model\.distillation_token"),
         ({"whole_outside": True}, r"model\.whole_outside=True: only for model\.norm=crmsnorm"),
         ({"num_classes": 3, "pooling": "none"}, r"model\.num_classes=3: needs something pooled"),

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec
 
 import hybridnorm_jax as hn
+from hybridnorm_jax.kernels.swiglu import SwigluClamp
 
 
 def _shapes(tree):
@@ -71,12 +72,17 @@ def test_decoder_and_norm_inside_an_nnx_model_are_those_of_linen(small_config, r
 
 WIDTH = 32
 MOE = {"num_experts": 4, "experts_per_token": 2, "mlp_dim": 24}
+CLAMPED = MOE | {"clamp": SwigluClamp(0.5, 1.3), "use_bias": True, "shared_experts": 1, "shared_gate": True}
+MIXED = {
+    **{"scheme": "parallel_one_norm_qk", "num_experts": 4, "experts_per_token": 2, "dense_layers": (0,)},
+    **{"norm_scale_plus_one": True, "layer_scale": True, "embedding_scale": 2.0, "logit_cap": 5.0, "dense_mlp_dim": 40},
+}
 ATTENTION = {"num_heads": 4, "num_kv_heads": 2, "q_norm": "head", "context_norm": "projection", "rope_theta": 1e4}
 
 
 def _pairs(small_config):
     """{name: (makes the NNX module, the Linen module, an input)}."""
-    config = small_config(scheme="hybrid_star")
+    config, mixed = small_config(scheme="hybrid_star"), small_config(**MIXED)
     placement = hn.SCHEMES["keel"].block(1, 3)
     stream = jax.random.normal(jax.random.key(7), (2, 12, WIDTH))
     tokens = jax.random.randint(jax.random.key(8), (2, 12), 0, config.vocab_size)
@@ -85,7 +91,14 @@ def _pairs(small_config):
         "Attention": (lambda rngs: hn.nnx.Attention(WIDTH, rngs=rngs, **ATTENTION), hn.Attention(**ATTENTION), stream),
         "FeedForward": (lambda rngs: hn.nnx.FeedForward(WIDTH, mlp_dim=24, rngs=rngs), hn.FeedForward(24), stream),
         "MoE": (lambda rngs: hn.nnx.MoE(WIDTH, rngs=rngs, **MOE), hn.MoE(**MOE), stream),
+        "MoE, clamped": (lambda rngs: hn.nnx.MoE(WIDTH, rngs=rngs, **CLAMPED), hn.MoE(**CLAMPED), stream),
         "Block": (lambda rngs: hn.nnx.Block(config, placement, rngs=rngs), hn.Block(config, placement), stream),
+        "Block without experts": (
+            lambda rngs: hn.nnx.Block(mixed, placement, layer=0, rngs=rngs),
+            hn.Block(mixed, placement, layer=0),
+            stream,
+        ),
+        "Decoder, mixed": (lambda rngs: hn.nnx.Decoder(mixed, rngs=rngs), hn.Decoder(mixed), tokens),
         "Decoder": (lambda rngs: hn.nnx.Decoder(config, rngs=rngs), hn.Decoder(config), tokens),
     }
 
@@ -104,6 +117,7 @@ def _loss(model, x):
 
 
 NAMES = ["Norm", "Attention", "FeedForward", "MoE", "Block", "Decoder"]
+NAMES += ["MoE, clamped", "Block without experts", "Decoder, mixed"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,8 +14,8 @@ MODEL = (
     ),
     Fault(
         name="rotation_in_the_compute_dtype",
-        file="model/attention.py",
-        right="""    dtype = jnp.promote_types(dtype, jnp.float32)
+        file="model/rotation.py",
+        right="""    dtype = wide_dtype(dtype)
     wavelengths""",
         wrong="    wavelengths",
         tests=("model/test_decoder.py::test_a_bfloat16_model_rotates_in_float32",),

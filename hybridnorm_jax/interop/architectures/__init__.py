@@ -3,7 +3,7 @@
 An entry says what a config.json means as a ModelConfig, which tensors hold our leaves, and how; the same entry serves
 reading and writing. A key that no entry reads, or a value that is not implemented, is refused. An absent key means the
 default of the architecture's class in transformers, which leaves defaults out when it writes. registry.py lists them.
-How to add one: docs/foreign_models.md. How keys are read is in ../hf_config_keys.py, how tensors are in
+How to add one: docs/architectures.md. How keys are read is in ../hf_config_keys.py, how tensors are in
 ../tensor_places.py; nothing elsewhere asks for an architecture by its name.
 """
 

@@ -199,6 +199,20 @@ def _only(tensors: tuple[Tensor, ...], when: Any) -> tuple[Tensor, ...]:
     return tuple(dataclasses.replace(tensor, when=when) for tensor in tensors)
 
 
+# How often transformers 5.24 adds ALiBi to the scores of Falcon, by the way it computes attention: its plain one has it
+# in the mask as well. Models were trained with once.
+_HOW = "attn_implementation"
+_TIMES = {"sdpa": 1, "eager": 2}
+
+
+def _times_added(document: Json, source: str) -> int:
+    stated = document.get(_HOW)
+    if stated not in _TIMES:
+        right = "transformers adds ALiBi once to Falcon's scores with sdpa, as in training, and twice with eager"
+        raise UserError(f"{source}: {_HOW}={stated!r:.80} with alibi=True: {right}; add to the file which is meant")
+    return _TIMES[str(stated)]
+
+
 @dataclasses.dataclass(frozen=True)
 class _FalconBlocks:
     """How many norms a block has and whether its branches are parallel, how many keys, and ALiBi or RoPE."""
@@ -210,7 +224,7 @@ class _FalconBlocks:
     def names(self) -> tuple[str, ...]:
         """The keys."""
         blocks = ("new_decoder_architecture", "parallel_attn", "num_ln_in_parallel_attn")
-        return (*blocks, "multi_query", "num_kv_heads", "alibi", *self.rope.names)
+        return (*blocks, "multi_query", "num_kv_heads", "alibi", _HOW, *self.rope.names)
 
     def read(self, document: Json, source: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         """model.scheme, model.num_kv_heads, and the fields of positions."""
@@ -221,7 +235,7 @@ class _FalconBlocks:
         if not Key("alibi", (), False).read(document, source):
             return found | rotation | {"positions": "rope"}
         # ALiBi is added before the scores are scaled.
-        scale = 1 / math.sqrt(head_dim_of(fields) or 1)
+        scale = _times_added(document, source) / math.sqrt(head_dim_of(fields) or 1)
         return found | {"positions": "alibi", "alibi_scale": scale, "alibi_bfloat16": True}
 
     def _scheme(self, document: Json, source: str, *, is_new: bool) -> str:
@@ -260,7 +274,10 @@ class _FalconBlocks:
         }
         if is_new:
             keys["num_ln_in_parallel_attn"] = 2 if _has_two_norms(config) else 1
-        return keys if config.positions == "alibi" else keys | self.rope.write(config)
+        if config.positions != "alibi":
+            return keys | self.rope.write(config)
+        is_twice = config.alibi_scale == _TIMES["eager"] / math.sqrt(config.head_dim)
+        return keys | {_HOW: "eager" if is_twice else "sdpa"}
 
 
 def _four_times_the_width(document: Json) -> int:

@@ -85,8 +85,8 @@ _GEMMA3 = Architecture(
         *sizes(Sizes(vocab_size=262208, intermediate_size=9216, hidden_size=2304, layers=26, heads=8, kv_heads=4)),
         _HEAD_DIM,
         *_CAPPED,
+        # attn_logit_softcapping must be null: the class has the key, and its attention passes over it.
         Key("final_logit_softcapping", ("logit_cap",), None, null=none, kind=float),
-        Key("attn_logit_softcapping", ("score_cap",), None, null=none, kind=float),
     ),
     rules=(
         RootOfWidth(),

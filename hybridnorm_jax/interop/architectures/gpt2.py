@@ -21,7 +21,7 @@ from hybridnorm_jax.interop.tensor_layouts import (
     LINEAR_GROUPED,
     LINEAR_OUT,
     VECTOR_GROUPED,
-    GroupedHeads,
+    Shards,
 )
 from hybridnorm_jax.interop.tensor_parts import (
     ATTENTION_NORM,
@@ -257,7 +257,7 @@ _GPTJ = Architecture(
 
 @dataclasses.dataclass(frozen=True)
 class _FourShards:
-    """The projection of q, k and v is that of four machines, each with a quarter of the heads."""
+    """The projection of q, k and v is that of four machines, each with a quarter of the channels."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -265,10 +265,10 @@ class _FourShards:
         return ()
 
     def read(self, document: Json, source: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Nothing, where the heads can be divided."""
-        if fields["num_heads"] % 4:
-            right = "heads that four shards do not divide are not implemented"
-            raise UserError(f"{source}: n_head={fields['num_heads']}: {right}")
+        """Nothing, where the channels can be divided."""
+        if fields["d_model"] % 4:
+            right = "four shards must divide the width"
+            raise UserError(f"{source}: n_embd={fields['d_model']}: {right}")
         return {}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
@@ -289,8 +289,8 @@ _CODEGEN = dataclasses.replace(
             QUERY,
             VALUE,
             KEY,
-            kernel=GroupedHeads(inputs=1, transposed=True, groups=4),
-            bias=GroupedHeads(groups=4),
+            kernel=Shards(inputs=1, transposed=True, count=4),
+            bias=Shards(count=4),
             paired=True,
         ),
         dense("attn.out_proj", OUT, kernel=LINEAR_OUT),

@@ -15,13 +15,14 @@ from hybridnorm_jax.interop.architectures import (
     llama,
     olmo,
     phi,
+    vision,
 )
 from hybridnorm_jax.interop.hf_config_keys import Architecture, Json
 from hybridnorm_jax.interop.mathematics import mathematics
 from hybridnorm_jax.interop.own_architecture import OWN
 from hybridnorm_jax.model.config import ModelConfig
 
-_FAMILIES = (gpt2, gpt_neox, fairseq, llama, olmo, experts, phi, alibi, cohere, gemma)
+_FAMILIES = (gpt2, gpt_neox, fairseq, llama, olmo, experts, phi, alibi, cohere, gemma, vision)
 # A model that several express is written as the first of them.
 ARCHITECTURES: Mapping[str, Architecture] = {entry.name: entry for family in _FAMILIES for entry in family.ENTRIES}
 # Those of transformers first: they need no code of ours.
@@ -87,7 +88,10 @@ def config_to_json(config: ModelConfig, architecture: str | None = None) -> tupl
     if architecture is not None and architecture not in ALL:
         raise UserError(f"architecture={architecture} is not supported; supported: {', '.join(ALL)}")
     lost: list[str] = []
-    for name in ALL if architecture is None else (architecture,):
+    of_this_kind = [name for name, entry in ALL.items() if entry.config_class is type(config)]
+    if architecture is not None and architecture not in of_this_kind:
+        raise UserError(f"architecture={architecture} is not of models with an {type(config).__name__}")
+    for name in of_this_kind if architecture is None else (architecture,):
         document = ALL[name].write(config)
         lost = _lost(config, ALL[name], document)
         if not lost:
