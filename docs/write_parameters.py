@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.mesh.parameter_axes import logical_axes
+from hybridnorm_jax.model.abstract_params import abstract_params
 
 PAGE = Path(__file__).with_name("parameters.md")
 
@@ -58,6 +59,16 @@ DIMENSIONS = """
 | shared * mlp | `model.shared_mlp_dim`, where it is set |
 | vocab | `model.vocab_size` |
 | positions | `model.max_positions` + `model.position_offset` |
+"""
+
+ENCODER = """
+## Outside the blocks of an encoder
+
+`hn.Encoder(config)` has the same leaves inside its blocks. Outside them it has these. With `whole_outside`, `embed` is
+`model.norm_width` there.
+
+| leaf | shape | logical axes | there when |
+|---|---|---|---|
 """
 
 EXAMPLE = """
@@ -120,6 +131,53 @@ MODELS: tuple[dict[str, Any], ...] = (
     EXPERTS | {"scheme": "pre", "attention_sinks": True},
     {"scheme": "pre", "layer_scale": True},
 )
+
+# Together they have every leaf that an Encoder has outside its blocks.
+ENCODERS: tuple[dict[str, Any], ...] = (
+    {
+        "image_size": (21, 10),
+        "patch_size": (7, 5),
+        "num_channels": 3,
+        "distillation_token": True,
+        "register_tokens": 9,
+        "mask_token": True,
+        "embedding_norm": "true",
+        "pooling": "class_and_mean",
+        "num_classes": 11,
+        "distillation_head": True,
+    },
+    {"input": "tokens", "vocab_size": 61, "max_positions": 32, "pooling": "attention", "activation": "swiglu"},
+)
+ENCODER_NAMES = {
+    96: "embed",
+    192: "pooled",
+    6: "heads",
+    16: "embed / heads",
+    56: "mlp",
+    61: "vocab",
+    32: "positions",
+    17: "positions",
+    7: "patch_height",
+    5: "patch_width",
+    3: "channels",
+    1: "1",
+    9: "registers",
+    11: "classes",
+}
+ENCODER_WHEN = {
+    "patch_embedding": "`input=pixels`; the bias with `patch_bias=true`",
+    "token_embedding": "`input=tokens`",
+    "class_token": "`class_token=true`",
+    "distillation_token": "`distillation_token=true`",
+    "register_tokens": "`register_tokens` above 0",
+    "mask_token": "`mask_token=true`",
+    "position_embedding": "`positions=learned`",
+    "embedding_norm": "the scheme has one, or `embedding_norm=true`; `outer_norm_scale`, `outer_norm_bias`",
+    "final_norm": "the scheme has a final norm; `outer_norm_scale`, `outer_norm_bias`",
+    "pooling": "`pooling=attention`",
+    "head": "`num_classes`; the bias with `head_bias=true`",
+    "distillation_head": "`distillation_head=true`; the bias with `head_bias=true`",
+}
 
 # Start of a leaf's path -> what brings it.
 WHEN = {
@@ -186,6 +244,23 @@ def leaves(config: hn.ModelConfig) -> Iterator[Leaf]:
         )
 
 
+def encoder_rows() -> list[str]:
+    """The rows of what encoders have outside their blocks."""
+    rows: dict[str, str] = {}
+    for keys in ENCODERS:
+        sizes = {name: size for name, size in SIZES.items() if name not in ("vocab_size", "num_kv_heads", "head_dim")}
+        config = hn.EncoderConfig(**{**sizes, "activation": "gelu", **BIASES, **keys})
+        shapes_by_path = {path: leaf.shape for path, leaf in flatten_dict(abstract_params(config)).items()}
+        for path, shape in shapes_by_path.items():
+            if path[0].startswith("run_"):
+                continue
+            names = ", ".join(ENCODER_NAMES[size] for size in shape)
+            axes = ", ".join(axis or "-" for axis in logical_axes(path, len(shape)))
+            rows["/".join(path)] = f"| `{'/'.join(path)}` | ({names}) | ({axes}) | {ENCODER_WHEN[path[0]]} |"
+    order = list(ENCODER_WHEN)
+    return [rows[path] for path in sorted(rows, key=lambda path: (order.index(path.partition("/")[0]), path))]
+
+
 def when(path: str) -> str:
     """What brings the leaf at this path."""
     start = max((start for start in WHEN if f"{path}/".startswith(f"{start}/")), key=len)
@@ -222,7 +297,17 @@ def page() -> str:
     count = sum(int(np.prod(shape)) for shape in example.values())
     sizes = [f"| `{'/'.join(path)}` | {shape} |" for path, shape in sorted(example.items())]
     example_head = EXAMPLE.format(arguments=arguments, count=count)
-    return INTRODUCTION + "\n" + LEAVES + _lines(rows) + DIMENSIONS + example_head + _lines(sizes)
+    return (
+        INTRODUCTION
+        + "\n"
+        + LEAVES
+        + _lines(rows)
+        + DIMENSIONS
+        + ENCODER
+        + _lines(encoder_rows())
+        + example_head
+        + _lines(sizes)
+    )
 
 
 def _lines(rows: list[str]) -> str:

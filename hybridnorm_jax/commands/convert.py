@@ -14,6 +14,7 @@ from hybridnorm_jax.config.plugins import as_arguments, import_plugins
 from hybridnorm_jax.config.yaml_files import named_plugins
 from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.encoder_config import EncoderConfig
 from hybridnorm_jax.streams import sturdy_streams
 from hybridnorm_jax.whole_files import is_local
 
@@ -115,11 +116,12 @@ def convert(options: argparse.Namespace) -> None:
         conversion = conversion_of(model, options.form, pad_to=options.pad_to)
     except ConfigError as error:
         raise UserError(f"{options.checkpoint}: {error}") from error
-    tokens = token_sets(options, source)
+    inputs = image_sets(model) if is_encoder(model) else token_sets(options, source)
     print(f"{options.checkpoint}: {source.kind}, {describe(model)}")
     written = cast(conversion.convert(cast(source.params, "float64")), options.dtype)
-    proof = prove(model, source.params, conversion, written, tokens)
+    proof = prove(model, source.params, conversion, written, inputs)
     print(f"\n{table(proof)}\n")
+    _say_what_remains(model, conversion.centrings)
     if not proof.holds:
         found = f"{proof.worst('float64'):.1e} in float64, {proof.worst(WRITTEN):.1e} {WRITTEN}"
         raise NotEqualError(f"{options.checkpoint}: logits differ by {found}, relative; nothing is written")
@@ -137,7 +139,27 @@ def convert(options: argparse.Namespace) -> None:
         trained_on=source.trained_on,
     )
     print(f"{options.out}: {describe(result)}, {options.dtype}")
-    _say_next(options.out, needed, has_tokenizer=source.has_tokenizer)
+    if is_encoder(model):
+        print(f"\nNext, in Python: config, params = hn.load_run({options.out!r}); hn.build_model(config.model)")
+    else:
+        _say_next(options.out, needed, has_tokenizer=source.has_tokenizer)
+
+
+def is_encoder(model: ModelConfig) -> bool:
+    """Whether the model is an Encoder."""
+    return isinstance(model, EncoderConfig)
+
+
+def _say_what_remains(model: ModelConfig, centrings: Sequence[str]) -> None:
+    """Name and count the means that the new model still subtracts."""
+    if centrings:
+        print(f"means over the channels that are still subtracted: {len(centrings)}")
+        for place in centrings:
+            print(f"  {place}")
+    if isinstance(model, EncoderConfig) and model.norm_pooled_only:
+        print("the last hidden state is the stream, without its mean now; what is pooled is compared")
+    if centrings:
+        print()
 
 
 def _check_out(checkpoint: str, out: str) -> None:
@@ -157,6 +179,17 @@ def _say_next(out: str, plugins: Sequence[str], *, has_tokenizer: bool) -> None:
         data = " data.source=tokens 'data.files=[F.npy]' data.validation_fraction=0 'data.validation.name=[V.npy]'"
     print(f"\nNext: {again(['eval', out, *needed])}{data}")
     print(f"  or: {again(['train', f'{out}/config.yaml', f'init_from={out}', 'run.name=NAME', *needed])}{data}")
+
+
+def image_sets(model: EncoderConfig) -> dict:
+    """{"random pixels" or "random tokens": ...}: of an encoder, SEQUENCES images or sequences."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    if model.reads_pixels:
+        return {"random pixels": random.normal(size=(SEQUENCES, *model.image_size, model.num_channels))}
+    length = min(LONGEST, model.max_positions or LONGEST)
+    return {"random tokens": random.integers(0, model.vocab_size, (SEQUENCES, length), np.int32)}
 
 
 def token_sets(options: argparse.Namespace, source: SavedModel) -> dict:

@@ -111,6 +111,7 @@ def _read(options: argparse.Namespace) -> Source:
     import numpy as np
 
     from hybridnorm_jax.commands.own_tokenizer import own_tokenizer
+    from hybridnorm_jax.model.encoder_config import EncoderConfig
     from hybridnorm_jax.training.checkpoints import Checkpoints
     from hybridnorm_jax.training.run_directory import load_run, newest_checkpoint, saved_config
     from hybridnorm_jax.training.trained_before import trained_on
@@ -119,6 +120,8 @@ def _read(options: argparse.Namespace) -> Source:
     directory = Path(checkpoint).parent
     with Checkpoints(directory, keep=1) as checkpoints:
         config = saved_config(checkpoints, step)
+        if isinstance(config.model, EncoderConfig):
+            raise UserError(f"{options.run}: an encoder; hn.save_huggingface writes one that transformers has")
         data_state = checkpoints.read_data_state(step)
     data, is_named = config.data, options.tokenizer is not None
     if is_named:

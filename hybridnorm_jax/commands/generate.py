@@ -188,11 +188,13 @@ def generate(options: argparse.Namespace, sampling: Sampling) -> None:
     from hybridnorm_jax.commands.saved_model import read_directory
     from hybridnorm_jax.generation.ready_parameters import ready
     from hybridnorm_jax.generation.text import write_text
+    from hybridnorm_jax.model.encoder_config import check_decoder
 
     prompts = _prompts(options)
     import_plugins(options.plugins)
     keep_programs()
     source = read_directory(options.model)
+    check_decoder(source.config.model, options.model, "generate text")
     tokenizer = _tokenizer(source, options.tokenizer)
     # Once for all prompts: those of a Hugging Face directory are not on a device yet.
     params = ready(source.config.model, source.params)

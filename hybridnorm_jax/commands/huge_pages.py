@@ -1,8 +1,9 @@
-"""Memory in huge pages for what computes on a CPU: the process begins once more with another setting of glibc.
+"""Memory for what computes on a CPU: the process begins once more with other settings of glibc.
 
-XLA for CPUs takes a step's temporary arrays from malloc and gives them back after it. In pages of 4 KiB the system maps
-and clears them anew in every step. In huge pages it has less to map. glibc reads GLIBC_TUNABLES when a process starts
-and not later, so the process sets it and executes itself: with the same id, arguments, files and ignored signals.
+XLA for CPUs takes a step's temporary arrays from malloc and gives them back after it, and malloc gives large ones back
+to the system. So the system would map and clear them anew in every step. In huge pages it has less to map, and with a
+heap that keeps what it was given back it has nothing to do at all. glibc reads GLIBC_TUNABLES when a process starts and
+not later, so the process sets it and executes itself: with the same id, arguments, files and ignored signals.
 """
 
 import importlib.util
@@ -14,9 +15,11 @@ from pathlib import Path
 # 0 keeps the process as it is.
 VARIABLE = "HYBRIDNORM_HUGE_PAGES"
 TUNABLES, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
-# A heap that keeps all it was given back (mmap_max=0, arena_max=1, trim_threshold=2^31 - 1) was tried as well, on two
-# cores of a quiet Xeon on 2026-11-27: quickstart gained nothing, and 8 layers of width 512 lost a third of their speed.
 WANTED = f"{HUGE_PAGES}=1"
+# Large arrays come from the heap as well, and it keeps up to 1 TiB. Only the first arena can hold them, and which arena
+# a thread of XLA gets is chance, so there may be no other. A limit of 2 GiB is too low: with 8 layers of width 512 the
+# heap went above it in every step, and a step took a third longer.
+KEPT_HEAP = ("glibc.malloc.mmap_max=0", f"glibc.malloc.trim_threshold={1 << 40}", "glibc.malloc.arena_max=1")
 # The first version that knows the tunable.
 GLIBC = (2, 35)
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -31,13 +34,25 @@ def begin_again_with_huge_pages() -> None:
     if not _is_worth_it(os.environ):
         return
     given = os.environ.get(TUNABLES, "")
-    environment = os.environ | {TUNABLES: f"{given}:{WANTED}" if given else WANTED}
+    missing = [setting for setting in _wanted() if setting.partition("=")[0] not in given]
+    environment = os.environ | {TUNABLES: ":".join([given, *missing] if given else missing)}
     sys.stdout.flush()
     sys.stderr.flush()
     try:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     except OSError:  # such as too long arguments; it can be done without
         return
+
+
+def _wanted() -> tuple[str, ...]:
+    """The tunables to set.
+
+    The threads of XLA's compiler wait for each other where there is one arena: quickstart then compiles in 6 to 7 s
+    instead of 4. So the heap is kept only where an earlier process has left compiled programs.
+    """
+    from hybridnorm_jax.commands.program_cache import has_kept_programs  # not needed where nothing is to be done
+
+    return (WANTED, *KEPT_HEAP) if has_kept_programs() else (WANTED,)
 
 
 def _is_worth_it(environment: Mapping[str, str]) -> bool:

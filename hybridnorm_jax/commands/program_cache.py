@@ -11,8 +11,6 @@ import platform
 import sys
 from pathlib import Path
 
-import jax
-
 from hybridnorm_jax.errors import first_line
 from hybridnorm_jax.whole_files import user_cache_folder
 
@@ -32,6 +30,8 @@ def keep_programs(*, speaks: bool = True) -> None:
     Args:
       speaks: whether this process prints that line; of several processes one does.
     """
+    import jax  # here, because huge_pages.py asks for has_kept_programs before JAX is imported
+
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or not jax.config.jax_enable_compilation_cache:
         return
     if (obstacle := _prepare(folder := program_folder())) is not None:
@@ -44,6 +44,15 @@ def keep_programs(*, speaks: bool = True) -> None:
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST_SECONDS)
     jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def has_kept_programs() -> bool:
+    """Whether an earlier process has kept programs, so that this one may have little to compile."""
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or program_folder()
+    try:
+        return folder is not None and any(Path(folder).iterdir())
+    except OSError:  # no such folder, or no folder that this user may read
+        return False
 
 
 def program_folder() -> Path | None:

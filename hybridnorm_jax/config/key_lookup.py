@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.model.encoder_config import EncoderConfig
 
 # Below this ratio of difflib two names are strangers.
 ALIKE = 0.6
@@ -27,6 +28,10 @@ def _all_fields() -> dict[str, dataclasses.Field]:
 
 
 FIELDS = _all_fields()
+# What a saved configuration may hold besides, of an encoder; no run trains one.
+ENCODER_FIELDS = {
+    f"model.{field.name}": field for field in dataclasses.fields(EncoderConfig) if f"model.{field.name}" not in FIELDS
+}
 
 
 def default(field: dataclasses.Field) -> Any:

@@ -116,11 +116,12 @@ def wsd_decay_steps(config: OptimizerSection, steps: int, warmup: int) -> int:
 
 def _differing(saved: RunConfig, asked: RunConfig) -> dict[str, str]:
     """Every key with another value -> what is said of it."""
-    pairs = zip(flatten(dataclasses.asdict(saved)), flatten(dataclasses.asdict(asked)), strict=True)
+    before, after = (dict(flatten(dataclasses.asdict(config))) for config in (saved, asked))
+    # An encoder has keys that a decoder has not.
     return {
-        path: f"{path}: saved {show(before)}, asked {show(after)}"
-        for (path, before), (_, after) in pairs
-        if before != after
+        path: f"{path}: saved {show(before.get(path))}, asked {show(after.get(path))}"
+        for path in before | after
+        if before.get(path) != after.get(path)
     }
 
 

@@ -6,13 +6,13 @@ yaml_nodes.py reads the YAML, and key_values.py the values, each as the type of 
 import copy
 import dataclasses
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hybridnorm_jax.config.key_lookup import FIELDS, SECTIONS, nearest_key
+from hybridnorm_jax.config.key_lookup import ENCODER_FIELDS, FIELDS, SECTIONS, nearest_key
 from hybridnorm_jax.config.key_values import BOOLS, INTEGER, NUMBER, read_hint, typed
 from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.config.plugins import check_started_with_plugins, import_plugins
@@ -21,6 +21,7 @@ from hybridnorm_jax.config.yaml_nodes import MOST_CHARACTERS, Node, Scalar, read
 from hybridnorm_jax.config_fields import shortened
 from hybridnorm_jax.errors import ConfigError, did_you_mean
 from hybridnorm_jax.file_formats import pointer_of_git_lfs
+from hybridnorm_jax.model.encoder_config import EncoderConfig
 
 
 class _Writer(yaml.SafeDumper):
@@ -56,7 +57,7 @@ def from_yaml(text: str, overrides: Sequence[str] = (), *, origin: str = "saved 
       ConfigError: as `parse`; or the text names plugins, and this process was started without any.
     """
     import_plugins(named_plugins(overrides))
-    settings = gather([(origin, text)], overrides)
+    settings = gather([(origin, text)], overrides, known=FIELDS | ENCODER_FIELDS)
     if not any(override.startswith(f"{PLUGINS}=") for override in overrides):
         check_started_with_plugins(settings.get(PLUGINS, ()), origin)
     return build(settings)
@@ -96,8 +97,14 @@ def read_file(path: str | Path) -> str:
         raise ConfigError(f"{path}: cannot be read: {error}") from error  # NUL in a path
 
 
-def gather(texts: Sequence[tuple[str, str]], overrides: Sequence[str]) -> dict[str, Any]:
-    """Typed values by dotted key, of (file, its YAML) pairs and then of overrides; later ones win."""
+def gather(
+    texts: Sequence[tuple[str, str]], overrides: Sequence[str], *, known: Mapping[str, dataclasses.Field] = FIELDS
+) -> dict[str, Any]:
+    """Typed values by dotted key, of (file, its YAML) pairs and then of overrides; later ones win.
+
+    Args:
+      known: the keys that the files may hold.
+    """
     settings: dict[str, Any] = {}
     for file, text in texts:
         tree = read_yaml(text, file)
@@ -106,11 +113,11 @@ def gather(texts: Sequence[tuple[str, str]], overrides: Sequence[str]) -> dict[s
         if not isinstance(tree, dict):
             raise ConfigError(f"{file}: must hold keys and values, such as `train: {{steps: 20}}`")
         for path, node in _leaves(tree):
-            _put(settings, path, node, f"{file}: {shortened(path)}{_shown(node)}")
+            _put(settings, path, node, f"{file}: {shortened(path)}{_shown(node)}", known)
     for override in overrides:
         path, _, text = override.partition("=")
         field = FIELDS.get(path)
-        _put(settings, path, _argument(override, text, field), shortened(override))
+        _put(settings, path, _argument(override, text, field), shortened(override), FIELDS)
     return settings
 
 
@@ -166,19 +173,20 @@ def build(settings: dict[str, Any]) -> RunConfig:
     for path, value in settings.items():
         section, _, name = path.rpartition(".")
         (values[section] if section else top)[name] = value
-    return RunConfig(**{name: section(**values[name]) for name, section in SECTIONS.items()}, **top)
+    sections = SECTIONS | ({"model": EncoderConfig} if ENCODER_FIELDS.keys() & settings.keys() else {})
+    return RunConfig(**{name: section(**values[name]) for name, section in sections.items()}, **top)
 
 
-def _put(settings: dict[str, Any], path: str, node: Node, where: str) -> None:
+def _put(settings: dict[str, Any], path: str, node: Node, where: str, known: Mapping[str, dataclasses.Field]) -> None:
     """Set one key to a value of its type; the entries of a map are added to those already there."""
     if path in SECTIONS:
         raise ConfigError(f"{where}: {path} is a section, not a key; --help lists its keys")
-    key = path if path in FIELDS else next((key for key in FIELDS if path.startswith(f"{key}.")), None)
+    key = path if path in known else next((key for key in known if path.startswith(f"{key}.")), None)
     if key is None:
         nearest = nearest_key(path)
         hint = f"did you mean {nearest!r}?" if nearest else "--help lists every key"
         raise ConfigError(f"{where}: no such key; {hint}")
-    field, hint = FIELDS[key], read_hint(FIELDS[key].type)
+    field, hint = known[key], read_hint(known[key].type)
     if key != path and typing.get_origin(hint.kind) is dict:
         # One entry of a map, such as data.validation.NAME=[FILE].
         field = copy.copy(field)

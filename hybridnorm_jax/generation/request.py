@@ -11,6 +11,7 @@ from jaxtyping import Int
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.generation.sampling import fault_of_seed
 from hybridnorm_jax.model.config import LONGEST_CONTEXT, ModelConfig
+from hybridnorm_jax.model.encoder_config import check_decoder
 
 Tokens = Int[np.ndarray, " tokens"]
 
@@ -38,6 +39,7 @@ def checked_request(
     Raises:
       UserError: what is asked for cannot be; names the argument.
     """
+    check_decoder(config, "config", "generate text")
     rows = [_integers(f"prompts[{number}]", prompt) for number, prompt in enumerate(prompts)]
     ends = _integers("stop_ids", stop_ids)
     max_new_tokens = _integer("max_new_tokens", max_new_tokens)

@@ -3,6 +3,7 @@
 import dataclasses
 
 from hybridnorm_jax.config_fields import Filled, check_choice, key
+from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.config_sizes import LONGEST_CONTEXT, WIDEST
 
@@ -14,6 +15,17 @@ LARGEST_IMAGE = 65_536
 MOST_REGISTERS = 65_536
 # Keys of what a Decoder has behind its last norm or before its first, which an Encoder has in another form or not.
 DECODER_ONLY = ("tie_embeddings", "embedding_scale", "logit_scale", "logit_cap", "position_offset")
+
+
+def check_decoder(config: ModelConfig, source: str, verb: str) -> None:
+    """Raise UserError for an encoder, which does not do what is asked.
+
+    Args:
+      source: what it was read from, or the name of the argument.
+      verb: what an encoder does not do.
+    """
+    if isinstance(config, EncoderConfig):
+        raise UserError(f"{source}: an encoder, which does not {verb}; hn.build_model(config) applies it")
 
 
 @dataclasses.dataclass(frozen=True)

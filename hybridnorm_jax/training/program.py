@@ -17,6 +17,7 @@ from hybridnorm_jax.equivalence.decoder_forms import Conversion
 from hybridnorm_jax.equivalence.forms import conversion_of
 from hybridnorm_jax.equivalence.invariants import assert_measured, tolerances
 from hybridnorm_jax.equivalence.measurements import Measured
+from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.kernels.attention_backends import capability_of, resolve_backend, sequence_multiple
 from hybridnorm_jax.kernels.expert_dispatch import ExpertSize, resolve_dispatch
 from hybridnorm_jax.mesh.batch_shares import BatchShare, batch_parts, batch_sharding, batch_share
@@ -25,6 +26,7 @@ from hybridnorm_jax.mesh.fit_checks import check_experts, check_sequence
 from hybridnorm_jax.mesh.sharding_rules import resolve_rules
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
+from hybridnorm_jax.model.encoder_config import EncoderConfig
 from hybridnorm_jax.model.loss import LossSums
 from hybridnorm_jax.training.layer_measures import Measures, make_watch
 from hybridnorm_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -71,6 +73,8 @@ class Program:
           mesh: None: over the devices at hand, as the configuration says.
           remat: in the place of model.remat, see remat_choice.py.
         """
+        if isinstance(config.model, EncoderConfig):
+            raise ConfigError("model: an encoder, which no run trains; examples/image_classification.py trains one")
         self.config = config
         self.remat = config.model.remat if remat is None else remat
         self.mesh = make_mesh(config.mesh.sizes) if mesh is None else mesh
@@ -148,7 +152,7 @@ class Program:
             head_dim=model.head_dim,
             segment_ids=self.config.data.segment_ids,
             capability=capability_of(self.mesh.devices.flat[0]),
-            features=model.score_features,
+            features=model.score_features(self.config.train.seq_len),
         )
 
     def _jit_train_step(self) -> Callable:

@@ -16,6 +16,7 @@ from hybridnorm_jax.mesh.shardings import tree_shardings
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.training.anomalies import Anomalies, no_anomalies
+from hybridnorm_jax.training.xla_options import initial_state_options
 
 
 @flax.struct.dataclass
@@ -66,4 +67,5 @@ def abstract_state(initialize: Initializer, mesh: Mesh, rules: Rules = RULES) ->
 def fresh_state(initialize: Initializer, seed: int, abstract: TrainState) -> TrainState:
     """The state before the first step, sharded as `abstract`; every device computes only its own shards."""
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(initialize, out_shardings=places)(jax.random.key(seed))
+    options = initial_state_options(abstract.step.sharding.mesh.devices.flat[0].platform)
+    return jax.jit(initialize, out_shardings=places, compiler_options=options)(jax.random.key(seed))

@@ -1,6 +1,6 @@
-"""What XLA's compiler is told about the training step, by platform: the one place for its options.
+"""What XLA's compiler is told about the training step and the initial state, by platform: the one place for it.
 
-They are options of that one program and not XLA_FLAGS. So they hold however training is started, reach no other
+They are options of those programs and not XLA_FLAGS. So they hold however training is started, reach no other
 program, and `hybridnorm plan` compiles with them. What the user's own XLA_FLAGS say wins.
 """
 
@@ -26,20 +26,24 @@ _GPU: Options = {
     # fsdp relies on it.
     "xla_gpu_enable_latency_hiding_scheduler": True,
 }
-# On CPUs, with the XLA that they were tried with; the next one may have other names, or no need of them. Thread-seconds
-# of a step of quickstart on two cores of a Xeon with AVX-512: 0.39 without, 0.36 with the first, 0.335 with both.
-# Beside PyTorch (2026-11-27, see README) quickstart gains 0.81 -> 0.97, and 8 layers of width 512 lose 0.88 -> 0.72:
-# which of the two options harms there, and from which width on, is not known yet.
+# On CPUs, with the XLA that it was tried with; the next one may have another name, or no need of it. Single steps in
+# turns in one process, on two cores of a Xeon with AVX-512, 2026-11-27: quickstart 174.2 ms without and 173.9 with, lab
+# 69.4 and 67.3, 8 layers of width 512 2,076 and 2,102. What is compared here was measured in one process.
+# xla_cpu_experimental_ynn_fusion_type, what XLA gives to its library, is left alone. With DOT and REDUCE width 512 took
+# 2,540 ms instead of 2,043: sums are what harms, because XLA writes out what they read. With DOT alone (and 512 bits on
+# both sides) quickstart took 172.2 instead of 173.9, lab 71.2 instead of 67.3 and width 512 2,144 instead of 2,102, and
+# with nothing (at XLA's 256 bits) width 512 2,167 instead of 2,081. ELTWISE is worse, and so is
+# xla_cpu_use_fusion_emitters=false. At quickstart no effect was seen of _enable_concurrency_optimized_scheduler=false,
+# _use_onednn, _enable_fast_min_max and _copy_insertion_use_region_analysis.
 _CPU: Options = {
     # Vectors of 512 bits where the processor has them; XLA by default takes 256.
     "xla_cpu_prefer_vector_width": 512,
-    # What stands around a product or a sum is not fused into the library's call, for which XLA would write out its
-    # inputs: the scale of a norm repeated for every position.
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE",
 }
-_OF_PLATFORM: Mapping[str, Options] = {
-    "gpu": _GPU,
-    "cpu": _CPU if jaxlib.__version__.startswith("0.10.") else {},
+_HAS_CPU_OPTIONS = jaxlib.__version__.startswith("0.10.")
+_OF_PLATFORM: Mapping[str, Options] = {"gpu": _GPU, "cpu": _CPU if _HAS_CPU_OPTIONS else {}}
+# The program of the initial state runs once. Quickstart's compiles in 1.5 s instead of 2.0, and draws the same bits.
+_OF_INITIAL_STATE: Mapping[str, Options] = {
+    "cpu": {"xla_cpu_opt_preset": "CPU_OPT_PRESET_FAST_COMPILE"} if _HAS_CPU_OPTIONS else {}
 }
 
 # What XLA says of an option that it does not have, or of a value that it does not take.
@@ -48,8 +52,17 @@ _REFUSAL = re.compile(r"No such compile option: '?(\w+)'?|While setting option (
 
 def step_options(platform: str) -> dict[str, bool | int | str]:
     """The options for the devices of this platform (cpu | gpu | tpu), without those that XLA_FLAGS sets."""
+    return _not_asked_for(_OF_PLATFORM.get(platform, {}))
+
+
+def initial_state_options(platform: str) -> dict[str, bool | int | str]:
+    """As step_options, for the program that makes the initial state."""
+    return _not_asked_for(_OF_INITIAL_STATE.get(platform, {}))
+
+
+def _not_asked_for(options: Options) -> dict[str, bool | int | str]:
     asked = set(re.findall(r"--(\w+)", os.environ.get("XLA_FLAGS", "")))
-    return {name: value for name, value in _OF_PLATFORM.get(platform, {}).items() if name not in asked}
+    return {name: value for name, value in options.items() if name not in asked}
 
 
 def described(options: Options) -> str | None:

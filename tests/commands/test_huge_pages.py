@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hybridnorm_jax.commands import huge_pages
-from hybridnorm_jax.commands.huge_pages import TUNABLES, VARIABLE, WANTED, begin_again_with_huge_pages
+from hybridnorm_jax.commands.huge_pages import KEPT_HEAP, TUNABLES, VARIABLE, WANTED, begin_again_with_huge_pages
 from hybridnorm_jax.commands.main import main, start
 
 REPOSITORY = Path(__file__).parents[2]
@@ -31,9 +31,10 @@ on_this_system = pytest.mark.skipif(
 def environment(tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(NOTE)
-    kept = {name: value for name, value in os.environ.items() if name not in (TUNABLES, VARIABLE)}
+    others = (TUNABLES, VARIABLE, "JAX_COMPILATION_CACHE_DIR")
+    kept = {name: value for name, value in os.environ.items() if name not in others}
     paths = {"PYTHONPATH": os.pathsep.join((str(tmp_path / "site"), str(REPOSITORY)))}
-    return kept | paths | {"STARTS": str(tmp_path / "starts"), "JAX_PLATFORMS": "cpu"}
+    return kept | paths | {"STARTS": str(tmp_path / "starts"), "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)}
 
 
 def _starts(environment, *command, before=None):
@@ -91,6 +92,55 @@ def test_other_tunables_are_kept(environment):
     given = "glibc.malloc.check=0:glibc.malloc.arena_max=3"
     starts, _ = _starts(environment | {TUNABLES: given}, "-m", "hybridnorm_jax", "eval", "--help")
     assert [start[1] for start in starts] == [given, f"{given}:{WANTED}"]
+
+
+@on_this_system
+def test_where_programs_are_kept_the_heap_keeps_its_memory(environment, tmp_path):
+    kept = tmp_path / "kept"
+    environment |= {"JAX_COMPILATION_CACHE_DIR": str(kept)}
+    command = ("-m", "hybridnorm_jax", "train", "--help")
+    assert _starts(environment, *command)[0][-1][1] == WANTED
+    kept.mkdir()
+    assert _starts(environment, *command)[0][-1][1] == WANTED
+    (kept / "a_program").touch()
+    assert _starts(environment, *command)[0][-1][1] == ":".join([WANTED, *KEPT_HEAP])
+    given = "glibc.malloc.arena_max=3"
+    mmap, trim, _ = KEPT_HEAP
+    assert _starts(environment | {TUNABLES: given}, *command)[0][-1][1] == f"{given}:{WANTED}:{mmap}:{trim}"
+
+
+# Arrays of 100 MB, one after the other, in a thread that is not the first one; prints the page faults of the last ones.
+LARGE_ARRAYS = """
+import resource, threading
+import numpy as np
+
+def fill(times):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        np.ones(100_000_000, np.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def measure():
+    fill(1)
+    print(fill(10))
+
+thread = threading.Thread(target=measure)
+thread.start()
+thread.join()
+"""
+
+
+@on_this_system
+def test_a_kept_heap_has_no_page_faults(environment):
+    def faults(*settings):
+        tunables = {TUNABLES: ":".join(settings)}
+        run = subprocess.run(
+            [sys.executable, "-c", LARGE_ARRAYS], env=environment | tunables, capture_output=True, text=True, check=True
+        )
+        return int(run.stdout)
+
+    assert faults(WANTED) > 10
+    assert faults(WANTED, *KEPT_HEAP) < 10
 
 
 @pytest.mark.parametrize(

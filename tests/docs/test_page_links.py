@@ -12,7 +12,7 @@ PACKAGE = REPOSITORY / "hybridnorm_jax"
 API = REPOSITORY / "docs" / "api.md"
 CHANGELOG = REPOSITORY / "CHANGELOG.md"
 # A path that begins with one of these is meant to be in the repository; metrics such as `train/loss` are not.
-FOLDERS = ("tests/", "docs/", "configs/", "launch/", "benchmarks/", "hybridnorm_jax/", ".ci/", ".github/")
+FOLDERS = ("tests/", "examples/", "docs/", "configs/", "launch/", "benchmarks/", "hybridnorm_jax/", ".ci/", ".github/")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.training.memory import compile_within_memory
-from hybridnorm_jax.training.xla_options import described, readable_refusals, step_options
+from hybridnorm_jax.training.state import init_params
+from hybridnorm_jax.training.xla_options import described, initial_state_options, readable_refusals, step_options
 
 HIDES, WIDTH = "xla_gpu_enable_latency_hiding_scheduler", "xla_cpu_prefer_vector_width"
 
@@ -61,3 +63,17 @@ def test_a_refused_option_is_one_line(options, message):
 def test_other_errors_pass():
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"), readable_refusals():
         raise jax.errors.JaxRuntimeError("something else")
+
+
+@pytest.mark.skipif(not jaxlib.__version__.startswith("0.10."), reason="the options were tried with this XLA")
+def test_the_initial_state_has_the_same_bits_with_and_without_its_options(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    options = initial_state_options("cpu")
+    assert options
+    assert initial_state_options("tpu") == initial_state_options("gpu") == {}
+    config = ModelConfig(d_model=64, num_layers=2, num_heads=2, mlp_dim=96, vocab_size=50)
+    plain, fast = (
+        jax.jit(lambda key: init_params(config, key), compiler_options=chosen)(jax.random.key(3))
+        for chosen in ({}, options)
+    )
+    jax.tree.map(np.testing.assert_array_equal, plain, fast)
