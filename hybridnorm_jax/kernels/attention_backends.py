@@ -153,6 +153,7 @@ def softmax_attention(
     Raises:
       ConfigError: the named backend cannot do this.
     """
+    rules = rules.within(query.shape[1])
     backend = resolve_backend(
         backend,
         platform=jax.default_backend() if backend == "auto" else None,

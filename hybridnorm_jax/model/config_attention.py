@@ -105,12 +105,15 @@ class AttentionKeys(FeedForwardKeys):
         """Whether a token sees no later ones."""
         return True
 
-    @property
-    def score_features(self) -> tuple[str, ...]:
-        """What a kernel must be able to do besides causal attention, by the names of kernels.backend_names.FEATURES."""
+    def score_features(self, seq: int) -> tuple[str, ...]:
+        """What a kernel must be able to do besides causal attention, by the names of kernels.backend_names.FEATURES.
+
+        Args:
+          seq: length of the sequences; wider windows hide nothing of them.
+        """
         return features_of(
             causal=self.is_causal,
-            windows=any(self.layer_windows),
+            windows=any(0 < window < seq for window in self.layer_windows),
             cap=self.score_cap is not None,
             sinks=self.attention_sinks,
             alibi=self.positions == "alibi",

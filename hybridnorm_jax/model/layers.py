@@ -90,6 +90,7 @@ def through_layers(
     config: ModelConfig = module.config
     keys = {name: module.make_rng(name) for name in KEYS if module.has_rng(name)}
     for number, run in enumerate(config.runs):
+        run = run if unrolled else run.within(stream.shape[1])  # a cache may be longer than what is read at once
         layers = layer_inputs(run, config.dtype, keys)
         if unrolled:
             stream = _one_by_one(config, run, stream, layers, shared, deterministic=deterministic)

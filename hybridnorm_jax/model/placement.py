@@ -206,6 +206,11 @@ class Run:
         first, *others = {layer.window for layer in self.layers}
         return None if others else first
 
+    def within(self, seq: int) -> "Run":
+        """This run for sequences of this length: a window that hides nothing of them is none."""
+        layers = (dataclasses.replace(each, window=each.window if each.window < seq else 0) for each in self.layers)
+        return dataclasses.replace(self, layers=tuple(layers))
+
     @property
     def rotations(self) -> list[int]:
         """The rotations that its layers have, see Layer, each once."""

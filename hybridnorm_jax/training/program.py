@@ -152,7 +152,7 @@ class Program:
             head_dim=model.head_dim,
             segment_ids=self.config.data.segment_ids,
             capability=capability_of(self.mesh.devices.flat[0]),
-            features=model.score_features,
+            features=model.score_features(self.config.train.seq_len),
         )
 
     def _jit_train_step(self) -> Callable:

@@ -269,5 +269,7 @@ def test_a_fused_kernel_refuses_what_it_cannot_do_and_auto_takes_another(feature
 
 def test_attention_itself_refuses_it_too():
     query, key, value, _ = draw(1, 8, HEADS, 2, 8, jnp.bfloat16)
+    # What hides nothing is no window.
+    jax.eval_shape(lambda *x: softmax_attention(*x, rules=ScoreRules(window=8), backend="splash"), query, key, value)
     with pytest.raises(ConfigError, match=r"model\.attention=splash: .*model\.windows"):
         softmax_attention(query, key, value, rules=ScoreRules(window=4), backend="splash")

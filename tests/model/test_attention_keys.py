@@ -183,6 +183,17 @@ def test_training_refuses_a_kernel_without_what_the_model_has(small_config):
         Program(config)
 
 
+def test_windows_as_wide_as_the_sequences_keep_no_kernel_away(small_config):
+    model = small_config(attention="flash", windows=(16, 40), attention_sinks=False)
+    assert model.score_features(16) == ()
+    assert model.score_features(17) == ("windows",)
+    tokens = jnp.zeros((1, 16), jnp.int32)
+    plain = dataclasses.replace(model, windows=(), attention="xla")
+    wide = dataclasses.replace(model, attention="xla")
+    traced = [str(jax.make_jaxpr(lambda c=c: hn.Decoder(c).init(jax.random.key(0), tokens))()) for c in (plain, wide)]
+    assert traced[0] == traced[1]
+
+
 def test_a_norm_for_each_head_needs_a_norm_over_heads():
     assert hn.ModelConfig(**TINY, scheme="hybrid", attention_norm_per_head=True)
     for scheme in ("pre", "pre_qk_projection"):
