@@ -4,9 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
-from flax.core import FrozenDict
-
 from hybridnorm_jax.equivalence.layout import (
     NormBias,
     NormScale,
@@ -16,7 +13,8 @@ from hybridnorm_jax.equivalence.layout import (
     Untouched,
     Writes,
 )
-from hybridnorm_jax.equivalence.model_params import assert_params, check_params
+from hybridnorm_jax.equivalence.model_params import assert_params
+from hybridnorm_jax.equivalence.plain_models import plain_decoder, plain_decoder_params, without_stream_norms
 from hybridnorm_jax.equivalence.transforms import compress, fold_affine, recenter, stored_width
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.model.config import ModelConfig
@@ -32,12 +30,14 @@ class Conversion:
       convert: parameters of the given config -> those of `config`; pure and differentiable.
       layout: of the trees that `convert` returns.
       centrings: where a mean over the channels is still subtracted in the forward pass, in words; most often nowhere.
+      changes: what else than norms, readers and writers is another in the new model, in words.
     """
 
     config: ModelConfig
     convert: Callable[[Any], dict[str, Any]]
     layout: ResidualLayout
     centrings: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
 
 
 def decoder_conversion(config: ModelConfig, form: str, *, pad_to: int = 1) -> Conversion:
@@ -45,32 +45,23 @@ def decoder_conversion(config: ModelConfig, form: str, *, pad_to: int = 1) -> Co
     if obstacle := config.pre_layernorm_obstacle:
         raise ConfigError(f"{obstacle}: only LayerNorm at the entrance of every branch and before the head converts")
     compressed = form == "pre_crmsnorm"
-    untied = config.tie_embeddings and (compressed or config.norm_scale or config.norm_bias)
-    roomy = dataclasses.replace(
-        config,
-        tie_embeddings=config.tie_embeddings and not untied,
-        head_bias=config.head_bias or config.norm_bias,
-        attention_bias=config.attention_bias or config.norm_bias,
-        mlp_bias=config.mlp_bias or config.norm_bias,
-    )
-    plain = dataclasses.replace(
-        roomy, norm="rmsnorm", attention_norm=config.attention_norm_kind, norm_scale=False, norm_bias=False
-    )
+    roomy, changes = plain_decoder(config, compressed=compressed)
+    plain = without_stream_norms(roomy)
     before, after = decoder_layout(roomy), decoder_layout(plain)
 
     def centred(params: Any) -> dict[str, Any]:
-        folded = fold_affine(with_room(config, roomy, params), before)
+        folded = fold_affine(plain_decoder_params(config, roomy, params), before)
         return checked(plain, recenter(folded, after))
 
     if not compressed:
-        return Conversion(config=plain, convert=centred, layout=after)
+        return Conversion(config=plain, convert=centred, layout=after, changes=changes)
     stored = stored_width(config.d_model, pad_to)
     small = dataclasses.replace(plain, norm="crmsnorm", d_model=stored, norm_width=config.d_model)
 
     def stored_without_last(params: Any) -> dict[str, Any]:
         return checked(small, compress(centred(params), after, pad_to=pad_to))
 
-    return Conversion(config=small, convert=stored_without_last, layout=after)
+    return Conversion(config=small, convert=stored_without_last, layout=after, changes=changes)
 
 
 def checked(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
@@ -100,22 +91,26 @@ def run_rules(config: ModelConfig, run: Run, name: str) -> dict[str, Role]:
         "attention": _Projections(
             readers={"query": 1, "key": 1, "value": 1},
             writers=("out",),
-            has_bias=config.attention_bias,
+            has_output_bias=config.has_attention_output_bias,
         ),
-        "feed_forward": _feed_forward_projections(config),
+        "feed_forward": _feed_forward_projections(config, run),
     }
     for sublayer, projections in branches.items():
-        norm, scales = f"{name}/{sublayer}_pre_norm", run.scales(sublayer).input
-        rules |= _norm_rules(config, norm)
+        shares = sublayer == "feed_forward" and run.structure.shared_pre_norm
+        norm, scales = f"{name}/{'attention' if shares else sublayer}_pre_norm", run.scales(sublayer).input
+        if not shares:
+            rules |= _norm_rules(config, norm)
         for reader, axis in projections.readers.items():
             role = Reads(norm, axis, input_scale=1.0 if scales is None else scales)
             rules[f"{name}/{sublayer}/{reader}/kernel"] = role
         for writer in projections.writers:
             rules[f"{name}/{sublayer}/{writer}/kernel"] = Writes()
-            if projections.has_bias:
+            if projections.has_output_bias:
                 rules[f"{name}/{sublayer}/{writer}/bias"] = Writes()
-    if config.balance_bias:
+    if config.balance_bias and run.has_experts:
         rules[f"{name}/feed_forward/balance_bias"] = Untouched()
+    if config.attention_sinks:
+        rules[f"{name}/attention/sinks"] = Untouched()
     for norm in HEAD_NORMS:
         if getattr(run.structure, norm):
             rules |= _head_norm_rules(config, f"{name}/attention/{norm}")
@@ -129,26 +124,28 @@ class _Projections:
     Attributes:
       readers: name -> the axis of its kernel that the stream is on; layers come first in a kernel, then experts.
       writers: names of those that write the stream.
-      has_bias: whether they have biases.
+      has_output_bias: whether these have biases.
     """
 
     readers: dict[str, int]
     writers: tuple[str, ...]
-    has_bias: bool
+    has_output_bias: bool
 
 
-def _feed_forward_projections(config: ModelConfig) -> _Projections:
-    if config.num_experts == 0:
+def _feed_forward_projections(config: ModelConfig, run: Run) -> _Projections:
+    if not run.has_experts:
         readers: dict[str, int] = {"up": 1}
         writers: tuple[str, ...] = ("down",)
         if config.is_gated:
             readers["gate"] = 1
     else:
         readers, writers = {"router": 1, "expert_gate": 2, "expert_up": 2}, ("expert_down",)
-        if config.shared_experts:
+        if config.shared_width:
             readers |= {"shared/gate": 1, "shared/up": 1}
             writers = ("expert_down", "shared/down")
-    return _Projections(readers=readers, writers=writers, has_bias=config.mlp_bias)
+        if config.shared_expert_gate:
+            readers["shared_gate"] = 1
+    return _Projections(readers=readers, writers=writers, has_output_bias=config.has_mlp_output_bias)
 
 
 def _head_norm_rules(config: ModelConfig, path: str) -> dict[str, Role]:
@@ -165,36 +162,7 @@ def _norm_rules(config: ModelConfig, path: str) -> dict[str, Role]:
     """A norm on the stream."""
     rules: dict[str, Role] = {}
     if config.norm_scale:
-        rules[f"{path}/scale"] = NormScale()
+        rules[f"{path}/scale"] = NormScale(plus_one=config.norm_scale_plus_one)
     if config.norm_bias:
         rules[f"{path}/bias"] = NormBias()
     return rules
-
-
-def with_room(config: ModelConfig, roomy: ModelConfig, params: Any) -> dict[str, Any]:
-    """The same function with an untied head and with zero biases, where `roomy` has them and config does not."""
-    check_params(config, params)
-    params = dict(params)
-    if config.tie_embeddings and not roomy.tie_embeddings:
-        params["head"] = {**params.get("head", {}), "kernel": jnp.asarray(params["token_embedding"]["embedding"]).T}
-    if roomy.head_bias and not config.head_bias:
-        kernel = params["head"]["kernel"]
-        params["head"] = {**params["head"], "bias": jnp.zeros(kernel.shape[1:], kernel.dtype)}
-    for number in range(len(config.runs)):
-        run = params[f"run_{number}"] = dict(params[f"run_{number}"])
-        for sublayer, key in (("attention", "attention_bias"), ("feed_forward", "mlp_bias")):
-            if getattr(roomy, key) and not getattr(config, key):
-                run[sublayer] = _with_biases(sublayer, run[sublayer])
-    return params
-
-
-def _with_biases(name: str, tree: Any) -> Any:
-    """Stacked layers of a branch, each projection with a bias of zeros: a kernel's shape without its input axes."""
-    if not isinstance(tree, dict | FrozenDict):  # a leaf that belongs to no projection
-        return tree
-    if "kernel" not in tree:
-        return {key: _with_biases(key, branch) for key, branch in tree.items()}
-    kernel = tree["kernel"]
-    stacked = 2 if name.startswith("expert_") else 1  # layers, experts
-    inputs = kernel.ndim - 2 if name in ("out", "down") else 1
-    return {**tree, "bias": jnp.zeros(kernel.shape[:stacked] + kernel.shape[stacked + inputs :], kernel.dtype)}

@@ -10,8 +10,10 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from hybridnorm_jax.equivalence.decoder_forms import Conversion, checked, run_rules, with_room
+from hybridnorm_jax.equivalence.decoder_forms import Conversion, checked, run_rules
 from hybridnorm_jax.equivalence.layout import ResidualLayout, Role, Untouched, Writes
+from hybridnorm_jax.equivalence.model_params import check_params
+from hybridnorm_jax.equivalence.plain_models import roomy_params, with_roomy_blocks, without_stream_norms
 from hybridnorm_jax.equivalence.transforms import compress, fold_affine, recenter, stored_width
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.model.abstract_params import abstract_params
@@ -40,17 +42,9 @@ def encoder_conversion(config: EncoderConfig, form: str, *, pad_to: int = 1) -> 
     if obstacle := config.pre_layernorm_obstacle:
         raise ConfigError(f"{obstacle}: only LayerNorm at the entrance of every branch and before the head converts")
     has_pooling_norm = config.pooling == "attention"
-    roomy = dataclasses.replace(
-        config,
-        attention_bias=config.attention_bias or config.norm_bias,
-        mlp_bias=config.mlp_bias or config.norm_bias,
-    )
+    roomy = with_roomy_blocks(config)
     plain = dataclasses.replace(
-        roomy,
-        norm="rmsnorm",
-        attention_norm=config.attention_norm_kind,
-        norm_scale=False,
-        norm_bias=False,
+        without_stream_norms(roomy),
         pooling_norm=(config.pooling_norm or "layernorm") if has_pooling_norm else None,
         embedding_centring=config.embedding_centring or config.has_embedding_norm,
     )
@@ -62,7 +56,8 @@ def encoder_conversion(config: EncoderConfig, form: str, *, pad_to: int = 1) -> 
     before, after = encoder_layout(roomy), encoder_layout(plain)
 
     def centred(params: Any) -> dict[str, Any]:
-        folded = fold_affine(with_room(config, roomy, params), before)
+        check_params(config, params)
+        folded = fold_affine(roomy_params(config, roomy, params), before)
         return checked(plain, recenter(folded, after))
 
     if form == "pre_rmsnorm":

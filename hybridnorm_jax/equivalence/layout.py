@@ -65,7 +65,13 @@ class Reads:
 
 @dataclasses.dataclass(frozen=True)
 class NormScale:
-    """The scale of a norm, which is called by the leaf's path without the last part."""
+    """The scale of a norm, which is called by the leaf's path without the last part.
+
+    Attributes:
+      plus_one: the norm multiplies by 1 + scale.
+    """
+
+    plus_one: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +124,7 @@ class Resolved:
       writers: path -> axis of the stream, not negative.
       readers: path -> Reader.
       scales: norm -> path of its scale, where it has one.
+      plus_one: the paths of scales that stand for 1 + scale.
       biases: norm -> path of its bias, where it has one.
       width: stored width of the stream.
     """
@@ -127,6 +134,7 @@ class Resolved:
     writers: dict[str, int] = dataclasses.field(default_factory=dict)
     readers: dict[str, Reader] = dataclasses.field(default_factory=dict)
     scales: dict[str, str] = dataclasses.field(default_factory=dict)
+    plus_one: set[str] = dataclasses.field(default_factory=set)
     biases: dict[str, str] = dataclasses.field(default_factory=dict)
     width: int = 0
 
@@ -214,8 +222,10 @@ def _enter(found: Resolved, path: str, role: Role, captured: dict[str, str]) -> 
     """Record one leaf's role; returns the path of the bias that the rule names with it."""
     ndim = found.leaves[path].ndim
     match role:
-        case NormScale():
+        case NormScale(plus_one=plus_one):
             found.scales[path.rpartition("/")[0]] = path
+            if plus_one:
+                found.plus_one.add(path)
         case NormBias():
             found.biases[path.rpartition("/")[0]] = path
         case Writes(axis=axis):

@@ -140,6 +140,8 @@ def _bias_with_norms(found: Resolved, path: str, reader: Reader, *, bias: str, n
 def _beside(found: Resolved, norm_leaf: str, path: str, reader: Reader) -> Array:
     """A norm's vector, shaped to be multiplied with its reader: stacked layers first, the stream on the read axis."""
     vector, kernel = widened(found.leaves[norm_leaf]), found.leaves[path]
+    if norm_leaf in found.plus_one:
+        vector = 1 + vector
     _check_leading(found, norm_leaf, path, reader)
     *stacked, width = vector.shape
     shape = [1] * kernel.ndim

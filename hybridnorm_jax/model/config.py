@@ -41,8 +41,6 @@ AUTO_REMAT = "auto"
 REMAT_POLICIES = ("none", "full", "all_but_attention", "dots", "dots_no_batch")
 COMPUTE_DTYPES = ("bfloat16", "float32", "float64")
 PARAM_DTYPES = ("float32", "float64", "bfloat16", "float16")
-# Keys that the equivalences do not take into account yet.
-NOT_CONVERTED = ("norm_scale_plus_one", "layer_scale", "shared_expert_gate", "dense_layers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,24 +222,18 @@ class ModelConfig(AttentionKeys):
     def pre_layernorm_obstacle(self) -> str | None:
         """`key=value` of what keeps this from being a Pre-LN model, to which the equivalences apply; None if it is one.
 
-        Pre-LN: LayerNorm at the entrance of every branch and before the head, and no other norm on the stream.
+        Pre-LN: LayerNorm at the entrance of every branch and before the head, and no other norm on the stream. A norm
+        of rows of the token table alone is none on the stream.
         """
         scheme = f"model.scheme={self.scheme}"
         if self.norm != "layernorm":
             return f"model.norm={self.norm}"
-        if self.positions == "sinusoidal":
-            return f"model.positions={self.positions}: a fixed table on the stream"
-        for name in NOT_CONVERTED:
-            if getattr(self, name):
-                return f"model.{name}={getattr(self, name)}"
-        for name in ("mlp_output_bias", "router_bias"):
-            if getattr(self, name) not in (None, self.mlp_bias):
-                return f"model.{name}={getattr(self, name)}, but model.mlp_bias={self.mlp_bias}"
-        if self.has_embedding_norm:
-            return f"{scheme}, model.embedding_norm={self.embedding_norm}: a norm after the embedding"
+        if self.has_embedding_norm and self.positions in ("learned", "sinusoidal"):
+            where = "a norm after the embedding, which sees tokens and positions together"
+            return f"{scheme}, model.embedding_norm={self.embedding_norm}, model.positions={self.positions}: {where}"
+        if self.norm_bias and self.shared_expert_gate:
+            return "model.norm_bias=True, model.shared_expert_gate=True: the gate has no bias that takes the norm's"
         for layer, placement in enumerate(self.placements):
-            if placement.shared_pre_norm:
-                return f"{scheme}: one norm for both branches of layer {layer}"
             for name in ("attention", "feed_forward"):
                 sublayer = getattr(placement, name)
                 for which in ("post", "branch"):

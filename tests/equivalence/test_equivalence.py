@@ -37,6 +37,51 @@ MODELS = {
     "input_scales": {"scheme": "layernorm_scaling", "norm_bias": True},
     "norms_in_heads": {"scheme": "pre_qkvc_pre", "norm_bias": True},
     "offset": GPT2_LIKE | {"position_offset": 2, "activation": "relu"},
+    # What other people's Pre-LN models have besides.
+    "biases_of_writers_alone": {"scheme": "pre", "attention_output_bias": True, "mlp_output_bias": True},
+    "biases_of_readers_alone": {
+        **{"scheme": "pre", "norm_bias": True, "attention_bias": True, "attention_output_bias": False},
+        **{"mlp_bias": True, "mlp_output_bias": False},
+    },
+    "scales_from_zero": {"scheme": "pre_qk_pre", "norm_bias": True, "norm_scale_plus_one": True},
+    "one_norm_for_both": {"scheme": "parallel_one_norm", "norm_bias": True, "mlp_bias": True},
+    "one_norm_for_both_qk": {"scheme": "parallel_one_norm_qk", "attention_norm_per_head": True, "logit_scale": 0.5},
+    "layer_scale": {"scheme": "pre", "layer_scale": True, "attention_output_bias": True, "mlp_bias": True},
+    "multipliers": {
+        **{"scheme": "pre", "embedding_scale": 5.5, "branch_multiplier": 0.25, "logit_scale": 0.7, "logit_cap": 1.5},
+        **{"tie_embeddings": True},
+    },
+    "sinusoids": {
+        **{"scheme": "pre", "norm_bias": True, "positions": "sinusoidal", "max_positions": 16, "position_offset": 2},
+        **{"embedding_scale": 5.5, "activation": "relu_squared"},
+    },
+    "bloom": {
+        **{"scheme": "pre", "norm_bias": True, "positions": "alibi", "embedding_norm": "true", "tie_embeddings": True},
+        **{"attention_bias": True, "mlp_bias": True},
+    },
+    "bare_norm_of_the_table": {
+        **{"scheme": "pre", "norm_scale": False, "embedding_norm": "true", "tie_embeddings": True},
+        **{"embedding_scale": 3.0},
+    },
+    "sinks_windows_and_clips": {
+        **{"scheme": "pre", "norm_bias": True, "attention_sinks": True, "windows": (3, 0), "qkv_clip": 1.0},
+        **{"score_cap": 2.0},
+    },
+    "dense_among_sparse": {
+        **{"scheme": "pre", "norm_bias": True, "num_experts": 3, "experts_per_token": 3, "dense_layers": (1,)},
+        **{"shared_experts": 1, "shared_mlp_dim": 24, "layer_scale": True},
+    },
+    "gated_shared_expert": {
+        **{"scheme": "pre", "num_experts": 3, "experts_per_token": 3, "router_bias": True, "layer_scale": True},
+        **{"shared_experts": 1, "shared_expert_gate": True, "mlp_output_bias": True},
+    },
+}
+# What names of the model's parts say has happened, of those above.
+CHANGED = {
+    "bloom": ["the norm after the embedding is part of the token table", "the tied head has a matrix of its own"],
+    "sinusoids": ["positions: the table of sines and cosines is a learned one"],
+    "layer_scale": ["layer scale is part of the branches' last projections"],
+    "no_biases": [],
 }
 
 
@@ -66,6 +111,25 @@ def test_all_forms_compute_the_same_logits(name, small_config, random_params, to
             found = _logits(form, theirs, tokens)
             assert float(abs(found - expected).max() / abs(expected).max()) < 1e-12
             assert_params(form, theirs)
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_else_has_changed_is_named(name, small_config):
+    config = small_config(norm="layernorm", **MODELS[name])
+    conversion = eq.conversion_of(config, "pre_rmsnorm")
+    assert list(conversion.changes) == CHANGED[name]
+    assert conversion.centrings == ()
+
+
+def test_no_output_projection_gets_a_bias_that_it_does_not_need(small_config, random_params):
+    config, params = _model(small_config, random_params, MODELS["norm_biases_alone"], "float32")
+    form, converted = eq.to_pre_rmsnorm(config, params)
+    run = converted["run_0"]
+    assert "bias" in run["attention"]["query"]
+    assert "bias" in run["feed_forward"]["up"]
+    assert "bias" not in run["attention"]["out"]
+    assert "bias" not in run["feed_forward"]["down"]
+    assert (form.attention_output_bias, form.mlp_output_bias) == (False, False)
 
 
 def test_a_tied_head_stays_tied_where_it_may(small_config, random_params):
@@ -109,7 +173,10 @@ def test_norms_inside_heads_stay_what_they_are(small_config, random_params):
             np.testing.assert_array_equal(after, before)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "neox"])
+GRADIENTS = ("gpt2", "neox", "scales_from_zero", "one_norm_for_both", "layer_scale", "bloom", "gated_shared_expert")
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
 def test_gradients_with_respect_to_theta_are_equal(name, small_config, random_params, tokens):
     with jax.enable_x64(True):
         config, params = _model(small_config, random_params, MODELS[name])
@@ -159,7 +226,23 @@ def test_dtypes_stay(small_config, random_params):
         ({"scheme": "sandwich", "norm": "layernorm"}, r"model\.scheme=sandwich: a branch norm at attention of layer 0"),
         ({"scheme": "mix_ln", "norm": "layernorm", "num_layers": 4}, r"model\.scheme=mix_ln: a post norm"),
         ({"scheme": "qk_pre", "norm": "layernorm"}, r"attention of layer 0 reads the stream without a norm"),
-        ({"scheme": "pre", "norm": "layernorm", "embedding_norm": "true"}, r"a norm after the embedding"),
+        (
+            {
+                "scheme": "pre",
+                "norm": "layernorm",
+                "embedding_norm": "true",
+                "positions": "learned",
+                "max_positions": 9,
+            },
+            r"model\.embedding_norm=true, model\.positions=learned: a norm after the embedding, which sees tokens and",
+        ),
+        (
+            {
+                **{"scheme": "pre", "norm": "layernorm", "norm_bias": True, "num_experts": 2, "experts_per_token": 1},
+                **{"shared_experts": 1, "shared_expert_gate": True},
+            },
+            r"model\.norm_bias=True, model\.shared_expert_gate=True: the gate has no bias",
+        ),
         ({"scheme": "pre", "norm": "crmsnorm"}, r"model\.norm=crmsnorm"),
     ],
     ids=str,

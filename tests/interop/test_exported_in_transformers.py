@@ -14,7 +14,21 @@ from hybridnorm_jax.generation.generate import generate
 from hybridnorm_jax.interop.architectures import config_from_json, mathematics
 
 TOKENS = np.random.default_rng(1).integers(0, 61, (2, 12)).astype(np.int32)
-SOME = ("hybrid_star", "span", "experts_with_all", "learned_positions", "crmsnorm_padded")
+SOME = (
+    "hybrid_star",
+    "span",
+    "experts_with_all",
+    "learned_positions",
+    "crmsnorm_padded",
+    "sinks_and_windows",
+    "score_scale_and_cap",
+    "alibi_rounded",
+    "alibi_of_six_heads",
+    "no_rotation_in_some",
+    "longrope",
+    "dense_among_sparse",
+    "one_norm_for_both",
+)
 
 
 @pytest.fixture(scope="module")

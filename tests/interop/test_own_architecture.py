@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import hybridnorm_jax as hn
-import hybridnorm_jax.model.config as config_module
 from hybridnorm_jax.interop import own_architecture
 from hybridnorm_jax.interop.architectures import config_from_json, config_to_json, mathematics
 from hybridnorm_jax.interop.huggingface import CODE, load_huggingface, save_huggingface
@@ -98,14 +97,6 @@ OTHER_VALUES = {
 WITHOUT_MATHEMATICS = ("dropout", "init_std")
 
 
-def skip_if_pending(keys):
-    """Skip a test of keys that no model computes yet."""
-    pending = set(getattr(config_module, "PENDING", ())) & set(keys)
-    values = getattr(config_module, "PENDING_VALUES", {})
-    if pending or any(keys.get(name) in known for name, known in values.items()):
-        pytest.skip("no model computes it yet")
-
-
 def test_every_field_of_a_model_is_accounted_for():
     """A new field is written to config.json, or it is said why it need not be."""
     written = {field for key in own_architecture.OWN.keys for field in key.fields} | set(own_architecture.READ_APART)
@@ -116,7 +107,6 @@ def test_every_field_of_a_model_is_accounted_for():
 
 @pytest.mark.parametrize("field", OTHER_VALUES)
 def test_every_field_that_is_written_comes_back(small_config, field):
-    skip_if_pending(OTHER_VALUES[field])
     config, other = small_config(), small_config(**OTHER_VALUES[field])
     assert getattr(config, field) != getattr(other, field)
     _, document = config_to_json(other, "hybridnorm")

@@ -185,16 +185,6 @@ def test_a_shared_norm_belongs_to_a_parallel_block():
     assert "one pre norm" not in hn.describe("parallel", 3)
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [{"norm_scale_plus_one": True}, {"layer_scale": True}, {"scheme": "parallel_one_norm"}],
-    ids=lambda keys: next(iter(keys)),
-)
-def test_what_the_equivalences_do_not_know_is_refused(keys, small_config):
-    config = small_config(**({"scheme": "pre", "norm": "layernorm"} | keys))
-    assert config.pre_layernorm_obstacle is not None
-
-
 @pytest.mark.parametrize("name", ["logit_scale and logit_cap", "embedding_scale", "norm_scale_plus_one", "layer_scale"])
 def test_text_is_continued_by_the_whole_model(name, small_config, random_params):
     """Token by token with a cache, and by whole forward passes."""

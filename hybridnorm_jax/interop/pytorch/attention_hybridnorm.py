@@ -75,7 +75,9 @@ class Attention(nn.Module):
 
     def context_of_scores(self, scores, v, mask):
         scores = capped(self.cap, scores)
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        # Not -inf: in a mask that a caller gave, a row of padding may be empty, whose softmax would be NaN.
+        least = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask
         if self.sinks is None:
             return scores.softmax(-1).to(v.dtype) @ v
         sinks = self.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)

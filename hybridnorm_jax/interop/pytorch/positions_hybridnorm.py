@@ -78,9 +78,9 @@ def _longrope(config, frequencies, positions):
         torch.tensor(factors, device=frequencies.device, dtype=frequencies.dtype)
         for factors in (config.rotary_short_factors, config.rotary_long_factors)
     )
-    # As in transformers all tokens of the batch have the factors of the last one.
-    is_long = positions.max() + 1 > config.rotary_original_length
-    return frequencies / torch.where(is_long, long, short)
+    # All tokens of a row have the factors of its last one, (batch, 1, 1, rotary_dim / 2).
+    is_long = positions.max(dim=-1).values >= config.rotary_original_length
+    return frequencies / torch.where(is_long[:, None, None, None], long, short)
 
 
 SCALINGS = {
@@ -175,9 +175,10 @@ def _within(mask, is_near):
     return mask.masked_fill(~is_near, torch.finfo(mask.dtype).min)
 
 
-def alibi_bias(config, attention_mask, queries, past, slots, device):
-    """ALiBi (2108.12409): what is added to the scores, (batch or 1, heads, queries, keys), in float32."""
-    slopes = alibi_slopes(config.num_attention_heads, config.alibi_max, device)[:, None, None]
+def alibi_bias(config, attention_mask, queries, past, slots, device, dtype):
+    """ALiBi (2108.12409): what is added to the scores, (batch or 1, heads, queries, keys), in float32 at least."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    slopes = alibi_slopes(config.num_attention_heads, config.alibi_max, device, dtype)[:, None, None]
     keys = past + queries if slots is None else slots
     key = torch.arange(keys, device=device)
     if config.alibi_bfloat16:
@@ -187,24 +188,25 @@ def alibi_bias(config, attention_mask, queries, past, slots, device):
             padded = F.pad(attention_mask.long(), (0, keys - attention_mask.shape[1]), value=1)
             key = (padded.cumsum(-1) - 1).clamp(min=0)[:, None, None]
         rounded = slopes.bfloat16() * key.bfloat16()
-        return config.alibi_scale * rounded.float().expand(-1, -1, queries, -1).reshape(-1, len(slopes), queries, keys)
+        rounded = rounded if rounded.ndim == 4 else rounded[None]
+        return config.alibi_scale * rounded.to(dtype).expand(-1, -1, queries, -1)
     # Distances, so that those of near keys are exact in every dtype. What a row has in common a softmax does not see.
     own = torch.arange(queries, device=device)[:, None] + past
     return (config.alibi_scale * slopes * (key - own))[None]
 
 
-def alibi_slopes(heads, largest, device):
+def alibi_slopes(heads, largest, device, dtype):
     """2^(-largest h / n), h = 1, ..., n, n the greatest power of two in `heads`; then every second of those of 2n."""
     power = 2 ** int(math.log2(heads))
     exponents = [largest * (h + 1) / power for h in range(power)]
     exponents += [largest * (2 * h + 1) / (2 * power) for h in range(heads - power)]
-    return 2.0 ** -torch.tensor(exponents, device=device)
+    return 2.0 ** -torch.tensor(exponents, device=device, dtype=dtype)
 
 
 def masks(config, attention_mask, queries, past, slots, device, dtype):
     """{window of a layer: its mask}: truth values, or what is added to the scores; None is the causal mask."""
     has_bias = config.positions == "alibi"
-    bias = alibi_bias(config, attention_mask, queries, past, slots, device) if has_bias else None
+    bias = alibi_bias(config, attention_mask, queries, past, slots, device, dtype) if has_bias else None
     found = {}
     for window in sorted(set(config.layer_windows)):
         explicit = has_bias or config.scores_need_eager

@@ -1,0 +1,153 @@
+"""A Pre-LN model as one that the transforms cover: what is besides norms, readers and writers, said in these.
+
+Each step gives the same function, exactly: a table of sines becomes a learned one, a norm of the token table a new
+table, a scale of each channel behind a branch a part of the branch's last projection. Then come biases of zeros where a
+norm has a bias that its readers must take, and a head of its own where the tied one cannot be folded into.
+"""
+
+import dataclasses
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from flax.core import FrozenDict
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float
+
+from hybridnorm_jax.config_fields import present
+from hybridnorm_jax.equivalence.model_params import check_params
+from hybridnorm_jax.kernels.precision import widened
+from hybridnorm_jax.model.abstract_params import abstract_params
+from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.norms import layer_norm
+from hybridnorm_jax.model.sinusoids import sinusoids
+
+AnyConfig = TypeVar("AnyConfig", bound=ModelConfig)
+
+# What a branch ends with.
+LAST_PROJECTIONS = ("attention/out", "feed_forward/down", "feed_forward/expert_down", "feed_forward/shared/down")
+
+
+def with_roomy_blocks(config: AnyConfig) -> AnyConfig:
+    """The model whose readers of norms have biases where the norms have, and without layer scale.
+
+    Output projections have biases where they had them before.
+    """
+    attention_bias = config.attention_bias or config.norm_bias
+    mlp_bias = config.mlp_bias or config.norm_bias
+    router_bias = config.num_experts > 0 and (config.has_router_bias or config.norm_bias)
+    return dataclasses.replace(
+        config,
+        attention_bias=attention_bias,
+        attention_output_bias=_unless(attention_bias, config.has_attention_output_bias),
+        mlp_bias=mlp_bias,
+        mlp_output_bias=_unless(mlp_bias, config.has_mlp_output_bias),
+        router_bias=_unless(mlp_bias, router_bias) if config.num_experts else None,
+        layer_scale=False,
+    )
+
+
+def _unless(usual: bool, value: bool) -> bool | None:
+    """None, which stands for the usual value, or the value where it is another one."""
+    return None if value == usual else value
+
+
+def without_stream_norms(config: AnyConfig, norm: str = "rmsnorm") -> AnyConfig:
+    """The model with another norm on the stream, which has no parameters; norms of heads stay what they are."""
+    return dataclasses.replace(
+        config,
+        norm=norm,
+        attention_norm=config.attention_norm_kind,
+        norm_scale=False,
+        norm_bias=False,
+        norm_scale_plus_one=config.norm_scale_plus_one and config.attention_norm_scale,
+    )
+
+
+def folds_embedding_norm(config: ModelConfig) -> bool:
+    """Whether the norm after the embedding sees rows of the token table alone."""
+    return config.has_embedding_norm and config.positions in ("rope", "alibi")
+
+
+def plain_decoder(config: ModelConfig, *, compressed: bool) -> tuple[ModelConfig, tuple[str, ...]]:
+    """(the model that `plain_decoder_params` makes parameters of, what is done to it in words).
+
+    Args:
+      compressed: the stream is going to be stored without its last element.
+    """
+    folds = folds_embedding_norm(config)
+    untied = config.tie_embeddings and (compressed or config.norm_scale or config.norm_bias or folds)
+    changes = {
+        "the norm after the embedding is part of the token table": folds,
+        "the tied head has a matrix of its own": untied,
+        "positions: the table of sines and cosines is a learned one": config.positions == "sinusoidal",
+        "layer scale is part of the branches' last projections": config.layer_scale,
+    }
+    plain = dataclasses.replace(
+        with_roomy_blocks(config),
+        tie_embeddings=config.tie_embeddings and not untied,
+        head_bias=config.head_bias or config.norm_bias,
+        positions="learned" if config.positions == "sinusoidal" else config.positions,
+        embedding_norm="false" if folds else config.embedding_norm,
+        embedding_scale=None if folds else config.embedding_scale,
+    )
+    return plain, tuple(change for change, is_made in changes.items() if is_made)
+
+
+def plain_decoder_params(config: ModelConfig, plain: ModelConfig, params: Any) -> dict[str, Any]:
+    """The parameters of the model `plain`, which plain_decoder made of config."""
+    check_params(config, params)
+    params = dict(params)
+    table = jnp.asarray(params["token_embedding"]["embedding"])
+    if config.tie_embeddings and not plain.tie_embeddings:
+        params["head"] = {**params.get("head", {}), "kernel": table.T}
+    if config.positions == "sinusoidal":
+        rows = jnp.arange(config.position_offset + present(config.max_positions))
+        learned = sinusoids(rows[None], config.d_model, table.dtype)[0]
+        params["position_embedding"] = {"embedding": learned}
+    if folds_embedding_norm(config):
+        norm = params.pop("embedding_norm", {})
+        params["token_embedding"] = {"embedding": _normalized(config, table, norm)}
+    return roomy_params(config, plain, params)
+
+
+def roomy_params(config: ModelConfig, roomy: ModelConfig, params: Any) -> dict[str, Any]:
+    """The parameters of `roomy`: layer scale in the last projections, and biases of zeros where there are none yet."""
+    scaled = {name: _without_layer_scale(run) if name.startswith("run_") else run for name, run in params.items()}
+    flat = flatten_dict(scaled if config.layer_scale else params, sep="/")
+    dtype = next(iter(flat.values())).dtype
+    for path, leaf in flatten_dict(abstract_params(roomy), sep="/").items():
+        if path not in flat and path.endswith("/bias"):
+            flat[path] = jnp.zeros(leaf.shape, dtype)
+    return unflatten_dict(flat, sep="/")
+
+
+def _normalized(config: ModelConfig, table: Array, norm: Any) -> Float[Array, "vocab embed"]:
+    """What the norm after the embedding makes of every row."""
+    wide = widened(table)
+    scale, bias = (None if name not in norm else widened(norm[name]) for name in ("scale", "bias"))
+    if scale is not None and config.norm_scale_plus_one:
+        scale = 1 + scale
+    if config.embedding_scale is not None:
+        wide = config.embedding_scale * wide
+    return layer_norm(wide, scale, bias, eps=config.norm_eps).astype(table.dtype)
+
+
+def _without_layer_scale(run: Any) -> dict[str, Any]:
+    """A run of layers whose branches' last projections have taken the scale of each channel."""
+    if not isinstance(run, dict | FrozenDict):
+        return run
+    flat = flatten_dict(run, sep="/")
+    scales = {name: flat.pop(f"{name}_layer_scale/scale", None) for name in ("attention", "feed_forward")}
+    for projection in LAST_PROJECTIONS:
+        scale = scales[projection.partition("/")[0]]
+        for path in (f"{projection}/kernel", f"{projection}/bias"):
+            if scale is not None and path in flat:
+                flat[path] = _times_channels(flat[path], scale)
+    return unflatten_dict(flat, sep="/")
+
+
+def _times_channels(leaf: Any, scale: Float[Array, "layers embed"]) -> Array:
+    """A leaf (layers, ..., embed) times the scale of its layer's channels."""
+    between = [1] * (leaf.ndim - 2)
+    wide = widened(leaf) * widened(scale).reshape(scale.shape[0], *between, scale.shape[1])
+    return wide.astype(leaf.dtype)
