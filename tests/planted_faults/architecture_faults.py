@@ -3,6 +3,7 @@
 from planted_faults.fault import Fault
 
 _OUTER = "model/test_outer_parts.py::test_the_decoder_is_the_one_in_numpy"
+_FORMS = "equivalence/test_equivalence.py::test_all_forms_compute_the_same_logits"
 _KINDS = "model/test_feed_forward_kinds.py"
 
 ARCHITECTURES = (
@@ -61,5 +62,26 @@ ARCHITECTURES = (
         right="        return self.run_has_experts\n",
         wrong="        return self.config.num_experts > 0\n",
         tests=(f"{_KINDS}::test_dense_layers_are_runs_of_their_own",),
+    ),
+    Fault(
+        name="a_scale_stored_less_1_is_folded_as_it_is",
+        file="equivalence/transforms.py",
+        right="        vector = 1 + vector\n",
+        wrong="        vector = 0 + vector\n",
+        tests=(_FORMS,),
+    ),
+    Fault(
+        name="layer_scale_is_not_folded_into_output_biases",
+        file="equivalence/plain_models.py",
+        right='(f"{projection}/kernel", f"{projection}/bias")',
+        wrong='(f"{projection}/kernel",)',
+        tests=(_FORMS,),
+    ),
+    Fault(
+        name="the_norm_of_the_token_table_forgets_the_factor_before_it",
+        file="equivalence/plain_models.py",
+        right="        wide = config.embedding_scale * wide\n",
+        wrong="        wide = 1 * wide\n",
+        tests=(_FORMS,),
     ),
 )
