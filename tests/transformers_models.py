@@ -429,7 +429,7 @@ def _gemma(rng):
 def _gemma_layers(rng, keys):
     keys |= _head_dim(rng, keys) | _rms(rng) | {"attention_bias": _flag(rng)}
     keys |= {"hidden_activation": pick(rng, "gelu_pytorch_tanh", "silu"), "query_pre_attn_scalar": pick(rng, 5, 24)}
-    keys |= {"final_logit_softcapping": pick(rng, None, 2.5), "attn_logit_softcapping": pick(rng, None, 1.5)}
+    keys |= {"final_logit_softcapping": pick(rng, None, 30.0), "attn_logit_softcapping": pick(rng, None, 1.5)}
     return {"sliding_window": pick(rng, 1, 3, 64)}
 
 

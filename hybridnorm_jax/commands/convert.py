@@ -121,6 +121,8 @@ def convert(options: argparse.Namespace) -> None:
     written = cast(conversion.convert(cast(source.params, "float64")), options.dtype)
     proof = prove(model, source.params, conversion, written, inputs)
     print(f"\n{table(proof)}\n")
+    for change in conversion.changes:
+        print(f"changed: {change}")
     _say_what_remains(model, conversion.centrings)
     if not proof.holds:
         found = f"{proof.worst('float64'):.1e} in float64, {proof.worst(WRITTEN):.1e} {WRITTEN}"

@@ -189,6 +189,7 @@ class TensorTable:
       layer: what stands before a block's names, with {} for the layer.
       head: name of the head's matrix, which files of tied models may hold as well.
       buffers: regular expression of names, without the prefix, that hold no parameters.
+      older_prefix: of the names of all tensors in files of earlier versions of transformers.
     """
 
     prefix: str
@@ -197,9 +198,11 @@ class TensorTable:
     layer: str
     head: str
     buffers: str
+    older_prefix: str = ""
 
     def full_name(self, name: str) -> str:
         """A name with the prefix that files of the bare model lack."""
+        name = name.removeprefix(self.older_prefix)
         heads = [tensor.name for tensor in self.outer if not tensor.name.startswith(self.prefix)]
         starts = [self.prefix, *(f"{head.partition('.')[0]}." for head in (self.head, *heads))]
         return name if name.startswith(tuple(starts)) else self.prefix + name

@@ -13,6 +13,9 @@ GOLDENS = Path(__file__).parents[1] / "goldens" / "architectures"
 # Checkpoint -> what its golden calls what is compared, and how many means are still subtracted.
 CASES = {
     "hf_vit": ("logits", 0),
+    "hf_vit_no_qkv_bias": ("logits", 0),
+    "hf_deit": ("logits", 0),
+    "hf_dinov2": ("logits", 0),
     "hf_siglip_vision": ("pooler_output", 1),
     "hf_clip_vision": ("pooler_output", 1),
     "hf_clip_text": ("pooler_output", 0),

@@ -13,14 +13,18 @@ from hybridnorm_jax.model.norms import zero_mean_defect
 
 WIDE = {"dtype": "float64", "param_dtype": "float64"}
 HEADS = {"two heads": {"num_classes": 5, "distillation_token": True, "distillation_head": True}}
+MORE = {
+    "no q, k, v bias": {"attention_bias": False, "attention_output_bias": True},
+    "layer scale": {"layer_scale": True},
+}
 CENTRINGS = {"clip": (EMBEDDING_CENTRING,), "siglip": (POOLING_CENTRING,)}
 
 
-@pytest.mark.parametrize("name", MODELS | HEADS)
+@pytest.mark.parametrize("name", MODELS | HEADS | MORE)
 @pytest.mark.parametrize(("form", "pad_to"), [("pre_rmsnorm", 1), ("pre_crmsnorm", 1), ("pre_crmsnorm", 12)])
 def test_every_output_stays(name, form, pad_to):
     with jax.enable_x64(True):
-        config = encoder_config(**PRE_LN, **(MODELS | HEADS)[name], **WIDE)
+        config = encoder_config(**{**PRE_LN, **(MODELS | HEADS | MORE)[name]}, **WIDE)
         params, inputs = random_params(config), inputs_of(config)
         conversion = conversion_of(config, form, pad_to=pad_to)
         assert conversion.config.norm == form.removeprefix("pre_")

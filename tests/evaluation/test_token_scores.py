@@ -179,3 +179,16 @@ def test_learned_positions_are_not_exceeded_where_lengths_are_rounded_up(config)
     scorer = TokenScorer(hn.Decoder(learned), _one_device(), window=50, batch_size=2)
     (score,) = scorer.score(params, [Request([1] * 60, [2] * 70)])
     assert np.isfinite(score.log_likelihood)
+
+
+def test_longrope_counts_the_tokens_of_a_row_and_not_what_fills_it_up(config, params):
+    """16 tokens are rotated by the short factors, 17 by the long ones, and both stand in a row of another length."""
+    keys = {"rope_scaling": "longrope", "rope_original_length": 16, "rope_factor": 4}
+    longrope = dataclasses.replace(config, **keys, rope_short_factors=(1,) * 4, rope_long_factors=(2, 3, 4, 5))
+    tokens = np.random.default_rng(3).integers(0, VOCAB, 18)
+    requests = [Request(tokens[:count].tolist(), tokens[count : count + 1].tolist()) for count in (9, 16, 17)]
+    scores = _scorer(longrope, _one_device()).score(params, requests)
+    for request, score in zip(requests, scores, strict=True):
+        logits = hn.Decoder(longrope).apply({"params": params}, np.asarray([request.context]))[0, -1]
+        expected = jax.nn.log_softmax(logits)[request.continuation[0]]
+        np.testing.assert_allclose(score.log_likelihood, expected, rtol=1e-5)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from interop.test_architectures import GOLDENS, VISION, document_of, golden_of, tolerance
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.interop.architectures import config_from_json, mathematics
@@ -64,6 +64,25 @@ def test_what_is_written_back_is_what_was_read(tmp_path, name):
     again, back = hn.load_huggingface(tmp_path / "out")
     assert again == config
     jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [
+        ("hf_clip_text", "text_model."),
+        ("hf_clip_vision", "vision_model."),
+        ("hf_siglip_vision", "vision_model."),
+    ],
+)
+def test_names_of_earlier_versions_are_read(tmp_path, name, prefix):
+    """The names of towers had a prefix once."""
+    tensors = load_file(GOLDENS / name / "model.safetensors")
+    save_file({f"{prefix}{key}": array for key, array in tensors.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(document_of(name)))
+    config, params = hn.load_huggingface(tmp_path)
+    expected, wanted = hn.load_huggingface(GOLDENS / name)
+    assert config == expected
+    jax.tree.map(np.testing.assert_array_equal, params, wanted)
 
 
 # ---- Against transformers itself.

@@ -219,7 +219,7 @@ _TOWER_BLOCK = (
 )
 
 
-def _tower_table(*outer: tuple[Tensor, ...]) -> TensorTable:
+def _tower_table(older_prefix: str, *outer: tuple[Tensor, ...]) -> TensorTable:
     """The tensors of a tower, whose names have no prefix, with these outside the blocks."""
     return TensorTable(
         prefix="",
@@ -231,6 +231,7 @@ def _tower_table(*outer: tuple[Tensor, ...]) -> TensorTable:
         layer="encoder.layers.{}.",
         head="",
         buffers=r"embeddings\.position_ids",
+        older_prefix=older_prefix,
     )
 
 
@@ -250,6 +251,7 @@ _SIGLIP_VISION = Architecture(
     ),
     rules=(Sizes(image=224, patch=16, may_be_list=False),),
     tensors=_tower_table(
+        "vision_model.",
         _patches("embeddings.patch_embedding"),
         norm("post_layernorm", "final_norm"),
         (
@@ -275,6 +277,7 @@ _CLIP_VISION = Architecture(
     keys=(*_sizes(), layer_norm_eps(), ungated("hidden_act", "quick_gelu"), _CHANNELS),
     rules=(Sizes(image=224, patch=32, may_be_list=False),),
     tensors=_tower_table(
+        "vision_model.",
         _patches("embeddings.patch_embedding"),
         (Tensor("embeddings.class_embedding", ("class_token/embedding",), VECTOR),),
         norm("pre_layrnorm", "embedding_norm"),
@@ -298,7 +301,9 @@ _CLIP_TEXT = Architecture(
         ungated("hidden_act", "quick_gelu"),
     ),
     rules=(EndToken(49407),),
-    tensors=_tower_table(embedding("embeddings.token_embedding"), norm("final_layer_norm", "final_norm")),
+    tensors=_tower_table(
+        "text_model.", embedding("embeddings.token_embedding"), norm("final_layer_norm", "final_norm")
+    ),
     harmless=names(f"projection_dim {_TRAINING}"),
 )
 

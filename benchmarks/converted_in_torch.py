@@ -1,0 +1,88 @@
+"""Forward time of a Pre-LN model and of its cheaper forms in PyTorch, in turns.
+
+    python benchmarks/converted_in_torch.py [--rounds 7] [--models small,medium]
+
+Each model has GPT-2's shape and random weights. It is converted, all forms are exported, and transformers loads them
+with our PyTorch file; `gpt2` is transformers' own class with the same weights. Batch 1, 512 tokens, float32, eager, no
+cache. A number is the median over rounds of a form's time over that of our Pre-LN model in the same round.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+import transformers
+
+import hybridnorm_jax as hn
+from hybridnorm_jax import equivalence
+from hybridnorm_jax.interop.huggingface import save_huggingface
+from hybridnorm_jax.model.abstract_params import abstract_params
+
+# Layers and vocabulary of medium are a part of its 24 and 50257, so that all forms fit in memory together.
+SHAPES = {
+    "small": {"d_model": 768, "num_layers": 12, "num_heads": 12, "vocab_size": 50257},
+    "medium": {"d_model": 1024, "num_layers": 8, "num_heads": 16, "vocab_size": 16752},
+}
+TOKENS = 512
+
+
+def models(shape: dict, folder: Path) -> dict[str, torch.nn.Module]:
+    """Every form of one model, by its name."""
+    config = hn.ModelConfig(
+        **{**shape, "scheme": "pre", "norm": "layernorm", "norm_bias": True, "positions": "learned"},
+        **{"max_positions": 1024, "activation": "gelu_tanh", "attention_bias": True, "mlp_bias": True},
+        tie_embeddings=True,
+    )
+    rng = np.random.default_rng(0)
+
+    def leaf(path: tuple, like: jax.ShapeDtypeStruct) -> np.ndarray:
+        drawn = rng.standard_normal(like.shape, np.float32) * np.float32(0.02)
+        return drawn + np.float32(path[-1].key == "scale")
+
+    params = jax.tree.map_with_path(leaf, abstract_params(config))
+    saved = {
+        "pre_ln": ("hybridnorm", config, params),
+        "gpt2": ("gpt2", config, params),
+        "pre_rmsnorm": ("hybridnorm", *equivalence.to_pre_rmsnorm(config, params)),
+        "pre_crmsnorm": ("hybridnorm", *equivalence.to_pre_crmsnorm(config, params)),
+        "pre_crmsnorm_padded": ("hybridnorm", *equivalence.to_pre_crmsnorm(config, params, pad_to=128)),
+    }
+    loaded = {}
+    for name, (architecture, form, tree) in saved.items():
+        form = dataclasses.replace(form, param_dtype="float32")
+        save_huggingface(folder / name, form, jax.tree.map(np.asarray, tree), architecture=architecture)
+        loaded[name] = transformers.AutoModelForCausalLM.from_pretrained(folder / name, trust_remote_code=True)
+    return loaded
+
+
+def main() -> None:
+    """Measure, and print a line for each form."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--models", default=",".join(SHAPES))
+    options = parser.parse_args()
+    tokens = torch.from_numpy(np.random.default_rng(1).integers(0, 16000, (1, TOKENS)))
+    for shape in options.models.split(","):
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            forms = models(SHAPES[shape], Path(folder))
+            times: dict[str, list[float]] = {name: [] for name in forms}
+            for turn in range(options.rounds + 1):
+                for name, model in forms.items():
+                    start = time.perf_counter()
+                    model(tokens, use_cache=False)
+                    if turn:  # the first is a warm-up
+                        times[name].append(time.perf_counter() - start)
+        for name, measured in times.items():
+            ratios = [ours / before for ours, before in zip(measured, times["pre_ln"], strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+            print(f"{shape:8}{name:22}{statistics.median(measured):8.3f} s {middle:6.3f} ({low:.3f}-{high:.3f})")
+
+
+if __name__ == "__main__":
+    main()
