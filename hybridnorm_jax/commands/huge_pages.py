@@ -17,8 +17,8 @@ VARIABLE = "HYBRIDNORM_HUGE_PAGES"
 TUNABLES, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
 WANTED = f"{HUGE_PAGES}=1"
 # Large arrays come from the heap as well, and it keeps up to 1 TiB. Only the first arena can hold them, and which arena
-# a thread of XLA gets is chance, so there may be no other. A limit of 2 GiB is too low: with 8 layers of width 512 the
-# heap went above it in every step, and a step took a third longer.
+# a thread of XLA gets is chance, so there may be no other. With a limit of 2 GiB a step of 8 layers of width 512 took a
+# third longer than without all this, perhaps because the heap went above it in every step.
 KEPT_HEAP = ("glibc.malloc.mmap_max=0", f"glibc.malloc.trim_threshold={1 << 40}", "glibc.malloc.arena_max=1")
 # The first version that knows the tunable.
 GLIBC = (2, 35)

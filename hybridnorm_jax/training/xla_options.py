@@ -27,14 +27,15 @@ _GPU: Options = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
 }
 # On CPUs, with the XLA that it was tried with; the next one may have another name, or no need of it. Single steps in
-# turns in one process, on two cores of a Xeon with AVX-512, 2026-11-27: quickstart 174.2 ms without and 173.9 with, lab
-# 69.4 and 67.3, 8 layers of width 512 2,076 and 2,102. What is compared here was measured in one process.
-# xla_cpu_experimental_ynn_fusion_type, what XLA gives to its library, is left alone. With DOT and REDUCE width 512 took
-# 2,540 ms instead of 2,043: sums are what harms, because XLA writes out what they read. With DOT alone (and 512 bits on
-# both sides) quickstart took 172.2 instead of 173.9, lab 71.2 instead of 67.3 and width 512 2,144 instead of 2,102, and
-# with nothing (at XLA's 256 bits) width 512 2,167 instead of 2,081. ELTWISE is worse, and so is
-# xla_cpu_use_fusion_emitters=false. At quickstart no effect was seen of _enable_concurrency_optimized_scheduler=false,
-# _use_onednn, _enable_fast_min_max and _copy_insertion_use_region_analysis.
+# turns in one process, on two cores of a Xeon with AVX-512, 2026-11-27: quickstart 174.2 ms without and 173.9 with,
+# lab 69.4 and 67.3, 8 layers of width 512 2,076 and 2,102. What is compared here was measured in one process.
+# xla_cpu_experimental_ynn_fusion_type, what XLA gives to its library, is left alone. With DOT and REDUCE width 512
+# took 2,540 ms instead of 2,043: the sums are what harms, perhaps because XLA writes out what they read. With DOT
+# alone (and 512 bits on both sides) quickstart took 172.2 instead of 173.9, lab 71.2 instead of 67.3 and width 512
+# 2,144 instead of 2,102, and with nothing (at XLA's 256 bits) width 512 2,167 instead of 2,081. ELTWISE is worse, and
+# so is xla_cpu_use_fusion_emitters=false. At quickstart no effect was seen of
+# _enable_concurrency_optimized_scheduler=false, _use_onednn, _enable_fast_min_max and
+# _copy_insertion_use_region_analysis.
 _CPU: Options = {
     # Vectors of 512 bits where the processor has them; XLA by default takes 256.
     "xla_cpu_prefer_vector_width": 512,
