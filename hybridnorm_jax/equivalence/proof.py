@@ -195,7 +195,7 @@ def table(proof: Proof) -> str:
         place = "embedding" if layer == 0 else f"block {layer}"
         lines.append(f"{place:12}" + "".join(f"{column[layer]:10.1e}" for column in proof.means.values()))
     sizes = f"{proof.parameters_before:,} -> {proof.parameters_after:,}"
-    lines += ["", f"parameters: {sizes} (norms' are folded into biases, a tied head is untied)"]
+    lines += ["", f"parameters: {sizes} (what norms had is folded into what reads them)"]
     return "\n".join(lines)
 
 

@@ -52,13 +52,14 @@ def peak_flops(device_kind: str) -> float | None:
 def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """FLOPs of the matrix products of one training step, forward and backward, per token.
 
-        6 * weights + 12 * num_layers * num_heads * head_dim * seq_len / 2
+        6 * weights + 12 * num_heads * head_dim * (sum over the layers of the keys that a query sees)
 
     `weights` counts the parameters that enter a token's matrix products: q, k, v and output projections, the
     feed-forward layer (three matrices where it has a gate, otherwise two) and the head, tied or not; not the embedding
     lookup, norms and biases. Of a mixture of experts these are the router, the token's k experts and the shared ones.
-    The second term is attention's scores and their product with the values, of which the causal mask needs half. The
-    backward pass costs twice the forward pass. What rematerialization computes again is not counted.
+    The second term is attention's scores and their product with the values. With the causal mask a query sees
+    seq_len / 2 keys in the mean, within a window of w of them w (1 - w / (2 seq_len)). The backward pass costs twice
+    the forward pass. What rematerialization computes again is not counted.
     """
     head_dim, d_model = model.head_dim, model.d_model
     attention = d_model * head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
@@ -71,7 +72,15 @@ def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
         else:
             feed_forward += d_model * kernels * model.dense_width
     weights = model.num_layers * attention + feed_forward + d_model * model.vocab_size
-    return 6 * weights + 12 * model.num_layers * model.num_heads * head_dim * seq_len / 2
+    seen = sum(_keys_seen(seq_len, window) for window in model.layer_windows)
+    return 6 * weights + 12 * model.num_heads * head_dim * seen
+
+
+def _keys_seen(seq_len: int, window: int) -> float:
+    """How many keys a query sees in the mean, causally and within a window; 0: no window."""
+    if window == 0 or window >= seq_len:
+        return seq_len / 2
+    return window * (1 - window / (2 * seq_len))
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, device_kind: str, num_devices: int) -> float | None:

@@ -376,6 +376,13 @@ def test_flops_follow_the_decoders_own_matrices(activation):
     assert model_flops_per_token(config, seq_len=0) == 6 * weights
 
 
+def test_a_window_costs_the_keys_that_it_shows():
+    # One of three layers sees 2 of 6 tokens: 2 * 6 - 2 * 2 / 2 = 10 pairs instead of 6 * 6 / 2 = 18.
+    flops = {w: model_flops_per_token(hn.ModelConfig(**TINY, windows=w), 6) for w in ((0, 2, 0), (0, 6, 7), ())}
+    assert flops[()] - flops[0, 2, 0] == pytest.approx(12 * 8 * (18 - 10) / 6)
+    assert flops[0, 6, 7] == flops[()]
+
+
 def test_a_tied_head_costs_as_much():
     flops = {tied: model_flops_per_token(hn.ModelConfig(**TINY, tie_embeddings=tied), 6) for tied in (False, True)}
     assert flops[True] == flops[False]
