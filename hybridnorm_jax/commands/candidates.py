@@ -18,6 +18,7 @@ from hybridnorm_jax.config.run_config import EQUIVALENT_FORMS, SCHEDULES, SOURCE
 from hybridnorm_jax.evaluation.paper_tasks import PAPER, PAPER_TASKS
 from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS, EXPERT_DISPATCHES
 from hybridnorm_jax.model import config as model
+from hybridnorm_jax.model.config_attention import POSITIONS, ROPE_SCALINGS
 from hybridnorm_jax.model.schemes import SCHEMES
 
 SHELLS = ("bash", "zsh", "fish")
@@ -30,7 +31,8 @@ CHOICES = {
     "model.norm": model.NORMS,
     "model.attention_norm": ("auto", "rmsnorm", "layernorm"),
     "model.embedding_norm": AUTO_OR_BOOL,
-    "model.positions": ("rope", "learned"),
+    "model.positions": POSITIONS,
+    "model.rope_scaling": ROPE_SCALINGS,
     "model.initializer": ("auto", *model.INITIALIZERS),
     "model.dtype": model.COMPUTE_DTYPES,
     "model.param_dtype": model.PARAM_DTYPES,

@@ -95,7 +95,7 @@ def test_tasks_are_names_and_files_one_after_the_other(folder):
 
 def test_the_labs_own_keys_are_only_the_labs(folder):
     assert candidates(["lab", "compare", "se"]) == ["seeds="]
-    assert candidates(["lab", "signal", "schemes=[pre,peri,sandw"]) == ["schemes=[pre,peri,sandwich"]
+    assert candidates(["lab", "signal", "schemes=[pre,peri,kee"]) == ["schemes=[pre,peri,keel"]
     assert candidates(["lab", "signal", "schemes="])[:2] == ["schemes=[pre", "schemes=[post"]
     assert candidates(["lab", "report", "runs", "baseline=peri"]) == ["baseline=peri "]
     assert candidates(["train", "sch"]) == []
@@ -195,7 +195,7 @@ def test_fish_completes(folder):
         "hybridnorm tr": ["train"],
         "hybridnorm lab ": ["compare", "report", "signal"],
         "hybridnorm train model.scheme=hybrid_s": ["model.scheme=hybrid_star"],
-        "hybridnorm lab compare 'schemes=[pre,sandw": ["schemes=[pre,sandwich"],
+        "hybridnorm lab compare 'schemes=[pre,kee": ["schemes=[pre,keel"],
         "hybridnorm eval runs/": ["runs/one", "runs/two=3"],
         "hybridnorm train 55": ["550m"],
         f"{folder}/bin/hybridnorm tr": ["train"],
@@ -263,5 +263,5 @@ def test_a_tabulator_completes_the_line(shell, folder):
     shell.type(f"{clear}hybridnorm lab co\t", "lab compare ")
     shell.type(f"{clear}hybridnorm train model.sch\thybrid_s\t", "train model.scheme=hybrid_star ")
     shell.type(f"{clear}hybridnorm eval runs/two=\t", "eval runs/two=3 ")
-    shell.type(f"{clear}hybridnorm lab compare 'schemes=[pre,sandw\t", "'schemes=[pre,sandwich")
+    shell.type(f"{clear}hybridnorm lab compare 'schemes=[pre,kee\t", "'schemes=[pre,keel")
     shell.type(f"{clear}{folder}/bin/hybridnorm train min\t", "hybridnorm train mine.yaml ")
