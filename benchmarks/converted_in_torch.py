@@ -1,10 +1,11 @@
 """Forward time of a Pre-LN model and of its cheaper forms in PyTorch, in turns.
 
-    python benchmarks/converted_in_torch.py [--rounds 7] [--models small,medium]
+    python benchmarks/converted_in_torch.py [--rounds 7] [--models small,medium] [--parts]
 
 Each model has GPT-2's shape and random weights. It is converted, all forms are exported, and transformers loads them
 with our PyTorch file; `gpt2` is transformers' own class with the same weights. Batch 1, 512 tokens, float32, eager, no
-cache. A number is the median over rounds of a form's time over that of our Pre-LN model in the same round.
+cache. A number is the median over rounds of a form's time over that of our Pre-LN model in the same round. With --parts
+it prints how much of a forward pass all norms together take, and the head.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import dataclasses
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -61,27 +63,60 @@ def models(shape: dict, folder: Path) -> dict[str, torch.nn.Module]:
     return loaded
 
 
+class Parts:
+    """Seconds that a model spends in its norms and its head. On a CPU a call returns when its work is done."""
+
+    KINDS = {"Norm": "norms", "LayerNorm": "norms"}  # noqa: RUF012 - ours and torch's
+
+    def __init__(self, model: torch.nn.Module):
+        self.seconds = {"norms": 0.0, "head": 0.0}
+        for name, module in model.named_modules():
+            part = "head" if name == "lm_head" else self.KINDS.get(type(module).__name__)
+            if part is not None:
+                module.register_forward_pre_hook(self._start)
+                module.register_forward_hook(partial(self._stop, part))
+
+    def _start(self, *_: object) -> None:
+        self.start = time.perf_counter()
+
+    def _stop(self, part: str, *_: object) -> None:
+        self.seconds[part] += time.perf_counter() - self.start
+
+    def take(self) -> dict[str, float]:
+        """What has been measured since the last call."""
+        taken, self.seconds = self.seconds, dict.fromkeys(self.seconds, 0.0)
+        return taken
+
+
 def main() -> None:
     """Measure, and print a line for each form."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--models", default=",".join(SHAPES))
+    parser.add_argument("--parts", action="store_true")
     options = parser.parse_args()
     tokens = torch.from_numpy(np.random.default_rng(1).integers(0, 16000, (1, TOKENS)))
     for shape in options.models.split(","):
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             forms = models(SHAPES[shape], Path(folder))
             times: dict[str, list[float]] = {name: [] for name in forms}
+            parts = {name: Parts(model) for name, model in forms.items()} if options.parts else {}
+            taken: dict[str, list[dict[str, float]]] = {name: [] for name in parts}
             for turn in range(options.rounds + 1):
                 for name, model in forms.items():
                     start = time.perf_counter()
                     model(tokens, use_cache=False)
                     if turn:  # the first is a warm-up
                         times[name].append(time.perf_counter() - start)
+                    if name in parts:
+                        taken[name].append(parts[name].take())
         for name, measured in times.items():
             ratios = [ours / before for ours, before in zip(measured, times["pre_ln"], strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-            print(f"{shape:8}{name:22}{statistics.median(measured):8.3f} s {middle:6.3f} ({low:.3f}-{high:.3f})")
+            line = f"{shape:8}{name:22}{statistics.median(measured):8.3f} s {middle:6.3f} ({low:.3f}-{high:.3f})"
+            for part in ("norms", "head") if options.parts else ():
+                line += f"  {part} {1000 * statistics.median(each[part] for each in taken[name][1:]):6.1f} ms"
+            print(line)
 
 
 if __name__ == "__main__":

@@ -113,9 +113,9 @@ KINDS = {
         **{"scheme": "pre", **STRETCHED, "rope_scaling": "yarn", "rope_bounds": (1.0, 2.0)},
         **{"rope_truncate": False, "rope_attention_factor": 1.25},
     },
-    # Every text is longer: from where a text is longer on, it differs from what was cached before.
+    # Every text is longer: one that is cached may not become so.
     "longrope": {
-        **{"scheme": "pre", "rope_scaling": "longrope", **STRETCHED, **LONG_FACTORS, "rope_original_length": 3},
+        **{"scheme": "pre", "rope_scaling": "longrope", **STRETCHED, **LONG_FACTORS, "rope_original_length": 2},
     },
     "longrope_of_short_texts": {
         **{"scheme": "pre", "rope_scaling": "longrope", **STRETCHED, **LONG_FACTORS, "rope_original_length": 100},

@@ -116,7 +116,7 @@ def convert(options: argparse.Namespace) -> None:
         conversion = conversion_of(model, options.form, pad_to=options.pad_to)
     except ConfigError as error:
         raise UserError(f"{options.checkpoint}: {error}") from error
-    inputs = image_sets(model) if is_encoder(model) else token_sets(options, source)
+    inputs = encoder_sets(model) if isinstance(model, EncoderConfig) else token_sets(options, source)
     print(f"{options.checkpoint}: {source.kind}, {describe(model)}")
     written = cast(conversion.convert(cast(source.params, "float64")), options.dtype)
     proof = prove(model, source.params, conversion, written, inputs)
@@ -126,7 +126,7 @@ def convert(options: argparse.Namespace) -> None:
     _say_what_remains(model, conversion.centrings)
     if not proof.holds:
         found = f"{proof.worst('float64'):.1e} in float64, {proof.worst(WRITTEN):.1e} {WRITTEN}"
-        raise NotEqualError(f"{options.checkpoint}: logits differ by {found}, relative; nothing is written")
+        raise NotEqualError(f"{options.checkpoint}: {proof.compared} differ by {found}, relative; nothing is written")
     result = dataclasses.replace(conversion.config, param_dtype=options.dtype)
     # As they are named now: the run may have named them by other paths.
     needed = source.config.run.plugins and (options.plugins or source.config.run.plugins)
@@ -141,15 +141,10 @@ def convert(options: argparse.Namespace) -> None:
         trained_on=source.trained_on,
     )
     print(f"{options.out}: {describe(result)}, {options.dtype}")
-    if is_encoder(model):
+    if isinstance(model, EncoderConfig):
         print(f"\nNext, in Python: config, params = hn.load_run({options.out!r}); hn.build_model(config.model)")
     else:
         _say_next(options.out, needed, has_tokenizer=source.has_tokenizer)
-
-
-def is_encoder(model: ModelConfig) -> bool:
-    """Whether the model is an Encoder."""
-    return isinstance(model, EncoderConfig)
 
 
 def _say_what_remains(model: ModelConfig, centrings: Sequence[str]) -> None:
@@ -183,8 +178,8 @@ def _say_next(out: str, plugins: Sequence[str], *, has_tokenizer: bool) -> None:
     print(f"  or: {again(['train', f'{out}/config.yaml', f'init_from={out}', 'run.name=NAME', *needed])}{data}")
 
 
-def image_sets(model: EncoderConfig) -> dict:
-    """{"random pixels" or "random tokens": ...}: of an encoder, SEQUENCES images or sequences."""
+def encoder_sets(model: EncoderConfig) -> dict:
+    """{"random pixels" or "random tokens": ...}: SEQUENCES images or sequences for an encoder."""
     import numpy as np
 
     random = np.random.default_rng(0)

@@ -58,8 +58,8 @@ def compare_forms(
         norm=streams.norm,
         padding=streams.padding,
         logits={
-            "pre_rmsnorm": relative_difference(full.logits, original.logits, choices.full_left_out),
-            "pre_crmsnorm": relative_difference(stored.logits, original.logits, choices.stored_left_out),
+            "pre_rmsnorm": relative_difference(full.output, original.output, choices.full_left_out),
+            "pre_crmsnorm": relative_difference(stored.output, original.output, choices.stored_left_out),
         },
         routers=choices.routers,
         ties=choices.ties,

@@ -42,29 +42,50 @@ class Conversion:
 
 def decoder_conversion(config: ModelConfig, form: str, *, pad_to: int = 1) -> Conversion:
     """forms.conversion_of for a Decoder."""
-    if obstacle := config.pre_layernorm_obstacle:
-        raise ConfigError(f"{obstacle}: only LayerNorm at the entrance of every branch and before the head converts")
-    compressed = form == "pre_crmsnorm"
-    roomy, changes = plain_decoder(config, compressed=compressed)
+    check_pre_layernorm(config)
+    compresses = form == "pre_crmsnorm"
+    roomy, changes = plain_decoder(config, compressed=compresses)
     plain = without_stream_norms(roomy)
     before, after = decoder_layout(roomy), decoder_layout(plain)
 
-    def centred(params: Any) -> dict[str, Any]:
+    def convert(params: Any) -> dict[str, Any]:
         folded = fold_affine(plain_decoder_params(config, roomy, params), before)
         return checked(plain, recenter(folded, after))
 
-    if not compressed:
-        return Conversion(config=plain, convert=centred, layout=after, changes=changes)
-    stored = stored_width(config.d_model, pad_to)
-    small = dataclasses.replace(plain, norm="crmsnorm", d_model=stored, norm_width=config.d_model)
+    conversion = Conversion(config=plain, convert=convert, layout=after, changes=changes)
+    return compressed(conversion, decoder_layout, pad_to=pad_to) if compresses else conversion
 
-    def stored_without_last(params: Any) -> dict[str, Any]:
-        return checked(small, compress(centred(params), after, pad_to=pad_to))
 
-    return Conversion(config=small, convert=stored_without_last, layout=after, changes=changes)
+def check_pre_layernorm(config: ModelConfig) -> None:
+    """Raise ConfigError for a model that is not Pre-LN; the message names what keeps it from being one."""
+    if obstacle := config.pre_layernorm_obstacle:
+        raise ConfigError(f"{obstacle}: only LayerNorm at the entrance of every branch and before the head converts")
+
+
+def compressed(
+    conversion: Conversion, layout_of: Callable[[Any], ResidualLayout], *, pad_to: int, **keys: Any
+) -> Conversion:
+    """A conversion to Pre-RMSNorm, gone on with to Pre-CRMSNorm.
+
+    Args:
+      conversion: to Pre-RMSNorm.
+      layout_of: the layout of a model of a configuration.
+      pad_to: see forms.to_pre_crmsnorm.
+      keys: of the configuration, which are other ones with CRMSNorm.
+    """
+    plain = conversion.config
+    stored = stored_width(plain.d_model, pad_to)
+    small = dataclasses.replace(plain, norm="crmsnorm", d_model=stored, norm_width=plain.d_model, **keys)
+    layout = layout_of(small)
+
+    def convert(params: Any) -> dict[str, Any]:
+        return checked(small, compress(conversion.convert(params), layout, pad_to=pad_to))
+
+    return dataclasses.replace(conversion, config=small, convert=convert, layout=layout)
 
 
 def checked(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters, of which it is asserted that they are those of a model of this config."""
     assert_params(config, params)
     return params
 

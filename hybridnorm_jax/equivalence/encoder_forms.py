@@ -10,12 +10,17 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from hybridnorm_jax.equivalence.decoder_forms import Conversion, checked, run_rules
+from hybridnorm_jax.equivalence.decoder_forms import (
+    Conversion,
+    check_pre_layernorm,
+    checked,
+    compressed,
+    run_rules,
+)
 from hybridnorm_jax.equivalence.layout import ResidualLayout, Role, Untouched, Writes
 from hybridnorm_jax.equivalence.model_params import check_params
 from hybridnorm_jax.equivalence.plain_models import roomy_params, with_roomy_blocks, without_stream_norms
-from hybridnorm_jax.equivalence.transforms import compress, fold_affine, recenter, stored_width
-from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.equivalence.transforms import fold_affine, recenter
 from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.encoder_config import EncoderConfig
 
@@ -39,10 +44,9 @@ def encoder_conversion(config: EncoderConfig, form: str, *, pad_to: int = 1) -> 
     The last hidden state of a model whose final norm is applied to what is pooled alone (norm_pooled_only) is the
     stream, whose mean the conversion takes away; all other outputs stay.
     """
-    if obstacle := config.pre_layernorm_obstacle:
-        raise ConfigError(f"{obstacle}: only LayerNorm at the entrance of every branch and before the head converts")
+    check_pre_layernorm(config)
     has_pooling_norm = config.pooling == "attention"
-    roomy = with_roomy_blocks(config)
+    roomy, changes = with_roomy_blocks(config)
     plain = dataclasses.replace(
         without_stream_norms(roomy),
         pooling_norm=(config.pooling_norm or "layernorm") if has_pooling_norm else None,
@@ -52,29 +56,23 @@ def encoder_conversion(config: EncoderConfig, form: str, *, pad_to: int = 1) -> 
         EMBEDDING_CENTRING: plain.embedding_centring,
         POOLING_CENTRING: plain.pooling_norm == "layernorm",
     }
-    centrings = tuple(name for name, remains in remaining.items() if remains)
     before, after = encoder_layout(roomy), encoder_layout(plain)
 
-    def centred(params: Any) -> dict[str, Any]:
+    def convert(params: Any) -> dict[str, Any]:
         check_params(config, params)
         folded = fold_affine(roomy_params(config, roomy, params), before)
         return checked(plain, recenter(folded, after))
 
-    if form == "pre_rmsnorm":
-        return Conversion(config=plain, convert=centred, layout=after, centrings=centrings)
-    small = dataclasses.replace(
-        plain,
-        norm="crmsnorm",
-        d_model=stored_width(config.d_model, pad_to),
-        norm_width=config.d_model,
-        whole_outside=True,
+    conversion = Conversion(
+        config=plain,
+        convert=convert,
+        layout=after,
+        centrings=tuple(name for name, remains in remaining.items() if remains),
+        changes=changes,
     )
-    blocks_alone = encoder_layout(small)
-
-    def stored_without_last(params: Any) -> dict[str, Any]:
-        return checked(small, compress(centred(params), blocks_alone, pad_to=pad_to))
-
-    return Conversion(config=small, convert=stored_without_last, layout=blocks_alone, centrings=centrings)
+    if form == "pre_rmsnorm":
+        return conversion
+    return compressed(conversion, encoder_layout, pad_to=pad_to, whole_outside=True)
 
 
 def encoder_layout(config: EncoderConfig) -> ResidualLayout:

@@ -91,7 +91,11 @@ def routing_of(config: ModelConfig, params: Any, sown: Any) -> Routing:
 
 
 def compare_routing(
-    found: Routing, expected: Routing, segment_ids: Int[Array, "batch seq"] | None = None
+    found: Routing,
+    expected: Routing,
+    segment_ids: Int[Array, "batch seq"] | None = None,
+    *,
+    is_causal: bool = True,
 ) -> RoutingDifference:
     """The differences between the routings of two forms.
 
@@ -99,11 +103,12 @@ def compare_routing(
       found: of one form.
       expected: of the other form, whose scores decide what a tie is.
       segment_ids: as Decoder's; choices do not reach other documents.
+      is_causal: a choice does not reach earlier tokens.
     """
     chosen = (found.chosen != expected.chosen).any(-1)
     behind = jnp.cumsum(chosen, axis=0) > 0  # chosen differently in this layer or an earlier one
     none = jnp.zeros_like(chosen[:1])
-    reached = _seen_by_later_tokens(jnp.concatenate([none, behind[:-1]]), segment_ids)
+    reached = _seen(jnp.concatenate([none, behind[:-1]]), segment_ids, is_causal=is_causal)
 
     largest = jnp.abs(expected.logits).max((1, 2, 3))
     difference = jnp.where(reached[..., None], 0, jnp.abs(found.logits - expected.logits)).max((1, 2, 3))
@@ -119,12 +124,13 @@ def compare_routing(
     )
 
 
-def _seen_by_later_tokens(
-    where: Bool[Array, "layers batch seq"], segment_ids: Int[Array, "batch seq"] | None
+def _seen(
+    where: Bool[Array, "layers batch seq"], segment_ids: Int[Array, "batch seq"] | None, *, is_causal: bool
 ) -> Bool[Array, "layers batch seq"]:
-    """Whether it holds of this token or of an earlier one of its document."""
+    """Whether it holds of a token that this one sees: itself, or an earlier one, or any, of its document."""
     batch, length = where.shape[1:]
-    seen = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
+    every = jnp.ones((length, length), bool)
+    seen = jnp.broadcast_to(jnp.tril(every) if is_causal else every, (batch, length, length))
     if segment_ids is not None:
         seen &= segment_ids[:, :, None] == segment_ids[:, None, :]
     return jnp.einsum("lbs,bts->lbt", where.astype(jnp.float32), seen.astype(jnp.float32)) > 0

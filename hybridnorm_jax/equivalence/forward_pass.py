@@ -22,13 +22,12 @@ class ForwardPass:
     """What a forward pass gives.
 
     Attributes:
-      logits: (batch, seq, vocab); of an Encoder what it gives of the whole input, (batch, 1, channels): its logits, or
-        what is pooled; without pooling the last hidden state.
+      output: logits (batch, seq, vocab); of an Encoder what `compared` names, in one row (batch, 1, numbers).
       stream: after the embedding and after every block.
       routing: None for a model without experts.
     """
 
-    logits: Float[Array, "batch seq vocab"]
+    output: Float[Array, "batch seq vocab"]
     stream: Float[Array, "layers_and_1 batch seq embed"]
     routing: Routing | None
 
@@ -49,17 +48,28 @@ def forward(config: ModelConfig, params: Any, tokens: Int[Array, "batch seq"], *
     with jax.default_matmul_precision("highest"):
         output, sown = build_model(plain).apply({"params": params}, tokens, mutable=collections, **inputs)
     return ForwardPass(
-        logits=_of_whole_input(output) if isinstance(config, EncoderConfig) else output,
+        output=_one_row(config, output) if isinstance(config, EncoderConfig) else output,
         stream=collected(sown, STREAM),
         routing=routing_of(config, params, sown) if config.num_experts else None,
     )
 
 
-def _of_whole_input(output: Any) -> Float[Array, "batch positions channels"]:
-    """The logits of an Encoder or what it has pooled, as one position; without both the last hidden state."""
+def compared(config: ModelConfig) -> str:
+    """What `output` of a ForwardPass is, in words: all that a model gives and that its conversion leaves as it is."""
+    if not isinstance(config, EncoderConfig) or config.num_classes is not None:
+        return "logits"
+    if config.norm_pooled_only:  # the last hidden state is the stream, which loses its mean
+        return "what is pooled"
+    return "last hidden state" if config.pooling == "none" else "last hidden state and what is pooled"
+
+
+def _one_row(config: EncoderConfig, output: Array | EncoderOutput) -> Float[Array, "batch 1 numbers"]:
+    """All numbers that are compared of an image, or of a sequence, side by side."""
     if not isinstance(output, EncoderOutput):
         return output[:, None]
-    return output.last_hidden_state if output.pooled is None else output.pooled[:, None]
+    hidden = None if config.norm_pooled_only else output.last_hidden_state.reshape(len(output.last_hidden_state), -1)
+    parts = [part for part in (hidden, output.pooled) if part is not None]
+    return jnp.concatenate(parts, axis=-1)[:, None]
 
 
 def collected(sown: Mapping[str, Any], collection: str) -> Array:

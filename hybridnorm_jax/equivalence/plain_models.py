@@ -9,7 +9,6 @@ import dataclasses
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
-from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
@@ -27,15 +26,15 @@ AnyConfig = TypeVar("AnyConfig", bound=ModelConfig)
 LAST_PROJECTIONS = ("attention/out", "feed_forward/down", "feed_forward/expert_down", "feed_forward/shared/down")
 
 
-def with_roomy_blocks(config: AnyConfig) -> AnyConfig:
-    """The model whose readers of norms have biases where the norms have, and without layer scale.
+def with_roomy_blocks(config: AnyConfig) -> tuple[AnyConfig, tuple[str, ...]]:
+    """(the model whose readers of norms have biases where the norms have, and without layer scale; that in words).
 
-    Output projections have biases where they had them before.
+    Output projections have biases where they had them before. Biases of readers go without saying.
     """
     attention_bias = config.attention_bias or config.norm_bias
     mlp_bias = config.mlp_bias or config.norm_bias
     router_bias = config.num_experts > 0 and (config.has_router_bias or config.norm_bias)
-    return dataclasses.replace(
+    roomy = dataclasses.replace(
         config,
         attention_bias=attention_bias,
         attention_output_bias=_unless(attention_bias, config.has_attention_output_bias),
@@ -44,6 +43,7 @@ def with_roomy_blocks(config: AnyConfig) -> AnyConfig:
         router_bias=_unless(mlp_bias, router_bias) if config.num_experts else None,
         layer_scale=False,
     )
+    return roomy, ("layer scale is part of the branches' last projections",) if config.layer_scale else ()
 
 
 def _unless(usual: bool, value: bool) -> bool | None:
@@ -51,21 +51,21 @@ def _unless(usual: bool, value: bool) -> bool | None:
     return None if value == usual else value
 
 
-def without_stream_norms(config: AnyConfig, norm: str = "rmsnorm") -> AnyConfig:
-    """The model with another norm on the stream, which has no parameters; norms of heads stay what they are."""
+def without_stream_norms(config: AnyConfig) -> AnyConfig:
+    """The model with RMSNorm on the stream, without parameters; norms of heads stay what they are."""
     return dataclasses.replace(
         config,
-        norm=norm,
+        norm="rmsnorm",
         attention_norm=config.attention_norm_kind,
         norm_scale=False,
         norm_bias=False,
-        norm_scale_plus_one=config.norm_scale_plus_one and config.attention_norm_scale,
+        norm_scale_plus_one=config.norm_scale_plus_one and config.has_scales_elsewhere,
     )
 
 
 def folds_embedding_norm(config: ModelConfig) -> bool:
     """Whether the norm after the embedding sees rows of the token table alone."""
-    return config.has_embedding_norm and config.positions in ("rope", "alibi")
+    return config.has_embedding_norm and not config.has_position_table
 
 
 def plain_decoder(config: ModelConfig, *, compressed: bool) -> tuple[ModelConfig, tuple[str, ...]]:
@@ -76,21 +76,21 @@ def plain_decoder(config: ModelConfig, *, compressed: bool) -> tuple[ModelConfig
     """
     folds = folds_embedding_norm(config)
     untied = config.tie_embeddings and (compressed or config.norm_scale or config.norm_bias or folds)
+    roomy, of_blocks = with_roomy_blocks(config)
     changes = {
         "the norm after the embedding is part of the token table": folds,
         "the tied head has a matrix of its own": untied,
         "positions: the table of sines and cosines is a learned one": config.positions == "sinusoidal",
-        "layer scale is part of the branches' last projections": config.layer_scale,
     }
     plain = dataclasses.replace(
-        with_roomy_blocks(config),
+        roomy,
         tie_embeddings=config.tie_embeddings and not untied,
         head_bias=config.head_bias or config.norm_bias,
         positions="learned" if config.positions == "sinusoidal" else config.positions,
         embedding_norm="false" if folds else config.embedding_norm,
         embedding_scale=None if folds else config.embedding_scale,
     )
-    return plain, tuple(change for change, is_made in changes.items() if is_made)
+    return plain, (*(change for change, is_made in changes.items() if is_made), *of_blocks)
 
 
 def plain_decoder_params(config: ModelConfig, plain: ModelConfig, params: Any) -> dict[str, Any]:
@@ -112,8 +112,9 @@ def plain_decoder_params(config: ModelConfig, plain: ModelConfig, params: Any) -
 
 def roomy_params(config: ModelConfig, roomy: ModelConfig, params: Any) -> dict[str, Any]:
     """The parameters of `roomy`: layer scale in the last projections, and biases of zeros where there are none yet."""
-    scaled = {name: _without_layer_scale(run) if name.startswith("run_") else run for name, run in params.items()}
-    flat = flatten_dict(scaled if config.layer_scale else params, sep="/")
+    if config.layer_scale:
+        params = {name: _without_layer_scale(run) if name.startswith("run_") else run for name, run in params.items()}
+    flat = flatten_dict(params, sep="/")
     dtype = next(iter(flat.values())).dtype
     for path, leaf in flatten_dict(abstract_params(roomy), sep="/").items():
         if path not in flat and path.endswith("/bias"):
@@ -134,8 +135,6 @@ def _normalized(config: ModelConfig, table: Array, norm: Any) -> Float[Array, "v
 
 def _without_layer_scale(run: Any) -> dict[str, Any]:
     """A run of layers whose branches' last projections have taken the scale of each channel."""
-    if not isinstance(run, dict | FrozenDict):
-        return run
     flat = flatten_dict(run, sep="/")
     scales = {name: flat.pop(f"{name}_layer_scale/scale", None) for name in ("attention", "feed_forward")}
     for projection in LAST_PROJECTIONS:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 from hybridnorm_jax.equivalence.decoder_forms import Conversion
 from hybridnorm_jax.equivalence.expert_choices import TIE, compare_routing
 from hybridnorm_jax.equivalence.forms import conversion_of
-from hybridnorm_jax.equivalence.forward_pass import ForwardPass, forward
+from hybridnorm_jax.equivalence.forward_pass import ForwardPass, compared, forward
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.norms import zero_mean_defect
 
@@ -32,7 +32,7 @@ class Choices:
 
     Attributes:
       differ: share of the choices, one for each token and layer, that differ.
-      left_out: share of the tokens that such a choice has reached.
+      left_out: share of the tokens, or of an encoder's inputs, that such a choice has reached.
       rest: largest absolute difference of the other tokens' logits.
       routers: as RoutingDifference's, the largest of all layers.
       ties: as RoutingDifference's, the largest of all layers.
@@ -93,6 +93,7 @@ class Proof:
     """What was measured.
 
     Attributes:
+      compared: what `logits` is about, in words: of most encoders it is not logits.
       logits: (row, name of the tokens) -> Difference; the rows are float64 (parameters converted in float64), "as
         written" (parameters as they are written, in float64 arithmetic), float32 and bfloat16 (both models in that
         arithmetic, the converted one as written).
@@ -102,6 +103,7 @@ class Proof:
       parameters_after: number of parameters of the converted one.
     """
 
+    compared: str
     logits: Mapping[tuple[str, str], Difference]
     means: Mapping[str, np.ndarray]
     parameters_before: int
@@ -159,14 +161,15 @@ def prove(
             trees = wide if arithmetic == "float64" else narrow
             expected = _run(dataclasses.replace(config, dtype=arithmetic), trees.original, ids)
             converted = dataclasses.replace(conversion.config, dtype=arithmetic)
-            logits[arithmetic, name] = _difference(_run(converted, trees.converted, ids), expected)
+            logits[arithmetic, name] = _difference(config, _run(converted, trees.converted, ids), expected)
             if arithmetic == "float64":
                 rounded = _run(converted, cast(written, jnp.float64), ids)
-                logits[WRITTEN, name] = _difference(rounded, expected)
+                logits[WRITTEN, name] = _difference(config, rounded, expected)
                 means["Pre-LN"].append(_means(expected.stream))
             centred = _run(dataclasses.replace(full.config, dtype=arithmetic), trees.centred, ids)
             means[arithmetic].append(_means(centred.stream))
     return Proof(
+        compared=compared(config),
         logits=logits,
         means={name: np.max(columns, axis=0) for name, columns in means.items()},
         parameters_before=_number_of_parameters(params),
@@ -207,7 +210,7 @@ def _logits_table(proof: Proof) -> list[str]:
     if routed:
         columns += f"{'choices':>9}{'tokens':>8}{'rest':>9}"
     lines = [
-        "logits, converted - original (absolute; relative: largest over the largest logit)",
+        f"{proof.compared}, converted - original (absolute; relative: largest over the largest expected)",
         f"{'':12}" + "".join(f"{name:>{len(columns)}}" for name in sets),
         f"{'arithmetic':12}" + columns * len(sets),
     ]
@@ -235,23 +238,25 @@ def _run(config: ModelConfig, params: Any, tokens: Array) -> ForwardPass:
     return forward(config, params, tokens)
 
 
-def _difference(found: ForwardPass, expected: ForwardPass) -> Difference:
-    gap = jnp.abs(found.logits.astype(jnp.float64) - expected.logits.astype(jnp.float64))
+def _difference(config: ModelConfig, found: ForwardPass, expected: ForwardPass) -> Difference:
+    gap = jnp.abs(found.output.astype(jnp.float64) - expected.output.astype(jnp.float64))
     choices = None
     if expected.routing is not None:
-        compared = compare_routing(found.routing, expected.routing)
-        left_out = compared.left_out[-1]
+        routing = compare_routing(found.routing, expected.routing, is_causal=config.is_causal)
+        left_out = routing.left_out[-1]
+        if left_out.shape != gap.shape[:2]:  # one row of all that an encoder gives
+            left_out = left_out.any(-1, keepdims=True)
         choices = Choices(
-            differ=float(compared.chosen.mean()),
+            differ=float(routing.chosen.mean()),
             left_out=float(left_out.mean()),
             rest=float(jnp.where(left_out[..., None], 0, gap).max()),
-            routers=float(compared.routers.max()),
-            ties=float(compared.ties.max()),
+            routers=float(routing.routers.max()),
+            ties=float(routing.ties.max()),
         )
     return Difference(
         largest=float(gap.max()),
         mean=float(gap.mean()),
-        logit=float(jnp.abs(expected.logits).max()),
+        logit=float(jnp.abs(expected.output).max()),
         choices=choices,
     )
 

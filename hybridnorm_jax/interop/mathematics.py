@@ -50,7 +50,7 @@ def _of_encoder(config: ModelConfig) -> dict[str, Any]:
 
 
 def _of_positions(config: ModelConfig) -> dict[str, Any]:
-    if config.positions in ("learned", "sinusoidal"):
+    if config.has_position_table:
         return _values(config, ["max_positions", "position_offset"])
     if config.positions == "alibi":
         return _values(config, ["alibi_max", "alibi_scale", "alibi_bfloat16"])

@@ -13,7 +13,7 @@ from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.interop.hf_config_keys import Architecture, Json, Key, names
 from hybridnorm_jax.interop.tensor_parts import HYBRIDNORM
 from hybridnorm_jax.model.config import ACTIVATIONS, NORMS, ModelConfig
-from hybridnorm_jax.model.config_attention import POSITIONS, ROPE_SCALINGS
+from hybridnorm_jax.model.config_attention import POSITIONS, ROPE_SCALINGS, TABLES
 from hybridnorm_jax.model.placement import BlockPlacement, SublayerPlacement
 from hybridnorm_jax.model.schemes import SCHEMES
 
@@ -45,12 +45,6 @@ NOT_WRITTEN = {
 READ_APART = ("scheme", "embedding_norm", "rotary_dim", "max_positions")
 _PRE = {"attention": {"pre": True}, "feed_forward": {"pre": True}}
 _DEFAULT_LAYERS = 12
-# Positions that a table of so many rows says.
-TABLES = ("learned", "sinusoidal")
-
-
-def _nothing(document: Json) -> None:
-    """Null means null."""
 
 
 def _same(*words: str) -> Mapping[str, str]:
@@ -58,48 +52,24 @@ def _same(*words: str) -> Mapping[str, str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Optional(Key):
-    """A key whose value is null or of one type; null means what it means in ModelConfig."""
-
-    kind: type = int
-
-    def read(self, document: Json, source: str) -> Any:
-        """Our value, None where theirs is null."""
-        value = document.get(self.name, self.default)
-        if value is None:
-            return None
-        return dataclasses.replace(self, default=self.kind())._checked_number(self.name, value, source)
-
-    def write(self, config: ModelConfig) -> Any:
-        """Their value, which is ours."""
-        return getattr(config, self.fields[0])
-
-
-@dataclasses.dataclass(frozen=True)
 class _Numbers(Key):
-    """A key whose value is a list of numbers of one type."""
-
-    kind: type = int
+    """A key whose value is a list of numbers of one type, `kind`."""
 
     def read(self, document: Json, source: str) -> tuple[Any, ...]:
         """Our value."""
         value = document.get(self.name, [])
         if not isinstance(value, list):
             raise UserError(f"{source}: {self.name}={value!r:.80} must be a list of numbers")
-        number = dataclasses.replace(self, default=self.kind())
-        return tuple(number._checked_number(f"{self.name}[{place}]", each, source) for place, each in enumerate(value))
+        return tuple(self._checked_number(f"{self.name}[{place}]", each, source) for place, each in enumerate(value))
 
     def write(self, config: ModelConfig) -> list[Any]:
         """Their value: ours as a list."""
         return list(getattr(config, self.fields[0]))
 
 
-def _float_or_null(name: str, field: str) -> Key:
-    return _Optional(name, (field,), None, kind=float, most=10**12)
-
-
-def _bool_or_null(name: str, field: str) -> Key:
-    return _Optional(name, (field,), None, kind=bool)
+def _or_null(name: str, field: str, kind: type, *, most: int = 2**31 - 1) -> Key:
+    """A key whose value is of this type, or null, which means null."""
+    return Key(name, (field,), None, null=lambda document: None, kind=kind, most=most)
 
 
 # The defaults are those of HybridNormConfig: transformers leaves out what is as it is by default.
@@ -116,7 +86,7 @@ KEYS = (
     Key("norm_eps", ("norm_eps",), 1e-5),
     Key("norm_scale", ("norm_scale",), True),
     Key("norm_bias", ("norm_bias",), False),
-    Key("norm_width", ("norm_width",), None, null=_nothing),
+    _or_null("norm_width", "norm_width", int),
     Key("norm_scale_plus_one", ("norm_scale_plus_one",), False),
     Key("attention_norm_scale", ("attention_norm_scale",), True),
     Key("attention_norm_bias", ("attention_norm_bias",), False),
@@ -125,12 +95,12 @@ KEYS = (
     Key("positions", ("positions",), "rope", words=_same(*POSITIONS)),
     Key("rotary_base", ("rope_theta",), 10000.0, most=10**12),
     _Numbers("rotary_layers", ("rope_layers",), None),
-    _float_or_null("second_rotary_base", "second_rope_theta"),
+    _or_null("second_rotary_base", "second_rope_theta", float, most=10**12),
     Key("rotary_scaling", ("rope_scaling",), "none", words=_same(*ROPE_SCALINGS)),
     Key("rotary_factor", ("rope_factor",), 1.0),
-    Key("rotary_original_length", ("rope_original_length",), None, null=_nothing),
+    _or_null("rotary_original_length", "rope_original_length", int),
     _Numbers("rotary_bounds", ("rope_bounds",), None, kind=float),
-    _float_or_null("rotary_attention_factor", "rope_attention_factor"),
+    _or_null("rotary_attention_factor", "rope_attention_factor", float),
     Key("rotary_truncate", ("rope_truncate",), True),
     _Numbers("rotary_short_factors", ("rope_short_factors",), None, kind=float),
     _Numbers("rotary_long_factors", ("rope_long_factors",), None, kind=float),
@@ -139,32 +109,32 @@ KEYS = (
     Key("alibi_scale", ("alibi_scale",), 1.0),
     Key("alibi_bfloat16", ("alibi_bfloat16",), False),
     _Numbers("attention_windows", ("windows",), None),
-    _float_or_null("attention_scale", "attention_scale"),
-    _float_or_null("score_cap", "score_cap"),
-    _float_or_null("qkv_clip", "qkv_clip"),
+    _or_null("attention_scale", "attention_scale", float),
+    _or_null("score_cap", "score_cap", float),
+    _or_null("qkv_clip", "qkv_clip", float),
     Key("attention_sinks", ("attention_sinks",), False),
     Key("num_experts", ("num_experts",), 0),
-    Key("num_experts_per_tok", ("experts_per_token",), None, null=_nothing),
+    _or_null("num_experts_per_tok", "experts_per_token", int),
     Key("norm_topk_prob", ("normalize_expert_weights",), False),
     Key("num_shared_experts", ("shared_experts",), 0),
-    Key("shared_intermediate_size", ("shared_mlp_dim",), None, null=_nothing),
+    _or_null("shared_intermediate_size", "shared_mlp_dim", int),
     Key("shared_expert_gate", ("shared_expert_gate",), False),
     Key("balance_bias", ("balance_bias",), False),
     _Numbers("dense_layers", ("dense_layers",), None),
-    Key("dense_intermediate_size", ("dense_mlp_dim",), None, null=_nothing),
+    _or_null("dense_intermediate_size", "dense_mlp_dim", int),
     Key("clamp_limit", ("clamp_limit",), 7.0),
     Key("clamp_alpha", ("clamp_alpha",), 1.702),
     Key("attention_bias", ("attention_bias",), False),
-    _bool_or_null("attention_output_bias", "attention_output_bias"),
+    _or_null("attention_output_bias", "attention_output_bias", bool),
     Key("mlp_bias", ("mlp_bias",), False),
-    _bool_or_null("mlp_output_bias", "mlp_output_bias"),
-    _bool_or_null("router_bias", "router_bias"),
+    _or_null("mlp_output_bias", "mlp_output_bias", bool),
+    _or_null("router_bias", "router_bias", bool),
     Key("head_bias", ("head_bias",), False),
-    _float_or_null("embedding_scale", "embedding_scale"),
+    _or_null("embedding_scale", "embedding_scale", float),
     # It is in the placements, too; PyTorch takes it from there.
     Key("branch_multiplier", ("branch_multiplier",), 1.0),
-    _float_or_null("logits_scale", "logit_scale"),
-    _float_or_null("logits_cap", "logit_cap"),
+    _or_null("logits_scale", "logit_scale", float),
+    _or_null("logits_cap", "logit_cap", float),
     Key("tie_word_embeddings", ("tie_embeddings",), False),
     Key("dropout", ("dropout",), 0.0),
     Key("initializer_range", ("init_std",), 0.02),
@@ -172,7 +142,7 @@ KEYS = (
 # Keys of meanings that no single field has.
 ATTENTION_NORM = Key("attention_norm", ("attention_norm",), "rmsnorm", words=_same("rmsnorm", "layernorm"))
 ROTARY_DIM = Key("rotary_dim", (), 64)
-MOST_POSITIONS = Key("max_position_embeddings", ("max_positions",), None, null=_nothing)
+MOST_POSITIONS = _or_null("max_position_embeddings", "max_positions", int)
 EMBEDDING_NORM = Key("embedding_norm", (), False)
 FINAL_NORM = Key("final_norm", (), True)
 
@@ -205,7 +175,7 @@ class OwnArchitecture(Architecture):
         """The config.json of a model: its meaning only."""
         document = {"model_type": self.name, "auto_map": AUTO_MAP}
         document |= {key.name: key.write(config) for key in KEYS}
-        if config.positions in TABLES:
+        if config.has_position_table:
             document[MOST_POSITIONS.name] = config.max_positions
         elif config.positions == "rope":
             document[ROTARY_DIM.name] = config.rotary_width

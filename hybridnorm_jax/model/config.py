@@ -160,7 +160,7 @@ class ModelConfig(AttentionKeys):
         extents = {getattr(placement, name) for placement in self.placements for name in HEAD_NORMS} - {None}
         right = f"only where norms of q, k, v or context are over a head; model.scheme={self.scheme} has no such"
         self._check("attention_norm_per_head", extents == {"head"} or not self.attention_norm_per_head, right)
-        has_scale = self.norm_scale or self.attention_norm_scale
+        has_scale = self.norm_scale or self.has_scales_elsewhere
         self._check("norm_scale_plus_one", has_scale or not self.norm_scale_plus_one, "norms have no scale")
 
     def _check_scheme(self) -> None:
@@ -179,6 +179,11 @@ class ModelConfig(AttentionKeys):
         """The norm on q, k, v and context: a head is no zero-mean vector, so CRMSNorm is not for it."""
         auto = "layernorm" if self.norm == "layernorm" else "rmsnorm"
         return auto if self.attention_norm == "auto" else self.attention_norm
+
+    @property
+    def has_scales_elsewhere(self) -> bool:
+        """Whether other norms than those of norm_scale have scales."""
+        return self.attention_norm_scale
 
     @property
     def scheme_rule(self) -> Scheme:
@@ -228,7 +233,7 @@ class ModelConfig(AttentionKeys):
         scheme = f"model.scheme={self.scheme}"
         if self.norm != "layernorm":
             return f"model.norm={self.norm}"
-        if self.has_embedding_norm and self.positions in ("learned", "sinusoidal"):
+        if self.has_embedding_norm and not self._converts_embedding_norm:
             where = "a norm after the embedding, which sees tokens and positions together"
             return f"{scheme}, model.embedding_norm={self.embedding_norm}, model.positions={self.positions}: {where}"
         if self.norm_bias and self.shared_expert_gate:
@@ -242,6 +247,11 @@ class ModelConfig(AttentionKeys):
                 if not sublayer.pre:
                     return f"{scheme}: {name} of layer {layer} reads the stream without a norm"
         return None if self.has_final_norm else f"{scheme}: no norm before the head"
+
+    @property
+    def _converts_embedding_norm(self) -> bool:
+        """Whether the equivalences can do with a norm after the embedding."""
+        return not self.has_position_table
 
     @property
     def initializer_name(self) -> str:

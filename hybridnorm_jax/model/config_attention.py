@@ -9,6 +9,8 @@ from hybridnorm_jax.model.config_feed_forward import FeedForwardKeys
 from hybridnorm_jax.model.config_sizes import LONGEST_CONTEXT, WIDEST
 
 POSITIONS = ("rope", "learned", "sinusoidal", "alibi")
+# Those that are rows of a table, which are added to the token embedding.
+TABLES = ("learned", "sinusoidal")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn", "longrope")
 # Values of rope_layers.
 NO_ROTATION, FIRST_ROTATION, SECOND_ROTATION = 0, 1, 2
@@ -105,6 +107,11 @@ class AttentionKeys(FeedForwardKeys):
         """Whether a token sees no later ones."""
         return True
 
+    @property
+    def has_position_table(self) -> bool:
+        """Whether rows of a table say where tokens stand."""
+        return self.positions in TABLES
+
     def score_features(self, seq: int) -> tuple[str, ...]:
         """What a kernel must be able to do besides causal attention, by the names of kernels.backend_names.FEATURES.
 
@@ -153,8 +160,8 @@ class AttentionKeys(FeedForwardKeys):
     def _check_tables(self) -> None:
         only = "only for positions=rope"
         self._check("rotary_dim", self.positions == "rope" or self.rotary_dim is None, only)
-        has_table = self.positions in ("learned", "sinusoidal")
-        right = f"positions={self.positions} needs a number" if has_table else "only for positions=learned, sinusoidal"
+        has_table = self.has_position_table
+        right = f"positions={self.positions} needs a number" if has_table else f"only for positions={', '.join(TABLES)}"
         self._check("max_positions", (self.max_positions is not None) == has_table, right)
         self._check("position_offset", has_table or self.position_offset == 0, right)
         right = "positions=sinusoidal needs at least 4 channels"

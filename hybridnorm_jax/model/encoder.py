@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.model.block import Dropout, SharedInputs, Stream, watch_stream
-from hybridnorm_jax.model.decoder import Embedding, Head
+from hybridnorm_jax.model.embedding import Embedding, Head
 from hybridnorm_jax.model.encoder_config import EncoderConfig
 from hybridnorm_jax.model.encoder_parts import (
     AttentionPooling,
@@ -20,13 +20,13 @@ from hybridnorm_jax.model.encoder_parts import (
     PatchEmbedding,
     Pixels,
     centred,
+    outer_norm,
     with_last,
     without_last,
 )
 from hybridnorm_jax.model.initializers import std_factor
 from hybridnorm_jax.model.input_checks import check_per_token, check_tokens
 from hybridnorm_jax.model.layers import through_layers
-from hybridnorm_jax.model.norms import Norm
 from hybridnorm_jax.model.rotation import default_positions, rotations
 
 Tokens = Int[Array, "batch seq"]
@@ -90,9 +90,9 @@ class Encoder(nn.Module):
         if config.positions == "learned":
             self.position_embedding = embedding(rows=present(config.max_positions))
         if config.has_embedding_norm:
-            self.embedding_norm = _outer_norm(config)
+            self.embedding_norm = outer_norm(config, config.outer_norm)
         if config.has_final_norm:
-            self.final_norm = _outer_norm(config)
+            self.final_norm = outer_norm(config, config.outer_norm)
         if config.pooling == "attention":
             self.pooling = AttentionPooling(config)
         head = partial(Head, std=std, use_bias=config.head_bias, param_dtype=config.param_dtype)
@@ -232,17 +232,3 @@ def _check_pixels(pixels: Pixels, config: EncoderConfig) -> None:
     right = (height, width, config.num_channels)
     if pixels.ndim != 4 or pixels.shape[1:] != right:
         raise ValueError(f"pixels: shape {pixels.shape} must be (batch, {height}, {width}, {config.num_channels})")
-
-
-def _outer_norm(config: EncoderConfig) -> Norm:
-    """A norm outside the blocks."""
-    return Norm(
-        kind=config.outer_norm,
-        epsilon=config.norm_eps,
-        use_scale=config.outer_norm_scale,
-        use_bias=config.outer_norm_bias,
-        scale_plus_one=config.norm_scale_plus_one,
-        width=None if config.whole_outside else config.norm_width,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-    )

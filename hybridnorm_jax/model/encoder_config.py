@@ -128,6 +128,11 @@ class EncoderConfig(ModelConfig):
         return 0 if self.position_scope == "all" else self.learned_tokens
 
     @property
+    def positioned_patches_and_tokens(self) -> int:
+        """input=pixels: rows of the position table."""
+        return self.num_patches + self.learned_tokens - self.first_position
+
+    @property
     def whole_width(self) -> int:
         """Channels outside the blocks: of the embedding, of the last hidden state, and of what is pooled."""
         if not self.whole_outside:
@@ -145,12 +150,14 @@ class EncoderConfig(ModelConfig):
         return 2 * self.whole_width if self.pooling == "class_and_mean" else self.whole_width
 
     @property
-    def pre_layernorm_obstacle(self) -> str | None:
-        """As ModelConfig's; a norm after the embedding is none, because the mean can be subtracted behind it."""
-        if self.norm_scale_plus_one:
-            return "model.norm_scale_plus_one=True"
-        plain = dataclasses.replace(self, embedding_norm="false")
-        return super(EncoderConfig, plain).pre_layernorm_obstacle
+    def has_scales_elsewhere(self) -> bool:
+        """As ModelConfig's; the norms outside the blocks count."""
+        return super().has_scales_elsewhere or self.outer_norm_scale
+
+    @property
+    def _converts_embedding_norm(self) -> bool:
+        """Whether the equivalences can do with a norm after the embedding: the mean can be subtracted behind it."""
+        return True
 
     def _fill_derived(self) -> None:
         super()._fill_derived()
@@ -161,8 +168,7 @@ class EncoderConfig(ModelConfig):
         fits = len(self.image_size) == len(self.patch_size) == 2
         self._check("image_size", fits, "and model.patch_size must be [height, width], or one number for both")
         if self.reads_pixels and self.positions == "learned" and self.max_positions is None:
-            learned = self.learned_tokens if self.position_scope == "all" else 0
-            self._fill("max_positions", self.num_patches + learned)
+            self._fill("max_positions", self.positioned_patches_and_tokens)
 
     def _check_names(self) -> None:
         super()._check_names()
@@ -188,8 +194,8 @@ class EncoderConfig(ModelConfig):
         numbers = self.d_model * self.num_channels * self.patch_size[0] * self.patch_size[1]
         self._check("patch_size", numbers <= WIDEST**2, f"makes a patch embedding of {numbers:.1e} parameters")
         if self.positions == "learned":
-            learned = self.learned_tokens if self.position_scope == "all" else 0
-            needed = self.num_patches + learned
+            needed = self.positioned_patches_and_tokens
+            learned = needed - self.num_patches
             right = f"must be {needed}: {self.num_patches} patches and {learned} learned tokens; null: as it must be"
             self._check("max_positions", self.max_positions == needed, right)
 
@@ -217,6 +223,8 @@ class EncoderConfig(ModelConfig):
         right = "needs something pooled that has no norm of its own"
         can = self.pooling in ("class", "end", "mean")
         self._check("norm_pooled_only", can or not self.norm_pooled_only, f"{right}; model.pooling={self.pooling}")
+        right = f"model.scheme={self.scheme} has no norm behind its blocks"
+        self._check("norm_pooled_only", self.has_final_norm or not self.norm_pooled_only, right)
 
     def _check_outside(self) -> None:
         only = "only for model.norm=crmsnorm"

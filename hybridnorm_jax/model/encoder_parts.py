@@ -94,16 +94,7 @@ class AttentionPooling(nn.Module):
             1, config.whole_width, config.init_std, dtype=config.dtype, param_dtype=config.param_dtype, name="probe"
         )()
         read = ProbeAttention(config, name="attention")(probe[None], x)
-        norm = Norm(
-            kind=config.outer_norm if config.pooling_norm is None else config.pooling_norm,
-            epsilon=config.norm_eps,
-            use_scale=config.outer_norm_scale,
-            use_bias=config.outer_norm_bias,
-            scale_plus_one=config.norm_scale_plus_one,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            name="norm",
-        )
+        norm = outer_norm(config, config.pooling_norm or config.outer_norm, name="norm")
         feed_forward = FeedForward(
             mlp_dim=config.mlp_dim,
             activation=config.activation,
@@ -146,6 +137,21 @@ class ProbeAttention(nn.Module):
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         context = jnp.einsum("bhqs,bshd->bqhd", weights, v)
         return dense(width, "out", axis=(-2, -1))(context)
+
+
+def outer_norm(config: EncoderConfig, kind: str, *, name: str | None = None) -> Norm:
+    """A norm outside the blocks."""
+    return Norm(
+        kind=kind,
+        epsilon=config.norm_eps,
+        use_scale=config.outer_norm_scale,
+        use_bias=config.outer_norm_bias,
+        scale_plus_one=config.norm_scale_plus_one,
+        width=config.norm_width if kind == "crmsnorm" else None,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        name=name,
+    )
 
 
 def without_last(x: Stream, width: int, stored: int) -> Stream:

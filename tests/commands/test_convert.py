@@ -1,5 +1,6 @@
 """hybridnorm convert, on Hugging Face directories and on a run's."""
 
+import dataclasses
 import json
 import shlex
 import shutil
@@ -13,6 +14,7 @@ import pytest
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.commands.main import main
+from hybridnorm_jax.commands.program import in_float64
 from hybridnorm_jax.commands.saved_model import read_directory
 from hybridnorm_jax.config import plugins
 from hybridnorm_jax.equivalence import decoder_forms, proof
@@ -137,6 +139,51 @@ def test_a_tokenizer_comes_along(tmp_path, capsys):
     assert main(["convert", str(directory), str(tmp_path / "o"), "--form", "pre_rmsnorm"]) == 0
     assert "text (tokenizer.json)" in capsys.readouterr().out
     assert read_directory(str(tmp_path / "o")).config.data.tokenizer == str(tmp_path / "o" / "tokenizer.json")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_matrices_of_float16_beside_norms_of_float32(dtype, tmp_path, capsys):
+    """Nothing of either is rounded before it is converted."""
+    from safetensors.numpy import load_file, save_file
+
+    directory = tmp_path / "hf"
+    shutil.copytree(GOLDENS / "hf_gpt2", directory)
+    tensors = load_file(directory / "model.safetensors")
+    tensors = {name: each.astype("float32" if ".ln_" in name else "float16") for name, each in tensors.items()}
+    assert {each.dtype.name for each in tensors.values()} == {"float16", "float32"}
+    save_file(tensors, directory / "model.safetensors")
+    words = [str(directory), str(tmp_path / "o"), "--form", "pre_crmsnorm", "--dtype", dtype]
+    assert main(["convert", *words]) == 0
+    rows = _rows(capsys.readouterr().out)
+    assert rows["float64"][0] < 1e-13
+    assert rows["as written"][0] < (1e-5 if dtype == "float32" else 1e-13)
+    with in_float64():
+        tokens = np.load(GOLDENS / "hf_gpt2" / "golden.npz")["tokens"]
+        (config, params), source = hn.load_huggingface(directory, dtype="float64"), read_directory(str(tmp_path / "o"))
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(source.params)} == {dtype}
+        expected, found = (
+            hn.Decoder(dataclasses.replace(each, dtype="float64")).apply({"params": tree}, tokens)
+            for each, tree in ((config, params), (source.config.model, source.params))
+        )
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 if dtype == "float32" else 1e-13)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        ("post", "model.scheme=post: a post norm at attention of layer 0"),
+        ("sandwich", "model.scheme=sandwich: a branch norm at attention of layer 0"),
+        ("qkv_pre", "model.scheme=qkv_pre: attention of layer 0 reads the stream without a norm"),
+    ],
+)
+def test_a_config_json_with_other_norms_is_refused_by_where_they_stand(scheme, message, tmp_path, capsys):
+    config = hn.ModelConfig(scheme=scheme, norm="layernorm", d_model=16, num_layers=2, num_heads=2, vocab_size=61)
+    params = hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    hn.save_huggingface(tmp_path / "hf", config, jax.tree.map(np.asarray, params), architecture="hybridnorm")
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "o"), "--form", "pre_rmsnorm"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'hf'}: {message}")
+    assert not (tmp_path / "o").exists()
 
 
 def test_zero_logits_are_equal_logits(tmp_path, capsys):

@@ -21,6 +21,12 @@ CASES = {
     "hf_clip_text": ("pooler_output", 0),
 }
 
+COMPARED = {
+    "hf_siglip_vision": "last hidden state and what is pooled",
+    "hf_clip_vision": "what is pooled",
+    "hf_clip_text": "last hidden state and what is pooled",
+}
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_converted_model_is_proved_saved_and_read(name, tmp_path, capsys):
@@ -29,6 +35,8 @@ def test_the_converted_model_is_proved_saved_and_read(name, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "float64" in printed
     assert (f"still subtracted: {centrings}\n" in printed) == (centrings > 0)
+    assert ("changed: layer scale is part of" in printed) == (name == "hf_dinov2")
+    assert f"\n{COMPARED.get(name, 'logits')}, converted - original" in printed
     config, params = hn.load_run(str(tmp_path / "out"))
     assert isinstance(config.model, hn.EncoderConfig)
     assert config.model.norm == "crmsnorm"

@@ -8,7 +8,8 @@ from model.test_encoder import MODELS, PRE_LN, apply, encoder_config, inputs_of,
 import hybridnorm_jax as hn
 from hybridnorm_jax.equivalence import conversion_of
 from hybridnorm_jax.equivalence.encoder_forms import EMBEDDING_CENTRING, POOLING_CENTRING
-from hybridnorm_jax.equivalence.forward_pass import forward
+from hybridnorm_jax.equivalence.expert_choices import Routing, compare_routing
+from hybridnorm_jax.equivalence.forward_pass import compared, forward
 from hybridnorm_jax.model.norms import zero_mean_defect
 
 WIDE = {"dtype": "float64", "param_dtype": "float64"}
@@ -16,7 +17,10 @@ HEADS = {"two heads": {"num_classes": 5, "distillation_token": True, "distillati
 MORE = {
     "no q, k, v bias": {"attention_bias": False, "attention_output_bias": True},
     "layer scale": {"layer_scale": True},
+    "scales from zero": {"norm_scale_plus_one": True, "attention_norm_scale": False},
+    "experts": {"num_experts": 3, "experts_per_token": 2, "activation": "swiglu"},
 }
+CHANGES = {"layer scale": ("layer scale is part of the branches' last projections",)}
 CENTRINGS = {"clip": (EMBEDDING_CENTRING,), "siglip": (POOLING_CENTRING,)}
 
 
@@ -29,6 +33,7 @@ def test_every_output_stays(name, form, pad_to):
         conversion = conversion_of(config, form, pad_to=pad_to)
         assert conversion.config.norm == form.removeprefix("pre_")
         assert conversion.centrings == CENTRINGS.get(name, ())
+        assert conversion.changes == CHANGES.get(name, ())
         expected = apply(config, params, inputs)
         found = apply(conversion.config, conversion.convert(params), inputs)
         if config.norm_pooled_only:  # the last hidden state is the stream, which has no mean any more
@@ -46,6 +51,41 @@ def test_the_stream_has_no_mean(name):
         after = forward(conversion.config, conversion.convert(params), inputs).stream
         assert float(zero_mean_defect(before)) > 1e-2
         assert float(zero_mean_defect(after)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("vit", "last hidden state and what is pooled"),
+        ("dinov2", "last hidden state and what is pooled"),
+        ("siglip", "last hidden state and what is pooled"),
+        ("no pooling", "last hidden state"),
+        ("clip", "what is pooled"),
+        ("two heads", "logits"),
+    ],
+)
+def test_all_that_a_conversion_keeps_is_compared(name, words):
+    """Names and numbers: the last hidden state too, except where it is the stream, which loses its mean."""
+    config = encoder_config(**PRE_LN, **(MODELS | HEADS | {"no pooling": {"pooling": "none"}})[name])
+    params, inputs = random_params(config), inputs_of(config)
+    given = apply(config, params, inputs)
+    parts = [given] if words == "logits" else [given.last_hidden_state.reshape(2, -1), given.pooled]
+    parts = parts[1:] if name == "clip" else parts[:1] if name == "no pooling" else parts
+    assert compared(config) == words
+    found = forward(config, params, inputs).output
+    np.testing.assert_allclose(found[:, 0], np.concatenate(parts, axis=-1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_choice_of_experts_reaches_every_token_of_an_encoder():
+    """Its tokens see each other, so nothing is left to compare where two forms choose differently."""
+    chosen = np.zeros((2, 1, 3, 2), bool)
+    chosen[..., 0] = True
+    other = chosen.copy()
+    other[0, 0, 2] = other[0, 0, 2, ::-1]  # the last token in the first of two layers
+    scores = np.full(chosen.shape, 0.5)
+    one, two = (Routing(logits=scores, scores=scores, chosen=each) for each in (chosen, other))
+    for is_causal, reached in ((True, [[False, False, True]]), (False, [[True, True, True]])):
+        np.testing.assert_array_equal(compare_routing(two, one, is_causal=is_causal).left_out[-1], reached)
 
 
 def test_other_placements_are_refused():

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import numpy as np
 import pytest
 from test_architectures import GOLDENS, READ, golden_of
 
@@ -34,4 +33,5 @@ def test_the_converted_model_computes_the_same(name, convert):
         other, converted = convert(config, params)
         assert other.norm in ("rmsnorm", "crmsnorm")
         same = hn.Decoder(other).apply({"params": converted}, tokens)
-    np.testing.assert_allclose(same, logits, rtol=0, atol=1e-11)
+        # Rounding of float64 through a few layers; a step that is left out shows at 1e-3.
+        assert float(abs(same - logits).max() / abs(logits).max()) < 1e-12

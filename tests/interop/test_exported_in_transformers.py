@@ -168,6 +168,25 @@ def test_more_tokens_than_learned_positions_are_refused(model_of):
         model.generate(ids(TOKENS), do_sample=False, max_new_tokens=10)
 
 
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_cached_text_that_grows_beyond_the_length_of_longrope_is_refused(tmp_path, is_compiled):
+    """There all its tokens are rotated anew, and a cache holds the old ones. Our own generation refuses it, too."""
+    model = in_torch(export(tmp_path / "model", config_of("longrope", rope_original_length=8)).directory)
+    keys = {"do_sample": False, "cache_implementation": "static" if is_compiled else None}
+    if is_compiled:
+        model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+    # The last new token is not read, so that 8 tokens are.
+    assert model.generate(ids(TOKENS[:, :5]), max_new_tokens=4, **keys).shape == (2, 9)
+    with pytest.raises(ValueError, match=r"a text with a cache grows beyond 8 tokens \(rotary_original_length\)"):
+        model.generate(ids(TOKENS[:, :5]), max_new_tokens=5, **keys)
+    assert model.generate(ids(TOKENS[:, :9]), max_new_tokens=5, **keys).shape == (2, 14)
+    if not is_compiled:
+        cache = model(ids(TOKENS[:, :5])).past_key_values
+        with pytest.raises(ValueError, match="grows beyond 8 tokens"):
+            model(ids(TOKENS[:, 5:]), past_key_values=cache)
+        model.generate(ids(TOKENS[:, :5]), max_new_tokens=5, use_cache=False)
+
+
 def test_padding_takes_no_learned_position(model_of):
     model = model_of("learned_positions")
     tokens, mask = left_padded([np.zeros(2), TOKENS[0]])

@@ -284,6 +284,7 @@ def test_dropout_needs_a_key_and_changes_the_result():
         ({"tie_embeddings": True}, r"model\.tie_embeddings=True: an Encoder does not have it"),
         ({"distillation_head": True}, r"model\.distillation_head=True: needs model\.distillation_token"),
         ({"whole_outside": True}, r"model\.whole_outside=True: only for model\.norm=crmsnorm"),
+        ({"norm_pooled_only": True, "scheme": "post"}, r"model\.norm_pooled_only=True: model\.scheme=post has no norm"),
         ({"num_classes": 3, "pooling": "none"}, r"model\.num_classes=3: needs something pooled"),
     ],
 )

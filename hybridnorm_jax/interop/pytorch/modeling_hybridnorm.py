@@ -30,7 +30,7 @@ from .norms_hybridnorm import (
     times,
     wide,
 )
-from .positions_hybridnorm import masks, positions_of, rotations, sinusoids
+from .positions_hybridnorm import check_growth, masks, positions_of, rotations, sinusoids
 
 # transformers renamed it in 5.x. Both names are taken; this is the one that outputs have.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -158,6 +158,8 @@ class HybridNormModel(HybridNormPreTrainedModel):
         slots = cache.layers[0].max_cache_len if cache is not None and cache.is_compileable else None
         if position_ids is None:
             position_ids = positions_of(attention_mask, queries, past, x.device)
+        if not (torch.compiler.is_compiling() or position_ids.is_meta):  # a look at values would break a graph
+            check_growth(self.config, position_ids, past)
         by_window = masks(self.config, attention_mask, queries, past, slots, x.device, x.dtype)
         turns = rotations(self.config, position_ids, x.dtype)
         x = self.dropout(self.embedding_norm(self.with_positions(times(self.config.embedding_scale, x), position_ids)))
@@ -201,6 +203,14 @@ class HybridNormForCausalLM(HybridNormPreTrainedModel, GenerationMixin):
         self.model = HybridNormModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         self.post_init()
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        """As of every model. What a compiled forward pass cannot check of positions is checked here."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        cache, position_ids = inputs.get(CACHE), inputs.get("position_ids")
+        if cache is not None and position_ids is not None:
+            check_growth(self.config, position_ids, cache.get_seq_length())
+        return inputs
 
     @can_return_tuple
     def forward(

@@ -83,6 +83,23 @@ def _longrope(config, frequencies, positions):
     return frequencies / torch.where(is_long[:, None, None, None], long, short)
 
 
+def check_growth(config, position_ids, past):
+    """Raise ValueError where a text grows beyond longrope's original length while a cache holds its first tokens.
+
+    Their keys were rotated by the short factors, and all tokens of the longer text have the long ones.
+
+    Args:
+      position_ids: of the new tokens. past: how many tokens the cache holds.
+    """
+    original = config.rotary_original_length
+    if config.positions != "rope" or config.rotary_scaling != "longrope" or not past:
+        return
+    was_short, is_long = position_ids[:, 0] <= original, position_ids.max(dim=-1).values >= original
+    if (was_short & is_long).any():
+        wrong = f"a text with a cache grows beyond {original} tokens (rotary_original_length)"
+        raise ValueError(f"{wrong}, where longrope rotates all its tokens anew; give it whole, or use_cache=False")
+
+
 SCALINGS = {
     "none": lambda config, frequencies, positions: frequencies,
     "linear": _linear,
