@@ -19,6 +19,7 @@ from hybridnorm_jax.evaluation.paper_tasks import PAPER, PAPER_TASKS
 from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS, EXPERT_DISPATCHES
 from hybridnorm_jax.model import config as model
 from hybridnorm_jax.model.config_attention import POSITIONS, ROPE_SCALINGS
+from hybridnorm_jax.model.config_feed_forward import ACTIVATIONS
 from hybridnorm_jax.model.schemes import SCHEMES
 
 SHELLS = ("bash", "zsh", "fish")
@@ -27,7 +28,7 @@ AUTO_OR_BOOL = ("auto", "true", "false")
 # The values of keys that hold one of a few words.
 CHOICES = {
     "model.scheme": SCHEMES,
-    "model.activation": model.ACTIVATIONS,
+    "model.activation": ACTIVATIONS,
     "model.norm": model.NORMS,
     "model.attention_norm": ("auto", "rmsnorm", "layernorm"),
     "model.embedding_norm": AUTO_OR_BOOL,

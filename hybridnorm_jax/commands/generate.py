@@ -16,7 +16,7 @@ from hybridnorm_jax.config.plugins import import_plugins
 from hybridnorm_jax.config.yaml_files import named_plugins
 from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.generation.sampling import Sampling, fault_of_seed
-from hybridnorm_jax.model.config import LONGEST_CONTEXT
+from hybridnorm_jax.model.config_sizes import LONGEST_CONTEXT
 
 if TYPE_CHECKING:
     from hybridnorm_jax.commands.saved_model import SavedModel

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from hybridnorm_jax.commands.program import wants_help
 from hybridnorm_jax.commands.syntax import check_syntax
 from hybridnorm_jax.errors import UserError, did_you_mean
-from hybridnorm_jax.model.config import MOST_LAYERS
+from hybridnorm_jax.model.config_sizes import MOST_LAYERS
 from hybridnorm_jax.model.schemes import SCHEMES
 
 DEPTH = 4

@@ -10,7 +10,8 @@ from jaxtyping import Int
 
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.generation.sampling import fault_of_seed
-from hybridnorm_jax.model.config import LONGEST_CONTEXT, ModelConfig
+from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.config_sizes import LONGEST_CONTEXT
 from hybridnorm_jax.model.encoder_config import check_decoder
 
 Tokens = Int[np.ndarray, " tokens"]

@@ -165,26 +165,31 @@ class Attention(nn.Module):
         v, value_norm = self._norm_of_heads("v_norm", v)
         preparation = Preparation(query=query_norm, key=key_norm, value=value_norm, rotation=rotation)
         rules = self._rules(x.shape[1], positions, layer_window)
+        context = self._context(AttentionInputs(q, k, v, segment_ids), preparation, rules, slots)
+        context = self._normalize("context_norm", context)
+        use_bias = self.use_bias if self.use_output_bias is None else self.use_output_bias
+        out = dense(x.shape[-1], axis=(-2, -1), kernel_init=self.output_init, use_bias=use_bias, name="out")
+        return out(context)
+
+    def _context(
+        self, inputs: AttentionInputs, preparation: Preparation, rules: ScoreRules, slots: Slots | None
+    ) -> Float[Array, "batch seq heads head_dim"]:
+        """The values, weighted by the softmax of the scores; what is watched and what is kept goes aside."""
         watched = self.is_mutable_collection(SIGNAL) and not self.is_initializing()
         if watched or slots is not None:
-            q, k, v, _ = prepared(AttentionInputs(q, k, v, segment_ids), preparation)
-            preparation = Preparation()
+            inputs, preparation = prepared(inputs, preparation), Preparation()
+        q, k, v, segment_ids = inputs
         if watched:
             entropy, largest = attention_statistics(q, k, segment_ids, rules)
             self.sow(SIGNAL, "attention_entropy", entropy)
             self.sow(SIGNAL, "largest_logit", largest)
         if slots is not None:
             keys, values = self._keep("cached_key", k, slots), self._keep("cached_value", v, slots)
-        if slots is not None and x.shape[1] == 1:
-            context = cached_attention(q, keys, values, first=slots.first, last=slots.next, rules=rules)
-        else:
-            context = softmax_attention(
-                q, k, v, segment_ids=segment_ids, rules=rules, preparation=preparation, backend=self.backend
-            )
-        context = self._normalize("context_norm", context)
-        use_bias = self.use_bias if self.use_output_bias is None else self.use_output_bias
-        out = dense(x.shape[-1], axis=(-2, -1), kernel_init=self.output_init, use_bias=use_bias, name="out")
-        return out(context)
+            if q.shape[1] == 1:
+                return cached_attention(q, keys, values, first=slots.first, last=slots.next, rules=rules)
+        return softmax_attention(
+            q, k, v, segment_ids=segment_ids, rules=rules, preparation=preparation, backend=self.backend
+        )
 
     def _rules(
         self, seq: int, positions: Int[Array, "batch seq"] | None, layer_window: Int[Array, ""] | None

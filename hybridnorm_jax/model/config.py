@@ -10,29 +10,9 @@ import math
 from hybridnorm_jax.config_fields import Filled, check_choice, check_fields, key
 from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS, EXPERT_DISPATCHES
 from hybridnorm_jax.model.config_attention import AttentionKeys
-from hybridnorm_jax.model.config_feed_forward import ACTIVATIONS
-from hybridnorm_jax.model.config_sizes import (
-    LONGEST_CONTEXT,
-    MOST_EXPERTS,
-    MOST_HEADS,
-    MOST_LAYERS,
-    MOST_PARAMETERS,
-    WIDEST,
-)
+from hybridnorm_jax.model.config_sizes import MOST_LAYERS, MOST_PARAMETERS, WIDEST
 from hybridnorm_jax.model.placement import HEAD_NORMS, BlockPlacement, Layer, Run, runs
 from hybridnorm_jax.model.schemes import SCHEMES, Scheme
-
-__all__ = [
-    "ACTIVATIONS",
-    "LONGEST_CONTEXT",
-    "MOST_EXPERTS",
-    "MOST_HEADS",
-    "MOST_LAYERS",
-    "MOST_PARAMETERS",
-    "NORMS",
-    "WIDEST",
-    "ModelConfig",
-]
 
 NORMS = ("rmsnorm", "layernorm", "crmsnorm")
 INITIALIZERS = ("normal", "depth_scaled", "megatron", "deepnorm", "b2t")

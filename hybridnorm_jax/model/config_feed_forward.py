@@ -8,10 +8,12 @@ from hybridnorm_jax.config_fields import check_choice, key
 from hybridnorm_jax.model.config_sizes import MOST_EXPERTS, MOST_LAYERS, WIDEST, SizeKeys
 
 # A gated layer is down(activation(gate(x)) * up(x)), any other down(activation(up(x))).
-GATED = ("swiglu", "swiglu_clamped", "geglu", "geglu_tanh", "geglu_quick", "reglu", "reglu_squared")
+# Of the clamped one up is not what the function is multiplied by, see kernels.swiglu.clamped_swiglu.
+CLAMPED = "swiglu_clamped"
+GATED = ("swiglu", CLAMPED, "geglu", "geglu_tanh", "geglu_quick", "reglu", "reglu_squared")
 PLAIN = ("gelu", "gelu_tanh", "gelu_quick", "relu", "relu_squared", "silu")
 ACTIVATIONS = (*GATED, *PLAIN)
-EXPERT_ACTIVATIONS = ("swiglu", "swiglu_clamped")
+EXPERT_ACTIVATIONS = ("swiglu", CLAMPED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +120,7 @@ class FeedForwardKeys(SizeKeys):
         for field in dataclasses.fields(self):
             if field.name in ("clamp_limit", "clamp_alpha"):
                 as_by_default = getattr(self, field.name) == field.default
-                is_clamped = self.activation == "swiglu_clamped"
+                is_clamped = self.activation == CLAMPED
                 self._check(field.name, is_clamped or as_by_default, "only for model.activation=swiglu_clamped")
 
     def _check_dense_layers(self) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,11 @@ from jaxtyping import Array, Float
 
 from hybridnorm_jax.kernels.dense_products import dot_general
 from hybridnorm_jax.kernels.swiglu import SwigluClamp, clamped_swiglu
+from hybridnorm_jax.model.config_feed_forward import ACTIVATIONS, CLAMPED, GATED
 from hybridnorm_jax.model.initializers import truncated_normal
 from hybridnorm_jax.model.input_checks import check_at_least_one
 
 Hidden = Float[Array, "batch seq mlp"]
-
-
-class Activation(NamedTuple):
-    """The hidden layer is function(gate(x)) * up(x) where it is gated, and function(up(x)) otherwise."""
-
-    function: Callable[[Hidden], Hidden]
-    is_gated: bool
 
 
 def gelu_quick(x: Hidden) -> Hidden:
@@ -35,22 +29,21 @@ def relu_squared(x: Hidden) -> Hidden:
 
 
 _gelu, _gelu_tanh = partial(jax.nn.gelu, approximate=False), partial(jax.nn.gelu, approximate=True)
-ACTIVATIONS = {
-    "swiglu": Activation(jax.nn.silu, is_gated=True),
-    "geglu": Activation(_gelu, is_gated=True),
-    "geglu_tanh": Activation(_gelu_tanh, is_gated=True),
-    "geglu_quick": Activation(gelu_quick, is_gated=True),
-    "reglu": Activation(jax.nn.relu, is_gated=True),
-    "reglu_squared": Activation(relu_squared, is_gated=True),
-    "gelu": Activation(_gelu, is_gated=False),
-    "gelu_tanh": Activation(_gelu_tanh, is_gated=False),
-    "gelu_quick": Activation(gelu_quick, is_gated=False),
-    "relu": Activation(jax.nn.relu, is_gated=False),
-    "relu_squared": Activation(relu_squared, is_gated=False),
-    "silu": Activation(jax.nn.silu, is_gated=False),
+# The function of every activation but the clamped one. config_feed_forward.GATED says which of them are of a gate.
+FUNCTIONS: dict[str, Callable[[Hidden], Hidden]] = {
+    "swiglu": jax.nn.silu,
+    "geglu": _gelu,
+    "geglu_tanh": _gelu_tanh,
+    "geglu_quick": gelu_quick,
+    "reglu": jax.nn.relu,
+    "reglu_squared": relu_squared,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "gelu_quick": gelu_quick,
+    "relu": jax.nn.relu,
+    "relu_squared": relu_squared,
+    "silu": jax.nn.silu,
 }
-# Gated too, but up is not what the function is multiplied by.
-CLAMPED = "swiglu_clamped"
 
 
 class FeedForward(nn.Module):
@@ -85,9 +78,8 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
-        known = (*ACTIVATIONS, CLAMPED)
-        if self.activation not in known:
-            raise ValueError(f"activation={self.activation!r} must be one of {', '.join(known)}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r} must be one of {', '.join(ACTIVATIONS)}")
         check_at_least_one("mlp_dim", self.mlp_dim)
         dense = partial(nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype, dot_general=dot_general)
         read = partial(dense, self.mlp_dim, use_bias=self.use_bias, kernel_init=self.input_init)
@@ -95,7 +87,7 @@ class FeedForward(nn.Module):
         if self.activation == CLAMPED:
             hidden = clamped_swiglu(read(name="gate")(x), up, self.clamp)
         else:
-            function, is_gated = ACTIVATIONS[self.activation]
-            hidden = function(read(name="gate")(x)) * up if is_gated else function(up)
+            function = FUNCTIONS[self.activation]
+            hidden = function(read(name="gate")(x)) * up if self.activation in GATED else function(up)
         use_output_bias = self.use_bias if self.use_output_bias is None else self.use_output_bias
         return dense(x.shape[-1], use_bias=use_output_bias, kernel_init=self.output_init, name="down")(hidden)

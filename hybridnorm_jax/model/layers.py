@@ -17,7 +17,8 @@ from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.kernels.backend_names import SAVED
 from hybridnorm_jax.kernels.precision import wide_dtype
 from hybridnorm_jax.model.block import DEFECT, STREAM, Block, LayerInputs, SharedInputs, Stream
-from hybridnorm_jax.model.config import AUTO_REMAT, LONGEST_CONTEXT, ModelConfig
+from hybridnorm_jax.model.config import AUTO_REMAT, ModelConfig
+from hybridnorm_jax.model.config_sizes import LONGEST_CONTEXT
 from hybridnorm_jax.model.moe import CHOSEN, ROUTER
 from hybridnorm_jax.model.placement import Run, Scales
 from hybridnorm_jax.model.rotation import stacked

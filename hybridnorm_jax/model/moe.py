@@ -15,7 +15,8 @@ from hybridnorm_jax.kernels.backend_names import EXPERT_DISPATCHES
 from hybridnorm_jax.kernels.dense_products import rows_product
 from hybridnorm_jax.kernels.split_experts import apply_experts_on_mesh
 from hybridnorm_jax.kernels.swiglu import ExpertKernels, SwigluClamp
-from hybridnorm_jax.model.feed_forward import CLAMPED, FeedForward
+from hybridnorm_jax.model.config_feed_forward import CLAMPED, EXPERT_ACTIVATIONS
+from hybridnorm_jax.model.feed_forward import FeedForward
 from hybridnorm_jax.model.initializers import truncated_normal
 from hybridnorm_jax.model.input_checks import check_at_least_one, check_stream
 
@@ -118,7 +119,9 @@ class MoE(nn.Module):
     Attributes:
       num_experts, experts_per_token: as named; the second is k.
       mlp_dim: width of each expert's hidden layer.
-      clamp: None: experts are swiglu as above; otherwise their hidden layer is kernels.swiglu.clamped_swiglu.
+      activation: of the experts, shared ones too: "swiglu" as above, or "swiglu_clamped", whose hidden layer is
+        kernels.swiglu.clamped_swiglu.
+      clamp: of swiglu_clamped; nothing else reads it.
       normalize_weights: divide a token's k weights by their sum.
       shared_experts: how many experts every token passes besides, with weight 1 (2401.06066).
       shared_mlp_dim: width of the shared experts together; None: shared_experts * mlp_dim.
@@ -136,7 +139,8 @@ class MoE(nn.Module):
     num_experts: int
     experts_per_token: int
     mlp_dim: int
-    clamp: SwigluClamp | None = None
+    activation: str = "swiglu"
+    clamp: SwigluClamp = SwigluClamp()
     normalize_weights: bool = False
     shared_experts: int = 0
     shared_mlp_dim: int | None = None
@@ -157,6 +161,8 @@ class MoE(nn.Module):
         if not 1 <= self.experts_per_token <= self.num_experts:
             right = f"must be between 1 and num_experts={self.num_experts}"
             raise ValueError(f"experts_per_token={self.experts_per_token} {right}")
+        if self.activation not in EXPERT_ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r}: must be {' or '.join(EXPERT_ACTIVATIONS)}")
         if self.dispatch not in EXPERT_DISPATCHES:
             raise ValueError(f"dispatch={self.dispatch!r}: must be {', '.join(EXPERT_DISPATCHES)}")
         check_at_least_one("mlp_dim", self.mlp_dim)
@@ -190,10 +196,10 @@ class MoE(nn.Module):
         width = self.shared_experts * self.mlp_dim if self.shared_mlp_dim is None else self.shared_mlp_dim
         shared = FeedForward(
             mlp_dim=width,
-            activation="swiglu" if self.clamp is None else CLAMPED,
+            activation=self.activation,
             use_bias=self.use_bias,
             use_output_bias=self._has_output_bias,
-            clamp=SwigluClamp() if self.clamp is None else self.clamp,
+            clamp=self.clamp,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             input_init=self.input_init,
@@ -237,7 +243,7 @@ class MoE(nn.Module):
             gate = jnp.concatenate([gate, present(gate_bias)[:, None]], axis=1)
             up = jnp.concatenate([up, present(up_bias)[:, None]], axis=1)
             down = jnp.pad(down, ((0, 0), (0, 0), (0, 1)))
-        kernels = ExpertKernels(gate, up, down, self.clamp)
+        kernels = ExpertKernels(gate, up, down, self.clamp if self.activation == CLAMPED else None)
         y = apply_experts_on_mesh(x, kernels, weights, chosen, dispatch=self.dispatch)[..., :embed]
         if down_bias is None:
             return y

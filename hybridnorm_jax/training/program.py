@@ -25,6 +25,7 @@ from hybridnorm_jax.mesh.device_mesh import make_mesh, use_mesh
 from hybridnorm_jax.mesh.fit_checks import check_experts, check_sequence
 from hybridnorm_jax.mesh.sharding_rules import resolve_rules
 from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.config_feed_forward import CLAMPED
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.encoder_config import EncoderConfig
 from hybridnorm_jax.model.loss import LossSums
@@ -139,7 +140,7 @@ class Program:
             platform=self.platform,
             dtype=model.dtype,
             size=size,
-            clamped=model.activation == "swiglu_clamped",
+            clamped=model.activation == CLAMPED,
         )
 
     def _resolve_backend(self) -> str:
