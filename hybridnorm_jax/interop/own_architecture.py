@@ -13,7 +13,7 @@ from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.interop.hf_config_keys import Architecture, Json, Key, names
 from hybridnorm_jax.interop.tensor_parts import HYBRIDNORM
 from hybridnorm_jax.model.config import NORMS, ModelConfig
-from hybridnorm_jax.model.config_attention import POSITIONS, ROPE_SCALINGS
+from hybridnorm_jax.model.config_attention import POSITIONS, ROPE_SCALINGS, TABLES
 from hybridnorm_jax.model.config_feed_forward import ACTIVATIONS
 from hybridnorm_jax.model.placement import BlockPlacement, SublayerPlacement
 from hybridnorm_jax.model.schemes import SCHEMES
