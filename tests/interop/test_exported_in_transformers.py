@@ -45,6 +45,12 @@ def exported(tmp_path_factory):
 
 
 @pytest.fixture
+def fresh_compiler():
+    """torch.compile without programs: it counts those of one line of code, also those of other models."""
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def model_of(exported):
     """A fresh model by its name."""
     return lambda name, **keys: in_torch(exported(name).directory, **keys)
@@ -169,7 +175,7 @@ def test_more_tokens_than_learned_positions_are_refused(model_of):
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
-def test_a_cached_text_that_grows_beyond_the_length_of_longrope_is_refused(tmp_path, is_compiled):
+def test_a_cached_text_that_grows_beyond_the_length_of_longrope_is_refused(tmp_path, fresh_compiler, is_compiled):
     """There all its tokens are rotated anew, and a cache holds the old ones. Our own generation refuses it, too."""
     model = in_torch(export(tmp_path / "model", config_of("longrope", rope_original_length=8)).directory)
     keys = {"do_sample": False, "cache_implementation": "static" if is_compiled else None}
@@ -315,7 +321,7 @@ def test_nonsense_is_refused_by_name(exported, key, value, message):
 
 
 @pytest.mark.parametrize("name", ["hybrid_star", "span", "experts_with_all", "learned_positions"])
-def test_the_forward_pass_is_one_graph(model_of, name):
+def test_the_forward_pass_is_one_graph(model_of, fresh_compiler, name):
     model = model_of(name)
     graph = torch.compile(model, fullgraph=True, backend="aot_eager")
     np.testing.assert_allclose(logits_of(graph), logits_of(model), rtol=0, atol=1e-5)
@@ -324,9 +330,8 @@ def test_the_forward_pass_is_one_graph(model_of, name):
     np.testing.assert_allclose(padded, logits_of(model, tokens, attention_mask=mask), rtol=0, atol=1e-5)
 
 
-def test_one_graph_serves_every_length(model_of):
+def test_one_graph_serves_every_length(model_of, fresh_compiler):
     """torch takes a second length as a sign that the length is a symbol."""
-    torch.compiler.reset()  # it counts programs of one line of code, also those of other models
     model = model_of("span")
     graph = torch.compile(model, fullgraph=True, backend="aot_eager")
     for length in (3, 5, 12):
