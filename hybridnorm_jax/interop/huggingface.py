@@ -1,8 +1,8 @@
 """Hugging Face checkpoints in and out: a directory of config.json and safetensors files.
 
-No torch is needed and no pickle is read. What config.json means is in architectures.py, where every tensor belongs in
-tensors.py, which files may be opened in checkpoint_files.py, and how weights are read and written in
-safetensors_files.py.
+No torch is needed and no pickle is read. What config.json means and where every tensor belongs is in architectures/,
+which files may be opened in checkpoint_files.py, how weights are read and written in safetensors_files.py, and how they
+are put on the devices of a mesh in placed_params.py.
 """
 
 import contextlib

@@ -10,7 +10,8 @@ from typing import Any
 
 from hybridnorm_jax.config_fields import shortened
 from hybridnorm_jax.errors import ConfigError, UserError
-from hybridnorm_jax.interop.hf_config_keys import Architecture, Json, Key, names
+from hybridnorm_jax.interop.hf_architecture import Architecture
+from hybridnorm_jax.interop.hf_config_keys import MOST_LAYERS, Json, Key, names, none
 from hybridnorm_jax.interop.tensor_parts import HYBRIDNORM
 from hybridnorm_jax.model.config import NORMS, ModelConfig
 from hybridnorm_jax.model.config_attention import POSITIONS, ROPE_SCALINGS
@@ -50,45 +51,20 @@ _DEFAULT_LAYERS = 12
 TABLES = ("learned", "sinusoidal")
 
 
-def _nothing(document: Json) -> None:
-    """Null means null."""
-
-
 def _same(*words: str) -> Mapping[str, str]:
     return {word: word for word in words}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Optional(Key):
-    """A key whose value is null or of one type; null means what it means in ModelConfig."""
-
-    kind: type = int
-
-    def read(self, document: Json, source: str) -> Any:
-        """Our value, None where theirs is null."""
-        value = document.get(self.name, self.default)
-        if value is None:
-            return None
-        return dataclasses.replace(self, default=self.kind())._checked_number(self.name, value, source)
-
-    def write(self, config: ModelConfig) -> Any:
-        """Their value, which is ours."""
-        return getattr(config, self.fields[0])
 
 
 @dataclasses.dataclass(frozen=True)
 class _Numbers(Key):
     """A key whose value is a list of numbers of one type."""
 
-    kind: type = int
-
     def read(self, document: Json, source: str) -> tuple[Any, ...]:
         """Our value."""
         value = document.get(self.name, [])
         if not isinstance(value, list):
             raise UserError(f"{source}: {self.name}={value!r:.80} must be a list of numbers")
-        number = dataclasses.replace(self, default=self.kind())
-        return tuple(number._checked_number(f"{self.name}[{place}]", each, source) for place, each in enumerate(value))
+        return tuple(self._checked_number(f"{self.name}[{place}]", each, source) for place, each in enumerate(value))
 
     def write(self, config: ModelConfig) -> list[Any]:
         """Their value: ours as a list."""
@@ -96,18 +72,18 @@ class _Numbers(Key):
 
 
 def _float_or_null(name: str, field: str) -> Key:
-    return _Optional(name, (field,), None, kind=float, most=10**12)
+    return Key(name, (field,), None, null=none, kind=float, most=10**12)
 
 
 def _bool_or_null(name: str, field: str) -> Key:
-    return _Optional(name, (field,), None, kind=bool)
+    return Key(name, (field,), None, null=none, kind=bool)
 
 
 # The defaults are those of HybridNormConfig: transformers leaves out what is as it is by default.
 KEYS = (
     Key("vocab_size", ("vocab_size",), 50304),
     Key("hidden_size", ("d_model",), 768),
-    Key("num_hidden_layers", ("num_layers",), _DEFAULT_LAYERS, most=10_000),
+    Key("num_hidden_layers", ("num_layers",), _DEFAULT_LAYERS, most=MOST_LAYERS),
     Key("num_attention_heads", ("num_heads",), 12),
     Key("num_key_value_heads", ("num_kv_heads",), 12),
     Key("head_dim", ("head_dim",), 64),
@@ -117,7 +93,7 @@ KEYS = (
     Key("norm_eps", ("norm_eps",), 1e-5),
     Key("norm_scale", ("norm_scale",), True),
     Key("norm_bias", ("norm_bias",), False),
-    Key("norm_width", ("norm_width",), None, null=_nothing),
+    Key("norm_width", ("norm_width",), None, null=none),
     Key("norm_scale_plus_one", ("norm_scale_plus_one",), False),
     Key("attention_norm_scale", ("attention_norm_scale",), True),
     Key("attention_norm_bias", ("attention_norm_bias",), False),
@@ -129,7 +105,7 @@ KEYS = (
     _float_or_null("second_rotary_base", "second_rope_theta"),
     Key("rotary_scaling", ("rope_scaling",), "none", words=_same(*ROPE_SCALINGS)),
     Key("rotary_factor", ("rope_factor",), 1.0),
-    Key("rotary_original_length", ("rope_original_length",), None, null=_nothing),
+    Key("rotary_original_length", ("rope_original_length",), None, null=none),
     _Numbers("rotary_bounds", ("rope_bounds",), None, kind=float),
     _float_or_null("rotary_attention_factor", "rope_attention_factor"),
     Key("rotary_truncate", ("rope_truncate",), True),
@@ -145,14 +121,14 @@ KEYS = (
     _float_or_null("qkv_clip", "qkv_clip"),
     Key("attention_sinks", ("attention_sinks",), False),
     Key("num_experts", ("num_experts",), 0),
-    Key("num_experts_per_tok", ("experts_per_token",), None, null=_nothing),
+    Key("num_experts_per_tok", ("experts_per_token",), None, null=none),
     Key("norm_topk_prob", ("normalize_expert_weights",), False),
     Key("num_shared_experts", ("shared_experts",), 0),
-    Key("shared_intermediate_size", ("shared_mlp_dim",), None, null=_nothing),
+    Key("shared_intermediate_size", ("shared_mlp_dim",), None, null=none),
     Key("shared_expert_gate", ("shared_expert_gate",), False),
     Key("balance_bias", ("balance_bias",), False),
     _Numbers("dense_layers", ("dense_layers",), None),
-    Key("dense_intermediate_size", ("dense_mlp_dim",), None, null=_nothing),
+    Key("dense_intermediate_size", ("dense_mlp_dim",), None, null=none),
     Key("clamp_limit", ("clamp_limit",), 7.0),
     Key("clamp_alpha", ("clamp_alpha",), 1.702),
     Key("attention_bias", ("attention_bias",), False),
@@ -173,7 +149,7 @@ KEYS = (
 # Keys of meanings that no single field has.
 ATTENTION_NORM = Key("attention_norm", ("attention_norm",), "rmsnorm", words=_same("rmsnorm", "layernorm"))
 ROTARY_DIM = Key("rotary_dim", (), 64)
-MOST_POSITIONS = Key("max_position_embeddings", ("max_positions",), None, null=_nothing)
+MOST_POSITIONS = Key("max_position_embeddings", ("max_positions",), None, null=none)
 EMBEDDING_NORM = Key("embedding_norm", (), False)
 FINAL_NORM = Key("final_norm", (), True)
 

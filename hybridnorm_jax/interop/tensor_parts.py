@@ -1,7 +1,11 @@
 """The tensors that architectures have in common: a linear layer, a norm, an embedding, attention as Llama names it."""
 
+import dataclasses
+from collections.abc import Callable
+
 from hybridnorm_jax.interop.tensor_layouts import AS_IT_IS, LINEAR, LINEAR_OUT, TABLE, VECTOR, Layout
 from hybridnorm_jax.interop.tensor_places import Tensor, TensorTable
+from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.placement import HEAD_NORMS
 
 QUERY, KEY, VALUE, OUT = "attention/query", "attention/key", "attention/value", "attention/out"
@@ -74,6 +78,11 @@ def pre_norms(first: str = "input_layernorm", second: str = "post_attention_laye
 def plain_mlp(up: str, down: str) -> tuple[Tensor, ...]:
     """A feed-forward layer without a gate."""
     return (*dense(up, UP), *dense(down, DOWN))
+
+
+def only(when: Callable[[ModelConfig], bool], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """These tensors, of which those models alone have any."""
+    return tuple(dataclasses.replace(tensor, when=when) for tensor in tensors)
 
 
 GATED_MLP = (*dense("mlp.gate_proj", GATE), *dense("mlp.up_proj", UP), *dense("mlp.down_proj", DOWN))

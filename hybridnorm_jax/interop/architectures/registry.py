@@ -17,7 +17,8 @@ from hybridnorm_jax.interop.architectures import (
     phi,
     vision,
 )
-from hybridnorm_jax.interop.hf_config_keys import Architecture, Json
+from hybridnorm_jax.interop.hf_architecture import Architecture
+from hybridnorm_jax.interop.hf_config_keys import Json
 from hybridnorm_jax.interop.mathematics import mathematics
 from hybridnorm_jax.interop.own_architecture import OWN
 from hybridnorm_jax.model.config import ModelConfig

@@ -74,6 +74,7 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, **kind)
 
     def context_of_scores(self, scores, v, mask):
+        """As context, of scores that are computed already, with a mask that is not None."""
         scores = capped(self.cap, scores)
         # Not -inf: in a mask that a caller gave, a row of padding may be empty, whose softmax would be NaN.
         least = torch.finfo(scores.dtype).min

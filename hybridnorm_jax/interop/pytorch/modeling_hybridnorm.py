@@ -80,6 +80,8 @@ class HybridNormBlock(GradientCheckpointingLayer):
 
 
 class HybridNormPreTrainedModel(PreTrainedModel):
+    """What transformers asks of a model: what it can do, and how fresh weights are drawn."""
+
     config_class = HybridNormConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
