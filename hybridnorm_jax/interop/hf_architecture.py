@@ -33,6 +33,8 @@ class Architecture:
       summary: what is particular about it, for the table of the documentation.
       config_class: ModelConfig, or EncoderConfig for an encoder.
       classes: further classes whose checkpoints are read, where these are not the model without its head.
+      family: another name by which it may be asked for, that of several architectures.
+      code_files: of our PyTorch code, which stand beside the weights; none where transformers has the class.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Architecture:
     summary: str = ""
     config_class: type[ModelConfig] = ModelConfig
     classes: tuple[str, ...] = ()
+    family: str = ""
+    code_files: tuple[str, ...] = ()
 
     def read(self, document: Json, source: str) -> ModelConfig:
         """The ModelConfig of a config.json, in float32."""

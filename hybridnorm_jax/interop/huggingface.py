@@ -22,7 +22,6 @@ from hybridnorm_jax.config_fields import check_choice
 from hybridnorm_jax.errors import UserError, first_line
 from hybridnorm_jax.interop.architectures import ALL, check_class, config_from_json, config_to_json
 from hybridnorm_jax.interop.checkpoint_files import read_json
-from hybridnorm_jax.interop.own_architecture import CODE_FILES, OWN
 from hybridnorm_jax.interop.placed_params import placed_params, read_place
 from hybridnorm_jax.interop.safetensors_files import CONFIG, StoredTensors, split_into_shards, write_shards
 from hybridnorm_jax.interop.tensor_places import Place, TensorTable, leaf_shapes
@@ -145,8 +144,7 @@ def save_huggingface(
     name, decided = config_to_json(config, architecture)
     written = dataclasses.replace(config, param_dtype=dtype or config.param_dtype)
     contents = {CONFIG: _config_text(name, decided, written, extra or {}).encode(), **(files or {})}
-    if name == OWN.name:
-        contents |= {file: (CODE / file).read_bytes() for file in CODE_FILES}
+    contents |= {file: (CODE / file).read_bytes() for file in ALL[name].code_files}
     numpy_dtype = jnp.dtype(written.param_dtype)
     shards = split_into_shards(ALL[name].tensors.places(config), numpy_dtype.itemsize, max_shard_bytes)
     with whole_directory(path) as directory:

@@ -1,7 +1,8 @@
 """What config.json of our own PyTorch code means as a ModelConfig, and the other way round.
 
 The code is in pytorch/; it expresses every model of ours. Its config.json says of each layer where it normalizes, so
-the code needs no table of schemes. Here it is read as data: no code beside it is executed.
+the code needs no table of schemes. Here it is read as data: no code beside it is executed. Encoders have further keys,
+which own_encoder.py has.
 """
 
 import dataclasses
@@ -19,9 +20,10 @@ from hybridnorm_jax.model.config_feed_forward import ACTIVATIONS
 from hybridnorm_jax.model.placement import BlockPlacement, SublayerPlacement
 from hybridnorm_jax.model.schemes import SCHEMES
 
-# The files of pytorch/ that are copied beside the weights.
+# The files of pytorch/ that are copied beside the weights of a decoder.
 CODE_FILES = (
     "attention_hybridnorm.py",
+    "block_hybridnorm.py",
     "configuration_hybridnorm.py",
     "feed_forward_hybridnorm.py",
     "modeling_hybridnorm.py",
@@ -152,10 +154,18 @@ ROTARY_DIM = Key("rotary_dim", (), 64)
 MOST_POSITIONS = Key("max_position_embeddings", ("max_positions",), None, null=none)
 EMBEDDING_NORM = Key("embedding_norm", (), False)
 FINAL_NORM = Key("final_norm", (), True)
+KEYS_READ_APART = (ATTENTION_NORM, ROTARY_DIM, MOST_POSITIONS, EMBEDDING_NORM, FINAL_NORM)
 
 
+@dataclasses.dataclass(frozen=True)
 class OwnArchitecture(Architecture):
-    """How config.json of our own code states a model."""
+    """How config.json of our own code states a model.
+
+    Attributes:
+      auto_map: which class of our code each of transformers' Auto classes loads.
+    """
+
+    auto_map: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def schemes(self) -> tuple[str, ...]:
@@ -165,7 +175,8 @@ class OwnArchitecture(Architecture):
     def read(self, document: Json, source: str) -> ModelConfig:
         """The ModelConfig of a config.json, in float32."""
         self._check(document, source)
-        fields = {field: key.read(document, source) for key in KEYS for field in key.fields}
+        fields = dict(self.constants)
+        fields |= {field: key.read(document, source) for key in self._plain_keys for field in key.fields}
         fields["attention_norm"] = ATTENTION_NORM.read(document, source)
         fields["embedding_norm"] = str(EMBEDDING_NORM.read(document, source)).lower()
         if fields["positions"] in TABLES:
@@ -173,15 +184,19 @@ class OwnArchitecture(Architecture):
         elif fields["positions"] == "rope":
             fields["rotary_dim"] = ROTARY_DIM.read(document, source)
         fields["scheme"] = _scheme(document, source, fields["num_layers"], fields["branch_multiplier"])
+        for rule in self.rules:
+            fields |= rule.read(document, source, fields)
         try:
-            return ModelConfig(**fields)
+            return self.config_class(**fields)
         except ConfigError as error:
             raise UserError(f"{source}: {error}") from error
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """The config.json of a model: its meaning only."""
-        document = {"model_type": self.name, "auto_map": AUTO_MAP}
-        document |= {key.name: key.write(config) for key in KEYS}
+        document = {"model_type": self.name, "auto_map": self.auto_map}
+        document |= {key.name: key.write(config) for key in self._plain_keys}
+        for rule in self.rules:
+            document |= rule.write(config)
         if config.positions in TABLES:
             document[MOST_POSITIONS.name] = config.max_positions
         elif config.positions == "rope":
@@ -194,15 +209,23 @@ class OwnArchitecture(Architecture):
             "placements": [placement_to_json(placement) for placement in config.placements],
         }
 
+    @property
+    def _plain_keys(self) -> list[Key]:
+        """Those that are one field each."""
+        return [key for key in self.keys if key not in KEYS_READ_APART]
+
 
 OWN = OwnArchitecture(
     name="hybridnorm",
     class_name="HybridNormForCausalLM",
+    family="hybridnorm",
     constants={},
-    keys=(*KEYS, ATTENTION_NORM, ROTARY_DIM, MOST_POSITIONS, EMBEDDING_NORM, FINAL_NORM),
+    keys=(*KEYS, *KEYS_READ_APART),
     tensors=HYBRIDNORM,
     fixed={"auto_map": lambda value, document: True},  # which classes transformers should load; we load none
     harmless=names("scheme placements"),
+    code_files=CODE_FILES,
+    auto_map=AUTO_MAP,
 )
 
 

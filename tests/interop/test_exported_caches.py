@@ -47,9 +47,9 @@ def test_padding_on_the_left_changes_nothing(model_of, name):
 def test_no_row_of_a_mask_is_empty(model_of):
     """On some devices a query that sees nothing is NaN, which the next layer's values would spread."""
     module = type(model_of("span")).__module__.replace("modeling_", "positions_")
-    causal_mask = sys.modules[module].causal_mask
+    seen_keys = sys.modules[module].seen_keys
     _, attention_mask = left_padded([TOKENS[0], TOKENS[1, :5]])
-    mask = causal_mask(attention_mask, 12, 0, None, attention_mask.device)
+    mask = seen_keys(attention_mask, 12, 0, None, attention_mask.device)
     assert mask.shape == (2, 1, 12, 12)
     assert mask.any(-1).all()
     assert not mask[1, 0, 7:, :7].any()

@@ -168,10 +168,12 @@ class HybridNormConfig(PretrainedConfig):
     """
 
     model_type = "hybridnorm"
+    defaults = DEFAULTS  # an encoder has others
+    causal = True
     keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012 - the Trainer adds a list to it
 
     def __init__(self, **keys):
-        for name, default in DEFAULTS.items():
+        for name, default in self.defaults.items():
             value = keys.pop(name, default)
             if isinstance(default, list):  # null means it, too
                 value = list(default if value is None else value)
