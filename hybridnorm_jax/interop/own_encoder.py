@@ -23,9 +23,9 @@ from hybridnorm_jax.model.encoder_config import (
     EncoderConfig,
 )
 
-# The files of pytorch/ that are copied beside the weights of an encoder.
+# The files of pytorch/ that are copied beside the weights of an encoder: without the decoders' own.
 ENCODER_CODE_FILES = (
-    *CODE_FILES,
+    *(name for name in CODE_FILES if name != "modeling_hybridnorm.py"),
     "encoder_configuration_hybridnorm.py",
     "encoder_hybridnorm.py",
     "encoder_parts_hybridnorm.py",
@@ -104,7 +104,8 @@ IMAGE_KEYS = (
 )
 TEXT_KEYS = (Key("vocab_size", ("vocab_size",), 49408), Key("end_token", ("end_token",), None, null=none))
 _OTHERS = {name for key in (*ENCODER_KEYS, *TEXT_KEYS) for name in key.names}
-_SHARED = tuple(key for key in KEYS if key.name not in _OTHERS and not set(key.fields) & set(DECODER_ONLY))
+_NOT_OF_ENCODERS = {*DECODER_ONLY, "alibi_max", "alibi_scale", "alibi_bfloat16"}
+_SHARED = tuple(key for key in KEYS if key.name not in _OTHERS and not set(key.fields) & _NOT_OF_ENCODERS)
 _CONFIGURATIONS, _MODELS = "encoder_configuration_hybridnorm", "encoder_hybridnorm"
 
 OWN_IMAGE_ENCODER = OwnArchitecture(
