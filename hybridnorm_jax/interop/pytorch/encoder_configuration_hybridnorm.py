@@ -6,8 +6,17 @@ One class for images and one for tokens: transformers remembers one model for ea
 from .configuration_hybridnorm import DEFAULTS, HybridNormConfig, require
 
 # What a decoder has behind its last norm or before its first, and an encoder in another form or not.
-DECODER_ONLY = ("vocab_size", "embedding_scale", "logits_scale", "logits_cap", "position_offset", "use_cache")
-DECODER_ONLY += ("alibi_max", "alibi_scale", "alibi_bfloat16")
+DECODER_ONLY = (
+    "vocab_size",
+    "embedding_scale",
+    "logits_scale",
+    "logits_cap",
+    "position_offset",
+    "use_cache",
+    "alibi_max",
+    "alibi_scale",
+    "alibi_bfloat16",
+)
 ENCODER_CHOICES = {
     "positions": ("learned", "rope"),
     "position_scope": ("all", "patches"),
