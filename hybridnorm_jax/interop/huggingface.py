@@ -35,7 +35,7 @@ CODE = Path(__file__).with_name("pytorch")
 def load_huggingface(
     path: str | Path, *, dtype: str | None = None, ignore_keys: Sequence[str] = (), shardings: Any = None
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model of a Hugging Face directory: `Decoder(config).apply({"params": params}, tokens)` gives its logits.
+    """The model of a Hugging Face directory: `build_model(config).apply({"params": params}, inputs)` gives its logits.
 
     Which architectures are read, docs/architectures.md lists; besides them what save_huggingface writes with code of
     ours. No code in the directory is executed. Tensors are read one at a time into the stacked leaves: beyond the
@@ -122,8 +122,9 @@ def save_huggingface(
     Args:
       path: directory to write; it must not exist or be empty.
       config: of the model.
-      params: of `Decoder(config)`, jax or NumPy arrays of config.param_dtype.
-      architecture: model_type to write, "hybridnorm" for our own code; by default the first that expresses the model.
+      params: of `build_model(config)`, jax or NumPy arrays of config.param_dtype.
+      architecture: model_type to write, "hybridnorm" for our own code, that of encoders too; by default the first that
+        expresses the model.
       dtype: of the tensors (float64, float32, bfloat16, float16); by default config.param_dtype.
       extra: further keys of config.json, such as bos_token_id, or max_position_embeddings of a model with rope.
       files: further files by name, such as a tokenizer.json.
