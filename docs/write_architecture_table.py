@@ -8,7 +8,7 @@ A test compares the pages with what this writes.
 from pathlib import Path
 
 from hybridnorm_jax.interop.architectures import ARCHITECTURES, config_from_json
-from hybridnorm_jax.interop.hf_config_keys import Architecture
+from hybridnorm_jax.interop.hf_architecture import Architecture
 
 PAGE = Path(__file__).with_name("architectures.md")
 README = Path(__file__).parents[1] / "README.md"

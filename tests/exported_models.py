@@ -122,6 +122,24 @@ KINDS = {
     },
 }
 
+TOKENS = np.random.default_rng(1).integers(0, 61, (2, 12)).astype(np.int32)
+# Models whose caches, masks and files differ; tests that take longer take these.
+SOME = (
+    "hybrid_star",
+    "span",
+    "experts_with_all",
+    "learned_positions",
+    "crmsnorm_padded",
+    "sinks_and_windows",
+    "score_scale_and_cap",
+    "alibi_rounded",
+    "alibi_of_six_heads",
+    "no_rotation_in_some",
+    "longrope",
+    "dense_among_sparse",
+    "one_norm_for_both",
+)
+
 
 def config_of(name, **keys):
     """The model of a name of KINDS, or of a scheme."""
@@ -196,3 +214,22 @@ def as_leaves(config, tensors):
             array = tensors[place.name].detach().double().numpy()
             place.read(array, place.targets(leaves))
     return leaves
+
+
+def logits_of(model, tokens=TOKENS, **keys):
+    """The logits of these tokens."""
+    with torch.no_grad():
+        return model(ids(tokens), **keys).logits.numpy()
+
+
+def written(model, tokens, **keys):
+    """The next eight tokens of each row."""
+    return model.generate(ids(tokens), do_sample=False, max_new_tokens=8, **keys)[:, tokens.shape[1] :].tolist()
+
+
+def left_padded(rows, pad=0):
+    """(tokens, attention mask) of rows of several lengths."""
+    width = max(map(len, rows))
+    tokens = np.array([[pad] * (width - len(row)) + list(row) for row in rows])
+    mask = np.array([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return tokens, ids(mask)

@@ -142,7 +142,8 @@ def convert(options: argparse.Namespace) -> None:
     )
     print(f"{options.out}: {describe(result)}, {options.dtype}")
     if isinstance(model, EncoderConfig):
-        print(f"\nNext, in Python: config, params = hn.load_run({options.out!r}); hn.build_model(config.model)")
+        print(f"\nNext: {again(['export', options.out, 'EXPORT_DIR'])}    for PyTorch")
+        print(f"  or, in Python: config, params = hn.load_run({options.out!r}); hn.build_model(config.model)")
     else:
         _say_next(options.out, needed, has_tokenizer=source.has_tokenizer)
 

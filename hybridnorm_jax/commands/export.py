@@ -5,7 +5,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hybridnorm_jax.commands.program import ArgumentParser, check_outside, in_float64
 from hybridnorm_jax.commands.syntax import check_syntax
@@ -14,7 +14,8 @@ from hybridnorm_jax.config.plugins import import_plugins
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import named_plugins, to_yaml
 from hybridnorm_jax.errors import UserError
-from hybridnorm_jax.model.config import PARAM_DTYPES
+from hybridnorm_jax.model.config import PARAM_DTYPES, ModelConfig
+from hybridnorm_jax.model.encoder_config import EncoderConfig
 from hybridnorm_jax.streams import sturdy_streams
 
 FORMATS = ("hf", "safetensors")
@@ -24,7 +25,8 @@ USAGE = "hybridnorm export RUN OUT_DIR [OPTION ...] [run.plugins=[...]]"
 DESCRIPTION = """Writes the model of a run for PyTorch. transformers loads OUT_DIR: as one of
 its own architectures where one expresses the model exactly, and with PyTorch
 code that is written beside the weights everywhere else. The directory holds
-the tokenizer, generation_config.json and a model card, too.
+the tokenizer, generation_config.json and a model card, too; that of an encoder
+the model card alone.
 
 run.plugins=[...] names the plugins of the run, which are imported only if you
 name them."""
@@ -77,9 +79,17 @@ def export(options: argparse.Namespace) -> None:
         written = _write(options, source)
     print(f"{options.out}: {written}, step {source.step} of {options.run}")
     if options.format == "hf":
-        trust = ", trust_remote_code=True" if written == "hybridnorm" else ""
-        print("\nLoad it in Python, where torch and transformers are installed:")
-        print(f"  AutoModelForCausalLM.from_pretrained({options.out!r}{trust})")
+        _say_how_to_load(options.out, source.config.model, written)
+
+
+def _say_how_to_load(out: str, model: ModelConfig, kind: str) -> None:
+    from hybridnorm_jax.commands.encoder_card import auto_class
+    from hybridnorm_jax.interop.architectures import ALL
+
+    trust = ", trust_remote_code=True" if ALL[kind].code_files else ""
+    auto = auto_class(model) if isinstance(model, EncoderConfig) else "AutoModelForCausalLM"
+    print("\nLoad it in Python, where torch and transformers are installed:")
+    print(f"  {auto}.from_pretrained({out!r}{trust})")
 
 
 def _check_license(name: str) -> None:
@@ -111,7 +121,6 @@ def _read(options: argparse.Namespace) -> Source:
     import numpy as np
 
     from hybridnorm_jax.commands.own_tokenizer import own_tokenizer
-    from hybridnorm_jax.model.encoder_config import EncoderConfig
     from hybridnorm_jax.training.checkpoints import Checkpoints
     from hybridnorm_jax.training.run_directory import load_run, newest_checkpoint, saved_config
     from hybridnorm_jax.training.trained_before import trained_on
@@ -120,15 +129,19 @@ def _read(options: argparse.Namespace) -> Source:
     directory = Path(checkpoint).parent
     with Checkpoints(directory, keep=1) as checkpoints:
         config = saved_config(checkpoints, step)
-        if isinstance(config.model, EncoderConfig):
-            raise UserError(f"{options.run}: an encoder; hn.save_huggingface writes one that transformers has")
         data_state = checkpoints.read_data_state(step)
     data, is_named = config.data, options.tokenizer is not None
     if is_named:
         data = dataclasses.replace(data, tokenizer=options.tokenizer)
-    known = trained_on(data_state, config.data)
-    size = config.model.vocab_size
-    tokenizer = own_tokenizer(data, known, vocab_size=size, where=options.run, is_named=is_named)
+    if isinstance(config.model, EncoderConfig):
+        if is_named:
+            raise UserError(
+                f"--tokenizer {options.tokenizer}: {options.run} is an encoder, which no run trains on text"
+            )
+        tokenizer = None
+    else:
+        known, size = trained_on(data_state, config.data), config.model.vocab_size
+        tokenizer = own_tokenizer(data, known, vocab_size=size, where=options.run, is_named=is_named)
     # Whoever exports does not compute: the accelerators stay free, and no array is copied.
     place = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     config, params = load_run(checkpoint, shardings=place)
@@ -138,8 +151,6 @@ def _read(options: argparse.Namespace) -> Source:
 
 def _write(options: argparse.Namespace, source: Source) -> str:
     """Write OUT_DIR; returns what it is."""
-    from hybridnorm_jax.commands.model_card import model_card
-    from hybridnorm_jax.data.tokenizer_files import tokenizer_files
     from hybridnorm_jax.interop.architectures import config_to_json
     from hybridnorm_jax.interop.huggingface import save_huggingface
     from hybridnorm_jax.interop.parameter_files import save_parameters
@@ -147,20 +158,49 @@ def _write(options: argparse.Namespace, source: Source) -> str:
     model = source.config.model
     dtype = options.dtype or model.param_dtype
     kind = config_to_json(model)[0] if options.format == "hf" else "safetensors"
-    card = model_card(source, kind=kind, dtype=dtype, license_name=options.license)
+    if isinstance(model, EncoderConfig):
+        beside = _beside_an_encoder(model, source, kind=kind, dtype=dtype, license_name=options.license)
+    else:
+        beside = _beside_a_decoder(source, kind=kind, dtype=dtype, license_name=options.license)
+    if kind == "safetensors":
+        save_parameters(options.out, model, source.params, dtype=dtype, files=beside.files)
+    else:
+        save_huggingface(options.out, model, source.params, dtype=dtype, extra=beside.extra, files=beside.files)
+    return kind
+
+
+class _Beside(NamedTuple):
+    """What is written beside the weights: files by name, and further keys of config.json."""
+
+    files: dict[str, bytes]
+    extra: dict[str, Any]
+
+
+def _beside_an_encoder(model: EncoderConfig, source: Source, *, kind: str, dtype: str, license_name: str) -> _Beside:
+    """The model card alone: no run trains an encoder, so nothing of data and of text belongs to it."""
+    from hybridnorm_jax.commands.encoder_card import encoder_card
+
+    card = encoder_card(model, name=source.config.run.name, kind=kind, dtype=dtype, license_name=license_name)
+    return _Beside(files={"README.md": card.encode()}, extra={})
+
+
+def _beside_a_decoder(source: Source, *, kind: str, dtype: str, license_name: str) -> _Beside:
+    from hybridnorm_jax.commands.model_card import model_card
+    from hybridnorm_jax.data.tokenizer_files import tokenizer_files
+
+    model = source.config.model
+    card = model_card(source, kind=kind, dtype=dtype, license_name=license_name)
     files = {"README.md": card.encode(), TRAINING_CONFIG: to_yaml(source.config).encode()}
     separator = source.config.data.separator_id
     if source.tokenizer is not None:
         separator = source.tokenizer.separator_id
         files |= tokenizer_files(source.config.data, source.tokenizer, longest=model.max_positions)
     if kind == "safetensors":
-        save_parameters(options.out, model, source.params, dtype=dtype, files=files)
-        return kind
+        return _Beside(files, extra={})
     # The separator begins a document and ends it.
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), separator)
     files["generation_config.json"] = json.dumps(tokens, indent=2).encode() + b"\n"
-    extra = {"bos_token_id": separator, "eos_token_id": separator}
+    extra: dict[str, Any] = {"bos_token_id": separator, "eos_token_id": separator}
     if model.positions == "rope":
         extra["max_position_embeddings"] = source.config.train.seq_len
-    save_huggingface(options.out, model, source.params, dtype=dtype, extra=extra, files=files)
-    return kind
+    return _Beside(files, extra)

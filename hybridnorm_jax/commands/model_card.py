@@ -61,8 +61,8 @@ WITH_TOKENIZER = """tokenizer = AutoTokenizer.from_pretrained(DIRECTORY{trust})
 text = tokenizer.bos_token + "def "  # a document begins with this token
 inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))"""
-OWN_CODE = """transformers has no architecture with these placements: the directory holds the PyTorch code of the model,
-`modeling_hybridnorm.py` and what it imports, which `trust_remote_code=True` lets transformers run. It needs torch and
+OWN_CODE = """transformers has no architecture with these placements: the directory holds the PyTorch code of the model.
+Its files end in `_hybridnorm.py`, and `trust_remote_code=True` lets transformers run them. It needs torch and
 transformers 5."""
 PARAMETERS = """The tensors of `model.safetensors` are the parameters of `hybridnorm_jax.Decoder` by their paths:
 
@@ -92,8 +92,8 @@ def model_card(source: Any, *, kind: str, dtype: str, license_name: str) -> str:
     return CARD.format(
         license=license_name,
         library="hybridnorm_jax" if kind == "safetensors" else "transformers",
-        name=_plain(config.run.name),
-        parameters=_count(model),
+        name=plain(config.run.name),
+        parameters=count(model),
         layers=model.num_layers,
         width=model.d_model,
         experts=experts,
@@ -106,19 +106,20 @@ def model_card(source: Any, *, kind: str, dtype: str, license_name: str) -> str:
     )
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """A text of the configuration, which Markdown shall show as it is."""
     return "".join(character if character.isalnum() or character in " -_./*" else " " for character in text)
 
 
-def _count(model: ModelConfig) -> int:
+def count(model: ModelConfig) -> int:
+    """How many parameters it has."""
     import numpy as np
 
     return sum(int(np.prod(shape, dtype=np.int64)) for shape in leaf_shapes(model).values())
 
 
 def _loading(kind: str, *, has_tokenizer: bool) -> str:
-    is_own = kind == "hybridnorm"
+    is_own = bool(ALL[kind].code_files)
     trust = ", trust_remote_code=True" if is_own else ""
     unknown = "# It came without a tokenizer: it was trained on token files."
     return LOADING.format(
@@ -156,10 +157,10 @@ def _data(data: DataSection) -> Iterator[str]:
     if data.source == "stdlib":
         yield "- the source files of Python's standard library"
     for file in data.files[:MOST_FILES]:
-        yield f"- `{_plain(str(file))}`"
+        yield f"- `{plain(str(file))}`"
     if len(data.files) > MOST_FILES:
         yield f"- and {len(data.files) - MOST_FILES} more, in `training_config.yaml`"
-    tokenizer = "the bytes of UTF-8" if data.tokenizer == "bytes" else f"`{_plain(data.tokenizer)}`"
+    tokenizer = "the bytes of UTF-8" if data.tokenizer == "bytes" else f"`{plain(data.tokenizer)}`"
     yield "- token files without a named tokenizer" if _is_unknown(data) else f"- tokenizer: {tokenizer}"
 
 

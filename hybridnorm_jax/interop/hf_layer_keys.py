@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hybridnorm_jax.errors import UserError
-from hybridnorm_jax.interop.hf_config_keys import Json, Key
+from hybridnorm_jax.interop.hf_config_keys import Json, Key, none
 from hybridnorm_jax.interop.hf_rope_keys import FULL, SLIDING
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.config_attention import FIRST_ROTATION, NO_ROTATION
@@ -42,10 +42,10 @@ class Windows:
     def read(self, document: Json, source: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         """model.windows."""
         used = Key(USED, (), False).read(document, source) if self.is_optional else True
-        window = Key(WINDOW, (), self.default, null=_no_window, least=1).read(_without_zero(document, used), source)
+        window = Key(WINDOW, (), self.default, null=none, least=1).read(_without_zero(document, used), source)
         window = window if used else None
         numbers = {
-            name: Key(name, (), default, null=_no_window, least=0).read(document, source)
+            name: Key(name, (), default, null=none, least=0).read(document, source)
             for name, default in self.numbers.items()
         }
         seen = {WINDOW: window, "rope_layers": fields.get("rope_layers", ()), **numbers}
@@ -78,10 +78,6 @@ class Windows:
         return keys
 
 
-def _no_window(document: Json) -> None:
-    """Null means none."""
-
-
 def _without_zero(document: Json, used: bool) -> Json:
     """The document, where a window that does not count is not looked at: some classes write 0 for it."""
     return document if used else {name: value for name, value in document.items() if name != WINDOW}
@@ -99,12 +95,12 @@ def _is_sliding(stated: Any, num_layers: int, source: str) -> list[bool]:
     return [kind == SLIDING for kind in stated]
 
 
-def every(number: str, *, but_last: bool = True) -> Pattern:
+def every(number: str) -> Pattern:
     """All layers but each so many-th have the window; the key `number` says how many."""
 
     def pattern(layer: int, numbers: Json) -> bool:
         period = numbers[number]
-        return period is not None and period > 0 and bool((layer + 1) % period) == but_last
+        return period is not None and period > 0 and (layer + 1) % period != 0
 
     return pattern
 

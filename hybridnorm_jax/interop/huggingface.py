@@ -1,8 +1,8 @@
 """Hugging Face checkpoints in and out: a directory of config.json and safetensors files.
 
-No torch is needed and no pickle is read. What config.json means is in architectures.py, where every tensor belongs in
-tensors.py, which files may be opened in checkpoint_files.py, and how weights are read and written in
-safetensors_files.py.
+No torch is needed and no pickle is read. What config.json means and where every tensor belongs is in architectures/,
+which files may be opened in checkpoint_files.py, how weights are read and written in safetensors_files.py, and how they
+are put on the devices of a mesh in placed_params.py.
 """
 
 import contextlib
@@ -22,7 +22,6 @@ from hybridnorm_jax.config_fields import check_choice
 from hybridnorm_jax.errors import UserError, first_line
 from hybridnorm_jax.interop.architectures import ALL, check_class, config_from_json, config_to_json
 from hybridnorm_jax.interop.checkpoint_files import read_json
-from hybridnorm_jax.interop.own_architecture import CODE_FILES, OWN
 from hybridnorm_jax.interop.placed_params import placed_params, read_place
 from hybridnorm_jax.interop.safetensors_files import CONFIG, StoredTensors, split_into_shards, write_shards
 from hybridnorm_jax.interop.tensor_places import Place, TensorTable, leaf_shapes
@@ -36,7 +35,7 @@ CODE = Path(__file__).with_name("pytorch")
 def load_huggingface(
     path: str | Path, *, dtype: str | None = None, ignore_keys: Sequence[str] = (), shardings: Any = None
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model of a Hugging Face directory: `Decoder(config).apply({"params": params}, tokens)` gives its logits.
+    """The model of a Hugging Face directory: `build_model(config).apply({"params": params}, inputs)` gives its logits.
 
     Which architectures are read, docs/architectures.md lists; besides them what save_huggingface writes with code of
     ours. No code in the directory is executed. Tensors are read one at a time into the stacked leaves: beyond the
@@ -123,8 +122,9 @@ def save_huggingface(
     Args:
       path: directory to write; it must not exist or be empty.
       config: of the model.
-      params: of `Decoder(config)`, jax or NumPy arrays of config.param_dtype.
-      architecture: model_type to write, "hybridnorm" for our own code; by default the first that expresses the model.
+      params: of `build_model(config)`, jax or NumPy arrays of config.param_dtype.
+      architecture: model_type to write, "hybridnorm" for our own code, that of encoders too; by default the first that
+        expresses the model.
       dtype: of the tensors (float64, float32, bfloat16, float16); by default config.param_dtype.
       extra: further keys of config.json, such as bos_token_id, or max_position_embeddings of a model with rope.
       files: further files by name, such as a tokenizer.json.
@@ -145,8 +145,7 @@ def save_huggingface(
     name, decided = config_to_json(config, architecture)
     written = dataclasses.replace(config, param_dtype=dtype or config.param_dtype)
     contents = {CONFIG: _config_text(name, decided, written, extra or {}).encode(), **(files or {})}
-    if name == OWN.name:
-        contents |= {file: (CODE / file).read_bytes() for file in CODE_FILES}
+    contents |= {file: (CODE / file).read_bytes() for file in ALL[name].code_files}
     numpy_dtype = jnp.dtype(written.param_dtype)
     shards = split_into_shards(ALL[name].tensors.places(config), numpy_dtype.itemsize, max_shard_bytes)
     with whole_directory(path) as directory:

@@ -1,7 +1,8 @@
 """What config.json of our own PyTorch code means as a ModelConfig, and the other way round.
 
 The code is in pytorch/; it expresses every model of ours. Its config.json says of each layer where it normalizes, so
-the code needs no table of schemes. Here it is read as data: no code beside it is executed.
+the code needs no table of schemes. Here it is read as data: no code beside it is executed. Encoders have further keys,
+which own_encoder.py has.
 """
 
 import dataclasses
@@ -10,7 +11,8 @@ from typing import Any
 
 from hybridnorm_jax.config_fields import shortened
 from hybridnorm_jax.errors import ConfigError, UserError
-from hybridnorm_jax.interop.hf_config_keys import Architecture, Json, Key, names
+from hybridnorm_jax.interop.hf_architecture import Architecture
+from hybridnorm_jax.interop.hf_config_keys import MOST_LAYERS, Json, Key, names, none
 from hybridnorm_jax.interop.tensor_parts import HYBRIDNORM
 from hybridnorm_jax.model.config import NORMS, ModelConfig
 from hybridnorm_jax.model.config_attention import POSITIONS, ROPE_SCALINGS, TABLES
@@ -18,9 +20,10 @@ from hybridnorm_jax.model.config_feed_forward import ACTIVATIONS
 from hybridnorm_jax.model.placement import BlockPlacement, SublayerPlacement
 from hybridnorm_jax.model.schemes import SCHEMES
 
-# The files of pytorch/ that are copied beside the weights.
+# The files of pytorch/ that are copied beside the weights of a decoder.
 CODE_FILES = (
     "attention_hybridnorm.py",
+    "block_hybridnorm.py",
     "configuration_hybridnorm.py",
     "feed_forward_hybridnorm.py",
     "modeling_hybridnorm.py",
@@ -54,7 +57,7 @@ def _same(*words: str) -> Mapping[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Numbers(Key):
-    """A key whose value is a list of numbers of one type, `kind`."""
+    """A key whose value is a list of numbers of one type."""
 
     def read(self, document: Json, source: str) -> tuple[Any, ...]:
         """Our value."""
@@ -68,16 +71,19 @@ class _Numbers(Key):
         return list(getattr(config, self.fields[0]))
 
 
-def _or_null(name: str, field: str, kind: type, *, most: int = 2**31 - 1) -> Key:
-    """A key whose value is of this type, or null, which means null."""
-    return Key(name, (field,), None, null=lambda document: None, kind=kind, most=most)
+def _float_or_null(name: str, field: str) -> Key:
+    return Key(name, (field,), None, null=none, kind=float, most=10**12)
+
+
+def _bool_or_null(name: str, field: str) -> Key:
+    return Key(name, (field,), None, null=none, kind=bool)
 
 
 # The defaults are those of HybridNormConfig: transformers leaves out what is as it is by default.
 KEYS = (
     Key("vocab_size", ("vocab_size",), 50304),
     Key("hidden_size", ("d_model",), 768),
-    Key("num_hidden_layers", ("num_layers",), _DEFAULT_LAYERS, most=10_000),
+    Key("num_hidden_layers", ("num_layers",), _DEFAULT_LAYERS, most=MOST_LAYERS),
     Key("num_attention_heads", ("num_heads",), 12),
     Key("num_key_value_heads", ("num_kv_heads",), 12),
     Key("head_dim", ("head_dim",), 64),
@@ -87,7 +93,7 @@ KEYS = (
     Key("norm_eps", ("norm_eps",), 1e-5),
     Key("norm_scale", ("norm_scale",), True),
     Key("norm_bias", ("norm_bias",), False),
-    _or_null("norm_width", "norm_width", int),
+    Key("norm_width", ("norm_width",), None, null=none),
     Key("norm_scale_plus_one", ("norm_scale_plus_one",), False),
     Key("attention_norm_scale", ("attention_norm_scale",), True),
     Key("attention_norm_bias", ("attention_norm_bias",), False),
@@ -96,12 +102,12 @@ KEYS = (
     Key("positions", ("positions",), "rope", words=_same(*POSITIONS)),
     Key("rotary_base", ("rope_theta",), 10000.0, most=10**12),
     _Numbers("rotary_layers", ("rope_layers",), None),
-    _or_null("second_rotary_base", "second_rope_theta", float, most=10**12),
+    _float_or_null("second_rotary_base", "second_rope_theta"),
     Key("rotary_scaling", ("rope_scaling",), "none", words=_same(*ROPE_SCALINGS)),
     Key("rotary_factor", ("rope_factor",), 1.0),
-    _or_null("rotary_original_length", "rope_original_length", int),
+    Key("rotary_original_length", ("rope_original_length",), None, null=none),
     _Numbers("rotary_bounds", ("rope_bounds",), None, kind=float),
-    _or_null("rotary_attention_factor", "rope_attention_factor", float),
+    _float_or_null("rotary_attention_factor", "rope_attention_factor"),
     Key("rotary_truncate", ("rope_truncate",), True),
     _Numbers("rotary_short_factors", ("rope_short_factors",), None, kind=float),
     _Numbers("rotary_long_factors", ("rope_long_factors",), None, kind=float),
@@ -110,32 +116,32 @@ KEYS = (
     Key("alibi_scale", ("alibi_scale",), 1.0),
     Key("alibi_bfloat16", ("alibi_bfloat16",), False),
     _Numbers("attention_windows", ("windows",), None),
-    _or_null("attention_scale", "attention_scale", float),
-    _or_null("score_cap", "score_cap", float),
-    _or_null("qkv_clip", "qkv_clip", float),
+    _float_or_null("attention_scale", "attention_scale"),
+    _float_or_null("score_cap", "score_cap"),
+    _float_or_null("qkv_clip", "qkv_clip"),
     Key("attention_sinks", ("attention_sinks",), False),
     Key("num_experts", ("num_experts",), 0),
-    _or_null("num_experts_per_tok", "experts_per_token", int),
+    Key("num_experts_per_tok", ("experts_per_token",), None, null=none),
     Key("norm_topk_prob", ("normalize_expert_weights",), False),
     Key("num_shared_experts", ("shared_experts",), 0),
-    _or_null("shared_intermediate_size", "shared_mlp_dim", int),
+    Key("shared_intermediate_size", ("shared_mlp_dim",), None, null=none),
     Key("shared_expert_gate", ("shared_expert_gate",), False),
     Key("balance_bias", ("balance_bias",), False),
     _Numbers("dense_layers", ("dense_layers",), None),
-    _or_null("dense_intermediate_size", "dense_mlp_dim", int),
+    Key("dense_intermediate_size", ("dense_mlp_dim",), None, null=none),
     Key("clamp_limit", ("clamp_limit",), 7.0),
     Key("clamp_alpha", ("clamp_alpha",), 1.702),
     Key("attention_bias", ("attention_bias",), False),
-    _or_null("attention_output_bias", "attention_output_bias", bool),
+    _bool_or_null("attention_output_bias", "attention_output_bias"),
     Key("mlp_bias", ("mlp_bias",), False),
-    _or_null("mlp_output_bias", "mlp_output_bias", bool),
-    _or_null("router_bias", "router_bias", bool),
+    _bool_or_null("mlp_output_bias", "mlp_output_bias"),
+    _bool_or_null("router_bias", "router_bias"),
     Key("head_bias", ("head_bias",), False),
-    _or_null("embedding_scale", "embedding_scale", float),
+    _float_or_null("embedding_scale", "embedding_scale"),
     # It is in the placements, too; PyTorch takes it from there.
     Key("branch_multiplier", ("branch_multiplier",), 1.0),
-    _or_null("logits_scale", "logit_scale", float),
-    _or_null("logits_cap", "logit_cap", float),
+    _float_or_null("logits_scale", "logit_scale"),
+    _float_or_null("logits_cap", "logit_cap"),
     Key("tie_word_embeddings", ("tie_embeddings",), False),
     Key("dropout", ("dropout",), 0.0),
     Key("initializer_range", ("init_std",), 0.02),
@@ -143,13 +149,21 @@ KEYS = (
 # Keys of meanings that no single field has.
 ATTENTION_NORM = Key("attention_norm", ("attention_norm",), "rmsnorm", words=_same("rmsnorm", "layernorm"))
 ROTARY_DIM = Key("rotary_dim", (), 64)
-MOST_POSITIONS = _or_null("max_position_embeddings", "max_positions", int)
+MOST_POSITIONS = Key("max_position_embeddings", ("max_positions",), None, null=none)
 EMBEDDING_NORM = Key("embedding_norm", (), False)
 FINAL_NORM = Key("final_norm", (), True)
+KEYS_READ_APART = (ATTENTION_NORM, ROTARY_DIM, MOST_POSITIONS, EMBEDDING_NORM, FINAL_NORM)
 
 
+@dataclasses.dataclass(frozen=True)
 class OwnArchitecture(Architecture):
-    """How config.json of our own code states a model."""
+    """How config.json of our own code states a model.
+
+    Attributes:
+      auto_map: which class of our code each of transformers' Auto classes loads.
+    """
+
+    auto_map: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def schemes(self) -> tuple[str, ...]:
@@ -159,7 +173,8 @@ class OwnArchitecture(Architecture):
     def read(self, document: Json, source: str) -> ModelConfig:
         """The ModelConfig of a config.json, in float32."""
         self._check(document, source)
-        fields = {field: key.read(document, source) for key in KEYS for field in key.fields}
+        fields = dict(self.constants)
+        fields |= {field: key.read(document, source) for key in self._plain_keys for field in key.fields}
         fields["attention_norm"] = ATTENTION_NORM.read(document, source)
         fields["embedding_norm"] = str(EMBEDDING_NORM.read(document, source)).lower()
         if fields["positions"] in TABLES:
@@ -167,15 +182,19 @@ class OwnArchitecture(Architecture):
         elif fields["positions"] == "rope":
             fields["rotary_dim"] = ROTARY_DIM.read(document, source)
         fields["scheme"] = _scheme(document, source, fields["num_layers"], fields["branch_multiplier"])
+        for rule in self.rules:
+            fields |= rule.read(document, source, fields)
         try:
-            return ModelConfig(**fields)
+            return self.config_class(**fields)
         except ConfigError as error:
             raise UserError(f"{source}: {error}") from error
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """The config.json of a model: its meaning only."""
-        document = {"model_type": self.name, "auto_map": AUTO_MAP}
-        document |= {key.name: key.write(config) for key in KEYS}
+        document = {"model_type": self.name, "auto_map": self.auto_map}
+        document |= {key.name: key.write(config) for key in self._plain_keys}
+        for rule in self.rules:
+            document |= rule.write(config)
         if config.has_position_table:
             document[MOST_POSITIONS.name] = config.max_positions
         elif config.positions == "rope":
@@ -188,15 +207,23 @@ class OwnArchitecture(Architecture):
             "placements": [placement_to_json(placement) for placement in config.placements],
         }
 
+    @property
+    def _plain_keys(self) -> list[Key]:
+        """Those that are one field each."""
+        return [key for key in self.keys if key not in KEYS_READ_APART]
+
 
 OWN = OwnArchitecture(
     name="hybridnorm",
     class_name="HybridNormForCausalLM",
+    family="hybridnorm",
     constants={},
-    keys=(*KEYS, ATTENTION_NORM, ROTARY_DIM, MOST_POSITIONS, EMBEDDING_NORM, FINAL_NORM),
+    keys=(*KEYS, *KEYS_READ_APART),
     tensors=HYBRIDNORM,
     fixed={"auto_map": lambda value, document: True},  # which classes transformers should load; we load none
     harmless=names("scheme placements"),
+    code_files=CODE_FILES,
+    auto_map=AUTO_MAP,
 )
 
 

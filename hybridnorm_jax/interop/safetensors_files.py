@@ -1,6 +1,6 @@
 """The weights of a Hugging Face directory: safetensors files, one or several with an index.
 
-Which tensors a model has is in tensors.py; here they are found, read, checked and written.
+Which tensors a model has is in tensor_places.py; here they are found, read, checked and written.
 """
 
 import contextlib

@@ -1,7 +1,11 @@
 """The tensors that architectures have in common: a linear layer, a norm, an embedding, attention as Llama names it."""
 
-from hybridnorm_jax.interop.tensor_layouts import AS_IT_IS, LINEAR, LINEAR_OUT, TABLE, VECTOR, Layout
+import dataclasses
+from collections.abc import Callable
+
+from hybridnorm_jax.interop.tensor_layouts import AS_IT_IS, LINEAR, LINEAR_OUT, PATCHES, TABLE, VECTOR, Layout
 from hybridnorm_jax.interop.tensor_places import Tensor, TensorTable
+from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.placement import HEAD_NORMS
 
 QUERY, KEY, VALUE, OUT = "attention/query", "attention/key", "attention/value", "attention/out"
@@ -76,6 +80,11 @@ def plain_mlp(up: str, down: str) -> tuple[Tensor, ...]:
     return (*dense(up, UP), *dense(down, DOWN))
 
 
+def only(when: Callable[[ModelConfig], bool], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """These tensors, of which those models alone have any."""
+    return tuple(dataclasses.replace(tensor, when=when) for tensor in tensors)
+
+
 GATED_MLP = (*dense("mlp.gate_proj", GATE), *dense("mlp.up_proj", UP), *dense("mlp.down_proj", DOWN))
 FUSED_GATED_MLP = (*dense("mlp.gate_up_proj", GATE, UP), *dense("mlp.down_proj", DOWN))
 
@@ -114,6 +123,22 @@ _OWN_EXPERTS = tuple(
     for name in ("gate", "up", "down")
     for theirs, ours in (("proj", "kernel"), ("bias", "bias"))
 )
+_OWN_BLOCK = (
+    *_OWN_NORMS,
+    *attention(),
+    *GATED_MLP,
+    *(part for name in HEAD_NORMS for part in norm(f"self_attn.{name}", f"attention/{name}", layout=AS_IT_IS)),
+    Tensor("self_attn.sinks", ("attention/sinks",), AS_IT_IS),
+    *dense("mlp.router", "feed_forward/router"),
+    Tensor("mlp.balance_bias", ("feed_forward/balance_bias",), VECTOR),
+    *_OWN_EXPERTS,
+    *dense("mlp.shared.gate_proj", "feed_forward/shared/gate"),
+    *dense("mlp.shared.up_proj", "feed_forward/shared/up"),
+    *dense("mlp.shared.down_proj", "feed_forward/shared/down"),
+    *dense("mlp.shared_gate", "feed_forward/shared_gate"),
+    Tensor("attention_layer_scale.weight", ("attention_layer_scale/scale",), VECTOR),
+    Tensor("feed_forward_layer_scale.weight", ("feed_forward_layer_scale/scale",), VECTOR),
+)
 HYBRIDNORM = TensorTable(
     prefix="model.",
     outer=(
@@ -123,23 +148,45 @@ HYBRIDNORM = TensorTable(
         *norm("model.embedding_norm", "embedding_norm"),
         *norm("model.norm", "final_norm"),
     ),
-    block=(
-        *_OWN_NORMS,
-        *attention(),
-        *GATED_MLP,
-        *(part for name in HEAD_NORMS for part in norm(f"self_attn.{name}", f"attention/{name}", layout=AS_IT_IS)),
-        Tensor("self_attn.sinks", ("attention/sinks",), AS_IT_IS),
-        *dense("mlp.router", "feed_forward/router"),
-        Tensor("mlp.balance_bias", ("feed_forward/balance_bias",), VECTOR),
-        *_OWN_EXPERTS,
-        *dense("mlp.shared.gate_proj", "feed_forward/shared/gate"),
-        *dense("mlp.shared.up_proj", "feed_forward/shared/up"),
-        *dense("mlp.shared.down_proj", "feed_forward/shared/down"),
-        *dense("mlp.shared_gate", "feed_forward/shared_gate"),
-        Tensor("attention_layer_scale.weight", ("attention_layer_scale/scale",), VECTOR),
-        Tensor("feed_forward_layer_scale.weight", ("feed_forward_layer_scale/scale",), VECTOR),
-    ),
+    block=_OWN_BLOCK,
     layer="model.layers.{}.",
     head="lm_head.weight",
+    buffers=NO_BUFFERS,
+)
+
+_OWN_POOLING = tuple(
+    tensor
+    for theirs, ours in (
+        ("q_proj", "attention/query"),
+        ("k_proj", "attention/key"),
+        ("v_proj", "attention/value"),
+        ("mlp.gate_proj", "feed_forward/gate"),
+        ("mlp.up_proj", "feed_forward/up"),
+        ("mlp.down_proj", "feed_forward/down"),
+    )
+    for tensor in dense(f"model.pooling.{theirs}", f"pooling/{ours}")
+)
+HYBRIDNORM_ENCODER = TensorTable(
+    prefix="model.",
+    outer=(
+        *embedding("model.embed_tokens"),
+        *dense("classifier", "head"),
+        *dense("distillation_classifier", "distillation_head"),
+        *dense("model.embed_patches", "patch_embedding", kernel=PATCHES),
+        *embedding("model.embed_positions", "position_embedding"),
+        *(
+            Tensor(f"model.{name}.weight", (f"{name}/embedding",), AS_IT_IS)
+            for name in ("class_token", "distillation_token", "register_tokens", "mask_token")
+        ),
+        *norm("model.embedding_norm", "embedding_norm"),
+        *norm("model.norm", "final_norm"),
+        *_OWN_POOLING,
+        *dense("model.pooling.o_proj", "pooling/attention/out", kernel=LINEAR_OUT),
+        *norm("model.pooling.norm", "pooling/norm"),
+        Tensor("model.pooling.probe.weight", ("pooling/probe/embedding",), AS_IT_IS),
+    ),
+    block=_OWN_BLOCK,
+    layer="model.layers.{}.",
+    head="classifier.weight",
     buffers=NO_BUFFERS,
 )

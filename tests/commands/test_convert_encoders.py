@@ -1,5 +1,6 @@
 """`hybridnorm convert` on encoders, and what the other commands say of one."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.commands import convert, main
+from hybridnorm_jax.interop.own_encoder import ENCODER_CODE_FILES
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "architectures"
 # Checkpoint -> what its golden calls what is compared, and how many means are still subtracted.
@@ -49,11 +51,55 @@ def test_the_converted_model_is_proved_saved_and_read(name, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("name", "auto"),
+    [
+        ("hf_vit", "AutoModelForImageClassification"),
+        ("hf_clip_vision", "AutoModel"),
+        ("hf_clip_text", "AutoModel"),
+    ],
+)
+def test_what_was_converted_is_exported_for_pytorch(name, auto, tmp_path, capsys):
+    """The card's own example gives what the checkpoint's class of transformers gave."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers", minversion="5.0")
+    run, out = str(tmp_path / "run"), str(tmp_path / "out")
+    convert.run([str(GOLDENS / name), run, "--form", "pre_crmsnorm"])
+    assert f"export {run} EXPORT_DIR" in capsys.readouterr().out
+    assert main.main(["export", run, out]) == 0
+    assert f"{auto}.from_pretrained({out!r}, trust_remote_code=True)" in capsys.readouterr().out
+    written = {path.name for path in Path(out).iterdir()}
+    assert written == {"README.md", "config.json", "model.safetensors", *ENCODER_CODE_FILES}
+    with np.load(GOLDENS / name / "golden.npz") as golden:
+        (inputs,) = (golden[each] for each in ("tokens", "pixel_values") if each in golden)
+        expected = golden[CASES[name][0]]
+    given = torch.tensor(inputs).long() if inputs.ndim == 2 else torch.tensor(inputs)
+    example = re.search("```python\n(.*?)```", (Path(out) / "README.md").read_text(), re.DOTALL)[1]
+    names = {"DIRECTORY": out, "pixels": given, "tokens": given}
+    with torch.no_grad():
+        exec(example, names)
+    assert isinstance(names["model"], transformers.PreTrainedModel)
+    found = names["logits"] if "logits" in names else names["outputs"].pooler_output
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=2e-5 * max(1.0, float(np.abs(expected).max())))
+
+
+def test_plain_safetensors_of_an_encoder_are_our_tree(tmp_path, capsys):
+    run, out = str(tmp_path / "run"), tmp_path / "out"
+    convert.run([str(GOLDENS / "hf_siglip_vision"), run, "--form", "pre_rmsnorm"])
+    assert main.main(["export", run, str(out), "--format", "safetensors"]) == 0
+    example = re.search("```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[1]
+    config, params = hn.load_run(run)
+    names = {"DIRECTORY": str(out), "inputs": np.ones((1, *config.model.image_size, 3), np.float32)}
+    exec(example, names)
+    assert names["config"] == config.model
+    jax.tree.map(np.testing.assert_array_equal, names["params"], params)
+    assert names["outputs"].pooled.shape == (1, config.model.d_model)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["eval", "RUN"], "an encoder, which no run trains"),
         (["train", "init_from=RUN", "run.dir=DIR"], "its parameters belong to another model"),
-        (["export", "RUN", "DIR/exported"], "an encoder; hn.save_huggingface writes one"),
+        (["export", "RUN", "DIR/exported", "--tokenizer", "t.json"], "is an encoder, which no run trains on text"),
         (["generate", "RUN", "--prompt", "hello"], "an encoder, which does not generate text"),
     ],
 )

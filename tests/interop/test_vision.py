@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from interop.test_architectures import GOLDENS, VISION, document_of, golden_of, tolerance
 from safetensors.numpy import load_file, save_file
+from test_architectures import GOLDENS, VISION, document_of, golden_of, tolerance
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.interop.architectures import config_from_json, mathematics

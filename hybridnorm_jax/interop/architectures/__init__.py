@@ -3,8 +3,8 @@
 An entry says what a config.json means as a ModelConfig, which tensors hold our leaves, and how; the same entry serves
 reading and writing. A key that no entry reads, or a value that is not implemented, is refused. An absent key means the
 default of the architecture's class in transformers, which leaves defaults out when it writes. registry.py lists them.
-How to add one: docs/architectures.md. How keys are read is in ../hf_config_keys.py, how tensors are in
-../tensor_places.py; nothing elsewhere asks for an architecture by its name.
+How to add one: docs/architectures.md. What an entry is made of is in ../hf_architecture.py and ../tensor_places.py;
+nothing elsewhere asks for an architecture by its name.
 """
 
 from hybridnorm_jax.interop.architectures.registry import (

@@ -6,18 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from hybridnorm_jax.errors import UserError
-from hybridnorm_jax.interop.architectures.common import LAYER_NORM, TIED, ungated
-from hybridnorm_jax.interop.hf_config_keys import (
-    COMMON_FIXED,
-    COMMON_HARMLESS,
-    MOST_LAYERS,
-    Architecture,
-    Json,
-    Key,
-    TimesTheWidth,
-    head_dim_of,
-    names,
-)
+from hybridnorm_jax.interop.architectures.usual_keys import LAYER_NORM, TIED, ungated
+from hybridnorm_jax.interop.hf_architecture import Architecture
+from hybridnorm_jax.interop.hf_common_keys import COMMON_FIXED, COMMON_HARMLESS
+from hybridnorm_jax.interop.hf_config_keys import MOST_LAYERS, Json, Key, four_times, head_dim_of, names, none
+from hybridnorm_jax.interop.hf_config_rules import TimesTheWidth
 from hybridnorm_jax.interop.hf_rope_keys import Rope
 from hybridnorm_jax.interop.tensor_layouts import LINEAR_GROUPED, LINEAR_OUT, VECTOR_GROUPED
 from hybridnorm_jax.interop.tensor_parts import (
@@ -31,6 +24,7 @@ from hybridnorm_jax.interop.tensor_parts import (
     dense,
     embedding,
     norm,
+    only,
     plain_mlp,
     pre_norms,
 )
@@ -111,7 +105,7 @@ class _AttentionOfMpt:
             self._check(name, value, within)
         found = {}
         for name, field in (("softmax_scale", "attention_scale"), ("clip_qkv", "qkv_clip")):
-            found[field] = Key(name, (), None, null=lambda document: None, kind=float).read(stated or {}, within)
+            found[field] = Key(name, (), None, null=none, kind=float).read(stated or {}, within)
         return found
 
     def _check(self, name: str, value: Any, within: str) -> None:
@@ -191,12 +185,8 @@ def _has_two_norms(config: ModelConfig) -> bool:
     return block.feed_forward.reads == "block" and not block.shared_pre_norm
 
 
-def _has_one_name(config: ModelConfig) -> bool:
+def _has_one_norm(config: ModelConfig) -> bool:
     return not _has_two_norms(config)
-
-
-def _only(tensors: tuple[Tensor, ...], when: Any) -> tuple[Tensor, ...]:
-    return tuple(dataclasses.replace(tensor, when=when) for tensor in tensors)
 
 
 # How often transformers 5.24 adds ALiBi to the scores of Falcon, by the way it computes attention: its plain one has it
@@ -240,7 +230,7 @@ class _FalconBlocks:
 
     def _scheme(self, document: Json, source: str, *, is_new: bool) -> str:
         is_parallel = Key("parallel_attn", (), True).read(document, source)
-        stated = Key("num_ln_in_parallel_attn", (), None, null=lambda document: None).read(document, source)
+        stated = Key("num_ln_in_parallel_attn", (), None, null=none).read(document, source)
         count = 2 if stated is None and is_new else stated
         if not is_parallel and not is_new:
             return "pre"
@@ -251,7 +241,7 @@ class _FalconBlocks:
         return "parallel" if count == 2 else "parallel_one_norm"
 
     def _kv_heads(self, document: Json, source: str, heads: int, *, is_new: bool) -> int:
-        stated = Key("num_kv_heads", (), None, null=lambda document: None, least=1).read(document, source)
+        stated = Key("num_kv_heads", (), None, null=none, least=1).read(document, source)
         if is_new:
             return heads if stated is None else int(stated)
         if Key("multi_query", (), True).read(document, source):
@@ -280,11 +270,6 @@ class _FalconBlocks:
         return keys | {_HOW: "eager" if is_twice else "sdpa"}
 
 
-def _four_times_the_width(document: Json) -> int:
-    """ffn_hidden_size where it is null; the width has been checked by then."""
-    return 4 * int(document.get("hidden_size", document.get("n_embed", 4544)))
-
-
 _FALCON = Architecture(
     name="falcon",
     class_name="FalconForCausalLM",
@@ -295,7 +280,7 @@ _FALCON = Architecture(
         Key("hidden_size", ("d_model",), 4544, alias="n_embed"),
         Key("num_hidden_layers", ("num_layers",), 32, most=MOST_LAYERS),
         Key("num_attention_heads", ("num_heads",), 71),
-        Key("ffn_hidden_size", ("mlp_dim",), None, null=_four_times_the_width),
+        Key("ffn_hidden_size", ("mlp_dim",), None, null=four_times("hidden_size", "n_embed", default=4544)),
         Key("layer_norm_epsilon", ("norm_eps",), 1e-5),
         ungated("activation", "gelu"),
         Key("bias", ("attention_bias", "mlp_bias"), False),
@@ -304,10 +289,10 @@ _FALCON = Architecture(
     rules=(_FalconBlocks(),),
     tensors=_table(
         (
-            *_only(norm("input_layernorm", ATTENTION_NORM), _has_one_name),
-            *_only(norm("post_attention_layernorm", FEED_FORWARD_NORM), _has_one_name),
-            *_only(norm("ln_attn", ATTENTION_NORM), _has_two_norms),
-            *_only(norm("ln_mlp", FEED_FORWARD_NORM), _has_two_norms),
+            *only(_has_one_norm, *norm("input_layernorm", ATTENTION_NORM)),
+            *only(_has_one_norm, *norm("post_attention_layernorm", FEED_FORWARD_NORM)),
+            *only(_has_two_norms, *norm("ln_attn", ATTENTION_NORM)),
+            *only(_has_two_norms, *norm("ln_mlp", FEED_FORWARD_NORM)),
             *_FUSED_ATTENTION,
             *_MLP,
         )

@@ -1,6 +1,6 @@
 """Command R of Cohere and its successor: parallel branches with one LayerNorm without bias, interleaved RoPE."""
 
-from hybridnorm_jax.interop.architectures.common import (
+from hybridnorm_jax.interop.architectures.usual_keys import (
     HEAD_DIM_OR_NULL,
     TIED,
     Sizes,
@@ -9,7 +9,9 @@ from hybridnorm_jax.interop.architectures.common import (
     layer_norm_eps,
     sizes,
 )
-from hybridnorm_jax.interop.hf_config_keys import Architecture, Choice, Multiplier, names
+from hybridnorm_jax.interop.hf_architecture import Architecture
+from hybridnorm_jax.interop.hf_config_keys import Multiplier, names
+from hybridnorm_jax.interop.hf_config_rules import Choice
 from hybridnorm_jax.interop.hf_layer_keys import RotatingWhereWindowed, Windows, every
 from hybridnorm_jax.interop.hf_rope_keys import Rope
 from hybridnorm_jax.interop.tensor_layouts import AS_IT_IS

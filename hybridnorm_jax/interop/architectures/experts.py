@@ -1,6 +1,6 @@
 """Mixtures of experts of Llama's shape: Mixtral, Qwen2-MoE, Qwen3-MoE, gpt-oss."""
 
-from hybridnorm_jax.interop.architectures.common import (
+from hybridnorm_jax.interop.architectures.usual_keys import (
     HEAD_DIM_OR_NULL,
     RMS_NORM,
     UNTIED,
@@ -9,8 +9,10 @@ from hybridnorm_jax.interop.architectures.common import (
     gated,
     rms_norm_eps,
     sizes,
+    without,
 )
-from hybridnorm_jax.interop.hf_config_keys import Architecture, Key, names
+from hybridnorm_jax.interop.hf_architecture import Architecture
+from hybridnorm_jax.interop.hf_config_keys import Key, names
 from hybridnorm_jax.interop.hf_layer_keys import DenseLayers, Windows, alternate, odd_layers_before
 from hybridnorm_jax.interop.hf_rope_keys import Rope
 from hybridnorm_jax.interop.tensor_layouts import ALTERNATING, AS_IT_IS
@@ -28,11 +30,6 @@ from hybridnorm_jax.interop.tensor_places import Tensor
 # Training alone reads them.
 _TRAINING = names("output_router_logits router_aux_loss_coef router_jitter_noise")
 _EXPERTS = experts("mlp.experts.{}", "gate_proj", "up_proj", "down_proj")
-
-
-def _without_width(default: Sizes) -> tuple[Key, ...]:
-    """The sizes but intermediate_size, which is that of layers without experts."""
-    return tuple(key for key in sizes(default) if key.name != "intermediate_size")
 
 
 _MIXTRAL = Architecture(
@@ -70,8 +67,9 @@ _QWEN2_MOE = Architecture(
         "shared_expert_gate": True,
     },
     keys=(
-        *_without_width(
-            Sizes(vocab_size=151936, intermediate_size=0, hidden_size=2048, layers=24, heads=16, kv_heads=16)
+        *without(
+            "intermediate_size",
+            sizes(Sizes(vocab_size=151936, intermediate_size=0, hidden_size=2048, layers=24, heads=16, kv_heads=16)),
         ),
         HEAD_DIM_OR_NULL,
         gated(),
@@ -113,8 +111,9 @@ _QWEN3_MOE = Architecture(
     summary="as Qwen3, with experts in some layers or all",
     constants={**RMS_NORM, "scheme": "pre_qk_pre"},
     keys=(
-        *_without_width(
-            Sizes(vocab_size=151936, intermediate_size=0, hidden_size=2048, layers=24, heads=32, kv_heads=4)
+        *without(
+            "intermediate_size",
+            sizes(Sizes(vocab_size=151936, intermediate_size=0, hidden_size=2048, layers=24, heads=32, kv_heads=4)),
         ),
         HEAD_DIM_OR_NULL,
         gated(),

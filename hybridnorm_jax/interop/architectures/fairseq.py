@@ -1,14 +1,9 @@
 """The decoders that come from fairseq: OPT, XGLM, BioGPT."""
 
-from hybridnorm_jax.interop.architectures.common import LAYER_NORM, TIED, ungated
-from hybridnorm_jax.interop.hf_config_keys import (
-    MOST_LAYERS,
-    MOST_POSITIONS,
-    Architecture,
-    Key,
-    RootOfWidth,
-    names,
-)
+from hybridnorm_jax.interop.architectures.usual_keys import LAYER_NORM, TIED, ungated
+from hybridnorm_jax.interop.hf_architecture import Architecture
+from hybridnorm_jax.interop.hf_config_keys import MOST_LAYERS, MOST_POSITIONS, Key, names
+from hybridnorm_jax.interop.hf_config_rules import RootOfWidth
 from hybridnorm_jax.interop.tensor_layouts import LINEAR_OUT
 from hybridnorm_jax.interop.tensor_parts import (
     NO_BUFFERS,

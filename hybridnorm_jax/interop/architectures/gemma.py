@@ -1,17 +1,18 @@
 """The Gemmas: norms whose scale is stored as 1 + scale, an embedding times the root of its width."""
 
-from hybridnorm_jax.interop.architectures.common import (
+from hybridnorm_jax.interop.architectures.usual_keys import (
     GATED,
     RMS_NORM,
     TIED,
     Sizes,
     attention_bias,
     gated,
-    none,
     rms_norm_eps,
     sizes,
 )
-from hybridnorm_jax.interop.hf_config_keys import Architecture, InverseRoot, Key, RootOfWidth, names
+from hybridnorm_jax.interop.hf_architecture import Architecture
+from hybridnorm_jax.interop.hf_config_keys import InverseRoot, Key, names, none
+from hybridnorm_jax.interop.hf_config_rules import RootOfWidth
 from hybridnorm_jax.interop.hf_layer_keys import Windows, alternate, every
 from hybridnorm_jax.interop.hf_rope_keys import LayeredRope, Rope
 from hybridnorm_jax.interop.tensor_parts import (

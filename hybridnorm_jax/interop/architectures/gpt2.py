@@ -5,16 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from hybridnorm_jax.errors import UserError
-from hybridnorm_jax.interop.architectures.common import (
+from hybridnorm_jax.interop.architectures.usual_keys import (
     LAYER_NORM,
     TIED,
     UNTIED,
-    Gpt2Sizes,
-    gpt2_positions,
-    gpt2_sizes,
     ungated,
 )
-from hybridnorm_jax.interop.hf_config_keys import MOST_LAYERS, MOST_POSITIONS, Architecture, Json, Key, names
+from hybridnorm_jax.interop.hf_architecture import Architecture
+from hybridnorm_jax.interop.hf_config_keys import MOST_LAYERS, MOST_POSITIONS, Json, Key, four_times, names
 from hybridnorm_jax.interop.tensor_layouts import (
     CONV1D,
     CONV1D_OUT,
@@ -49,14 +47,37 @@ _SUMMARY = (
 _SCALED = Key("scale_attn_weights", ("attention_scale",), True, words={True: None, False: 1.0})
 
 
-def _table(*block: tuple[Tensor, ...], buffers: str, has_positions: bool = True) -> TensorTable:
+def _sizes(*, vocab_size: int = 50257, width: int = 768, layers: int = 12, heads: int = 12) -> tuple[Key, ...]:
+    """The sizes by GPT-2's names, but for the number of positions; an absent key means these."""
+    inner = four_times("n_embd", "hidden_size", default=width)
+    return (
+        Key("vocab_size", ("vocab_size",), vocab_size),
+        Key("n_embd", ("d_model",), width, alias="hidden_size"),
+        Key("n_layer", ("num_layers",), layers, most=MOST_LAYERS, alias="num_hidden_layers"),
+        Key("n_head", ("num_heads",), heads, alias="num_attention_heads"),
+        Key("n_inner", ("mlp_dim",), None, null=inner),
+        Key("layer_norm_epsilon", ("norm_eps",), 1e-5),
+    )
+
+
+def _keys(activation: str) -> tuple[Key, ...]:
+    """The keys of GPT-2 and GPT-BigCode, whose activations differ where none is stated."""
+    return (
+        *_sizes(),
+        Key("n_positions", ("max_positions",), 1024, most=MOST_POSITIONS, alias="max_position_embeddings"),
+        ungated("activation_function", activation),
+        _SCALED,
+        TIED,
+    )
+
+
+def _table(*block: tuple[Tensor, ...], buffers: str) -> TensorTable:
     """The tensors of a model that names what is outside its blocks as GPT-2 does."""
-    positions = embedding("transformer.wpe", "position_embedding") if has_positions else ()
     return TensorTable(
         prefix="transformer.",
         outer=(
             *embedding("transformer.wte"),
-            *positions,
+            *embedding("transformer.wpe", "position_embedding"),
             *dense("lm_head", "head"),
             *norm("transformer.ln_f", "final_norm"),
         ),
@@ -72,13 +93,7 @@ _GPT2 = Architecture(
     class_name="GPT2LMHeadModel",
     summary="learned positions",
     constants={**LAYER_NORM, "scheme": "pre", "positions": "learned", "attention_bias": True, "mlp_bias": True},
-    keys=(
-        *gpt2_sizes(Gpt2Sizes()),
-        gpt2_positions(Gpt2Sizes()),
-        ungated("activation_function", "gelu_new"),
-        _SCALED,
-        TIED,
-    ),
+    keys=_keys("gelu_new"),
     tensors=_table(
         pre_norms("ln_1", "ln_2"),
         dense("attn.c_attn", QUERY, KEY, VALUE, kernel=CONV1D),
@@ -119,13 +134,7 @@ _GPT_BIGCODE = Architecture(
     class_name="GPTBigCodeForCausalLM",
     summary="learned positions, one key and value for all heads",
     constants=_GPT2.constants,
-    keys=(
-        *gpt2_sizes(Gpt2Sizes()),
-        gpt2_positions(Gpt2Sizes()),
-        ungated("activation_function", "gelu_pytorch_tanh"),
-        _SCALED,
-        TIED,
-    ),
+    keys=_keys("gelu_pytorch_tanh"),
     rules=(_MultiQuery(),),
     tensors=_table(
         pre_norms("ln_1", "ln_2"),
@@ -183,11 +192,6 @@ def _expanded(stated: Any, source: str) -> list[str]:
     return kinds
 
 
-def _four_times_the_width(document: Json) -> int:
-    """intermediate_size where it is null; the width has been checked by then."""
-    return 4 * int(document.get("hidden_size", 2048))
-
-
 _GPT_NEO = Architecture(
     name="gpt_neo",
     class_name="GPTNeoForCausalLM",
@@ -206,7 +210,7 @@ _GPT_NEO = Architecture(
         Key("hidden_size", ("d_model",), 2048),
         Key("num_layers", ("num_layers",), 24, most=MOST_LAYERS, alias="num_hidden_layers"),
         Key("num_heads", ("num_heads",), 16, alias="num_attention_heads"),
-        Key("intermediate_size", ("mlp_dim",), None, null=_four_times_the_width),
+        Key("intermediate_size", ("mlp_dim",), None, null=four_times("hidden_size", default=2048)),
         Key("max_position_embeddings", ("max_positions",), 2048, most=MOST_POSITIONS),
         Key("layer_norm_epsilon", ("norm_eps",), 1e-5),
         ungated("activation_function", "gelu_new"),
@@ -223,7 +227,6 @@ _GPT_NEO = Architecture(
     harmless=names(f"resid_dropout embed_dropout {_SUMMARY}"),
 )
 
-_GPTJ_SIZES = Gpt2Sizes(vocab_size=50400, positions=2048, width=4096, layers=28, heads=16)
 _GPTJ = Architecture(
     name="gptj",
     class_name="GPTJForCausalLM",
@@ -237,7 +240,7 @@ _GPTJ = Architecture(
         "head_bias": True,
     },
     keys=(
-        *gpt2_sizes(_GPTJ_SIZES),
+        *_sizes(vocab_size=50400, width=4096, layers=28, heads=16),
         Key("rotary_dim", ("rotary_dim",), 64, written="rotary_width"),
         ungated("activation_function", "gelu_new"),
         UNTIED,
@@ -247,7 +250,6 @@ _GPTJ = Architecture(
         separate_qkv("attn", paired=True),
         dense("attn.out_proj", OUT, kernel=LINEAR_OUT),
         plain_mlp("mlp.fc_in", "mlp.fc_out"),
-        has_positions=False,
         buffers=r"h\.\d+\.attn\.(bias|masked_bias|embed_positions)",
     ),
     fixed={"scale_attn_weights": True, "rotary": True},
@@ -295,7 +297,6 @@ _CODEGEN = dataclasses.replace(
         ),
         dense("attn.out_proj", OUT, kernel=LINEAR_OUT),
         plain_mlp("mlp.fc_in", "mlp.fc_out"),
-        has_positions=False,
         buffers=r"h\.\d+\.attn\.(causal_mask|bias|masked_bias|embed_positions)",
     ),
 )

@@ -1,7 +1,9 @@
 """GPT-NeoX, and with it Pythia."""
 
-from hybridnorm_jax.interop.architectures.common import LAYER_NORM, UNTIED, layer_norm_eps, ungated
-from hybridnorm_jax.interop.hf_config_keys import MOST_LAYERS, Architecture, Key
+from hybridnorm_jax.interop.architectures.usual_keys import LAYER_NORM, UNTIED, layer_norm_eps, ungated
+from hybridnorm_jax.interop.hf_architecture import Architecture
+from hybridnorm_jax.interop.hf_config_keys import MOST_LAYERS, Key
+from hybridnorm_jax.interop.hf_config_rules import Choice
 from hybridnorm_jax.interop.hf_rope_keys import Rope
 from hybridnorm_jax.interop.tensor_layouts import LINEAR_GROUPED, LINEAR_OUT, VECTOR_GROUPED
 from hybridnorm_jax.interop.tensor_parts import (
@@ -32,9 +34,9 @@ _GPT_NEOX = Architecture(
         layer_norm_eps(),
         Key("attention_bias", ("attention_bias",), True),
         UNTIED,
-        Key("use_parallel_residual", ("scheme",), True, words={True: "parallel", False: "pre"}),
     ),
     rules=(
+        Choice({"use_parallel_residual": True}, {(True,): {"scheme": "parallel"}, (False,): {"scheme": "pre"}}),
         Rope(
             theta="rotary_emb_base",
             fraction="rotary_pct",

@@ -1,7 +1,8 @@
 """Llama and those of its shape: Mistral, Qwen2, Qwen3, SmolLM3, Granite, Phi-3, GLM-4."""
 
-from hybridnorm_jax.interop.architectures.common import (
+from hybridnorm_jax.interop.architectures.usual_keys import (
     HEAD_DIM_OR_NULL,
+    MLP_BIAS,
     RMS_NORM,
     TIED,
     UNTIED,
@@ -11,7 +12,8 @@ from hybridnorm_jax.interop.architectures.common import (
     rms_norm_eps,
     sizes,
 )
-from hybridnorm_jax.interop.hf_config_keys import Architecture, Inverse, Key, Multiplier, names
+from hybridnorm_jax.interop.hf_architecture import Architecture
+from hybridnorm_jax.interop.hf_config_keys import Inverse, Key, Multiplier, names
 from hybridnorm_jax.interop.hf_layer_keys import NoRopeLayers, Windows, from_layer, without_rotation
 from hybridnorm_jax.interop.hf_rope_keys import Rope
 from hybridnorm_jax.interop.hf_rope_scaling import FRACTION
@@ -31,7 +33,6 @@ from hybridnorm_jax.interop.tensor_parts import (
     q_k_norms,
 )
 
-_MLP_BIAS = Key("mlp_bias", ("mlp_bias",), False)
 _TABLE = llama_table(pre_norms(), attention(), GATED_MLP)
 _LLAMA = Architecture(
     name="llama",
@@ -44,7 +45,7 @@ _LLAMA = Architecture(
         gated(),
         rms_norm_eps(1e-6),
         attention_bias(),
-        _MLP_BIAS,
+        MLP_BIAS,
         UNTIED,
     ),
     rules=(Rope(),),
@@ -111,7 +112,7 @@ _SMOLLM3 = Architecture(
         gated(),
         rms_norm_eps(1e-6),
         attention_bias(),
-        _MLP_BIAS,
+        MLP_BIAS,
         TIED,
     ),
     rules=(
@@ -133,7 +134,7 @@ _GRANITE = Architecture(
         gated(),
         rms_norm_eps(1e-6),
         attention_bias(),
-        _MLP_BIAS,
+        MLP_BIAS,
         UNTIED,
         Multiplier("embedding_multiplier", ("embedding_scale",), 1.0),
         Inverse("logits_scaling", ("logit_scale",), 1.0),

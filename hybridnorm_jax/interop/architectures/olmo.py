@@ -1,17 +1,17 @@
 """The four OLMos: the first, 2, 3 and the mixture of experts."""
 
-from hybridnorm_jax.interop.architectures.common import (
+from hybridnorm_jax.interop.architectures.usual_keys import (
     HEAD_DIM_OR_NULL,
     RMS_NORM,
     UNTIED,
     Sizes,
     attention_bias,
     gated,
-    none,
     rms_norm_eps,
     sizes,
 )
-from hybridnorm_jax.interop.hf_config_keys import Architecture, Key, names
+from hybridnorm_jax.interop.hf_architecture import Architecture
+from hybridnorm_jax.interop.hf_config_keys import Key, names, none
 from hybridnorm_jax.interop.hf_layer_keys import Windows, alternate
 from hybridnorm_jax.interop.hf_rope_keys import LayeredRope, Rope
 from hybridnorm_jax.interop.tensor_parts import (

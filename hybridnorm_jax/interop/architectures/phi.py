@@ -1,8 +1,9 @@
 """Decoders with LayerNorm and RoPE, in most on a part of each head: Phi, StableLM, Persimmon, Nemotron, StarCoder2."""
 
-from hybridnorm_jax.interop.architectures.common import (
+from hybridnorm_jax.interop.architectures.usual_keys import (
     HEAD_DIM_OR_NULL,
     LAYER_NORM,
+    MLP_BIAS,
     TIED,
     UNTIED,
     Sizes,
@@ -11,8 +12,11 @@ from hybridnorm_jax.interop.architectures.common import (
     layer_norm_eps,
     sizes,
     ungated,
+    without,
 )
-from hybridnorm_jax.interop.hf_config_keys import Architecture, Choice, Key, names
+from hybridnorm_jax.interop.hf_architecture import Architecture
+from hybridnorm_jax.interop.hf_config_keys import Key, names
+from hybridnorm_jax.interop.hf_config_rules import Choice
 from hybridnorm_jax.interop.hf_layer_keys import Windows
 from hybridnorm_jax.interop.hf_rope_keys import Rope
 from hybridnorm_jax.interop.hf_rope_scaling import FRACTION
@@ -111,11 +115,7 @@ _PERSIMMON = Architecture(
     summary="q and k normalized per head, RoPE on a part of each head, squared ReLU",
     constants={**_CONSTANTS, **_BIASES},
     keys=(
-        *(
-            key
-            for key in sizes(Sizes(vocab_size=262144, intermediate_size=16384, layers=36, heads=64))
-            if key.name != "num_key_value_heads"
-        ),
+        *without("num_key_value_heads", sizes(Sizes(vocab_size=262144, intermediate_size=16384, layers=36, heads=64))),
         ungated("hidden_act", "relu2"),
         layer_norm_eps(),
         UNTIED,
@@ -144,7 +144,7 @@ _NEMOTRON = Architecture(
         ungated("hidden_act", "relu2"),
         Key("norm_eps", ("norm_eps",), 1e-5),
         attention_bias(),
-        Key("mlp_bias", ("mlp_bias",), False),
+        MLP_BIAS,
         UNTIED,
     ),
     rules=(Rope(fraction=FRACTION, default_fraction=0.5, most_positions=4096),),

@@ -17,16 +17,18 @@ from hybridnorm_jax.interop.architectures import (
     phi,
     vision,
 )
-from hybridnorm_jax.interop.hf_config_keys import Architecture, Json
+from hybridnorm_jax.interop.hf_architecture import Architecture
+from hybridnorm_jax.interop.hf_config_keys import Json
 from hybridnorm_jax.interop.mathematics import mathematics
 from hybridnorm_jax.interop.own_architecture import OWN
+from hybridnorm_jax.interop.own_encoder import OWN_ENCODERS
 from hybridnorm_jax.model.config import ModelConfig
 
 _FAMILIES = (gpt2, gpt_neox, fairseq, llama, olmo, experts, phi, alibi, cohere, gemma, vision)
 # A model that several express is written as the first of them.
 ARCHITECTURES: Mapping[str, Architecture] = {entry.name: entry for family in _FAMILIES for entry in family.ENTRIES}
 # Those of transformers first: they need no code of ours.
-ALL: Mapping[str, Architecture] = {**ARCHITECTURES, OWN.name: OWN}
+ALL: Mapping[str, Architecture] = {**ARCHITECTURES, **{entry.name: entry for entry in (OWN, *OWN_ENCODERS)}}
 
 
 def architecture_of(document: Any, source: str) -> Architecture:
@@ -79,8 +81,8 @@ def config_from_json(document: Any, source: str, ignore_keys: Collection[str] = 
 def config_to_json(config: ModelConfig, architecture: str | None = None) -> tuple[str, dict[str, Any]]:
     """The name and the config.json of the first architecture, or of the one named, that expresses the model.
 
-    An architecture expresses a model if its config.json read back has the same mathematics. Our own comes last and
-    expresses every model.
+    An architecture expresses a model if its config.json read back has the same mathematics. Our own come last and
+    express every model; "hybridnorm" names that of decoders and those of encoders.
 
     Raises:
       UserError: the one that is named does not; the message says what it lacks.
@@ -88,15 +90,16 @@ def config_to_json(config: ModelConfig, architecture: str | None = None) -> tupl
     if architecture is not None and architecture not in ALL:
         raise UserError(f"architecture={architecture} is not supported; supported: {', '.join(ALL)}")
     lost: list[str] = []
-    of_this_kind = [name for name, entry in ALL.items() if entry.config_class is type(config)]
-    if architecture is not None and architecture not in of_this_kind:
+    of_this_kind = [entry for entry in ALL.values() if entry.config_class is type(config)]
+    asked = [entry for entry in of_this_kind if architecture in (None, entry.name, entry.family)]
+    if not asked:
         raise UserError(f"architecture={architecture} is not of models with an {type(config).__name__}")
-    for name in of_this_kind if architecture is None else (architecture,):
-        document = ALL[name].write(config)
-        lost = _lost(config, ALL[name], document)
+    for entry in asked:
+        document = entry.write(config)
+        lost = _lost(config, entry, document)
         if not lost:
-            return name, document
-    raise UserError(f"{architecture or OWN.name} cannot express {' or '.join(lost[:3])}")
+            return entry.name, document
+    raise UserError(f"{asked[-1].name} cannot express {' or '.join(lost[:3])}")
 
 
 def _lost(config: ModelConfig, architecture: Architecture, document: Json) -> list[str]:

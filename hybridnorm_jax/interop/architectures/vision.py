@@ -3,19 +3,24 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hybridnorm_jax.interop.architectures.common import GELUS, LAYER_NORM, layer_norm_eps, ungated
-from hybridnorm_jax.interop.hf_config_keys import MOST_LAYERS, MOST_POSITIONS, Architecture, Key, names
+from hybridnorm_jax.interop.architectures.usual_keys import GELUS, LAYER_NORM, layer_norm_eps, ungated
+from hybridnorm_jax.interop.hf_architecture import Architecture
+from hybridnorm_jax.interop.hf_config_keys import MOST_LAYERS, MOST_POSITIONS, Key, names
 from hybridnorm_jax.interop.tensor_layouts import AS_IT_IS, LINEAR, LINEAR_OUT, PATCHES, VECTOR, AsItIs
 from hybridnorm_jax.interop.tensor_parts import (
     ATTENTION_NORM,
+    DOWN,
     FEED_FORWARD_NORM,
+    GATE,
     KEY,
     OUT,
     QUERY,
+    UP,
     VALUE,
     dense,
     embedding,
     norm,
+    only,
     plain_mlp,
     separate_qkv,
 )
@@ -142,16 +147,23 @@ _DEIT = Architecture(
         _VIT_REST,
         outer=(
             _learned("deit.embeddings.distillation_token", "distillation_token"),
-            Tensor("classifier.weight", ("head/kernel",), LINEAR, when=_has_one_head),
-            Tensor("classifier.bias", ("head/bias",), VECTOR, when=_has_one_head),
-            Tensor("cls_classifier.weight", ("head/kernel",), LINEAR, when=_has_two_heads),
-            Tensor("cls_classifier.bias", ("head/bias",), VECTOR, when=_has_two_heads),
+            *only(_has_one_head, *dense("classifier", "head")),
+            *only(_has_two_heads, *dense("cls_classifier", "head")),
             *dense("distillation_classifier", "distillation_head"),
         ),
     ),
     fixed=_NOT_CAUSAL,
     harmless=_VIT_HARMLESS,
 )
+
+
+def _is_gated(config: ModelConfig) -> bool:
+    return config.is_gated
+
+
+def _is_not_gated(config: ModelConfig) -> bool:
+    return not config.is_gated
+
 
 _DINOV2 = Architecture(
     name="dinov2",
@@ -170,28 +182,8 @@ _DINOV2 = Architecture(
     tensors=_vit_table(
         "dinov2",
         (*norm("norm1", ATTENTION_NORM), *norm("norm2", FEED_FORWARD_NORM)),
-        (
-            Tensor("mlp.fc1.weight", ("feed_forward/up/kernel",), LINEAR, when=lambda config: not config.is_gated),
-            Tensor("mlp.fc1.bias", ("feed_forward/up/bias",), VECTOR, when=lambda config: not config.is_gated),
-            Tensor("mlp.fc2.weight", ("feed_forward/down/kernel",), LINEAR, when=lambda config: not config.is_gated),
-            Tensor("mlp.fc2.bias", ("feed_forward/down/bias",), VECTOR, when=lambda config: not config.is_gated),
-        ),
-        (
-            Tensor(
-                "mlp.weights_in.weight",
-                ("feed_forward/gate/kernel", "feed_forward/up/kernel"),
-                LINEAR,
-                when=lambda config: config.is_gated,
-            ),
-            Tensor(
-                "mlp.weights_in.bias",
-                ("feed_forward/gate/bias", "feed_forward/up/bias"),
-                VECTOR,
-                when=lambda config: config.is_gated,
-            ),
-            Tensor("mlp.weights_out.weight", ("feed_forward/down/kernel",), LINEAR, when=lambda c: c.is_gated),
-            Tensor("mlp.weights_out.bias", ("feed_forward/down/bias",), VECTOR, when=lambda c: c.is_gated),
-        ),
+        only(_is_not_gated, *plain_mlp("mlp.fc1", "mlp.fc2")),
+        only(_is_gated, *dense("mlp.weights_in", GATE, UP), *dense("mlp.weights_out", DOWN)),
         (
             Tensor("layer_scale1.lambda1", ("attention_layer_scale/scale",), VECTOR),
             Tensor("layer_scale2.lambda1", ("feed_forward_layer_scale/scale",), VECTOR),

@@ -22,7 +22,7 @@ class Attention(nn.Module):
     def __init__(self, config, layer, placement):
         super().__init__()
         self.layer, self.head_dim, self.clip = layer, config.head_dim, config.qkv_clip
-        self.scale, self.cap = config.score_scale, config.score_cap
+        self.scale, self.cap, self.causal = config.score_scale, config.score_cap, config.causal
         self.window, self.rotation = config.layer_windows[layer], config.layer_rotations[layer]
         self.groups = config.num_attention_heads // config.num_key_value_heads
         self.extents = {name: getattr(placement, name) for name in HEAD_NORMS}
@@ -70,10 +70,12 @@ class Attention(nn.Module):
         if self.cap is not None or self.sinks is not None:
             return self.context_of_scores(wide(q @ k.mT) * self.scale, v, mask)
         # In this order the value is a bool also where the length is a symbol of torch.compile.
-        kind = {"is_causal": q.shape[2] > 1 and mask is None, "enable_gqa": self.groups > 1 and mask is None}
+        is_causal = self.causal and q.shape[2] > 1 and mask is None
+        kind = {"is_causal": is_causal, "enable_gqa": self.groups > 1 and mask is None}
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, **kind)
 
     def context_of_scores(self, scores, v, mask):
+        """As context, of scores that are computed already, with a mask that is not None."""
         scores = capped(self.cap, scores)
         # Not -inf: in a mask that a caller gave, a row of padding may be empty, whose softmax would be NaN.
         least = torch.finfo(scores.dtype).min

@@ -31,6 +31,87 @@ CHOICES = {
     "rotary_scaling": ("none", "linear", "llama3", "yarn", "longrope"),
 }
 
+# What a key means that is not stated.
+DEFAULTS = {
+    "vocab_size": 50304,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "head_dim": 64,
+    "intermediate_size": 2048,
+    "placements": [PRE] * 12,
+    "scheme": None,
+    "final_norm": True,
+    "embedding_norm": False,
+    "hidden_act": "swiglu",
+    "norm": "rmsnorm",
+    "attention_norm": "rmsnorm",
+    "norm_eps": 1e-5,
+    "norm_scale": True,
+    "norm_bias": False,
+    "norm_width": None,
+    "norm_scale_plus_one": False,
+    "attention_norm_scale": True,
+    "attention_norm_bias": False,
+    "attention_norm_per_head": False,
+    "layer_scale": False,
+    "positions": "rope",
+    "rotary_base": 10000.0,
+    "rotary_dim": 64,
+    "rotary_layers": [],
+    "second_rotary_base": None,
+    "rotary_scaling": "none",
+    "rotary_factor": 1.0,
+    "rotary_original_length": None,
+    "rotary_bounds": [],
+    "rotary_attention_factor": None,
+    "rotary_truncate": True,
+    "rotary_short_factors": [],
+    "rotary_long_factors": [],
+    "max_position_embeddings": None,
+    "position_offset": 0,
+    "alibi_max": 8.0,
+    "alibi_scale": 1.0,
+    "alibi_bfloat16": False,
+    "attention_windows": [],
+    "attention_scale": None,
+    "score_cap": None,
+    "qkv_clip": None,
+    "attention_sinks": False,
+    "num_experts": 0,
+    "num_experts_per_tok": None,
+    "norm_topk_prob": False,
+    "num_shared_experts": 0,
+    "shared_intermediate_size": None,
+    "shared_expert_gate": False,
+    "balance_bias": False,
+    "dense_layers": [],
+    "dense_intermediate_size": None,
+    "clamp_limit": 7.0,
+    "clamp_alpha": 1.702,
+    "attention_bias": False,
+    "attention_output_bias": None,
+    "mlp_bias": False,
+    "mlp_output_bias": None,
+    "router_bias": None,
+    "head_bias": False,
+    "embedding_scale": None,
+    "branch_multiplier": 1.0,
+    "logits_scale": None,
+    "logits_cap": None,
+    "dropout": 0.0,
+    "initializer_range": 0.02,
+    "use_cache": True,
+}
+# Some versions of transformers set these in their own __init__ only where they are given.
+DEFAULTS_OF_TRANSFORMERS = {
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
 
 class HybridNormConfig(PretrainedConfig):
     """A decoder. Every sublayer computes
@@ -87,171 +168,26 @@ class HybridNormConfig(PretrainedConfig):
     """
 
     model_type = "hybridnorm"
+    defaults = DEFAULTS  # an encoder has others
+    causal = True
     keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012 - the Trainer adds a list to it
 
-    def __init__(
-        self,
-        vocab_size=50304,
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=12,
-        head_dim=64,
-        intermediate_size=2048,
-        placements=None,
-        scheme=None,
-        final_norm=True,
-        embedding_norm=False,
-        hidden_act="swiglu",
-        norm="rmsnorm",
-        attention_norm="rmsnorm",
-        norm_eps=1e-5,
-        norm_scale=True,
-        norm_bias=False,
-        norm_width=None,
-        norm_scale_plus_one=False,
-        attention_norm_scale=True,
-        attention_norm_bias=False,
-        attention_norm_per_head=False,
-        layer_scale=False,
-        positions="rope",
-        rotary_base=10000.0,
-        rotary_dim=64,
-        rotary_layers=None,
-        second_rotary_base=None,
-        rotary_scaling="none",
-        rotary_factor=1.0,
-        rotary_original_length=None,
-        rotary_bounds=None,
-        rotary_attention_factor=None,
-        rotary_truncate=True,
-        rotary_short_factors=None,
-        rotary_long_factors=None,
-        max_position_embeddings=None,
-        position_offset=0,
-        alibi_max=8.0,
-        alibi_scale=1.0,
-        alibi_bfloat16=False,
-        attention_windows=None,
-        attention_scale=None,
-        score_cap=None,
-        qkv_clip=None,
-        attention_sinks=False,
-        num_experts=0,
-        num_experts_per_tok=None,
-        norm_topk_prob=False,
-        num_shared_experts=0,
-        shared_intermediate_size=None,
-        shared_expert_gate=False,
-        balance_bias=False,
-        dense_layers=None,
-        dense_intermediate_size=None,
-        clamp_limit=7.0,
-        clamp_alpha=1.702,
-        attention_bias=False,
-        attention_output_bias=None,
-        mlp_bias=False,
-        mlp_output_bias=None,
-        router_bias=None,
-        head_bias=False,
-        embedding_scale=None,
-        branch_multiplier=1.0,
-        logits_scale=None,
-        logits_cap=None,
-        tie_word_embeddings=False,
-        dropout=0.0,
-        initializer_range=0.02,
-        use_cache=True,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-        **kwargs,
-    ):
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads
-        self.head_dim = head_dim
-        self.intermediate_size = intermediate_size
-        self.placements = [PRE] * 12 if placements is None else placements
-        self.scheme = scheme
-        self.final_norm = final_norm
-        self.embedding_norm = embedding_norm
-        self.hidden_act = hidden_act
-        self.norm = norm
-        self.attention_norm = attention_norm
-        self.norm_eps = norm_eps
-        self.norm_scale = norm_scale
-        self.norm_bias = norm_bias
-        self.norm_width = norm_width
-        self.norm_scale_plus_one = norm_scale_plus_one
-        self.attention_norm_scale = attention_norm_scale
-        self.attention_norm_bias = attention_norm_bias
-        self.attention_norm_per_head = attention_norm_per_head
-        self.layer_scale = layer_scale
-        self.positions = positions
-        self.rotary_base = rotary_base
-        self.rotary_dim = rotary_dim
-        self.rotary_layers = rotary_layers or []
-        self.second_rotary_base = second_rotary_base
-        self.rotary_scaling = rotary_scaling
-        self.rotary_factor = rotary_factor
-        self.rotary_original_length = rotary_original_length
-        self.rotary_bounds = rotary_bounds or []
-        self.rotary_attention_factor = rotary_attention_factor
-        self.rotary_truncate = rotary_truncate
-        self.rotary_short_factors = rotary_short_factors or []
-        self.rotary_long_factors = rotary_long_factors or []
-        self.max_position_embeddings = max_position_embeddings
-        self.position_offset = position_offset
-        self.alibi_max = alibi_max
-        self.alibi_scale = alibi_scale
-        self.alibi_bfloat16 = alibi_bfloat16
-        self.attention_windows = attention_windows or []
-        self.attention_scale = attention_scale
-        self.score_cap = score_cap
-        self.qkv_clip = qkv_clip
-        self.attention_sinks = attention_sinks
-        self.num_experts = num_experts
-        self.num_experts_per_tok = num_experts_per_tok
-        self.norm_topk_prob = norm_topk_prob
-        self.num_shared_experts = num_shared_experts
-        self.shared_intermediate_size = shared_intermediate_size
-        self.shared_expert_gate = shared_expert_gate
-        self.balance_bias = balance_bias
-        self.dense_layers = dense_layers or []
-        self.dense_intermediate_size = dense_intermediate_size
-        self.clamp_limit = clamp_limit
-        self.clamp_alpha = clamp_alpha
-        self.attention_bias = attention_bias
-        self.attention_output_bias = attention_output_bias
-        self.mlp_bias = mlp_bias
-        self.mlp_output_bias = mlp_output_bias
-        self.router_bias = router_bias
-        self.head_bias = head_bias
-        self.embedding_scale = embedding_scale
-        self.branch_multiplier = branch_multiplier
-        self.logits_scale = logits_scale
-        self.logits_cap = logits_cap
-        self.dropout = dropout
-        self.initializer_range = initializer_range
-        self.use_cache = use_cache
-        super().__init__(
-            tie_word_embeddings=tie_word_embeddings,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            **kwargs,
-        )
-        # Some versions of transformers set these in their own __init__ only where they are given.
-        self.tie_word_embeddings = tie_word_embeddings
-        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
+    def __init__(self, **keys):
+        for name, default in self.defaults.items():
+            value = keys.pop(name, default)
+            if isinstance(default, list):  # null means it, too
+                value = list(default if value is None else value)
+            setattr(self, name, value)
+        inherited = {name: keys.pop(name, default) for name, default in DEFAULTS_OF_TRANSFORMERS.items()}
+        super().__init__(**inherited, **keys)
+        for name, value in inherited.items():
+            setattr(self, name, value)
 
     # What follows from several values. transformers writes attributes alone, so these are never in a config.json.
 
     @property
     def score_scale(self):
+        """The factor of q k^T."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     @property
@@ -261,31 +197,38 @@ class HybridNormConfig(PretrainedConfig):
 
     @property
     def layer_windows(self):
+        """How many tokens a token sees in each layer; 0: all."""
         return by_layer(self.attention_windows, 0, self.num_hidden_layers)
 
     @property
     def layer_rotations(self):
+        """The rotation of each layer, as rotary_layers says it."""
         return by_layer(self.rotary_layers, 1, self.num_hidden_layers)
 
     @property
     def has_attention_output_bias(self):
+        """Whether the last projection of attention has a bias."""
         return self.attention_bias if self.attention_output_bias is None else self.attention_output_bias
 
     @property
     def has_mlp_output_bias(self):
+        """Whether the last projection of a feed-forward layer has a bias."""
         return self.mlp_bias if self.mlp_output_bias is None else self.mlp_output_bias
 
     @property
     def has_router_bias(self):
+        """Whether the router has a bias."""
         return self.mlp_bias if self.router_bias is None else self.router_bias
 
     @property
     def shared_width(self):
+        """The width of the shared experts together."""
         together = self.num_shared_experts * self.intermediate_size
         return together if self.shared_intermediate_size is None else self.shared_intermediate_size
 
     @property
     def dense_width(self):
+        """The width of layers without experts."""
         return self.intermediate_size if self.dense_intermediate_size is None else self.dense_intermediate_size
 
     def check(self):

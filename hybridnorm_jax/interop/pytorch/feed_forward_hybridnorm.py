@@ -56,18 +56,26 @@ def gated(config):
 
 
 class FeedForward(nn.Module):
-    """down(activation(gate(x)) * up(x)) where the activation is a gated one, down(activation(up(x))) otherwise."""
+    """down(activation(gate(x)) * up(x)) where the activation is a gated one, down(activation(up(x))) otherwise.
 
-    def __init__(self, config, width):
+    Args:
+      width: of the hidden layer. size: of x; None: that of the stream.
+      has_biases: of all projections; None: as mlp_bias and mlp_output_bias say.
+    """
+
+    def __init__(self, config, width, size=None, has_biases=None):
         super().__init__()
+        size = config.hidden_size if size is None else size
+        bias = config.mlp_bias if has_biases is None else has_biases
+        output_bias = config.has_mlp_output_bias if has_biases is None else has_biases
         self.gate_proj = None
         if config.hidden_act in ACTIVATIONS:
             self.activation = ACTIVATIONS[config.hidden_act]
         else:
             self.gated = gated(config)
-            self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.has_mlp_output_bias)
+            self.gate_proj = nn.Linear(size, width, bias=bias)
+        self.up_proj = nn.Linear(size, width, bias=bias)
+        self.down_proj = nn.Linear(width, size, bias=output_bias)
 
     def forward(self, x):
         if self.gate_proj is None:

@@ -78,6 +78,7 @@ class Norm(nn.Module):
         return y.to(x.dtype)
 
     def normalized(self, y):
+        """y without weight and bias."""
         if self.kind == "layernorm":
             return F.layer_norm(y, (self.size,), eps=self.eps)
         # The length of a vector in one pass over it, where the mean of its squares takes two.

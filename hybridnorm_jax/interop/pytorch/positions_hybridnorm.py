@@ -148,8 +148,8 @@ def sinusoids(positions, width, dtype):
 # ---- Masks and what is added to scores.
 
 
-def causal_mask(attention_mask, queries, past, slots, device, window=0, explicit=False):
-    """Which keys each query sees, (batch, 1, queries, keys), True where it does; None: itself and all before it.
+def seen_keys(attention_mask, queries, past, slots, device, window=0, explicit=False, causal=True):
+    """Which keys each query sees, (batch, 1, queries, keys), True where it does; None: its own and all before, or all.
 
     Every query sees its own key, that of padding too: a row that sees nothing would be NaN.
 
@@ -157,14 +157,15 @@ def causal_mask(attention_mask, queries, past, slots, device, window=0, explicit
       attention_mask: (batch, tokens so far), 0 at padding; or a mask of four axes, which is taken as it is; or None.
       past: how many tokens were before the first query.
       slots: of a cache that has them all from the beginning; None: there are as many keys as tokens.
-      window: how many keys a query sees, its own and those just before; 0: all.
+      window: how many keys a query sees, its own and those just before, or on both sides; 0: all.
       explicit: never None.
+      causal: a query sees no later key.
     """
     keys = past + queries if slots is None else slots
     own = torch.arange(queries, device=device)[:, None] + past
     key = torch.arange(keys, device=device)
     if attention_mask is not None and attention_mask.ndim == 4:
-        return _within(attention_mask, own - key < window) if window else attention_mask
+        return _within(attention_mask, _is_near(own, key, window, causal)) if window else attention_mask
     if slots is None and attention_mask is not None and attention_mask.shape[1] != keys:
         raise ValueError(f"attention_mask is of {attention_mask.shape[1]} tokens, but there are {keys} so far")
     # A look at values or at lengths would break a graph, or bind it to them.
@@ -176,13 +177,18 @@ def causal_mask(attention_mask, queries, past, slots, device, window=0, explicit
     is_plain = attention_mask is None and slots is None and not window and not explicit
     if is_plain and queries in (1, keys):
         return None
-    seen = key <= own
+    seen = key <= own if causal else torch.ones_like(key - own, dtype=torch.bool)
     if window:
-        seen = seen & (own - key < window)
+        seen = seen & _is_near(own, key, window, causal)
     if attention_mask is None:
         return seen[None, None]
     is_token = F.pad(attention_mask.to(device, torch.bool), (0, keys - attention_mask.shape[1]))
     return ((seen & is_token[:, None]) | (key == own))[:, None]
+
+
+def _is_near(own, key, window, causal):
+    """Which keys are within the window of each query: before it alone, where it sees no later ones anyway."""
+    return own - key < window if causal else (own - key).abs() < window
 
 
 def _within(mask, is_near):
@@ -221,13 +227,14 @@ def alibi_slopes(heads, largest, device, dtype):
 
 
 def masks(config, attention_mask, queries, past, slots, device, dtype):
-    """{window of a layer: its mask}: truth values, or what is added to the scores; None is the causal mask."""
+    """{window of a layer: its mask}: truth values, or what is added to the scores; None as of seen_keys."""
     has_bias = config.positions == "alibi"
     bias = alibi_bias(config, attention_mask, queries, past, slots, device, dtype) if has_bias else None
     found = {}
     for window in sorted(set(config.layer_windows)):
         explicit = has_bias or config.scores_need_eager
-        mask = causal_mask(attention_mask, queries, past, slots, device, window=window, explicit=explicit)
+        kind = {"window": window, "explicit": explicit, "causal": config.causal}
+        mask = seen_keys(attention_mask, queries, past, slots, device, **kind)
         found[window] = mask if bias is None else _biased(mask, bias, dtype)
     return found
 

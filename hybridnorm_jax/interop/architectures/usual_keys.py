@@ -1,10 +1,10 @@
-"""Keys that the architectures of several families have in common."""
+"""Keys as the architectures of several families state them."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from hybridnorm_jax.interop.hf_config_keys import MOST_LAYERS, MOST_POSITIONS, Json, Key
+from hybridnorm_jax.interop.hf_config_keys import MOST_LAYERS, Key, none
 
 GELUS = {
     "gelu": "gelu",
@@ -31,16 +31,9 @@ _GATED_NAMES = {
 GATED = {theirs: _GATED_NAMES[ours] for theirs, ours in GELUS.items()}
 LAYER_NORM: Mapping[str, Any] = {"norm": "layernorm", "norm_bias": True}
 RMS_NORM: Mapping[str, Any] = {"norm": "rmsnorm", "norm_bias": False, "mlp_bias": False, "positions": "rope"}
+MLP_BIAS = Key("mlp_bias", ("mlp_bias",), False)
 TIED = Key("tie_word_embeddings", ("tie_embeddings",), True)
 UNTIED = Key("tie_word_embeddings", ("tie_embeddings",), False)
-
-
-def derived(document: Json) -> None:
-    """Null leaves it to ModelConfig to derive the value."""
-
-
-def none(document: Json) -> None:
-    """Null means null."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +56,13 @@ def sizes(default: Sizes) -> tuple[Key, ...]:
         Key("intermediate_size", ("mlp_dim",), default.intermediate_size),
         Key("num_hidden_layers", ("num_layers",), default.layers, most=MOST_LAYERS),
         Key("num_attention_heads", ("num_heads",), default.heads),
-        Key("num_key_value_heads", ("num_kv_heads",), default.kv_heads, null=derived),
+        Key("num_key_value_heads", ("num_kv_heads",), default.kv_heads, null=none),
     )
+
+
+def without(name: str, keys: tuple[Key, ...]) -> tuple[Key, ...]:
+    """The keys but the one of this name."""
+    return tuple(key for key in keys if key.name != name)
 
 
 def rms_norm_eps(default: float) -> Key:
@@ -92,39 +90,4 @@ def attention_bias(*, default: bool = False) -> Key:
     return Key("attention_bias", ("attention_bias",), default)
 
 
-HEAD_DIM_OR_NULL = Key("head_dim", ("head_dim",), None, null=derived)
-
-
-@dataclasses.dataclass(frozen=True)
-class Gpt2Sizes:
-    """What absent keys mean in GPT-2 or one of those that name their keys as it does."""
-
-    vocab_size: int = 50257
-    positions: int = 1024
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-
-
-def gpt2_sizes(default: Gpt2Sizes) -> tuple[Key, ...]:
-    """The sizes of GPT-2 and those that name their keys as it does, but for the number of positions."""
-
-    def four_times_the_width(document: Json) -> int:
-        """n_inner where it is null; the width has been checked by then."""
-        return 4 * int(document.get("n_embd", document.get("hidden_size", default.width)))
-
-    return (
-        Key("vocab_size", ("vocab_size",), default.vocab_size),
-        Key("n_embd", ("d_model",), default.width, alias="hidden_size"),
-        Key("n_layer", ("num_layers",), default.layers, most=MOST_LAYERS, alias="num_hidden_layers"),
-        Key("n_head", ("num_heads",), default.heads, alias="num_attention_heads"),
-        Key("n_inner", ("mlp_dim",), None, null=four_times_the_width),
-        Key("layer_norm_epsilon", ("norm_eps",), 1e-5),
-    )
-
-
-def gpt2_positions(default: Gpt2Sizes) -> Key:
-    """n_positions, of a table of learned positions."""
-    return Key(
-        "n_positions", ("max_positions",), default.positions, most=MOST_POSITIONS, alias="max_position_embeddings"
-    )
+HEAD_DIM_OR_NULL = Key("head_dim", ("head_dim",), None, null=none)

@@ -1,0 +1,83 @@
+"""One block of a HybridNorm model, and what transformers asks of every such model."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention_hybridnorm import Attention
+from .configuration_hybridnorm import HybridNormConfig
+from .feed_forward_hybridnorm import Experts, FeedForward, MixtureOfExperts
+from .norms_hybridnorm import LayerScale, Norm, apply_formula, placement_of, stream_norm
+
+
+class HybridNormBlock(GradientCheckpointingLayer):
+    """Attention and feed-forward, each by the formula."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.placement = placement_of(config, layer)
+        self.self_attn = Attention(config, layer, self.placement)
+        has_experts = config.num_experts and layer not in config.dense_layers
+        self.mlp = MixtureOfExperts(config) if has_experts else FeedForward(config, config.dense_width)
+        self.dropout = nn.Dropout(config.dropout)
+        for name in ("attention", "feed_forward"):
+            parts = getattr(self.placement, name)
+            has_pre = parts.pre and not (name == "feed_forward" and self.placement.shared_pre_norm)
+            setattr(self, f"{name}_pre_norm", stream_norm(config, has_pre))
+            setattr(self, f"{name}_branch_norm", stream_norm(config, parts.branch, parts.branch_norm_init))
+            setattr(self, f"{name}_post_norm", stream_norm(config, parts.post))
+            setattr(
+                self, f"{name}_layer_scale", LayerScale(config.hidden_size) if config.layer_scale else nn.Identity()
+            )
+
+    def forward(self, x, turns=None, masks=None, cache=None, place=None):
+        """The stream (batch, tokens, width) after this block."""
+
+        def attend(x):
+            return self.dropout(self.self_attn(x, turns, masks, cache, place))
+
+        def feed_forward(x):
+            return self.dropout(self.mlp(x))
+
+        attention_norms, feed_forward_norms = self.norms("attention"), self.norms("feed_forward")
+        if self.placement.shared_pre_norm:  # computed once: both branches read the block's input
+            normalized = self.attention_pre_norm(x)
+            attention_norms[0] = feed_forward_norms[0] = lambda _: normalized
+        y = apply_formula(attend, x, x, self.placement.attention, attention_norms)
+        return apply_formula(feed_forward, y, x, self.placement.feed_forward, feed_forward_norms)
+
+    def norms(self, name):
+        """The norms of a branch; behind the branch norm stands the layer scale, where there is one."""
+        pre, branch, post = (getattr(self, f"{name}_{which}_norm") for which in ("pre", "branch", "post"))
+        scale = getattr(self, f"{name}_layer_scale")
+        return [pre, branch if isinstance(scale, nn.Identity) else lambda x: scale(branch(x)), post]
+
+
+class HybridNormPreTrainedModel(PreTrainedModel):
+    """What transformers asks of a model: what it can do, and how fresh weights are drawn."""
+
+    config_class = HybridNormConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HybridNormBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """Weights that are in no checkpoint: N(0, initializer_range^2), scales as the placement says, biases 0."""
+        std = self.config.initializer_range
+        if isinstance(module, Norm) and module.weight is not None:
+            nn.init.constant_(module.weight, module.initial_scale)
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, Experts):
+            for kernel in (module.gate_proj, module.up_proj, module.down_proj):
+                nn.init.normal_(kernel, std=std)
+        if isinstance(module, LayerScale):
+            nn.init.ones_(module.weight)
+        for name in ("bias", "gate_bias", "up_bias", "down_bias", "balance_bias", "sinks"):
+            if getattr(module, name, None) is not None:
+                nn.init.zeros_(getattr(module, name))
