@@ -52,7 +52,7 @@ DIMENSIONS = """
 | dimension | size |
 |---|---|
 | layers | layers of the stretch; they add up to `model.num_layers` |
-| embed | `model.d_model` |
+| embed | `model.d_model`; outside the blocks `model.norm_width`, with `model.whole_outside` |
 | heads, kv_heads, head_dim | `model.num_heads`, `model.num_kv_heads`, `model.head_dim` |
 | mlp | `model.mlp_dim`; in the dense layers of a model with experts `model.dense_mlp_dim` |
 | experts, shared | `model.num_experts`, `model.shared_experts` |
@@ -64,8 +64,7 @@ DIMENSIONS = """
 ENCODER = """
 ## Outside the blocks of an encoder
 
-`hn.Encoder(config)` has the same leaves inside its blocks. Outside them it has these. With `whole_outside`, `embed` is
-`model.norm_width` there.
+`hn.Encoder(config)` has the same leaves inside its blocks. Outside them it has these.
 
 | leaf | shape | logical axes | there when |
 |---|---|---|---|
@@ -266,7 +265,8 @@ def when(path: str) -> str:
     start = max((start for start in WHEN if f"{path}/".startswith(f"{start}/")), key=len)
     name = path.rpartition("/")[2]
     if "norm" in path:
-        flag = "attention_norm" if "/attention/" in path else "norm"
+        is_outside = not path.startswith("run_")
+        flag = "attention_norm" if "/attention/" in path else "outer_norm" if is_outside else "norm"
         return f"{WHEN[start]}, `{flag}_{name}=true`"
     if name != "bias" or start.endswith("bias"):
         return WHEN[start]

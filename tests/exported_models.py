@@ -45,6 +45,15 @@ KINDS = {
     "crmsnorm": {"scheme": "pre", **COMPRESSED},
     "crmsnorm_padded": {"scheme": "pre", **COMPRESSED, "d_model": 40},
     "crmsnorm_with_experts": {"scheme": "pre", **COMPRESSED, **EXPERTS, "mlp_dim": 45},
+    "centred": {
+        **{"scheme": "pre", "norm_scale": False, "outer_norm_scale": True, "outer_norm_bias": True},
+        **{"embedding_norm": "true", "positions": "learned", "max_positions": 20, "embedding_centring": True},
+    },
+    "compressed_within": {
+        **{"scheme": "pre", **COMPRESSED, "norm_scale": False, "outer_norm_scale": True, "outer_norm_bias": True},
+        **{"whole_outside": True, "embedding_centring": True, "embedding_norm": "true", "d_model": 40},
+        **{"positions": "sinusoidal", "max_positions": 20, "tie_embeddings": True},
+    },
     "learned_positions": {
         **{"scheme": "pre_qk_projection", "positions": "learned", "max_positions": 20, "position_offset": 2},
         "tie_embeddings": True,
@@ -130,6 +139,7 @@ SOME = (
     "experts_with_all",
     "learned_positions",
     "crmsnorm_padded",
+    "compressed_within",
     "sinks_and_windows",
     "score_scale_and_cap",
     "alibi_rounded",

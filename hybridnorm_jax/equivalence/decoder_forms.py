@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from hybridnorm_jax.equivalence.layout import (
     NormBias,
     NormScale,
@@ -17,8 +19,21 @@ from hybridnorm_jax.equivalence.model_params import assert_params
 from hybridnorm_jax.equivalence.plain_models import plain_decoder, plain_decoder_params, without_stream_norms
 from hybridnorm_jax.equivalence.transforms import compress, fold_affine, recenter, stored_width
 from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.placement import HEAD_NORMS, Run, SublayerName
+
+# The first part of the path of every leaf that is added to the stream before the first block.
+ENTRANCES = (
+    "patch_embedding",
+    "token_embedding",
+    "class_token",
+    "distillation_token",
+    "register_tokens",
+    "mask_token",
+    "position_embedding",
+)
+EMBEDDING_CENTRING = "the stream behind the norm after the embedding (model.embedding_centring)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +60,18 @@ def decoder_conversion(config: ModelConfig, form: str, *, pad_to: int = 1) -> Co
     check_pre_layernorm(config)
     compresses = form == "pre_crmsnorm"
     roomy, changes = plain_decoder(config, compressed=compresses)
-    plain = without_stream_norms(roomy)
+    plain = without_stream_norms(roomy, keeps_outer=roomy.embedding_centring)
     before, after = decoder_layout(roomy), decoder_layout(plain)
 
     def convert(params: Any) -> dict[str, Any]:
         folded = fold_affine(plain_decoder_params(config, roomy, params), before)
         return checked(plain, recenter(folded, after))
 
-    conversion = Conversion(config=plain, convert=convert, layout=after, changes=changes)
-    return compressed(conversion, decoder_layout, pad_to=pad_to) if compresses else conversion
+    centrings = (EMBEDDING_CENTRING,) if plain.embedding_centring else ()
+    conversion = Conversion(config=plain, convert=convert, layout=after, centrings=centrings, changes=changes)
+    if not compresses:
+        return conversion
+    return compressed(conversion, decoder_layout, pad_to=pad_to, whole_outside=plain.embedding_centring)
 
 
 def check_pre_layernorm(config: ModelConfig) -> None:
@@ -91,21 +109,48 @@ def checked(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def decoder_layout(config: ModelConfig) -> ResidualLayout:
-    """The residual layout of Decoder(config), Pre-Norm, whose head is untied or reads a norm without parameters."""
+    """The residual layout of Decoder(config), Pre-Norm, whose head is untied or reads a norm without parameters.
+
+    With embedding_centring the norms after the embedding and before the head stay what they are, and so does the head.
+    """
+    if config.embedding_centring:
+        return layout_of_blocks(config)
     rules: dict[str, Role] = {"token_embedding/embedding": Writes()}
     if config.positions == "learned":
         rules["position_embedding/embedding"] = Writes()
-    for number, run in enumerate(config.runs):
-        rules |= run_rules(config, run, f"run_{number}")
-    rules |= _norm_rules(config, "final_norm")
+    rules |= _blocks_rules(config)
+    rules |= _norm_rules("final_norm", scale=config.outer_norm_scale, bias=config.outer_norm_bias, config=config)
     if not config.tie_embeddings:
-        rules["head/kernel"] = Reads("final_norm")
+        has_parameters = config.outer_norm_scale or config.outer_norm_bias
+        rules["head/kernel"] = Reads("final_norm" if has_parameters else None)
     elif config.head_bias:
         rules["head/bias"] = Untouched()
     return ResidualLayout(rules)
 
 
-def run_rules(config: ModelConfig, run: Run, name: str) -> dict[str, Role]:
+def layout_of_blocks(config: ModelConfig) -> ResidualLayout:
+    """The residual layout of a Pre-Norm model in which the blocks and what enters them touch the stream, and no more.
+
+    With whole_outside the blocks alone do.
+    """
+    rules: dict[str, Role] = {}
+    for path in flatten_dict(abstract_params(config), sep="/"):
+        first = path.partition("/")[0]
+        if not first.startswith("run_"):
+            is_entrance = first in ENTRANCES and not config.whole_outside
+            rules[path] = Writes() if is_entrance else Untouched()
+    return ResidualLayout(rules | _blocks_rules(config))
+
+
+def _blocks_rules(config: ModelConfig) -> dict[str, Role]:
+    """The rules of all runs."""
+    rules: dict[str, Role] = {}
+    for number, run in enumerate(config.runs):
+        rules |= _run_rules(config, run, f"run_{number}")
+    return rules
+
+
+def _run_rules(config: ModelConfig, run: Run, name: str) -> dict[str, Role]:
     """The rules of one run, whose leaves have the layers in front."""
     rules: dict[str, Role] = {}
     branches: dict[SublayerName, _Projections] = {
@@ -119,10 +164,11 @@ def run_rules(config: ModelConfig, run: Run, name: str) -> dict[str, Role]:
     for sublayer, projections in branches.items():
         shares = sublayer == "feed_forward" and run.structure.shared_pre_norm
         norm, scales = f"{name}/{'attention' if shares else sublayer}_pre_norm", run.scales(sublayer).input
+        read = norm if config.norm_scale or config.norm_bias else None
         if not shares:
-            rules |= _norm_rules(config, norm)
+            rules |= _norm_rules(norm, scale=config.norm_scale, bias=config.norm_bias, config=config)
         for reader, axis in projections.readers.items():
-            role = Reads(norm, axis, input_scale=1.0 if scales is None else scales)
+            role = Reads(read, axis, input_scale=1.0 if scales is None else scales)
             rules[f"{name}/{sublayer}/{reader}/kernel"] = role
         for writer in projections.writers:
             rules[f"{name}/{sublayer}/{writer}/kernel"] = Writes()
@@ -179,11 +225,11 @@ def _head_norm_rules(config: ModelConfig, path: str) -> dict[str, Role]:
     return rules
 
 
-def _norm_rules(config: ModelConfig, path: str) -> dict[str, Role]:
-    """A norm on the stream."""
+def _norm_rules(path: str, *, scale: bool, bias: bool, config: ModelConfig) -> dict[str, Role]:
+    """A norm on the stream, with a scale and a bias or without."""
     rules: dict[str, Role] = {}
-    if config.norm_scale:
+    if scale:
         rules[f"{path}/scale"] = NormScale(plus_one=config.norm_scale_plus_one)
-    if config.norm_bias:
+    if bias:
         rules[f"{path}/bias"] = NormBias()
     return rules

@@ -8,33 +8,20 @@ converted model subtracts: the one centring of a stream that stays.
 import dataclasses
 from typing import Any
 
-from flax.traverse_util import flatten_dict
-
 from hybridnorm_jax.equivalence.decoder_forms import (
+    EMBEDDING_CENTRING,
     Conversion,
     check_pre_layernorm,
     checked,
     compressed,
-    run_rules,
+    layout_of_blocks,
 )
-from hybridnorm_jax.equivalence.layout import ResidualLayout, Role, Untouched, Writes
+from hybridnorm_jax.equivalence.layout import ResidualLayout
 from hybridnorm_jax.equivalence.model_params import check_params
 from hybridnorm_jax.equivalence.plain_models import roomy_params, with_roomy_blocks, without_stream_norms
 from hybridnorm_jax.equivalence.transforms import fold_affine, recenter
-from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.encoder_config import EncoderConfig
 
-# The first part of the path of every leaf that is added to the stream before the first block.
-ENTRANCES = (
-    "patch_embedding",
-    "token_embedding",
-    "class_token",
-    "distillation_token",
-    "register_tokens",
-    "mask_token",
-    "position_embedding",
-)
-EMBEDDING_CENTRING = "the stream behind the norm after the embedding (model.embedding_centring)"
 POOLING_CENTRING = "the norm in attention pooling stays LayerNorm (model.pooling_norm)"
 
 
@@ -48,9 +35,9 @@ def encoder_conversion(config: EncoderConfig, form: str, *, pad_to: int = 1) -> 
     has_pooling_norm = config.pooling == "attention"
     roomy, changes = with_roomy_blocks(config)
     plain = dataclasses.replace(
-        without_stream_norms(roomy),
+        without_stream_norms(roomy, keeps_outer=True),
         pooling_norm=(config.pooling_norm or "layernorm") if has_pooling_norm else None,
-        embedding_centring=config.embedding_centring or config.has_embedding_norm,
+        embedding_centring=config.has_embedding_norm,
     )
     remaining = {
         EMBEDDING_CENTRING: plain.embedding_centring,
@@ -77,12 +64,4 @@ def encoder_conversion(config: EncoderConfig, form: str, *, pad_to: int = 1) -> 
 
 def encoder_layout(config: EncoderConfig) -> ResidualLayout:
     """The residual layout of Encoder(config), Pre-Norm; with whole_outside only the blocks' leaves touch the stream."""
-    rules: dict[str, Role] = {}
-    for path in flatten_dict(abstract_params(config), sep="/"):
-        first = path.partition("/")[0]
-        if not first.startswith("run_"):
-            is_entrance = first in ENTRANCES and not config.whole_outside
-            rules[path] = Writes() if is_entrance else Untouched()
-    for number, run in enumerate(config.runs):
-        rules |= run_rules(config, run, f"run_{number}")
-    return ResidualLayout(rules)
+    return layout_of_blocks(config)

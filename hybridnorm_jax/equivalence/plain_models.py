@@ -1,8 +1,9 @@
 """A Pre-LN model as one that the transforms cover: what is besides norms, readers and writers, said in these.
 
 Each step gives the same function, exactly: a table of sines becomes a learned one, a norm of the token table a new
-table, a scale of each channel behind a branch a part of the branch's last projection. Then come biases of zeros where a
-norm has a bias that its readers must take, and a head of its own where the tied one cannot be folded into.
+table, a scale of each channel behind a branch a part of the branch's last projection. A norm of tokens and positions
+together stays, and the mean is subtracted behind it. Then come biases of zeros where a norm has a bias that its readers
+must take, and a head of its own where the tied one cannot be folded into.
 """
 
 import dataclasses
@@ -51,21 +52,35 @@ def _unless(usual: bool, value: bool) -> bool | None:
     return None if value == usual else value
 
 
-def without_stream_norms(config: AnyConfig) -> AnyConfig:
-    """The model with RMSNorm on the stream, without parameters; norms of heads stay what they are."""
-    return dataclasses.replace(
+def without_stream_norms(config: AnyConfig, *, keeps_outer: bool) -> AnyConfig:
+    """The model with RMSNorm on the stream, without parameters; norms of heads stay what they are.
+
+    Args:
+      config: of the model.
+      keeps_outer: norms outside the blocks keep scale and bias.
+    """
+    outer = {} if keeps_outer else {"outer_norm_scale": False, "outer_norm_bias": False}
+    bare = dataclasses.replace(
         config,
         norm="rmsnorm",
         attention_norm=config.attention_norm_kind,
         norm_scale=False,
         norm_bias=False,
-        norm_scale_plus_one=config.norm_scale_plus_one and config.has_scales_elsewhere,
+        norm_scale_plus_one=False,
+        **outer,
     )
+    plus_one = config.norm_scale_plus_one and bare.has_scales_elsewhere
+    return dataclasses.replace(bare, norm_scale_plus_one=plus_one)
 
 
 def folds_embedding_norm(config: ModelConfig) -> bool:
     """Whether the norm after the embedding sees rows of the token table alone."""
     return config.has_embedding_norm and not config.has_position_table
+
+
+def centres_embedding(config: ModelConfig) -> bool:
+    """Whether the norm after the embedding sees tokens and positions together, and so leaves a mean behind it."""
+    return config.has_embedding_norm and config.has_position_table
 
 
 def plain_decoder(config: ModelConfig, *, compressed: bool) -> tuple[ModelConfig, tuple[str, ...]]:
@@ -74,8 +89,11 @@ def plain_decoder(config: ModelConfig, *, compressed: bool) -> tuple[ModelConfig
     Args:
       compressed: the stream is going to be stored without its last element.
     """
-    folds = folds_embedding_norm(config)
-    untied = config.tie_embeddings and (compressed or config.norm_scale or config.norm_bias or folds)
+    folds, centres = folds_embedding_norm(config), centres_embedding(config)
+    # With a centring the head keeps the norm before it, but its table loses the mean of every row.
+    untied = config.tie_embeddings and (
+        compressed or folds or centres or config.outer_norm_scale or config.outer_norm_bias
+    )
     roomy, of_blocks = with_roomy_blocks(config)
     changes = {
         "the norm after the embedding is part of the token table": folds,
@@ -85,10 +103,11 @@ def plain_decoder(config: ModelConfig, *, compressed: bool) -> tuple[ModelConfig
     plain = dataclasses.replace(
         roomy,
         tie_embeddings=config.tie_embeddings and not untied,
-        head_bias=config.head_bias or config.norm_bias,
+        head_bias=config.head_bias or (config.outer_norm_bias and not centres),
         positions="learned" if config.positions == "sinusoidal" else config.positions,
         embedding_norm="false" if folds else config.embedding_norm,
         embedding_scale=None if folds else config.embedding_scale,
+        embedding_centring=centres,
     )
     return plain, (*(change for change, is_made in changes.items() if is_made), *of_blocks)
 

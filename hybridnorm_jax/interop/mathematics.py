@@ -29,10 +29,17 @@ def mathematics(config: ModelConfig) -> dict[str, Any]:
     found["attention_output_bias"] = config.has_attention_output_bias
     found["mlp_output_bias"] = config.has_mlp_output_bias
     found["windows"] = config.layer_windows
-    if config.norm_scale or config.attention_norm_scale:
+    if config.norm_scale or config.has_scales_elsewhere:
         found["norm_scale_plus_one"] = config.norm_scale_plus_one
-    found |= _of_positions(config) | _of_head_norms(config) | _of_experts(config)
+    found |= _outside(config) | _of_positions(config) | _of_head_norms(config) | _of_experts(config)
     return found | _of_encoder(config)
+
+
+def _outside(config: ModelConfig) -> dict[str, Any]:
+    """Of what stands between the blocks and the two ends of the model."""
+    has_norms = config.has_embedding_norm or config.has_final_norm or isinstance(config, EncoderConfig)
+    keys = ["outer_norm_scale", "outer_norm_bias"] if has_norms else []
+    return _values(config, [*keys, "whole_outside", "embedding_centring"])
 
 
 def _own_score_scale(config: ModelConfig) -> float | None:

@@ -91,10 +91,6 @@ ENCODER_KEYS = (
     Key("norm_pooled_only", ("norm_pooled_only",), False),
     _word("pooling", "class", POOLINGS),
     _WordOrNull("pooling_norm", ("pooling_norm",), None, null=none, words={word: word for word in POOLING_NORMS}),
-    Key("outer_norm_scale", ("outer_norm_scale",), True),
-    Key("outer_norm_bias", ("outer_norm_bias",), False),
-    Key("whole_outside", ("whole_outside",), False),
-    Key("embedding_centring", ("embedding_centring",), False),
 )
 # Of one of images, and of one of tokens.
 IMAGE_KEYS = (

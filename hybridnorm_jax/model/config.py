@@ -49,6 +49,13 @@ class ModelConfig(AttentionKeys):
     attention_norm_bias: Filled[bool] = key(None, "norm_bias of the norms on q, k, v, context; null: norm_bias")
     attention_norm_per_head: bool = key(False, "norms over a head have a scale and a bias for each head")
     embedding_norm: str = key("auto", "norm after the embedding: auto (as the scheme says) | true | false")
+    outer_norm_scale: Filled[bool] = key(None, "norm_scale of the norms outside the blocks; null: norm_scale")
+    outer_norm_bias: Filled[bool] = key(None, "norm_bias of the norms outside the blocks; null: norm_bias")
+    whole_outside: bool = key(
+        False,
+        "norm=crmsnorm: outside the blocks vectors are whole, of norm_width elements; norms are RMSNorm there",
+    )
+    embedding_centring: bool = key(False, "the mean over the channels is subtracted before the first block")
     embedding_scale: float | None = key(
         None, "factor of the token embedding, before positions are added; null: 1", above=0, at_most=1e6
     )
@@ -115,6 +122,10 @@ class ModelConfig(AttentionKeys):
             self._fill("attention_norm_scale", self.norm_scale)
         if self.attention_norm_bias is None:
             self._fill("attention_norm_bias", self.norm_bias)
+        if self.outer_norm_scale is None:
+            self._fill("outer_norm_scale", self.norm_scale)
+        if self.outer_norm_bias is None:
+            self._fill("outer_norm_bias", self.norm_bias)
         if self.init_std is None:
             self._fill("init_std", 1 / math.sqrt(2.5 * self.d_model))
 
@@ -124,7 +135,7 @@ class ModelConfig(AttentionKeys):
         kernels = 3 if self.is_gated else 2
         widths = self.mlp_dim * max(self.num_experts, 1) + self.shared_width
         feed_forward = kernels * self.d_model * max(widths, self.dense_width)
-        tables = self.d_model * (self.vocab_size * (1 if self.tie_embeddings else 2) + (self.max_positions or 0))
+        tables = self.whole_width * (self.vocab_size * (1 if self.tie_embeddings else 2) + (self.max_positions or 0))
         count = self.num_layers * (attention + feed_forward) + tables
         right = (
             f"makes a model of {count:.1e} parameters; must be at most {MOST_PARAMETERS:.0e}, see its other sizes too"
@@ -142,6 +153,11 @@ class ModelConfig(AttentionKeys):
         self._check("attention_norm_per_head", extents == {"head"} or not self.attention_norm_per_head, right)
         has_scale = self.norm_scale or self.has_scales_elsewhere
         self._check("norm_scale_plus_one", has_scale or not self.norm_scale_plus_one, "norms have no scale")
+        is_stored = self.norm == "crmsnorm"
+        self._check("whole_outside", is_stored or not self.whole_outside, "only for model.norm=crmsnorm")
+        right = "model.norm=crmsnorm needs model.whole_outside: what is stored of a vector has not its mean"
+        has_means = self.whole_outside or not is_stored
+        self._check("embedding_centring", has_means or not self.embedding_centring, right)
 
     def _check_scheme(self) -> None:
         check_choice(f"initializer of model.scheme={self.scheme}", self.initializer_name, INITIALIZERS)
@@ -163,7 +179,19 @@ class ModelConfig(AttentionKeys):
     @property
     def has_scales_elsewhere(self) -> bool:
         """Whether other norms than those of norm_scale have scales."""
-        return self.attention_norm_scale
+        return self.attention_norm_scale or self.outer_norm_scale
+
+    @property
+    def whole_width(self) -> int:
+        """Channels outside the blocks: of the embedding, and of what the last norm and the head read."""
+        if not self.whole_outside:
+            return self.d_model
+        return self.d_model + 1 if self.norm_width is None else self.norm_width
+
+    @property
+    def outer_norm(self) -> str:
+        """The kind of the norms outside the blocks: of the embedding, and before the head."""
+        return "rmsnorm" if self.whole_outside else self.norm
 
     @property
     def scheme_rule(self) -> Scheme:
@@ -208,14 +236,11 @@ class ModelConfig(AttentionKeys):
         """`key=value` of what keeps this from being a Pre-LN model, to which the equivalences apply; None if it is one.
 
         Pre-LN: LayerNorm at the entrance of every branch and before the head, and no other norm on the stream. A norm
-        of rows of the token table alone is none on the stream.
+        after the embedding stands before the stream: it becomes part of the table, or its mean is subtracted behind it.
         """
         scheme = f"model.scheme={self.scheme}"
         if self.norm != "layernorm":
             return f"model.norm={self.norm}"
-        if self.has_embedding_norm and not self._converts_embedding_norm:
-            where = "a norm after the embedding, which sees tokens and positions together"
-            return f"{scheme}, model.embedding_norm={self.embedding_norm}, model.positions={self.positions}: {where}"
         if self.norm_bias and self.shared_expert_gate:
             return "model.norm_bias=True, model.shared_expert_gate=True: the gate has no bias that takes the norm's"
         for layer, placement in enumerate(self.placements):
@@ -227,11 +252,6 @@ class ModelConfig(AttentionKeys):
                 if not sublayer.pre:
                     return f"{scheme}: {name} of layer {layer} reads the stream without a norm"
         return None if self.has_final_norm else f"{scheme}: no norm before the head"
-
-    @property
-    def _converts_embedding_norm(self) -> bool:
-        """Whether the equivalences can do with a norm after the embedding."""
-        return not self.has_position_table
 
     @property
     def initializer_name(self) -> str:

@@ -10,13 +10,14 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.config_fields import present
-from hybridnorm_jax.model.block import Dropout, SharedInputs, Stream, stream_norm, watch_stream
+from hybridnorm_jax.model.block import Dropout, SharedInputs, Stream, watch_stream
 from hybridnorm_jax.model.cache import Slots
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.embedding import Embedding, Head
 from hybridnorm_jax.model.initializers import std_factor
 from hybridnorm_jax.model.input_checks import check_per_token, check_tokens
 from hybridnorm_jax.model.layers import through_layers
+from hybridnorm_jax.model.outside import into_blocks, out_of_blocks, outer_norm
 from hybridnorm_jax.model.rotation import default_positions, rotations
 from hybridnorm_jax.model.sinusoids import sinusoids
 
@@ -42,15 +43,15 @@ class Decoder(nn.Module):
         factor = std_factor(config.initializer_name, "outer", 0, config.num_layers)
         std = config.init_std * factor
         embedding = partial(
-            Embedding, width=config.d_model, std=std, dtype=config.dtype, param_dtype=config.param_dtype
+            Embedding, width=config.whole_width, std=std, dtype=config.dtype, param_dtype=config.param_dtype
         )
         self.token_embedding = embedding(rows=config.vocab_size, scale=config.embedding_scale)
         if config.positions == "learned":
             self.position_embedding = embedding(rows=config.position_offset + present(config.max_positions))
         if config.has_embedding_norm:
-            self.embedding_norm = stream_norm(config)
+            self.embedding_norm = outer_norm(config)
         if config.has_final_norm:
-            self.final_norm = stream_norm(config)
+            self.final_norm = outer_norm(config)
         self.head = Head(
             config.vocab_size,
             std=std,
@@ -114,7 +115,7 @@ class Decoder(nn.Module):
         if config.has_embedding_norm:
             stream = self.embedding_norm(stream)
         stream = nn.with_logical_constraint(self.dropout(stream, deterministic=deterministic), ("batch", "seq", None))
-        stream = watch_stream(self, stream)
+        stream = watch_stream(self, into_blocks(config, stream))
 
         shared = SharedInputs(
             segment_ids=segment_ids,
@@ -123,6 +124,7 @@ class Decoder(nn.Module):
             slots=slots,
         )
         stream = through_layers(self, stream, shared, deterministic=deterministic, unrolled=self.unrolled)
+        stream = out_of_blocks(config, stream)
         return self.final_norm(stream) if config.has_final_norm else stream
 
     def logits(self, hidden: Stream) -> Float[Array, "batch seq vocab"]:
@@ -134,7 +136,7 @@ class Decoder(nn.Module):
         """These rows of the table of positions, learned or fixed."""
         if self.config.positions == "learned":
             return self.position_embedding(rows)
-        return sinusoids(rows, self.config.d_model, self.config.dtype)
+        return sinusoids(rows, self.config.whole_width, self.config.dtype)
 
     def _check_length(self, length: int) -> None:
         largest = present(self.config.max_positions)

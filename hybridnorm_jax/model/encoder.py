@@ -19,14 +19,11 @@ from hybridnorm_jax.model.encoder_parts import (
     LearnedTokens,
     PatchEmbedding,
     Pixels,
-    centred,
-    outer_norm,
-    with_last,
-    without_last,
 )
 from hybridnorm_jax.model.initializers import std_factor
 from hybridnorm_jax.model.input_checks import check_per_token, check_tokens
 from hybridnorm_jax.model.layers import through_layers
+from hybridnorm_jax.model.outside import into_blocks, out_of_blocks, outer_norm
 from hybridnorm_jax.model.rotation import default_positions, rotations
 
 Tokens = Int[Array, "batch seq"]
@@ -90,9 +87,9 @@ class Encoder(nn.Module):
         if config.positions == "learned":
             self.position_embedding = embedding(rows=present(config.max_positions))
         if config.has_embedding_norm:
-            self.embedding_norm = outer_norm(config, config.outer_norm)
+            self.embedding_norm = outer_norm(config)
         if config.has_final_norm:
-            self.final_norm = outer_norm(config, config.outer_norm)
+            self.final_norm = outer_norm(config)
         if config.pooling == "attention":
             self.pooling = AttentionPooling(config)
         head = partial(Head, std=std, use_bias=config.head_bias, param_dtype=config.param_dtype)
@@ -128,7 +125,7 @@ class Encoder(nn.Module):
         stream = self._embedded(inputs, masked)
         check_per_token("segment_ids", segment_ids, batch=stream.shape[0], seq=stream.shape[1])
         stream = nn.with_logical_constraint(self.dropout(stream, deterministic=deterministic), ("batch", "seq", None))
-        stream = watch_stream(self, self._entered(stream))
+        stream = watch_stream(self, into_blocks(config, stream))
         turns = rotations(config, default_positions(stream.shape[1]), config.dtype)
         shared = SharedInputs(segment_ids=segment_ids, rotations=turns)
         stream = through_layers(self, stream, shared, deterministic=deterministic)
@@ -180,16 +177,10 @@ class Encoder(nn.Module):
         positions = self.position_embedding(default_positions(length - first))
         return stream + jnp.pad(positions, ((0, 0), (first, 0), (0, 0)))
 
-    def _entered(self, stream: Stream) -> Stream:
-        """The stream as the blocks have it."""
-        config = self.config
-        stream = centred(stream) if config.embedding_centring else stream
-        return without_last(stream, config.whole_width, config.d_model) if config.whole_outside else stream
-
     def _features(self, stream: Stream, inputs: Pixels | Tokens) -> EncoderOutput:
         """What comes out of the blocks, normalized and pooled."""
         config = self.config
-        stream = with_last(stream, config.whole_width) if config.whole_outside else stream
+        stream = out_of_blocks(config, stream)
         last_norm = self.final_norm if config.has_final_norm else lambda x: x
         if config.norm_pooled_only:
             pooled = self._pooled(stream, inputs)

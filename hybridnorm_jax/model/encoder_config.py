@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from hybridnorm_jax.config_fields import Filled, check_choice, key
+from hybridnorm_jax.config_fields import check_choice, key
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.config_sizes import LONGEST_CONTEXT, WIDEST
@@ -78,13 +78,6 @@ class EncoderConfig(ModelConfig):
     distillation_head: bool = key(
         False, "a second head reads the distillation token, and the logits are the mean of both (DeiT)"
     )
-    outer_norm_scale: Filled[bool] = key(None, "norm_scale of the norms outside the blocks; null: norm_scale")
-    outer_norm_bias: Filled[bool] = key(None, "norm_bias of the norms outside the blocks; null: norm_bias")
-    whole_outside: bool = key(
-        False,
-        "norm=crmsnorm: outside the blocks vectors are whole, of norm_width elements; norms are RMSNorm there",
-    )
-    embedding_centring: bool = key(False, "the mean over the channels is subtracted before the first block")
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size"):
@@ -94,7 +87,6 @@ class EncoderConfig(ModelConfig):
         self._check_input()
         self._check_tokens()
         self._check_pooling()
-        self._check_outside()
 
     @property
     def is_causal(self) -> bool:
@@ -133,38 +125,12 @@ class EncoderConfig(ModelConfig):
         return self.num_patches + self.learned_tokens - self.first_position
 
     @property
-    def whole_width(self) -> int:
-        """Channels outside the blocks: of the embedding, of the last hidden state, and of what is pooled."""
-        if not self.whole_outside:
-            return self.d_model
-        return self.d_model + 1 if self.norm_width is None else self.norm_width
-
-    @property
-    def outer_norm(self) -> str:
-        """The kind of the norms outside the blocks."""
-        return "rmsnorm" if self.whole_outside else self.norm
-
-    @property
     def pooled_width(self) -> int:
         """Channels of what the head reads."""
         return 2 * self.whole_width if self.pooling == "class_and_mean" else self.whole_width
 
-    @property
-    def has_scales_elsewhere(self) -> bool:
-        """As ModelConfig's; the norms outside the blocks count."""
-        return super().has_scales_elsewhere or self.outer_norm_scale
-
-    @property
-    def _converts_embedding_norm(self) -> bool:
-        """Whether the equivalences can do with a norm after the embedding: the mean can be subtracted behind it."""
-        return True
-
     def _fill_derived(self) -> None:
         super()._fill_derived()
-        if self.outer_norm_scale is None:
-            self._fill("outer_norm_scale", self.norm_scale)
-        if self.outer_norm_bias is None:
-            self._fill("outer_norm_bias", self.norm_bias)
         fits = len(self.image_size) == len(self.patch_size) == 2
         self._check("image_size", fits, "and model.patch_size must be [height, width], or one number for both")
         if self.reads_pixels and self.positions == "learned" and self.max_positions is None:
@@ -225,9 +191,6 @@ class EncoderConfig(ModelConfig):
         self._check("norm_pooled_only", can or not self.norm_pooled_only, f"{right}; model.pooling={self.pooling}")
         right = f"model.scheme={self.scheme} has no norm behind its blocks"
         self._check("norm_pooled_only", self.has_final_norm or not self.norm_pooled_only, right)
-
-    def _check_outside(self) -> None:
-        only = "only for model.norm=crmsnorm"
-        self._check("whole_outside", self.norm == "crmsnorm" or not self.whole_outside, only)
-        if self.pooling == "attention" and self.outer_norm == "crmsnorm" and self.pooling_norm is None:
-            self._check("pooling_norm", False, "crmsnorm is no norm for pooling; set rmsnorm or layernorm")
+        has_norm = self.outer_norm != "crmsnorm" or self.pooling_norm is not None
+        right = "crmsnorm is no norm for pooling; set rmsnorm or layernorm"
+        self._check("pooling_norm", has_norm or self.pooling != "attention", right)

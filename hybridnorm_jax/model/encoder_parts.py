@@ -8,12 +8,12 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from hybridnorm_jax.kernels.dense_products import rows_product
-from hybridnorm_jax.kernels.precision import wide_dtype, widened
+from hybridnorm_jax.kernels.precision import wide_dtype
 from hybridnorm_jax.model.block import Stream
 from hybridnorm_jax.model.encoder_config import EncoderConfig
 from hybridnorm_jax.model.feed_forward import FeedForward, SwigluClamp
 from hybridnorm_jax.model.initializers import truncated_normal
-from hybridnorm_jax.model.norms import Norm
+from hybridnorm_jax.model.outside import outer_norm
 
 Pixels = Float[Array, "batch height width channels"]
 
@@ -94,7 +94,7 @@ class AttentionPooling(nn.Module):
             1, config.whole_width, config.init_std, dtype=config.dtype, param_dtype=config.param_dtype, name="probe"
         )()
         read = ProbeAttention(config, name="attention")(probe[None], x)
-        norm = outer_norm(config, config.pooling_norm or config.outer_norm, name="norm")
+        norm = outer_norm(config, kind=config.pooling_norm, name="norm")
         feed_forward = FeedForward(
             mlp_dim=config.mlp_dim,
             activation=config.activation,
@@ -137,37 +137,3 @@ class ProbeAttention(nn.Module):
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         context = jnp.einsum("bhqs,bshd->bqhd", weights, v)
         return dense(width, "out", axis=(-2, -1))(context)
-
-
-def outer_norm(config: EncoderConfig, kind: str, *, name: str | None = None) -> Norm:
-    """A norm outside the blocks."""
-    return Norm(
-        kind=kind,
-        epsilon=config.norm_eps,
-        use_scale=config.outer_norm_scale,
-        use_bias=config.outer_norm_bias,
-        scale_plus_one=config.norm_scale_plus_one,
-        width=config.norm_width if kind == "crmsnorm" else None,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        name=name,
-    )
-
-
-def without_last(x: Stream, width: int, stored: int) -> Stream:
-    """The first width - 1 channels of whole vectors, filled up with zeros to `stored`."""
-    kept = x[..., : width - 1]
-    return jnp.pad(kept, [(0, 0)] * (x.ndim - 1) + [(0, stored - (width - 1))])
-
-
-def with_last(x: Stream, width: int) -> Stream:
-    """Whole zero-mean vectors of `width` channels: the last one is minus the sum of the others."""
-    kept = x[..., : width - 1]
-    last = -widened(kept).sum(-1, keepdims=True)
-    return jnp.concatenate([kept, last.astype(x.dtype)], axis=-1)
-
-
-def centred(x: Stream) -> Stream:
-    """x less its mean over the channels, in float32 at least."""
-    wide = widened(x)
-    return (wide - wide.mean(-1, keepdims=True)).astype(x.dtype)

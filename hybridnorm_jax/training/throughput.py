@@ -71,7 +71,7 @@ def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
             feed_forward += d_model * (kernels * width + model.num_experts + model.shared_expert_gate)
         else:
             feed_forward += d_model * kernels * model.dense_width
-    weights = model.num_layers * attention + feed_forward + d_model * model.vocab_size
+    weights = model.num_layers * attention + feed_forward + model.whole_width * model.vocab_size
     seen = sum(_keys_seen(seq_len, window) for window in model.layer_windows)
     return 6 * weights + 12 * model.num_heads * head_dim * seen
 

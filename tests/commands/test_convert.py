@@ -18,6 +18,8 @@ from hybridnorm_jax.commands.program import in_float64
 from hybridnorm_jax.commands.saved_model import read_directory
 from hybridnorm_jax.config import plugins
 from hybridnorm_jax.equivalence import decoder_forms, proof
+from hybridnorm_jax.interop.mathematics import mathematics
+from hybridnorm_jax.model.abstract_params import abstract_params
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 PRE_LN_RUN = [
@@ -166,6 +168,30 @@ def test_matrices_of_float16_beside_norms_of_float32(dtype, tmp_path, capsys):
             for each, tree in ((config, params), (source.config.model, source.params))
         )
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 if dtype == "float32" else 1e-13)
+
+
+@pytest.mark.parametrize("form", ["pre_rmsnorm", "pre_crmsnorm"])
+def test_a_mean_that_is_still_subtracted_is_named_and_counted(form, tmp_path, capsys):
+    """Of a decoder with a norm of tokens and positions together; what was converted is exported and read again."""
+    config = hn.ModelConfig(
+        **{"scheme": "pre", "norm": "layernorm", "norm_bias": True, "embedding_norm": "true", "positions": "learned"},
+        **{"max_positions": 600, "d_model": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 257},
+    )
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), abstract_params(config))
+    hn.save_huggingface(tmp_path / "hf", config, params, architecture="hybridnorm")
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "o"), "--form", form]) == 0
+    printed = capsys.readouterr().out
+    assert _rows(printed)["float64"][0] < 1e-12
+    assert (
+        "means over the channels that are still subtracted: 1\n"
+        "  the stream behind the norm after the embedding (model.embedding_centring)\n"
+    ) in printed
+    assert main(["export", str(tmp_path / "o"), str(tmp_path / "e")]) == 0
+    (converted, theirs), source = hn.load_huggingface(tmp_path / "e"), read_directory(str(tmp_path / "o"))
+    assert (converted.embedding_centring, converted.whole_outside) == (True, form == "pre_crmsnorm")
+    assert mathematics(converted) == mathematics(source.config.model)
+    jax.tree.map(np.testing.assert_array_equal, theirs, source.params)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ MORE = {
     "no q, k, v bias": {"attention_bias": False, "attention_output_bias": True},
     "layer scale": {"layer_scale": True},
     "scales from zero": {"norm_scale_plus_one": True, "attention_norm_scale": False},
+    "centred already": {"embedding_centring": True},
     "experts": {"num_experts": 3, "experts_per_token": 2, "activation": "swiglu"},
 }
 CHANGES = {"layer scale": ("layer scale is part of the branches' last projections",)}

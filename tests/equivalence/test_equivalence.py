@@ -11,6 +11,7 @@ import hybridnorm_jax as hn
 from hybridnorm_jax import equivalence as eq
 from hybridnorm_jax.equivalence import decoder_forms, transforms
 from hybridnorm_jax.equivalence.comparison import compare_forms
+from hybridnorm_jax.equivalence.decoder_forms import EMBEDDING_CENTRING
 from hybridnorm_jax.equivalence.invariants import InvariantError, assert_measured, tolerances
 from hybridnorm_jax.equivalence.measurements import Measured, centring_defects
 from hybridnorm_jax.equivalence.model_params import assert_params
@@ -63,6 +64,26 @@ MODELS = {
         **{"scheme": "pre", "norm_scale": False, "embedding_norm": "true", "tie_embeddings": True},
         **{"embedding_scale": 3.0},
     },
+    # A norm of tokens and positions together leaves a mean behind it, which is subtracted.
+    "norm_of_tokens_and_positions": GPT2_LIKE | {"embedding_norm": "true", "embedding_scale": 3.0},
+    "norm_of_tokens_and_positions_with_head_bias": {
+        **{"scheme": "pre_qk_pre", "norm_bias": True, "norm_scale_plus_one": True, "attention_norm_scale": False},
+        **{"positions": "learned", "max_positions": 16, "embedding_norm": "true", "head_bias": True},
+    },
+    "norm_of_tokens_and_sinusoids": {
+        **{"scheme": "parallel_one_norm", "embedding_norm": "true", "positions": "sinusoidal", "max_positions": 16},
+        **{"num_experts": 3, "experts_per_token": 2},
+    },
+    "bare_norm_of_tokens_and_positions_tied": {
+        **{"scheme": "pre", "norm_scale": False, "positions": "learned", "max_positions": 16},
+        **{"embedding_norm": "true", "tie_embeddings": True},
+    },
+    "other_norms_outside": {"scheme": "pre", "norm_bias": True, "outer_norm_scale": False, "outer_norm_bias": False},
+    "other_norms_inside": {
+        **{"scheme": "pre", "norm_scale": False, "outer_norm_scale": True, "outer_norm_bias": True},
+        **{"tie_embeddings": True},
+    },
+    "centred_already": GPT2_LIKE | {"embedding_centring": True},
     "sinks_windows_and_clips": {
         **{"scheme": "pre", "norm_bias": True, "attention_sinks": True, "windows": (3, 0), "qkv_clip": 1.0},
         **{"score_cap": 2.0},
@@ -82,7 +103,14 @@ CHANGED = {
     "sinusoids": ["positions: the table of sines and cosines is a learned one"],
     "layer_scale": ["layer scale is part of the branches' last projections"],
     "no_biases": [],
+    "norm_of_tokens_and_positions": ["the tied head has a matrix of its own"],
+    "norm_of_tokens_and_positions_with_head_bias": [],
+    "norm_of_tokens_and_sinusoids": ["positions: the table of sines and cosines is a learned one"],
+    "other_norms_inside": ["the tied head has a matrix of its own"],
+    "centred_already": ["the tied head has a matrix of its own"],
 }
+# Where a mean is still subtracted.
+CENTRED = {name for name in MODELS if "norm_of_tokens_and" in name}
 
 
 def _model(small_config, random_params, keys, dtype="float64"):
@@ -107,6 +135,7 @@ def test_all_forms_compute_the_same_logits(name, small_config, random_params, to
         for (form, theirs), (norm, width) in zip(
             converted, (("rmsnorm", 32), ("crmsnorm", 31), ("crmsnorm", 48)), strict=True
         ):
+            assert form.embedding_centring == (name in CENTRED)
             assert (form.norm, form.d_model, form.norm_scale, form.norm_bias) == (norm, width, False, False)
             found = _logits(form, theirs, tokens)
             assert float(abs(found - expected).max() / abs(expected).max()) < 1e-12
@@ -116,9 +145,30 @@ def test_all_forms_compute_the_same_logits(name, small_config, random_params, to
 @pytest.mark.parametrize("name", CHANGED)
 def test_what_else_has_changed_is_named(name, small_config):
     config = small_config(norm="layernorm", **MODELS[name])
-    conversion = eq.conversion_of(config, "pre_rmsnorm")
-    assert list(conversion.changes) == CHANGED[name]
-    assert conversion.centrings == ()
+    assert list(eq.conversion_of(config, "pre_rmsnorm").changes) == CHANGED[name]
+    for form in ("pre_rmsnorm", "pre_crmsnorm"):
+        assert eq.conversion_of(config, form).centrings == ((EMBEDDING_CENTRING,) if name in CENTRED else ())
+
+
+@pytest.mark.parametrize("name", ["norm_of_tokens_and_positions", "norm_of_tokens_and_sinusoids"])
+def test_without_the_centring_it_is_another_model(name, small_config, random_params, tokens):
+    """The centring is needed: a norm's scale and bias give what it normalized a mean."""
+    with jax.enable_x64(True):
+        config, params = _model(small_config, random_params, MODELS[name])
+        expected = _logits(config, params, tokens)
+        for convert in (eq.to_pre_rmsnorm, eq.to_pre_crmsnorm):
+            form, converted = convert(config, params)
+            without = _logits(dataclasses.replace(form, embedding_centring=False), converted, tokens)
+            assert float(abs(without - expected).max() / abs(expected).max()) > 1e-3
+
+
+def test_what_stands_outside_a_centring_keeps_its_parameters(small_config, random_params):
+    config, params = _model(small_config, random_params, MODELS["norm_of_tokens_and_positions"], "float32")
+    for convert in (eq.to_pre_rmsnorm, eq.to_pre_crmsnorm):
+        _, converted = convert(config, params)
+        for norm in ("embedding_norm", "final_norm"):
+            jax.tree.map(np.testing.assert_array_equal, converted[norm], params[norm])
+        np.testing.assert_array_equal(converted["head"]["kernel"], params["token_embedding"]["embedding"].T)
 
 
 def test_no_output_projection_gets_a_bias_that_it_does_not_need(small_config, random_params):
@@ -173,7 +223,10 @@ def test_norms_inside_heads_stay_what_they_are(small_config, random_params):
             np.testing.assert_array_equal(after, before)
 
 
-GRADIENTS = ("gpt2", "neox", "scales_from_zero", "one_norm_for_both", "layer_scale", "bloom", "gated_shared_expert")
+GRADIENTS = (
+    *("gpt2", "neox", "scales_from_zero", "one_norm_for_both", "layer_scale", "bloom", "gated_shared_expert"),
+    "norm_of_tokens_and_positions",
+)
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
@@ -226,16 +279,6 @@ def test_dtypes_stay(small_config, random_params):
         ({"scheme": "sandwich", "norm": "layernorm"}, r"model\.scheme=sandwich: a branch norm at attention of layer 0"),
         ({"scheme": "mix_ln", "norm": "layernorm", "num_layers": 4}, r"model\.scheme=mix_ln: a post norm"),
         ({"scheme": "qk_pre", "norm": "layernorm"}, r"attention of layer 0 reads the stream without a norm"),
-        (
-            {
-                "scheme": "pre",
-                "norm": "layernorm",
-                "embedding_norm": "true",
-                "positions": "learned",
-                "max_positions": 9,
-            },
-            r"model\.embedding_norm=true, model\.positions=learned: a norm after the embedding, which sees tokens and",
-        ),
         (
             {
                 **{"scheme": "pre", "norm": "layernorm", "norm_bias": True, "num_experts": 2, "experts_per_token": 1},

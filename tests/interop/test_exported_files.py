@@ -93,6 +93,7 @@ def test_fresh_weights_are_drawn(exported):
         ("placements", [{"attention": {"tail": 2}}] * 4, r"placements\[0\].attention: its part='tail'"),
         ("placements", [{"attention": {"branch_scale": "x"}}] * 4, "branch_scale='x': must be a number"),
         ("num_key_value_heads", 3, "num_key_value_heads=3: must divide"),
+        ("whole_outside", True, "whole_outside=True: needs norm=crmsnorm"),
         ("attn_implementation", "flash_attention_2", "[Ff]lash"),
         ("attn_implementation", "eager", "attn_implementation='eager': this model has sdpa alone"),
     ],

@@ -15,12 +15,19 @@ def forward(config, params, tokens):
     x = params["token_embedding"]["embedding"][tokens]
     if config.embedding_scale is not None:
         x = x * config.embedding_scale
+    outer = "rmsnorm" if config.whole_outside else config.norm
     if config.has_embedding_norm:
-        x = _norm(config, params["embedding_norm"], x)
+        x = _norm(config, params.get("embedding_norm", {}), x, outer)
+    if config.embedding_centring:
+        x = x - x.mean(-1, keepdims=True)
+    if config.whole_outside:
+        x = x[..., :-1]
     for layer, (placement, leaves) in enumerate(zip(config.placements, _layers(config, params), strict=True)):
         x = _block(config, placement, leaves, x, has_experts=config.has_experts[layer])
+    if config.whole_outside:
+        x = np.concatenate([x, -x.sum(-1, keepdims=True)], axis=-1)
     if config.has_final_norm:
-        x = _norm(config, params["final_norm"], x)
+        x = _norm(config, params.get("final_norm", {}), x, outer)
     kernel = params["token_embedding"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
     logits = x @ kernel + params.get("head", {}).get("bias", 0)
     if config.logit_scale is not None:
@@ -62,7 +69,7 @@ def _block(config, placement, leaves, x, *, has_experts):
 def _sublayer(config, part, f, leaves, x, block_input, name, pre_norm):
     read = block_input if part.reads == "block" else x
     residual = {"input": x, "block": block_input, "both": x + block_input}[part.residual]
-    branch = f(part.input_scale * (_norm(config, leaves[pre_norm], read) if part.pre else read))
+    branch = f(part.input_scale * (_norm(config, leaves.get(pre_norm, {}), read) if part.pre else read))
     if part.branch:
         branch = _norm(config, leaves[f"{name}_branch_norm"], branch)
     if config.layer_scale:
@@ -75,7 +82,8 @@ def _norm(config, leaves, x, kind=None):
     kind = config.norm if kind is None else kind
     if kind == "layernorm":
         x = x - x.mean(-1, keepdims=True)
-    y = x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps)
+    whole = np.concatenate([x, -x.sum(-1, keepdims=True)], axis=-1) if kind == "crmsnorm" else x
+    y = x / np.sqrt((whole**2).mean(-1, keepdims=True) + config.norm_eps)
     if "scale" in leaves:
         y = y * (leaves["scale"] + (1 if config.norm_scale_plus_one else 0))
     return y + leaves.get("bias", 0)

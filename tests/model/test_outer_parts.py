@@ -10,6 +10,7 @@ import pytest
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.config.run_config import OptimizerSection
+from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.embedding import Embedding
 from hybridnorm_jax.training.optimizer import decay_mask
 from hybridnorm_jax.training.step import batch_loss
@@ -30,6 +31,15 @@ PARTS = {
     "branch_multiplier": {"scheme": "deepnorm", "branch_multiplier": 0.22},
     "branch_multiplier and branch scales": {"scheme": "hybrid_depth_scaled", "branch_multiplier": 0.5},
     "layer_scale": {"scheme": "pre", "norm": "layernorm", "norm_bias": True, "layer_scale": True},
+    "embedding_centring": {"scheme": "pre", "embedding_centring": True, "embedding_scale": 2.0},
+    "embedding_centring behind a norm": {"scheme": "peri", "embedding_centring": True, "norm_bias": True},
+    "outer_norm_scale": {"scheme": "hybrid", "outer_norm_scale": False, "embedding_norm": "true"},
+    "outer_norm_bias": {"scheme": "pre", "outer_norm_bias": True, "embedding_norm": "true"},
+    "whole_outside": {"scheme": "pre", "norm": "crmsnorm", "whole_outside": True, "tie_embeddings": True},
+    "whole_outside and centred": {
+        **{"scheme": "parallel", "norm": "crmsnorm", "whole_outside": True, "embedding_centring": True},
+        **{"norm_scale": False, "outer_norm_scale": True, "outer_norm_bias": True, "embedding_norm": "true"},
+    },
     "layer_scale behind a branch norm": {"scheme": "sandwich", "layer_scale": True, "branch_multiplier": 2.0},
     "parallel_one_norm": {"scheme": "parallel_one_norm", "norm": "layernorm", "norm_bias": True},
     "parallel_qk": {"scheme": "parallel_qk"},
@@ -54,7 +64,7 @@ def test_the_decoder_is_the_one_in_numpy(name, small_config, random_params, toke
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-12 * max(1, np.abs(expected).max()))
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", [name for name in PARTS if not PARTS[name].get("whole_outside")])
 def test_the_part_is_there(name, small_config, random_params, tokens):
     """Without its keys, or with the scheme that lacks it, the model gives other logits for the same numbers."""
     without = {"parallel_one_norm": "parallel", "parallel_one_norm_qk": "parallel_qk", "parallel_qk": "parallel"}
@@ -71,6 +81,34 @@ def test_the_part_is_there(name, small_config, random_params, tokens):
         hn.Decoder(each).apply({"params": leaves}, tokens) for each, leaves in ((config, params), (other, left))
     )
     assert np.abs(there - absent).max() > 1e-3 * np.abs(there).max()
+
+
+def test_outside_the_blocks_vectors_are_whole(small_config):
+    """The stream is as wide as d_model, and what is outside by one channel wider, or as wide as norm_width."""
+    for keys, width in (({}, 33), ({"norm_width": 30}, 30)):
+        params = abstract_params(small_config(**PARTS["whole_outside and centred"], **keys))
+        assert params["token_embedding"]["embedding"].shape == (61, width)
+        assert params["embedding_norm"]["bias"].shape == params["final_norm"]["bias"].shape == (width,)
+        assert params["head"]["kernel"].shape == (width, 61)
+        assert params["run_0"]["attention"]["query"]["kernel"].shape[1] == 32
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"whole_outside": True}, r"model\.whole_outside=True: only for model\.norm=crmsnorm"),
+        ({"whole_outside": True, "norm": "layernorm"}, r"model\.whole_outside=True: only for model\.norm=crmsnorm"),
+        (
+            {"embedding_centring": True, "norm": "crmsnorm"},
+            r"model\.embedding_centring=True: model\.norm=crmsnorm needs model\.whole_outside: what is stored",
+        ),
+    ],
+)
+def test_what_means_nothing_outside_the_blocks_is_refused(keys, message, small_config):
+    with pytest.raises(hn.ConfigError, match=message):
+        small_config(scheme="pre", **keys)
+    with pytest.raises(hn.ConfigError, match=message):
+        hn.EncoderConfig(scheme="pre", d_model=32, num_layers=1, num_heads=4, **keys)
 
 
 def _filled(tree, by):

@@ -21,6 +21,8 @@ from hybridnorm_jax.training.program import Program
 BATCH, SEQ = 8, 12
 PRE_LN = {"scheme": "pre", "norm": "layernorm", "norm_bias": True, "tie_embeddings": True, "num_layers": 2}
 
+NORM_OF_TOKENS_AND_POSITIONS = {"embedding_norm": "true", "positions": "learned", "max_positions": SEQ}
+
 
 def _config(small_config, form="none", *, model=None, mesh=None, **train):
     optimizer = OptimizerSection(learning_rate=3e-3, weight_decay=0.1, clip=0.5, schedule="cosine")
@@ -70,6 +72,17 @@ def test_fifty_steps_of_adamw_arrive_at_the_same_parameters(small_config):
             assert _largest_difference(found, expected) < 1e-8
 
 
+def test_a_model_with_a_norm_of_tokens_and_positions_trains_the_same(small_config):
+    """Of which the cheaper forms subtract a mean. Invariants are checked on the way."""
+    with jax.enable_x64(True):
+        model = {"dtype": "float64", "param_dtype": "float64", **NORM_OF_TOKENS_AND_POSITIONS}
+        expected, losses = _run(_config(small_config, model=model), 4)
+        for form in ("pre_rmsnorm", "pre_crmsnorm"):
+            found, curve = _run(_config(small_config, form, model=model, check_invariants=True), 4)
+            np.testing.assert_allclose(curve, losses, rtol=1e-10)
+            assert _largest_difference(found, expected) < 1e-9
+
+
 def test_training_the_cheaper_parameters_themselves_is_another_trajectory(small_config):
     """So the equality above is not for want of sensitivity."""
     with jax.enable_x64(True):
@@ -87,12 +100,15 @@ def test_training_the_cheaper_parameters_themselves_is_another_trajectory(small_
         assert abs(float(metrics["loss"]) - float(other["loss"])) > 1e-4
 
 
-@pytest.mark.parametrize(("form", "pad_to"), [("pre_crmsnorm", 1), ("pre_crmsnorm", 16)])
-def test_forms_train_the_same_sharded_and_accumulated(form, pad_to, small_config):
+@pytest.mark.parametrize(
+    ("form", "pad_to", "model"),
+    [("pre_crmsnorm", 1, {}), ("pre_crmsnorm", 16, {}), ("pre_crmsnorm", 1, NORM_OF_TOKENS_AND_POSITIONS)],
+)
+def test_forms_train_the_same_sharded_and_accumulated(form, pad_to, model, small_config):
     """Width 31 is divided by no mesh axis. Invariants are checked on the way."""
-    _, losses = _run(_config(small_config), 3)
+    _, losses = _run(_config(small_config, model=model), 3)
     mesh = MeshSection(1, 4, 2)
-    config = _config(small_config, form, mesh=mesh, equivalent_pad_to=pad_to, check_invariants=True)
+    config = _config(small_config, form, model=model, mesh=mesh, equivalent_pad_to=pad_to, check_invariants=True)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, grad_accumulation=2, loss_chunk=4))
     _, sharded = _run(config, 3, microbatches=2, mesh=make_mesh({"data": 1, "fsdp": 4, "tensor": 2}))
     np.testing.assert_allclose(sharded, losses, rtol=3e-6)

@@ -55,6 +55,10 @@ DEFAULTS = {
     "attention_norm_scale": True,
     "attention_norm_bias": False,
     "attention_norm_per_head": False,
+    "outer_norm_scale": None,
+    "outer_norm_bias": None,
+    "whole_outside": False,
+    "embedding_centring": False,
     "layer_scale": False,
     "positions": "rope",
     "rotary_base": 10000.0,
@@ -137,6 +141,9 @@ class HybridNormConfig(PretrainedConfig):
       norm_width: of crmsnorm: length of the zero-mean vector whose last element is not stored.
       norm_scale_plus_one: norms multiply by 1 + weight.
       attention_norm_per_head: norms over a head have a weight and a bias for each head.
+      outer_norm_scale, outer_norm_bias: norm_scale and norm_bias of the norms outside the blocks; null: as these.
+      whole_outside: of crmsnorm: outside the blocks vectors are whole, of norm_width elements; norms are RMSNorm there.
+      embedding_centring: the mean over the channels is subtracted before the first block.
       layer_scale: what a branch adds is multiplied by a learned weight per channel.
       positions: "rope", "learned", "sinusoidal" or "alibi".
       rotary_base, rotary_dim: base of the wavelengths, and how many leading channels of a head rotate.
@@ -231,6 +238,28 @@ class HybridNormConfig(PretrainedConfig):
         """The width of layers without experts."""
         return self.intermediate_size if self.dense_intermediate_size is None else self.dense_intermediate_size
 
+    @property
+    def whole_width(self):
+        """Channels outside the blocks."""
+        if not self.whole_outside:
+            return self.hidden_size
+        return self.hidden_size + 1 if self.norm_width is None else self.norm_width
+
+    @property
+    def outer_norm(self):
+        """The kind of the norms outside the blocks."""
+        return "rmsnorm" if self.whole_outside else self.norm
+
+    @property
+    def has_outer_norm_scale(self):
+        """Whether norms outside the blocks have a learned scale."""
+        return self.norm_scale if self.outer_norm_scale is None else self.outer_norm_scale
+
+    @property
+    def has_outer_norm_bias(self):
+        """Whether norms outside the blocks have a learned bias."""
+        return self.norm_bias if self.outer_norm_bias is None else self.outer_norm_bias
+
     def check(self):
         """Raise ValueError for a value that the model would misread; the message names it. The model calls this."""
         for name, known in CHOICES.items():
@@ -239,6 +268,10 @@ class HybridNormConfig(PretrainedConfig):
             raise ValueError(f"num_key_value_heads={self.num_key_value_heads}: must divide num_attention_heads")
         if self.positions in ("learned", "sinusoidal") and self.max_position_embeddings is None:
             raise ValueError(f"max_position_embeddings=null: positions={self.positions} needs a number")
+        if self.whole_outside and self.norm != "crmsnorm":
+            raise ValueError("whole_outside=True: needs norm=crmsnorm")
+        if self.embedding_centring and self.norm == "crmsnorm" and not self.whole_outside:
+            raise ValueError("embedding_centring=True: with norm=crmsnorm needs whole_outside")
         if 2 in self.layer_rotations and self.second_rotary_base is None:
             raise ValueError("second_rotary_base=null: rotary_layers has 2, which needs a number")
         if self.num_experts and self.hidden_act not in ("swiglu", "swiglu_clamped"):

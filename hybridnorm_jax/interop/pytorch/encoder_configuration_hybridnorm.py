@@ -36,10 +36,6 @@ ENCODER_DEFAULTS = {name: value for name, value in DEFAULTS.items() if name not 
     "pooling": "class",
     "pooling_norm": None,
     "distillation_head": False,
-    "outer_norm_scale": True,
-    "outer_norm_bias": False,
-    "whole_outside": False,
-    "embedding_centring": False,
 }
 IMAGE_DEFAULTS = ENCODER_DEFAULTS | {
     "image_size": 224,
@@ -66,9 +62,6 @@ class HybridNormEncoderConfig(HybridNormConfig):
       norm_pooled_only: the last norm is applied to what is pooled, and not to the last hidden state.
       num_labels, id2label: outputs of the head, which reads what is pooled.
       distillation_head: a second head reads the distillation token, and the logits are the mean of both.
-      outer_norm_scale, outer_norm_bias: whether norms outside the blocks have a learned scale, bias.
-      whole_outside: of crmsnorm: outside the blocks vectors are whole, of norm_width elements; norms are RMSNorm there.
-      embedding_centring: the mean over the channels is subtracted before the first block.
     """
 
     model_type = "hybridnorm_encoder"
@@ -94,18 +87,6 @@ class HybridNormEncoderConfig(HybridNormConfig):
         return 0 if self.position_scope == "all" else self.num_learned_tokens
 
     @property
-    def whole_width(self):
-        """Channels outside the blocks."""
-        if not self.whole_outside:
-            return self.hidden_size
-        return self.hidden_size + 1 if self.norm_width is None else self.norm_width
-
-    @property
-    def outer_norm(self):
-        """The kind of the norms outside the blocks."""
-        return "rmsnorm" if self.whole_outside else self.norm
-
-    @property
     def pooled_width(self):
         """Channels of what the head reads."""
         return 2 * self.whole_width if self.pooling == "class_and_mean" else self.whole_width
@@ -118,7 +99,6 @@ class HybridNormEncoderConfig(HybridNormConfig):
         for name, wanted, is_there in (
             ("distillation_token", "class_token", self.class_token or not self.distillation_token),
             ("distillation_head", "distillation_token", self.distillation_token or not self.distillation_head),
-            ("whole_outside", "norm=crmsnorm", self.norm == "crmsnorm" or not self.whole_outside),
             ("norm_pooled_only", "final_norm", self.final_norm or not self.norm_pooled_only),
         ):
             if not is_there:

@@ -19,12 +19,9 @@ from .encoder_parts_hybridnorm import (
     AttentionPooling,
     LearnedTokens,
     PatchEmbedding,
-    centred,
     mean_of,
-    outer_norm,
-    with_last,
-    without_last,
 )
+from .norms_hybridnorm import into_blocks, out_of_blocks, outer_norm
 from .positions_hybridnorm import masks, rotations
 
 
@@ -77,8 +74,7 @@ class HybridNormEncoder(HybridNormEncoderPreTrainedModel):
         learned = [getattr(self, name)(read.shape[0]) for name in config.learned_tokens]
         x = torch.cat([*learned, read], dim=1) if learned else read
         x = self.dropout(self.embedding_norm(self.with_positions(x)))
-        x = centred(x) if config.embedding_centring else x
-        x = without_last(x, config.whole_width, config.hidden_size) if config.whole_outside else x
+        x = into_blocks(config, x)
         sees = None if is_token is None else F.pad(is_token, (config.num_learned_tokens, 0), value=1)
         by_window = masks(config, sees, x.shape[1], 0, None, x.device, x.dtype)
         turns = rotations(config, torch.arange(x.shape[1], device=x.device)[None], x.dtype)
@@ -87,7 +83,7 @@ class HybridNormEncoder(HybridNormEncoderPreTrainedModel):
         for block in self.layers:
             streams += (x,) if keeps else ()
             x = block(x, turns=turns, masks=by_window)
-        x = with_last(x, config.whole_width) if config.whole_outside else x
+        x = out_of_blocks(config, x)
         hidden = x if config.norm_pooled_only else self.norm(x)
         pooled = self.pooled(hidden, ids, is_token, sees)
         return BaseModelOutputWithPooling(

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from .feed_forward_hybridnorm import FeedForward
-from .norms_hybridnorm import Norm, wide
+from .norms_hybridnorm import outer_norm, wide
 
 
 class PatchEmbedding(nn.Conv2d):
@@ -38,15 +38,6 @@ class LearnedTokens(nn.Module):
         return self.weight.expand(batch, -1, -1)
 
 
-def outer_norm(config, present=True, kind=None):
-    """A norm outside the blocks; the identity where it is not present."""
-    if not present:
-        return nn.Identity()
-    affine = {"scale": config.outer_norm_scale, "bias": config.outer_norm_bias}
-    sizes = {"width": config.norm_width, "plus_one": config.norm_scale_plus_one}
-    return Norm(kind or config.outer_norm, config.whole_width, eps=config.norm_eps, **sizes, **affine)
-
-
 class AttentionPooling(nn.Module):
     """y = a + MLP(N(a)), a = MultiHead(probe, x, x): one learned query reads all positions (2303.15343)."""
 
@@ -67,22 +58,6 @@ class AttentionPooling(nn.Module):
         context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.head_dim**-0.5)
         read = self.o_proj(context.transpose(1, 2).flatten(2))
         return (read + self.mlp(self.norm(read)))[:, 0]
-
-
-def without_last(x, width, stored):
-    """The first width - 1 channels of whole vectors, filled up with zeros to `stored`."""
-    return F.pad(x[..., : width - 1], (0, stored - (width - 1)))
-
-
-def with_last(x, width):
-    """Whole zero-mean vectors of `width` channels: the last one is minus the sum of the others."""
-    kept = x[..., : width - 1]
-    return torch.cat([kept, -wide(kept).sum(-1, keepdim=True).to(x.dtype)], dim=-1)
-
-
-def centred(x):
-    """x less its mean over the channels, in float32 at least."""
-    return (wide(x) - wide(x).mean(-1, keepdim=True)).to(x.dtype)
 
 
 def mean_of(x, is_token=None):

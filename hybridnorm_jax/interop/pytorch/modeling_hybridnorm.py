@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from .block_hybridnorm import HybridNormBlock, HybridNormPreTrainedModel
-from .norms_hybridnorm import capped, stream_norm, times, wide
+from .norms_hybridnorm import capped, into_blocks, out_of_blocks, outer_norm, times, wide
 from .positions_hybridnorm import check_growth, masks, positions_of, rotations, sinusoids
 
 # transformers renamed it in 5.x. Both names are taken; this is the one that outputs have.
@@ -30,14 +30,14 @@ class HybridNormModel(HybridNormPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         config.check()
-        width = config.hidden_size
+        width = config.whole_width
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         if config.positions == "learned":
             self.embed_positions = nn.Embedding(config.position_offset + config.max_position_embeddings, width)
-        self.embedding_norm = stream_norm(config, config.embedding_norm)
+        self.embedding_norm = outer_norm(config, config.embedding_norm)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList([HybridNormBlock(config, layer) for layer in range(config.num_hidden_layers)])
-        self.norm = stream_norm(config, config.final_norm)
+        self.norm = outer_norm(config, config.final_norm)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -80,13 +80,14 @@ class HybridNormModel(HybridNormPreTrainedModel):
             check_growth(self.config, position_ids, past)
         by_window = masks(self.config, attention_mask, queries, past, slots, x.device, x.dtype)
         turns = rotations(self.config, position_ids, x.dtype)
-        x = self.dropout(self.embedding_norm(self.with_positions(times(self.config.embedding_scale, x), position_ids)))
+        x = self.with_positions(times(self.config.embedding_scale, x), position_ids)
+        x = into_blocks(self.config, self.dropout(self.embedding_norm(x)))
         place = None if cache is None else torch.arange(queries, device=x.device) + past
         streams = ()
         for block in self.layers:
             streams += (x,) if keeps else ()  # kept without need, they would fill the memory
             x = block(x, turns=turns, masks=by_window, cache=cache, place=place)
-        x = self.norm(x)
+        x = self.norm(out_of_blocks(self.config, x))
         streams = (*streams, x) if keeps else None
         kept = {CACHE: cache if use_cache else None}
         return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=streams, **kept)
@@ -100,7 +101,7 @@ class HybridNormModel(HybridNormPreTrainedModel):
         rows = position_ids + config.position_offset
         if config.positions == "learned":
             return x + self.embed_positions(rows)
-        return x + sinusoids(rows, config.hidden_size, x.dtype)
+        return x + sinusoids(rows, config.whole_width, x.dtype)
 
     def check_positions(self, position_ids):
         """Raise ValueError where the table has no row for a position."""
@@ -119,7 +120,7 @@ class HybridNormForCausalLM(HybridNormPreTrainedModel, GenerationMixin):
     def __init__(self, config):
         super().__init__(config)
         self.model = HybridNormModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
+        self.lm_head = nn.Linear(config.whole_width, config.vocab_size, bias=config.head_bias)
         self.post_init()
 
     def prepare_inputs_for_generation(self, *args, **kwargs):

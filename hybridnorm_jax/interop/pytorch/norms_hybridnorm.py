@@ -99,6 +99,15 @@ def stream_norm(config, present=True, initial_scale=1.0):
     return Norm(config.norm, config.hidden_size, eps=config.norm_eps, **sizes, **affine)
 
 
+def outer_norm(config, present=True, kind=None):
+    """A norm outside the blocks; the identity where it is not present."""
+    if not present:
+        return nn.Identity()
+    affine = {"scale": config.has_outer_norm_scale, "bias": config.has_outer_norm_bias}
+    sizes = {"width": config.norm_width, "plus_one": config.norm_scale_plus_one}
+    return Norm(kind or config.outer_norm, config.whole_width, eps=config.norm_eps, **sizes, **affine)
+
+
 def head_norm(config, extent, heads):
     """A norm on q, k, v or the context: over each "head", or over the whole "projection"."""
     whole = heads * config.head_dim
@@ -112,6 +121,36 @@ def head_norm(config, extent, heads):
         plus_one=config.norm_scale_plus_one,
         groups=heads if per_head else None,
     )
+
+
+# ---- The stream outside the blocks, which with whole_outside store it without its last element.
+
+
+def into_blocks(config, x):
+    """The embedding as the blocks have it: without its mean with embedding_centring, then stored with whole_outside."""
+    x = centred(x) if config.embedding_centring else x
+    return without_last(x, config.whole_width, config.hidden_size) if config.whole_outside else x
+
+
+def out_of_blocks(config, x):
+    """What the blocks give as the last norm reads it: whole with whole_outside."""
+    return with_last(x, config.whole_width) if config.whole_outside else x
+
+
+def without_last(x, width, stored):
+    """The first width - 1 channels of whole vectors, filled up with zeros to `stored`."""
+    return F.pad(x[..., : width - 1], (0, stored - (width - 1)))
+
+
+def with_last(x, width):
+    """Whole zero-mean vectors of `width` channels: the last one is minus the sum of the others."""
+    kept = x[..., : width - 1]
+    return torch.cat([kept, -wide(kept).sum(-1, keepdim=True).to(x.dtype)], dim=-1)
+
+
+def centred(x):
+    """x less its mean over the channels, in float32 at least."""
+    return (wide(x) - wide(x).mean(-1, keepdim=True)).to(x.dtype)
 
 
 class LayerScale(nn.Module):
