@@ -183,7 +183,7 @@ def test_the_loss_is_that_of_the_labels_and_a_head_may_be_drawn_or_left_out(tmp_
 
 
 @pytest.mark.parametrize("name", ["hybrid", "attention_pooling", "padded_within", "rotated", "causal_images"])
-def test_the_forward_pass_is_one_graph_and_may_be_checkpointed(tmp_path, name):
+def test_the_forward_pass_is_one_graph_and_may_be_checkpointed(tmp_path, fresh_compiler, name):
     exported = export(tmp_path / "model", config_of(name))
     model, pixels = in_torch(exported), in_their_layout(inputs_of(exported.config))
     graph = torch.compile(model, fullgraph=True, backend="aot_eager")
