@@ -15,7 +15,9 @@ TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
 @contextlib.contextmanager
 def in_float64():
     """All that transformers computes is float64, also where its code asks for float32: in norms, softmax, rotations."""
+    import safetensors.torch  # noqa: F401 - these two keep tables of dtypes, which must be those of torch
     import torch
+    import transformers.modeling_utils  # noqa: F401
 
     before = torch.get_default_dtype()
     with pytest.MonkeyPatch.context() as patch:

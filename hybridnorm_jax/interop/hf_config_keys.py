@@ -115,6 +115,8 @@ class Key:
     def write(self, config: ModelConfig) -> Any:
         """Their value; some value of theirs where none means ours, which config_to_json then finds by comparing."""
         value = getattr(config, self.written or self.fields[0])
+        if value is None and self.null is not None:
+            return None
         if self.words is not None:
             theirs = [word for word, meaning in self.words.items() if meaning == value]
             if self.default in theirs:
@@ -122,7 +124,7 @@ class Key:
             return theirs[0] if theirs else next(iter(self.words))
         if self.least is not None:
             return self.default if value < self.least else value
-        return self.default if value is None and self.null is None else value
+        return self.default if value is None else value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,15 +66,6 @@ class _Heads:
         return {"architectures": [self.with_head], **second, **Labels().write(config)}
 
 
-@dataclasses.dataclass(frozen=True)
-class _WordOrNull(Key):
-    """A key whose value is a word or null."""
-
-    def write(self, config: ModelConfig) -> Any:
-        """Their value, which is ours."""
-        return getattr(config, self.fields[0])
-
-
 def _word(name: str, default: str, known: tuple[str, ...]) -> Key:
     return Key(name, (name,), default, words={word: word for word in known})
 
@@ -90,7 +81,7 @@ ENCODER_KEYS = (
     _word("position_scope", "all", POSITION_SCOPES),
     Key("norm_pooled_only", ("norm_pooled_only",), False),
     _word("pooling", "class", POOLINGS),
-    _WordOrNull("pooling_norm", ("pooling_norm",), None, null=none, words={word: word for word in POOLING_NORMS}),
+    Key("pooling_norm", ("pooling_norm",), None, null=none, words={word: word for word in POOLING_NORMS}),
 )
 # Of one of images, and of one of tokens.
 IMAGE_KEYS = (

@@ -165,7 +165,7 @@ def test_the_trainer_fine_tunes_it(tmp_path, model_of):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hybrid_star", "experts"])
-def test_generation_compiles_with_a_static_cache(model_of, name):
+def test_generation_compiles_with_a_static_cache(model_of, fresh_compiler, name):
     if shutil.which("g++") is None:
         pytest.skip("torch compiles for a CPU with a C++ compiler")
     model = model_of(name)

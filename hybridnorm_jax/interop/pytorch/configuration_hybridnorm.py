@@ -133,7 +133,7 @@ class HybridNormConfig(PretrainedConfig):
       scheme: the name of the placements in hybridnorm_jax; nothing here reads it.
       final_norm, embedding_norm: whether a norm stands before the head, and after the embedding.
         `shared_pre_norm`: the feed-forward layer reads what the attention's pre norm gives, and has none of its own.
-      hidden_act: a name of CHOICES; those that end in "glu" or stand in GATED have a gate. "gelu" is the exact one.
+      hidden_act: a name of CHOICES; those of GATED have a gate. "gelu" is the exact one.
       clamp_limit, clamp_alpha: of "swiglu_clamped", see gated in feed_forward_hybridnorm.py.
       norm, attention_norm: the kind of the norms on the stream, and on q, k, v and the context.
       norm_scale, norm_bias, attention_norm_scale, attention_norm_bias: whether these norms have a learned scale, bias.
