@@ -11,6 +11,7 @@ from hybridnorm_jax.commands.saved_model import SavedModel, read_directory
 from hybridnorm_jax.commands.syntax import check_syntax
 from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.config.plugins import as_arguments, import_plugins
+from hybridnorm_jax.config.run_config import UNKNOWN_TOKENIZER
 from hybridnorm_jax.config.yaml_files import named_plugins
 from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.model.config import ModelConfig
@@ -145,7 +146,7 @@ def convert(options: argparse.Namespace) -> None:
         print(f"\nNext: {again(['export', options.out, 'EXPORT_DIR'])}    for PyTorch")
         print(f"  or, in Python: config, params = hn.load_run({options.out!r}); hn.build_model(config.model)")
     else:
-        _say_next(options.out, needed, has_tokenizer=source.has_tokenizer)
+        _say_next(options.out, needed, has_tokenizer=source.config.data.tokenizer != UNKNOWN_TOKENIZER)
 
 
 def _say_what_remains(model: ModelConfig, centrings: Sequence[str]) -> None:
@@ -196,13 +197,15 @@ def token_sets(options: argparse.Namespace, source: SavedModel) -> dict:
 
     from hybridnorm_jax.data import load_tokenizer
 
-    model, tokenizer = source.config.model, load_tokenizer(source.config.data)
+    model, data = source.config.model, source.config.data
+    # Text is only one more kind of input here, so bytes do where no tokenizer is known.
+    tokenizer = load_tokenizer(data if data.knows_tokenizer else dataclasses.replace(data, tokenizer="bytes"))
     length = min(LONGEST, model.max_positions or LONGEST)
     file = Path(argparse.__file__ if options.text is None else options.text)
     ids = tokenizer.encode(_beginning(file, 64 * SEQUENCES * length)).astype(np.int32)
     if len(ids) < SEQUENCES * length:
         raise UserError(f"--text {file}: {len(ids)} tokens, {SEQUENCES * length} are needed")
-    # A model without a tokenizer of its own gets bytes, which may be more than its vocabulary.
+    # There may be more bytes than a vocabulary has tokens.
     name = Path(tokenizer.name).name
     name += f" mod {model.vocab_size}" if ids.max() >= model.vocab_size else ""
     text = ids[: SEQUENCES * length].reshape(SEQUENCES, length) % model.vocab_size

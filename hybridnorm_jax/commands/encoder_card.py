@@ -1,6 +1,6 @@
 """The README.md of an exported encoder: what it is, what it reads, how it is loaded."""
 
-from hybridnorm_jax.commands.model_card import OWN_CODE, count, plain
+from hybridnorm_jax.commands.model_card import OWN_CODE, PARAMETERS, count, plain
 from hybridnorm_jax.interop.architectures import ALL
 from hybridnorm_jax.model.encoder_config import EncoderConfig
 
@@ -40,18 +40,6 @@ model = {auto}.from_pretrained(DIRECTORY{trust})
 {inputs}
 
 {which}"""
-PARAMETERS = """The tensors of `model.safetensors` are the parameters of `hybridnorm_jax.Encoder` by their paths:
-
-```python
-import json, pathlib
-import hybridnorm_jax as hn
-from flax.traverse_util import unflatten_dict
-from safetensors.numpy import load_file
-
-config = hn.EncoderConfig(**json.loads(pathlib.Path(DIRECTORY, "model_config.json").read_text()))
-params = unflatten_dict(load_file(f"{DIRECTORY}/model.safetensors"), sep="/")
-outputs = hn.Encoder(config).apply({"params": params}, inputs)
-```"""
 PIXELS = """`pixel_values` has the shape (batch, {channels}, {height}, {width}). The image processor of the model that
 this one was made of says how pixels are scaled."""
 TOKENS = "`input_ids` has the shape (batch, tokens). The tokenizer is that of the model that this one was made of."
@@ -87,11 +75,13 @@ def encoder_card(config: EncoderConfig, *, name: str, kind: str, dtype: str, lic
         dtype=dtype,
         scheme=config.scheme_rule.table(config.num_layers).replace("```", "'''"),
         norm=config.norm,
-        loading=PARAMETERS if kind == "safetensors" else _loading(config, kind),
+        loading=_loading(config, kind),
     )
 
 
 def _loading(config: EncoderConfig, kind: str) -> str:
+    if kind == "safetensors":
+        return PARAMETERS.format(module="Encoder", config="EncoderConfig", outputs="outputs", inputs="inputs")
     is_own = bool(ALL[kind].code_files)
     given = "pixel_values=pixels" if config.reads_pixels else "input_ids=tokens"
     called = f"model({given})"

@@ -107,6 +107,7 @@ class Source:
       step: of the checkpoint.
       directory: of its run, or what the checkpoint lies in.
       tokenizer: of the run, None where it is not known.
+      trained_on: what its parameters were trained on, as far as it says so.
     """
 
     config: RunConfig
@@ -114,6 +115,7 @@ class Source:
     step: int
     directory: Path
     tokenizer: Any
+    trained_on: Sequence[Any]
 
 
 def _read(options: argparse.Namespace) -> Source:
@@ -130,7 +132,7 @@ def _read(options: argparse.Namespace) -> Source:
     with Checkpoints(directory, keep=1) as checkpoints:
         config = saved_config(checkpoints, step)
         data_state = checkpoints.read_data_state(step)
-    data, is_named = config.data, options.tokenizer is not None
+    known, data, is_named = trained_on(data_state, config.data), config.data, options.tokenizer is not None
     if is_named:
         data = dataclasses.replace(data, tokenizer=options.tokenizer)
     if isinstance(config.model, EncoderConfig):
@@ -140,13 +142,13 @@ def _read(options: argparse.Namespace) -> Source:
             )
         tokenizer = None
     else:
-        known, size = trained_on(data_state, config.data), config.model.vocab_size
+        size = config.model.vocab_size
         tokenizer = own_tokenizer(data, known, vocab_size=size, where=options.run, is_named=is_named)
     # Whoever exports does not compute: the accelerators stay free, and no array is copied.
     place = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     config, params = load_run(checkpoint, shardings=place)
     config = dataclasses.replace(config, data=data)
-    return Source(config, jax.tree.map(np.asarray, params), step, directory.parent, tokenizer)
+    return Source(config, jax.tree.map(np.asarray, params), step, directory.parent, tokenizer, known)
 
 
 def _write(options: argparse.Namespace, source: Source) -> str:

@@ -247,11 +247,7 @@ def _tokenizer(source: "SavedModel", named: str | None) -> "Tokenizer":
     model, data, is_named = source.config.model, source.config.data, named is not None
     if named is not None:
         data = dataclasses.replace(data, tokenizer=named, separator="")
-    found = None
-    if is_named or source.has_tokenizer:
-        found = own_tokenizer(
-            data, source.trained_on, vocab_size=model.vocab_size, where=source.path, is_named=is_named
-        )
+    found = own_tokenizer(data, source.trained_on, vocab_size=model.vocab_size, where=source.path, is_named=is_named)
     if found is None:
         right = "name its tokenizer.json, or bytes, with --tokenizer"
         raise UserError(f"{source.path}: no tokenizer is known to belong to it; {right}")

@@ -20,7 +20,7 @@ tags:
 
 # {name}
 
-A decoder that was trained with hybridnorm_jax: {parameters:,} parameters,
+A decoder that was {made} hybridnorm_jax: {parameters:,} parameters,
 {layers} layers of width {width}{experts}, written as {dtype}.
 
 ## Where it normalizes
@@ -38,6 +38,8 @@ The norms are {norm}.
 ## Training
 
 {training}
+"""
+TRAINING = """{lines}
 
 `training_config.yaml` is the whole configuration. The run is repeated with
 
@@ -47,8 +49,9 @@ hybridnorm train training_config.yaml
 
 Data:
 
-{data}
-"""
+{data}"""
+UNKNOWN_TRAINING = """The checkpoint of step {step:,} has no record of its training, like all that were converted from weights alone or
+saved from Python."""
 LOADING = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -64,7 +67,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))"""
 OWN_CODE = """transformers has no architecture with these placements: the directory holds the PyTorch code of the model.
 Its files end in `_hybridnorm.py`, and `trust_remote_code=True` lets transformers run them. It needs torch and
 transformers 5."""
-PARAMETERS = """The tensors of `model.safetensors` are the parameters of `hybridnorm_jax.Decoder` by their paths:
+PARAMETERS = """The tensors of `model.safetensors` are the parameters of `hybridnorm_jax.{module}` by their paths:
 
 ```python
 import json, pathlib
@@ -72,9 +75,9 @@ import hybridnorm_jax as hn
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file
 
-config = hn.ModelConfig(**json.loads(pathlib.Path(DIRECTORY, "model_config.json").read_text()))
-params = unflatten_dict(load_file(f"{DIRECTORY}/model.safetensors"), sep="/")
-logits = hn.Decoder(config).apply({"params": params}, tokens)
+config = hn.{config}(**json.loads(pathlib.Path(DIRECTORY, "model_config.json").read_text()))
+params = unflatten_dict(load_file(f"{{DIRECTORY}}/model.safetensors"), sep="/")
+{outputs} = hn.{module}(config).apply({{"params": params}}, {inputs})
 ```"""
 
 
@@ -87,7 +90,8 @@ def model_card(source: Any, *, kind: str, dtype: str, license_name: str) -> str:
       dtype: of the weights.
       license_name: an identifier.
     """
-    config, model = source.config, source.config.model
+    config, model, records = source.config, source.config.model, _records(source)
+    is_trained = bool(source.trained_on or records)
     experts = f", {model.experts_per_token} of {model.num_experts} experts a token" if model.num_experts else ""
     return CARD.format(
         license=license_name,
@@ -100,9 +104,9 @@ def model_card(source: Any, *, kind: str, dtype: str, license_name: str) -> str:
         dtype=dtype,
         scheme=model.scheme_rule.table(model.num_layers).replace("```", "'''"),
         norm=model.norm,
-        loading=PARAMETERS if kind == "safetensors" else _loading(kind, has_tokenizer=source.tokenizer is not None),
-        training="\n".join(_training(config, source.step, _records(source))),
-        data="\n".join(_data(config.data)),
+        loading=_loading(kind, has_tokenizer=source.tokenizer is not None),
+        made="trained with" if is_trained else "written by",
+        training=_training(source, records) if is_trained else UNKNOWN_TRAINING.format(step=source.step),
     )
 
 
@@ -119,9 +123,11 @@ def count(model: ModelConfig) -> int:
 
 
 def _loading(kind: str, *, has_tokenizer: bool) -> str:
+    if kind == "safetensors":
+        return PARAMETERS.format(module="Decoder", config="ModelConfig", outputs="logits", inputs="tokens")
     is_own = bool(ALL[kind].code_files)
     trust = ", trust_remote_code=True" if is_own else ""
-    unknown = "# It came without a tokenizer: it was trained on token files."
+    unknown = "# It came without a tokenizer."
     return LOADING.format(
         trust=trust,
         use=WITH_TOKENIZER.format(trust=trust) if has_tokenizer else unknown,
@@ -136,7 +142,12 @@ def _records(source: Any) -> list[Mapping[str, Any]]:
     return [record for record in read_records(source.directory) if record["step"] <= source.step]
 
 
-def _training(config: RunConfig, step: int, records: list[Mapping[str, Any]]) -> Iterator[str]:
+def _training(source: Any, records: list[Mapping[str, Any]]) -> str:
+    lines = _lines_of_training(source.config, source.step, records)
+    return TRAINING.format(lines="\n".join(lines), data="\n".join(_data(source.config.data)))
+
+
+def _lines_of_training(config: RunConfig, step: int, records: list[Mapping[str, Any]]) -> Iterator[str]:
     """Lines of a list: how long it was trained, and the newest losses."""
     train = config.train
     if records:
@@ -161,8 +172,4 @@ def _data(data: DataSection) -> Iterator[str]:
     if len(data.files) > MOST_FILES:
         yield f"- and {len(data.files) - MOST_FILES} more, in `training_config.yaml`"
     tokenizer = "the bytes of UTF-8" if data.tokenizer == "bytes" else f"`{plain(data.tokenizer)}`"
-    yield "- token files without a named tokenizer" if _is_unknown(data) else f"- tokenizer: {tokenizer}"
-
-
-def _is_unknown(data: DataSection) -> bool:
-    return data.source == "tokens" and data.tokenizer == "bytes"
+    yield f"- tokenizer: {tokenizer}" if data.knows_tokenizer else "- token files without a named tokenizer"

@@ -11,7 +11,7 @@ from hybridnorm_jax.training.trained_before import Trained, check_tokenizer_alon
 def own_tokenizer(
     data: DataSection, known: Sequence[Trained], *, vocab_size: int, where: str, is_named: bool = False
 ) -> Tokenizer | None:
-    """The tokenizer that data.tokenizer names; None: token files were trained on, and nothing says which one is theirs.
+    """The tokenizer that data.tokenizer names; None: nothing says which one is the model's.
 
     It needs no separator: without one no document ends.
 
@@ -25,7 +25,7 @@ def own_tokenizer(
     Raises:
       UserError: its file cannot be read, it is another one than in training, or it has more tokens than the model.
     """
-    if data.source == "tokens" and data.tokenizer == "bytes" and not is_named:
+    if not data.knows_tokenizer and not is_named:
         return None
     try:
         tokenizer = load_tokenizer(data, needs_separator=False)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hybridnorm_jax.config.run_config import DataSection, RunConfig, TrainSection
+from hybridnorm_jax.config.run_config import UNKNOWN_TOKENIZER, DataSection, RunConfig, TrainSection
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.interop.checkpoint_files import PICKLE, PICKLES, find_file, foreign_weights
 
@@ -35,11 +35,6 @@ class SavedModel:
     step: int
     tokenizer_file: Path | None = None
     trained_on: Sequence[Any] = ()
-
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether its data section says something of a tokenizer; without a file a Hugging Face directory does not."""
-        return self.kind != HUGGING_FACE or self.tokenizer_file is not None
 
 
 def read_directory(path: str, ignore_keys: Sequence[str] = (), *, dtype: str | None = None) -> SavedModel:
@@ -85,6 +80,6 @@ def _read_huggingface(path: Path, ignore_keys: Sequence[str], dtype: str | None)
     model, params = load_huggingface(path, dtype=dtype, ignore_keys=ignore_keys)
     wide = dataclasses.replace(model, param_dtype="float32")
     seq_len = min(TrainSection.seq_len, model.max_positions or TrainSection.seq_len)
-    data = DataSection() if file is None else DataSection(tokenizer=str(file))
+    data = DataSection(tokenizer=UNKNOWN_TOKENIZER if file is None else str(file))
     config = RunConfig(model=wide, data=data, train=TrainSection(seq_len=seq_len))
     return SavedModel(str(path), HUGGING_FACE, config, params, 0, file)

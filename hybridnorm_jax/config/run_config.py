@@ -8,6 +8,8 @@ from hybridnorm_jax.mesh.sharding_rules import MESH_AXES, resolve_rules
 from hybridnorm_jax.model.config import ModelConfig
 
 SOURCES = ("stdlib", "text", "tokens")
+# data.tokenizer of a model that came without one.
+UNKNOWN_TOKENIZER = "unknown"
 TOKEN_DTYPES = ("uint16", "uint32")
 EQUIVALENT_FORMS = ("none", "pre_rmsnorm", "pre_crmsnorm")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
@@ -59,7 +61,9 @@ class DataSection:
         "stdlib", "stdlib (this Python's own sources) | text (.txt, .jsonl, .gz, .zst) | tokens (.npy, .bin)"
     )
     files: tuple[str, ...] = key((), "paths or glob patterns, for text and tokens")
-    tokenizer: str = key("bytes", "bytes, or the path of a Hugging Face tokenizer.json")
+    tokenizer: str = key(
+        "bytes", "bytes, or the path of a Hugging Face tokenizer.json; unknown: of a model that came without one"
+    )
     separator: str = key("", "token that ends a document, such as <|endoftext|>; empty: found in tokenizer.json")
     token_dtype: str = key("uint16", "dtype of raw .bin token files: uint16 | uint32 (.npy files carry their own)")
     separator_id: int | None = key(
@@ -86,6 +90,16 @@ class DataSection:
         check(only, "data.separator_id", self.separator_id, "only for data.source=tokens; text has data.separator")
         for name in self.validation:
             check(bool(name.strip()), "data.validation", self.validation, "a validation set needs a name")
+
+    @property
+    def has_tokenizer_file(self) -> bool:
+        """Whether the tokenizer is a file."""
+        return self.tokenizer not in ("bytes", UNKNOWN_TOKENIZER)
+
+    @property
+    def knows_tokenizer(self) -> bool:
+        """Whether this says which tokenizer is the model's: whoever reads token files need not name theirs."""
+        return self.tokenizer != UNKNOWN_TOKENIZER and (self.source != "tokens" or self.has_tokenizer_file)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -161,7 +161,7 @@ def _open_token_files(data: DataSection, vocab_size: int) -> _Opened:
     if data.separator_id is not None and not 0 <= data.separator_id < vocab_size:
         right = f"must be an id of the vocabulary, from 0 to model.vocab_size-1={vocab_size - 1}"
         raise DataError(f"data.separator_id={data.separator_id}: {right}")
-    tokenizer = None if data.tokenizer == "bytes" else load_tokenizer(data)
+    tokenizer = load_tokenizer(data) if data.has_tokenizer_file else None
     paths = find_files("data.files", data.files)
     root = pattern_root(data.files)
     others = {name: find_files(f"data.validation.{name}", files) for name, files in data.validation.items()}

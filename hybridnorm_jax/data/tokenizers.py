@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from etils import epath
 
-from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.config.run_config import UNKNOWN_TOKENIZER, DataSection
 from hybridnorm_jax.data import token_pieces
 from hybridnorm_jax.data.identity import regular_file_size
 from hybridnorm_jax.errors import DataError, MissingExtraError
@@ -236,6 +236,9 @@ def load_tokenizer(data: DataSection, *, needs_separator: bool | None = None) ->
     Raises:
       DataError: there is none, or it has no document separator and one is needed.
     """
+    if data.tokenizer == UNKNOWN_TOKENIZER:
+        right = "name the one that the model was trained with, or read token files (data.source=tokens)"
+        raise DataError(f"data.tokenizer={data.tokenizer}: {right}")
     if data.tokenizer == "bytes":
         if data.separator:
             raise DataError(f"data.separator={data.separator}: data.tokenizer=bytes has a separator of its own")

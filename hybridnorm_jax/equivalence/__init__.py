@@ -5,8 +5,7 @@ Decoder, what must hold of a converted model, and the proof that it does. Readin
 and training; the norms themselves are in model.
 """
 
-from hybridnorm_jax.equivalence.decoder_forms import Conversion, decoder_layout
-from hybridnorm_jax.equivalence.encoder_forms import encoder_layout
+from hybridnorm_jax.equivalence.decoder_forms import Conversion, decoder_layout, layout_of_blocks
 from hybridnorm_jax.equivalence.forms import conversion_of, to_pre_crmsnorm, to_pre_rmsnorm
 from hybridnorm_jax.equivalence.layout import (
     LayoutError,
@@ -32,8 +31,8 @@ __all__ = [
     "conversion_of",
     "decoder_layout",
     "decompress",
-    "encoder_layout",
     "fold_affine",
+    "layout_of_blocks",
     "recenter",
     "to_pre_crmsnorm",
     "to_pre_rmsnorm",

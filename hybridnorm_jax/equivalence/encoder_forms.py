@@ -16,7 +16,6 @@ from hybridnorm_jax.equivalence.decoder_forms import (
     compressed,
     layout_of_blocks,
 )
-from hybridnorm_jax.equivalence.layout import ResidualLayout
 from hybridnorm_jax.equivalence.model_params import check_params
 from hybridnorm_jax.equivalence.plain_models import roomy_params, with_roomy_blocks, without_stream_norms
 from hybridnorm_jax.equivalence.transforms import fold_affine, recenter
@@ -43,7 +42,7 @@ def encoder_conversion(config: EncoderConfig, form: str, *, pad_to: int = 1) -> 
         EMBEDDING_CENTRING: plain.embedding_centring,
         POOLING_CENTRING: plain.pooling_norm == "layernorm",
     }
-    before, after = encoder_layout(roomy), encoder_layout(plain)
+    before, after = layout_of_blocks(roomy), layout_of_blocks(plain)
 
     def convert(params: Any) -> dict[str, Any]:
         check_params(config, params)
@@ -59,9 +58,4 @@ def encoder_conversion(config: EncoderConfig, form: str, *, pad_to: int = 1) -> 
     )
     if form == "pre_rmsnorm":
         return conversion
-    return compressed(conversion, encoder_layout, pad_to=pad_to, whole_outside=True)
-
-
-def encoder_layout(config: EncoderConfig) -> ResidualLayout:
-    """The residual layout of Encoder(config), Pre-Norm; with whole_outside only the blocks' leaves touch the stream."""
-    return layout_of_blocks(config)
+    return compressed(conversion, layout_of_blocks, pad_to=pad_to, whole_outside=True)

@@ -37,8 +37,7 @@ def mathematics(config: ModelConfig) -> dict[str, Any]:
 
 def _outside(config: ModelConfig) -> dict[str, Any]:
     """Of what stands between the blocks and the two ends of the model."""
-    has_norms = config.has_embedding_norm or config.has_final_norm or isinstance(config, EncoderConfig)
-    keys = ["outer_norm_scale", "outer_norm_bias"] if has_norms else []
+    keys = ["outer_norm_scale", "outer_norm_bias"] if config.has_outer_norms else []
     return _values(config, [*keys, "whole_outside", "embedding_centring"])
 
 

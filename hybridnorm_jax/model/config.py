@@ -153,6 +153,9 @@ class ModelConfig(AttentionKeys):
         self._check("attention_norm_per_head", extents == {"head"} or not self.attention_norm_per_head, right)
         has_scale = self.norm_scale or self.has_scales_elsewhere
         self._check("norm_scale_plus_one", has_scale or not self.norm_scale_plus_one, "norms have no scale")
+        right = f"model.scheme={self.scheme} has no norms outside its blocks"
+        for name, usual in (("outer_norm_scale", self.norm_scale), ("outer_norm_bias", self.norm_bias)):
+            self._check(name, self.has_outer_norms or getattr(self, name) == usual, right)
         is_stored = self.norm == "crmsnorm"
         self._check("whole_outside", is_stored or not self.whole_outside, "only for model.norm=crmsnorm")
         right = "model.norm=crmsnorm needs model.whole_outside: what is stored of a vector has not its mean"
@@ -180,6 +183,11 @@ class ModelConfig(AttentionKeys):
     def has_scales_elsewhere(self) -> bool:
         """Whether other norms than those of norm_scale have scales."""
         return self.attention_norm_scale or self.outer_norm_scale
+
+    @property
+    def has_outer_norms(self) -> bool:
+        """Whether norms stand outside the blocks."""
+        return self.has_embedding_norm or self.has_final_norm
 
     @property
     def whole_width(self) -> int:

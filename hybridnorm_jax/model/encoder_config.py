@@ -125,6 +125,11 @@ class EncoderConfig(ModelConfig):
         return self.num_patches + self.learned_tokens - self.first_position
 
     @property
+    def has_outer_norms(self) -> bool:
+        """As of ModelConfig; that of attention pooling counts."""
+        return super().has_outer_norms or self.pooling == "attention"
+
+    @property
     def pooled_width(self) -> int:
         """Channels of what the head reads."""
         return 2 * self.whole_width if self.pooling == "class_and_mean" else self.whole_width

@@ -162,7 +162,7 @@ def keep_sources(directory: epath.Path, used: Sequence[plugins.Plugin]) -> None:
 def data_files(data: DataSection, trained_on: Sequence[FileIdentity]) -> list[dict[str, Any]]:
     """The identities of the files that a run trains on, in order, and of its tokenizer, as JSON has them."""
     files = list(trained_on)
-    if data.tokenizer != "bytes":
+    if data.has_tokenizer_file:
         files.append(file_identity(epath.Path(expanded(data.tokenizer)), name=TOKENIZER_FILE))
     return [dataclasses.asdict(file) for file in files]
 

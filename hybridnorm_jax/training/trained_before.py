@@ -233,7 +233,7 @@ def _check_tokenizer_file(saved: DataSection, asked: DataSection, now: Trained, 
 
     Where the configuration names none, it may be that nobody said so: it is the default.
     """
-    if saved.tokenizer == "bytes":
+    if not saved.has_tokenizer_file:
         return
     try:
         before = _tokenizer_alone(saved)

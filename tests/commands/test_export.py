@@ -205,6 +205,27 @@ def test_token_files_without_a_tokenizer_bring_none(saved):
     assert "It came without a tokenizer" in (out / "README.md").read_text()
 
 
+def test_a_converted_checkpoint_gets_no_tokenizer_and_no_data_that_it_never_saw(tmp_path, random_params, capsys):
+    """It once got the tokenizer of bytes, and a card that said it was trained on Python's standard library."""
+    config = hn.ModelConfig(**SIZES, scheme="parallel", norm="layernorm", norm_bias=True, mlp_bias=True)
+    hn.save_huggingface("hf", config, random_params(config), architecture="hybridnorm")
+    assert main(["convert", "hf", "runs/converted", "--form", "pre_rmsnorm"]) == 0
+    out = exported("runs/converted", "out")
+    assert names(out) == ALWAYS | CODE
+    card = (out / "README.md").read_text()
+    assert "written by hybridnorm_jax" in card
+    assert "has no record of its training" in card
+    assert "standard library" not in card
+    assert "hybridnorm train" not in card
+    capsys.readouterr()
+    for words in (["generate", "runs/converted", "--prompt", "a"], ["eval", "runs/converted"]):
+        assert main(words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "tokenizer" in line
+    # Whoever knows its tokenizer names it.
+    assert names(exported("runs/converted", "named", "--tokenizer", "bytes")) == ALWAYS | CODE | TOKENIZER
+
+
 def _missing_tokenizer(saved):
     saved(data={"tokenizer": "/nowhere/tokenizer.json"})
 

@@ -10,6 +10,7 @@ import pytest
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.config.run_config import OptimizerSection
+from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.embedding import Embedding
 from hybridnorm_jax.training.optimizer import decay_mask
@@ -46,6 +47,17 @@ PARTS = {
     "parallel_one_norm_qk": {"scheme": "parallel_one_norm_qk", "norm": "layernorm"},
     "sandwich_qk": {"scheme": "sandwich_qk"},
 }
+
+
+@pytest.mark.parametrize("name", ["outer_norm_scale", "outer_norm_bias"])
+def test_a_key_of_norms_outside_the_blocks_needs_such_norms(name, small_config):
+    usual = {"outer_norm_scale": True, "outer_norm_bias": False}[name]
+    assert small_config(scheme="post", **{name: usual})
+    assert small_config(scheme="post", embedding_norm="true", **{name: not usual})
+    with pytest.raises(
+        ConfigError, match=f"model.{name}={not usual}: model.scheme=post has no norms outside its blocks"
+    ):
+        small_config(scheme="post", **{name: not usual})
 
 
 def _loss(config, params, tokens, **inputs):
