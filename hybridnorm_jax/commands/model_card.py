@@ -50,8 +50,8 @@ hybridnorm train training_config.yaml
 Data:
 
 {data}"""
-UNKNOWN_TRAINING = """The checkpoint of step {step:,} has no record of its training, like all that were converted from weights alone or
-saved from Python."""
+UNKNOWN_TRAINING = """The checkpoint of step {step:,} has no record of its training, like all that were converted from
+weights alone or saved from Python."""
 LOADING = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
