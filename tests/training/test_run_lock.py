@@ -77,9 +77,9 @@ from pathlib import Path
 lock = _FileLock(Path({str(tmp_path)!r}) / "lock")
 child = os.fork()
 if child == 0:
+    print(os.getpid(), flush=True)  # by the child itself: by now it has done what it does after a fork
     time.sleep(60)
     os._exit(0)
-print(child, flush=True)
 time.sleep(60)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
