@@ -109,7 +109,7 @@ def test_where_programs_are_kept_the_heap_keeps_its_memory(environment, tmp_path
     assert _starts(environment | {TUNABLES: given}, *command)[0][-1][1] == f"{given}:{WANTED}:{threshold}:{trim}"
 
 
-# Arrays of one size, one after the other, in a thread that is not the first one; prints the page faults of the last ones.
+# Arrays of one size, one after the other, in a thread that is not the first; prints the page faults of the last ones.
 LARGE_ARRAYS = """
 import resource, sys, threading
 import numpy as np
