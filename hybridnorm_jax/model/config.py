@@ -8,6 +8,7 @@ import dataclasses
 import math
 
 from hybridnorm_jax.config_fields import Filled, check_choice, check_fields, key
+from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS, EXPERT_DISPATCHES
 from hybridnorm_jax.model.config_attention import AttentionKeys
 from hybridnorm_jax.model.config_sizes import MOST_LAYERS, MOST_PARAMETERS, WIDEST
@@ -249,8 +250,6 @@ class ModelConfig(AttentionKeys):
         scheme = f"model.scheme={self.scheme}"
         if self.norm != "layernorm":
             return f"model.norm={self.norm}"
-        if self.norm_bias and self.shared_expert_gate:
-            return "model.norm_bias=True, model.shared_expert_gate=True: the gate has no bias that takes the norm's"
         for layer, placement in enumerate(self.placements):
             for name in ("attention", "feed_forward"):
                 sublayer = getattr(placement, name)
@@ -265,3 +264,10 @@ class ModelConfig(AttentionKeys):
     def initializer_name(self) -> str:
         """The initializer in force."""
         return self.scheme_rule.initializer if self.initializer == "auto" else self.initializer
+
+
+def check_is_config(config: object) -> None:
+    """Raise ConfigError for what is no ModelConfig; an EncoderConfig is one."""
+    if not isinstance(config, ModelConfig):
+        right = "give a ModelConfig or an EncoderConfig; that of a run is its `model`"
+        raise ConfigError(f"config: is of the type {type(config).__name__}; {right}")
