@@ -54,6 +54,7 @@ NO_DIRECTORIES = {
     "a" * 300: "File name too long",
     "x\ny": "no such directory",
     "gs://bucket/x": "no such directory",
+    "model@3": "model@3: model is a Hugging Face directory, which has no steps; name it alone",
     "empty": "holds neither a config.json (Hugging Face) nor checkpoints (a run)",
     "pickles": "pytorch_model.bin: a pickle, which can run any code",
 }
@@ -137,7 +138,7 @@ def test_an_unknown_key_names_the_commands_own_argument(refused, model):
 # ---- Where the result goes
 
 WRONG_OUTS = {
-    "": "exists already",
+    "": "'': an empty name; name a directory",
     ".": "exists already",
     "/dev/null": "exists already",
     "/dev/null/x": "cannot be made",
