@@ -96,7 +96,7 @@ def test_a_folder_with_something_else_in_it_ends_in_one_line(example, tmp_path):
         example.main(["--data", str(tmp_path)])
     (tmp_path / "cats" / "notes.txt").unlink()
     (tmp_path / "cats" / "more").mkdir()
-    with pytest.raises(SystemExit, match="error: .*cats/more"):
+    with pytest.raises(SystemExit, match=r"error: .*cats/more"):
         example.main(["--data", str(tmp_path)])
 
 

@@ -177,7 +177,7 @@ def save_huggingface(
 def _check_files(files: Mapping[str, bytes], *, ours: Collection[str]) -> None:
     """Raise UserError unless these are further files: beside those of the model, and in its directory."""
     for name, content in files.items():
-        if Path(name).name != name or name in ours or name == INDEX or name.endswith(SUFFIX):
+        if not name or Path(name).name != name or name in ours or name == INDEX or name.endswith(SUFFIX):
             right = "must be the plain name of a file that does not belong to the model itself"
             raise UserError(f"files: {shortened(name)}: {right}")
         if not isinstance(content, bytes):

@@ -205,6 +205,7 @@ TRAINED = {
     "dense among experts, gated and balanced": {
         **MIXED,
         **{"shared_experts": 1, "shared_mlp_dim": 24, "shared_expert_gate": True, "balance_bias": True},
+        **{"shared_expert_gate_bias": True},
     },
     "gpt-oss": {**KINDS["gpt-oss"], "layer_scale": True, "logit_cap": 5.0, "norm_scale_plus_one": True},
 }
