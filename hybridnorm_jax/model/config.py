@@ -247,9 +247,15 @@ class ModelConfig(AttentionKeys):
         Pre-LN: LayerNorm at the entrance of every branch and before the head, and no other norm on the stream. A norm
         after the embedding stands before the stream: it becomes part of the table, or its mean is subtracted behind it.
         """
+        found = [] if self.norm == "layernorm" else [f"model.norm={self.norm}"]
+        if misplaced := self._misplaced_norm:
+            found.append(misplaced)
+        return ", and ".join(found) or None
+
+    @property
+    def _misplaced_norm(self) -> str | None:
+        """`key=value` and the first place of a norm that Pre-LN does not have there, or lacks; None: there is none."""
         scheme = f"model.scheme={self.scheme}"
-        if self.norm != "layernorm":
-            return f"model.norm={self.norm}"
         for layer, placement in enumerate(self.placements):
             for name in ("attention", "feed_forward"):
                 sublayer = getattr(placement, name)

@@ -289,6 +289,10 @@ def test_dtypes_stay(small_config, random_params):
         ({"scheme": "mix_ln", "norm": "layernorm", "num_layers": 4}, r"model\.scheme=mix_ln: a post norm"),
         ({"scheme": "qk_pre", "norm": "layernorm"}, r"attention of layer 0 reads the stream without a norm"),
         ({"scheme": "pre", "norm": "crmsnorm"}, r"model\.norm=crmsnorm"),
+        (
+            {"scheme": "sandwich"},
+            r"model\.norm=rmsnorm, and model\.scheme=sandwich: a branch norm at attention of layer 0",
+        ),
     ],
     ids=str,
 )
