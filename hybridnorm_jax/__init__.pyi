@@ -33,6 +33,7 @@ from .model.rotation import rotation as rotation
 from .model.schemes import SCHEMES as SCHEMES
 from .model.schemes import Scheme as Scheme
 from .model.schemes import describe as describe
+from .model.schemes import mix_ln as mix_ln
 from .model.schemes import scheme as scheme
 from .model.schemes import schemes as schemes
 from .training.hooks.hook import Hook as Hook

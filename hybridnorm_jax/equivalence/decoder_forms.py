@@ -21,7 +21,7 @@ from hybridnorm_jax.equivalence.transforms import compress, fold_affine, recente
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.placement import HEAD_NORMS, Run, SublayerName
+from hybridnorm_jax.model.placement import HEAD_NORMS, HIDDEN_NORMS, Run, SublayerName
 
 # The first part of the path of every leaf that is added to the stream before the first block.
 ENTRANCES = (
@@ -180,7 +180,12 @@ def _run_rules(config: ModelConfig, run: Run, name: str) -> dict[str, Role]:
         rules[f"{name}/attention/sinks"] = Untouched()
     for norm in HEAD_NORMS:
         if getattr(run.structure, norm):
-            rules |= _head_norm_rules(config, f"{name}/attention/{norm}")
+            rules |= _inner_norm_rules(config, f"{name}/attention/{norm}")
+    for norm in HIDDEN_NORMS:
+        if getattr(run.structure, norm) and (norm != "gate_norm" or config.is_gated):
+            rules |= _inner_norm_rules(config, f"{name}/feed_forward/{norm}")
+    if run.structure.head_scales == "before":
+        rules[f"{name}/attention/head_scales/scale"] = Untouched()
     return rules
 
 
@@ -215,8 +220,8 @@ def _feed_forward_projections(config: ModelConfig, run: Run) -> _Projections:
     return _Projections(readers=readers, writers=writers, has_output_bias=config.has_mlp_output_bias)
 
 
-def _head_norm_rules(config: ModelConfig, path: str) -> dict[str, Role]:
-    """A norm inside attention, which does not touch the stream."""
+def _inner_norm_rules(config: ModelConfig, path: str) -> dict[str, Role]:
+    """A norm inside attention or the feed-forward layer, which does not touch the stream."""
     rules: dict[str, Role] = {}
     if config.attention_norm_scale:
         rules[f"{path}/scale"] = Untouched()

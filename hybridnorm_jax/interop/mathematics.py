@@ -91,4 +91,4 @@ def _values(config: ModelConfig, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def _has_head_norm(placement: BlockPlacement) -> bool:
-    return any(getattr(placement, name) is not None for name in HEAD_NORMS)
+    return placement.normalizes_hidden or any(getattr(placement, name) is not None for name in HEAD_NORMS)

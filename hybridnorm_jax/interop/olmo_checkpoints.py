@@ -143,6 +143,8 @@ def _norms(config: ModelConfig, source: _Arrays) -> _Norms:
     # Our norm that theirs at the next entrance is, if that entrance has no pre norm.
     before: _NormPlace | str | None = "embedding_norm" if config.has_embedding_norm else None
     for layer in range(config.num_layers):
+        if config.placements[layer].normalizes_hidden or config.placements[layer].head_scales is not None:
+            raise UserError(f"model.scheme={config.scheme}: their code has no norm in the FFN, and no scales of heads")
         for sublayer, their_norm in _THEIR_ENTRANCE_NORM.items():
             placement = getattr(config.placements[layer], sublayer)
             _check_expressible(config, layer, placement, has_norm_before=before is not None)
@@ -170,6 +172,8 @@ def _check_expressible(config: ModelConfig, layer: int, placement: SublayerPlace
         raise UserError(f"model.scheme={config.scheme}: two norms meet in layer {layer}; their code has one there")
     if placement.reads == "block" or placement.residual != "input" or set(placement.scales) != {1.0}:
         raise UserError(f"model.scheme={config.scheme}: its residuals or scales are not expressible in their code")
+    if placement.residual_vector or config.layer_scale_of(placement) is not None:
+        raise UserError(f"model.scheme={config.scheme}: its learned scales are not expressible in their code")
 
 
 def _norm(config: ModelConfig, source: _Arrays, name: str) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from hybridnorm_jax.interop.tensor_layouts import AS_IT_IS, LINEAR, LINEAR_OUT, PATCHES, TABLE, VECTOR, Layout
 from hybridnorm_jax.interop.tensor_places import Tensor, TensorTable
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.placement import HEAD_NORMS
+from hybridnorm_jax.model.placement import HEAD_NORMS, HIDDEN_NORMS
 
 QUERY, KEY, VALUE, OUT = "attention/query", "attention/key", "attention/value", "attention/out"
 GATE, UP, DOWN = "feed_forward/gate", "feed_forward/up", "feed_forward/down"
@@ -128,6 +128,8 @@ _OWN_BLOCK = (
     *attention(),
     *GATED_MLP,
     *(part for name in HEAD_NORMS for part in norm(f"self_attn.{name}", f"attention/{name}", layout=AS_IT_IS)),
+    *(part for name in HIDDEN_NORMS for part in norm(f"mlp.{name}", f"feed_forward/{name}")),
+    Tensor("self_attn.head_scales.weight", ("attention/head_scales/scale",), VECTOR),
     Tensor("self_attn.sinks", ("attention/sinks",), AS_IT_IS),
     *dense("mlp.router", "feed_forward/router"),
     Tensor("mlp.balance_bias", ("feed_forward/balance_bias",), VECTOR),
@@ -136,8 +138,11 @@ _OWN_BLOCK = (
     *dense("mlp.shared.up_proj", "feed_forward/shared/up"),
     *dense("mlp.shared.down_proj", "feed_forward/shared/down"),
     *dense("mlp.shared_gate", "feed_forward/shared_gate"),
-    Tensor("attention_layer_scale.weight", ("attention_layer_scale/scale",), VECTOR),
-    Tensor("feed_forward_layer_scale.weight", ("feed_forward_layer_scale/scale",), VECTOR),
+    *(
+        Tensor(f"{sublayer}_{which}.weight", (f"{sublayer}_{which}/scale",), VECTOR)
+        for sublayer in ("attention", "feed_forward")
+        for which in ("layer_scale", "residual_vector")
+    ),
 )
 HYBRIDNORM = TensorTable(
     prefix="model.",

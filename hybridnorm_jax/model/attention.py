@@ -16,6 +16,7 @@ from hybridnorm_jax.kernels.blockwise_attention import attention_statistics
 from hybridnorm_jax.kernels.cached_attention import CachedHeads, cached_attention
 from hybridnorm_jax.kernels.dense_products import rows_product
 from hybridnorm_jax.kernels.head_preparation import HeadNorm, Preparation, Rotation, prepared
+from hybridnorm_jax.kernels.precision import widened
 from hybridnorm_jax.kernels.score_rules import ScoreRules
 from hybridnorm_jax.model import placement
 from hybridnorm_jax.model.alibi import AlibiKind
@@ -49,6 +50,20 @@ class HeadNormParameters(nn.Module):
         return scale, bias
 
 
+class HeadScales(nn.Module):
+    """A learned number for each head, which starts at 1.
+
+    Parameters: `scale` (heads,).
+    """
+
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, heads: int) -> Float[Array, " heads"]:
+        scale: Float[Array, " heads"] = self.param("scale", nn.initializers.ones, (heads,), self.param_dtype)
+        return scale
+
+
 class Attention(nn.Module):
     """softmax(N(q) N(k)^T / sqrt(head_dim) + causal mask) N(v), normalized, times W_O. HybridNorm (2503.04598), eq. 5.
 
@@ -58,13 +73,15 @@ class Attention(nn.Module):
     Parameters: `query/kernel` (embed, heads, head_dim), `key/kernel` and `value/kernel` (embed, kv_heads, head_dim),
     `out/kernel` (heads, head_dim, embed), their `bias` where asked for, `q_norm`, `k_norm`, `v_norm`, `context_norm`
     with `scale` and `bias` (head_dim,), (heads, head_dim) where each head has its own, or (heads * head_dim,) over the
-    projection; and `sinks` (heads,) where asked for.
+    projection; `head_scales/scale` (heads,) and `sinks` (heads,) where asked for.
 
     Attributes:
       num_heads: heads of q.
       num_kv_heads: heads of k and v; None: num_heads.
       head_dim: width of a head; None: embed / num_heads.
       q_norm, k_norm, v_norm, context_norm: None, "head" or "projection".
+      head_scales: a learned number for each head, starting at 1: "before" W_O times the head's context, "after" W_O
+        times one of as many equal parts of the channels. NormFormer (2110.09456); None: there are none.
       norm, norm_epsilon, norm_scale, norm_bias, norm_scale_plus_one: Norm's kind, epsilon, use_scale, use_bias and
         scale_plus_one for all of these.
       norm_per_head: a norm over a head has scale and bias for each head.
@@ -94,6 +111,7 @@ class Attention(nn.Module):
     k_norm: placement.HeadNorm = None
     v_norm: placement.HeadNorm = None
     context_norm: placement.HeadNorm = None
+    head_scales: placement.HeadScales = None
     norm: str = "rmsnorm"
     norm_epsilon: float = 1e-5
     norm_scale: bool = True
@@ -145,6 +163,10 @@ class Attention(nn.Module):
             check_per_token(name, array, batch=x.shape[0], seq=x.shape[1])
         if self.backend not in ATTENTION_BACKENDS:
             raise ValueError(f"backend={self.backend!r}: must be {', '.join(ATTENTION_BACKENDS)}")
+        if self.head_scales not in (None, "before", "after"):
+            raise ValueError(f"head_scales={self.head_scales!r}: must be None, 'before' or 'after'")
+        if self.head_scales == "after" and x.shape[-1] % self.num_heads:
+            raise ValueError(f"head_scales='after': num_heads={self.num_heads} must divide the width, {x.shape[-1]}")
         num_kv_heads, head_dim = self._sizes(x.shape[-1])
         if rotation is None:
             rotation = self._rotation(x.shape[1], head_dim, positions)
@@ -167,9 +189,20 @@ class Attention(nn.Module):
         rules = self._rules(x.shape[1], positions, layer_window)
         context = self._context(AttentionInputs(q, k, v, segment_ids), preparation, rules, slots)
         context = self._normalize("context_norm", context)
+        if self.head_scales == "before":
+            context = self._scale_heads(context)
         use_bias = self.use_bias if self.use_output_bias is None else self.use_output_bias
         out = dense(x.shape[-1], axis=(-2, -1), kernel_init=self.output_init, use_bias=use_bias, name="out")
-        return out(context)
+        written: Float[Array, "batch seq embed"] = out(context)
+        if self.head_scales != "after":
+            return written
+        return self._scale_heads(written.reshape(*x.shape[:2], self.num_heads, -1)).reshape(x.shape)
+
+    def _scale_heads(self, heads: Float[Array, "batch seq heads channels"]) -> Float[Array, "batch seq heads channels"]:
+        """Each of the parts times its learned number, in float32 at least, and rounded once."""
+        scale = HeadScales(self.param_dtype, name="head_scales")(self.num_heads)
+        wide = widened(heads)
+        return (scale.astype(wide.dtype)[:, None] * wide).astype(heads.dtype)
 
     def _context(
         self, inputs: AttentionInputs, preparation: Preparation, rules: ScoreRules, slots: Slots | None

@@ -1,7 +1,6 @@
 """One transformer block: the formula, applied to attention and to the feed-forward layer as the placement says."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import flax
 import jax
@@ -11,77 +10,38 @@ from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.kernels.head_preparation import Rotation
-from hybridnorm_jax.kernels.precision import wide_dtype, widened
+from hybridnorm_jax.kernels.precision import widened
 from hybridnorm_jax.kernels.swiglu import SwigluClamp
 from hybridnorm_jax.model.alibi import alibi_of
 from hybridnorm_jax.model.attention import Attention
 from hybridnorm_jax.model.cache import Slots
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.feed_forward import FeedForward
+from hybridnorm_jax.model.formula import (
+    ALL_ONE,
+    ScaleArrays,
+    StartArrays,
+    Stream,
+    StreamFunction,
+    SublayerNorms,
+    apply_formula,
+    scale_arrays,
+    start_arrays,
+    starting_at,
+    unchanged,
+)
 from hybridnorm_jax.model.initializers import std_factor, truncated_normal
 from hybridnorm_jax.model.input_checks import check_per_token
 from hybridnorm_jax.model.layer_scale import LayerScale
 from hybridnorm_jax.model.moe import MoE
 from hybridnorm_jax.model.norms import Norm, padding_defect, zero_mean_defect
-from hybridnorm_jax.model.placement import BlockPlacement, Scales, SublayerPlacement
+from hybridnorm_jax.model.placement import BlockPlacement, SublayerName, SublayerPlacement
 from hybridnorm_jax.model.rotation import default_positions, rotations
 from hybridnorm_jax.model.signal_measures import PROBE, SIGNAL, gradient_probe, stream_rms, token_similarity
-
-Stream = Float[Array, "batch seq embed"]
-StreamFunction = Callable[[Stream], Stream]
-ScaleArrays = Scales[Float[Array, ""] | None]  # None where the scale is 1
 
 # Collections that Block and Decoder fill where an invariant check makes them mutable; nothing is computed otherwise.
 # So it is with SIGNAL and PROBE, of signal_measures.py.
 STREAM, DEFECT = "stream", "stream_defect"
-
-
-class SublayerNorms(NamedTuple):
-    """The norms of the formula, each the identity where the placement has none.
-
-    Behind the branch norm stands LayerScale, where the model has it.
-    """
-
-    pre: StreamFunction
-    branch: StreamFunction
-    post: StreamFunction
-
-
-def apply_formula(
-    f: StreamFunction,
-    sublayer_input: Stream,
-    block_input: Stream,
-    placement: SublayerPlacement,
-    norms: SublayerNorms,
-    scales: ScaleArrays,
-) -> Stream:
-    """y = post(residual_scale * r + branch_scale * branch(f(input_scale * pre(x)))): every sublayer of every scheme."""
-    pre, branch, post = norms
-    residual_scale, branch_scale, input_scale = scales
-
-    x = block_input if placement.reads == "block" else sublayer_input
-    match placement.residual:
-        case "input":
-            r = sublayer_input
-        case "block":
-            r = block_input
-        case "both":
-            r = sublayer_input + block_input
-    return post(times(residual_scale, r) + times(branch_scale, branch(f(times(input_scale, pre(x))))))
-
-
-def times(scale: Float[Array, ""] | None, x: Array) -> Array:
-    """scale * x, multiplied in float32 at least and rounded once to the dtype of x; a scale of None is 1."""
-    return x if scale is None else (scale.astype(wide_dtype(x.dtype)) * widened(x)).astype(x.dtype)
-
-
-def scale_arrays(scales: Scales[float], dtype: str) -> ScaleArrays:
-    """The scales of one layer for a stream of this dtype, in float32 at least; None where a scale is 1."""
-
-    def array(scale: float) -> Float[Array, ""] | None:
-        return None if scale == 1.0 else jnp.asarray(scale, wide_dtype(dtype))
-
-    return Scales(residual=array(scales.residual), branch=array(scales.branch), input=array(scales.input))
 
 
 @flax.struct.dataclass
@@ -91,6 +51,7 @@ class LayerInputs:
     Attributes:
       layer: number of the layer, from 0.
       attention, feed_forward: the scales of the formula in the two sublayers.
+      attention_starts, feed_forward_starts: where their learned scales start; read at initialization alone.
       keys: what the layer draws its parameters and its dropout from, by the name of Flax's stream. The Decoder gives
         them; a Block alone leaves keys to Flax.
       window: how many positions a token sees, where the layers of the run differ in that; None: Block.window says it.
@@ -101,6 +62,8 @@ class LayerInputs:
     layer: int | Int[Array, ""]
     attention: ScaleArrays
     feed_forward: ScaleArrays
+    attention_starts: StartArrays = ALL_ONE
+    feed_forward_starts: StartArrays = ALL_ONE
     keys: dict[str, Array] = flax.struct.field(default_factory=dict)
     window: Int[Array, ""] | None = None
     rotation: Int[Array, ""] | None = None
@@ -140,9 +103,10 @@ class Block(nn.Module):
         y = block.apply(variables, x)
 
     Parameters: `attention/...`, `feed_forward/...`, and of the norms that the placement has `attention_pre_norm`,
-    `attention_branch_norm`, `attention_post_norm`, `feed_forward_pre_norm`, ... with `scale` and `bias` (embed,); with
-    config.layer_scale `attention_layer_scale/scale` and `feed_forward_layer_scale/scale` (embed,). Where the placement
-    has one pre norm for both branches, it is `attention_pre_norm`.
+    `attention_branch_norm`, `attention_post_norm`, `feed_forward_pre_norm`, ... with `scale` and `bias` (embed,). The
+    learned scales that it has are `attention_layer_scale/scale` and `feed_forward_layer_scale/scale`, (embed,) or (1,),
+    and `attention_residual_vector/scale` and `feed_forward_residual_vector/scale` (embed,). config.layer_scale is
+    layer_scale="channel" in both sublayers. What both branches share has the name of attention's.
 
     Attributes:
       config: sizes, kinds and dtypes; its scheme does not matter here, except for initializer=auto.
@@ -180,6 +144,8 @@ class Block(nn.Module):
             layer=self.layer,
             attention=scale_arrays(self.placement.attention.scales, self.config.dtype),
             feed_forward=scale_arrays(self.placement.feed_forward.scales, self.config.dtype),
+            attention_starts=start_arrays(self.placement.attention.starts, self.config.param_dtype),
+            feed_forward_starts=start_arrays(self.placement.feed_forward.starts, self.config.param_dtype),
         )
         if rotation is not None and positions is not None:
             raise ValueError("positions: they are in the rotation already; give one of the two")
@@ -210,8 +176,15 @@ class Block(nn.Module):
                 slots=shared.slots,
             )
 
-        attention_norms = self._norms("attention", self.placement.attention)
-        shared_pre = attention_norms.pre if self.placement.shared_pre_norm else None
+        parts = self.placement.attention, self.placement.feed_forward
+        attention_scale = self._layer_scale("attention", parts[0], layer.attention_starts)
+        feed_forward_scale = attention_scale
+        if not self.placement.shared_layer_scale:
+            feed_forward_scale = self._layer_scale("feed_forward", parts[1], layer.feed_forward_starts)
+        attention_norms = self._norms("attention", parts[0], layer.attention_starts, attention_scale)
+        feed_forward_norms = self._norms("feed_forward", parts[1], layer.feed_forward_starts, feed_forward_scale)
+        if self.placement.shared_pre_norm:
+            feed_forward_norms = feed_forward_norms._replace(pre=attention_norms.pre)
         after_attention = apply_formula(
             self._with_dropout(attend, deterministic, "attention_dropout"),
             sublayer_input=x,
@@ -225,7 +198,7 @@ class Block(nn.Module):
             sublayer_input=after_attention,
             block_input=x,
             placement=self.placement.feed_forward,
-            norms=self._norms("feed_forward", self.placement.feed_forward, shared_pre),
+            norms=feed_forward_norms,
             scales=layer.feed_forward,
         )
         return nn.with_logical_constraint(watch_stream(self, y), ("batch", "seq", None))
@@ -235,28 +208,37 @@ class Block(nn.Module):
         return lambda x: dropout(f(x))
 
     def _norms(
-        self, sublayer: str, placement: SublayerPlacement, shared_pre: StreamFunction | None = None
+        self, sublayer: SublayerName, placement: SublayerPlacement, starts: StartArrays, layer_scale: StreamFunction
     ) -> SublayerNorms:
-        """The norms of a sublayer; `shared_pre` is the pre norm of another one that it uses."""
+        """The norms of a sublayer, and its learned scales, of which one exists already."""
 
-        def norm(present: bool, which: str, initial_scale: float = 1.0) -> StreamFunction:
+        def norm(present: bool, which: str, start: Float[Array, ""] | None = None) -> StreamFunction:
             if not present:
-                return lambda x: x
-            scale_init = nn.initializers.constant(initial_scale)
-            return stream_norm(self.config, name=f"{sublayer}_{which}_norm", scale_init=scale_init)
+                return unchanged
+            return stream_norm(self.config, name=f"{sublayer}_{which}_norm", scale_init=starting_at(start))
 
+        branch = norm(placement.branch, "branch", starts.branch)
+        residual: StreamFunction = unchanged
+        if placement.residual_vector:
+            residual = LayerScale(jnp.dtype(self.config.param_dtype), name=f"{sublayer}_residual_vector")
         return SublayerNorms(
-            pre=norm(placement.pre, "pre") if shared_pre is None else shared_pre,
-            branch=self._scaled(norm(placement.branch, "branch", placement.branch_norm_init), sublayer),
+            pre=norm(placement.pre, "pre", starts.pre),
+            branch=lambda x: layer_scale(branch(x)),
             post=norm(placement.post, "post"),
+            residual=residual,
         )
 
-    def _scaled(self, branch_norm: StreamFunction, sublayer: str) -> StreamFunction:
-        """The branch norm and what stands behind it."""
-        if not self.config.layer_scale:
-            return branch_norm
-        scale = LayerScale(jnp.dtype(self.config.param_dtype), name=f"{sublayer}_layer_scale")
-        return lambda x: scale(branch_norm(x))
+    def _layer_scale(self, sublayer: SublayerName, placement: SublayerPlacement, starts: StartArrays) -> StreamFunction:
+        """The learned scale behind a branch."""
+        kind = self.config.layer_scale_of(placement)
+        if kind is None:
+            return unchanged
+        return LayerScale(
+            jnp.dtype(self.config.param_dtype),
+            is_scalar=kind == "scalar",
+            scale_init=starting_at(starts.layer_scale),
+            name=f"{sublayer}_layer_scale",
+        )
 
     @property
     def window(self) -> int:
@@ -282,6 +264,7 @@ class Block(nn.Module):
             k_norm=placement.k_norm,
             v_norm=placement.v_norm,
             context_norm=placement.context_norm,
+            head_scales=placement.head_scales,
             norm=config.attention_norm_kind,
             norm_epsilon=config.norm_eps,
             norm_scale=config.attention_norm_scale,
@@ -316,9 +299,18 @@ class Block(nn.Module):
                 use_bias=config.mlp_bias,
                 use_output_bias=config.mlp_output_bias,
                 clamp=clamp,
+                gate_norm=self.placement.gate_norm and config.is_gated,
+                up_norm=self.placement.up_norm,
+                hidden_norm=self.placement.hidden_norm,
+                norm=config.attention_norm_kind,
+                norm_epsilon=config.norm_eps,
+                norm_scale=config.attention_norm_scale,
+                norm_bias=config.attention_norm_bias,
+                norm_scale_plus_one=config.norm_scale_plus_one,
                 dtype=jnp.dtype(config.dtype),
                 param_dtype=jnp.dtype(config.param_dtype),
                 input_init=self._initializer("feed_forward", layer),
+                up_init=self._initializer("up", layer),
                 output_init=self._initializer("output", layer),
                 name="feed_forward",
             )
@@ -342,6 +334,7 @@ class Block(nn.Module):
             param_dtype=jnp.dtype(config.param_dtype),
             router_init=self._initializer("input", layer),
             input_init=self._initializer("feed_forward", layer),
+            up_init=self._initializer("up", layer),
             output_init=self._initializer("output", layer),
             name="feed_forward",
         )

@@ -12,11 +12,19 @@ from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS, EXPERT_DISPATCHES
 from hybridnorm_jax.model.config_attention import AttentionKeys
 from hybridnorm_jax.model.config_sizes import MOST_LAYERS, MOST_PARAMETERS, WIDEST
-from hybridnorm_jax.model.placement import HEAD_NORMS, BlockPlacement, Layer, Run, runs
+from hybridnorm_jax.model.placement import (
+    HEAD_NORMS,
+    BlockPlacement,
+    Layer,
+    LearnedScale,
+    Run,
+    SublayerPlacement,
+    runs,
+)
 from hybridnorm_jax.model.schemes import SCHEMES, Scheme
 
 NORMS = ("rmsnorm", "layernorm", "crmsnorm")
-INITIALIZERS = ("normal", "depth_scaled", "megatron", "deepnorm", "b2t")
+INITIALIZERS = ("normal", "depth_scaled", "megatron", "deepnorm", "sub_ln", "b2t", "simple_gpt")
 # Training takes the policy that fits; by itself a model with "auto" computes nothing again.
 AUTO_REMAT = "auto"
 REMAT_POLICIES = ("none", "full", "all_but_attention", "dots", "dots_no_batch")
@@ -34,7 +42,7 @@ class ModelConfig(AttentionKeys):
 
     norm: str = key("rmsnorm", " | ".join(NORMS))
     attention_norm: str = key(
-        "auto", "norm on q, k, v, context: auto (norm; rmsnorm for crmsnorm) | rmsnorm | layernorm"
+        "auto", "norm on q, k, v, context and inside the FFN: auto (norm; rmsnorm for crmsnorm) | rmsnorm | layernorm"
     )
     norm_eps: float = key(1e-5, "added to the mean square inside the root, in every norm", at_least=0, at_most=1)
     norm_scale: bool = key(True, "norms have a learned scale")
@@ -46,8 +54,12 @@ class ModelConfig(AttentionKeys):
         at_least=2,
         at_most=WIDEST + 1,
     )
-    attention_norm_scale: Filled[bool] = key(None, "norm_scale of the norms on q, k, v, context; null: norm_scale")
-    attention_norm_bias: Filled[bool] = key(None, "norm_bias of the norms on q, k, v, context; null: norm_bias")
+    attention_norm_scale: Filled[bool] = key(
+        None, "norm_scale of the norms on q, k, v, context and inside the FFN; null: norm_scale"
+    )
+    attention_norm_bias: Filled[bool] = key(
+        None, "norm_bias of the norms on q, k, v, context and inside the FFN; null: norm_bias"
+    )
     attention_norm_per_head: bool = key(False, "norms over a head have a scale and a bias for each head")
     embedding_norm: str = key("auto", "norm after the embedding: auto (as the scheme says) | true | false")
     outer_norm_scale: Filled[bool] = key(None, "norm_scale of the norms outside the blocks; null: norm_scale")
@@ -167,12 +179,29 @@ class ModelConfig(AttentionKeys):
         check_choice(f"initializer of model.scheme={self.scheme}", self.initializer_name, INITIALIZERS)
         right = f"model.scheme={self.scheme} starts a norm's scale at another value than 1, so norms need scales"
         self._check("norm_scale", self.norm_scale or not self._starts_a_scale_elsewhere, right)
+        right = f"model.scheme={self.scheme} has a learned scale behind its branches already"
+        has_own = any(sublayer.layer_scale is not None for sublayer in self._sublayers)
+        self._check("layer_scale", not (self.layer_scale and has_own), right)
+        normalized = [placement.normalizes_hidden for placement in self.placements]
+        right = f"model.scheme={self.scheme} normalizes inside feed-forward layers, which experts cannot have"
+        blocks = zip(normalized, self.has_experts, strict=True)
+        self._check("num_experts", not any(is_normalized and experts for is_normalized, experts in blocks), right)
+        right = f"must divide model.d_model={self.d_model}: model.scheme={self.scheme} has a scale for each part of it"
+        after = any(placement.head_scales == "after" for placement in self.placements)
+        self._check("num_heads", not after or self.d_model % self.num_heads == 0, right)
+
+    @property
+    def _sublayers(self) -> list[SublayerPlacement]:
+        return [sublayer for block in self.placements for sublayer in (block.attention, block.feed_forward)]
+
+    def layer_scale_of(self, sublayer: SublayerPlacement) -> LearnedScale:
+        """The learned scale behind a branch of this placement: its own, or that of model.layer_scale."""
+        return "channel" if self.layer_scale else sublayer.layer_scale
 
     @property
     def _starts_a_scale_elsewhere(self) -> bool:
-        """Whether the scale of a branch norm starts at another value than 1."""
-        sublayers = [sublayer for block in self.placements for sublayer in (block.attention, block.feed_forward)]
-        return any(sublayer.branch and sublayer.branch_norm_init != 1.0 for sublayer in sublayers)
+        """Whether the scale of a norm starts at another value than 1."""
+        return any(sublayer.pre_norm_init != 1.0 or sublayer.branch_norm_init != 1.0 for sublayer in self._sublayers)
 
     @property
     def attention_norm_kind(self) -> str:
@@ -262,8 +291,14 @@ class ModelConfig(AttentionKeys):
                 for which in ("post", "branch"):
                     if getattr(sublayer, which):
                         return f"{scheme}: a {which} norm at {name} of layer {layer}"
+                if sublayer.residual_vector:
+                    return f"{scheme}: a learned residual vector at {name} of layer {layer}"
+                if sublayer.layer_scale is not None:
+                    return f"{scheme}: a learned scale behind {name} of layer {layer}"
                 if not sublayer.pre:
                     return f"{scheme}: {name} of layer {layer} reads the stream without a norm"
+            if placement.head_scales == "after":
+                return f"{scheme}: scales of heads behind the output projection of layer {layer}"
         return None if self.has_final_norm else f"{scheme}: no norm before the head"
 
     @property

@@ -31,7 +31,9 @@ class FeedForwardKeys(SizeKeys):
     )
     mlp_bias: bool = key(False, "feed-forward projections, routers too, have biases")
     mlp_output_bias: bool | None = key(None, "the last feed-forward projection has a bias; null: mlp_bias")
-    layer_scale: bool = key(False, "what each branch adds is multiplied by a learned scale per channel (LayerScale)")
+    layer_scale: bool = key(
+        False, "what each branch adds is multiplied by a learned scale per channel, from 1 (LayerScale); any scheme"
+    )
     num_experts: int = key(
         0,
         "experts of every feed-forward layer, each a gated layer of mlp_dim; 0: a dense layer",

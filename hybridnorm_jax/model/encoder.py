@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from hybridnorm_jax.config_fields import present
-from hybridnorm_jax.model.block import Dropout, SharedInputs, Stream, watch_stream
+from hybridnorm_jax.model.block import Dropout, SharedInputs, watch_stream
 from hybridnorm_jax.model.embedding import Embedding, Head
 from hybridnorm_jax.model.encoder_config import EncoderConfig
 from hybridnorm_jax.model.encoder_parts import (
@@ -20,6 +20,7 @@ from hybridnorm_jax.model.encoder_parts import (
     PatchEmbedding,
     Pixels,
 )
+from hybridnorm_jax.model.formula import Stream
 from hybridnorm_jax.model.initializers import std_factor
 from hybridnorm_jax.model.input_checks import check_per_token, check_tokens
 from hybridnorm_jax.model.layers import through_layers

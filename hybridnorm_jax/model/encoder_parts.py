@@ -9,9 +9,9 @@ from jaxtyping import Array, Float
 
 from hybridnorm_jax.kernels.dense_products import rows_product
 from hybridnorm_jax.kernels.precision import wide_dtype
-from hybridnorm_jax.model.block import Stream
 from hybridnorm_jax.model.encoder_config import EncoderConfig
 from hybridnorm_jax.model.feed_forward import FeedForward, SwigluClamp
+from hybridnorm_jax.model.formula import Stream
 from hybridnorm_jax.model.initializers import truncated_normal
 from hybridnorm_jax.model.outside import outer_norm
 

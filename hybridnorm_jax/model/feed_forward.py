@@ -14,6 +14,7 @@ from hybridnorm_jax.kernels.swiglu import SwigluClamp, clamped_swiglu
 from hybridnorm_jax.model.config_feed_forward import ACTIVATIONS, CLAMPED, GATED
 from hybridnorm_jax.model.initializers import truncated_normal
 from hybridnorm_jax.model.input_checks import check_at_least_one
+from hybridnorm_jax.model.norms import Norm
 
 Hidden = Float[Array, "batch seq mlp"]
 
@@ -53,7 +54,8 @@ class FeedForward(nn.Module):
     swiglu_clamped, of which kernels.swiglu.clamped_swiglu has the formula. GLUs: 2002.05202.
 
     Parameters: `gate/kernel` (embed, mlp; gated only), `up/kernel` (embed, mlp), `down/kernel` (mlp, embed), and
-    their `bias` where asked for.
+    their `bias` where asked for; of the norms that there are `gate_norm`, `up_norm` and `hidden_norm`, with `scale` and
+    `bias` (mlp,).
 
     Attributes:
       mlp_dim: width of the hidden layer.
@@ -62,8 +64,12 @@ class FeedForward(nn.Module):
       use_bias: biases on gate and up, and on down unless use_output_bias says otherwise.
       use_output_bias: a bias on down; None: use_bias.
       clamp: of swiglu_clamped; nothing else reads it.
+      gate_norm, up_norm: norms of gate(x), and of up(x). SimpleNorm (2602.01212).
+      hidden_norm: a norm of what down reads. Sub-LN (2210.06423), NormFormer (2110.09456).
+      norm, norm_epsilon, norm_scale, norm_bias, norm_scale_plus_one: Norm's kind, epsilon, use_scale, use_bias and
+        scale_plus_one for all of these; they are over the hidden width.
       dtype, param_dtype: of the computation and of the parameters.
-      input_init, output_init: initializers of gate and up, and of down.
+      input_init, up_init, output_init: initializers of gate, of up (None: input_init), and of down.
     """
 
     mlp_dim: int
@@ -71,9 +77,18 @@ class FeedForward(nn.Module):
     use_bias: bool = False
     use_output_bias: bool | None = None
     clamp: SwigluClamp = SwigluClamp()
+    gate_norm: bool = False
+    up_norm: bool = False
+    hidden_norm: bool = False
+    norm: str = "rmsnorm"
+    norm_epsilon: float = 1e-5
+    norm_scale: bool = True
+    norm_bias: bool = False
+    norm_scale_plus_one: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     input_init: Callable[..., Array] = truncated_normal(0.02)
+    up_init: Callable[..., Array] | None = None
     output_init: Callable[..., Array] = truncated_normal(0.02)
 
     @nn.compact
@@ -81,13 +96,35 @@ class FeedForward(nn.Module):
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} must be one of {', '.join(ACTIVATIONS)}")
         check_at_least_one("mlp_dim", self.mlp_dim)
+        if self.gate_norm and self.activation not in GATED:
+            raise ValueError(f"gate_norm=True: activation={self.activation!r} has no gate")
         dense = partial(nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype, dot_general=dot_general)
-        read = partial(dense, self.mlp_dim, use_bias=self.use_bias, kernel_init=self.input_init)
-        up = read(name="up")(x)
+        read = partial(dense, self.mlp_dim, use_bias=self.use_bias)
+        up_init = self.input_init if self.up_init is None else self.up_init
+        up = self._normalize("up_norm", read(name="up", kernel_init=up_init)(x))
+        if self.activation in GATED:
+            gate = self._normalize("gate_norm", read(name="gate", kernel_init=self.input_init)(x))
         if self.activation == CLAMPED:
-            hidden = clamped_swiglu(read(name="gate")(x), up, self.clamp)
+            hidden = clamped_swiglu(gate, up, self.clamp)
         else:
             function = FUNCTIONS[self.activation]
-            hidden = function(read(name="gate")(x)) * up if self.activation in GATED else function(up)
+            hidden = function(gate) * up if self.activation in GATED else function(up)
+        hidden = self._normalize("hidden_norm", hidden)
         use_output_bias = self.use_bias if self.use_output_bias is None else self.use_output_bias
         return dense(x.shape[-1], use_bias=use_output_bias, kernel_init=self.output_init, name="down")(hidden)
+
+    def _normalize(self, name: str, hidden: Hidden) -> Hidden:
+        """The norm of this name where there is one, otherwise hidden as it is."""
+        if not getattr(self, name):
+            return hidden
+        norm = Norm(
+            kind=self.norm,
+            epsilon=self.norm_epsilon,
+            use_scale=self.norm_scale,
+            use_bias=self.norm_bias,
+            scale_plus_one=self.norm_scale_plus_one,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
+        )
+        return norm(hidden)

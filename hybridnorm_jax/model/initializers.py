@@ -11,9 +11,10 @@ from jaxtyping import Array
 
 from hybridnorm_jax.kernels.precision import wide_dtype
 
-# "output" writes the residual stream (W_O, FFN-out); "value" is W_V; "feed_forward" reads the stream into the FFN;
-# "input" is every other weight inside a block (W_Q, W_K); "outer" stands outside the blocks (embeddings, head).
-ROLES = ("input", "value", "feed_forward", "output", "outer")
+# "output" writes the residual stream (W_O, FFN-out); "value" is W_V; "feed_forward" is the FFN's gate, and "up" what
+# it multiplies, or an FFN's one projection without a gate; "input" is every other weight inside a block (W_Q, W_K);
+# "outer" stands outside the blocks (embeddings, head).
+ROLES = ("input", "value", "feed_forward", "up", "output", "outer")
 
 
 def truncated_normal(std: float | Array) -> Callable[..., Array]:
@@ -37,8 +38,10 @@ def std_factor(initializer: str, role: str, layer: int | Array, num_layers: int)
     normal        1 everywhere (HybridNorm, "Normal initialization")
     depth_scaled  output: 1/sqrt(2l) (HybridNorm, "Depth-Scaled")
     megatron      output: 1/sqrt(2L) (HybridNorm, "Megatron")
-    deepnorm      value, feed_forward and output: (8L)^(-1/4) (DeepNorm 2203.00555, decoder-only)
+    deepnorm      value, feed_forward, up and output: (8L)^(-1/4) (DeepNorm 2203.00555, decoder-only)
+    sub_ln        value, feed_forward, up and output: sqrt(ln 2L) (Sub-LN 2210.06423, decoder-only)
     b2t           every weight inside a block: 1/sqrt(L) (B2T 2206.00330); embeddings and head: 1
+    simple_gpt    up and output: 1/sqrt(2l) (SimpleNorm 2602.01212, whose init_std is 0.02)
     """
     if role not in ROLES:
         raise ValueError(f"role={role!r} must be one of {ROLES}")
@@ -49,10 +52,14 @@ def std_factor(initializer: str, role: str, layer: int | Array, num_layers: int)
             return (2.0 * (layer + 1)) ** -0.5
         case "megatron", "output":
             return 1 / math.sqrt(2 * num_layers)
-        case "deepnorm", "value" | "feed_forward" | "output":
+        case "deepnorm", "value" | "feed_forward" | "up" | "output":
             return (8 * num_layers) ** -0.25
-        case "b2t", "input" | "value" | "feed_forward" | "output":
+        case "sub_ln", "value" | "feed_forward" | "up" | "output":
+            return math.sqrt(math.log(2 * num_layers))
+        case "b2t", "input" | "value" | "feed_forward" | "up" | "output":
             return 1 / math.sqrt(num_layers)
-        case "depth_scaled" | "megatron" | "deepnorm" | "b2t", _:
+        case "simple_gpt", "up" | "output":
+            return (2.0 * (layer + 1)) ** -0.5
+        case "depth_scaled" | "megatron" | "deepnorm" | "sub_ln" | "b2t" | "simple_gpt", _:
             return 1.0
     raise ValueError(f"initializer={initializer!r} is not known")

@@ -16,11 +16,12 @@ from jaxtyping import Array, Float
 from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.kernels.backend_names import SAVED
 from hybridnorm_jax.kernels.precision import wide_dtype
-from hybridnorm_jax.model.block import DEFECT, STREAM, Block, LayerInputs, SharedInputs, Stream
+from hybridnorm_jax.model.block import DEFECT, STREAM, Block, LayerInputs, SharedInputs
 from hybridnorm_jax.model.config import AUTO_REMAT, ModelConfig
 from hybridnorm_jax.model.config_sizes import LONGEST_CONTEXT
+from hybridnorm_jax.model.formula import ALL_ONE, StartArrays, Stream
 from hybridnorm_jax.model.moe import CHOSEN, ROUTER
-from hybridnorm_jax.model.placement import Run, Scales
+from hybridnorm_jax.model.placement import Run, Scales, Starts, SublayerName
 from hybridnorm_jax.model.rotation import stacked
 from hybridnorm_jax.model.signal_measures import PROBE, SIGNAL
 
@@ -92,7 +93,7 @@ def through_layers(
     keys = {name: module.make_rng(name) for name in KEYS if module.has_rng(name)}
     for number, run in enumerate(config.runs):
         run = run if unrolled else run.within(stream.shape[1])  # a cache may be longer than what is read at once
-        layers = layer_inputs(run, config.dtype, keys)
+        layers = layer_inputs(run, config.dtype, keys, initializing=module.is_initializing())
         if unrolled:
             stream = _one_by_one(config, run, stream, layers, shared, deterministic=deterministic)
         else:
@@ -153,7 +154,7 @@ def _scanned(config: ModelConfig, run: Run, name: str, *, deterministic: bool) -
     )
 
 
-def layer_inputs(run: Run, dtype: str, keys: Mapping[str, Array]) -> LayerInputs:
+def layer_inputs(run: Run, dtype: str, keys: Mapping[str, Array], *, initializing: bool = False) -> LayerInputs:
     """The scanned inputs of a run: numbers of its layers, their scales and keys, and in what else they differ.
 
     A layer's keys depend on its number in the model and not on the run that it belongs to: so all schemes draw the same
@@ -162,6 +163,7 @@ def layer_inputs(run: Run, dtype: str, keys: Mapping[str, Array]) -> LayerInputs
     Args:
       dtype: of the stream; the scales are in float32 at least.
       keys: of the whole model, by the name of their stream.
+      initializing: the layers draw their parameters, and so need to know where their learned scales start.
     """
     wide = wide_dtype(dtype)
 
@@ -171,11 +173,21 @@ def layer_inputs(run: Run, dtype: str, keys: Mapping[str, Array]) -> LayerInputs
     def column(values: tuple[float, ...] | None) -> Float[Array, " layers"] | None:
         return None if values is None else jnp.asarray(np.asarray(values), wide)
 
+    def starts(sublayer: SublayerName) -> StartArrays:
+        if not initializing:
+            return ALL_ONE
+        of_layers = run.starts(sublayer)
+        return Starts(
+            pre=column(of_layers.pre), branch=column(of_layers.branch), layer_scale=column(of_layers.layer_scale)
+        )
+
     layers = jnp.arange(run.start, run.start + run.length)
     return LayerInputs(
         layer=layers,
         attention=columns(run.scales("attention")),
         feed_forward=columns(run.scales("feed_forward")),
+        attention_starts=starts("attention"),
+        feed_forward_starts=starts("feed_forward"),
         keys={name: jax.vmap(partial(jax.random.fold_in, key))(layers) for name, key in keys.items()},
         window=None if run.window is not None else jnp.asarray([layer.window or UNLIMITED for layer in run.layers]),
         rotation=None if run.rotation is not None else jnp.asarray(run.places_of_rotations),

@@ -135,7 +135,8 @@ class MoE(nn.Module):
       use_router_bias: a bias on the router; None: use_bias.
       dispatch: what computes the experts, see kernels.expert_dispatch.
       dtype, param_dtype: of the computation and of the parameters.
-      router_init, input_init, output_init: initializers of the router, of gate and up, and of down.
+      router_init, input_init, up_init, output_init: initializers of the router, of gate, of up (None: input_init), and
+        of down.
     """
 
     num_experts: int
@@ -157,6 +158,7 @@ class MoE(nn.Module):
     param_dtype: Any = jnp.float32
     router_init: Callable[..., Array] = truncated_normal(0.02)
     input_init: Callable[..., Array] = truncated_normal(0.02)
+    up_init: Callable[..., Array] | None = None
     output_init: Callable[..., Array] = truncated_normal(0.02)
 
     @nn.compact
@@ -206,6 +208,7 @@ class MoE(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             input_init=self.input_init,
+            up_init=self.up_init,
             output_init=self.output_init,
             name="shared",
         )
@@ -234,9 +237,10 @@ class MoE(nn.Module):
         """What the chosen experts add; weights are in float32 at least."""
         experts, embed, mlp = self.num_experts, x.shape[-1], self.mlp_dim
         projection = partial(ExpertProjection, dtype=self.dtype, param_dtype=self.param_dtype)
-        read = partial(projection, (experts, embed, mlp), use_bias=self.use_bias, kernel_init=self.input_init)
-        gate, gate_bias = read(name="expert_gate")()
-        up, up_bias = read(name="expert_up")()
+        read = partial(projection, (experts, embed, mlp), use_bias=self.use_bias)
+        gate, gate_bias = read(kernel_init=self.input_init, name="expert_gate")()
+        up_init = self.input_init if self.up_init is None else self.up_init
+        up, up_bias = read(kernel_init=up_init, name="expert_up")()
         down, down_bias = projection(
             (experts, mlp, embed), use_bias=self._has_output_bias, kernel_init=self.output_init, name="expert_down"
         )()

@@ -6,8 +6,8 @@ With model.whole_outside the blocks store a zero-mean stream without its last el
 import jax.numpy as jnp
 
 from hybridnorm_jax.kernels.precision import widened
-from hybridnorm_jax.model.block import Stream
 from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.formula import Stream
 from hybridnorm_jax.model.norms import Norm
 
 

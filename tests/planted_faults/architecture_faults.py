@@ -24,15 +24,15 @@ ARCHITECTURES = (
     Fault(
         name="the_layer_scale_stands_before_the_branch_norm",
         file="model/block.py",
-        right="return lambda x: scale(branch_norm(x))",
-        wrong="return lambda x: branch_norm(scale(x))",
+        right="branch=lambda x: layer_scale(branch(x)),",
+        wrong="branch=lambda x: branch(layer_scale(x)),",
         tests=(_OUTER,),
     ),
     Fault(
         name="a_shared_norm_is_two_norms",
         file="model/block.py",
-        right="attention_norms.pre if self.placement.shared_pre_norm else None",
-        wrong="None",
+        right="if self.placement.shared_pre_norm:",
+        wrong="if False:",
         tests=("model/test_outer_parts.py::test_a_shared_norm_is_one_set_of_parameters",),
     ),
     Fault(

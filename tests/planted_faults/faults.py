@@ -36,7 +36,7 @@ MODEL = (
     ),
     Fault(
         name="scales_rounded_before_the_product",
-        file="model/block.py",
+        file="model/formula.py",
         right="scale.astype(wide_dtype(x.dtype)) * widened(x)",
         wrong="scale.astype(x.dtype).astype(wide_dtype(x.dtype)) * widened(x)",
         tests=("model/test_block.py::test_scales_are_multiplied_in_float32_and_rounded_once",),

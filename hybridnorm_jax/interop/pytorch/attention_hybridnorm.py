@@ -9,14 +9,15 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from .configuration_hybridnorm import HEAD_NORMS
-from .norms_hybridnorm import capped, head_norm, wide
+from .norms_hybridnorm import HeadScales, capped, head_norm, wide
 from .positions_hybridnorm import rotate
 
 
 class Attention(nn.Module):
     """softmax(scale * N(q) N(k)^T + mask) N(v), normalized, times W_O. Norms stand before the rotation.
 
-    Parameters: those of the projections and norms, and `sinks` (heads,): the softmax has one more term exp(sink).
+    Parameters: those of the projections and norms, `sinks` (heads,): the softmax has one more term exp(sink), and
+    `head_scales`, see HybridNormConfig.
     """
 
     def __init__(self, config, layer, placement):
@@ -35,6 +36,8 @@ class Attention(nn.Module):
         for name, count in zip(HEAD_NORMS, (heads, kv_heads, kv_heads, heads), strict=True):
             if self.extents[name] is not None:
                 setattr(self, name, head_norm(config, self.extents[name], count))
+        self.head_scales_stand = placement.head_scales
+        self.head_scales = HeadScales(heads) if placement.head_scales else nn.Identity()
         self.sinks = nn.Parameter(torch.zeros(heads)) if config.attention_sinks else None
 
     def forward(self, x, turns, masks, cache, place):
@@ -52,7 +55,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, self.layer, {"cache_position": place})
         context = self.context(q, k, v, mask)
-        return self.o_proj(self.heads("context_norm", context.transpose(1, 2).flatten(2)).flatten(2))
+        context = self.heads("context_norm", context.transpose(1, 2).flatten(2)).flatten(2)
+        if self.head_scales_stand == "before":
+            return self.o_proj(self.head_scales(context))
+        return self.head_scales(self.o_proj(context))
 
     def heads(self, name, x):
         """x (batch, tokens, heads * head_dim) as (batch, tokens, heads, head_dim), normalized where the norm exists."""

@@ -8,7 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention_hybridnorm import Attention
 from .configuration_hybridnorm import HybridNormConfig
 from .feed_forward_hybridnorm import Experts, FeedForward, MixtureOfExperts
-from .norms_hybridnorm import LayerScale, Norm, apply_formula, placement_of, stream_norm
+from .norms_hybridnorm import HeadScales, LayerScale, Norm, apply_formula, placement_of, stream_norm
 
 
 class HybridNormBlock(GradientCheckpointingLayer):
@@ -19,17 +19,19 @@ class HybridNormBlock(GradientCheckpointingLayer):
         self.placement = placement_of(config, layer)
         self.self_attn = Attention(config, layer, self.placement)
         has_experts = config.num_experts and layer not in config.dense_layers
-        self.mlp = MixtureOfExperts(config) if has_experts else FeedForward(config, config.dense_width)
+        dense = None if has_experts else FeedForward(config, config.dense_width, placement=self.placement)
+        self.mlp = MixtureOfExperts(config) if has_experts else dense
         self.dropout = nn.Dropout(config.dropout)
         for name in ("attention", "feed_forward"):
             parts = getattr(self.placement, name)
             has_pre = parts.pre and not (name == "feed_forward" and self.placement.shared_pre_norm)
-            setattr(self, f"{name}_pre_norm", stream_norm(config, has_pre))
+            setattr(self, f"{name}_pre_norm", stream_norm(config, has_pre, parts.pre_norm_init))
             setattr(self, f"{name}_branch_norm", stream_norm(config, parts.branch, parts.branch_norm_init))
             setattr(self, f"{name}_post_norm", stream_norm(config, parts.post))
-            setattr(
-                self, f"{name}_layer_scale", LayerScale(config.hidden_size) if config.layer_scale else nn.Identity()
-            )
+            has_own = not (name == "feed_forward" and self.placement.shared_layer_scale)
+            setattr(self, f"{name}_layer_scale", layer_scale(config, parts) if has_own else nn.Identity())
+            vector = LayerScale(config.hidden_size) if parts.residual_vector else nn.Identity()
+            setattr(self, f"{name}_residual_vector", vector)
 
     def forward(self, x, turns=None, masks=None, cache=None, place=None):
         """The stream (batch, tokens, width) after this block."""
@@ -48,10 +50,21 @@ class HybridNormBlock(GradientCheckpointingLayer):
         return apply_formula(feed_forward, y, x, self.placement.feed_forward, feed_forward_norms)
 
     def norms(self, name):
-        """The norms of a branch; behind the branch norm stands the layer scale, where there is one."""
+        """The norms of a branch and its learned scales; behind the branch norm stands the layer scale, if any."""
         pre, branch, post = (getattr(self, f"{name}_{which}_norm") for which in ("pre", "branch", "post"))
-        scale = getattr(self, f"{name}_layer_scale")
-        return [pre, branch if isinstance(scale, nn.Identity) else lambda x: scale(branch(x)), post]
+        scale = (
+            self.attention_layer_scale if self.placement.shared_layer_scale else getattr(self, f"{name}_layer_scale")
+        )
+        scaled = branch if isinstance(scale, nn.Identity) else lambda x: scale(branch(x))
+        return [pre, scaled, post, getattr(self, f"{name}_residual_vector")]
+
+
+def layer_scale(config, parts):
+    """The learned scale behind a branch; the identity where there is none."""
+    kind = "channel" if config.layer_scale else parts.layer_scale
+    if kind is None:
+        return nn.Identity()
+    return LayerScale(1 if kind == "scalar" else config.hidden_size, parts.layer_scale_init)
 
 
 class HybridNormPreTrainedModel(PreTrainedModel):
@@ -77,6 +90,8 @@ class HybridNormPreTrainedModel(PreTrainedModel):
             for kernel in (module.gate_proj, module.up_proj, module.down_proj):
                 nn.init.normal_(kernel, std=std)
         if isinstance(module, LayerScale):
+            nn.init.constant_(module.weight, module.start)
+        if isinstance(module, HeadScales):
             nn.init.ones_(module.weight)
         for name in ("bias", "gate_bias", "up_bias", "down_bias", "balance_bias", "sinks"):
             if getattr(module, name, None) is not None:

@@ -17,11 +17,18 @@ SUBLAYER = {
     "branch_scale": None,
     "input_scale": None,
     "branch_norm_init": None,
+    "pre_norm_init": None,
+    "layer_scale": (None, "channel", "scalar"),
+    "layer_scale_init": None,
+    "residual_vector": (False, True),
 }
 PRE = {"attention": {"pre": True}, "feed_forward": {"pre": True}}
 HEAD_NORMS = ("q_norm", "k_norm", "v_norm", "context_norm")
 EXTENTS = (None, "head", "projection")
-PARTS = ("attention", "feed_forward", *HEAD_NORMS, "shared_pre_norm")
+HIDDEN_NORMS = ("gate_norm", "up_norm", "hidden_norm")
+SWITCHES = ("shared_pre_norm", "shared_layer_scale", *HIDDEN_NORMS)
+HEAD_SCALES = (None, "before", "after")
+PARTS = ("attention", "feed_forward", *HEAD_NORMS, "head_scales", *SWITCHES)
 GATED = ("swiglu", "swiglu_clamped", "geglu", "geglu_tanh", "geglu_quick", "reglu", "reglu_squared")
 CHOICES = {
     "hidden_act": (*GATED, "gelu", "gelu_tanh", "gelu_quick", "relu", "relu_squared", "silu"),
@@ -130,13 +137,16 @@ class HybridNormConfig(PretrainedConfig):
     Args:
       placements: of each layer a mapping: `attention` and `feed_forward` with parts of SUBLAYER, of which those that
         are not stated are absent (a norm), "input", or 1 (a scale); `q_norm`, `k_norm`, `v_norm` and `context_norm`
-        are "head", "projection" or absent.
+        are "head", "projection" or absent. `shared_pre_norm`: the feed-forward layer reads what the attention's pre
+        norm gives, and has none of its own. `gate_norm`, `up_norm`, `hidden_norm`: norms over the hidden width of what
+        the feed-forward layer's projections give, and of what its last one reads. `head_scales`: a learned weight for
+        each head, "before" or "after" the output projection. `shared_layer_scale`: both branches have one layer_scale.
       scheme: the name of the placements in hybridnorm_jax; nothing here reads it.
       final_norm, embedding_norm: whether a norm stands before the head, and after the embedding.
-        `shared_pre_norm`: the feed-forward layer reads what the attention's pre norm gives, and has none of its own.
       hidden_act: a name of CHOICES; those of GATED have a gate. "gelu" is the exact one.
       clamp_limit, clamp_alpha: of "swiglu_clamped", see gated in feed_forward_hybridnorm.py.
-      norm, attention_norm: the kind of the norms on the stream, and on q, k, v and the context.
+      norm, attention_norm: the kind of the norms on the stream, and on q, k, v, the context and inside the
+        feed-forward layer.
       norm_scale, norm_bias, attention_norm_scale, attention_norm_bias: whether these norms have a learned scale, bias.
       norm_eps: added inside the root of every norm.
       norm_width: of crmsnorm: length of the zero-mean vector whose last element is not stored.
@@ -145,7 +155,7 @@ class HybridNormConfig(PretrainedConfig):
       outer_norm_scale, outer_norm_bias: norm_scale and norm_bias of the norms outside the blocks; null: as these.
       whole_outside: of crmsnorm: outside the blocks vectors are whole, of norm_width elements; norms are RMSNorm there.
       embedding_centring: the mean over the channels is subtracted before the first block.
-      layer_scale: what a branch adds is multiplied by a learned weight per channel.
+      layer_scale: what a branch adds is multiplied by a learned weight per channel, whatever `placements` say.
       positions: "rope", "learned", "sinusoidal" or "alibi".
       rotary_base, rotary_dim: base of the wavelengths, and how many leading channels of a head rotate.
       rotary_layers, second_rotary_base: the rotation of each layer: 1 the first, by rotary_base and rotary_scaling; 2
@@ -290,7 +300,9 @@ class HybridNormConfig(PretrainedConfig):
                     check_sublayer(where, value)
                 elif name in HEAD_NORMS:
                     require(where, value, EXTENTS)
-                elif name == "shared_pre_norm":
+                elif name == "head_scales":
+                    require(where, value, HEAD_SCALES)
+                elif name in SWITCHES:
                     require(where, value, (False, True))
                 else:
                     raise ValueError(f"{where}: not known; known: {', '.join(PARTS)}")

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from .norms_hybridnorm import wide
+from .configuration_hybridnorm import HIDDEN_NORMS
+from .norms_hybridnorm import hidden_norm, wide
 
 
 def gelu_tanh(x):
@@ -61,9 +62,10 @@ class FeedForward(nn.Module):
     Args:
       width: of the hidden layer. size: of x; None: that of the stream.
       has_biases: of all projections; None: as mlp_bias and mlp_output_bias say.
+      placement: which norms stand inside; None: none.
     """
 
-    def __init__(self, config, width, size=None, has_biases=None):
+    def __init__(self, config, width, size=None, has_biases=None, placement=None):
         super().__init__()
         size = config.hidden_size if size is None else size
         bias = config.mlp_bias if has_biases is None else has_biases
@@ -76,11 +78,15 @@ class FeedForward(nn.Module):
             self.gate_proj = nn.Linear(size, width, bias=bias)
         self.up_proj = nn.Linear(size, width, bias=bias)
         self.down_proj = nn.Linear(width, size, bias=output_bias)
+        for name in HIDDEN_NORMS:
+            present = getattr(placement, name, False) and (name != "gate_norm" or self.gate_proj is not None)
+            setattr(self, name, hidden_norm(config, present, width))
 
     def forward(self, x):
         if self.gate_proj is None:
-            return self.down_proj(self.activation(self.up_proj(x)))
-        return self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x)))
+            return self.down_proj(self.hidden_norm(self.activation(self.up_norm(self.up_proj(x)))))
+        gate, up = self.gate_norm(self.gate_proj(x)), self.up_norm(self.up_proj(x))
+        return self.down_proj(self.hidden_norm(self.gated(gate, up)))
 
 
 class Experts(nn.Module):

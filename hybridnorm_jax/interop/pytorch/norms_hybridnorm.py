@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from .configuration_hybridnorm import HEAD_NORMS, SUBLAYER
+from .configuration_hybridnorm import HEAD_NORMS, SUBLAYER, SWITCHES
 
 
 def placement_of(config, layer):
@@ -14,18 +14,21 @@ def placement_of(config, layer):
     stated = config.placements[layer]
     absent = {part: 1.0 if known is None else known[0] for part, known in SUBLAYER.items()}
     sublayers = {name: SimpleNamespace(**(absent | stated.get(name, {}))) for name in ("attention", "feed_forward")}
-    shared = stated.get("shared_pre_norm", False)
-    return SimpleNamespace(**sublayers, **{name: stated.get(name) for name in HEAD_NORMS}, shared_pre_norm=shared)
+    inside = {name: stated.get(name) for name in (*HEAD_NORMS, "head_scales")}
+    return SimpleNamespace(**sublayers, **inside, **{name: stated.get(name, False) for name in SWITCHES})
 
 
 def apply_formula(f, sublayer_input, block_input, placement, norms):
-    """y = post(residual_scale * r + branch_scale * branch(f(input_scale * pre(x)))): every sublayer of every scheme."""
-    pre, branch, post = norms
+    """y = post(residual_scale * r + branch_scale * branch(f(input_scale * pre(x)))): every sublayer of every scheme.
+
+    Where the placement has learned scales, r is w * r, and branch is g * branch.
+    """
+    pre, branch, post, residual = norms
     x = block_input if placement.reads == "block" else sublayer_input
     r = {"input": sublayer_input, "block": block_input}.get(placement.residual)
     r = sublayer_input + block_input if placement.residual == "both" else r
     y = branch(f(times(placement.input_scale, pre(x))))
-    return post(times(placement.residual_scale, r) + times(placement.branch_scale, y))
+    return post(times(placement.residual_scale, residual(r)) + times(placement.branch_scale, y))
 
 
 def times(scale, x):
@@ -123,6 +126,26 @@ def head_norm(config, extent, heads):
     )
 
 
+def hidden_norm(config, present, width):
+    """A norm inside a feed-forward layer, over its hidden width; the identity where it is not present."""
+    if not present:
+        return nn.Identity()
+    affine = {"scale": config.attention_norm_scale, "bias": config.attention_norm_bias}
+    return Norm(config.attention_norm, width, eps=config.norm_eps, plus_one=config.norm_scale_plus_one, **affine)
+
+
+class HeadScales(nn.Module):
+    """Consecutive parts of the last axis, one for each head, times a learned weight each."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads))
+
+    def forward(self, x):
+        parts = wide(x).unflatten(-1, (len(self.weight), -1))
+        return (parts * wide(self.weight)[:, None]).flatten(-2).to(x.dtype)
+
+
 # ---- The stream outside the blocks, which with whole_outside store it without its last element.
 
 
@@ -154,11 +177,12 @@ def centred(x):
 
 
 class LayerScale(nn.Module):
-    """What a branch adds times a learned scale per channel."""
+    """What a branch adds, or a residual, times a learned weight per channel, or one weight where size is 1."""
 
-    def __init__(self, size):
+    def __init__(self, size, start=1.0):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.start = start
+        self.weight = nn.Parameter(torch.full((size,), start))
 
     def forward(self, x):
         return (wide(x) * wide(self.weight)).to(x.dtype)

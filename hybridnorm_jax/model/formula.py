@@ -1,0 +1,93 @@
+"""The formula of every sublayer, and its numbers as arrays: scales, and where learned scales start."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from hybridnorm_jax.kernels.precision import wide_dtype, widened
+from hybridnorm_jax.model.placement import Scales, Starts, SublayerPlacement
+
+Stream = Float[Array, "batch seq embed"]
+StreamFunction = Callable[[Stream], Stream]
+ScaleArrays = Scales[Float[Array, ""] | None]  # None where the scale is 1
+StartArrays = Starts[Float[Array, ""] | None]  # None where the learned scale starts at 1
+ALL_ONE: StartArrays = Starts(pre=None, branch=None, layer_scale=None)
+
+
+class SublayerNorms(NamedTuple):
+    """The norms of the formula and its learned scales, each the identity where the placement has none.
+
+    Attributes:
+      pre, post: the norms.
+      branch: the norm, and behind it the learned scale g.
+      residual: the learned scale w.
+    """
+
+    pre: StreamFunction
+    branch: StreamFunction
+    post: StreamFunction
+    residual: StreamFunction
+
+
+def apply_formula(
+    f: StreamFunction,
+    sublayer_input: Stream,
+    block_input: Stream,
+    placement: SublayerPlacement,
+    norms: SublayerNorms,
+    scales: ScaleArrays,
+) -> Stream:
+    """y = post(residual_scale * r + branch_scale * branch(f(input_scale * pre(x)))): every sublayer of every scheme.
+
+    Where the placement has learned scales, r is w * r, and branch is g * branch.
+    """
+    pre, branch, post, residual = norms
+    residual_scale, branch_scale, input_scale = scales
+
+    x = block_input if placement.reads == "block" else sublayer_input
+    match placement.residual:
+        case "input":
+            r = sublayer_input
+        case "block":
+            r = block_input
+        case "both":
+            r = sublayer_input + block_input
+    return post(times(residual_scale, residual(r)) + times(branch_scale, branch(f(times(input_scale, pre(x))))))
+
+
+def unchanged(x: Stream) -> Stream:
+    """x: what stands in the place of a norm or a learned scale that is absent."""
+    return x
+
+
+def times(scale: Float[Array, ""] | None, x: Array) -> Array:
+    """scale * x, multiplied in float32 at least and rounded once to the dtype of x; a scale of None is 1."""
+    return x if scale is None else (scale.astype(wide_dtype(x.dtype)) * widened(x)).astype(x.dtype)
+
+
+def scale_arrays(scales: Scales[float], dtype: str) -> ScaleArrays:
+    """The scales of one layer for a stream of this dtype, in float32 at least; None where a scale is 1."""
+
+    def array(scale: float) -> Float[Array, ""] | None:
+        return None if scale == 1.0 else jnp.asarray(scale, wide_dtype(dtype))
+
+    return Scales(residual=array(scales.residual), branch=array(scales.branch), input=array(scales.input))
+
+
+def start_arrays(starts: Starts[float], dtype: str) -> StartArrays:
+    """Where the learned scales of one layer start, in float32 at least; None where that is 1."""
+
+    def array(start: float) -> Float[Array, ""] | None:
+        return None if start == 1.0 else jnp.asarray(start, wide_dtype(dtype))
+
+    return Starts(pre=array(starts.pre), branch=array(starts.branch), layer_scale=array(starts.layer_scale))
+
+
+def starting_at(start: Float[Array, ""] | None) -> Callable[..., Array]:
+    """Initializer of a learned scale: this number everywhere; None: 1. The number may be traced."""
+    if start is None:
+        return nn.initializers.ones
+    return lambda key, shape, dtype=jnp.float32: jnp.broadcast_to(start, shape).astype(dtype)
