@@ -23,6 +23,7 @@ from hybridnorm_jax.model.formula import (
     StartArrays,
     Stream,
     StreamFunction,
+    Streams,
     SublayerNorms,
     apply_formula,
     scale_arrays,
@@ -106,7 +107,8 @@ class Block(nn.Module):
     `attention_branch_norm`, `attention_post_norm`, `feed_forward_pre_norm`, ... with `scale` and `bias` (embed,). The
     learned scales that it has are `attention_layer_scale/scale` and `feed_forward_layer_scale/scale`, (embed,) or (1,),
     and `attention_residual_vector/scale` and `feed_forward_residual_vector/scale` (embed,). config.layer_scale is
-    layer_scale="channel" in both sublayers. What both branches share has the name of attention's.
+    layer_scale="channel" in both sublayers. What both branches share has the name of attention's. With a side stream
+    there are `attention_side_norm`, and `attention_own_norm` or `attention_own_vector`, and so of feed_forward.
 
     Attributes:
       config: sizes, kinds and dtypes; its scheme does not matter here, except for initializer=auto.
@@ -121,17 +123,17 @@ class Block(nn.Module):
 
     def __call__(
         self,
-        x: Stream,
+        x: Stream | Streams,
         *,
         positions: Int[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
         rotation: Rotation | None = None,
         deterministic: bool = True,
-    ) -> Stream:
-        """The stream after this block, in the dtype of x.
+    ) -> Stream | Streams:
+        """The stream after this block, in the dtype of x; Streams where it has two.
 
         Args:
-          x: the stream before it, in the compute dtype.
+          x: the stream before it, in the compute dtype; hn.Streams(main, side) where the placement has a side stream.
           positions: of each token in its document, for RoPE; 0, 1, ... by default.
           segment_ids: tokens attend to earlier tokens of the same id only.
           rotation: what hn.rotation(positions, ...) gives, where many blocks share it; takes the place of positions.
@@ -147,18 +149,24 @@ class Block(nn.Module):
             attention_starts=start_arrays(self.placement.attention.starts, self.config.param_dtype),
             feed_forward_starts=start_arrays(self.placement.feed_forward.starts, self.config.param_dtype),
         )
+        streams = x if isinstance(x, Streams) else Streams(main=x)
+        if (streams.side is not None) != self.placement.has_side_stream:
+            right = "hn.Streams(main, side)" if self.placement.has_side_stream else "one array"
+            raise ValueError(f"x: the placement of this block needs {right}")
+        seq, batch = streams.main.shape[1], streams.main.shape[0]
         if rotation is not None and positions is not None:
             raise ValueError("positions: they are in the rotation already; give one of the two")
         if rotation is None and self.config.positions == "rope":
-            positions = default_positions(x.shape[1]) if positions is None else positions
-            check_per_token("positions", positions, batch=x.shape[0], seq=x.shape[1])
+            positions = default_positions(seq) if positions is None else positions
+            check_per_token("positions", positions, batch=batch, seq=seq)
             kind = self.config.layer_rotations[self.layer]
             rotation, positions = rotations(self.config, positions, self.config.dtype).get(kind), None
         shared = SharedInputs(positions=positions, segment_ids=segment_ids, rotation=rotation)
-        return self.transform(x, layer, shared, deterministic=deterministic)
+        after = self.transform(streams, layer, shared, deterministic=deterministic)
+        return after if self.placement.has_side_stream else after.main
 
     @nn.compact
-    def transform(self, x: Stream, layer: LayerInputs, shared: SharedInputs, *, deterministic: bool) -> Stream:
+    def transform(self, before: Streams, layer: LayerInputs, shared: SharedInputs, *, deterministic: bool) -> Streams:
         """`__call__` with the layer's number and scales as inputs: so one traced block serves a scan over layers."""
         attention, feed_forward = self._attention(layer.layer), self._feed_forward(layer.layer)
 
@@ -187,21 +195,21 @@ class Block(nn.Module):
             feed_forward_norms = feed_forward_norms._replace(pre=attention_norms.pre)
         after_attention = apply_formula(
             self._with_dropout(attend, deterministic, "attention_dropout"),
-            sublayer_input=x,
-            block_input=x,
+            sublayer_input=before,
+            block_input=before.main,
             placement=self.placement.attention,
             norms=attention_norms,
             scales=layer.attention,
         )
-        y = apply_formula(
+        after = apply_formula(
             self._with_dropout(feed_forward, deterministic, "feed_forward_dropout"),
             sublayer_input=after_attention,
-            block_input=x,
+            block_input=before.main,
             placement=self.placement.feed_forward,
             norms=feed_forward_norms,
             scales=layer.feed_forward,
         )
-        return nn.with_logical_constraint(watch_stream(self, y), ("batch", "seq", None))
+        return constrained(watch_streams(self, after))
 
     def _with_dropout(self, f: StreamFunction, deterministic: bool, name: str) -> StreamFunction:
         dropout = Dropout(self.config.dropout, deterministic=deterministic, name=name)
@@ -221,7 +229,13 @@ class Block(nn.Module):
         residual: StreamFunction = unchanged
         if placement.residual_vector:
             residual = LayerScale(jnp.dtype(self.config.param_dtype), name=f"{sublayer}_residual_vector")
+        own = norm(placement.side_own == "norm", "own")
+        if placement.side_own == "vector":
+            own = LayerScale(jnp.dtype(self.config.param_dtype), name=f"{sublayer}_own_vector")
         return SublayerNorms(
+            entry=norm(placement.entry, "entry"),
+            side=norm(placement.side == "read", "side"),
+            own=own,
             pre=norm(placement.pre, "pre", starts.pre),
             branch=lambda x: layer_scale(branch(x)),
             post=norm(placement.post, "post"),
@@ -340,7 +354,19 @@ class Block(nn.Module):
         )
 
 
-def watch_stream(module: nn.Module, stream: Stream) -> Stream:
+def constrained(streams: Streams) -> Streams:
+    """The streams, split over devices by batch and sequence."""
+    return Streams(*(x if x is None else nn.with_logical_constraint(x, ("batch", "seq", None)) for x in streams))
+
+
+def watch_streams(module: nn.Module, streams: Streams) -> Streams:
+    """`watch_stream` of both streams; what is said of the side stream has names that begin with side_."""
+    main, side = streams
+    main = watch_stream(module, main)
+    return Streams(main=main, side=None if side is None else watch_stream(module, side, prefix="side_"))
+
+
+def watch_stream(module: nn.Module, stream: Stream, prefix: str = "") -> Stream:
     """Sow what is wanted of the stream, and return the stream.
 
     Of the collections that are mutable, STREAM gets the stream, DEFECT its zero_mean_defect (with norm_width its
@@ -349,20 +375,21 @@ def watch_stream(module: nn.Module, stream: Stream) -> Stream:
 
     Args:
       module: a Block or the Decoder; it has a `config`.
+      prefix: of the names of what is sown and measured.
     """
     if module.is_initializing():  # where every collection is
         return stream
     if module.is_mutable_collection(STREAM):
-        module.sow(STREAM, "value", stream)
+        module.sow(STREAM, f"{prefix}value", stream)
     if module.is_mutable_collection(DEFECT):
         width = module.config.norm_width
         defect = zero_mean_defect(stream) if width is None else padding_defect(stream, width)
-        module.sow(DEFECT, "value", defect)
+        module.sow(DEFECT, f"{prefix}value", defect)
     if module.is_mutable_collection(SIGNAL):
-        module.sow(SIGNAL, "stream_rms", stream_rms(stream))
-        module.sow(SIGNAL, "token_similarity", token_similarity(stream))
-    if module.has_variable(PROBE, "square"):
-        stream = gradient_probe(stream, module.get_variable(PROBE, "square"))
+        module.sow(SIGNAL, f"{prefix}stream_rms", stream_rms(stream))
+        module.sow(SIGNAL, f"{prefix}token_similarity", token_similarity(stream))
+    if module.has_variable(PROBE, f"{prefix}square"):
+        stream = gradient_probe(stream, module.get_variable(PROBE, f"{prefix}square"))
     return stream
 
 

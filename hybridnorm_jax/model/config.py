@@ -18,6 +18,7 @@ from hybridnorm_jax.model.placement import (
     Layer,
     LearnedScale,
     Run,
+    SideStream,
     SublayerPlacement,
     runs,
 )
@@ -217,7 +218,7 @@ class ModelConfig(AttentionKeys):
     @property
     def has_outer_norms(self) -> bool:
         """Whether norms stand outside the blocks."""
-        return self.has_embedding_norm or self.has_final_norm
+        return self.has_embedding_norm or self.has_final_norm or self.side_stream is not None
 
     @property
     def whole_width(self) -> int:
@@ -270,6 +271,11 @@ class ModelConfig(AttentionKeys):
         return self.scheme_rule.final_norm
 
     @property
+    def side_stream(self) -> SideStream | None:
+        """How the second stream begins and ends, where the scheme has one."""
+        return self.scheme_rule.side_stream
+
+    @property
     def pre_layernorm_obstacle(self) -> str | None:
         """`key=value` of what keeps this from being a Pre-LN model, to which the equivalences apply; None if it is one.
 
@@ -285,12 +291,16 @@ class ModelConfig(AttentionKeys):
     def _misplaced_norm(self) -> str | None:
         """`key=value` and the first place of a norm that Pre-LN does not have there, or lacks; None: there is none."""
         scheme = f"model.scheme={self.scheme}"
+        if self.side_stream is not None:
+            return f"{scheme}: a second stream"
         for layer, placement in enumerate(self.placements):
             for name in ("attention", "feed_forward"):
                 sublayer = getattr(placement, name)
                 for which in ("post", "branch"):
                     if getattr(sublayer, which):
                         return f"{scheme}: a {which} norm at {name} of layer {layer}"
+                if sublayer.entry:
+                    return f"{scheme}: an entry norm at {name} of layer {layer}"
                 if sublayer.residual_vector:
                     return f"{scheme}: a learned residual vector at {name} of layer {layer}"
                 if sublayer.layer_scale is not None:

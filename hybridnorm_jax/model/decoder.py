@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.config_fields import present
-from hybridnorm_jax.model.block import Dropout, SharedInputs, watch_stream
+from hybridnorm_jax.model.block import Dropout, SharedInputs, watch_streams
 from hybridnorm_jax.model.cache import Slots
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.embedding import Embedding, Head
@@ -18,8 +18,9 @@ from hybridnorm_jax.model.formula import Stream
 from hybridnorm_jax.model.initializers import std_factor
 from hybridnorm_jax.model.input_checks import check_per_token, check_tokens
 from hybridnorm_jax.model.layers import through_layers
-from hybridnorm_jax.model.outside import into_blocks, out_of_blocks, outer_norm
+from hybridnorm_jax.model.outside import into_blocks, outer_norm
 from hybridnorm_jax.model.rotation import default_positions, rotations
+from hybridnorm_jax.model.side_stream import JoinedStreams, begun
 from hybridnorm_jax.model.sinusoids import sinusoids
 
 
@@ -51,6 +52,7 @@ class Decoder(nn.Module):
             self.position_embedding = embedding(rows=config.position_offset + present(config.max_positions))
         if config.has_embedding_norm:
             self.embedding_norm = outer_norm(config)
+        self.streams = JoinedStreams(config)
         if config.has_final_norm:
             self.final_norm = outer_norm(config)
         self.head = Head(
@@ -116,7 +118,7 @@ class Decoder(nn.Module):
         if config.has_embedding_norm:
             stream = self.embedding_norm(stream)
         stream = nn.with_logical_constraint(self.dropout(stream, deterministic=deterministic), ("batch", "seq", None))
-        stream = watch_stream(self, into_blocks(config, stream))
+        streams = watch_streams(self, begun(config, into_blocks(config, stream)))
 
         shared = SharedInputs(
             segment_ids=segment_ids,
@@ -124,8 +126,8 @@ class Decoder(nn.Module):
             positions=positions if config.positions == "alibi" else None,
             slots=slots,
         )
-        stream = through_layers(self, stream, shared, deterministic=deterministic, unrolled=self.unrolled)
-        stream = out_of_blocks(config, stream)
+        streams = through_layers(self, streams, shared, deterministic=deterministic, unrolled=self.unrolled)
+        stream = self.streams(streams)
         return self.final_norm(stream) if config.has_final_norm else stream
 
     def logits(self, hidden: Stream) -> Float[Array, "batch seq vocab"]:

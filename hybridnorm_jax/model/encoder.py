@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from hybridnorm_jax.config_fields import present
-from hybridnorm_jax.model.block import Dropout, SharedInputs, watch_stream
+from hybridnorm_jax.model.block import Dropout, SharedInputs, watch_streams
 from hybridnorm_jax.model.embedding import Embedding, Head
 from hybridnorm_jax.model.encoder_config import EncoderConfig
 from hybridnorm_jax.model.encoder_parts import (
@@ -24,7 +24,8 @@ from hybridnorm_jax.model.formula import Stream
 from hybridnorm_jax.model.initializers import std_factor
 from hybridnorm_jax.model.input_checks import check_per_token, check_tokens
 from hybridnorm_jax.model.layers import through_layers
-from hybridnorm_jax.model.outside import into_blocks, out_of_blocks, outer_norm
+from hybridnorm_jax.model.outside import into_blocks, outer_norm
+from hybridnorm_jax.model.side_stream import JoinedStreams, begun
 from hybridnorm_jax.model.rotation import default_positions, rotations
 
 Tokens = Int[Array, "batch seq"]
@@ -89,6 +90,7 @@ class Encoder(nn.Module):
             self.position_embedding = embedding(rows=present(config.max_positions))
         if config.has_embedding_norm:
             self.embedding_norm = outer_norm(config)
+        self.streams = JoinedStreams(config)
         if config.has_final_norm:
             self.final_norm = outer_norm(config)
         if config.pooling == "attention":
@@ -126,11 +128,11 @@ class Encoder(nn.Module):
         stream = self._embedded(inputs, masked)
         check_per_token("segment_ids", segment_ids, batch=stream.shape[0], seq=stream.shape[1])
         stream = nn.with_logical_constraint(self.dropout(stream, deterministic=deterministic), ("batch", "seq", None))
-        stream = watch_stream(self, into_blocks(config, stream))
+        streams = watch_streams(self, begun(config, into_blocks(config, stream)))
         turns = rotations(config, default_positions(stream.shape[1]), config.dtype)
         shared = SharedInputs(segment_ids=segment_ids, rotations=turns)
-        stream = through_layers(self, stream, shared, deterministic=deterministic)
-        features = self._features(stream, inputs)
+        streams = through_layers(self, streams, shared, deterministic=deterministic)
+        features = self._features(self.streams(streams), inputs)
         if config.num_classes is None or return_features:
             return features
         return self._logits(features)
@@ -181,7 +183,6 @@ class Encoder(nn.Module):
     def _features(self, stream: Stream, inputs: Pixels | Tokens) -> EncoderOutput:
         """What comes out of the blocks, normalized and pooled."""
         config = self.config
-        stream = out_of_blocks(config, stream)
         last_norm = self.final_norm if config.has_final_norm else lambda x: x
         if config.norm_pooled_only:
             pooled = self._pooled(stream, inputs)

@@ -14,6 +14,20 @@ Stream = Float[Array, "batch seq embed"]
 StreamFunction = Callable[[Stream], Stream]
 ScaleArrays = Scales[Float[Array, ""] | None]  # None where the scale is 1
 StartArrays = Starts[Float[Array, ""] | None]  # None where the learned scale starts at 1
+
+
+class Streams(NamedTuple):
+    """What goes from layer to layer.
+
+    Attributes:
+      main: the residual stream.
+      side: the side stream, where the scheme has one.
+    """
+
+    main: Stream
+    side: Stream | None = None
+
+
 ALL_ONE: StartArrays = Starts(pre=None, branch=None, layer_scale=None)
 
 
@@ -24,38 +38,47 @@ class SublayerNorms(NamedTuple):
       pre, post: the norms.
       branch: the norm, and behind it the learned scale g.
       residual: the learned scale w.
+      entry: the norm at the entrance.
+      side: the norm of the side stream.
+      own: the norm, or learned scale, of what is read beside the side stream.
     """
 
     pre: StreamFunction
     branch: StreamFunction
     post: StreamFunction
     residual: StreamFunction
+    entry: StreamFunction
+    side: StreamFunction
+    own: StreamFunction
 
 
 def apply_formula(
     f: StreamFunction,
-    sublayer_input: Stream,
+    sublayer_input: Streams,
     block_input: Stream,
     placement: SublayerPlacement,
     norms: SublayerNorms,
     scales: ScaleArrays,
-) -> Stream:
+) -> Streams:
     """y = post(residual_scale * r + branch_scale * branch(f(input_scale * pre(x)))): every sublayer of every scheme.
 
-    Where the placement has learned scales, r is w * r, and branch is g * branch.
+    Where the placement has learned scales, r is w * r, and branch is g * branch. Where it has a side stream s, that
+    becomes s + side_scale * branch(...), and where the branch reads it, x is own(x) + N(s).
     """
-    pre, branch, post, residual = norms
-    residual_scale, branch_scale, input_scale = scales
-
-    x = block_input if placement.reads == "block" else sublayer_input
+    entered, side = norms.entry(sublayer_input.main), sublayer_input.side
+    x = block_input if placement.reads == "block" else entered
+    if placement.side == "read":
+        x = norms.own(x) + norms.side(side)
     match placement.residual:
         case "input":
-            r = sublayer_input
+            r = entered
         case "block":
             r = block_input
         case "both":
-            r = sublayer_input + block_input
-    return post(times(residual_scale, residual(r)) + times(branch_scale, branch(f(times(input_scale, pre(x))))))
+            r = entered + block_input
+    added = norms.branch(f(times(scales.input, norms.pre(x))))
+    y = norms.post(times(scales.residual, norms.residual(r)) + times(scales.branch, added))
+    return Streams(main=y, side=None if side is None else side + times(scales.side, added))
 
 
 def unchanged(x: Stream) -> Stream:
@@ -74,7 +97,12 @@ def scale_arrays(scales: Scales[float], dtype: str) -> ScaleArrays:
     def array(scale: float) -> Float[Array, ""] | None:
         return None if scale == 1.0 else jnp.asarray(scale, wide_dtype(dtype))
 
-    return Scales(residual=array(scales.residual), branch=array(scales.branch), input=array(scales.input))
+    return Scales(
+        residual=array(scales.residual),
+        branch=array(scales.branch),
+        input=array(scales.input),
+        side=array(scales.side),
+    )
 
 
 def start_arrays(starts: Starts[float], dtype: str) -> StartArrays:

@@ -19,7 +19,7 @@ from hybridnorm_jax.kernels.precision import wide_dtype
 from hybridnorm_jax.model.block import DEFECT, STREAM, Block, LayerInputs, SharedInputs
 from hybridnorm_jax.model.config import AUTO_REMAT, ModelConfig
 from hybridnorm_jax.model.config_sizes import LONGEST_CONTEXT
-from hybridnorm_jax.model.formula import ALL_ONE, StartArrays, Stream
+from hybridnorm_jax.model.formula import ALL_ONE, StartArrays, Streams
 from hybridnorm_jax.model.moe import CHOSEN, ROUTER
 from hybridnorm_jax.model.placement import Run, Scales, Starts, SublayerName
 from hybridnorm_jax.model.rotation import stacked
@@ -65,26 +65,26 @@ class ScannedBlock(Block):
         return self.run_has_experts
 
     def __call__(  # type: ignore[override]
-        self, stream: Stream, layer: LayerInputs, shared: SharedInputs
-    ) -> tuple[Stream, None]:
-        """(stream after this block, None)."""
+        self, streams: Streams, layer: LayerInputs, shared: SharedInputs
+    ) -> tuple[Streams, None]:
+        """(the streams after this block, None)."""
         # Flax folds a module's path into its keys, and the path of this block says which run it belongs to. So it gets
         # the layer's own keys, into which Flax then folds the path inside the block. No child may exist before this.
         present(self.scope).rngs = {name: LazyRng.create(key) for name, key in layer.keys.items()}
-        return self.transform(stream, layer, shared, deterministic=self.deterministic), None
+        return self.transform(streams, layer, shared, deterministic=self.deterministic), None
 
 
 def through_layers(
-    module: Any, stream: Stream, shared: SharedInputs, *, deterministic: bool, unrolled: bool = False
-) -> Stream:
-    """The stream behind all layers of a model.
+    module: Any, streams: Streams, shared: SharedInputs, *, deterministic: bool, unrolled: bool = False
+) -> Streams:
+    """The streams behind all layers of a model.
 
     Called in a compact method of `module`, whose parameters those of the layers become: `run_<i>`, or `layer_<i>` where
     unrolled.
 
     Args:
       module: a Decoder or an Encoder; it has a `config`.
-      stream: before the first layer.
+      streams: before the first layer.
       shared: what is the same for all layers.
       deterministic: no dropout.
       unrolled: no loop over the layers, see Decoder.
@@ -92,14 +92,14 @@ def through_layers(
     config: ModelConfig = module.config
     keys = {name: module.make_rng(name) for name in KEYS if module.has_rng(name)}
     for number, run in enumerate(config.runs):
-        run = run if unrolled else run.within(stream.shape[1])  # a cache may be longer than what is read at once
+        run = run if unrolled else run.within(streams.main.shape[1])  # a cache may be longer than what is read at once
         layers = layer_inputs(run, config.dtype, keys, initializing=module.is_initializing())
         if unrolled:
-            stream = _one_by_one(config, run, stream, layers, shared, deterministic=deterministic)
+            streams = _one_by_one(config, run, streams, layers, shared, deterministic=deterministic)
         else:
             of_run = _with_rotation(shared, run)
-            stream, _ = _scanned(config, run, f"run_{number}", deterministic=deterministic)(stream, layers, of_run)
-    return stream
+            streams, _ = _scanned(config, run, f"run_{number}", deterministic=deterministic)(streams, layers, of_run)
+    return streams
 
 
 def _with_rotation(shared: SharedInputs, run: Run) -> SharedInputs:
@@ -110,8 +110,8 @@ def _with_rotation(shared: SharedInputs, run: Run) -> SharedInputs:
 
 
 def _one_by_one(
-    config: ModelConfig, run: Run, stream: Stream, layers: LayerInputs, shared: SharedInputs, *, deterministic: bool
-) -> Stream:
+    config: ModelConfig, run: Run, streams: Streams, layers: LayerInputs, shared: SharedInputs, *, deterministic: bool
+) -> Streams:
     """The blocks of a run, each by itself."""
     block = partial(
         ScannedBlock,
@@ -125,12 +125,12 @@ def _one_by_one(
         kind = run.layers[place]
         layer = layer.replace(window=None, rotation=None)
         own = dataclasses.replace(shared, rotations={}, rotation=shared.rotations.get(kind.rotation))
-        stream, _ = block(name=f"layer_{run.start + place}", run_window=kind.window)(stream, layer, own)
-    return stream
+        streams, _ = block(name=f"layer_{run.start + place}", run_window=kind.window)(streams, layer, own)
+    return streams
 
 
 def _scanned(config: ModelConfig, run: Run, name: str, *, deterministic: bool) -> nn.Module:
-    """The blocks of a run, one after the other: (stream, layer_inputs(run), SharedInputs) -> (stream, None)."""
+    """The blocks of a run, one after the other: (Streams, layer_inputs(run), SharedInputs) -> (Streams, None)."""
     block = ScannedBlock
     if config.remat not in ("none", AUTO_REMAT):
         # A loop keeps XLA from merging what is computed again with what was computed first; without one, a barrier.
@@ -168,7 +168,7 @@ def layer_inputs(run: Run, dtype: str, keys: Mapping[str, Array], *, initializin
     wide = wide_dtype(dtype)
 
     def columns(scales: Scales[tuple[float, ...] | None]) -> Scales[Float[Array, " layers"] | None]:
-        return Scales(residual=column(scales.residual), branch=column(scales.branch), input=column(scales.input))
+        return Scales(*map(column, scales))
 
     def column(values: tuple[float, ...] | None) -> Float[Array, " layers"] | None:
         return None if values is None else jnp.asarray(np.asarray(values), wide)

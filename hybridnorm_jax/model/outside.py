@@ -11,12 +11,14 @@ from hybridnorm_jax.model.formula import Stream
 from hybridnorm_jax.model.norms import Norm
 
 
-def outer_norm(config: ModelConfig, *, kind: str | None = None, name: str | None = None) -> Norm:
-    """A norm outside the blocks; `kind` in the place of config.outer_norm."""
+def outer_norm(
+    config: ModelConfig, *, kind: str | None = None, epsilon: float | None = None, name: str | None = None
+) -> Norm:
+    """A norm outside the blocks; `kind` and `epsilon` in the place of config.outer_norm and config.norm_eps."""
     kind = config.outer_norm if kind is None else kind
     return Norm(
         kind=kind,
-        epsilon=config.norm_eps,
+        epsilon=config.norm_eps if epsilon is None else epsilon,
         use_scale=config.outer_norm_scale,
         use_bias=config.outer_norm_bias,
         scale_plus_one=config.norm_scale_plus_one,

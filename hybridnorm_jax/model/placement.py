@@ -29,7 +29,7 @@ SublayerName = Literal["attention", "feed_forward"]
 HeadNorm = Literal["head", "projection"] | None
 LearnedScale = Literal["channel", "scalar"] | None
 HeadScales = Literal["before", "after"] | None
-SCALES = ("residual_scale", "branch_scale", "input_scale")
+SCALES = ("residual_scale", "branch_scale", "input_scale", "side_scale")
 STARTS = ("pre_norm_init", "branch_norm_init", "layer_scale_init")
 # The largest of the table is KEEL's 2 L, below 20,000 at the largest depth.
 LARGEST_SCALE = 1_000_000
@@ -40,11 +40,12 @@ Scale = TypeVar("Scale")
 
 
 class Scales(NamedTuple, Generic[Scale]):
-    """The three scales of the formula; what holds one where, a number or an array, is the type parameter."""
+    """The scales of the formula; what holds one where, a number or an array, is the type parameter."""
 
     residual: Scale
     branch: Scale
     input: Scale
+    side: Scale
 
 
 class Starts(NamedTuple, Generic[Scale]):
@@ -85,6 +86,13 @@ class SublayerPlacement:
       layer_scale: g of the formula, behind the branch norm: a learned number for each "channel", or one, a "scalar".
       layer_scale_init: its initial value.
       residual_vector: w of the formula: r is multiplied by a learned number for each channel, which starts at 1.
+      entry: whether a norm stands at the entrance of the sublayer: of what the branch reads, and of r when that is the
+        sublayer's input.
+      side: whether there is a second stream s beside x, the side stream, to which side_scale * g * branch(f(...)) is
+        added: None, there is none; "written", the branch does not read it; "read", pre reads own(x) + N(s).
+      side_own: what own(x) is: x as it is, "whole"; times a learned number for each channel, which starts at 1,
+        "vector"; or N(x), "norm".
+      side_scale: factor of what is added to the side stream.
     """
 
     pre: bool = False
@@ -100,15 +108,27 @@ class SublayerPlacement:
     layer_scale: LearnedScale = None
     layer_scale_init: float = 1.0
     residual_vector: bool = False
+    entry: bool = False
+    side: Literal["written", "read"] | None = None
+    side_own: Literal["whole", "vector", "norm"] = "whole"
+    side_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("pre", "branch", "post", "residual_vector"):
+        for name in ("pre", "branch", "post", "residual_vector", "entry"):
             _require(name, getattr(self, name), (False, True))
         for name in (*SCALES, *STARTS):
             _require_number(name, getattr(self, name))
         _require("residual", self.residual, ("input", "block", "both"))
         _require("reads", self.reads, ("input", "block"))
         _require("layer_scale", self.layer_scale, (None, "channel", "scalar"))
+        _require("side", self.side, (None, "written", "read"))
+        _require("side_own", self.side_own, ("whole", "vector", "norm"))
+        if self.side != "read" and self.side_own != "whole":
+            raise ValueError(f"side_own={self.side_own!r}: only where the side stream is read, side='read'")
+        if self.side is None and self.side_scale != 1.0:
+            raise ValueError(f"side_scale={self.side_scale}: there is no side stream, side=None")
+        if self.side == "read" and self.reads == "block":
+            raise ValueError("side='read': the side stream is read beside the sublayer's input, not with reads='block'")
         self._check_starts()
 
     def _check_starts(self) -> None:
@@ -124,8 +144,10 @@ class SublayerPlacement:
 
     @property
     def scales(self) -> Scales[float]:
-        """The three constants of the formula."""
-        return Scales(residual=self.residual_scale, branch=self.branch_scale, input=self.input_scale)
+        """The constants of the formula."""
+        return Scales(
+            residual=self.residual_scale, branch=self.branch_scale, input=self.input_scale, side=self.side_scale
+        )
 
     @property
     def starts(self) -> Starts[float]:
@@ -143,16 +165,22 @@ class SublayerPlacement:
         def times(scale: float, term: str) -> str:
             return term if scale == 1 else f"{scale:.4g} {term}"
 
-        reads = "X" if self.reads == "block" else "x"
+        entered = "N(x)" if self.entry else "x"
+        reads = "X" if self.reads == "block" else entered
+        if self.side == "read":
+            own = {"whole": reads, "vector": f"w {reads}", "norm": f"N({reads})"}[self.side_own]
+            reads = f"{own} + N(s)"
         read = times(self.input_scale, f"N({reads})" if self.pre else reads)
         branch = f"N({branch_name}({read}))" if self.branch else f"{branch_name}({read})"
         if self.layer_scale is not None:
             branch = f"{'a' if self.layer_scale == 'scalar' else 'g'} {branch}"
-        residual = {"input": "x", "block": "X", "both": "(x + X)"}[self.residual]
+        residual = {"input": entered, "block": "X", "both": f"({entered} + X)"}[self.residual]
         if self.residual_vector:
             residual = f"w {residual}"
-        total = f"{times(self.residual_scale, residual)} + {times(self.branch_scale, branch)}"
-        return f"N({total})" if self.post else total
+        added = branch if self.side is None else "z"
+        total = f"{times(self.residual_scale, residual)} + {times(self.branch_scale, added)}"
+        main = f"N({total})" if self.post else total
+        return main if self.side is None else f"{main},  s + {times(self.side_scale, 'z')},  z = {branch}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +227,8 @@ class BlockPlacement:
         kinds = {(each.layer_scale, each.layer_scale_init) for each in (self.attention, self.feed_forward)}
         if self.shared_layer_scale and (len(kinds) == 2 or self.attention.layer_scale is None):
             raise ValueError("shared_layer_scale=True needs the same layer_scale in both sublayers, of one start")
+        if (self.attention.side is None) != (self.feed_forward.side is None):
+            raise ValueError("side: both sublayers of a block have the side stream, or neither has")
         reads_one = self.attention.pre and self.feed_forward.pre and self.feed_forward.reads == "block"
         if self.shared_pre_norm and not reads_one:
             raise ValueError("shared_pre_norm=True needs both pre norms, and feed_forward.reads='block'")
@@ -207,9 +237,17 @@ class BlockPlacement:
         """This placement with both branch scales times a factor."""
 
         def times(sublayer: SublayerPlacement) -> SublayerPlacement:
-            return dataclasses.replace(sublayer, branch_scale=factor * sublayer.branch_scale)
+            scales = {"branch_scale": factor * sublayer.branch_scale}
+            if sublayer.side is not None:
+                scales["side_scale"] = factor * sublayer.side_scale
+            return dataclasses.replace(sublayer, **scales)
 
         return dataclasses.replace(self, attention=times(self.attention), feed_forward=times(self.feed_forward))
+
+    @property
+    def has_side_stream(self) -> bool:
+        """Whether the block has a second stream."""
+        return self.attention.side is not None
 
     @property
     def normalizes_hidden(self) -> bool:
@@ -221,6 +259,40 @@ class BlockPlacement:
         """This placement with every number 1: equal structures can share one scan."""
         attention, feed_forward = self.attention.without_numbers(), self.feed_forward.without_numbers()
         return dataclasses.replace(self, attention=attention, feed_forward=feed_forward)
+
+
+@dataclasses.dataclass(frozen=True)
+class SideStream:
+    """How the second stream of a scheme begins, and how the two become one behind the last block.
+
+        s = start_scale * x                                     x is what enters the first block
+        main_scale * x + N(s), or main_scale * N(x) + N(s)      the final norm, where there is one, stands behind
+
+    Attributes:
+      start_scale, main_scale: these numbers.
+      main_norm: whether it is N(x).
+      side_norm_eps: eps of the norm of s; None: that of the model.
+    """
+
+    start_scale: float = 1.0
+    main_scale: float = 1.0
+    main_norm: bool = False
+    side_norm_eps: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("start_scale", "main_scale"):
+            _require_number(name, getattr(self, name))
+        _require("main_norm", self.main_norm, (False, True))
+        if self.side_norm_eps is not None:
+            _require_number("side_norm_eps", self.side_norm_eps)
+
+    @property
+    def formula(self) -> str:
+        """Its two ends as text."""
+        main = "N(x)" if self.main_norm else "x"
+        begin = "x" if self.start_scale == 1 else f"{self.start_scale:.4g} x"
+        end = main if self.main_scale == 1 else f"{self.main_scale:.4g} {main}"
+        return f"side stream s from {begin} to {end} + N(s)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,6 +376,7 @@ class Run:
             residual=_unless_all_one(layer.residual for layer in layers),
             branch=_unless_all_one(layer.branch for layer in layers),
             input=_unless_all_one(layer.input for layer in layers),
+            side=_unless_all_one(layer.side for layer in layers),
         )
 
     def starts(self, sublayer: SublayerName) -> Starts[tuple[float, ...] | None]:

@@ -10,7 +10,14 @@ from itertools import groupby
 from typing import Any
 
 from hybridnorm_jax.errors import ConfigError, UserError, did_you_mean
-from hybridnorm_jax.model.placement import HEAD_NORMS, HIDDEN_NORMS, BlockPlacement, HeadNorm, SublayerPlacement
+from hybridnorm_jax.model.placement import (
+    HEAD_NORMS,
+    HIDDEN_NORMS,
+    BlockPlacement,
+    HeadNorm,
+    SideStream,
+    SublayerPlacement,
+)
 
 # It becomes part of the name of a run.
 LONGEST_NAME = 60
@@ -25,6 +32,7 @@ class Scheme:
       name: the key in SCHEMES.
       block: (layer, num_layers) -> BlockPlacement; layers count from 0.
       final_norm: whether a norm stands before the head.
+      side_stream: how the second stream of its placements begins and ends, where they have one.
       embedding_norm: whether a norm stands after the embedding (`model.embedding_norm=auto` follows it).
       initializer: the initializer its authors recommend (`model.initializer=auto` follows it).
     """
@@ -32,6 +40,7 @@ class Scheme:
     name: str
     block: BlockRule
     final_norm: bool = True
+    side_stream: SideStream | None = None
     embedding_norm: bool = False
     initializer: str = "normal"
 
@@ -51,6 +60,10 @@ class Scheme:
             raise ConfigError(f"{where} raises {type(error).__name__}: {error}") from error
         if not isinstance(placement, BlockPlacement):
             raise ConfigError(f"{where} must return a BlockPlacement, not {type(placement).__name__}")
+        if placement.has_side_stream != (self.side_stream is not None):
+            stated = "has" if placement.has_side_stream else "has no"
+            right = "side_stream of the scheme says how it begins and ends, and all of its placements have it"
+            raise ConfigError(f"{where} returns a placement that {stated} side stream; {right}")
         return placement
 
     def table(self, num_layers: int) -> str:
@@ -70,6 +83,8 @@ class Scheme:
         norms = []
         if self.embedding_norm:
             norms.append("embedding norm")
+        if self.side_stream is not None:
+            norms.append(self.side_stream.formula)
         if self.final_norm:
             norms.append("final norm")
         return ", ".join(norms) or "no norm outside the blocks"
@@ -443,6 +458,53 @@ def hybrid_rezero(layer: int, num_layers: int) -> BlockPlacement:
 def hybrid_skipinit(layer: int, num_layers: int) -> BlockPlacement:
     """hybrid with a learned number behind each branch, which starts at 0. SkipInit (2002.10444)."""
     return _hybrid_with_learned_scale(layer_scale="scalar", layer_scale_init=0.0)
+
+
+# ---- Two streams: X goes through the blocks as ever, and S, the side stream, gets what the branches give as well.
+
+
+def _siamese_scale(layer: int) -> float:
+    """1/sqrt(2l), as the authors' code has it; the text says 1/sqrt(l+1)."""
+    return 1 / math.sqrt(2 * (layer + 1))
+
+
+@scheme("siamese_hybrid_pre", side_stream=SideStream(main_norm=True))
+def siamese_hybrid_pre(layer: int, num_layers: int) -> BlockPlacement:
+    """a = Attn_QKV(w X + N(S)), Y = N(X + a/c), S' = S + a; f = FFN(N(Y + N(S'))), X' = Y + f/c, S'' = S' + f.
+
+    c = sqrt(2l), w a learned vector; out N(N(X) + N(S)). SiameseNorm's language model (2602.08064), Hybrid and Pre.
+    """
+    scale = _siamese_scale(layer)
+    attention = SublayerPlacement(post=True, branch_scale=scale, side="read", side_own="vector")
+    return normalizing_qkv(attention, SublayerPlacement(pre=True, branch_scale=scale, side="read"))
+
+
+@scheme("siamese_attn_norm", side_stream=SideStream(main_norm=True))
+def siamese_attn_norm(layer: int, num_layers: int) -> BlockPlacement:
+    """As siamese_hybrid_pre with N(X) in the place of w X: the other branch of SiameseNorm's code."""
+    placement = siamese_hybrid_pre(layer, num_layers)
+    return dataclasses.replace(placement, attention=dataclasses.replace(placement.attention, side_own="norm"))
+
+
+@scheme("siamese_post_pre", side_stream=SideStream(main_norm=True))
+def siamese_post_pre(layer: int, num_layers: int) -> BlockPlacement:
+    """In every sublayer Y = N(X), z = f(N(Y + N(S))), X' = Y + z/c, S' = S + z, with c = sqrt(2l); out N(N(X) + N(S)).
+
+    SiameseNorm (2602.08064), Post and Pre, as in its vision transformer.
+    """
+    sublayer = SublayerPlacement(entry=True, pre=True, branch_scale=_siamese_scale(layer), side="read")
+    return BlockPlacement(sublayer, sublayer)
+
+
+@scheme("residual", final_norm=False, side_stream=SideStream(side_norm_eps=1e-7))
+def residual(layer: int, num_layers: int) -> BlockPlacement:
+    """X' = N(X + f(X)), S' = S + f(X) in every sublayer; out X + N(S), whose eps is 1e-7. ResiDual (2304.14802).
+
+    Its code also has other factors than 1, of S and of X at the end: a scheme of your own with side_scale and
+    SideStream(start_scale, main_scale).
+    """
+    sublayer = SublayerPlacement(post=True, side="written")
+    return BlockPlacement(sublayer, sublayer)
 
 
 # ---- HybridNorm's appendix G: four forms, with every choice of what attention normalizes per head, such as
