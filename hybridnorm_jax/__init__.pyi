@@ -22,12 +22,14 @@ from .model.encoder import Encoder as Encoder
 from .model.encoder import EncoderOutput as EncoderOutput
 from .model.encoder_config import EncoderConfig as EncoderConfig
 from .model.feed_forward import FeedForward as FeedForward
+from .model.formula import Streams as Streams
 from .model.moe import MoE as MoE
 from .model.norms import Norm as Norm
 from .model.norms import crms_norm as crms_norm
 from .model.norms import layer_norm as layer_norm
 from .model.norms import rms_norm as rms_norm
 from .model.placement import BlockPlacement as BlockPlacement
+from .model.placement import SideStream as SideStream
 from .model.placement import SublayerPlacement as SublayerPlacement
 from .model.rotation import rotation as rotation
 from .model.schemes import SCHEMES as SCHEMES

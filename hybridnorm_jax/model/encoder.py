@@ -25,8 +25,8 @@ from hybridnorm_jax.model.initializers import std_factor
 from hybridnorm_jax.model.input_checks import check_per_token, check_tokens
 from hybridnorm_jax.model.layers import through_layers
 from hybridnorm_jax.model.outside import into_blocks, outer_norm
-from hybridnorm_jax.model.side_stream import JoinedStreams, begun
 from hybridnorm_jax.model.rotation import default_positions, rotations
+from hybridnorm_jax.model.side_stream import JoinedStreams, begun
 
 Tokens = Int[Array, "batch seq"]
 Logits = Float[Array, "batch classes"]
