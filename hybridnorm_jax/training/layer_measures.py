@@ -29,6 +29,7 @@ def measure_signal(
         then after every block.
       stream_gradient: |d loss / d x| over the whole batch (Frobenius), for the same streams x, (layers + 1,). One over
         the root of the number of targets is in it, so only batches of one size compare.
+      side_stream_rms, side_token_similarity, side_stream_gradient: the same of the side stream, where the scheme has one.
       attention_entropy, largest_logit: see kernels.blockwise_attention.attention_statistics, (layers,).
       gradient/<group>: norms of d loss / d parameters, see layer_norms.
 
@@ -37,8 +38,12 @@ def measure_signal(
       chunk, convert: as in training.step; the gradient is that of the parameters before `convert`.
     """
     dtype = jnp.promote_types(model.config.dtype, jnp.float32)
-    probes = {f"run_{i}": {"square": jnp.zeros(run.length, dtype)} for i, run in enumerate(model.config.runs)}
-    probes["square"] = jnp.zeros((), dtype)
+    prefixes = ("", "side_") if model.config.side_stream is not None else ("",)
+
+    def zeros(shape: tuple[int, ...]) -> dict[str, Array]:
+        return {f"{prefix}square": jnp.zeros(shape, dtype) for prefix in prefixes}
+
+    probes = zeros(()) | {f"run_{i}": zeros((run.length,)) for i, run in enumerate(model.config.runs)}
 
     def loss(params, probes):
         variables = {"params": params if convert is None else convert(params), PROBE: probes}
@@ -46,8 +51,11 @@ def measure_signal(
         return nll / jnp.where(sums.weight > 0, sums.weight, 1), sown[SIGNAL]
 
     (_, sown), (gradient, squares) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, probes)
-    measures = {name: _by_layer(sown, name) for name in ("stream_rms", "token_similarity")}
-    measures["stream_gradient"] = jnp.sqrt(_by_layer(squares, "square"))
+    measures = {}
+    for prefix in prefixes:
+        for name in ("stream_rms", "token_similarity"):
+            measures[f"{prefix}{name}"] = _by_layer(sown, f"{prefix}{name}")
+        measures[f"{prefix}stream_gradient"] = jnp.sqrt(_by_layer(squares, f"{prefix}square"))
     attention = {name: layers.get("attention", {}) for name, layers in sown.items() if name.startswith("run_")}
     measures |= {name: _by_layer(attention, name) for name in ("attention_entropy", "largest_logit")}
     return measures | _named("gradient", layer_norms(gradient)), gradient
