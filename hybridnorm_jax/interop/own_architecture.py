@@ -198,6 +198,8 @@ class OwnArchitecture(Architecture):
         """The config.json of a model: its meaning only."""
         document = {"model_type": self.name, "auto_map": self.auto_map}
         document |= {key.name: key.write(config) for key in self._plain_keys}
+        if config.side_stream is not None:
+            document["side_stream"] = dataclasses.asdict(config.side_stream)
         for rule in self.rules:
             document |= rule.write(config)
         if config.has_position_table:
@@ -226,7 +228,7 @@ OWN = OwnArchitecture(
     keys=(*KEYS, *KEYS_READ_APART),
     tensors=HYBRIDNORM,
     fixed={"auto_map": lambda value, document: True},  # which classes transformers should load; we load none
-    harmless=names("scheme placements"),
+    harmless=names("scheme placements side_stream"),
     code_files=CODE_FILES,
     auto_map=AUTO_MAP,
 )
@@ -292,7 +294,8 @@ def _scheme(document: Json, source: str, num_layers: int, branch_multiplier: flo
     for scheme in sorted(SCHEMES, key=lambda scheme: scheme != name):  # its own name first
         rule = SCHEMES[scheme]
         its_own = tuple(each.with_branches_times(branch_multiplier) for each in rule.placements(num_layers))
-        if rule.final_norm == final_norm and its_own == placements:
+        ends = rule.final_norm, None if rule.side_stream is None else dataclasses.asdict(rule.side_stream)
+        if ends == (final_norm, document.get("side_stream")) and its_own == placements:
             return scheme
     if isinstance(name, str) and name in SCHEMES:
         raise UserError(f"{source}: placements and final_norm are not those of scheme={name}, nor of any other scheme")

@@ -115,8 +115,11 @@ def llama_table(*block: tuple[Tensor, ...], norm_name: str = "model.norm") -> Te
 _OWN_NORMS = tuple(
     tensor
     for sublayer in ("attention", "feed_forward")
-    for which in ("pre", "branch", "post")
+    for which in ("pre", "branch", "post", "entry", "side", "own")
     for tensor in norm(f"{sublayer}_{which}_norm", f"{sublayer}_{which}_norm")
+)
+_OWN_STREAMS = tuple(
+    tensor for which in ("main_norm", "side_norm") for tensor in norm(f"model.streams.{which}", f"streams/{which}")
 )
 _OWN_EXPERTS = tuple(
     Tensor(f"mlp.experts.{name}_{theirs}", (f"feed_forward/expert_{name}/{ours}",), AS_IT_IS)
@@ -141,7 +144,7 @@ _OWN_BLOCK = (
     *(
         Tensor(f"{sublayer}_{which}.weight", (f"{sublayer}_{which}/scale",), VECTOR)
         for sublayer in ("attention", "feed_forward")
-        for which in ("layer_scale", "residual_vector")
+        for which in ("layer_scale", "residual_vector", "own_vector")
     ),
 )
 HYBRIDNORM = TensorTable(
@@ -152,6 +155,7 @@ HYBRIDNORM = TensorTable(
         *embedding("model.embed_positions", "position_embedding"),
         *norm("model.embedding_norm", "embedding_norm"),
         *norm("model.norm", "final_norm"),
+        *_OWN_STREAMS,
     ),
     block=_OWN_BLOCK,
     layer="model.layers.{}.",
@@ -185,6 +189,7 @@ HYBRIDNORM_ENCODER = TensorTable(
         ),
         *norm("model.embedding_norm", "embedding_norm"),
         *norm("model.norm", "final_norm"),
+        *_OWN_STREAMS,
         *_OWN_POOLING,
         *dense("model.pooling.o_proj", "pooling/attention/out", kernel=LINEAR_OUT),
         *norm("model.pooling.norm", "pooling/norm"),

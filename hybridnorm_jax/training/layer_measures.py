@@ -29,7 +29,7 @@ def measure_signal(
         then after every block.
       stream_gradient: |d loss / d x| over the whole batch (Frobenius), for the same streams x, (layers + 1,). One over
         the root of the number of targets is in it, so only batches of one size compare.
-      side_stream_rms, side_token_similarity, side_stream_gradient: the same of the side stream, where the scheme has one.
+      side_stream_rms, side_token_similarity, side_stream_gradient: those of the side stream, where the scheme has one.
       attention_entropy, largest_logit: see kernels.blockwise_attention.attention_statistics, (layers,).
       gradient/<group>: norms of d loss / d parameters, see layer_norms.
 

@@ -1,5 +1,7 @@
 """One block of a HybridNorm model, and what transformers asks of every such model."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -30,11 +32,14 @@ class HybridNormBlock(GradientCheckpointingLayer):
             setattr(self, f"{name}_post_norm", stream_norm(config, parts.post))
             has_own = not (name == "feed_forward" and self.placement.shared_layer_scale)
             setattr(self, f"{name}_layer_scale", layer_scale(config, parts) if has_own else nn.Identity())
-            vector = LayerScale(config.hidden_size) if parts.residual_vector else nn.Identity()
-            setattr(self, f"{name}_residual_vector", vector)
+            setattr(self, f"{name}_residual_vector", vector(config, parts.residual_vector))
+            setattr(self, f"{name}_entry_norm", stream_norm(config, parts.entry))
+            setattr(self, f"{name}_side_norm", stream_norm(config, parts.side == "read"))
+            setattr(self, f"{name}_own_norm", stream_norm(config, parts.side_own == "norm"))
+            setattr(self, f"{name}_own_vector", vector(config, parts.side_own == "vector"))
 
-    def forward(self, x, turns=None, masks=None, cache=None, place=None):
-        """The stream (batch, tokens, width) after this block."""
+    def forward(self, x, side=None, turns=None, masks=None, cache=None, place=None):
+        """(the stream after this block, the side stream or None), of (batch, tokens, width)."""
 
         def attend(x):
             return self.dropout(self.self_attn(x, turns, masks, cache, place))
@@ -45,18 +50,27 @@ class HybridNormBlock(GradientCheckpointingLayer):
         attention_norms, feed_forward_norms = self.norms("attention"), self.norms("feed_forward")
         if self.placement.shared_pre_norm:  # computed once: both branches read the block's input
             normalized = self.attention_pre_norm(x)
-            attention_norms[0] = feed_forward_norms[0] = lambda _: normalized
-        y = apply_formula(attend, x, x, self.placement.attention, attention_norms)
-        return apply_formula(feed_forward, y, x, self.placement.feed_forward, feed_forward_norms)
+            attention_norms.pre = feed_forward_norms.pre = lambda _: normalized
+        y, side = apply_formula(attend, x, x, side, self.placement.attention, attention_norms)
+        return apply_formula(feed_forward, y, x, side, self.placement.feed_forward, feed_forward_norms)
 
     def norms(self, name):
         """The norms of a branch and its learned scales; behind the branch norm stands the layer scale, if any."""
-        pre, branch, post = (getattr(self, f"{name}_{which}_norm") for which in ("pre", "branch", "post"))
-        scale = (
-            self.attention_layer_scale if self.placement.shared_layer_scale else getattr(self, f"{name}_layer_scale")
-        )
-        scaled = branch if isinstance(scale, nn.Identity) else lambda x: scale(branch(x))
-        return [pre, scaled, post, getattr(self, f"{name}_residual_vector")]
+        of = {which: getattr(self, f"{name}_{which}_norm") for which in ("pre", "branch", "post", "entry", "side")}
+        own_norm, own_vector = getattr(self, f"{name}_own_norm"), getattr(self, f"{name}_own_vector")
+        of["own"] = own_vector if isinstance(own_norm, nn.Identity) else own_norm
+        of["residual"] = getattr(self, f"{name}_residual_vector")
+        shared = self.placement.shared_layer_scale
+        scale = self.attention_layer_scale if shared else getattr(self, f"{name}_layer_scale")
+        if not isinstance(scale, nn.Identity):
+            branch = of["branch"]
+            of["branch"] = lambda x: scale(branch(x))
+        return SimpleNamespace(**of)
+
+
+def vector(config, present):
+    """A learned number for each channel, which starts at 1; the identity where it is not present."""
+    return LayerScale(config.hidden_size) if present else nn.Identity()
 
 
 def layer_scale(config, parts):

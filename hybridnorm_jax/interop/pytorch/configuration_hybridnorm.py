@@ -21,7 +21,13 @@ SUBLAYER = {
     "layer_scale": (None, "channel", "scalar"),
     "layer_scale_init": None,
     "residual_vector": (False, True),
+    "entry": (False, True),
+    "side": (None, "written", "read"),
+    "side_own": ("whole", "vector", "norm"),
+    "side_scale": None,
 }
+# What a second stream's two ends may say, and what it means where they do not.
+SIDE_STREAM = {"start_scale": 1.0, "main_scale": 1.0, "main_norm": False, "side_norm_eps": None}
 PRE = {"attention": {"pre": True}, "feed_forward": {"pre": True}}
 HEAD_NORMS = ("q_norm", "k_norm", "v_norm", "context_norm")
 EXTENTS = (None, "head", "projection")
@@ -50,6 +56,7 @@ DEFAULTS = {
     "placements": [PRE] * 12,
     "scheme": None,
     "final_norm": True,
+    "side_stream": None,
     "embedding_norm": False,
     "hidden_act": "swiglu",
     "norm": "rmsnorm",
@@ -141,6 +148,9 @@ class HybridNormConfig(PretrainedConfig):
         norm gives, and has none of its own. `gate_norm`, `up_norm`, `hidden_norm`: norms over the hidden width of what
         the feed-forward layer's projections give, and of what its last one reads. `head_scales`: a learned weight for
         each head, "before" or "after" the output projection. `shared_layer_scale`: both branches have one layer_scale.
+      side_stream: where the placements have a second stream, `side`, a mapping with keys of SIDE_STREAM: it begins as
+        start_scale times the first one, and behind the last layer main_scale * x + N(side) is left, or with main_norm
+        main_scale * N(x) + N(side); side_norm_eps is norm_eps of N(side). null: there is none.
       scheme: the name of the placements in hybridnorm_jax; nothing here reads it.
       final_norm, embedding_norm: whether a norm stands before the head, and after the embedding.
       hidden_act: a name of CHOICES; those of GATED have a gate. "gelu" is the exact one.
@@ -306,6 +316,12 @@ class HybridNormConfig(PretrainedConfig):
                     require(where, value, (False, True))
                 else:
                     raise ValueError(f"{where}: not known; known: {', '.join(PARTS)}")
+        for layer, placement in enumerate(self.placements):
+            for name in ("attention", "feed_forward"):
+                if (placement.get(name, {}).get("side") is None) != (self.side_stream is None):
+                    raise ValueError(f"placements[{layer}].{name}.side: must be stated where side_stream is, not else")
+        for key in self.side_stream or ():
+            require("side_stream: its key", key, SIDE_STREAM)
         if self._attn_implementation not in (None, "sdpa"):
             raise ValueError(f"attn_implementation={self._attn_implementation!r}: this model has sdpa alone")
 

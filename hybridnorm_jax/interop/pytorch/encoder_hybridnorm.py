@@ -21,7 +21,7 @@ from .encoder_parts_hybridnorm import (
     PatchEmbedding,
     mean_of,
 )
-from .norms_hybridnorm import into_blocks, out_of_blocks, outer_norm
+from .norms_hybridnorm import JoinedStreams, into_blocks, outer_norm
 from .positions_hybridnorm import masks, rotations
 
 
@@ -53,6 +53,7 @@ class HybridNormEncoder(HybridNormEncoderPreTrainedModel):
         self.embedding_norm = outer_norm(config, config.embedding_norm)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList([HybridNormBlock(config, layer) for layer in range(config.num_hidden_layers)])
+        self.streams = JoinedStreams(config)
         self.norm = outer_norm(config, config.final_norm)
         self.pooling = AttentionPooling(config) if config.pooling == "attention" else None
         self.gradient_checkpointing = False
@@ -79,11 +80,11 @@ class HybridNormEncoder(HybridNormEncoderPreTrainedModel):
         by_window = masks(config, sees, x.shape[1], 0, None, x.device, x.dtype)
         turns = rotations(config, torch.arange(x.shape[1], device=x.device)[None], x.dtype)
         keeps = config.output_hidden_states if keeps is None else keeps
-        streams = ()
+        side, streams = self.streams.begun(x), ()
         for block in self.layers:
             streams += (x,) if keeps else ()
-            x = block(x, turns=turns, masks=by_window)
-        x = out_of_blocks(config, x)
+            x, side = block(x, side, turns=turns, masks=by_window)
+        x = self.streams(x, side)
         hidden = x if config.norm_pooled_only else self.norm(x)
         pooled = self.pooled(hidden, ids, is_token, sees)
         return BaseModelOutputWithPooling(

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from .block_hybridnorm import HybridNormBlock, HybridNormPreTrainedModel
-from .norms_hybridnorm import capped, into_blocks, out_of_blocks, outer_norm, times, wide
+from .norms_hybridnorm import JoinedStreams, capped, into_blocks, outer_norm, times, wide
 from .positions_hybridnorm import check_growth, masks, positions_of, rotations, sinusoids
 
 # transformers renamed it in 5.x. Both names are taken; this is the one that outputs have.
@@ -37,6 +37,7 @@ class HybridNormModel(HybridNormPreTrainedModel):
         self.embedding_norm = outer_norm(config, config.embedding_norm)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList([HybridNormBlock(config, layer) for layer in range(config.num_hidden_layers)])
+        self.streams = JoinedStreams(config)
         self.norm = outer_norm(config, config.final_norm)
         self.gradient_checkpointing = False
         self.post_init()
@@ -83,11 +84,11 @@ class HybridNormModel(HybridNormPreTrainedModel):
         x = self.with_positions(times(self.config.embedding_scale, x), position_ids)
         x = into_blocks(self.config, self.dropout(self.embedding_norm(x)))
         place = None if cache is None else torch.arange(queries, device=x.device) + past
-        streams = ()
+        side, streams = self.streams.begun(x), ()
         for block in self.layers:
             streams += (x,) if keeps else ()  # kept without need, they would fill the memory
-            x = block(x, turns=turns, masks=by_window, cache=cache, place=place)
-        x = self.norm(out_of_blocks(self.config, x))
+            x, side = block(x, side, turns=turns, masks=by_window, cache=cache, place=place)
+        x = self.norm(self.streams(x, side))
         streams = (*streams, x) if keeps else None
         kept = {CACHE: cache if use_cache else None}
         return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=streams, **kept)

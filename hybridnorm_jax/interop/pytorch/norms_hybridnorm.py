@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from .configuration_hybridnorm import HEAD_NORMS, SUBLAYER, SWITCHES
+from .configuration_hybridnorm import HEAD_NORMS, SIDE_STREAM, SUBLAYER, SWITCHES
 
 
 def placement_of(config, layer):
@@ -18,17 +18,24 @@ def placement_of(config, layer):
     return SimpleNamespace(**sublayers, **inside, **{name: stated.get(name, False) for name in SWITCHES})
 
 
-def apply_formula(f, sublayer_input, block_input, placement, norms):
+def apply_formula(f, sublayer_input, block_input, side, placement, norms):
     """y = post(residual_scale * r + branch_scale * branch(f(input_scale * pre(x)))): every sublayer of every scheme.
 
-    Where the placement has learned scales, r is w * r, and branch is g * branch.
+    Where the placement has learned scales, r is w * r, and branch is g * branch. Where it has a side stream s, that
+    becomes s + side_scale * branch(...), and where the branch reads it, x is own(x) + N(s).
+
+    Returns:
+      (y, the side stream or None).
     """
-    pre, branch, post, residual = norms
-    x = block_input if placement.reads == "block" else sublayer_input
-    r = {"input": sublayer_input, "block": block_input}.get(placement.residual)
-    r = sublayer_input + block_input if placement.residual == "both" else r
-    y = branch(f(times(placement.input_scale, pre(x))))
-    return post(times(placement.residual_scale, residual(r)) + times(placement.branch_scale, y))
+    entered = norms.entry(sublayer_input)
+    x = block_input if placement.reads == "block" else entered
+    if placement.side == "read":
+        x = norms.own(x) + norms.side(side)
+    r = {"input": entered, "block": block_input}.get(placement.residual)
+    r = entered + block_input if placement.residual == "both" else r
+    added = norms.branch(f(times(placement.input_scale, norms.pre(x))))
+    y = norms.post(times(placement.residual_scale, norms.residual(r)) + times(placement.branch_scale, added))
+    return y, None if side is None else side + times(placement.side_scale, added)
 
 
 def times(scale, x):
@@ -102,13 +109,15 @@ def stream_norm(config, present=True, initial_scale=1.0):
     return Norm(config.norm, config.hidden_size, eps=config.norm_eps, **sizes, **affine)
 
 
-def outer_norm(config, present=True, kind=None):
-    """A norm outside the blocks; the identity where it is not present."""
+def outer_norm(config, present=True, kind=None, eps=None):
+    """A norm outside the blocks; the identity where it is not present. `eps` in the place of norm_eps."""
     if not present:
         return nn.Identity()
     affine = {"scale": config.has_outer_norm_scale, "bias": config.has_outer_norm_bias}
     sizes = {"width": config.norm_width, "plus_one": config.norm_scale_plus_one}
-    return Norm(kind or config.outer_norm, config.whole_width, eps=config.norm_eps, **sizes, **affine)
+    return Norm(
+        kind or config.outer_norm, config.whole_width, eps=config.norm_eps if eps is None else eps, **sizes, **affine
+    )
 
 
 def head_norm(config, extent, heads):
@@ -186,3 +195,27 @@ class LayerScale(nn.Module):
 
     def forward(self, x):
         return (wide(x) * wide(self.weight)).to(x.dtype)
+
+
+class JoinedStreams(nn.Module):
+    """main_scale * x + N(side), with main_norm main_scale * N(x) + N(side); x where there is no side stream."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, stated = config, config.side_stream
+        self.ends = None if stated is None else SimpleNamespace(**(SIDE_STREAM | stated))
+        if self.ends is not None:
+            self.main_norm = outer_norm(config, self.ends.main_norm)
+            self.side_norm = outer_norm(config, eps=self.ends.side_norm_eps)
+
+    def begun(self, x):
+        """The side stream before the first block, which x enters; None where there is none."""
+        return None if self.ends is None else times(self.ends.start_scale, x)
+
+    def forward(self, x, side):
+        """What is left of the streams behind the last block."""
+        x = out_of_blocks(self.config, x)
+        if self.ends is None:
+            return x
+        side = self.side_norm(out_of_blocks(self.config, side))
+        return times(self.ends.main_scale, self.main_norm(x)) + side
