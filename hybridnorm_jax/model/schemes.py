@@ -61,7 +61,7 @@ class Scheme:
         if not isinstance(placement, BlockPlacement):
             raise ConfigError(f"{where} must return a BlockPlacement, not {type(placement).__name__}")
         if placement.has_side_stream != (self.side_stream is not None):
-            stated = "has" if placement.has_side_stream else "has no"
+            stated = "has a" if placement.has_side_stream else "has no"
             right = "side_stream of the scheme says how it begins and ends, and all of its placements have it"
             raise ConfigError(f"{where} returns a placement that {stated} side stream; {right}")
         return placement

@@ -22,10 +22,15 @@ def forward(config, params, tokens):
         x = x - x.mean(-1, keepdims=True)
     if config.whole_outside:
         x = x[..., :-1]
+    ends = config.side_stream
+    side = None if ends is None else ends.start_scale * x
     for layer, (placement, leaves) in enumerate(zip(config.placements, _layers(config, params), strict=True)):
-        x = _block(config, placement, leaves, x, has_experts=config.has_experts[layer])
+        x, side = _block(config, placement, leaves, x, side, has_experts=config.has_experts[layer])
     if config.whole_outside:
         x = np.concatenate([x, -x.sum(-1, keepdims=True)], axis=-1)
+    if ends is not None:
+        main = _norm(config, params["streams"]["main_norm"], x) if ends.main_norm else x
+        x = ends.main_scale * main + _norm(config, params["streams"]["side_norm"], side, eps=ends.side_norm_eps)
     if config.has_final_norm:
         x = _norm(config, params.get("final_norm", {}), x, outer)
     kernel = params["token_embedding"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
@@ -52,7 +57,7 @@ def _layers(config, params):
     return [of(params[f"run_{i}"], place) for i, run in enumerate(config.runs) for place in range(run.length)]
 
 
-def _block(config, placement, leaves, x, *, has_experts):
+def _block(config, placement, leaves, x, side, *, has_experts):
     def attend(x):
         return _attention(config, placement, leaves["attention"], x)
 
@@ -64,12 +69,18 @@ def _block(config, placement, leaves, x, *, has_experts):
     if placement.shared_layer_scale:
         leaves = leaves | {"feed_forward_layer_scale": leaves["attention_layer_scale"]}
     shared = "attention_pre_norm" if placement.shared_pre_norm else "feed_forward_pre_norm"
-    y = _sublayer(config, placement.attention, attend, leaves, x, x, "attention", "attention_pre_norm")
-    return _sublayer(config, placement.feed_forward, feed_forward, leaves, y, x, "feed_forward", shared)
+    y, side = _sublayer(config, placement.attention, attend, leaves, x, x, side, "attention", "attention_pre_norm")
+    return _sublayer(config, placement.feed_forward, feed_forward, leaves, y, x, side, "feed_forward", shared)
 
 
-def _sublayer(config, part, f, leaves, x, block_input, name, pre_norm):
+def _sublayer(config, part, f, leaves, x, block_input, side, name, pre_norm):
+    if part.entry:
+        x = _norm(config, leaves[f"{name}_entry_norm"], x)
     read = block_input if part.reads == "block" else x
+    if part.side == "read":
+        own = {"norm": lambda: _norm(config, leaves[f"{name}_own_norm"], read), "whole": lambda: read}
+        own["vector"] = lambda: leaves[f"{name}_own_vector"]["scale"] * read
+        read = own[part.side_own]() + _norm(config, leaves[f"{name}_side_norm"], side)
     residual = {"input": x, "block": block_input, "both": x + block_input}[part.residual]
     branch = f(part.input_scale * (_norm(config, leaves.get(pre_norm, {}), read) if part.pre else read))
     if part.branch:
@@ -79,15 +90,16 @@ def _sublayer(config, part, f, leaves, x, block_input, name, pre_norm):
     if part.residual_vector:
         residual = residual * leaves[f"{name}_residual_vector"]["scale"]
     y = part.residual_scale * residual + part.branch_scale * branch
-    return _norm(config, leaves[f"{name}_post_norm"], y) if part.post else y
+    y = _norm(config, leaves[f"{name}_post_norm"], y) if part.post else y
+    return y, None if part.side is None else side + part.side_scale * branch
 
 
-def _norm(config, leaves, x, kind=None):
+def _norm(config, leaves, x, kind=None, eps=None):
     kind = config.norm if kind is None else kind
     if kind == "layernorm":
         x = x - x.mean(-1, keepdims=True)
     whole = np.concatenate([x, -x.sum(-1, keepdims=True)], axis=-1) if kind == "crmsnorm" else x
-    y = x / np.sqrt((whole**2).mean(-1, keepdims=True) + config.norm_eps)
+    y = x / np.sqrt((whole**2).mean(-1, keepdims=True) + (config.norm_eps if eps is None else eps))
     if "scale" in leaves:
         y = y * (leaves["scale"] + (1 if config.norm_scale_plus_one else 0))
     return y + leaves.get("bias", 0)

@@ -18,7 +18,7 @@ TINY = {"d_model": 16, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "mlp_
 def _has_learned_part(placement):
     sublayers = placement.attention, placement.feed_forward
     scales = any(sublayer.layer_scale or sublayer.residual_vector for sublayer in sublayers)
-    return scales or bool(placement.head_scales) or placement.normalizes_hidden
+    return scales or placement.has_side_stream or bool(placement.head_scales) or placement.normalizes_hidden
 
 
 def _groups(schemes):
@@ -86,7 +86,7 @@ def test_eight_devices_equal_one(scheme, random_params, tokens):
 
 def test_a_documents_tokens_do_not_see_another_document(random_params, tokens):
     """Norms inside the FFN and scales of heads act on each token alone."""
-    for scheme in ("normformer_residual", "simple_norm", "sub_ln"):
+    for scheme in ("normformer_residual", "simple_norm", "sub_ln", "siamese_post_pre"):
         config = _config(scheme, dtype="float32", param_dtype="float32")
         params = random_params(config)
         ids = jnp.asarray(np.repeat([[0] * 5 + [1] * 7], 2, axis=0))

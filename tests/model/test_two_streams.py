@@ -1,5 +1,6 @@
 """Schemes with a side stream, as their authors' PyTorch code computes them, and what a side stream must not change."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -8,6 +9,10 @@ import numpy as np
 import pytest
 
 import hybridnorm_jax as hn
+from hybridnorm_jax.model.outside import outer_norm
+from hybridnorm_jax.model.side_stream import JoinedStreams
+from hybridnorm_jax.training.layer_measures import measure_signal
+from tests.model.numpy_decoder import forward
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "placements"
 WIDTH = 32
@@ -250,24 +255,18 @@ def test_siamese_norms_vision_transformer_is_reproduced(name):
     _check(apply, _deit_params(golden, "param/"), golden, _deit_params(golden, "grad/"))
 
 
-@pytest.fixture
-def scaled_residual():
+def _scaled_residual():
     """ResiDual with the factors of the golden residual_scaled."""
-    name = "residual_scaled_of_a_test"
-
-    @hn.scheme(name, final_norm=False, side_stream=hn.SideStream(start_scale=0.5, main_scale=0.7, side_norm_eps=1e-7))
-    def rule(layer, num_layers):
-        sublayer = hn.SublayerPlacement(post=True, side="written", side_scale=0.5)
-        return hn.BlockPlacement(sublayer, sublayer)
-
-    yield name
-    del hn.SCHEMES[name]
+    ends = hn.SideStream(start_scale=0.5, main_scale=0.7, side_norm_eps=1e-7)
+    sublayer = hn.SublayerPlacement(post=True, side="written", side_scale=0.5)
+    hn.scheme("scaled", final_norm=False, side_stream=ends)(lambda layer, depth: hn.BlockPlacement(sublayer, sublayer))
+    return "scaled"
 
 
 @pytest.mark.parametrize("name", ["residual", "residual_scaled"])
-def test_residual_is_reproduced(name, scaled_residual):
+def test_residual_is_reproduced(name):
     golden = _golden(name)
-    config = _residual_config("residual" if name == "residual" else scaled_residual)
+    config = _residual_config("residual" if name == "residual" else _scaled_residual())
     tokens = jnp.asarray(golden["tokens"])
     _check(
         lambda params: hn.Decoder(config).apply({"params": params}, tokens),
@@ -275,3 +274,124 @@ def test_residual_is_reproduced(name, scaled_residual):
         golden,
         _residual_params(golden, "grad/"),
     )
+
+
+# ---- In the rest of the library. tests/model/test_every_scheme.py has NumPy, loops and devices; tests/generation has
+# ---- the cache; tests/interop has PyTorch: each takes its schemes from the table.
+
+SCHEMES = ["siamese_hybrid_pre", "siamese_post_pre", "residual"]
+TINY = {"d_model": 16, "num_layers": 3, "num_heads": 4, "mlp_dim": 24, "vocab_size": 61}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_both_streams_are_measured_before_and_behind_every_block(scheme, random_params, tokens):
+    with jax.enable_x64(True):
+        config = hn.ModelConfig(scheme=scheme, **TINY, dtype="float64", param_dtype="float64", remat="full")
+        params = random_params(config)
+        batch = {
+            "tokens": tokens[:, :-1],
+            "targets": tokens[:, 1:],
+            "weights": np.ones((2, 11)),
+            "segment_ids": np.zeros((2, 11), np.int32),
+            "positions": np.tile(np.arange(11), (2, 1)),
+        }
+        measures, _ = jax.jit(functools.partial(measure_signal, hn.Decoder(config)))(params, batch)
+
+        outer = {name: branch for name, branch in params.items() if name != "run_0"}
+        layers = [jax.tree.map(lambda stacked, layer=layer: stacked[layer], params["run_0"]) for layer in range(3)]
+
+        def loss(nudges):
+            x = params["token_embedding"]["embedding"][batch["tokens"]]
+            streams = hn.Streams(x + nudges[0].main, x + nudges[0].side)
+            found = [streams]
+            for layer, own in enumerate(layers):
+                block = hn.Block(config=config, placement=config.placements[layer], layer=layer)
+                after = block.apply({"params": own}, streams)
+                streams = hn.Streams(after.main + nudges[layer + 1].main, after.side + nudges[layer + 1].side)
+                found.append(streams)
+            hidden = JoinedStreams(config).apply({"params": outer["streams"]}, streams)
+            decoder = hn.Decoder(config)
+            if config.has_final_norm:
+                hidden = outer_norm(config).apply({"params": outer["final_norm"]}, hidden)
+            logits = decoder.apply({"params": params}, hidden, method="logits")
+            picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], -1)
+            return -picked.mean(), found
+
+        zero = jnp.zeros((2, 11, 16))
+        nudges = [hn.Streams(zero, zero)] * 4
+        (_, streams), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(nudges)
+    for which, prefix in (("main", ""), ("side", "side_")):
+        rms = [np.sqrt(np.mean(np.square(getattr(each, which)))) for each in streams]
+        np.testing.assert_allclose(measures[f"{prefix}stream_rms"], rms, rtol=1e-10)
+        norms = [np.linalg.norm(getattr(each, which)) for each in gradients]
+        np.testing.assert_allclose(measures[f"{prefix}stream_gradient"], norms, rtol=1e-9)
+        assert measures[f"{prefix}token_similarity"].shape == (4,)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_experts_and_packed_documents_have_two_streams_too(scheme, random_params, tokens):
+    config = hn.ModelConfig(scheme=scheme, **TINY, num_experts=4, experts_per_token=2, expert_dispatch="dense")
+    params = random_params(config)
+    ids = jnp.asarray(np.repeat([[0] * 5 + [1] * 7], 2, axis=0))
+    places = jnp.asarray(np.repeat([[*range(5), *range(7)]], 2, axis=0))
+    apply = jax.jit(hn.Decoder(config).apply)
+    packed = apply({"params": params}, tokens, positions=places, segment_ids=ids)
+    alone = apply({"params": params}, tokens[:, 5:])
+    np.testing.assert_allclose(packed[:, 5:], alone, rtol=0, atol=5e-5)
+    whole = forward(config, params, tokens)
+    np.testing.assert_allclose(apply({"params": params}, tokens), whole, rtol=0, atol=2e-4 * np.abs(whole).max())
+
+
+def test_the_two_factors_of_granite_reach_both_streams():
+    config = hn.ModelConfig(scheme="residual", **TINY, branch_multiplier=0.5)
+    for sublayer in (config.placements[0].attention, config.placements[0].feed_forward):
+        assert (sublayer.branch_scale, sublayer.side_scale) == (0.5, 0.5)
+
+
+# ---- Bad input.
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_model_of_two_streams_is_not_converted(scheme):
+    config = hn.ModelConfig(scheme=scheme, norm="layernorm", **TINY)
+    assert config.pre_layernorm_obstacle == f"model.scheme={scheme}: a second stream"
+
+
+def test_a_block_says_how_many_streams_it_needs():
+    x = jnp.zeros((1, 2, 16))
+    for scheme, given, right in (("residual", x, r"hn\.Streams\(main, side\)"), ("pre", hn.Streams(x, x), "one array")):
+        config = hn.ModelConfig(scheme=scheme, **TINY)
+        with pytest.raises(ValueError, match=f"x: the placement of this block needs {right}"):
+            hn.Block(config=config, placement=config.placements[0]).init(jax.random.key(0), given)
+
+
+def test_a_scheme_that_asks_for_a_stream_it_does_not_have_is_refused():
+    two, one = hn.SublayerPlacement(side="written"), hn.SublayerPlacement()
+    hn.scheme("without_ends")(lambda layer, num_layers: hn.BlockPlacement(two, two))
+    with pytest.raises(hn.ConfigError, match=r"model\.scheme=without_ends: .*layer 0 of 3.* has a side stream; side_"):
+        hn.ModelConfig(scheme="without_ends", **TINY)
+    hn.scheme("without_stream", side_stream=hn.SideStream())(lambda layer, num_layers: hn.BlockPlacement(one, one))
+    with pytest.raises(hn.ConfigError, match="has no side stream"):
+        hn.ModelConfig(scheme="without_stream", **TINY)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"side": "both"}, "side='both' must be one of"),
+        ({"side_scale": 2.0}, "side_scale=2.0: there is no side stream"),
+        ({"side": "written", "side_own": "norm"}, "side_own='norm': only where the side stream is read"),
+        ({"side": "read", "reads": "block"}, "side='read': .* not with reads='block'"),
+        ({"side": "read", "side_own": "matrix"}, "side_own='matrix' must be one of"),
+    ],
+)
+def test_impossible_sublayers_are_refused(parts, message):
+    with pytest.raises(ValueError, match=message):
+        hn.SublayerPlacement(**parts)
+
+
+def test_impossible_blocks_and_ends_are_refused():
+    with pytest.raises(ValueError, match="side: both sublayers of a block have the side stream, or neither"):
+        hn.BlockPlacement(hn.SublayerPlacement(side="written"), hn.SublayerPlacement())
+    with pytest.raises(ValueError, match="start_scale=nan must be a number"):
+        hn.SideStream(start_scale=float("nan"))
