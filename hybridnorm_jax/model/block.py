@@ -356,7 +356,11 @@ class Block(nn.Module):
 
 def constrained(streams: Streams) -> Streams:
     """The streams, split over devices by batch and sequence."""
-    return Streams(*(x if x is None else nn.with_logical_constraint(x, ("batch", "seq", None)) for x in streams))
+
+    def split(x: Stream) -> Stream:
+        return nn.with_logical_constraint(x, ("batch", "seq", None))
+
+    return Streams(main=split(streams.main), side=None if streams.side is None else split(streams.side))
 
 
 def watch_streams(module: nn.Module, streams: Streams) -> Streams:

@@ -67,7 +67,7 @@ def apply_formula(
     """
     entered, side = norms.entry(sublayer_input.main), sublayer_input.side
     x = block_input if placement.reads == "block" else entered
-    if placement.side == "read":
+    if placement.side == "read" and side is not None:
         x = norms.own(x) + norms.side(side)
     match placement.residual:
         case "input":

@@ -237,10 +237,8 @@ class BlockPlacement:
         """This placement with both branch scales times a factor."""
 
         def times(sublayer: SublayerPlacement) -> SublayerPlacement:
-            scales = {"branch_scale": factor * sublayer.branch_scale}
-            if sublayer.side is not None:
-                scales["side_scale"] = factor * sublayer.side_scale
-            return dataclasses.replace(sublayer, **scales)
+            side_scale = 1.0 if sublayer.side is None else factor * sublayer.side_scale
+            return dataclasses.replace(sublayer, branch_scale=factor * sublayer.branch_scale, side_scale=side_scale)
 
         return dataclasses.replace(self, attention=times(self.attention), feed_forward=times(self.feed_forward))
 
