@@ -129,6 +129,13 @@ MODELS: tuple[dict[str, Any], ...] = (
     {"scheme": "pre_qk_projection"},
     EXPERTS | {"scheme": "pre", "attention_sinks": True},
     {"scheme": "pre", "layer_scale": True},
+    {"scheme": "hybrid_skipinit"},
+    {"scheme": "normformer_residual"},
+    {"scheme": "simple_norm"},
+    {"scheme": "sub_ln"},
+    {"scheme": "siamese_hybrid_pre"},
+    {"scheme": "siamese_attn_norm"},
+    {"scheme": "siamese_post_pre"},
 )
 
 # Together they have every leaf that an Encoder has outside its blocks.
@@ -172,6 +179,7 @@ ENCODER_WHEN = {
     "mask_token": "`mask_token=true`",
     "position_embedding": "`positions=learned`",
     "embedding_norm": "the scheme has one, or `embedding_norm=true`; `outer_norm_scale`, `outer_norm_bias`",
+    "streams": "the scheme has a side stream; `outer_norm_scale`, `outer_norm_bias`",
     "final_norm": "the scheme has a final norm; `outer_norm_scale`, `outer_norm_bias`",
     "pooling": "`pooling=attention`",
     "head": "`num_classes`; the bias with `head_bias=true`",
@@ -192,13 +200,22 @@ WHEN = {
     "run_<i>/attention/k_norm": "the scheme normalizes k",
     "run_<i>/attention/v_norm": "the scheme normalizes v",
     "run_<i>/attention/context_norm": "the scheme normalizes the context",
+    "run_<i>/attention/head_scales": "the scheme has scales of heads",
     "run_<i>/attention_pre_norm": "the scheme has this norm",
     "run_<i>/attention_branch_norm": "the scheme has this norm",
     "run_<i>/attention_post_norm": "the scheme has this norm",
-    "run_<i>/attention_layer_scale": "`layer_scale=true`",
+    "run_<i>/attention_entry_norm": "the scheme has this norm",
+    "run_<i>/attention_side_norm": "attention reads the side stream",
+    "run_<i>/attention_own_norm": "the scheme has this norm",
+    "run_<i>/attention_own_vector": "the scheme has this vector",
+    "run_<i>/attention_layer_scale": "`layer_scale=true`, or the scheme has it",
+    "run_<i>/attention_residual_vector": "the scheme has this vector",
     "run_<i>/feed_forward/gate": "dense, with a gated `activation` such as swiglu",
     "run_<i>/feed_forward/up": "dense",
     "run_<i>/feed_forward/down": "dense",
+    "run_<i>/feed_forward/gate_norm": "the scheme has this norm",
+    "run_<i>/feed_forward/up_norm": "the scheme has this norm",
+    "run_<i>/feed_forward/hidden_norm": "the scheme has this norm",
     "run_<i>/feed_forward/router": "experts",
     "run_<i>/feed_forward/balance_bias": "experts, `balance_bias=true`",
     "run_<i>/feed_forward/expert_gate": "experts",
@@ -209,7 +226,12 @@ WHEN = {
     "run_<i>/feed_forward_pre_norm": "the scheme has this norm",
     "run_<i>/feed_forward_branch_norm": "the scheme has this norm",
     "run_<i>/feed_forward_post_norm": "the scheme has this norm",
-    "run_<i>/feed_forward_layer_scale": "`layer_scale=true`",
+    "run_<i>/feed_forward_entry_norm": "the scheme has this norm",
+    "run_<i>/feed_forward_side_norm": "the feed-forward layer reads the side stream",
+    "run_<i>/feed_forward_layer_scale": "`layer_scale=true`, or the scheme has it",
+    "run_<i>/feed_forward_residual_vector": "the scheme has this vector",
+    "streams/main_norm": "the scheme has a side stream that ends so",
+    "streams/side_norm": "the scheme has a side stream",
     "final_norm": "the scheme has a final norm",
     "head/kernel": "`tie_embeddings=false`",
     "head/bias": "`head_bias=true`",
@@ -266,7 +288,8 @@ def when(path: str) -> str:
     name = path.rpartition("/")[2]
     if "norm" in path:
         is_outside = not path.startswith("run_")
-        flag = "attention_norm" if "/attention/" in path else "outer_norm" if is_outside else "norm"
+        is_inside = "/attention/" in path or "/feed_forward/" in path
+        flag = "attention_norm" if is_inside else "outer_norm" if is_outside else "norm"
         return f"{WHEN[start]}, `{flag}_{name}=true`"
     if name != "bias" or start.endswith("bias"):
         return WHEN[start]

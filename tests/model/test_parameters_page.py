@@ -11,7 +11,8 @@ import hybridnorm_jax as hn
 from hybridnorm_jax.model.placement import HEAD_NORMS
 
 DOCS = Path(__file__).parents[2] / "docs"
-EXTENT = {"q_norm": "heads * head_dim", "k_norm": "kv_heads * head_dim"}
+EXTENT = {"q_norm": "heads * head_dim", "context_norm": "heads * head_dim"}
+EXTENT |= dict.fromkeys(("k_norm", "v_norm"), "kv_heads * head_dim")
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +39,12 @@ def test_every_norm_of_a_scheme_is_on_the_page(name):
     page = (DOCS / "parameters.md").read_text()
     for placement in hn.SCHEMES[name].placements(5):
         for sublayer in ("attention", "feed_forward"):
-            for which in ("pre", "branch", "post"):
-                if getattr(getattr(placement, sublayer), which):
-                    assert f"`run_<i>/{sublayer}_{which}_norm/scale`" in page
+            parts = getattr(placement, sublayer)
+            found = [which for which in ("pre", "branch", "post", "entry") if getattr(parts, which)]
+            found += ["side"] if parts.side == "read" else []
+            found += ["own"] if parts.side_own == "norm" else []
+            for which in found:
+                assert f"`run_<i>/{sublayer}_{which}_norm/scale`" in page
         for norm in HEAD_NORMS:
             extent = getattr(placement, norm)
             if extent is not None:

@@ -33,13 +33,44 @@ PAPER = {
     "sandwich_qk": ("x + N(Attn(N(x)))", "x + N(FFN(N(x)))"),
     "pre_post": ("N(x + Attn(N(x)))", "x + FFN(x)"),
     "post_pre": ("x + Attn(x)", "N(x + FFN(N(x)))"),
+    "post_final_norm": ("N(x + Attn(x))", "N(x + FFN(x))"),
+    "mix_ln_12": ("x + Attn(N(x))", "x + FFN(N(x))"),
+    "mix_ln_50": ("x + Attn(N(x))", "x + FFN(N(x))"),
+    "peri_no_final_norm": ("x + N(Attn(N(x)))", "x + N(FFN(N(x)))"),
+    "peri_bare": ("x + N(Attn(N(x)))", "x + N(FFN(N(x)))"),
+    "deepnorm_final_norm": ("N(1.682 x + Attn(x))", "N(1.682 x + FFN(x))"),
+    "deepnorm_pre": ("1.682 x + Attn(N(x))", "1.682 x + FFN(N(x))"),
+    "layernorm_scaling_learned": ("x + Attn(N(x))", "x + FFN(N(x))"),
+    "keel_pre_first": ("N(8 x + Attn(N(x)))", "N(8 x + FFN(N(x)))"),
+    "sub_ln": ("x + Attn(N(x))", "x + FFN(N(x))"),
+    "normformer": ("x + N(Attn(N(x)))", "x + FFN(N(x))"),
+    "normformer_before": ("x + N(Attn(N(x)))", "x + FFN(N(x))"),
+    "normformer_residual": ("x + N(Attn(N(x)))", "w x + FFN(N(x))"),
+    "simple_norm": ("x + N(Attn(x))", "x + N(FFN(x))"),
+    "hybrid_layer_scale": ("N(x + g Attn(x))", "x + g FFN(x)"),
+    "hybrid_rezero": ("N(x + a Attn(x))", "x + a FFN(x)"),
+    "hybrid_skipinit": ("N(x + a Attn(x))", "x + a FFN(x)"),
+    "siamese_hybrid_pre": (
+        "N(x + 0.3536 z),  s + z,  z = Attn(w x + N(s))",
+        "x + 0.3536 z,  s + z,  z = FFN(N(x + N(s)))",
+    ),
+    "siamese_attn_norm": (
+        "N(x + 0.3536 z),  s + z,  z = Attn(N(x) + N(s))",
+        "x + 0.3536 z,  s + z,  z = FFN(N(x + N(s)))",
+    ),
+    "siamese_post_pre": (
+        "N(x) + 0.3536 z,  s + z,  z = Attn(N(N(x) + N(s)))",
+        "N(x) + 0.3536 z,  s + z,  z = FFN(N(N(x) + N(s)))",
+    ),
+    "residual": ("N(x + z),  s + z,  z = Attn(x)", "N(x + z),  s + z,  z = FFN(x)"),
     "kc_post": ("N(x + Attn(x))", "x + FFN(x)"),
     "qkv_pre": ("x + Attn(x)", "x + FFN(N(x))"),
     "pre_qkc_post": ("N(x + Attn(N(x)))", "x + FFN(x)"),
     "pre_kv_pre": ("x + Attn(N(x))", "x + FFN(N(x))"),
 }
-NO_FINAL_NORM = {"post", "span", "deepnorm", "keel", "b2t", "post_pre"}
-EMBEDDING_NORM = {"peri", "post_pre"}
+NO_FINAL_NORM = {"post", "span", "deepnorm", "keel", "keel_pre_first", "b2t", "post_pre", "residual"}
+NO_FINAL_NORM |= {"peri_no_final_norm", "peri_bare"}
+EMBEDDING_NORM = {"peri", "peri_no_final_norm", "post_pre"}
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -96,9 +127,9 @@ def test_scales():
 def test_runs_group_equal_structure_and_keep_the_scales():
     grouped = runs(map(Layer, hn.SCHEMES["hybrid_star"].placements(6)))
     assert [(run.start, run.length) for run in grouped] == [(0, 1), (1, 5)]
-    assert grouped[1].scales("attention") == (None, None, None)
+    assert grouped[1].scales("attention") == (None, None, None, None)
     (scaled,) = runs(map(Layer, hn.SCHEMES["layernorm_scaling"].placements(4)))
-    assert scaled.scales("feed_forward") == (None, None, tuple(1 / math.sqrt(depth) for depth in (1, 2, 3, 4)))
+    assert scaled.scales("feed_forward") == (None, None, tuple(1 / math.sqrt(depth) for depth in (1, 2, 3, 4)), None)
 
 
 def test_runs_hold_layers_of_equal_parameters_whatever_their_windows_and_rotations():
