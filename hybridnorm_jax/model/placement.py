@@ -243,6 +243,14 @@ class BlockPlacement:
         return dataclasses.replace(self, attention=times(self.attention), feed_forward=times(self.feed_forward))
 
     @property
+    def has_learned_scales(self) -> bool:
+        """Whether a sublayer multiplies by something learned that is no norm's."""
+        return any(
+            sublayer.layer_scale is not None or sublayer.residual_vector or sublayer.side_own == "vector"
+            for sublayer in (self.attention, self.feed_forward)
+        )
+
+    @property
     def has_side_stream(self) -> bool:
         """Whether the block has a second stream."""
         return self.attention.side is not None

@@ -70,9 +70,10 @@ class Scheme:
         """The scheme at this depth as text: one line per stretch of layers with equal placement."""
         placements = self.placements(num_layers)
         lines = [f"{self.name}, {num_layers} layers   (x: the sublayer's input, X: the block's input, N: a norm)"]
-        sublayers = [sublayer for each in placements for sublayer in (each.attention, each.feed_forward)]
-        if any(sublayer.layer_scale is not None or sublayer.residual_vector for sublayer in sublayers):
+        if any(placement.has_learned_scales for placement in placements):
             lines.append("  learned: a, one number; g and w, a number for each channel")
+        if self.side_stream is not None:
+            lines.append("  s: the side stream, z: what the sublayer adds")
         layers = enumerate(placements)
         for placement, equal in groupby(layers, key=lambda layer: layer[1]):
             lines += _stretch_lines(placement, [number for number, _ in equal])
