@@ -118,7 +118,7 @@ NAMES = {
 }
 BIASES = {"norm_bias": True, "attention_bias": True, "mlp_bias": True, "head_bias": True}
 EXPERTS = {"num_experts": 4, "experts_per_token": 2, "shared_experts": 3, "balance_bias": True}
-EXPERTS |= {"shared_expert_gate": True}
+EXPERTS |= {"shared_expert_gate": True, "shared_expert_gate_bias": True}
 # Together they have every leaf.
 MODELS: tuple[dict[str, Any], ...] = (
     {"scheme": "peri", "positions": "learned", "max_positions": 30, "position_offset": 2, "activation": "gelu"},
@@ -275,6 +275,8 @@ def when(path: str) -> str:
     if path.endswith(("down/bias", "router/bias")):
         flag = "router_bias" if path.endswith("router/bias") else "mlp_output_bias"
         return f"{WHEN[start]}, `{flag}=true`, which is `mlp_bias` by default"
+    if start.endswith("shared_gate"):
+        return f"{WHEN[start]}, `shared_expert_gate_bias=true`"
     key = "attention_bias" if "/attention/" in path else "mlp_bias"
     return f"`{key}=true`" if WHEN[start] == "always" else f"{WHEN[start]}, `{key}=true`"
 

@@ -80,7 +80,7 @@ def _of_experts(config: ModelConfig) -> dict[str, Any]:
         found |= _values(config, ["experts_per_token", "normalize_expert_weights", "balance_bias", "dense_layers"])
         found |= {"router_bias": config.has_router_bias, "shared_experts": config.shared_width}
         if config.shared_width:
-            found |= _values(config, ["shared_expert_gate"])
+            found |= _values(config, ["shared_expert_gate", "shared_expert_gate_bias"])
         if config.dense_layers:
             found["dense_mlp_dim"] = config.dense_width
     return found

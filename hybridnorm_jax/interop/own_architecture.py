@@ -130,6 +130,7 @@ KEYS = (
     Key("num_shared_experts", ("shared_experts",), 0),
     Key("shared_intermediate_size", ("shared_mlp_dim",), None, null=none),
     Key("shared_expert_gate", ("shared_expert_gate",), False),
+    Key("shared_expert_gate_bias", ("shared_expert_gate_bias",), False),
     Key("balance_bias", ("balance_bias",), False),
     _Numbers("dense_layers", ("dense_layers",), None),
     Key("dense_intermediate_size", ("dense_mlp_dim",), None, null=none),

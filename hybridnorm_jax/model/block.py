@@ -332,6 +332,7 @@ class Block(nn.Module):
             shared_experts=config.shared_experts,
             shared_mlp_dim=config.shared_mlp_dim,
             shared_gate=config.shared_expert_gate,
+            shared_gate_bias=config.shared_expert_gate_bias,
             balance_bias=config.balance_bias,
             use_bias=config.mlp_bias,
             use_output_bias=config.mlp_output_bias,

@@ -8,6 +8,7 @@ import dataclasses
 import math
 
 from hybridnorm_jax.config_fields import Filled, check_choice, check_fields, key
+from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS, EXPERT_DISPATCHES
 from hybridnorm_jax.model.config_attention import AttentionKeys
 from hybridnorm_jax.model.config_sizes import MOST_LAYERS, MOST_PARAMETERS, WIDEST
@@ -246,11 +247,15 @@ class ModelConfig(AttentionKeys):
         Pre-LN: LayerNorm at the entrance of every branch and before the head, and no other norm on the stream. A norm
         after the embedding stands before the stream: it becomes part of the table, or its mean is subtracted behind it.
         """
+        found = [] if self.norm == "layernorm" else [f"model.norm={self.norm}"]
+        if misplaced := self._misplaced_norm:
+            found.append(misplaced)
+        return ", and ".join(found) or None
+
+    @property
+    def _misplaced_norm(self) -> str | None:
+        """`key=value` and the first place of a norm that Pre-LN does not have there, or lacks; None: there is none."""
         scheme = f"model.scheme={self.scheme}"
-        if self.norm != "layernorm":
-            return f"model.norm={self.norm}"
-        if self.norm_bias and self.shared_expert_gate:
-            return "model.norm_bias=True, model.shared_expert_gate=True: the gate has no bias that takes the norm's"
         for layer, placement in enumerate(self.placements):
             for name in ("attention", "feed_forward"):
                 sublayer = getattr(placement, name)
@@ -265,3 +270,10 @@ class ModelConfig(AttentionKeys):
     def initializer_name(self) -> str:
         """The initializer in force."""
         return self.scheme_rule.initializer if self.initializer == "auto" else self.initializer
+
+
+def check_is_config(config: object) -> None:
+    """Raise ConfigError for what is no ModelConfig; an EncoderConfig is one."""
+    if not isinstance(config, ModelConfig):
+        right = "give a ModelConfig or an EncoderConfig; that of a run is its `model`"
+        raise ConfigError(f"config: is of the type {type(config).__name__}; {right}")
