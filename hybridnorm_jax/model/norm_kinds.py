@@ -195,7 +195,7 @@ _KINDS = (
         name="gated",
         function="gated_norm",
         formula="y * sigmoid(silu(y @ down) @ up), y = w * x / sqrt(mean(x^2) + eps) + b, rank 16",
-        source="GatedNorm (2601.22966); equation only, from a third party; how down and up start is this project's choice",
+        source="GatedNorm (2601.22966); equation only, from a third party; the starts of down and up are ours",
         parameters=(_gate("down", (WIDTH, 16)), _gate("up", (16, WIDTH))),
         settings=("eps",),
         for_heads=False,  # no published model has it there

@@ -20,8 +20,8 @@ class Norm(nn.Module, kw_only=True):
     `hn.Norm(kind="layernorm", ...)`, or `nn.RMSNorm(...)` and `hn.Norm(...)`, read each other's checkpoints. The
     variance is the exact one, of use_fast_variance=False.
 
-    Parameters: `scale` and `bias`, each where asked for, of shape (width,): the size of feature_axes; and those that the
-    kind has besides, such as `alpha` (1,) of "dyt".
+    Parameters: `scale` and `bias`, each where asked for, of shape (width,): the size of feature_axes; and those that
+    the kind has besides, such as `alpha` (1,) of "dyt".
 
     Attributes:
       kind: a name in hn.NORM_KINDS, such as "rmsnorm", "layernorm", "crmsnorm" or "dyt".
