@@ -224,8 +224,8 @@ def test_conversion_names_the_kind_it_refuses(kind):
 
 def test_a_kind_without_pytorch_code_is_not_exported(tmp_path):
     config = hn.ModelConfig(scheme="pre", norm="gated", **SIZES)
+    params = hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 2), int))["params"]
     with pytest.raises(hn.UserError, match=r"^model\.norm=gated: the PyTorch code"):
-        params = hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 2), int))["params"]
         save_huggingface(tmp_path, config, params, architecture="hybridnorm")
 
 
