@@ -194,7 +194,7 @@ class ModelConfig(AttentionKeys):
 
     def norm_starts(self, place: NormPlace, kind: str) -> dict[str, float]:
         """What norm_alpha and norm_shift say of a norm of this kind at this place, by the parameter's name."""
-        found = {}
+        found: dict[str, float] = {}
         for name in ("alpha", "shift"):
             starts = getattr(self, f"norm_{name}")
             if starts and name in NORM_KINDS[kind].parameter_names:

@@ -89,15 +89,16 @@ class Norm(nn.Module, kw_only=True):
     def _own(self, parameter: NormParameter, x: Array) -> Array:
         """A parameter that the kind has besides scale and bias."""
         start = (self.starts or {}).get(parameter.name, parameter.start)
-        init = nn.initializers.constant(start)
+        if start is None:
+            init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+        else:
+            init = nn.initializers.constant(start)
         if parameter.shape == (WIDTH,):
             return self._parameter(parameter.name, init, x)
         axes = self._axes("feature_axes", x.ndim)
         if WIDTH in parameter.shape and axes != (x.ndim - 1,):
             right = f"kind={self.kind!r} has matrices, which belong to the last axis alone; must be -1"
             raise ValueError(f"feature_axes={self.feature_axes}: {right}")
-        if start is None:
-            init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
         array: Array = self.param(parameter.name, init, parameter.sizes(x.shape[-1]), self.param_dtype)
         return array
 
