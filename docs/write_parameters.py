@@ -115,6 +115,7 @@ NAMES = {
     40: "kv_heads * head_dim",
     168: "shared * mlp",
     1: "1",
+    16: "16",
 }
 BIASES = {"norm_bias": True, "attention_bias": True, "mlp_bias": True, "head_bias": True}
 EXPERTS = {"num_experts": 4, "experts_per_token": 2, "shared_experts": 3, "balance_bias": True}
@@ -136,6 +137,8 @@ MODELS: tuple[dict[str, Any], ...] = (
     {"scheme": "siamese_hybrid_pre"},
     {"scheme": "siamese_attn_norm"},
     {"scheme": "siamese_post_pre"},
+    {"scheme": "pre", "norm": "derf", "learned_embedding_scale": True},
+    {"scheme": "pre", "norm": "gated"},
 )
 
 # Together they have every leaf that an Encoder has outside its blocks.
@@ -190,6 +193,7 @@ ENCODER_WHEN = {
 WHEN = {
     "token_embedding": "always",
     "position_embedding": "`positions=learned`",
+    "embedding_scale": "`learned_embedding_scale=true`",
     "embedding_norm": "the scheme has an embedding norm (or `embedding_norm=true`)",
     "run_<i>/attention/query": "always",
     "run_<i>/attention/key": "always",
@@ -286,6 +290,9 @@ def when(path: str) -> str:
     """What brings the leaf at this path."""
     start = max((start for start in WHEN if f"{path}/".startswith(f"{start}/")), key=len)
     name = path.rpartition("/")[2]
+    if "norm" in path and name not in ("scale", "bias"):
+        kinds = ", ".join(f"`{kind.name}`" for kind in hn.NORM_KINDS.values() if name in kind.parameter_names)
+        return f"{WHEN[start]}, `norm` is {kinds}"
     if "norm" in path:
         is_outside = not path.startswith("run_")
         is_inside = "/attention/" in path or "/feed_forward/" in path

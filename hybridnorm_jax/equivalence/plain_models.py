@@ -18,7 +18,7 @@ from hybridnorm_jax.equivalence.model_params import check_params
 from hybridnorm_jax.kernels.precision import widened
 from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.norms import layer_norm
+from hybridnorm_jax.model.norm_functions import layer_norm
 from hybridnorm_jax.model.sinusoids import sinusoids
 
 AnyConfig = TypeVar("AnyConfig", bound=ModelConfig)

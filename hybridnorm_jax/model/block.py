@@ -15,7 +15,7 @@ from hybridnorm_jax.kernels.swiglu import SwigluClamp
 from hybridnorm_jax.model.alibi import alibi_of
 from hybridnorm_jax.model.attention import Attention
 from hybridnorm_jax.model.cache import Slots
-from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.config import ModelConfig, NormPlace
 from hybridnorm_jax.model.feed_forward import FeedForward
 from hybridnorm_jax.model.formula import (
     ALL_ONE,
@@ -35,7 +35,8 @@ from hybridnorm_jax.model.initializers import std_factor, truncated_normal
 from hybridnorm_jax.model.input_checks import check_per_token
 from hybridnorm_jax.model.layer_scale import LayerScale
 from hybridnorm_jax.model.moe import MoE
-from hybridnorm_jax.model.norms import Norm, padding_defect, zero_mean_defect
+from hybridnorm_jax.model.norm_functions import padding_defect, zero_mean_defect
+from hybridnorm_jax.model.norms import Norm
 from hybridnorm_jax.model.placement import BlockPlacement, SublayerName, SublayerPlacement
 from hybridnorm_jax.model.rotation import default_positions, rotations
 from hybridnorm_jax.model.signal_measures import PROBE, SIGNAL, gradient_probe, stream_rms, token_similarity
@@ -223,7 +224,8 @@ class Block(nn.Module):
         def norm(present: bool, which: str, start: Float[Array, ""] | None = None) -> StreamFunction:
             if not present:
                 return unchanged
-            return stream_norm(self.config, name=f"{sublayer}_{which}_norm", scale_init=starting_at(start))
+            name, scale_init = f"{sublayer}_{which}_norm", starting_at(start)
+            return stream_norm(self.config, place=sublayer, name=name, scale_init=scale_init)
 
         branch = norm(placement.branch, "branch", starts.branch)
         residual: StreamFunction = unchanged
@@ -280,6 +282,7 @@ class Block(nn.Module):
             context_norm=placement.context_norm,
             head_scales=placement.head_scales,
             norm=config.attention_norm_kind,
+            norm_starts=config.norm_starts("attention", config.attention_norm_kind),
             norm_epsilon=config.norm_eps,
             norm_scale=config.attention_norm_scale,
             norm_bias=config.attention_norm_bias,
@@ -317,6 +320,7 @@ class Block(nn.Module):
                 up_norm=self.placement.up_norm,
                 hidden_norm=self.placement.hidden_norm,
                 norm=config.attention_norm_kind,
+                norm_starts=config.norm_starts("feed_forward", config.attention_norm_kind),
                 norm_epsilon=config.norm_eps,
                 norm_scale=config.attention_norm_scale,
                 norm_bias=config.attention_norm_bias,
@@ -398,9 +402,17 @@ def watch_stream(module: nn.Module, stream: Stream, prefix: str = "") -> Stream:
 
 
 def stream_norm(
-    config: ModelConfig, *, name: str | None = None, scale_init: Callable[..., Array] = nn.initializers.ones
+    config: ModelConfig,
+    *,
+    place: NormPlace = "attention",
+    name: str | None = None,
+    scale_init: Callable[..., Array] = nn.initializers.ones,
 ) -> Norm:
-    """A norm on the residual stream, with the model's kind, width, epsilon, affine parameters and dtypes."""
+    """A norm on the residual stream, with the model's kind, width, epsilon, affine parameters and dtypes.
+
+    Args:
+      place: where it stands, which may decide what its parameters start at.
+    """
     return Norm(
         kind=config.norm,
         epsilon=config.norm_eps,
@@ -408,6 +420,7 @@ def stream_norm(
         use_bias=config.norm_bias,
         scale_plus_one=config.norm_scale_plus_one,
         scale_init=scale_init,
+        starts=config.norm_starts(place, config.norm),
         width=config.norm_width,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),

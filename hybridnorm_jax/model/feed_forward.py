@@ -1,6 +1,6 @@
 """The feed-forward branch: one hidden layer with an activation, or with a gate (a GLU)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -66,8 +66,8 @@ class FeedForward(nn.Module):
       clamp: of swiglu_clamped; nothing else reads it.
       gate_norm, up_norm: norms of gate(x), and of up(x). SimpleNorm (2602.01212).
       hidden_norm: a norm of what down reads. Sub-LN (2210.06423), NormFormer (2110.09456).
-      norm, norm_epsilon, norm_scale, norm_bias, norm_scale_plus_one: Norm's kind, epsilon, use_scale, use_bias and
-        scale_plus_one for all of these; they are over the hidden width.
+      norm, norm_starts, norm_epsilon, norm_scale, norm_bias, norm_scale_plus_one: Norm's kind, starts, epsilon,
+        use_scale, use_bias and scale_plus_one for all of these; they are over the hidden width.
       dtype, param_dtype: of the computation and of the parameters.
       input_init, up_init, output_init: initializers of gate, of up (None: input_init), and of down.
     """
@@ -81,6 +81,7 @@ class FeedForward(nn.Module):
     up_norm: bool = False
     hidden_norm: bool = False
     norm: str = "rmsnorm"
+    norm_starts: Mapping[str, float] | None = None
     norm_epsilon: float = 1e-5
     norm_scale: bool = True
     norm_bias: bool = False
@@ -123,6 +124,7 @@ class FeedForward(nn.Module):
             use_scale=self.norm_scale,
             use_bias=self.norm_bias,
             scale_plus_one=self.norm_scale_plus_one,
+            starts=self.norm_starts,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             name=name,

@@ -15,7 +15,7 @@ from hybridnorm_jax.equivalence.decoder_forms import EMBEDDING_CENTRING
 from hybridnorm_jax.equivalence.invariants import InvariantError, assert_measured, tolerances
 from hybridnorm_jax.equivalence.measurements import Measured, centring_defects
 from hybridnorm_jax.equivalence.model_params import assert_params
-from hybridnorm_jax.model.norms import padding_defect, zero_mean_defect
+from hybridnorm_jax.model.norm_functions import padding_defect, zero_mean_defect
 
 GPT2_LIKE = {
     "scheme": "pre",

@@ -20,7 +20,7 @@ from hybridnorm_jax.mesh.device_mesh import use_mesh
 from hybridnorm_jax.model.attention import Attention
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
-from hybridnorm_jax.model.norms import layer_norm, rms_norm
+from hybridnorm_jax.model.norm_functions import layer_norm, rms_norm
 from hybridnorm_jax.model.rotation import rotation
 from hybridnorm_jax.planning.collectives import read_collectives
 from hybridnorm_jax.planning.memory_traffic import memory_traffic, total_bytes
