@@ -62,7 +62,7 @@ class ModelConfig(AttentionKeys):
     )
     attention_norm: str = key(
         "auto",
-        "norm on q, k, v, context, inside the FFN: auto (norm; rmsnorm for crmsnorm and gated) | a kind as in model.norm",
+        "norm on q, k, v, context, in the FFN: auto (norm; rmsnorm for crmsnorm and gated) | a kind as in model.norm",
     )
     norm_eps: float = key(1e-5, "added to the mean square inside the root, in every norm", at_least=0, at_most=1)
     norm_scale: bool = key(True, "norms have a learned scale")
