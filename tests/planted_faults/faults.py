@@ -263,8 +263,8 @@ MOMENTS = (
     Fault(
         name="biases_decay",
         file="training/optimizer.py",
-        right='if name in ("scale", "bias", "sinks")',
-        wrong='if name in ("scale", "sinks")',
+        right='or name in ("scale", "bias", "sinks")',
+        wrong='or name in ("scale", "sinks")',
         tests=("training/test_step.py::test_what_decays",),
     ),
     Fault(
