@@ -115,10 +115,11 @@ NAMES = {
     40: "kv_heads * head_dim",
     168: "shared * mlp",
     1: "1",
+    16: "16",
 }
 BIASES = {"norm_bias": True, "attention_bias": True, "mlp_bias": True, "head_bias": True}
 EXPERTS = {"num_experts": 4, "experts_per_token": 2, "shared_experts": 3, "balance_bias": True}
-EXPERTS |= {"shared_expert_gate": True}
+EXPERTS |= {"shared_expert_gate": True, "shared_expert_gate_bias": True}
 # Together they have every leaf.
 MODELS: tuple[dict[str, Any], ...] = (
     {"scheme": "peri", "positions": "learned", "max_positions": 30, "position_offset": 2, "activation": "gelu"},
@@ -129,6 +130,8 @@ MODELS: tuple[dict[str, Any], ...] = (
     {"scheme": "pre_qk_projection"},
     EXPERTS | {"scheme": "pre", "attention_sinks": True},
     {"scheme": "pre", "layer_scale": True},
+    {"scheme": "pre", "norm": "derf", "learned_embedding_scale": True},
+    {"scheme": "pre", "norm": "gated"},
 )
 
 # Together they have every leaf that an Encoder has outside its blocks.
@@ -182,6 +185,7 @@ ENCODER_WHEN = {
 WHEN = {
     "token_embedding": "always",
     "position_embedding": "`positions=learned`",
+    "embedding_scale": "`learned_embedding_scale=true`",
     "embedding_norm": "the scheme has an embedding norm (or `embedding_norm=true`)",
     "run_<i>/attention/query": "always",
     "run_<i>/attention/key": "always",
@@ -264,6 +268,9 @@ def when(path: str) -> str:
     """What brings the leaf at this path."""
     start = max((start for start in WHEN if f"{path}/".startswith(f"{start}/")), key=len)
     name = path.rpartition("/")[2]
+    if "norm" in path and name not in ("scale", "bias"):
+        kinds = ", ".join(f"`{kind.name}`" for kind in hn.NORM_KINDS.values() if name in kind.parameter_names)
+        return f"{WHEN[start]}, `norm` is {kinds}"
     if "norm" in path:
         is_outside = not path.startswith("run_")
         flag = "attention_norm" if "/attention/" in path else "outer_norm" if is_outside else "norm"
@@ -275,6 +282,8 @@ def when(path: str) -> str:
     if path.endswith(("down/bias", "router/bias")):
         flag = "router_bias" if path.endswith("router/bias") else "mlp_output_bias"
         return f"{WHEN[start]}, `{flag}=true`, which is `mlp_bias` by default"
+    if start.endswith("shared_gate"):
+        return f"{WHEN[start]}, `shared_expert_gate_bias=true`"
     key = "attention_bias" if "/attention/" in path else "mlp_bias"
     return f"`{key}=true`" if WHEN[start] == "always" else f"{WHEN[start]}, `{key}=true`"
 

@@ -7,7 +7,6 @@ python examples/image_classification.py --scheme hybrid_star --norm rmsnorm
 """
 
 import argparse
-import itertools
 from pathlib import Path
 
 import grain
@@ -19,6 +18,7 @@ import optax
 import hybridnorm_jax as hn
 
 HELD_OUT = 5  # one image in so many
+SIZES = {"d_model": 64, "num_layers": 4, "num_heads": 4, "activation": "gelu", "attention_bias": True, "mlp_bias": True}
 
 
 def made_images(count=2000, size=16):
@@ -41,20 +41,32 @@ def read_folder(folder, size):
     classes = sorted(path for path in Path(folder).iterdir() if path.is_dir())
     files = [(file, label) for label, path in enumerate(classes) for file in sorted(path.iterdir())]
     if not files:
-        raise SystemExit(f"{folder}: holds no folders of images, one for each class")
+        raise hn.UserError(f"{folder}: holds no folders of images, one for each class")
     images = [np.asarray(Image.open(file).convert("RGB").resize((size, size))) for file, _ in files]
     return np.stack(images), np.array([label for _, label in files])
+
+
+def read_arrays(file):
+    """The arrays of an .npz file, and what is wrong with them, if anything is."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            images, labels = arrays["images"], arrays["labels"]
+    except Exception as error:  # NumPy raises a dozen kinds
+        raise hn.UserError(f"{file}: no .npz file with arrays `images` and `labels`: {error!r}") from error
+    if images.ndim not in (3, 4) or not (images.dtype == np.uint8 or images.dtype.kind == "f"):
+        raise hn.UserError(f"{file}: images: {images.dtype} {images.shape}: must be (n, h, w[, c]) of uint8 or floats")
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
+        raise hn.UserError(f"{file}: labels: {labels.dtype} {labels.shape} must be {len(images)} integers from 0 on")
+    return images, labels
 
 
 def read(data, size):
     """Images (n, height, width, channels) in float32, about -1 to 1, and their labels."""
     if data is None:
         return made_images()
-    if Path(data).is_dir():
-        images, labels = read_folder(data, size)
-    else:
-        with np.load(data, allow_pickle=False) as arrays:
-            images, labels = arrays["images"], arrays["labels"]
+    images, labels = read_folder(data, size) if Path(data).is_dir() else read_arrays(data)
+    if len(images) < 2 or not np.isfinite(images).all():
+        raise hn.UserError(f"{data}: images: at least 2 are needed, without NaN and Inf")
     images = images[..., None] if images.ndim == 3 else images
     images = images / 127.5 - 1 if images.dtype == np.uint8 else images
     return images.astype(np.float32), labels.astype(np.int32)
@@ -78,7 +90,17 @@ def main(arguments=None):
     parser.add_argument("--patch", type=int, default=4)
     parser.add_argument("--rate", type=float, default=1e-3)
     options = parser.parse_args(arguments)
+    for name in ("steps", "batch", "size", "patch"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
+    try:
+        return train(options)
+    except (hn.UserError, OSError) as error:  # each names the file
+        raise SystemExit(f"error: {error}") from error
 
+
+def train(options):
+    """Trains, prints, and returns the share of the held-out images that are classified right."""
     images, labels = read(options.data, options.size)
     order = np.random.default_rng(0).permutation(len(images))
     held_out, rest = np.split(order, [max(len(order) // HELD_OUT, 1)])
@@ -86,12 +108,7 @@ def main(arguments=None):
         scheme=options.scheme,
         norm=options.norm,
         norm_bias=options.norm == "layernorm",
-        attention_bias=True,
-        mlp_bias=True,
-        activation="gelu",
-        d_model=64,
-        num_layers=4,
-        num_heads=4,
+        **SIZES,
         image_size=images.shape[1:3],
         patch_size=options.patch,
         num_channels=images.shape[3],
@@ -117,8 +134,8 @@ def main(arguments=None):
     def is_right(params, images, labels):
         return model.apply({"params": params}, images).argmax(-1) == labels
 
-    stream = itertools.islice(batches(images[rest], labels[rest], options.batch, 0), options.steps)
-    for number, batch in enumerate(stream, 1):
+    stream = batches(images[rest], labels[rest], options.batch, seed=0)
+    for number, batch in zip(range(1, options.steps + 1), stream, strict=False):
         params, state, loss = step(params, state, batch)
         if number % 20 == 0 or number == options.steps:
             print(f"step {number:5}  loss {float(loss):.4f}", flush=True)

@@ -23,10 +23,14 @@ from .model.encoder import EncoderOutput as EncoderOutput
 from .model.encoder_config import EncoderConfig as EncoderConfig
 from .model.feed_forward import FeedForward as FeedForward
 from .model.moe import MoE as MoE
+from .model.norm_functions import crms_norm as crms_norm
+from .model.norm_functions import layer_norm as layer_norm
+from .model.norm_functions import rms_norm as rms_norm
+from .model.norm_kinds import NORM_KINDS as NORM_KINDS
+from .model.norm_kinds import NormKind as NormKind
+from .model.norm_kinds import NormParameter as NormParameter
+from .model.norm_kinds import norm_kind as norm_kind
 from .model.norms import Norm as Norm
-from .model.norms import crms_norm as crms_norm
-from .model.norms import layer_norm as layer_norm
-from .model.norms import rms_norm as rms_norm
 from .model.placement import BlockPlacement as BlockPlacement
 from .model.placement import SublayerPlacement as SublayerPlacement
 from .model.rotation import rotation as rotation

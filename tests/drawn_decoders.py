@@ -4,44 +4,31 @@ from drawn_keys import (
     ACTIVATIONS,
     common,
     eps,
+    experts,
     flag,
     gated,
+    gpt2_sizes,
     head_dim,
     layer_types,
+    layered_rope,
     partial_rope,
     pick,
+    qwen_windows,
     rms_eps,
-    rope,
-    theta,
     whole_rope,
 )
 
 
-def _gpt2_like(rng):
-    heads = pick(rng, 1, 2, 3, 4, 6)
-    return {
-        "vocab_size": int(rng.integers(20, 70)),
-        "n_embd": heads * 2 * int(rng.integers(2, 6)),
-        "n_layer": int(rng.integers(1, 5)),
-        "n_head": heads,
-        "n_inner": pick(rng, None, 17, 40),
-        "n_positions": 40,
-        "activation_function": pick(rng, *ACTIVATIONS),
-        "layer_norm_epsilon": eps(rng),
-        "tie_word_embeddings": flag(rng),
-    }
-
-
 def _gpt2(rng):
-    return _gpt2_like(rng) | {"scale_attn_weights": flag(rng)}
+    return gpt2_sizes(rng) | {"scale_attn_weights": flag(rng)}
 
 
 def _gpt_bigcode(rng):
-    return _gpt2_like(rng) | {"multi_query": flag(rng), "scale_attn_weights": flag(rng)}
+    return gpt2_sizes(rng) | {"multi_query": flag(rng), "scale_attn_weights": flag(rng)}
 
 
 def _gpt_neo(rng):
-    keys = _gpt2_like(rng)
+    keys = gpt2_sizes(rng)
     layers = keys["n_layer"]
     return {
         "vocab_size": keys["vocab_size"],
@@ -57,12 +44,12 @@ def _gpt_neo(rng):
 
 
 def _gptj(rng):
-    keys = _gpt2_like(rng)
+    keys = gpt2_sizes(rng)
     return keys | {"rotary_dim": 2 * int(rng.integers(1, keys["n_embd"] // keys["n_head"] // 2 + 1))}
 
 
 def _codegen(rng):
-    keys = _gpt2_like(rng)
+    keys = gpt2_sizes(rng)
     keys["n_embd"] += -keys["n_embd"] % (4 * keys["n_head"])
     return keys | {"rotary_dim": 2 * int(rng.integers(1, keys["n_embd"] // keys["n_head"] // 2 + 1))}
 
@@ -126,25 +113,17 @@ def _mistral(rng):
     return keys | gated(rng) | rms_eps(rng) | whole_rope(rng, keys) | {"sliding_window": pick(rng, None, 1, 3, 7, 64)}
 
 
-def _qwen_windows(rng, keys):
-    windows = {"use_sliding_window": flag(rng), "sliding_window": pick(rng, 2, 5)}
-    layers = keys["num_hidden_layers"]
-    if windows["use_sliding_window"] and flag(rng):
-        return windows | {"layer_types": layer_types(rng, layers)}
-    return windows | {"max_window_layers": int(rng.integers(0, layers + 1))}
-
-
 def _qwen2(rng):
     keys = common(rng)
     keys |= pick(rng, {}, head_dim(rng, keys))
-    return keys | gated(rng) | rms_eps(rng) | whole_rope(rng, keys) | _qwen_windows(rng, keys)
+    return keys | gated(rng) | rms_eps(rng) | whole_rope(rng, keys) | qwen_windows(rng, keys)
 
 
 def _qwen3(rng):
     keys = common(rng)
     keys |= head_dim(rng, keys)
     keys |= {"attention_bias": flag(rng)}
-    return keys | gated(rng) | rms_eps(rng) | whole_rope(rng, keys) | _qwen_windows(rng, keys)
+    return keys | gated(rng) | rms_eps(rng) | whole_rope(rng, keys) | qwen_windows(rng, keys)
 
 
 def _smollm3(rng):
@@ -189,48 +168,36 @@ def _olmo2(rng):
     return keys | gated(rng) | rms_eps(rng) | whole_rope(rng, keys) | {"attention_bias": flag(rng)}
 
 
-def _layered_rope(rng, keys):
-    channels = keys.get("head_dim") or keys["hidden_size"] // keys["num_attention_heads"]
-    full = rope(rng, channels, types=("default", "linear", "llama3", "longrope"))
-    local = pick(rng, {"rope_type": "default", "rope_theta": theta(rng)}, dict(full))
-    return {"rope_parameters": {"full_attention": full, "sliding_attention": local}}
-
-
 def _olmo3(rng):
     keys = common(rng)
     keys |= pick(rng, {}, {"layer_types": layer_types(rng, keys["num_hidden_layers"])})
     keys |= {"sliding_window": pick(rng, 1, 3, 64), "attention_bias": flag(rng)}
-    return keys | gated(rng) | rms_eps(rng) | _layered_rope(rng, keys)
-
-
-def _experts(rng):
-    count = int(rng.integers(2, 7))
-    return {"num_experts": count, "num_experts_per_tok": int(rng.integers(1, count + 1))}
+    return keys | gated(rng) | rms_eps(rng) | layered_rope(rng, keys)
 
 
 def _olmoe(rng):
-    keys = common(rng) | _experts(rng) | rms_eps(rng)
+    keys = common(rng) | experts(rng) | rms_eps(rng)
     return keys | whole_rope(rng, keys) | {"norm_topk_prob": flag(rng), "attention_bias": flag(rng)}
 
 
 def _mixtral(rng):
     keys = common(rng) | rms_eps(rng)
     keys |= head_dim(rng, keys)
-    experts = _experts(rng)
-    keys |= {"num_local_experts": experts["num_experts"], "num_experts_per_tok": experts["num_experts_per_tok"]}
+    drawn = experts(rng)
+    keys |= {"num_local_experts": drawn["num_experts"], "num_experts_per_tok": drawn["num_experts_per_tok"]}
     return keys | whole_rope(rng, keys) | {"sliding_window": pick(rng, None, 3)}
 
 
 def _sparse(rng, keys):
     layers = keys["num_hidden_layers"]
     dense = pick(rng, {}, {"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}) if layers > 1 else {}
-    return {**_experts(rng), **dense, "moe_intermediate_size": int(rng.integers(3, 20)), "norm_topk_prob": flag(rng)}
+    return {**experts(rng), **dense, "moe_intermediate_size": int(rng.integers(3, 20)), "norm_topk_prob": flag(rng)}
 
 
 def _qwen2_moe(rng):
     keys = common(rng) | rms_eps(rng)
     keys |= _sparse(rng, keys) | {"shared_expert_intermediate_size": int(rng.integers(3, 20)), "qkv_bias": flag(rng)}
-    return keys | whole_rope(rng, keys) | _qwen_windows(rng, keys)
+    return keys | whole_rope(rng, keys) | qwen_windows(rng, keys)
 
 
 def _qwen3_moe(rng):
@@ -243,8 +210,8 @@ def _qwen3_moe(rng):
 def _gpt_oss(rng):
     keys = common(rng) | rms_eps(rng)
     keys |= head_dim(rng, keys)
-    experts = _experts(rng)
-    keys |= {"num_local_experts": experts["num_experts"], "num_experts_per_tok": experts["num_experts_per_tok"]}
+    drawn = experts(rng)
+    keys |= {"num_local_experts": drawn["num_experts"], "num_experts_per_tok": drawn["num_experts_per_tok"]}
     keys |= {"attention_bias": flag(rng), "sliding_window": pick(rng, 1, 3, 64)}
     keys |= {"swiglu_alpha": pick(rng, 1.702, 0.9), "swiglu_limit": pick(rng, 7.0, 0.4)}
     keys |= pick(rng, {}, {"layer_types": layer_types(rng, keys["num_hidden_layers"])})
@@ -284,13 +251,13 @@ def _starcoder2(rng):
 
 
 def _bloom(rng):
-    keys = _gpt2_like(rng)
+    keys = gpt2_sizes(rng)
     names = ("vocab_size", "n_layer", "n_head", "layer_norm_epsilon", "tie_word_embeddings")
     return {name: keys[name] for name in names} | {"hidden_size": keys["n_embd"]}
 
 
 def _mpt(rng):
-    keys = _gpt2_like(rng)
+    keys = gpt2_sizes(rng)
     attention = {"clip_qkv": pick(rng, None, 0.5, 2.0), "softmax_scale": pick(rng, None, 0.3)}
     return {
         "vocab_size": keys["vocab_size"],
@@ -336,13 +303,13 @@ def _cohere2(rng):
 def _gemma(rng):
     keys = common(rng)
     keys |= head_dim(rng, keys) | rms_eps(rng)
-    keys |= {"hidden_act": pick(rng, "gelu_pytorch_tanh", "silu", "relu"), "attention_bias": flag(rng)}
+    keys |= {"hidden_act": pick(rng, *ACTIVATIONS), "attention_bias": flag(rng)}
     return keys | whole_rope(rng, keys)
 
 
 def _gemma_layers(rng, keys):
     keys |= head_dim(rng, keys) | rms_eps(rng) | {"attention_bias": flag(rng)}
-    keys |= {"hidden_activation": pick(rng, "gelu_pytorch_tanh", "silu"), "query_pre_attn_scalar": pick(rng, 5, 24)}
+    keys |= {"hidden_activation": pick(rng, *ACTIVATIONS), "query_pre_attn_scalar": pick(rng, 5, 24)}
     keys |= {"final_logit_softcapping": pick(rng, None, 2.5), "attn_logit_softcapping": pick(rng, None, 1.5)}
     return {"sliding_window": pick(rng, 1, 3, 64)}
 
@@ -359,7 +326,7 @@ def _gemma3(rng):
     keys |= _gemma_layers(rng, keys) | {"attn_logit_softcapping": None}
     layers = {"layer_types": layer_types(rng, keys["num_hidden_layers"])}
     keys |= pick(rng, layers, {"sliding_window_pattern": pick(rng, 2, 3)})
-    return keys | _layered_rope(rng, keys)
+    return keys | layered_rope(rng, keys)
 
 
 DRAWS = {

@@ -3,7 +3,10 @@
 Every key that changes numbers takes several values, and sizes are odd where they may be.
 """
 
-ACTIVATIONS = ["gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu", "relu", "relu2", "silu"]
+from hybridnorm_jax.interop.architectures.usual_keys import GELUS
+
+# Every name that is read, those with and those without a gate being the same.
+ACTIVATIONS = list(GELUS)
 
 
 def pick(rng, *values):
@@ -104,3 +107,44 @@ def gated(rng):
 def rms_eps(rng):
     """rms_norm_eps."""
     return {"rms_norm_eps": eps(rng)}
+
+
+def gpt2_sizes(rng):
+    """The sizes as GPT-2 and its descendants name them, and what goes with them."""
+    heads = pick(rng, 1, 2, 3, 4, 6)
+    return {
+        "vocab_size": int(rng.integers(20, 70)),
+        "n_embd": heads * 2 * int(rng.integers(2, 6)),
+        "n_layer": int(rng.integers(1, 5)),
+        "n_head": heads,
+        "n_inner": pick(rng, None, 17, 40),
+        "n_positions": 40,
+        "activation_function": pick(rng, *ACTIVATIONS),
+        "layer_norm_epsilon": eps(rng),
+        "tie_word_embeddings": flag(rng),
+    }
+
+
+def qwen_windows(rng, keys):
+    """Windows in all layers from one on, or in those that a list names."""
+    windows = {"use_sliding_window": flag(rng), "sliding_window": pick(rng, 2, 5)}
+    layers = keys["num_hidden_layers"]
+    if windows["use_sliding_window"] and flag(rng):
+        return windows | {"layer_types": layer_types(rng, layers)}
+    return windows | {"max_window_layers": int(rng.integers(0, layers + 1))}
+
+
+def layered_rope(rng, keys):
+    """rope_parameters of layers with a window, and of those without."""
+    channels = keys.get("head_dim") or keys["hidden_size"] // keys["num_attention_heads"]
+    full = rope(rng, channels)
+    # transformers looks for it beside the two mappings, and a model that says it here is refused.
+    full.pop("truncate", None)
+    local = pick(rng, {"rope_type": "default", "rope_theta": theta(rng)}, dict(full))
+    return {"rope_parameters": {"full_attention": full, "sliding_attention": local}}
+
+
+def experts(rng):
+    """How many experts there are, and how many of them a token passes."""
+    count = int(rng.integers(2, 7))
+    return {"num_experts": count, "num_experts_per_tok": int(rng.integers(1, count + 1))}

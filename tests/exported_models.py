@@ -95,6 +95,7 @@ KINDS = {
     "dense_among_sparse": {
         **{"scheme": "pre", **EXPERTS, "dense_layers": (0, 2), "dense_mlp_dim": 40},
         **{"shared_experts": 1, "shared_mlp_dim": 24, "shared_expert_gate": True, "router_bias": True},
+        **{"shared_expert_gate_bias": True},
     },
     "clamped_experts": {
         **{"scheme": "pre", **EXPERTS, "activation": "swiglu_clamped", "clamp_limit": 0.3, "clamp_alpha": 1.5},

@@ -120,6 +120,24 @@ def test_a_run_that_could_not_be_loaded_is_not_saved(change, step, message, tmp_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "config", [None, {"d_model": 8}, (MODEL, {}), hn.RunConfig(), "gpt2", hn.ModelConfig], ids=repr
+)
+@pytest.mark.parametrize(
+    "call",
+    [
+        hn.build_model,
+        lambda config: hn.equivalence.to_pre_crmsnorm(config, {}),
+        lambda config: hn.save_huggingface("/nowhere/at/all", config, {}),
+    ],
+    ids=["build_model", "to_pre_crmsnorm", "save_huggingface"],
+)
+def test_what_is_no_models_configuration_is_called_so(call, config):
+    """build_model once made a Decoder of anything, which failed when it was used, far from the mistake."""
+    with pytest.raises(ConfigError, match=f"config: is of the type {type(config).__name__}; give a ModelConfig or an"):
+        call(config)
+
+
 def test_the_home_directory_is_the_same_for_saving_and_loading(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     hn.save_run("~/run", dataclasses.replace(hn.RunConfig(), model=MODEL), _params())

@@ -20,6 +20,7 @@ from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS, EXPERT_DISP
 from hybridnorm_jax.model import config as model
 from hybridnorm_jax.model.config_attention import POSITIONS, ROPE_SCALINGS
 from hybridnorm_jax.model.config_feed_forward import ACTIVATIONS
+from hybridnorm_jax.model.norm_kinds import NORM_KINDS
 from hybridnorm_jax.model.schemes import SCHEMES
 
 SHELLS = ("bash", "zsh", "fish")
@@ -29,8 +30,8 @@ AUTO_OR_BOOL = ("auto", "true", "false")
 CHOICES = {
     "model.scheme": SCHEMES,
     "model.activation": ACTIVATIONS,
-    "model.norm": model.NORMS,
-    "model.attention_norm": ("auto", "rmsnorm", "layernorm"),
+    "model.norm": NORM_KINDS,
+    "model.attention_norm": ("auto", *(name for name, kind in NORM_KINDS.items() if kind.for_heads)),
     "model.embedding_norm": AUTO_OR_BOOL,
     "model.positions": POSITIONS,
     "model.rope_scaling": ROPE_SCALINGS,

@@ -117,7 +117,7 @@ def convert(options: argparse.Namespace) -> None:
         conversion = conversion_of(model, options.form, pad_to=options.pad_to)
     except ConfigError as error:
         raise UserError(f"{options.checkpoint}: {error}") from error
-    inputs = encoder_sets(model) if isinstance(model, EncoderConfig) else token_sets(options, source)
+    inputs = encoder_sets(options, model) if isinstance(model, EncoderConfig) else token_sets(options, source)
     print(f"{options.checkpoint}: {source.kind}, {describe(model)}")
     written = cast(conversion.convert(cast(source.params, "float64")), options.dtype)
     proof = prove(model, source.params, conversion, written, inputs)
@@ -180,10 +180,12 @@ def _say_next(out: str, plugins: Sequence[str], *, has_tokenizer: bool) -> None:
     print(f"  or: {again(['train', f'{out}/config.yaml', f'init_from={out}', 'run.name=NAME', *needed])}{data}")
 
 
-def encoder_sets(model: EncoderConfig) -> dict:
+def encoder_sets(options: argparse.Namespace, model: EncoderConfig) -> dict:
     """{"random pixels" or "random tokens": ...}: SEQUENCES images or sequences for an encoder."""
     import numpy as np
 
+    if options.text is not None:
+        raise UserError(f"--text {options.text}: {options.checkpoint} is an encoder, which is compared on random input")
     random = np.random.default_rng(0)
     if model.reads_pixels:
         return {"random pixels": random.normal(size=(SEQUENCES, *model.image_size, model.num_channels))}

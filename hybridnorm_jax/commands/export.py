@@ -3,9 +3,9 @@
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hybridnorm_jax.commands.program import ArgumentParser, check_outside, in_float64
 from hybridnorm_jax.commands.syntax import check_syntax
@@ -18,9 +18,10 @@ from hybridnorm_jax.model.config import PARAM_DTYPES, ModelConfig
 from hybridnorm_jax.model.encoder_config import EncoderConfig
 from hybridnorm_jax.streams import sturdy_streams
 
+if TYPE_CHECKING:
+    from hybridnorm_jax.commands.model_card import Card
+
 FORMATS = ("hf", "safetensors")
-# The whole configuration of the run, beside the weights.
-TRAINING_CONFIG = "training_config.yaml"
 USAGE = "hybridnorm export RUN OUT_DIR [OPTION ...] [run.plugins=[...]]"
 DESCRIPTION = """Writes the model of a run for PyTorch. transformers loads OUT_DIR: as one of
 its own architectures where one expresses the model exactly, and with PyTorch
@@ -71,8 +72,8 @@ def export(options: argparse.Namespace) -> None:
     from hybridnorm_jax.interop.huggingface import check_free
 
     _check_license(options.license)
-    check_free(Path(options.out).absolute())
     check_outside(options.run, options.out)
+    check_free(Path(options.out).absolute())
     import_plugins(options.plugins)
     with in_float64():  # parameters in float64 stay so
         source = _read(options)
@@ -105,17 +106,24 @@ class Source:
       config: of its run; data.tokenizer names the file that is there now.
       params: NumPy arrays.
       step: of the checkpoint.
-      directory: of its run, or what the checkpoint lies in.
       tokenizer: of the run, None where it is not known.
       trained_on: what its parameters were trained on, as far as it says so.
+      records: what the run recorded up to this step.
+      is_trained_run: whether the run trained it: it was neither converted nor saved from Python as it is.
     """
 
     config: RunConfig
     params: Any
     step: int
-    directory: Path
     tokenizer: Any
     trained_on: Sequence[Any]
+    records: Sequence[Mapping[str, Any]]
+    is_trained_run: bool
+
+    @property
+    def knows_training(self) -> bool:
+        """Whether anything is known of a training here: by this run, or by one that it was converted from."""
+        return self.is_trained_run or bool(self.trained_on)
 
 
 def _read(options: argparse.Namespace) -> Source:
@@ -124,8 +132,9 @@ def _read(options: argparse.Namespace) -> Source:
 
     from hybridnorm_jax.commands.own_tokenizer import own_tokenizer
     from hybridnorm_jax.training.checkpoints import Checkpoints
+    from hybridnorm_jax.training.metrics_file import read_records
     from hybridnorm_jax.training.run_directory import load_run, newest_checkpoint, saved_config
-    from hybridnorm_jax.training.trained_before import trained_on
+    from hybridnorm_jax.training.trained_before import trained_on, was_trained
 
     checkpoint, step = newest_checkpoint(options.run)
     directory = Path(checkpoint).parent
@@ -148,11 +157,21 @@ def _read(options: argparse.Namespace) -> Source:
     place = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     config, params = load_run(checkpoint, shardings=place)
     config = dataclasses.replace(config, data=data)
-    return Source(config, jax.tree.map(np.asarray, params), step, directory.parent, tokenizer, known)
+    records = [record for record in read_records(directory.parent) if record["step"] <= step]
+    return Source(
+        config=config,
+        params=jax.tree.map(np.asarray, params),
+        step=step,
+        tokenizer=tokenizer,
+        trained_on=known,
+        records=records,
+        is_trained_run=bool(records) or was_trained(data_state),
+    )
 
 
 def _write(options: argparse.Namespace, source: Source) -> str:
     """Write OUT_DIR; returns what it is."""
+    from hybridnorm_jax.commands.model_card import Card
     from hybridnorm_jax.interop.architectures import config_to_json
     from hybridnorm_jax.interop.huggingface import save_huggingface
     from hybridnorm_jax.interop.parameter_files import save_parameters
@@ -160,10 +179,8 @@ def _write(options: argparse.Namespace, source: Source) -> str:
     model = source.config.model
     dtype = options.dtype or model.param_dtype
     kind = config_to_json(model)[0] if options.format == "hf" else "safetensors"
-    if isinstance(model, EncoderConfig):
-        beside = _beside_an_encoder(model, source, kind=kind, dtype=dtype, license_name=options.license)
-    else:
-        beside = _beside_a_decoder(source, kind=kind, dtype=dtype, license_name=options.license)
+    card = Card(name=source.config.run.name, kind=kind, dtype=dtype, license_name=options.license)
+    beside = _beside_an_encoder(model, card) if isinstance(model, EncoderConfig) else _beside_a_decoder(source, card)
     if kind == "safetensors":
         save_parameters(options.out, model, source.params, dtype=dtype, files=beside.files)
     else:
@@ -178,31 +195,31 @@ class _Beside(NamedTuple):
     extra: dict[str, Any]
 
 
-def _beside_an_encoder(model: EncoderConfig, source: Source, *, kind: str, dtype: str, license_name: str) -> _Beside:
+def _beside_an_encoder(model: EncoderConfig, card: "Card") -> _Beside:
     """The model card alone: no run trains an encoder, so nothing of data and of text belongs to it."""
     from hybridnorm_jax.commands.encoder_card import encoder_card
 
-    card = encoder_card(model, name=source.config.run.name, kind=kind, dtype=dtype, license_name=license_name)
-    return _Beside(files={"README.md": card.encode()}, extra={})
+    return _Beside(files={"README.md": encoder_card(model, card).encode()}, extra={})
 
 
-def _beside_a_decoder(source: Source, *, kind: str, dtype: str, license_name: str) -> _Beside:
-    from hybridnorm_jax.commands.model_card import model_card
+def _beside_a_decoder(source: Source, card: "Card") -> _Beside:
+    from hybridnorm_jax.commands.decoder_card import TRAINING_CONFIG, decoder_card
     from hybridnorm_jax.data.tokenizer_files import tokenizer_files
 
     model = source.config.model
-    card = model_card(source, kind=kind, dtype=dtype, license_name=license_name)
-    files = {"README.md": card.encode(), TRAINING_CONFIG: to_yaml(source.config).encode()}
+    files = {"README.md": decoder_card(source, card).encode()}
+    if source.is_trained_run:  # else nothing was trained by this configuration
+        files[TRAINING_CONFIG] = to_yaml(source.config).encode()
     separator = source.config.data.separator_id
     if source.tokenizer is not None:
         separator = source.tokenizer.separator_id
         files |= tokenizer_files(source.config.data, source.tokenizer, longest=model.max_positions)
-    if kind == "safetensors":
+    if card.kind == "safetensors":
         return _Beside(files, extra={})
     # The separator begins a document and ends it.
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), separator)
     files["generation_config.json"] = json.dumps(tokens, indent=2).encode() + b"\n"
     extra: dict[str, Any] = {"bos_token_id": separator, "eos_token_id": separator}
-    if model.positions == "rope":
+    if model.positions == "rope" and source.knows_training:  # how long texts may be is not known otherwise
         extra["max_position_embeddings"] = source.config.train.seq_len
     return _Beside(files, extra)

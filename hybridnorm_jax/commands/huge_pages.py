@@ -16,10 +16,15 @@ from pathlib import Path
 VARIABLE = "HYBRIDNORM_HUGE_PAGES"
 TUNABLES, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
 WANTED = f"{HUGE_PAGES}=1"
-# Large arrays come from the heap as well, and it keeps up to 1 TiB. Only the first arena can hold them, and which arena
-# a thread of XLA gets is chance, so there may be no other. With a limit of 2 GiB a step of 8 layers of width 512 took a
-# third longer than without all this, perhaps because the heap went above it in every step.
-KEPT_HEAP = ("glibc.malloc.mmap_max=0", f"glibc.malloc.trim_threshold={1 << 40}", "glibc.malloc.arena_max=1")
+# Arrays of up to 512 MiB come from the heap as well, and it keeps what it was given back. Only the first arena can hold
+# them, and which arena a thread of XLA gets is chance, so there may be no other. Larger arrays go back to the system:
+# small ones that live longer split the room they leave, so that the heap grew three times by the 1.7 GB of a step's
+# temporary arrays in a model of 8 layers of width 512.
+KEPT_HEAP = (
+    f"glibc.malloc.mmap_threshold={1 << 29}",
+    f"glibc.malloc.trim_threshold={1 << 40}",
+    "glibc.malloc.arena_max=1",
+)
 # The first version that knows the tunable.
 GLIBC = (2, 35)
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")

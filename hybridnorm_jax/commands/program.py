@@ -44,7 +44,13 @@ def in_float64() -> Iterator[None]:
 
 
 def check_outside(source: str, out: str) -> None:
-    """Raise UserError for a new directory in what is only read: a file more would make a checkpoint a damaged one."""
+    """Raise UserError for a new directory in what is only read: a file more would make a checkpoint a damaged one.
+
+    Either without a name is refused as well: it would be the directory that the program was started in.
+    """
+    for path in (source, out):
+        if not path:
+            raise UserError("'': an empty name; name a directory")
     inner, outer = Path(os.path.realpath(out)), Path(os.path.realpath(source))
     if inner != outer and outer.is_dir() and inner.is_relative_to(outer):
         raise UserError(f"{out}: lies in {source}, which is only read; choose a directory outside of it")

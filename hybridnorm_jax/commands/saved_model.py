@@ -56,6 +56,8 @@ def read_directory(path: str, ignore_keys: Sequence[str] = (), *, dtype: str | N
         wrong = "not a directory; name the directory that holds it" if Path(path).exists() else "no such directory"
         raise UserError(f"{path}: {wrong}")
     if os.path.lexists(directory / CONFIG):
+        if directory != Path(path):
+            raise UserError(f"{path}: {directory} is a Hugging Face directory, which has no steps; name it alone")
         return _read_huggingface(directory, ignore_keys, dtype)
     if any(directory.glob("*.safetensors")) or not any(directory.iterdir()):
         raise UserError(f"{path}: holds neither a config.json (Hugging Face) nor checkpoints (a run)")

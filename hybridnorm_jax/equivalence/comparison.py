@@ -18,7 +18,7 @@ from hybridnorm_jax.equivalence.measurements import (
 )
 from hybridnorm_jax.kernels.precision import wide_dtype
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.norms import zero_mean_defect
+from hybridnorm_jax.model.norm_functions import zero_mean_defect
 
 
 def compare_forms(

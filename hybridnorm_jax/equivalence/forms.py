@@ -5,7 +5,7 @@ from typing import Any
 from hybridnorm_jax.equivalence.decoder_forms import Conversion, decoder_conversion
 from hybridnorm_jax.equivalence.encoder_forms import encoder_conversion
 from hybridnorm_jax.errors import ConfigError
-from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.config import ModelConfig, check_is_config
 from hybridnorm_jax.model.encoder_config import EncoderConfig
 
 FORMS = ("pre_rmsnorm", "pre_crmsnorm")
@@ -41,6 +41,7 @@ def conversion_of(config: ModelConfig, form: str, *, pad_to: int = 1) -> Convers
     """The conversion of a model of this config to `form`, "pre_rmsnorm" or "pre_crmsnorm"; see the functions above."""
     if form not in FORMS:
         raise ConfigError(f"form={form}: must be {' or '.join(FORMS)}")
+    check_is_config(config)
     if isinstance(config, EncoderConfig):
         return encoder_conversion(config, form, pad_to=pad_to)
     return decoder_conversion(config, form, pad_to=pad_to)

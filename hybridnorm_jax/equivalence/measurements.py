@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from hybridnorm_jax.equivalence.layout import ResidualLayout, resolve
 from hybridnorm_jax.kernels.precision import widened
-from hybridnorm_jax.model.norms import crms_norm, rms_norm
+from hybridnorm_jax.model.norm_functions import crms_norm, rms_norm
 
 
 @flax.struct.dataclass

@@ -18,7 +18,7 @@ from hybridnorm_jax.equivalence.model_params import check_params
 from hybridnorm_jax.kernels.precision import widened
 from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.norms import layer_norm
+from hybridnorm_jax.model.norm_functions import layer_norm
 from hybridnorm_jax.model.sinusoids import sinusoids
 
 AnyConfig = TypeVar("AnyConfig", bound=ModelConfig)
@@ -42,6 +42,7 @@ def with_roomy_blocks(config: AnyConfig) -> tuple[AnyConfig, tuple[str, ...]]:
         mlp_bias=mlp_bias,
         mlp_output_bias=_unless(mlp_bias, config.has_mlp_output_bias),
         router_bias=_unless(mlp_bias, router_bias) if config.num_experts else None,
+        shared_expert_gate_bias=config.shared_expert_gate and (config.shared_expert_gate_bias or config.norm_bias),
         layer_scale=False,
     )
     return roomy, ("layer scale is part of the branches' last projections",) if config.layer_scale else ()

@@ -16,7 +16,7 @@ from hybridnorm_jax.equivalence.expert_choices import TIE, compare_routing
 from hybridnorm_jax.equivalence.forms import conversion_of
 from hybridnorm_jax.equivalence.forward_pass import ForwardPass, compared, forward
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.norms import zero_mean_defect
+from hybridnorm_jax.model.norm_functions import zero_mean_defect
 
 ARITHMETICS = ("float64", "float32", "bfloat16")
 WRITTEN = "as written"

@@ -46,7 +46,7 @@ class Rope:
       most_positions: max_position_embeddings where it is absent.
       types: the rope_types that the architecture's class knows.
       renamed: old names of rope_types.
-      default: rope_parameters where the file has neither mapping.
+      default: rope_parameters where they are absent or null, and there is no rope_scaling.
       original: default of the key at the top of the file that states the length before a stretching; None: there is
         no such key.
     """
@@ -82,8 +82,9 @@ class Rope:
         """The rotation of the mapping that transformers reads; the other, if it holds anything, must say the same."""
         stated = [Statement(place, _mapping(document, place, source), source) for place in PLACES]
         stated = [statement for statement in stated if statement.values]
-        if not stated:
-            return self._rotation_of(Statement(PLACES[1], self.default, source), document)
+        if not stated:  # to transformers a mapping without keys is a mapping, and no reason for the default
+            values = self.default if document.get(PLACES[1]) is None else {}
+            return self._rotation_of(Statement(PLACES[1], values, source), document)
         found = self._rotation_of(stated[0], document)
         if len(stated) > 1 and self._rotation_of(stated[1], document) != found:
             right = f"{PLACES[0]} is read in its place and says something else"

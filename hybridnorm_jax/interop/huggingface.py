@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from hybridnorm_jax.config_fields import check_choice
+from hybridnorm_jax.config_fields import check_choice, shortened
 from hybridnorm_jax.errors import UserError, first_line
 from hybridnorm_jax.interop.architectures import ALL, check_class, config_from_json, config_to_json
 from hybridnorm_jax.interop.checkpoint_files import read_json
 from hybridnorm_jax.interop.placed_params import placed_params, read_place
-from hybridnorm_jax.interop.safetensors_files import CONFIG, StoredTensors, split_into_shards, write_shards
+from hybridnorm_jax.interop.safetensors_files import (
+    CONFIG,
+    INDEX,
+    SUFFIX,
+    StoredTensors,
+    split_into_shards,
+    write_shards,
+)
 from hybridnorm_jax.interop.tensor_places import Place, TensorTable, leaf_shapes
-from hybridnorm_jax.model.config import PARAM_DTYPES, ModelConfig
+from hybridnorm_jax.model.config import PARAM_DTYPES, ModelConfig, check_is_config
 from hybridnorm_jax.whole_files import expanded
 
 # Our PyTorch code, which is copied beside the weights.
@@ -61,7 +68,7 @@ def load_huggingface(
     """
     if dtype is not None:
         check_choice("dtype", dtype, PARAM_DTYPES)
-    directory = Path(expanded(path))
+    directory = _directory(path)
     name, config = _name_and_config(directory, ignore_keys)
     table = ALL[name].tensors
     with contextlib.ExitStack() as stack:
@@ -85,7 +92,14 @@ def huggingface_config(path: str | Path, *, ignore_keys: Sequence[str] = ()) -> 
     Raises:
       UserError: as load_huggingface.
     """
-    return _name_and_config(Path(expanded(path)), ignore_keys)[1]
+    return _name_and_config(_directory(path), ignore_keys)[1]
+
+
+def _directory(path: str | Path) -> Path:
+    """The directory of a checkpoint that a caller names."""
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise UserError(f"path={path!r:.80}: must be the path of a directory with a {CONFIG}")
+    return Path(expanded(path))
 
 
 def _name_and_config(directory: Path, ignore_keys: Sequence[str]) -> tuple[str, ModelConfig]:
@@ -94,11 +108,14 @@ def _name_and_config(directory: Path, ignore_keys: Sequence[str]) -> tuple[str, 
         wrong = "not a directory" if directory.exists() else "no such directory"
         raise UserError(f"{directory}: {wrong}")
     _check_no_adapter(directory)
+    # In a text every part of it would be looked for.
+    if isinstance(ignore_keys, str) or not isinstance(ignore_keys, Collection):
+        raise UserError(f"ignore_keys={ignore_keys!r:.80}: must be a list of keys, such as ['KEY']")
     document = read_json(directory, CONFIG)
-    name, config = config_from_json(document, str(directory / CONFIG), ignore_keys)
+    # With a wrong model_type every key would be wrong: the class is looked at first.
     if "architectures" not in ignore_keys:
         check_class(document, str(directory / CONFIG))
-    return name, config
+    return config_from_json(document, str(directory / CONFIG), ignore_keys)
 
 
 def save_huggingface(
@@ -133,9 +150,10 @@ def save_huggingface(
     Raises:
       UserError: the named architecture does not express the model exactly (the message says what is in the way); the
         parameters are not of this config or not finite; `extra` contradicts the model or is not known for the
-        architecture; the path is taken.
+        architecture; a file of `files` is one of the model's own; the path is taken.
     """
     path = Path(expanded(path)).absolute()
+    check_is_config(config)
     check_free(path)
     if max_shard_bytes < 1:
         raise UserError(f"max_shard_bytes={max_shard_bytes}: must be at least 1")
@@ -144,14 +162,26 @@ def save_huggingface(
     check_params(config, params)
     name, decided = config_to_json(config, architecture)
     written = dataclasses.replace(config, param_dtype=dtype or config.param_dtype)
-    contents = {CONFIG: _config_text(name, decided, written, extra or {}).encode(), **(files or {})}
+    contents = {CONFIG: _config_text(name, decided, written, extra or {}).encode()}
     contents |= {file: (CODE / file).read_bytes() for file in ALL[name].code_files}
+    _check_files(files or {}, ours=contents)
+    contents |= files or {}
     numpy_dtype = jnp.dtype(written.param_dtype)
     shards = split_into_shards(ALL[name].tensors.places(config), numpy_dtype.itemsize, max_shard_bytes)
     with whole_directory(path) as directory:
         for file, content in contents.items():
             (directory / file).write_bytes(content)
         write_shards(directory, shards, flatten_dict(params, sep="/"), numpy_dtype)
+
+
+def _check_files(files: Mapping[str, bytes], *, ours: Collection[str]) -> None:
+    """Raise UserError unless these are further files: beside those of the model, and in its directory."""
+    for name, content in files.items():
+        if not name or Path(name).name != name or name in ours or name == INDEX or name.endswith(SUFFIX):
+            right = "must be the plain name of a file that does not belong to the model itself"
+            raise UserError(f"files: {shortened(name)}: {right}")
+        if not isinstance(content, bytes):
+            raise UserError(f"files: {shortened(name)}: must be bytes, not {type(content).__name__}")
 
 
 def _check_no_adapter(directory: Path) -> None:

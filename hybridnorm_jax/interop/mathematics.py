@@ -21,6 +21,7 @@ def mathematics(config: ModelConfig) -> dict[str, Any]:
         keys += ["clamp_limit", "clamp_alpha"]
     keys += ["norm", "norm_eps", "norm_scale", "norm_bias", "norm_width", "attention_bias", "mlp_bias", "head_bias"]
     keys += ["tie_embeddings", "logit_cap", "layer_scale", "score_cap", "qkv_clip", "attention_sinks", "positions"]
+    keys += ["learned_embedding_scale"]
     found = {"scheme": (config.placements, config.has_final_norm), "embedding_norm": config.has_embedding_norm}
     found |= _values(config, keys)
     found["embedding_scale"] = 1.0 if config.embedding_scale is None else config.embedding_scale
@@ -80,7 +81,7 @@ def _of_experts(config: ModelConfig) -> dict[str, Any]:
         found |= _values(config, ["experts_per_token", "normalize_expert_weights", "balance_bias", "dense_layers"])
         found |= {"router_bias": config.has_router_bias, "shared_experts": config.shared_width}
         if config.shared_width:
-            found |= _values(config, ["shared_expert_gate"])
+            found |= _values(config, ["shared_expert_gate", "shared_expert_gate_bias"])
         if config.dense_layers:
             found["dense_mlp_dim"] = config.dense_width
     return found

@@ -14,7 +14,7 @@ from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.interop.hf_architecture import Architecture
 from hybridnorm_jax.interop.hf_config_keys import MOST_LAYERS, Json, Key, names, none
 from hybridnorm_jax.interop.tensor_parts import HYBRIDNORM
-from hybridnorm_jax.model.config import NORMS, ModelConfig
+from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.config_attention import POSITIONS, ROPE_SCALINGS, TABLES
 from hybridnorm_jax.model.config_feed_forward import ACTIVATIONS
 from hybridnorm_jax.model.placement import BlockPlacement, SublayerPlacement
@@ -35,9 +35,14 @@ AUTO_MAP = {
     "AutoModel": "modeling_hybridnorm.HybridNormModel",
     "AutoModelForCausalLM": "modeling_hybridnorm.HybridNormForCausalLM",
 }
+# The kinds of norms that the PyTorch code has.
+EXPORTED_NORMS = ("rmsnorm", "layernorm", "crmsnorm")
 # Fields of ModelConfig that no key of config.json holds, and why. All others are in KEYS or read by `read`, below.
 NOT_WRITTEN = {
     "initializer": "how fresh weights are drawn",
+    "norm_alpha": "what fresh norms start at",
+    "norm_shift": "what fresh norms start at",
+    "learned_embedding_scale": "a model that has it is refused",
     "param_dtype": "torch_dtype says it",
     "dtype": "the dtype that a caller computes in",
     "attention": "what computes attention, not which",
@@ -89,7 +94,7 @@ KEYS = (
     Key("head_dim", ("head_dim",), 64),
     Key("intermediate_size", ("mlp_dim",), 2048),
     Key("hidden_act", ("activation",), "swiglu", words=_same(*ACTIVATIONS)),
-    Key("norm", ("norm",), "rmsnorm", words=_same(*NORMS)),
+    Key("norm", ("norm",), "rmsnorm", words=_same(*EXPORTED_NORMS)),
     Key("norm_eps", ("norm_eps",), 1e-5),
     Key("norm_scale", ("norm_scale",), True),
     Key("norm_bias", ("norm_bias",), False),
@@ -130,6 +135,7 @@ KEYS = (
     Key("num_shared_experts", ("shared_experts",), 0),
     Key("shared_intermediate_size", ("shared_mlp_dim",), None, null=none),
     Key("shared_expert_gate", ("shared_expert_gate",), False),
+    Key("shared_expert_gate_bias", ("shared_expert_gate_bias",), False),
     Key("balance_bias", ("balance_bias",), False),
     _Numbers("dense_layers", ("dense_layers",), None),
     Key("dense_intermediate_size", ("dense_mlp_dim",), None, null=none),
@@ -195,6 +201,7 @@ class OwnArchitecture(Architecture):
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """The config.json of a model: its meaning only."""
+        _check_exported(config)
         document = {"model_type": self.name, "auto_map": self.auto_map}
         document |= {key.name: key.write(config) for key in self._plain_keys}
         for rule in self.rules:
@@ -229,6 +236,16 @@ OWN = OwnArchitecture(
     code_files=CODE_FILES,
     auto_map=AUTO_MAP,
 )
+
+
+def _check_exported(config: ModelConfig) -> None:
+    """Raise UserError for norms and a scale that the PyTorch code does not have."""
+    for name, kind in (("norm", config.norm), ("attention_norm", config.attention_norm_kind)):
+        if kind not in EXPORTED_NORMS:
+            known = ", ".join(EXPORTED_NORMS)
+            raise UserError(f"model.{name}={kind}: the PyTorch code beside exported weights has only {known}")
+    if config.learned_embedding_scale:
+        raise UserError("model.learned_embedding_scale=True: the PyTorch code beside exported weights does not have it")
 
 
 # ---- Placements as data.

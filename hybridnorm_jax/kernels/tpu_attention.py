@@ -81,8 +81,13 @@ def _padded(seq: int) -> int:
 
 
 def _positions_last(x: Heads, padding: int) -> Float[Array, "batch heads head_dim seq"]:
-    """Filled up at the end with the last position: without an epsilon a norm of zeros would not be finite."""
-    return jnp.moveaxis(jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0)), mode="edge"), 1, 3)
+    """Filled up at the end with the last position: without an epsilon a norm of zeros would not be finite.
+
+    jnp.pad(..., mode="edge") would also add nothing to the split dimension of sequences, for which XLA exchanges them.
+    """
+    if padding:
+        x = jnp.concatenate([x, jnp.repeat(x[:, -1:], padding, axis=1)], axis=1)
+    return jnp.moveaxis(x, 1, 3)
 
 
 def _table(x: Float[Array, "batch seq 1 half"], padding: int) -> Float[Array, "batch half seq"]:

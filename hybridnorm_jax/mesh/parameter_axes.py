@@ -35,6 +35,7 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "router/kernel": ("embed", None),
     "router/bias": (None,),
     "shared_gate/kernel": ("embed", None),
+    "shared_gate/bias": (None,),
     "expert_gate/kernel": ("experts", "embed", "mlp"),
     "expert_up/kernel": ("experts", "embed", "mlp"),
     "expert_down/kernel": ("experts", "mlp", "embed"),

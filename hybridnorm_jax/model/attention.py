@@ -1,6 +1,6 @@
 """The attention branch: grouped-query self-attention with norms on q, k, v and context, RoPE, ALiBi, windows, sinks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,9 @@ from hybridnorm_jax.model.alibi import AlibiKind
 from hybridnorm_jax.model.cache import CACHE, Slots, in_place
 from hybridnorm_jax.model.initializers import truncated_normal
 from hybridnorm_jax.model.input_checks import check_at_least_one, check_per_token, check_stream
-from hybridnorm_jax.model.norms import Norm, layer_norm, plus_one, rms_norm
+from hybridnorm_jax.model.norm_functions import plus_one
+from hybridnorm_jax.model.norm_kinds import NORM_KINDS
+from hybridnorm_jax.model.norms import Norm
 from hybridnorm_jax.model.rotation import default_positions, rotation
 from hybridnorm_jax.model.signal_measures import SIGNAL
 
@@ -68,6 +70,7 @@ class Attention(nn.Module):
       norm, norm_epsilon, norm_scale, norm_bias, norm_scale_plus_one: Norm's kind, epsilon, use_scale, use_bias and
         scale_plus_one for all of these.
       norm_per_head: a norm over a head has scale and bias for each head.
+      norm_starts: Norm's starts for all of these.
       rope_theta: base of the rotary wavelengths; None: q and k are not rotated.
       rotary_dim: how many leading channels of a head rotate; None: all.
       alibi: which ALiBi is added to the scores; None: none.
@@ -100,6 +103,7 @@ class Attention(nn.Module):
     norm_bias: bool = False
     norm_scale_plus_one: bool = False
     norm_per_head: bool = False
+    norm_starts: Mapping[str, float] | None = None
     rope_theta: float | None = None
     rotary_dim: int | None = None
     alibi: AlibiKind | None = None
@@ -249,7 +253,7 @@ class Attention(nn.Module):
         self, name: str, heads: Float[Array, "batch seq heads head_dim"]
     ) -> tuple[Float[Array, "batch seq heads head_dim"], HeadNorm | None]:
         """The heads, and the norm that is still to be applied; a norm over the projection is applied here."""
-        if getattr(self, name) != "head" or self.norm_per_head or self.norm not in ("layernorm", "rmsnorm"):
+        if getattr(self, name) != "head" or self.norm_per_head or not self._is_for_kernels:
             return self._normalize(name, heads), None
         parameters = HeadNormParameters(
             use_scale=self.norm_scale,
@@ -260,8 +264,12 @@ class Attention(nn.Module):
             name=name,
         )
         scale, bias = parameters(heads.shape[-1])
-        function = layer_norm if self.norm == "layernorm" else rms_norm
-        return heads, HeadNorm(scale, bias, function, self.norm_epsilon)
+        return heads, HeadNorm(scale, bias, NORM_KINDS[self.norm].callable, self.norm_epsilon)
+
+    @property
+    def _is_for_kernels(self) -> bool:
+        """Whether kernels can apply norms of this kind; an unknown kind is refused by Norm."""
+        return self.norm in NORM_KINDS and NORM_KINDS[self.norm].in_kernels
 
     def _normalize(
         self, name: str, heads: Float[Array, "batch seq heads head_dim"]
@@ -278,6 +286,7 @@ class Attention(nn.Module):
             use_scale=self.norm_scale,
             use_bias=self.norm_bias,
             scale_plus_one=self.norm_scale_plus_one,
+            starts=self.norm_starts,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             feature_axes=(-2, -1) if extent == "head" and self.norm_per_head else -1,

@@ -16,14 +16,15 @@ from hybridnorm_jax.kernels.swiglu import SwigluClamp
 from hybridnorm_jax.model.alibi import alibi_of
 from hybridnorm_jax.model.attention import Attention
 from hybridnorm_jax.model.cache import Slots
-from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.config import ModelConfig, NormPlace
 from hybridnorm_jax.model.feed_forward import FeedForward
 from hybridnorm_jax.model.initializers import std_factor, truncated_normal
 from hybridnorm_jax.model.input_checks import check_per_token
 from hybridnorm_jax.model.layer_scale import LayerScale
 from hybridnorm_jax.model.moe import MoE
-from hybridnorm_jax.model.norms import Norm, padding_defect, zero_mean_defect
-from hybridnorm_jax.model.placement import BlockPlacement, Scales, SublayerPlacement
+from hybridnorm_jax.model.norm_functions import padding_defect, zero_mean_defect
+from hybridnorm_jax.model.norms import Norm
+from hybridnorm_jax.model.placement import BlockPlacement, Scales, SublayerName, SublayerPlacement
 from hybridnorm_jax.model.rotation import default_positions, rotations
 from hybridnorm_jax.model.signal_measures import PROBE, SIGNAL, gradient_probe, stream_rms, token_similarity
 
@@ -235,7 +236,7 @@ class Block(nn.Module):
         return lambda x: dropout(f(x))
 
     def _norms(
-        self, sublayer: str, placement: SublayerPlacement, shared_pre: StreamFunction | None = None
+        self, sublayer: SublayerName, placement: SublayerPlacement, shared_pre: StreamFunction | None = None
     ) -> SublayerNorms:
         """The norms of a sublayer; `shared_pre` is the pre norm of another one that it uses."""
 
@@ -243,7 +244,7 @@ class Block(nn.Module):
             if not present:
                 return lambda x: x
             scale_init = nn.initializers.constant(initial_scale)
-            return stream_norm(self.config, name=f"{sublayer}_{which}_norm", scale_init=scale_init)
+            return stream_norm(self.config, place=sublayer, name=f"{sublayer}_{which}_norm", scale_init=scale_init)
 
         return SublayerNorms(
             pre=norm(placement.pre, "pre") if shared_pre is None else shared_pre,
@@ -283,6 +284,7 @@ class Block(nn.Module):
             v_norm=placement.v_norm,
             context_norm=placement.context_norm,
             norm=config.attention_norm_kind,
+            norm_starts=config.norm_starts("attention", config.attention_norm_kind),
             norm_epsilon=config.norm_eps,
             norm_scale=config.attention_norm_scale,
             norm_bias=config.attention_norm_bias,
@@ -332,6 +334,7 @@ class Block(nn.Module):
             shared_experts=config.shared_experts,
             shared_mlp_dim=config.shared_mlp_dim,
             shared_gate=config.shared_expert_gate,
+            shared_gate_bias=config.shared_expert_gate_bias,
             balance_bias=config.balance_bias,
             use_bias=config.mlp_bias,
             use_output_bias=config.mlp_output_bias,
@@ -373,9 +376,17 @@ def watch_stream(module: nn.Module, stream: Stream) -> Stream:
 
 
 def stream_norm(
-    config: ModelConfig, *, name: str | None = None, scale_init: Callable[..., Array] = nn.initializers.ones
+    config: ModelConfig,
+    *,
+    place: NormPlace = "attention",
+    name: str | None = None,
+    scale_init: Callable[..., Array] = nn.initializers.ones,
 ) -> Norm:
-    """A norm on the residual stream, with the model's kind, width, epsilon, affine parameters and dtypes."""
+    """A norm on the residual stream, with the model's kind, width, epsilon, affine parameters and dtypes.
+
+    Args:
+      place: where it stands, which may decide what its parameters start at.
+    """
     return Norm(
         kind=config.norm,
         epsilon=config.norm_eps,
@@ -383,6 +394,7 @@ def stream_norm(
         use_bias=config.norm_bias,
         scale_plus_one=config.norm_scale_plus_one,
         scale_init=scale_init,
+        starts=config.norm_starts(place, config.norm),
         width=config.norm_width,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),

@@ -4,14 +4,19 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
-from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.config import ModelConfig, check_is_config
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.encoder import Encoder
 from hybridnorm_jax.model.encoder_config import EncoderConfig
 
 
 def build_model(config: ModelConfig) -> nn.Module:
-    """Encoder(config) for an EncoderConfig, Decoder(config) for any other ModelConfig."""
+    """Encoder(config) for an EncoderConfig, Decoder(config) for any other ModelConfig.
+
+    Raises:
+      ConfigError: `config` is neither.
+    """
+    check_is_config(config)
     return Encoder(config) if isinstance(config, EncoderConfig) else Decoder(config)
 
 

@@ -6,15 +6,20 @@ and positions in config_attention.py, all others here.
 
 import dataclasses
 import math
+from typing import Literal
 
 from hybridnorm_jax.config_fields import Filled, check_choice, check_fields, key
+from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS, EXPERT_DISPATCHES
 from hybridnorm_jax.model.config_attention import AttentionKeys
 from hybridnorm_jax.model.config_sizes import MOST_LAYERS, MOST_PARAMETERS, WIDEST
+from hybridnorm_jax.model.norm_kinds import NORM_KINDS, NormKind
 from hybridnorm_jax.model.placement import HEAD_NORMS, BlockPlacement, Layer, Run, runs
 from hybridnorm_jax.model.schemes import SCHEMES, Scheme
 
-NORMS = ("rmsnorm", "layernorm", "crmsnorm")
+# Where a norm stands, in the order of the numbers of norm_alpha and norm_shift.
+NormPlace = Literal["attention", "feed_forward", "outside"]
+NORM_PLACES = ("attention", "feed_forward", "outside")
 INITIALIZERS = ("normal", "depth_scaled", "megatron", "deepnorm", "b2t")
 # Training takes the policy that fits; by itself a model with "auto" computes nothing again.
 AUTO_REMAT = "auto"
@@ -31,9 +36,23 @@ class ModelConfig(AttentionKeys):
     head_dim, mlp_dim and init_std unless these are given too (None again makes them follow).
     """
 
-    norm: str = key("rmsnorm", " | ".join(NORMS))
+    norm: str = key("rmsnorm", f"kind of the norms, a name in hybridnorm_jax.NORM_KINDS: {' | '.join(NORM_KINDS)}")
+    norm_alpha: tuple[float, ...] = key(
+        (),
+        "what alpha of dyt and derf starts at: [at attention, at the feed-forward layer, outside the blocks], or one "
+        "number for all; []: 0.5",
+        at_least=-1000,
+        at_most=1000,
+    )
+    norm_shift: tuple[float, ...] = key(
+        (), "what shift of derf starts at, as norm_alpha; []: 0", at_least=-1000, at_most=1000
+    )
+    learned_embedding_scale: bool = key(
+        False,
+        "the embedding, with its positions, is times a learned number, which starts at sqrt(d_model) (DyT, Derf)",
+    )
     attention_norm: str = key(
-        "auto", "norm on q, k, v, context: auto (norm; rmsnorm for crmsnorm) | rmsnorm | layernorm"
+        "auto", "norm on q, k, v, context: auto (norm; rmsnorm for crmsnorm and gated) | a kind as in model.norm"
     )
     norm_eps: float = key(1e-5, "added to the mean square inside the root, in every norm", at_least=0, at_most=1)
     norm_scale: bool = key(True, "norms have a learned scale")
@@ -98,14 +117,15 @@ class ModelConfig(AttentionKeys):
         self._check_heads()
         self._check_positions()
         self._check_norms()
+        self._check_norm_starts()
         self._check_experts()
         self._check_scheme()
 
     def _check_names(self) -> None:
         check_choice("model.scheme", self.scheme, SCHEMES)
         for name, known in (
-            ("norm", NORMS),
-            ("attention_norm", ("auto", "rmsnorm", "layernorm")),
+            ("norm", NORM_KINDS),
+            ("attention_norm", ("auto", *(name for name, kind in NORM_KINDS.items() if kind.for_heads))),
             ("attention", ATTENTION_BACKENDS),
             ("expert_dispatch", EXPERT_DISPATCHES),
             ("remat", (*REMAT_POLICIES, AUTO_REMAT)),
@@ -145,7 +165,7 @@ class ModelConfig(AttentionKeys):
     def _check_norms(self) -> None:
         width, stored = self.norm_width, self.d_model
         if width is not None:
-            self._check("norm_width", self.norm == "crmsnorm", "only for model.norm=crmsnorm")
+            self._check("norm_width", self.norm_kind.drops_last, "only for model.norm=crmsnorm")
             right = f"must be at most model.d_model={stored} and the one element that is not stored"
             self._check("norm_width", width <= stored + 1, right)
         extents = {getattr(placement, name) for placement in self.placements for name in HEAD_NORMS} - {None}
@@ -156,11 +176,35 @@ class ModelConfig(AttentionKeys):
         right = f"model.scheme={self.scheme} has no norms outside its blocks"
         for name, usual in (("outer_norm_scale", self.norm_scale), ("outer_norm_bias", self.norm_bias)):
             self._check(name, self.has_outer_norms or getattr(self, name) == usual, right)
-        is_stored = self.norm == "crmsnorm"
+        is_stored = self.norm_kind.drops_last
         self._check("whole_outside", is_stored or not self.whole_outside, "only for model.norm=crmsnorm")
         right = "model.norm=crmsnorm needs model.whole_outside: what is stored of a vector has not its mean"
         has_means = self.whole_outside or not is_stored
         self._check("embedding_centring", has_means or not self.embedding_centring, right)
+
+    def _check_norm_starts(self) -> None:
+        kinds = {self.norm, self.outer_norm, self.attention_norm_kind}
+        names = {name for kind in kinds for name in NORM_KINDS[kind].parameter_names}
+        for name in ("alpha", "shift"):
+            starts = getattr(self, f"norm_{name}")
+            right = f"norms of model.norm={self.norm} have no {name}"
+            self._check(f"norm_{name}", name in names or not starts, right)
+            right = "must be one number, or three: at attention, at the feed-forward layer, outside the blocks"
+            self._check(f"norm_{name}", len(starts) in (0, 1, len(NORM_PLACES)), right)
+
+    def norm_starts(self, place: NormPlace, kind: str) -> dict[str, float]:
+        """What norm_alpha and norm_shift say of a norm of this kind at this place, by the parameter's name."""
+        found: dict[str, float] = {}
+        for name in ("alpha", "shift"):
+            starts = getattr(self, f"norm_{name}")
+            if starts and name in NORM_KINDS[kind].parameter_names:
+                found[name] = starts[0] if len(starts) == 1 else starts[NORM_PLACES.index(place)]
+        return found
+
+    @property
+    def norm_kind(self) -> NormKind:
+        """The kind of the norms on the stream, inside the blocks."""
+        return NORM_KINDS[self.norm]
 
     def _check_scheme(self) -> None:
         check_choice(f"initializer of model.scheme={self.scheme}", self.initializer_name, INITIALIZERS)
@@ -175,8 +219,8 @@ class ModelConfig(AttentionKeys):
 
     @property
     def attention_norm_kind(self) -> str:
-        """The norm on q, k, v and context: a head is no zero-mean vector, so CRMSNorm is not for it."""
-        auto = "layernorm" if self.norm == "layernorm" else "rmsnorm"
+        """The kind of the norms on q, k, v and context: that of the stream, where it is one for heads."""
+        auto = self.norm if self.norm_kind.for_heads else "rmsnorm"
         return auto if self.attention_norm == "auto" else self.attention_norm
 
     @property
@@ -246,11 +290,17 @@ class ModelConfig(AttentionKeys):
         Pre-LN: LayerNorm at the entrance of every branch and before the head, and no other norm on the stream. A norm
         after the embedding stands before the stream: it becomes part of the table, or its mean is subtracted behind it.
         """
+        found = [] if self.norm_kind.is_layer_norm else [f"model.norm={self.norm}"]
+        if self.learned_embedding_scale:
+            found.append("model.learned_embedding_scale=True")
+        if misplaced := self._misplaced_norm:
+            found.append(misplaced)
+        return ", and ".join(found) or None
+
+    @property
+    def _misplaced_norm(self) -> str | None:
+        """`key=value` and the first place of a norm that Pre-LN does not have there, or lacks; None: there is none."""
         scheme = f"model.scheme={self.scheme}"
-        if self.norm != "layernorm":
-            return f"model.norm={self.norm}"
-        if self.norm_bias and self.shared_expert_gate:
-            return "model.norm_bias=True, model.shared_expert_gate=True: the gate has no bias that takes the norm's"
         for layer, placement in enumerate(self.placements):
             for name in ("attention", "feed_forward"):
                 sublayer = getattr(placement, name)
@@ -265,3 +315,10 @@ class ModelConfig(AttentionKeys):
     def initializer_name(self) -> str:
         """The initializer in force."""
         return self.scheme_rule.initializer if self.initializer == "auto" else self.initializer
+
+
+def check_is_config(config: object) -> None:
+    """Raise ConfigError for what is no ModelConfig; an EncoderConfig is one."""
+    if not isinstance(config, ModelConfig):
+        right = "give a ModelConfig or an EncoderConfig; that of a run is its `model`"
+        raise ConfigError(f"config: is of the type {type(config).__name__}; {right}")

@@ -55,6 +55,7 @@ class FeedForwardKeys(SizeKeys):
         None, "width of the shared experts together; null: shared_experts * mlp_dim", at_least=1, at_most=16 * WIDEST
     )
     shared_expert_gate: bool = key(False, "what the shared experts give is multiplied by sigmoid(x @ kernel)")
+    shared_expert_gate_bias: bool = key(False, "the gate of the shared experts is sigmoid(x @ kernel + bias)")
     router_bias: bool | None = key(None, "the router has a bias; null: mlp_bias")
     balance_bias: bool = key(False, "balance the experts by a bias on their selection; see optimizer.balance_bias_rate")
     dense_layers: tuple[int, ...] = key(
@@ -138,3 +139,5 @@ class FeedForwardKeys(SizeKeys):
             right = "there are no shared experts; set model.shared_experts"
             self._check("shared_mlp_dim", self.shared_mlp_dim is None, right)
             self._check("shared_expert_gate", not self.shared_expert_gate, right)
+        right = "the shared experts have no gate; set model.shared_expert_gate"
+        self._check("shared_expert_gate_bias", self.shared_expert_gate or not self.shared_expert_gate_bias, right)

@@ -6,6 +6,7 @@ structure (placement.runs), first to last, stacked along the first axis of every
 
 from functools import partial
 
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
@@ -13,7 +14,7 @@ from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.model.block import Dropout, SharedInputs, Stream, watch_stream
 from hybridnorm_jax.model.cache import Slots
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.embedding import Embedding, Head
+from hybridnorm_jax.model.embedding import Embedding, EmbeddingScale, Head
 from hybridnorm_jax.model.initializers import std_factor
 from hybridnorm_jax.model.input_checks import check_per_token, check_tokens
 from hybridnorm_jax.model.layers import through_layers
@@ -48,6 +49,8 @@ class Decoder(nn.Module):
         self.token_embedding = embedding(rows=config.vocab_size, scale=config.embedding_scale)
         if config.positions == "learned":
             self.position_embedding = embedding(rows=config.position_offset + present(config.max_positions))
+        if config.learned_embedding_scale:
+            self.embedding_scale = EmbeddingScale(config.whole_width, jnp.dtype(config.param_dtype))
         if config.has_embedding_norm:
             self.embedding_norm = outer_norm(config)
         if config.has_final_norm:
@@ -112,6 +115,8 @@ class Decoder(nn.Module):
             if slots is None:  # whose padding has positions, too
                 self._check_length(tokens.shape[1])
             stream = stream + self._of_positions(positions + config.position_offset)
+        if config.learned_embedding_scale:
+            stream = self.embedding_scale(stream)
         if config.has_embedding_norm:
             stream = self.embedding_norm(stream)
         stream = nn.with_logical_constraint(self.dropout(stream, deterministic=deterministic), ("batch", "seq", None))

@@ -1,10 +1,14 @@
 """What stands at the two ends of a model: rows of a table for tokens or positions, and the head that makes logits."""
 
+import math
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.kernels.dense_products import head_product
+from hybridnorm_jax.kernels.precision import widened
 from hybridnorm_jax.model.initializers import truncated_normal
 
 
@@ -40,6 +44,23 @@ class Embedding(nn.Module):
         table = nn.with_logical_constraint(self.embedding, ("vocab", None))
         rows = jnp.take(table, ids, axis=0).astype(self.dtype)
         return rows if self.scale is None else rows * jnp.asarray(self.scale, rows.dtype)
+
+
+class EmbeddingScale(nn.Module):
+    """scale * x, one learned number for the whole embedding, as the models of DyT (2503.10622) have it.
+
+    Parameters: `scale` (1,), which starts at sqrt(width). The product is formed in float32 at least.
+    """
+
+    width: int
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+        init = nn.initializers.constant(math.sqrt(self.width))
+        scale = self.param("scale", init, (1,), self.param_dtype)
+        wide = widened(x)
+        return (scale.astype(wide.dtype) * wide).astype(x.dtype)
 
 
 class Head(nn.Module):

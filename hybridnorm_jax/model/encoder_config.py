@@ -14,7 +14,16 @@ ENCODER_POSITIONS = ("learned", "rope")
 LARGEST_IMAGE = 65_536
 MOST_REGISTERS = 65_536
 # Keys of what a Decoder has behind its last norm or before its first, which an Encoder has in another form or not.
-DECODER_ONLY = ("tie_embeddings", "embedding_scale", "logit_scale", "logit_cap", "position_offset")
+# Further kinds could be had here, once a model asks for one.
+POOLING_NORMS = ("rmsnorm", "layernorm")
+DECODER_ONLY = (
+    "tie_embeddings",
+    "embedding_scale",
+    "logit_scale",
+    "logit_cap",
+    "position_offset",
+    "learned_embedding_scale",
+)
 
 
 def check_decoder(config: ModelConfig, source: str, verb: str) -> None:
@@ -148,7 +157,7 @@ class EncoderConfig(ModelConfig):
         check_choice("model.position_scope", self.position_scope, POSITION_SCOPES)
         check_choice("model.positions", self.positions, ENCODER_POSITIONS)
         if self.pooling_norm is not None:
-            check_choice("model.pooling_norm", self.pooling_norm, ("rmsnorm", "layernorm"))
+            check_choice("model.pooling_norm", self.pooling_norm, POOLING_NORMS)
 
     def _check_input(self) -> None:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
@@ -196,6 +205,6 @@ class EncoderConfig(ModelConfig):
         self._check("norm_pooled_only", can or not self.norm_pooled_only, f"{right}; model.pooling={self.pooling}")
         right = f"model.scheme={self.scheme} has no norm behind its blocks"
         self._check("norm_pooled_only", self.has_final_norm or not self.norm_pooled_only, right)
-        has_norm = self.outer_norm != "crmsnorm" or self.pooling_norm is not None
-        right = "crmsnorm is no norm for pooling; set rmsnorm or layernorm"
+        has_norm = self.outer_norm in POOLING_NORMS or self.pooling_norm is not None
+        right = f"{self.outer_norm} is no norm for pooling; set rmsnorm or layernorm"
         self._check("pooling_norm", has_norm or self.pooling != "attention", right)

@@ -109,7 +109,8 @@ class MoE(nn.Module):
 
     Parameters: `router/kernel` (embed, experts), `expert_gate/kernel` and `expert_up/kernel` (experts, embed, mlp),
     `expert_down/kernel` (experts, mlp, embed), their `bias` where asked for, `balance_bias` (experts,) where asked for,
-    of the shared experts `shared/{gate, up, down}`, as FeedForward's, and `shared_gate/kernel` (embed, 1).
+    of the shared experts `shared/{gate, up, down}`, as FeedForward's, and `shared_gate/kernel` (embed, 1), with
+    `shared_gate/bias` (1,) where asked for.
 
     Reverse-mode differentiable, once. Inside a jax.shard_map of yours it needs check_vma=False.
 
@@ -126,6 +127,7 @@ class MoE(nn.Module):
       shared_experts: how many experts every token passes besides, with weight 1 (2401.06066).
       shared_mlp_dim: width of the shared experts together; None: shared_experts * mlp_dim.
       shared_gate: what the shared experts give is multiplied by sigmoid(x @ kernel), one number for each token.
+      shared_gate_bias: that number is sigmoid(x @ kernel + bias).
       balance_bias: add a bias to the router's softmax for the choice of experts; it has no gradient and is moved by
         training alone (training/router_balance.py). Loss-free balancing, 2408.15664.
       use_bias: biases on the router and on all projections, unless the next two say otherwise.
@@ -145,6 +147,7 @@ class MoE(nn.Module):
     shared_experts: int = 0
     shared_mlp_dim: int | None = None
     shared_gate: bool = False
+    shared_gate_bias: bool = False
     balance_bias: bool = False
     use_bias: bool = False
     use_output_bias: bool | None = None
@@ -210,7 +213,7 @@ class MoE(nn.Module):
             return shared(x)
         gate = nn.Dense(
             1,
-            use_bias=False,
+            use_bias=self.shared_gate_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=self.router_init,

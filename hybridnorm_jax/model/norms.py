@@ -1,162 +1,39 @@
-"""The three norms as pure functions, and Norm, the Flax module over them.
-
-Statistics are computed in at least float32, eps stands inside the root, and the functions' result has the dtype of x.
-"""
+"""Norm, the Flax module over the norms of norm_functions.py."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-Axes = int | Sequence[int]
-
-
-def _wide(x: Array) -> Array:
-    """x in the dtype of the statistics: float32 at least, so that float64 stays float64."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"norms need a floating-point array, not {x.dtype}")
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def plus_one(scale: Float[Array, "*scale"], dtype: Any) -> Float[Array, "*scale"]:
-    """1 + scale in float32 at least: what norms that store their scale so multiply an array of this dtype by."""
-    return 1 + scale.astype(jnp.promote_types(dtype, jnp.float32))
-
-
-def _affine(normalized: Array, scale: Array | None, bias: Array | None, dtype: Any) -> Array:
-    if scale is not None:
-        normalized = normalized * scale.astype(normalized.dtype)
-    if bias is not None:
-        normalized = normalized + bias.astype(normalized.dtype)
-    return normalized.astype(dtype)
-
-
-def layer_norm(
-    x: Float[Array, "*batch width"],
-    scale: Float[Array, " width"] | None = None,
-    bias: Float[Array, " width"] | None = None,
-    *,
-    eps: float = 1e-5,
-    axis: Axes = -1,
-) -> Float[Array, "*batch width"]:
-    """(x - mean) / sqrt(variance + eps) * scale + bias, mean and variance taken over `axis`.
-
-    The variance takes a second pass, over deviations whose own mean is subtracted again: with a mean of a million
-    deviations the rounding of the first mean would otherwise enter it.
-
-    Args:
-      scale, bias: of any shape that broadcasts against x; vectors belong to its last axis.
-      axis: one axis or several.
-
-    Source: LayerNorm as written in Pre-RMSNorm (2305.14858).
-    """
-    wide = _wide(x)
-    centred = wide - wide.mean(axis, keepdims=True)
-    centred = centred - centred.mean(axis, keepdims=True)
-    variance = jnp.square(centred).mean(axis, keepdims=True)
-    return _affine(centred * jax.lax.rsqrt(variance + eps), scale, bias, x.dtype)
-
-
-def rms_norm(
-    x: Float[Array, "*batch width"],
-    scale: Float[Array, " width"] | None = None,
-    bias: Float[Array, " width"] | None = None,
-    *,
-    eps: float = 1e-5,
-    axis: Axes = -1,
-) -> Float[Array, "*batch width"]:
-    """x / sqrt(mean(x^2) + eps) * scale + bias, the mean taken over `axis`.
-
-    Args:
-      scale, bias: of any shape that broadcasts against x; vectors belong to its last axis.
-      axis: one axis or several.
-
-    Source: RMSNorm as written in Pre-RMSNorm (2305.14858).
-    """
-    wide = _wide(x)
-    mean_square = jnp.square(wide).mean(axis, keepdims=True)
-    return _affine(wide * jax.lax.rsqrt(mean_square + eps), scale, bias, x.dtype)
-
-
-def crms_norm(
-    x: Float[Array, "*batch stored"],
-    scale: Float[Array, " stored"] | None = None,
-    bias: Float[Array, " stored"] | None = None,
-    *,
-    eps: float = 1e-5,
-    width: int | None = None,
-) -> Float[Array, "*batch stored"]:
-    """x / sqrt((sum x_i^2 + (sum x_i)^2) / width + eps) * scale + bias over the last axis.
-
-    x holds all but the last element of a zero-mean vector of length `width`; the missing one is -sum x_i. The result
-    is RMSNorm of the whole vector, without its last element.
-
-    Args:
-      width: length of the whole vector; by default the stored length + 1. Give it when x is padded with zeros.
-
-    Source: CRMSNorm, Pre-RMSNorm (2305.14858), eq. 5.
-    """
-    wide = _wide(x)
-    stored = x.shape[-1]
-    if width is not None and not 1 <= width <= stored + 1:
-        raise ValueError(f"width={width}: x has {stored} channels, so it must be in [1, {stored + 1}]")
-    width = stored + 1 if width is None else width
-    total = jnp.square(wide).sum(-1, keepdims=True) + jnp.square(wide.sum(-1, keepdims=True))
-    return _affine(wide * jax.lax.rsqrt(total / width + eps), scale, bias, x.dtype)
-
-
-def zero_mean_defect(x: Float[Array, "*batch width"]) -> Float[Array, ""]:
-    """How far vectors are from zero mean, which RMSNorm needs to be equal to LayerNorm; 0 where they have it.
-
-        max |sum x| / (sqrt(width) * rms(x))
-
-    About 1 for a random vector, whatever its length, and about one rounding error for a centred one.
-    """
-    wide = _wide(x)
-    rms = jnp.sqrt(jnp.square(wide).mean(-1))
-    return _largest_in_rms(jnp.abs(wide.sum(-1)) / x.shape[-1] ** 0.5, rms)
-
-
-def padding_defect(x: Float[Array, "*batch stored"], width: int) -> Float[Array, ""]:
-    """How far stored vectors are from being zero behind their width - 1 elements, which crms_norm needs; 0: they are.
-
-        max |x_i| / rms(x), i >= width - 1
-
-    Args:
-      width: true length of the vectors, see crms_norm.
-    """
-    wide = _wide(x)
-    rms = jnp.sqrt(jnp.square(wide).mean(-1))
-    return _largest_in_rms(jnp.abs(wide[..., width - 1 :]).max(-1, initial=0.0), rms)
-
-
-def _largest_in_rms(size: Float[Array, "*batch"], rms: Float[Array, "*batch"]) -> Float[Array, ""]:
-    # NaN is no zero: it stays NaN.
-    return jnp.max(jnp.where(size == 0, 0, size / jnp.where(rms > 0, rms, 1)))
+from hybridnorm_jax.errors import did_you_mean
+from hybridnorm_jax.model.norm_functions import Axes, plus_one
+from hybridnorm_jax.model.norm_kinds import NORM_KINDS, WIDTH, NormKind, NormParameter
 
 
 class Norm(nn.Module, kw_only=True):
-    """layer_norm, rms_norm or crms_norm with a learned scale and bias, in the place of flax.linen.LayerNorm or RMSNorm.
+    """A norm of hn.NORM_KINDS with a learned scale and bias, in the place of flax.linen.LayerNorm or RMSNorm.
 
     Arguments, parameters and the dtype of the result are those of flax.linen, so `nn.LayerNorm(...)` and
     `hn.Norm(kind="layernorm", ...)`, or `nn.RMSNorm(...)` and `hn.Norm(...)`, read each other's checkpoints. The
     variance is the exact one, of use_fast_variance=False.
 
-    Parameters: `scale` and `bias`, each where asked for, of shape (width,): the size of feature_axes.
+    Parameters: `scale` and `bias`, each where asked for, of shape (width,): the size of feature_axes; and those that
+    the kind has besides, such as `alpha` (1,) of "dyt".
 
     Attributes:
-      kind: "rmsnorm", "layernorm" or "crmsnorm".
-      epsilon: added to the variance, or mean square, inside the root.
+      kind: a name in hn.NORM_KINDS, such as "rmsnorm", "layernorm", "crmsnorm" or "dyt".
+      epsilon: added to the variance, or mean square, inside the root, where the kind has one.
       dtype: of the result; None: what x and the parameters promote to.
       param_dtype: of the parameters.
-      use_scale, use_bias: whether the parameter exists; use_bias=None: as in flax.linen, for layernorm alone.
+      use_scale, use_bias: whether the parameter exists; use_bias=None: as the kind usually has it, in
+        flax.linen layernorm alone.
       scale_plus_one: what is multiplied by is 1 + scale, and `scale` starts at scale_init - 1 (Gemma, Nemotron).
       scale_init, bias_init: initializers.
-      reduction_axes: the axes that statistics are taken over; the last one for crmsnorm.
+      starts: what parameters that the kind has besides start at, in the place of its own; by their names.
+      reduction_axes: the axes that statistics are taken over; the last one where the kind knows no other.
       feature_axes: the axes that scale and bias belong to.
       axis_name, axis_index_groups, use_fast_variance, force_float32_reductions: another value is an error. Under
         jax.jit statistics are right however x is sharded.
@@ -175,6 +52,7 @@ class Norm(nn.Module, kw_only=True):
     scale_plus_one: bool = False
     scale_init: Callable[..., Array] = nn.initializers.ones
     bias_init: Callable[..., Array] = nn.initializers.zeros
+    starts: Mapping[str, float] | None = None
     reduction_axes: Axes = -1
     feature_axes: Axes = -1
     axis_name: str | None = None
@@ -188,24 +66,41 @@ class Norm(nn.Module, kw_only=True):
         """The normalized array. `mask` is there so that flax.linen's can be refused by name."""
         x = jnp.asarray(x)
         self._check(x.ndim, mask)
-        use_bias = self.kind == "layernorm" if self.use_bias is None else self.use_bias
+        kind = NORM_KINDS[self.kind]
+        use_bias = kind.usual_bias if self.use_bias is None else self.use_bias
         scale = self._parameter("scale", self._scale_init, x) if self.use_scale else None
         bias = self._parameter("bias", self.bias_init, x) if use_bias else None
+        own = {parameter.name: self._own(parameter, x) for parameter in kind.parameters}
         dtype = self.dtype
         if dtype is None:
-            present = [array for array in (x, scale, bias) if array is not None]
+            present = [array for array in (x, scale, bias, *own.values()) if array is not None]
             dtype = jnp.result_type(*present)
         x = x.astype(jnp.promote_types(x.dtype, dtype))
         if scale is not None and self.scale_plus_one:
             scale = plus_one(scale, x.dtype)
-        match self.kind:
-            case "crmsnorm":
-                y = crms_norm(x, scale, bias, eps=self.epsilon, width=self.width)
-            case "layernorm":
-                y = layer_norm(x, scale, bias, eps=self.epsilon, axis=self._axes("reduction_axes", x.ndim))
-            case _:
-                y = rms_norm(x, scale, bias, eps=self.epsilon, axis=self._axes("reduction_axes", x.ndim))
+        y = kind.callable(x, scale, bias, **own, **self._settings(kind, x.ndim))
         return y.astype(dtype)
+
+    def _settings(self, kind: NormKind, ndim: int) -> dict[str, Any]:
+        """The settings that the kind's function takes."""
+        settings = {"eps": self.epsilon, "axis": self._axes("reduction_axes", ndim), "width": self.width}
+        return {name: value for name, value in settings.items() if name in kind.settings}
+
+    def _own(self, parameter: NormParameter, x: Array) -> Array:
+        """A parameter that the kind has besides scale and bias."""
+        start = (self.starts or {}).get(parameter.name, parameter.start)
+        if start is None:
+            init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+        else:
+            init = nn.initializers.constant(start)
+        if parameter.shape == (WIDTH,):
+            return self._parameter(parameter.name, init, x)
+        axes = self._axes("feature_axes", x.ndim)
+        if WIDTH in parameter.shape and axes != (x.ndim - 1,):
+            right = f"kind={self.kind!r} has matrices, which belong to the last axis alone; must be -1"
+            raise ValueError(f"feature_axes={self.feature_axes}: {right}")
+        array: Array = self.param(parameter.name, init, parameter.sizes(x.shape[-1]), self.param_dtype)
+        return array
 
     def _scale_init(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
         start = self.scale_init(key, shape, dtype)
@@ -234,13 +129,17 @@ class Norm(nn.Module, kw_only=True):
             raise ValueError("mask: hn.Norm has mask=None only; set what does not count to zero yourself")
         if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.inexact):
             raise ValueError(f"dtype={jnp.dtype(self.dtype).name}: must be a floating-point dtype")
-        if self.kind not in ("rmsnorm", "layernorm", "crmsnorm"):
-            raise ValueError(f"kind={self.kind!r}: must be rmsnorm, layernorm or crmsnorm")
-        if self.width is not None and self.kind != "crmsnorm":
-            raise ValueError(f"width={self.width}: only for kind='crmsnorm', not for {self.kind!r}")
-        if self.kind == "crmsnorm" and self._axes("reduction_axes", ndim) != (ndim - 1,):
-            right = "kind='crmsnorm' knows the missing element of the last axis alone; must be -1"
+        if self.kind not in NORM_KINDS:
+            raise ValueError(f"kind={self.kind!r}: not known{did_you_mean(self.kind, NORM_KINDS)}")
+        kind = NORM_KINDS[self.kind]
+        if self.width is not None and "width" not in kind.settings:
+            raise ValueError(f"width={self.width}: kind={self.kind!r} has none; only for kind='crmsnorm'")
+        if "axis" not in kind.settings and self._axes("reduction_axes", ndim) != (ndim - 1,):
+            right = f"kind={self.kind!r} knows the last axis alone; must be -1"
             raise ValueError(f"reduction_axes={self.reduction_axes}: {right}")
+        for name in self.starts or {}:
+            if name not in kind.parameter_names:
+                raise ValueError(f"starts: kind={self.kind!r} has no parameter {name!r}")
         for name, only in ONLY_VALUES.items():
             if getattr(self, name) != only:
                 raise ValueError(f"{name}={getattr(self, name)}: hn.Norm has {name}={only} only")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from hybridnorm_jax.kernels.precision import widened
 from hybridnorm_jax.model.block import Stream
 from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.norm_kinds import NORM_KINDS
 from hybridnorm_jax.model.norms import Norm
 
 
@@ -20,7 +21,8 @@ def outer_norm(config: ModelConfig, *, kind: str | None = None, name: str | None
         use_scale=config.outer_norm_scale,
         use_bias=config.outer_norm_bias,
         scale_plus_one=config.norm_scale_plus_one,
-        width=config.norm_width if kind == "crmsnorm" else None,
+        starts=config.norm_starts("outside", kind),
+        width=config.norm_width if NORM_KINDS[kind].drops_last else None,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         name=name,

@@ -64,7 +64,8 @@ def layer_norms(tree: Any) -> dict[str, Float[Array, "*layers"]]:
     lengths: dict[int, int] = {}
     for path, leaf in flatten_dict(tree).items():
         square = jnp.square(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)))
-        parts = path[:-1] if path[-1] in ("kernel", "bias", "scale", "embedding") else path
+        in_module = path[-1] in ("kernel", "bias", "scale", "embedding") or path[-2].endswith("norm")
+        parts = path[:-1] if in_module else path
         if not path[0].startswith("run_"):
             group = "/".join(parts)
             single[group] = single.get(group, 0) + square.sum()

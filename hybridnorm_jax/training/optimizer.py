@@ -48,7 +48,9 @@ def decay_mask(config: OptimizerSection, params: Any) -> Any:
             return False
         if name == "embedding":
             return config.decay_embeddings
-        return config.decay_norms_and_biases if name in ("scale", "bias", "sinks") else True
+        # Whatever a norm has besides scale and bias is grouped with these.
+        of_norm = len(path) > 1 and (path[-2].key == "norm" or path[-2].key.endswith("_norm"))
+        return config.decay_norms_and_biases if of_norm or name in ("scale", "bias", "sinks") else True
 
     return jax.tree.map_with_path(decays, params)
 

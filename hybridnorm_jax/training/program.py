@@ -275,7 +275,7 @@ def _conversion(model: ModelConfig, train: TrainSection) -> Conversion | None:
 def _measure(config: RunConfig) -> Measure:
     """What train.check_invariants measures in every step: (the state's parameters, one sequence) -> Measured."""
     compare = compare_norm
-    if config.model.norm != "crmsnorm":
+    if not config.model.norm_kind.drops_last:
         compare = partial(compare_forms, pad_to=config.train.equivalent_pad_to)
 
     def measure(params: Any, batch: Batch) -> Measured:

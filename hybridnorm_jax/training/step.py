@@ -98,16 +98,15 @@ def batch_loss(
     inputs = document_inputs(batch) | {"mutable": list(collect)}
     if dropout_key is not None and model.config.dropout > 0:
         inputs |= {"deterministic": False, "rngs": {"dropout": dropout_key}}
-    if chunk is None:
-        logits, sown = model.apply(variables, batch["tokens"], **inputs)
-        with jax.named_scope(LOSS_SCOPE):
-            sums = cross_entropy(logits, batch["targets"], batch["weights"])
-        return BatchLoss(total=sums.nll + z_loss * sums.z, sums=sums, sown=sown)
     with jax.named_scope(LOSS_SCOPE):
         head = gathered_head(model.config, variables["params"])
     variables = {**variables, "params": {**variables["params"], **head}}
     hidden, sown = model.apply(variables, batch["tokens"], method="hidden", **inputs)
     with jax.named_scope(LOSS_SCOPE):
+        if chunk is None:
+            logits = model.apply({"params": head}, hidden, method="logits")
+            sums = cross_entropy(logits, batch["targets"], batch["weights"])
+            return BatchLoss(total=sums.nll + z_loss * sums.z, sums=sums, sown=sown)
         total, sums = chunked_cross_entropy(
             lambda head, piece: model.apply({"params": head}, piece, method="logits"),
             head,

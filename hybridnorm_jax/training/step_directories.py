@@ -75,7 +75,11 @@ def _find(path: epath.PathLike) -> tuple[epath.Path, int | None]:
 
 def absolute(path: epath.PathLike) -> epath.Path:
     """What Orbax wants. resolve() and absolute() of etils would put the working directory before gs://."""
-    path = epath.Path(expanded(path))
+    text = expanded(path)
+    try:
+        path = epath.Path(text)
+    except KeyError as error:  # an address of a kind that etils does not know
+        raise CheckpointError(f"{text}: must be a directory of this machine, or begin with gs://") from error
     return path if path.is_absolute() else path.resolve()
 
 

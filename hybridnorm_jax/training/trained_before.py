@@ -59,11 +59,16 @@ def trained_on(data_state: Mapping[str, Any], saved: DataSection) -> list[Traine
       saved: the data section of that run.
     """
     known = trained_before(data_state)
-    if "files" in data_state:
+    if was_trained(data_state):
         by_hash = data_state.get(SPLIT_BY_HASH, True)
         own = Trained(saved.source, saved.validation_fraction, data_state["files"], by_hash)
         known = [one for one in known if one != own] + [own]
     return known
+
+
+def was_trained(data_state: Mapping[str, Any]) -> bool:
+    """Whether the run of a checkpoint trained it: a run that was converted or saved has no data files of its own."""
+    return "files" in data_state
 
 
 def as_json(known: Sequence[Trained]) -> list[dict[str, Any]]:

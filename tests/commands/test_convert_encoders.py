@@ -94,6 +94,14 @@ def test_plain_safetensors_of_an_encoder_are_our_tree(tmp_path, capsys):
     assert names["outputs"].pooled.shape == (1, config.model.d_model)
 
 
+def test_a_text_for_an_encoder_is_not_passed_over(tmp_path):
+    (tmp_path / "text.txt").write_text("alpha " * 500)
+    options = [str(GOLDENS / "hf_vit"), str(tmp_path / "out"), "--form", "pre_rmsnorm"]
+    with pytest.raises(hn.UserError, match=r"text\.txt: .*hf_vit is an encoder, which is compared on random input"):
+        convert.run([*options, "--text", str(tmp_path / "text.txt")])
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

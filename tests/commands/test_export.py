@@ -20,10 +20,12 @@ from hybridnorm_jax.data.tokenizer_files import byte_tokenizer_json
 from hybridnorm_jax.data.tokenizers import ByteTokenizer
 from hybridnorm_jax.generation.generate import generate
 from hybridnorm_jax.interop.own_architecture import CODE_FILES
+from hybridnorm_jax.training.trained_before import Trained
 
 os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="hf_modules_"))
 SIZES = {"d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 48, "vocab_size": 257}
-ALWAYS = {"README.md", "config.json", "generation_config.json", "model.safetensors", "training_config.yaml"}
+ALWAYS = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+TRAINED = {"training_config.yaml"}
 CODE = set(CODE_FILES)
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 
@@ -66,10 +68,16 @@ def assert_same(ours, theirs):
         np.testing.assert_array_equal(one, other)
 
 
+def record(*lines):
+    """What a run in runs/mine says of its training."""
+    Path("runs/mine/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def test_a_run_is_written_whole(saved, capsys):
     config, params = saved()
+    record({"step": 7, "train/loss": 3.25})
     out = exported("runs/mine", "out")
-    assert names(out) == ALWAYS | CODE | TOKENIZER
+    assert names(out) == ALWAYS | TRAINED | CODE | TOKENIZER
     model, read = hn.load_huggingface(out)
     assert (model.scheme, model.dropout) == ("span", config.model.dropout)
     assert_same(read, params)
@@ -121,8 +129,7 @@ def test_float64_stays_float64(saved):
 
 def test_the_card_says_scheme_data_loss_command_and_license(saved):
     config, _ = saved()
-    lines = [{"step": 5, "train/loss": 3.25}, {"step": 7, "eval/validation/loss": 2.5}, {"step": 9, "train/loss": 1.0}]
-    Path("runs/mine/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record({"step": 5, "train/loss": 3.25}, {"step": 7, "eval/validation/loss": 2.5}, {"step": 9, "train/loss": 1.0})
     card = (exported("runs/mine", "out", "--license", "apache-2.0") / "README.md").read_text()
     assert card.startswith("---\nlicense: apache-2.0\n")
     assert hn.describe("span", 2) in card
@@ -181,6 +188,26 @@ def test_a_run_trains_on_from_an_export_and_no_other_scheme_is_suggested_for_it(
     told = capsys.readouterr().out.partition("Next:")[2]
     assert "eval runs/heir" in told
     assert "model.scheme=" not in told
+    Path("runs/heir/metrics.jsonl").unlink()  # its checkpoint knows as well that the run trained it
+    heir = exported("runs/heir", "heir")
+    assert names(heir) == ALWAYS | TRAINED | CODE | TOKENIZER
+    assert "The run is repeated with" in (heir / "README.md").read_text()
+
+
+def test_a_converted_run_does_not_claim_to_be_trained_in_its_new_form(saved, capsys):
+    """Its data are known, but the configuration of the new form would train another model."""
+    saved(scheme="pre", norm="layernorm")
+    trained = Trained(source="stdlib", validation_fraction=0.01, files=[])
+    config, params = hn.load_run("runs/mine")
+    hn.save_run("runs/known", config, params, step=7, trained_on=[trained])
+    assert main(["convert", "runs/known", "runs/converted", "--form", "pre_rmsnorm"]) == 0
+    out = exported("runs/converted", "out")
+    assert names(out) == ALWAYS | CODE | TOKENIZER
+    card = (out / "README.md").read_text()
+    assert "trained with hybridnorm_jax" in card
+    assert "the source files of Python's standard library" in card
+    assert "hybridnorm train" not in card
+    assert "training_config.yaml" not in card
 
 
 def _token_file(name="mine.json", **changes):
@@ -217,6 +244,8 @@ def test_a_converted_checkpoint_gets_no_tokenizer_and_no_data_that_it_never_saw(
     assert "has no record of its training" in card
     assert "standard library" not in card
     assert "hybridnorm train" not in card
+    # It was 256, the length of a sequence of training by default, to which others would have cut its texts.
+    assert "max_position_embeddings" not in json.loads((out / "config.json").read_text())
     capsys.readouterr()
     for words in (["generate", "runs/converted", "--prompt", "a"], ["eval", "runs/converted"]):
         assert main(words) == 2
@@ -245,6 +274,9 @@ def _full_directory(saved):
     [
         (None, ["runs/mine"], "hybridnorm export: the following arguments are required: OUT_DIR"),
         (None, ["nowhere", "out"], "nowhere"),
+        (None, ["https://a/b", "out"], "https://a/b: must be a directory of this machine, or begin with gs://"),
+        (None, ["", "out"], "'': an empty name; name a directory"),
+        (None, ["nowhere", ""], "'': an empty name; name a directory"),
         (lambda saved: Path("empty").mkdir(), ["empty", "out"], "no complete checkpoint there"),
         (None, ["runs/mine", "out", "--format", "gguf"], "hybridnorm export: argument --format: invalid choice"),
         (None, ["runs/mine", "out", "--form", "x"], "--form: an option of `hybridnorm convert`, not of `hybridnorm ex"),

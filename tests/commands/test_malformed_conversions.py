@@ -54,13 +54,14 @@ NO_DIRECTORIES = {
     "a" * 300: "File name too long",
     "x\ny": "no such directory",
     "gs://bucket/x": "no such directory",
+    "model@3": "model@3: model is a Hugging Face directory, which has no steps; name it alone",
     "empty": "holds neither a config.json (Hugging Face) nor checkpoints (a run)",
     "pickles": "pytorch_model.bin: a pickle, which can run any code",
 }
 
 
 @pytest.mark.parametrize("source", NO_DIRECTORIES, ids=lambda text: text[:9])
-def test_a_source_that_is_none(refused, tmp_path, source):
+def test_a_source_that_is_none(refused, model, tmp_path, source):
     (tmp_path / "file.txt").write_text("x")
     (tmp_path / "model.pt").write_text("x")
     os.mkfifo(tmp_path / "pipe")
@@ -72,12 +73,14 @@ def test_a_source_that_is_none(refused, tmp_path, source):
     assert NO_DIRECTORIES[source] in refused("convert", source, "out", "--form", "pre_rmsnorm")
 
 
+GPT2_CLASS = '{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]'
 WRONG_FILES = {
     ("config.json", ""): "config.json: cannot be read as JSON",
     ("config.json", "[" * 100_000): "config.json: its value: nested too deeply",
     ("config.json", '{"model_type": "gpt2", "n_embd": ' + "9" * 6000 + "}"): "config.json: n_embd: an integer of 6,000",
-    ("config.json", '{"model_type": "gpt2", "n_layer": 1000000000}'): "config.json: n_layer=1000000000 is out of range",
-    ("config.json", '{"model_type": "gpt2", "x\\ny": 1}'): r"config.json: x\ny=1 is not known for gpt2",
+    ("config.json", f'{GPT2_CLASS}, "n_layer": 1000000000}}'): "config.json: n_layer=1000000000 is out of range",
+    ("config.json", f'{GPT2_CLASS}, "x\\ny": 1}}'): r"config.json: x\ny=1 is not known for gpt2",
+    ("config.json", '{"model_type": "gpt2", "x": 1}'): "config.json: architectures is missing; it must be",
     ("config.json", POINTER): "config.json: a pointer of git-lfs, not the file itself; run `git lfs pull`",
     ("model.safetensors", ""): "model.safetensors: damaged or cut off",
     ("model.safetensors", "PK\x03\x04" * 50): "model.safetensors: damaged or cut off",
@@ -137,7 +140,7 @@ def test_an_unknown_key_names_the_commands_own_argument(refused, model):
 # ---- Where the result goes
 
 WRONG_OUTS = {
-    "": "exists already",
+    "": "'': an empty name; name a directory",
     ".": "exists already",
     "/dev/null": "exists already",
     "/dev/null/x": "cannot be made",

@@ -10,7 +10,7 @@ from hybridnorm_jax.equivalence import conversion_of
 from hybridnorm_jax.equivalence.encoder_forms import EMBEDDING_CENTRING, POOLING_CENTRING
 from hybridnorm_jax.equivalence.expert_choices import Routing, compare_routing
 from hybridnorm_jax.equivalence.forward_pass import compared, forward
-from hybridnorm_jax.model.norms import zero_mean_defect
+from hybridnorm_jax.model.norm_functions import zero_mean_defect
 
 WIDE = {"dtype": "float64", "param_dtype": "float64"}
 HEADS = {"two heads": {"num_classes": 5, "distillation_token": True, "distillation_head": True}}

@@ -15,7 +15,7 @@ from hybridnorm_jax.equivalence.decoder_forms import EMBEDDING_CENTRING
 from hybridnorm_jax.equivalence.invariants import InvariantError, assert_measured, tolerances
 from hybridnorm_jax.equivalence.measurements import Measured, centring_defects
 from hybridnorm_jax.equivalence.model_params import assert_params
-from hybridnorm_jax.model.norms import padding_defect, zero_mean_defect
+from hybridnorm_jax.model.norm_functions import padding_defect, zero_mean_defect
 
 GPT2_LIKE = {
     "scheme": "pre",
@@ -95,6 +95,15 @@ MODELS = {
     "gated_shared_expert": {
         **{"scheme": "pre", "num_experts": 3, "experts_per_token": 3, "router_bias": True, "layer_scale": True},
         **{"shared_experts": 1, "shared_expert_gate": True, "mlp_output_bias": True},
+    },
+    # The norm's bias moves the gate, too, which takes a bias of its own.
+    "gated_shared_expert_behind_a_biased_norm": {
+        **{"scheme": "pre", "norm_bias": True, "num_experts": 3, "experts_per_token": 3},
+        **{"shared_experts": 1, "shared_expert_gate": True},
+    },
+    "gate_with_a_bias": {
+        **{"scheme": "pre", "num_experts": 3, "experts_per_token": 3, "shared_experts": 1},
+        **{"shared_expert_gate": True, "shared_expert_gate_bias": True},
     },
 }
 # What names of the model's parts say has happened, of those above.
@@ -279,14 +288,11 @@ def test_dtypes_stay(small_config, random_params):
         ({"scheme": "sandwich", "norm": "layernorm"}, r"model\.scheme=sandwich: a branch norm at attention of layer 0"),
         ({"scheme": "mix_ln", "norm": "layernorm", "num_layers": 4}, r"model\.scheme=mix_ln: a post norm"),
         ({"scheme": "qk_pre", "norm": "layernorm"}, r"attention of layer 0 reads the stream without a norm"),
-        (
-            {
-                **{"scheme": "pre", "norm": "layernorm", "norm_bias": True, "num_experts": 2, "experts_per_token": 1},
-                **{"shared_experts": 1, "shared_expert_gate": True},
-            },
-            r"model\.norm_bias=True, model\.shared_expert_gate=True: the gate has no bias",
-        ),
         ({"scheme": "pre", "norm": "crmsnorm"}, r"model\.norm=crmsnorm"),
+        (
+            {"scheme": "sandwich"},
+            r"model\.norm=rmsnorm, and model\.scheme=sandwich: a branch norm at attention of layer 0",
+        ),
     ],
     ids=str,
 )

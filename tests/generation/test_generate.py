@@ -51,6 +51,11 @@ KINDS = {
         **{"scheme": "span", "tie_embeddings": True, "positions": "learned", "max_positions": 24},
         **{"position_offset": 2, "attention_bias": True, "mlp_bias": True},
     },
+    **{
+        f"norm {name}": {"scheme": "hybrid", "norm": name, "learned_embedding_scale": True}
+        for name, kind in hn.NORM_KINDS.items()
+        if kind.parameters
+    },
 }
 
 

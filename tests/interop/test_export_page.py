@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import hybridnorm_jax as hn
-from hybridnorm_jax.commands.model_card import WITH_TOKENIZER
+from hybridnorm_jax.commands.decoder_card import WITH_TOKENIZER
 from hybridnorm_jax.interop.architectures import ARCHITECTURES
 
 DOCS = Path(__file__).parents[2] / "docs"

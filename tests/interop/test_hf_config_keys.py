@@ -80,6 +80,18 @@ def test_the_rotation_is_that_of_transformers(name):
         assert int(product) == round(product) == rotary_dim
 
 
+def test_a_mapping_without_keys_is_not_the_default_of_an_absent_one():
+    """gpt-oss without rope_parameters has YaRN, and with empty ones a plain rotation; both once were YaRN."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    for keys, scaling in (({}, "yarn"), ({"rope_parameters": None}, "yarn"), ({"rope_parameters": {}}, "none")):
+        config = read("gpt_oss", {**sizes, "num_hidden_layers": 2, **keys})
+        assert (config.rope_scaling, config.rope_theta) == (scaling, 150000.0)
+        transformers = pytest.importorskip("transformers")
+        theirs = transformers.AutoConfig.for_model("gpt_oss", **keys).rope_parameters
+        assert (theirs["rope_type"] == "yarn") == (scaling == "yarn")
+        assert theirs["rope_theta"] == 150000.0
+
+
 FOREIGN = {
     "gpt_neox": [
         ({"rope_theta": 5e5}, "rope_theta=500000.0: this architecture reads rotary_emb_base instead"),

@@ -313,6 +313,11 @@ def test_config_json_names_the_one_class_of_its_tensors(copy, refused, stated, m
     assert load_huggingface(directory, ignore_keys=["architectures"])[0].num_heads == 4
 
 
+def test_of_a_wrong_model_type_the_class_is_named_and_no_key_to_ignore(copy, refused):
+    copy("hf_gpt2", model_type="llama")
+    refused("hf_gpt2", re.escape("architectures=['GPT2LMHeadModel']: with model_type=llama it must be"))
+
+
 def test_a_model_without_its_head_is_read_where_the_head_is_tied(copy):
     directory = copy("hf_gpt2", architectures=["GPT2Model"])
     assert load_huggingface(directory)[0].tie_embeddings
@@ -345,3 +350,16 @@ def test_matrices_of_float16_and_norms_of_float32_are_read_with_a_dtype(copy, re
     np.testing.assert_array_equal(params["final_norm"]["scale"], exact["final_norm"]["scale"])
     table = exact["token_embedding"]["embedding"].astype(np.float16).astype(np.float32)
     np.testing.assert_array_equal(params["token_embedding"]["embedding"], table)
+
+
+@pytest.mark.parametrize("path", [None, 3, b"hf_llama", ""], ids=repr)
+def test_what_is_no_path_is_called_so(path):
+    with pytest.raises(hn.UserError, match=r"path=.*: must be the path of a directory with a config\.json"):
+        hn.load_huggingface(path)
+
+
+@pytest.mark.parametrize("keys", ["hidden_size", None, 3])
+def test_keys_to_ignore_are_a_list(keys):
+    """A text was taken for all keys that are a part of it."""
+    with pytest.raises(hn.UserError, match=r"ignore_keys=.*: must be a list of keys, such as \['KEY'\]"):
+        hn.load_huggingface(GOLDENS / "hf_llama", ignore_keys=keys)

@@ -167,3 +167,26 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
 def test_a_table_without_a_leaf_of_the_model_is_found_out(small_config):
     with pytest.raises(hn.UserError, match=r"run_0/attention/.*_norm/scale: this architecture has no tensor for"):
         list(ALL["llama"].tensors.places(small_config(scheme="pre_qk_pre")))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"config.json": b"{}"}, "files: config.json: must be the plain name"),
+        ({"model.safetensors": b""}, "files: model.safetensors: must be the plain name"),
+        ({"model-00001-of-00002.safetensors": b""}, "files: model-00001-of-00002.safetensors: must be the plain name"),
+        ({"model.safetensors.index.json": b"{}"}, "files: model.safetensors.index.json: must be the plain name"),
+        ({"modeling_hybridnorm.py": b""}, "files: modeling_hybridnorm.py: must be the plain name"),
+        ({"../notes": b""}, r"files: \.\./notes: must be the plain name"),
+        ({"a/notes": b""}, "files: a/notes: must be the plain name"),
+        ({"": b""}, "files: : must be the plain name"),
+        ({"notes": "text"}, "files: notes: must be bytes, not str"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)) or "empty",
+)
+def test_further_files_are_none_of_the_models_own(tmp_path, small_config, random_params, files, message):
+    """One named config.json once took the place of the model's own, and one outside was lost without a word."""
+    config = small_config(scheme="span")
+    with pytest.raises(hn.UserError, match=message):
+        hn.save_huggingface(tmp_path / "out", config, random_params(config), files=files)
+    assert not any(tmp_path.iterdir())

@@ -14,6 +14,7 @@ from hybridnorm_jax.interop.huggingface import CODE, load_huggingface, save_hugg
 
 FIELDS = [field.name for field in dataclasses.fields(hn.ModelConfig)]
 EXPERTS = {"num_experts": 4, "experts_per_token": 2}
+GATED_SHARED = {"shared_experts": 1, "shared_expert_gate": True}
 _STRETCHED = {"rope_factor": 4.0, "rope_original_length": 64}
 LLAMA3 = _STRETCHED | {"rope_scaling": "llama3", "rope_bounds": (1.0, 4.0)}
 YARN = _STRETCHED | {"rope_scaling": "yarn", "rope_bounds": (1.0, 32.0)}
@@ -84,7 +85,8 @@ OTHER_VALUES = {
     "qkv_clip": {"qkv_clip": 1.5},
     "attention_sinks": {"attention_sinks": True},
     "shared_mlp_dim": EXPERTS | {"shared_experts": 1, "shared_mlp_dim": 24},
-    "shared_expert_gate": EXPERTS | {"shared_experts": 1, "shared_expert_gate": True},
+    "shared_expert_gate": EXPERTS | GATED_SHARED,
+    "shared_expert_gate_bias": EXPERTS | GATED_SHARED | {"shared_expert_gate_bias": True},
     "dense_layers": EXPERTS | {"dense_layers": (1,)},
     "dense_mlp_dim": EXPERTS | {"dense_layers": (0,), "dense_mlp_dim": 24},
     "clamp_limit": {"activation": "swiglu_clamped", "clamp_limit": 1.5},

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import AxisType, SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from hybridnorm_jax.kernels import tpu_attention, tpu_splash
 from hybridnorm_jax.kernels.attention_backends import softmax_attention
@@ -20,8 +20,9 @@ from hybridnorm_jax.mesh.device_mesh import use_mesh
 from hybridnorm_jax.model.attention import Attention
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
-from hybridnorm_jax.model.norms import layer_norm, rms_norm
+from hybridnorm_jax.model.norm_functions import layer_norm, rms_norm
 from hybridnorm_jax.model.rotation import rotation
+from hybridnorm_jax.planning.collectives import read_collectives
 from hybridnorm_jax.planning.memory_traffic import memory_traffic, total_bytes
 
 AXES = ("data", "fsdp", "tensor")
@@ -174,6 +175,21 @@ def test_on_a_mesh_each_device_computes_its_share(interpreted, shape):
     case = arguments("normalized with bias, without the values") | {"shape": (4, 130, 4, 1, 8), "segmented": True}
     with use_mesh(jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)):
         compare(jnp.float32, 5e-6, **case)
+
+
+@pytest.mark.parametrize("seq", [128, 130])
+def test_devices_that_split_the_sequences_of_a_batch_exchange_nothing(interpreted, seq):
+    mesh = jax.make_mesh((8, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+    place = NamedSharding(mesh, PartitionSpec("data"))
+    heads = [jax.ShapeDtypeStruct((8, seq, count, 8), jnp.float32, sharding=place) for count in (2, 1, 1, 2)]
+
+    def gradients(query, key, value, d_context):
+        _, pull = jax.vjp(functools.partial(softmax_attention, backend="splash"), query, key, value)
+        return pull(d_context)
+
+    with use_mesh(mesh):
+        text = jax.jit(gradients, out_shardings=place).lower(*heads).compile().as_text()
+    assert read_collectives(text).kinds == {}
 
 
 def test_scores_far_beyond_the_range_of_exp_do_no_harm(interpreted):

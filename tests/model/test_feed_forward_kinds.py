@@ -35,6 +35,7 @@ KINDS = {
     "no bias on down": {"scheme": "pre", "mlp_bias": True, "mlp_output_bias": False, "activation": "gelu_tanh"},
     "shared experts of another width": {**EXPERTS, "shared_experts": 1, "shared_mlp_dim": 24},
     "a gate on the shared experts": {**EXPERTS, "shared_experts": 1, "shared_mlp_dim": 24, "shared_expert_gate": True},
+    "a gate with a bias": {**EXPERTS, "shared_experts": 1, "shared_expert_gate": True, "shared_expert_gate_bias": True},
     "gpt-oss": {**EXPERTS, **CLAMP, "mlp_bias": True, "normalize_expert_weights": True},
     "clamped, with a shared expert": {**EXPERTS, **CLAMP, "shared_experts": 1},
     "a router bias alone": {**EXPERTS, "router_bias": True},
@@ -209,6 +210,7 @@ TRAINED = {
     "dense among experts, gated and balanced": {
         **MIXED,
         **{"shared_experts": 1, "shared_mlp_dim": 24, "shared_expert_gate": True, "balance_bias": True},
+        **{"shared_expert_gate_bias": True},
     },
     "gpt-oss": {**KINDS["gpt-oss"], "layer_scale": True, "logit_cap": 5.0, "norm_scale_plus_one": True},
 }

@@ -73,7 +73,7 @@ def test_decoder_and_norm_inside_an_nnx_model_are_those_of_linen(small_config, r
 WIDTH = 32
 MOE = {"num_experts": 4, "experts_per_token": 2, "mlp_dim": 24}
 CLAMPED = MOE | {"activation": "swiglu_clamped", "clamp": SwigluClamp(0.5, 1.3)}
-CLAMPED |= {"use_bias": True, "shared_experts": 1, "shared_gate": True}
+CLAMPED |= {"use_bias": True, "shared_experts": 1, "shared_gate": True, "shared_gate_bias": True}
 MIXED = {
     **{"scheme": "parallel_one_norm_qk", "num_experts": 4, "experts_per_token": 2, "dense_layers": (0,)},
     **{"norm_scale_plus_one": True, "layer_scale": True, "embedding_scale": 2.0, "logit_cap": 5.0, "dense_mlp_dim": 40},

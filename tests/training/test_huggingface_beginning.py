@@ -54,5 +54,9 @@ def test_another_model_and_the_optimizer_are_refused_by_name(config, tmp_path, r
         hn.UserError, match=r"belong to another model \(model.scheme: .*exported has span, asked post\)"
     ):
         loop.train(other)
+    # Of a deeper model the scheme places other norms, and it is not the scheme that differs.
+    deeper = dataclasses.replace(heir, model=dataclasses.replace(config.model, num_layers=config.model.num_layers + 1))
+    with pytest.raises(hn.UserError, match=r"another model \(model.num_layers: .*exported has \d, asked \d\)"):
+        loop.train(deeper)
     with pytest.raises(hn.UserError, match=r"init_optimizer=true: .*exported is a Hugging Face directory, without an"):
         loop.train(dataclasses.replace(heir, init_optimizer=True))

@@ -89,6 +89,7 @@ DEFAULTS = {
     "num_shared_experts": 0,
     "shared_intermediate_size": None,
     "shared_expert_gate": False,
+    "shared_expert_gate_bias": False,
     "balance_bias": False,
     "dense_layers": [],
     "dense_intermediate_size": None,
@@ -161,8 +162,8 @@ class HybridNormConfig(PretrainedConfig):
       qkv_clip: q, k, v are clipped to [-clip, clip] after their projections; null: they are not.
       attention_sinks: the softmax of each head has one more term exp(sink).
       num_experts: 0: the feed-forward layers are dense.
-      num_experts_per_tok, norm_topk_prob, num_shared_experts, balance_bias, shared_expert_gate: see
-        feed_forward_hybridnorm.py.
+      num_experts_per_tok, norm_topk_prob, num_shared_experts, balance_bias, shared_expert_gate,
+        shared_expert_gate_bias: see feed_forward_hybridnorm.py.
       shared_intermediate_size: width of the shared experts together; null: num_shared_experts * intermediate_size.
       dense_layers, dense_intermediate_size: layers without experts, and their width; null: intermediate_size.
       attention_bias, mlp_bias, head_bias: whether these projections have biases.

@@ -150,7 +150,8 @@ class MixtureOfExperts(nn.Module):
     """Every token passes the num_experts_per_tok experts of the largest softmax(router(x)), and the shared experts.
 
     norm_topk_prob: its weights are divided by their sum. balance_bias: is added for the choice alone.
-    shared_expert_gate: what the shared experts give is multiplied by sigmoid(shared_gate(x)).
+    shared_expert_gate: what the shared experts give is multiplied by sigmoid(shared_gate(x)), which has a bias with
+    shared_expert_gate_bias.
     """
 
     def __init__(self, config):
@@ -159,7 +160,8 @@ class MixtureOfExperts(nn.Module):
         self.router = Router(config.hidden_size, config.num_experts, bias=config.has_router_bias)
         self.experts = Experts(config)
         self.shared = FeedForward(config, config.shared_width) if config.shared_width else None
-        self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
+        has_bias = config.shared_expert_gate_bias
+        self.shared_gate = nn.Linear(config.hidden_size, 1, bias=has_bias) if config.shared_expert_gate else None
         self.register_buffer("balance_bias", torch.zeros(config.num_experts) if config.balance_bias else None)
 
     def forward(self, x):

@@ -1,0 +1,278 @@
+"""Kinds of norms: their authors' numbers, NumPy in float64, a user's own, and models that have them."""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hybridnorm_jax as hn
+from hybridnorm_jax.config.run_config import OptimizerSection
+from hybridnorm_jax.interop.authors.projects import PROJECTS, params_from_authors
+from hybridnorm_jax.interop.huggingface import save_huggingface
+from hybridnorm_jax.training.optimizer import decay_mask
+
+GOLDENS = Path(__file__).parents[1] / "goldens" / "placements"
+SIZES = {"d_model": 32, "num_layers": 3, "num_heads": 4, "vocab_size": 61}
+PROJECT_SIZES = {
+    "dyt_llama": {"mlp_dim": 48},
+    "dyt_nanogpt": {"mlp_dim": 128, "max_positions": 40},
+    "derf_nanogpt": {"mlp_dim": 128, "max_positions": 40},
+}
+OURS = {"weight": "scale"}
+# Kinds for norms on the whole stream; CRMSNorm's is another stream, with tests of its own.
+KINDS = [name for name, kind in hn.NORM_KINDS.items() if not kind.drops_last]
+
+
+def _golden(name):
+    with np.load(GOLDENS / f"{name}.npz") as file:
+        return dict(file)
+
+
+def _part(golden, prefix):
+    return {name.removeprefix(prefix): array for name, array in golden.items() if name.startswith(prefix)}
+
+
+def _error(ours, theirs):
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize(("theirs", "kind"), [("dyt", "dyt"), ("derf", "derf"), ("bhyt_star", "bhyt")])
+def test_a_module_of_the_authors_is_reproduced(theirs, kind):
+    golden = _golden("norm_kinds")
+    params, grads = (
+        {OURS.get(name, name): array for name, array in _part(golden, f"{theirs}/{part}/").items()}
+        for part in ("param", "grad")
+    )
+    norm = hn.Norm(kind=kind, epsilon=1e-6, use_bias="bias" in params)
+    assert jax.tree.map(np.shape, norm.init(jax.random.key(0), golden["x"])["params"]) == jax.tree.map(np.shape, params)
+    output, back = jax.vjp(lambda params, x: norm.apply({"params": params}, x), params, golden["x"])
+    np.testing.assert_allclose(output, golden[f"{theirs}/output"], rtol=0, atol=1e-6)
+    ours, d_x = back(jnp.asarray(golden["cotangent"]))
+    assert _error(d_x, golden[f"{theirs}/grad_x"]) < 1e-5
+    for name, gradient in grads.items():
+        assert _error(ours[name], gradient) < 1e-5, name
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_a_model_of_the_authors_is_reproduced(project):
+    golden = _golden(project)
+    config = hn.ModelConfig(**SIZES, **PROJECT_SIZES[project], **PROJECTS[project].keys)
+    params = params_from_authors(project, config, _part(golden, "param/"))
+    tokens = jnp.asarray(golden["tokens"])
+
+    def loss_fn(params):
+        logits = hn.Decoder(config).apply({"params": params}, tokens)
+        log_probs = jax.nn.log_softmax(logits[:, :-1])
+        return -jnp.take_along_axis(log_probs, tokens[:, 1:, None], -1).mean(), logits
+
+    (loss, logits), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)
+    np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(loss, golden["loss"], rtol=0, atol=1e-5)
+    expected = params_from_authors(project, config, _part(golden, "grad/"))
+    if config.attention_bias:
+        # A bias of the keys moves all logits of a query alike: its gradient is zero, and theirs is rounding.
+        assert np.abs(grads["run_0"]["attention"]["key"].pop("bias")).max() < 1e-6
+        del expected["run_0"]["attention"]["key"]["bias"]
+    assert jax.tree.structure(grads) == jax.tree.structure(expected)
+    for (path, ours), theirs in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected), strict=True):
+        assert _error(ours, theirs) < 1e-5, jax.tree_util.keystr(path)
+
+
+def test_a_checkpoint_of_the_authors_that_does_not_fit_is_refused_by_name():
+    arrays = _part(_golden("dyt_llama"), "param/")
+    config = hn.ModelConfig(**SIZES, **PROJECT_SIZES["dyt_llama"], **PROJECTS["dyt_llama"].keys)
+    with pytest.raises(hn.UserError, match=r"^dec_norm\.weight: not in the checkpoint"):
+        params_from_authors(
+            "dyt_llama", config, {name: arrays[name] for name in arrays if not name.startswith("dec_norm")}
+        )
+    with pytest.raises(hn.UserError, match=r"^more: in the checkpoint, but"):
+        params_from_authors("dyt_llama", config, arrays | {"more": np.ones(1)})
+    with pytest.raises(hn.UserError, match=r"^shared_scale: shape \(2,\) in the checkpoint, \(1,\)"):
+        params_from_authors("dyt_llama", config, arrays | {"shared_scale": np.ones(2)})
+    with pytest.raises(hn.UserError, match=r"^project=dyt: not known"):
+        params_from_authors("dyt", config, arrays)
+
+
+def _sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def _rms(x, eps):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps)
+
+
+def _gated(x, p, eps):
+    y = _rms(x, eps) * p["scale"] + p["bias"]
+    hidden = y @ p["down"]
+    return y * _sigmoid((hidden * _sigmoid(hidden)) @ p["up"])
+
+
+REFERENCES = {
+    "rmsnorm": lambda x, p, eps: _rms(x, eps) * p["scale"] + p["bias"],
+    "layernorm": lambda x, p, eps: _rms(x - x.mean(-1, keepdims=True), eps) * p["scale"] + p["bias"],
+    "dyt": lambda x, p, eps: np.tanh(p["alpha"] * x) * p["scale"] + p["bias"],
+    "derf": lambda x, p, eps: np.vectorize(math.erf)(p["alpha"] * x + p["shift"]) * p["scale"] + p["bias"],
+    "bhyt": lambda x, p, eps: np.tanh(0.1 * p["lam"] * _rms(x, eps)) * p["scale"] + p["bias"],
+    "gated": _gated,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_its_formula_in_float64(kind):
+    rng = np.random.default_rng(0)
+    x = 2 * rng.standard_normal((3, 24))
+    with jax.enable_x64(True):
+        norm = hn.Norm(kind=kind, use_bias=True, epsilon=1e-3, param_dtype=jnp.float64)
+        params = norm.init(jax.random.key(0), jnp.asarray(x))["params"]
+        params = jax.tree.map(lambda leaf: np.asarray(leaf + 0.3 * rng.standard_normal(leaf.shape)), params)
+        ours = norm.apply({"params": params}, jnp.asarray(x))
+        assert ours.dtype == jnp.float64
+    np.testing.assert_allclose(ours, REFERENCES[kind](x, params, 1e-3), rtol=1e-12, atol=1e-13)
+
+
+def _config(kind, **keys):
+    return hn.ModelConfig(scheme="hybrid_star", norm=kind, mlp_dim=48, learned_embedding_scale=True, **SIZES | keys)
+
+
+def _loss(config, params, tokens):
+    logits = hn.Decoder(config).apply({"params": params}, tokens[:, :-1])
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1).mean()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_learns_and_its_unrolled_layers_are_the_scanned_ones(kind):
+    config = _config(kind, remat="full")
+    tokens = np.random.default_rng(1).integers(0, 61, (2, 9))
+    params = jax.jit(hn.Decoder(config).init)(jax.random.key(0), tokens)["params"]
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def train(params, state):
+        def step(carry, _):
+            params, state = carry
+            loss, gradient = jax.value_and_grad(lambda params: _loss(config, params, tokens))(params)
+            updates, state = optimizer.update(gradient, state)
+            return (optax.apply_updates(params, updates), state), loss
+
+        (params, _), losses = jax.lax.scan(step, (params, state), None, length=20)
+        return params, losses
+
+    trained, losses = train(params, optimizer.init(params))
+    assert losses[-1] < 0.7 * losses[0]
+    assert np.isfinite(losses).all()
+    from hybridnorm_jax.generation.ready_parameters import ready
+
+    scanned = hn.Decoder(config).apply({"params": trained}, tokens)
+    unrolled = hn.Decoder(config, unrolled=True).apply({"params": ready(config, trained)}, tokens)
+    np.testing.assert_allclose(scanned, unrolled, rtol=0, atol=1e-5 * np.abs(scanned).max())
+
+
+def test_parameters_start_as_the_keys_say():
+    config = hn.ModelConfig(
+        scheme="peri", norm="derf", mlp_dim=48, norm_alpha=(0.8, 0.3, 0.2), norm_shift=(0.1,), **SIZES
+    )
+    params = hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 2), int))["params"]
+    run = params["run_0"]
+    for name in ("attention_pre_norm", "attention_branch_norm"):
+        np.testing.assert_allclose(run[name]["alpha"], 0.8)
+    for name in ("feed_forward_pre_norm", "feed_forward_branch_norm"):
+        np.testing.assert_allclose(run[name]["alpha"], 0.3)
+    for name in ("embedding_norm", "final_norm"):
+        np.testing.assert_allclose(params[name]["alpha"], 0.2)
+        np.testing.assert_allclose(params[name]["shift"], 0.1)
+    heads = dataclasses.replace(config, scheme="hybrid")
+    run = hn.Decoder(heads).init(jax.random.key(0), np.zeros((1, 2), int))["params"]["run_0"]
+    np.testing.assert_allclose(run["attention"]["q_norm"]["alpha"], 0.8)
+
+
+def test_norms_decay_as_one_group():
+    config = _config("gated")
+    params = hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 2), int))["params"]
+    mask = decay_mask(OptimizerSection(decay_norms_and_biases=False), params)
+    assert set(mask["run_0"]["attention_pre_norm"]) == {"scale", "down", "up"}
+    assert not any(mask["run_0"]["attention_pre_norm"].values())
+    assert mask["run_0"]["feed_forward"]["down"]["kernel"]
+    assert not mask["embedding_scale"]["scale"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"norm": "dytt"}, r"^model\.norm=dytt: not known"),
+        ({"norm": "rmsnorm", "norm_alpha": (0.5,)}, r"^model\.norm_alpha=.*norms of model\.norm=rmsnorm have no alpha"),
+        ({"norm": "dyt", "norm_shift": (0.5,)}, r"^model\.norm_shift=.*have no shift"),
+        ({"norm": "dyt", "norm_alpha": (0.5, 0.2)}, r"^model\.norm_alpha=.*must be one number, or three"),
+        ({"attention_norm": "crmsnorm"}, r"^model\.attention_norm=crmsnorm: not known"),
+    ],
+)
+def test_what_a_kind_does_not_have_is_refused(keys, message):
+    with pytest.raises(hn.ConfigError, match=message):
+        hn.ModelConfig(scheme="pre", **SIZES, **keys)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not hn.NORM_KINDS[kind].is_layer_norm])
+def test_conversion_names_the_kind_it_refuses(kind):
+    with pytest.raises(hn.ConfigError, match=f"^model.norm={kind}: only LayerNorm"):
+        hn.equivalence.conversion_of(hn.ModelConfig(scheme="pre", norm=kind, **SIZES), "pre_rmsnorm")
+
+
+def test_a_kind_without_pytorch_code_is_not_exported(tmp_path):
+    config = hn.ModelConfig(scheme="pre", norm="gated", **SIZES)
+    params = hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 2), int))["params"]
+    with pytest.raises(hn.UserError, match=r"^model\.norm=gated: the PyTorch code"):
+        save_huggingface(tmp_path, config, params, architecture="hybridnorm")
+
+
+# ---- A user's own
+
+
+@pytest.fixture
+def softsign():
+    @hn.norm_kind("softsign", parameters=[hn.NormParameter("alpha", start=0.7), hn.NormParameter("v", ("width",))])
+    def function(x, alpha, v):
+        return alpha * x / (1 + jnp.abs(v * x))
+
+    yield
+    del hn.NORM_KINDS["softsign"]
+
+
+@pytest.mark.usefixtures("softsign")
+def test_a_users_own_kind_gets_its_scale_and_bias_from_the_library():
+    x = jnp.asarray([[1.0, -3.0, 2.0]])
+    norm = hn.Norm(kind="softsign", use_bias=True, starts={"alpha": 2.0})
+    params = norm.init(jax.random.key(0), x)["params"]
+    assert jax.tree.map(np.shape, params) == {"scale": (3,), "bias": (3,), "alpha": (1,), "v": (3,)}
+    params |= {"scale": jnp.full(3, 5.0), "bias": jnp.ones(3)}
+    np.testing.assert_allclose(norm.apply({"params": params}, x), 5 * 2 * x / (1 + abs(x)) + 1, rtol=1e-6)
+    config = _config("softsign", norm_alpha=(0.1,))
+    params = hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 2), int))["params"]
+    np.testing.assert_allclose(params["final_norm"]["alpha"], 0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "function", "message"),
+    [
+        ("dyt", (), lambda x: x, "a norm kind named 'dyt' already exists"),
+        ("", (), lambda x: x, "a norm kind's name must be a text"),
+        ("mine", (), 3, "must be a function of one array x, not int"),
+        ("mine", (), lambda: 1, "must be a function of one array x; too many"),
+        ("mine", (), lambda x, y: x, "must be a function of one array x; missing a required argument: 'y'"),
+        ("mine", ("a", "a"), lambda x, a: x, "two parameters are named 'a'"),
+        ("mine", ("scale",), lambda x, scale: x, "a norm's parameter is named 'scale'"),
+        ("mine", (), lambda x: x[0], "must return an array of this dtype and shape, not float32[3, 8]"),
+        ("mine", (), lambda x: x > 0, "must return an array of this dtype and shape, not bool[2, 3, 8]"),
+        ("mine", (), lambda x: None, "must return an array, not NoneType"),
+        ("mine", (), lambda x: 1 / 0, "raises ZeroDivisionError"),
+    ],
+)
+def test_what_is_no_norm_is_refused_where_it_is_registered(name, parameters, function, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as refusal:
+        hn.norm_kind(name, parameters=[hn.NormParameter(each) for each in parameters])(function)
+    assert "\n" not in str(refusal.value)
+    assert "mine" not in hn.NORM_KINDS
