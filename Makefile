@@ -12,11 +12,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: help train test lint docs clean
+.PHONY: help train test test-slow lint docs clean
 
 help:
 	@echo "make train [ARGS='CONFIG key=value ...']        pretrain (the quickstart without ARGS), then evaluate"
-	@echo "make test  [TESTS=tests/x/test_y.py] [ARGS=-x]  the tests"
+	@echo "make test  [TESTS=tests/x/test_y.py] [ARGS=-x]  the tests, without those that are long or slow"
+	@echo "make test-slow  [TESTS=...] [ARGS=...]          the tests that take minutes each, and no others"
 	@echo "make lint                                       ruff, what may import what, and types"
 	@echo "make docs                                       the pages in docs/ as a site, in build/site"
 	@echo "make clean                                      delete environments and caches, not runs"
@@ -27,6 +28,9 @@ train: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 15 --durations-min 4 $(TESTS) $(ARGS)
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 15 --durations-min 4 -m slow $(TESTS) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check

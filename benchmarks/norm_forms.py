@@ -13,7 +13,7 @@ from vit import ViT, vit_conversion
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.equivalence import conversion_of
-from hybridnorm_jax.model import norms
+from hybridnorm_jax.model import norm_functions
 
 FORMS = {
     "pre_ln": "Pre-LN",
@@ -120,9 +120,9 @@ SHAPES = {
 
 
 def one_pass_layer_norm(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, *, eps: float = 1e-5, axis: norms.Axes = -1
+    x: jax.Array, scale: jax.Array, bias: jax.Array, *, eps: float = 1e-5, axis: norm_functions.Axes = -1
 ) -> jax.Array:
-    """norms.layer_norm with the variance as mean(x^2) - mean(x)^2, which cancels where the mean is large."""
+    """norm_functions.layer_norm with the variance as mean(x^2) - mean(x)^2, which cancels where the mean is large."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean = wide.mean(axis, keepdims=True)
     mean_square = jnp.square(wide).mean(axis, keepdims=True)
@@ -161,7 +161,7 @@ class Form:
     def logits(self, params: Any, inputs: jax.Array) -> jax.Array:
         """Logits (batch, positions, outputs); `params` are the model's own."""
         # The caller jits this as a whole: the patch lasts while JAX traces, which is when the norm is looked up.
-        patch = mock.patch.object(norms, "layer_norm", one_pass_layer_norm)
+        patch = mock.patch.object(norm_functions, "layer_norm", one_pass_layer_norm)
         with patch if self.one_pass else contextlib.nullcontext():
             return self.module.apply({"params": params}, inputs)
 

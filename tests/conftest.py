@@ -12,8 +12,10 @@ FLAGS = (
     "--xla_llvm_disable_expensive_passes=true",
 )
 # Of what then remains the MLIR emitters of fusions take two thirds; later versions have no others, and end at the flag.
+# And to split a program into parts, which are then compiled side by side, costs more than it saves: they are small, and
+# the other workers have the other cores.
 if metadata.version("jaxlib").startswith("0.10."):
-    FLAGS += ("--xla_cpu_use_fusion_emitters=false",)
+    FLAGS += ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
 os.environ["XLA_FLAGS"] = " ".join((*FLAGS, os.environ.get("XLA_FLAGS", "")))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Shared by all workers and by the programs that tests start. JAX by default keeps only what took a second to compile.

@@ -24,7 +24,7 @@ class HeadNorm:
 
     Attributes:
       scale, bias: of shape (head_dim,), or None.
-      function: model.norms.rms_norm or layer_norm.
+      function: model.norm_functions.rms_norm or layer_norm.
       epsilon: inside its root.
     """
 

@@ -98,7 +98,8 @@ def through_layers(
             streams = _one_by_one(config, run, streams, layers, shared, deterministic=deterministic)
         else:
             of_run = _with_rotation(shared, run)
-            streams, _ = _scanned(config, run, f"run_{number}", deterministic=deterministic)(streams, layers, of_run)
+            blocks = _scanned(config, run, f"run_{number}", deterministic=deterministic, has_keys=bool(keys))
+            streams, _ = blocks(streams, layers, of_run)
     return streams
 
 
@@ -129,8 +130,11 @@ def _one_by_one(
     return streams
 
 
-def _scanned(config: ModelConfig, run: Run, name: str, *, deterministic: bool) -> nn.Module:
+def _scanned(config: ModelConfig, run: Run, name: str, *, deterministic: bool, has_keys: bool) -> nn.Module:
     """The blocks of a run, one after the other: (Streams, layer_inputs(run), SharedInputs) -> (Streams, None)."""
+    # Flax can trace the block once more, to look for variables that all layers share. There are none, and tracing takes
+    # longer than computing a small model. But the count of a block's keys goes on from one tracing to the next and is
+    # folded into them: where there are keys, the same seed would give other numbers.
     block = ScannedBlock
     if config.remat not in ("none", AUTO_REMAT):
         # A loop keeps XLA from merging what is computed again with what was computed first; without one, a barrier.
@@ -143,6 +147,7 @@ def _scanned(config: ModelConfig, run: Run, name: str, *, deterministic: bool) -
         in_axes=(0, nn.broadcast),
         length=run.length,
         unroll=min(config.scan_unroll, run.length),
+        check_constancy_invariants=has_keys,
     )
     return scanned(
         config=config,

@@ -15,7 +15,7 @@ from hybridnorm_jax.config.yaml_files import FIELDS, SECTIONS, gather
 
 ALL = [command for page in PAGES for command in commands(page)]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
-TARGETS = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+TARGETS = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
 # Where each command has read its arguments and begins to work: "module.function".
 WORK = {
     "eval": "commands.eval.evaluate_run",

@@ -33,7 +33,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def params(config):
-    params = hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+    params = jax.jit(hn.Decoder(config).init)(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
     # Fresh logits are nearly alike; a larger head tells tokens apart.
     return params | {"head": {"kernel": 2 * params["head"]["kernel"]}}
 
@@ -175,7 +175,7 @@ def test_a_token_that_the_model_does_not_have_is_named(config, params):
 
 def test_learned_positions_are_not_exceeded_where_lengths_are_rounded_up(config):
     learned = dataclasses.replace(config, positions="learned", max_positions=50)
-    params = hn.Decoder(learned).init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+    params = jax.jit(hn.Decoder(learned).init)(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
     scorer = TokenScorer(hn.Decoder(learned), _one_device(), window=50, batch_size=2)
     (score,) = scorer.score(params, [Request([1] * 60, [2] * 70)])
     assert np.isfinite(score.log_likelihood)

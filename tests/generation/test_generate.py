@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import QUICK_SCHEMES, others_are_long
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.equivalence.forms import conversion_of
@@ -127,7 +128,7 @@ def _assert_cached_is_whole(config, params, *, read, first):
         np.testing.assert_allclose(ours[row], expected, rtol=CLOSE, atol=CLOSE * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("kind", SCHEMES)
+@pytest.mark.parametrize("kind", others_are_long(SCHEMES, [f"scheme {name}" for name in QUICK_SCHEMES]))
 def test_logits_with_the_cache_are_those_of_the_whole_text(kind, random_params):
     """Token by token from the first one on, so that the whole text and one step are all that is compiled."""
     _assert_cached_is_whole(*_kind(kind, random_params), read=1, first=np.array([0, 0]))
@@ -192,7 +193,7 @@ def test_bfloat16_is_as_near_to_its_forward_pass_as_rounding_allows(random_param
     config = dataclasses.replace(config, dtype="bfloat16")
     tokens = np.random.default_rng(0).integers(0, 61, (1, 11)).astype(np.int32)
     ours = _cached_logits(config, params, tokens, read=6, first=np.array([0])).astype(np.float32)
-    whole = np.asarray(hn.Decoder(config).apply({"params": params}, tokens)[0, 5:], np.float32)
+    whole = np.asarray(jax.jit(hn.Decoder(config).apply)({"params": params}, tokens)[0, 5:], np.float32)
     # 8 bits: each of a few roundings a layer is off by 2^-9 of its number, and they add up like random numbers.
     deviation = np.linalg.norm(ours[0] - whole) / np.linalg.norm(whole)
     assert deviation < np.sqrt(10 * config.num_layers) * 2**-9
@@ -210,7 +211,7 @@ def test_float64_writes_what_its_forward_pass_says(random_params):
 def counting_model():
     """Parameters with which token t is followed by t + 1 with near certainty: no branch writes, the head is shifted."""
     config = hn.ModelConfig(scheme="pre", d_model=16, num_layers=1, num_heads=2, mlp_dim=8, vocab_size=16)
-    params = hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+    params = jax.jit(hn.Decoder(config).init)(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
     for branch, name in (("attention", "out"), ("feed_forward", "down")):
         params["run_0"][branch][name]["kernel"] *= 0
     params["token_embedding"]["embedding"] = jnp.eye(16)

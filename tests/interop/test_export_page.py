@@ -1,5 +1,6 @@
 """docs/using_a_model.md: its table of schemes is what its script writes, and its example is the model card's."""
 
+import functools
 import importlib.util
 import re
 from pathlib import Path
@@ -11,10 +12,12 @@ from hybridnorm_jax.interop.architectures import ARCHITECTURES
 DOCS = Path(__file__).parents[2] / "docs"
 
 
+@functools.cache
 def _script():
     spec = importlib.util.spec_from_file_location("write_export_table", DOCS / "write_export_table.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.table = functools.cache(module.table)  # it tries every scheme with every kind of model
     return module
 
 

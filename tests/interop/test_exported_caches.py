@@ -122,7 +122,7 @@ def test_more_tokens_than_learned_positions_are_refused(model_of):
         model.generate(ids(TOKENS), do_sample=False, max_new_tokens=10)
 
 
-@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_cached_text_that_grows_beyond_the_length_of_longrope_is_refused(tmp_path, fresh_compiler, is_compiled):
     """There all its tokens are rotated anew, and a cache holds the old ones. Our own generation refuses it, too."""
     model = in_torch(export(tmp_path / "model", config_of("longrope", rope_original_length=8)).directory)

@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+from covering import others_are_long
 from exported_models import (
     TOKENS,
     config_of,
@@ -20,7 +21,9 @@ from exported_models import (
 import hybridnorm_jax as hn
 
 
-@pytest.mark.parametrize("name", ["hybrid_star", "span", "experts_with_all", "learned_positions"])
+@pytest.mark.parametrize(
+    "name", others_are_long(["hybrid_star", "span", "experts_with_all", "learned_positions"], ["experts_with_all"])
+)
 def test_the_forward_pass_is_one_graph(model_of, fresh_compiler, name):
     model = model_of(name)
     graph = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -30,6 +33,7 @@ def test_the_forward_pass_is_one_graph(model_of, fresh_compiler, name):
     np.testing.assert_allclose(padded, logits_of(model, tokens, attention_mask=mask), rtol=0, atol=1e-5)
 
 
+@pytest.mark.long
 def test_one_graph_serves_every_length(model_of, fresh_compiler):
     """torch takes a second length as a sign that the length is a symbol."""
     model = model_of("span")

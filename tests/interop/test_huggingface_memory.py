@@ -38,7 +38,9 @@ EXPERTS = {"scheme": "pre_qk_projection", "num_layers": 4, "mlp_dim": 128, "num_
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
-@pytest.mark.parametrize(("keys", "tensors"), [(DENSE, 111), (EXPERTS, 4 * (3 * 64 + 9) + 3)])
+@pytest.mark.parametrize(
+    ("keys", "tensors"), [pytest.param(DENSE, 111, marks=pytest.mark.long), (EXPERTS, 4 * (3 * 64 + 9) + 3)]
+)
 def test_peak_memory_is_under_1_3_times_the_checkpoint(tmp_path, keys, tensors):
     config = hn.ModelConfig(d_model=512, num_heads=8, vocab_size=16_000, **keys)
     rng = np.random.default_rng(0)
@@ -129,6 +131,7 @@ print(json.dumps({"peak": peak, "digest": digest}))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
+@pytest.mark.long
 def test_onto_a_mesh_the_host_holds_one_layer_at_a_time(tmp_path):
     """The devices are the host's own here, so their memory counts as well: the parameters once, and little more."""
     sizes = {"d_model": 768, "num_heads": 8, "num_kv_heads": 4, "mlp_dim": 3072, "vocab_size": 8000, "scheme": "pre"}

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from covering import diagonal, others_are_long
 from test_attention_backends import FITS, documents, draw
 
 from hybridnorm_jax.errors import ConfigError
@@ -142,18 +143,23 @@ def compare(name, *, seq, kv_heads, segmented, mesh=None):
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize(("seq", "kv_heads", "segmented"), [(7, 4, False), (200, 2, True), (300, 1, False)])
-def test_xla_computes_what_the_rules_say_with_its_gradients(name, seq, kv_heads, segmented):
-    compare(name, seq=seq, kv_heads=kv_heads, segmented=segmented)
+def test_xla_computes_what_the_rules_say_with_its_gradients(name):
+    """Of documents, with two heads to one of keys, in several blocks."""
+    compare(name, seq=200, kv_heads=2, segmented=True)
 
 
-@pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize(
-    ("sizes", "kv_heads", "segmented"),
-    [({"context": 2, "tensor": 4}, 2, True), ({"context": 4}, 4, False), ({"data": 2, "tensor": 2}, 4, True)],
-    ids=str,
-)
-def test_it_is_the_same_where_devices_share_sequences_and_heads(name, sizes, kv_heads, segmented, monkeypatch):
+@pytest.mark.parametrize("name", others_are_long(RULES, ["all", "all_bidirectional"]))
+@pytest.mark.parametrize(("seq", "kv_heads"), [(7, 4), (300, 1)])
+def test_xla_computes_it_for_other_lengths_and_heads(name, seq, kv_heads):
+    compare(name, seq=seq, kv_heads=kv_heads, segmented=False)
+
+
+SHARED = [({"context": 2, "tensor": 4}, 2, True), ({"context": 4}, 4, False), ({"data": 2, "tensor": 2}, 4, True)]
+
+
+@pytest.mark.parametrize(("name", "shared"), diagonal(RULES, SHARED, apart=3))
+def test_it_is_the_same_where_devices_share_sequences_and_heads(name, shared, monkeypatch):
+    sizes, kv_heads, segmented = shared
     monkeypatch.setattr(split_sequence, "BLOCK", 8)  # several blocks of keys to each half
     mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     compare(name, seq=192, kv_heads=kv_heads, segmented=segmented, mesh=mesh)
@@ -183,8 +189,9 @@ def test_a_static_window_leaves_out_blocks_that_nobody_sees():
     assert products(ScoreRules(window=64)) < 0.75 * products(ScoreRules())
 
 
-@pytest.mark.parametrize("name", [name for name in RULES if RULES[name].get("causal", True)])
-@pytest.mark.parametrize("blocks", [None, 3, 8])
+@pytest.mark.parametrize(
+    ("name", "blocks"), diagonal([name for name in RULES if RULES[name].get("causal", True)], [None, 3, 8], apart=3)
+)
 def test_a_new_token_sees_kept_ones_by_the_same_rules(name, blocks):
     keys, (batch, slots, kv_heads, width) = RULES[name], (3, 61, 2, 8)
     attend = attend_at_once if blocks is None else functools.partial(attend_in_blocks, blocks=blocks)

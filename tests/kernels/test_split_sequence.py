@@ -189,7 +189,7 @@ def test_a_long_sequence_is_shared_by_a_whole_model(small_config):
     """Logits of a decoder, positions split among eight devices."""
     config = small_config(scheme="hybrid_star")
     tokens = np.random.default_rng(0).integers(0, 61, (1, 64)).astype(np.int32)
-    params = hn.Decoder(config).init(jax.random.key(0), tokens)
+    params = jax.jit(hn.Decoder(config).init)(jax.random.key(0), tokens)
     expected = jax.jit(hn.Decoder(config).apply)(params, tokens)
     with use_mesh(_mesh(context=8)):
         got = jax.jit(hn.Decoder(config).apply)(params, tokens)

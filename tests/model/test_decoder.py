@@ -1,6 +1,7 @@
 """What a decoder means: causal, the same scanned or not, in pieces or whole, in any dtype."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,13 @@ from hybridnorm_jax.model.embedding import Embedding
 from hybridnorm_jax.model.rotation import rotation
 
 
+@functools.cache
+def _compiled(config):
+    return jax.jit(hn.Decoder(config).apply, static_argnames="deterministic")
+
+
 def _logits(config, params, tokens, **inputs):
-    return hn.Decoder(config).apply({"params": params}, jnp.asarray(tokens), **inputs)
+    return _compiled(config)({"params": params}, jnp.asarray(tokens), **inputs)
 
 
 def _gradient(config, params, tokens):
@@ -33,7 +39,7 @@ def _assert_trees_close(ours, expected, tolerance):
 
 def test_the_tree_is_plain_nested_dicts_of_the_documented_paths(small_config, tokens):
     config = small_config(scheme="hybrid_star")
-    params = hn.Decoder(config).init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(hn.Decoder(config).init)(jax.random.key(0), tokens)["params"]
     assert type(params) is dict
     shapes = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
@@ -76,6 +82,31 @@ def test_rematerialization_changes_no_gradient(policy, small_config, random_para
     _assert_trees_close(ours, _gradient(config, params, tokens), 1e-6)
 
 
+@pytest.mark.parametrize(("dropout", "tracings"), [(0.0, 1), (0.5, 2)])
+def test_a_block_is_traced_once_where_no_keys_are_drawn(dropout, tracings, small_config, random_params, tokens):
+    """With keys Flax traces it twice, and counts both in the keys: once would be other numbers from the same seed."""
+    config = small_config(scheme="pre", dropout=dropout)
+    params, called = random_params(config), []
+    formula = hn.Block.transform
+
+    def counted(*arguments, **keys):
+        called.append(1)
+        return formula(*arguments, **keys)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hn.Block, "transform", counted)
+        jax.eval_shape(
+            lambda params: hn.Decoder(config).apply(
+                {"params": params},
+                tokens,
+                deterministic=not dropout,
+                rngs={"dropout": jax.random.key(0)} if dropout else None,
+            ),
+            params,
+        )
+    assert len(called) == tracings
+
+
 def test_rematerialization_computes_again_also_without_a_loop(small_config, random_params, tokens):
     config = small_config(scheme="pre")
     params = random_params(config)
@@ -103,7 +134,7 @@ def test_rematerialization_computes_again_also_without_a_loop(small_config, rand
 @pytest.mark.parametrize("scheme", ["hybrid_star", "span", "post", "reordered"])
 def test_bfloat16_is_close_to_float32(scheme, small_config, tokens):
     config = small_config(scheme=scheme)
-    params = hn.Decoder(config).init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(hn.Decoder(config).init)(jax.random.key(0), tokens)["params"]
     exact = _logits(config, params, tokens)
     rounded = _logits(dataclasses.replace(config, dtype="bfloat16"), params, tokens)
     assert rounded.dtype == jnp.float32
@@ -183,7 +214,7 @@ def test_a_partial_rotation_leaves_the_other_channels_alone():
 def test_one_hidden_layer_activations(activation):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4)), jnp.float32)
     module = hn.FeedForward(mlp_dim=6, activation=activation, use_bias=True)
-    params = module.init(jax.random.key(0), x)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), x)["params"]
     params["up"]["bias"] = jnp.arange(6.0) / 6
     hidden = np.asarray(x @ params["up"]["kernel"] + params["up"]["bias"], np.float64)
     cubic = np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden**3)
@@ -200,7 +231,7 @@ def test_one_hidden_layer_activations(activation):
 @pytest.mark.parametrize("norm", ["layernorm", "crmsnorm"])
 def test_every_norm_kind_with_biases_everywhere(norm, small_config, tokens):
     config = small_config(norm=norm, norm_bias=True, attention_bias=True, mlp_bias=True, scheme="hybrid_star")
-    params = hn.Decoder(config).init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(hn.Decoder(config).init)(jax.random.key(0), tokens)["params"]
     assert params["run_1"]["attention"]["query"]["bias"].shape == (2, 4, 8)
     assert params["run_1"]["attention_post_norm"]["bias"].shape == (2, 32)
     assert params["run_1"]["feed_forward"]["down"]["bias"].shape == (2, 32)

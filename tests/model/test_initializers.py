@@ -41,7 +41,7 @@ def params_of():
             )
             drawn[initializer] = (
                 config,
-                hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"],
+                jax.jit(hn.Decoder(config).init)(jax.random.key(0), np.zeros((1, 2), np.int32))["params"],
             )
         return drawn[initializer]
 
@@ -74,7 +74,7 @@ def test_layers_differ_from_each_other(params_of):
 
 def test_the_branch_norm_of_the_7b_model_starts_small():
     config = hn.ModelConfig(scheme="hybrid_output_norm", d_model=16, num_layers=8, num_heads=2, vocab_size=7)
-    params = hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+    params = jax.jit(hn.Decoder(config).init)(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
     np.testing.assert_allclose(params["run_1"]["attention_branch_norm"]["scale"], 0.25)
     np.testing.assert_allclose(params["run_1"]["attention_post_norm"]["scale"], 1.0)
 

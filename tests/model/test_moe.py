@@ -207,7 +207,7 @@ def test_a_bias_may_choose_experts_of_no_probability():
 
 def test_sizes_and_starting_values_of_a_model(small_config):
     config = small_config(**MOE, shared_experts=2, initializer="megatron", init_std=0.02, d_model=64, mlp_dim=32)
-    params = hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    params = jax.jit(hn.Decoder(config).init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
     layer = params["run_1"]["feed_forward"]
     assert layer["shared"]["up"]["kernel"].shape == (2, 64, 64)
     assert layer["shared"]["down"]["kernel"].shape == (2, 64, 64)

@@ -90,7 +90,8 @@ def test_the_part_is_there(name, small_config, random_params, tokens):
     params = random_params(config)
     left = _filled(random_params(other, seed=1), params)
     there, absent = (
-        hn.Decoder(each).apply({"params": leaves}, tokens) for each, leaves in ((config, params), (other, left))
+        jax.jit(hn.Decoder(each).apply)({"params": leaves}, tokens)
+        for each, leaves in ((config, params), (other, left))
     )
     assert np.abs(there - absent).max() > 1e-3 * np.abs(there).max()
 
@@ -140,7 +141,7 @@ def test_gradients_are_finite_differences(name, small_config, random_params, tok
         length = math.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(direction)))
         direction = jax.tree.map(lambda leaf: leaf / length, direction)
         loss = jax.jit(lambda params: _loss(config, params, tokens))
-        gradient = jax.grad(loss)(params)
+        gradient = jax.jit(jax.grad(loss))(params)
         slope = sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
         step = 1e-5
         ends = [float(loss(jax.tree.map(lambda a, b, s=s: a + s * b, params, direction))) for s in (step, -step)]
@@ -157,7 +158,8 @@ def test_the_loss_in_chunks_and_its_gradient_are_those_of_whole_logits(name, sma
         def loss(params, chunk):
             return batch_loss(hn.Decoder(config), {"params": params}, batch, chunk=chunk, z_loss=0.1)[0]
 
-        chunked, whole = (jax.value_and_grad(loss)(params, chunk) for chunk in (4, None))
+        compiled = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+        chunked, whole = (compiled(params, chunk) for chunk in (4, None))
     for (path, ours), theirs in zip(jax.tree.leaves_with_path(chunked), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-11, err_msg=jax.tree_util.keystr(path))
     logits = forward(config, params, tokens)
@@ -171,8 +173,10 @@ def test_the_loss_in_chunks_and_its_gradient_are_those_of_whole_logits(name, sma
 def test_what_is_computed_again_is_the_same(name, remat, small_config, random_params, tokens):
     config = small_config(**PARTS[name])
     params = random_params(config)
-    plain = jax.grad(lambda params: _loss(config, params, tokens))(params)
-    again = jax.grad(lambda params: _loss(dataclasses.replace(config, remat=remat), params, tokens))(params)
+    plain, again = (
+        jax.jit(jax.grad(lambda params, each=each: _loss(each, params, tokens)))(params)
+        for each in (config, dataclasses.replace(config, remat=remat))
+    )
     for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -180,11 +184,11 @@ def test_what_is_computed_again_is_the_same(name, remat, small_config, random_pa
 def test_scales_that_are_stored_less_1_start_less_1_and_start_the_same_model(small_config, tokens):
     for scheme in ("hybrid_output_norm", "qkvc_post", "reordered"):
         plain, less = (small_config(scheme=scheme, norm_scale_plus_one=each) for each in (False, True))
-        params, stored = (hn.Decoder(each).init(jax.random.key(0), tokens)["params"] for each in (plain, less))
+        params, stored = (jax.jit(hn.Decoder(each).init)(jax.random.key(0), tokens)["params"] for each in (plain, less))
         for (path, ours), theirs in zip(jax.tree.leaves_with_path(stored), jax.tree.leaves(params), strict=True):
             shift = 1 if path[-1].key == "scale" else 0
             np.testing.assert_allclose(ours + shift, theirs, rtol=1e-6, atol=1e-7, err_msg=jax.tree_util.keystr(path))
-        logits = [hn.Decoder(c).apply({"params": p}, tokens) for c, p in ((plain, params), (less, stored))]
+        logits = [jax.jit(hn.Decoder(c).apply)({"params": p}, tokens) for c, p in ((plain, params), (less, stored))]
         np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-6)
 
 
@@ -206,7 +210,7 @@ def test_the_factor_of_the_embedding_is_rounded_as_gemma_rounds_it():
 
 def test_layer_scale_starts_at_1_and_decays_as_norms_do(small_config, tokens):
     config = small_config(scheme="pre", layer_scale=True)
-    params = hn.Decoder(config).init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(hn.Decoder(config).init)(jax.random.key(0), tokens)["params"]
     scale = params["run_0"]["feed_forward_layer_scale"]["scale"]
     assert scale.shape == (3, 32)
     assert (np.asarray(scale) == 1).all()

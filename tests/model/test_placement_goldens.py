@@ -83,7 +83,7 @@ def test_a_decoder_of_fairseq_is_reproduced(name):
     params = _from_fairseq(golden, "param/", config, embed_scale)
     tokens = jnp.asarray(golden["tokens"])
     assert jax.tree.map(np.shape, params) == jax.tree.map(
-        np.shape, hn.Decoder(config).init(jax.random.key(0), tokens)["params"]
+        np.shape, jax.jit(hn.Decoder(config).init)(jax.random.key(0), tokens)["params"]
     )
 
     def loss_fn(params):

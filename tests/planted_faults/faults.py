@@ -43,14 +43,14 @@ MODEL = (
     ),
     Fault(
         name="epsilon_outside_the_root",
-        file="model/norms.py",
+        file="model/norm_functions.py",
         right="wide * jax.lax.rsqrt(mean_square + eps)",
         wrong="wide / (jnp.sqrt(mean_square) + eps)",
         tests=("model/test_norms.py",),
     ),
     Fault(
         name="crmsnorm_divides_by_the_stored_width",
-        file="model/norms.py",
+        file="model/norm_functions.py",
         right="width = stored + 1 if width is None else width",
         wrong="width = stored if width is None else width",
         tests=("model/test_norms.py",),
@@ -263,8 +263,8 @@ MOMENTS = (
     Fault(
         name="biases_decay",
         file="training/optimizer.py",
-        right='if name in ("scale", "bias", "sinks")',
-        wrong='if name in ("scale", "sinks")',
+        right='or name in ("scale", "bias", "sinks")',
+        wrong='or name in ("scale", "sinks")',
         tests=("training/test_step.py::test_what_decays",),
     ),
     Fault(

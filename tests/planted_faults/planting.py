@@ -50,7 +50,9 @@ def first_failure(fault: Fault, directory: Path) -> str | None:
       RuntimeError: the tests could not be run.
     """
     tests = [str(Path("tests") / name) for name in fault.tests]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+    # With those that `make test` leaves out: some faults are found by long tests alone.
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
+    command = [sys.executable, "-m", "pytest", *options, *tests]
     environment = os.environ | {
         "PYTHONPATH": str(directory),
         "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".jax_cache"),

@@ -16,7 +16,7 @@ def config(small_config):
 
 @pytest.fixture
 def params(config):
-    return hn.Decoder(config.model).init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    return jax.jit(hn.Decoder(config.model).init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
 
 
 def assert_same(ours, theirs):
@@ -33,8 +33,8 @@ def test_what_is_saved_is_loaded(config, params, tmp_path, tokens):
         assert loaded_config.model == config.model
         assert (loaded_config.run.name, loaded_config.run.dir) == ("mine", str(tmp_path / "runs"))
     assert {leaf.sharding for leaf in jax.tree.leaves(loaded)} == {SingleDeviceSharding(jax.devices()[0])}
-    logits = hn.Decoder(loaded_config.model).apply({"params": loaded}, tokens)
-    np.testing.assert_array_equal(logits, hn.Decoder(config.model).apply({"params": params}, tokens))
+    logits = jax.jit(hn.Decoder(loaded_config.model).apply)({"params": loaded}, tokens)
+    np.testing.assert_array_equal(logits, jax.jit(hn.Decoder(config.model).apply)({"params": params}, tokens))
     assert run_directory.newest_checkpoint(path) == (f"{path}/checkpoints/000007", 7)
     with pytest.raises(hn.UserError, match="mine: exists already"):
         hn.save_run(path, config, params)

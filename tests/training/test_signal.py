@@ -124,7 +124,7 @@ def test_two_blocks_computed_by_hand(monkeypatch):
             "head": {"kernel": np.array([[1.0, 0.0]])},
         }
         batch = {"tokens": np.zeros((1, 3), int), "targets": np.ones((1, 3), int), "weights": np.ones((1, 3))}
-        measures, _ = measure_signal(hn.Decoder(config), params, batch)
+        measures, _ = jax.jit(functools.partial(measure_signal, hn.Decoder(config)))(params, batch)
 
     factor = (1 + a) * (1 + b)
     rms = embedding * factor ** np.arange(3)
@@ -212,8 +212,8 @@ def test_watch_takes_sequences_of_every_share_and_the_optimizers_own_update(keys
     watch = jax.jit(make_watch(model, optimizer, shares=2, sequences=2))
     found = watch(state, batch)
     some = jax.tree.map(lambda leaf: leaf[0][np.array([0, 1, 3, 4])], batch)
-    measures, gradient = measure_signal(model, params, some)
-    updates = layer_norms(optimizer.update(gradient, state.opt_state, params)[0])
+    measures, gradient = jax.jit(functools.partial(measure_signal, model))(params, some)
+    updates = layer_norms(jax.jit(optimizer.update)(gradient, state.opt_state, params)[0])
     for name, value in measures.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-4, err_msg=name)
     for name, value in updates.items():

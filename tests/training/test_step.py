@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from covering import QUICK_SCHEMES, others_are_long
 from jax.sharding import PartitionSpec
 
 import hybridnorm_jax as hn
@@ -65,18 +66,8 @@ def _assert_same_params(ours, expected, tolerance):
         assert error < tolerance, (jax.tree_util.keystr(path), error)
 
 
-# HybridNorm's appendix G differs in which of four norms are there; three of its 24 stand for all in the quick tests.
-ABLATIONS = {
-    form.replace("#", normalized)
-    for form in ("#_post", "#_pre", "pre_#_post", "pre_#_pre")
-    for normalized in ("qk", "kv", "qkv", "qkc", "kc", "qkvc")
-} - {"qkvc_post", "kc_pre", "pre_qk_pre"}
-
-
-@pytest.mark.parametrize(
-    "scheme",
-    [pytest.param(name, marks=pytest.mark.slow) if name in ABLATIONS else name for name in sorted(hn.SCHEMES)],
-)
+# Compiling a step takes seconds. That a scheme has gradients everywhere is tested more cheaply in test_encoder.py.
+@pytest.mark.parametrize("scheme", others_are_long(sorted(hn.SCHEMES), QUICK_SCHEMES[::2]))
 def test_every_scheme_trains(scheme, small_config):
     config = _config(small_config, model={"scheme": scheme, "num_layers": 4, "mlp_dim": 32})
     _, losses, _ = _run(config, _one_device(), 20, _batch())
@@ -142,7 +133,7 @@ def test_the_gradient_of_the_head_is_summed_over_chunks_in_float32(tied, small_c
     config = small_config(num_layers=1, dtype="bfloat16", tie_embeddings=tied)
     model, same = hn.Decoder(config), jnp.full((1, 256), 7)
     batch = {"tokens": same, "targets": same, "weights": jnp.ones((1, 256))}
-    params = model.init(jax.random.key(0), same)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), same)["params"]
 
     def gradient(chunk):
         grads = jax.jit(jax.grad(lambda params: batch_loss(model, {"params": params}, batch, chunk=chunk).total))(
