@@ -34,13 +34,22 @@ def classes(scheme: str, kind: str) -> list[str]:
     return [ALL[name].class_name for name in dict.fromkeys(names) if name != "hybridnorm"]
 
 
+def cell(scheme: str, kind: str) -> str:
+    """The classes of `classes` as text, a dash where there is no such model: experts have no norms inside."""
+    has_experts = any("num_experts" in keys for keys in KINDS[kind])
+    placements = hn.SCHEMES[scheme].placements(SIZES["num_layers"])
+    if has_experts and any(placement.normalizes_hidden for placement in placements):
+        return "-"
+    return ", ".join(f"`{name}`" for name in classes(scheme, kind)) or "own code"
+
+
 def table() -> str:
     """The table, and the schemes that are in none of its rows."""
     lines = [f"| scheme | {' | '.join(KINDS)} |", "|---" * (1 + len(KINDS)) + "|"]
     own = []
     for scheme in hn.SCHEMES:
-        cells = [", ".join(f"`{name}`" for name in classes(scheme, kind)) or "own code" for kind in KINDS]
-        if set(cells) == {"own code"}:
+        cells = [cell(scheme, kind) for kind in KINDS]
+        if set(cells) <= {"own code", "-"}:
             own.append(f"`{scheme}`")
         else:
             lines.append(f"| `{scheme}` | {' | '.join(cells)} |")
