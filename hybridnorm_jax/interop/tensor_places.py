@@ -62,12 +62,14 @@ class LeafSlice(NamedTuple):
       index: in the stacked leaf: () outside runs, (layer of the run,), or (layer of the run, expert or head).
       shape: of what the tensor holds, without the axes of the index.
       paired_channels: how many leading channels of a head are paired next to each other in theirs; see in_halves.
+      head_dim: width of such a head; the last axis of the leaf is one head, or all of them.
     """
 
     path: str
     index: Index
     shape: Shape
     paired_channels: int = 0
+    head_dim: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +102,9 @@ class Place:
             if piece.paired_channels == 0:
                 leaf.reshape(view.shape)[...] = view
             else:
-                halves, rest = _parts(leaf, piece.paired_channels)
-                theirs = np.ascontiguousarray(view).reshape(leaf.shape)
+                heads = _heads(leaf, piece.head_dim)
+                halves, rest = _parts(heads, piece.paired_channels)
+                theirs = np.ascontiguousarray(view).reshape(heads.shape)
                 halves[...] = in_halves(theirs, piece.paired_channels)
                 rest[...] = theirs[..., piece.paired_channels :]
 
@@ -111,8 +114,9 @@ class Place:
             if piece.paired_channels == 0:
                 view[...] = leaf.reshape(view.shape)
             else:
-                halves, rest = _parts(leaf, piece.paired_channels)
-                theirs = np.empty_like(leaf)
+                heads = _heads(leaf, piece.head_dim)
+                halves, rest = _parts(heads, piece.paired_channels)
+                theirs = np.empty_like(heads)
                 in_halves(theirs, piece.paired_channels)[...] = halves
                 theirs[..., piece.paired_channels :] = rest
                 view[...] = theirs.reshape(view.shape)
@@ -127,6 +131,11 @@ class Place:
     def targets(self, tree: Mapping[str, Any]) -> list[Any]:
         """What the tensor holds of the leaves in a tree by path; views where the leaves are NumPy's."""
         return [tree[piece.path][piece.index] for piece in self.slices]
+
+
+def _heads(leaf: np.ndarray, head_dim: int) -> np.ndarray:
+    """A view of a leaf, contiguous, as (..., heads, head_dim)."""
+    return leaf.reshape(*leaf.shape[:-1], -1, head_dim)
 
 
 def _parts(leaf: np.ndarray, rotary_dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -165,14 +174,14 @@ class _Group(NamedTuple):
             raise UserError(f"{self.theirs}{tensor.name}: the model has only part of {', '.join(paths)}")
         return present
 
-    def places(self, tensor: Tensor, leaves: Mapping[str, Shape], rotary_width: int) -> Iterator[Place]:
+    def places(self, tensor: Tensor, leaves: Mapping[str, Shape], config: ModelConfig) -> Iterator[Place]:
         """Where one of these tensors, or each of those that it stands for, holds these leaves."""
-        paired = [self.ours + leaf for leaf in tensor.paired]
+        pairs = {self.ours + leaf: config.rotary_width for leaf in tensor.paired}
         first = next(iter(leaves.values()))[len(self.layer) :]
         for name, number in tensor.numbered(first[0] if first else 0):
             index = self.layer + number
             slices = [
-                LeafSlice(path, index, shape[len(index) :], paired_channels=rotary_width if path in paired else 0)
+                LeafSlice(path, index, shape[len(index) :], pairs.get(path, 0), config.head_dim)
                 for path, shape in leaves.items()
             ]
             yield Place(self.theirs + name, tuple(slices), tensor.layout)
@@ -225,7 +234,7 @@ class TensorTable:
             leaves = group.leaves_present(tensor, shapes)
             left.difference_update(leaves)
             if leaves:
-                yield from group.places(tensor, leaves, config.rotary_width)
+                yield from group.places(tensor, leaves, config)
         for path in shapes:
             if path in left:
                 raise UserError(f"{path}: this architecture has no tensor for this parameter of the model")

@@ -59,7 +59,7 @@ def test_a_module_of_the_authors_is_reproduced(theirs, kind):
         assert _error(ours[name], gradient) < 1e-5, name
 
 
-@pytest.mark.parametrize("project", PROJECTS)
+@pytest.mark.parametrize("project", PROJECT_SIZES)
 def test_a_model_of_the_authors_is_reproduced(project):
     golden = _golden(project)
     config = hn.ModelConfig(**SIZES, **PROJECT_SIZES[project], **PROJECTS[project].keys)

@@ -10,7 +10,10 @@ from flax.traverse_util import unflatten_dict
 from hybridnorm_jax.config_fields import shortened
 from hybridnorm_jax.errors import UserError, did_you_mean
 from hybridnorm_jax.interop.authors.dyt_llama import DYT_LLAMA
+from hybridnorm_jax.interop.authors.encoder_decoder import FAIRSEQ, TORCHSCALE
 from hybridnorm_jax.interop.authors.nanogpt import NANOGPT
+from hybridnorm_jax.interop.authors.siamese import SIAMESE
+from hybridnorm_jax.interop.authors.simplegpt import SIMPLEGPT
 from hybridnorm_jax.interop.tensor_places import TensorTable, leaf_shapes
 from hybridnorm_jax.model.config import ModelConfig
 
@@ -37,7 +40,33 @@ _NANOGPT_KEYS = {
     **{"norm_bias": True, "attention_bias": True, "mlp_bias": True, "activation": "gelu"},
     **{"positions": "learned", "tie_embeddings": True},
 }
+# Their padding has a row of its own before the positions. fairseq multiplies the embedding by the root of its width:
+# model.embedding_scale, which depends on it.
+_LAYERNORM = {
+    **{"norm": "layernorm", "norm_bias": True, "attention_bias": True, "mlp_bias": True},
+    **{"positions": "learned", "position_offset": 2},
+}
 PROJECTS: dict[str, Project] = {
+    "torchscale": Project(
+        source="Sub-LN (2210.06423) and DeepNorm (2203.00555), github.com/microsoft/torchscale, its decoder",
+        tensors=TORCHSCALE,
+        keys={**_LAYERNORM, "activation": "gelu"},
+    ),
+    "fairseq": Project(
+        source="NormFormer (2110.09456), facebookresearch/fairseq; ResiDual (2304.14802), microsoft/ResiDual",
+        tensors=FAIRSEQ,
+        keys=_LAYERNORM,
+    ),
+    "simplegpt": Project(
+        source="SimpleNorm (2602.01212), github.com/Ocram7/SimpleGPT",
+        tensors=SIMPLEGPT,
+        keys={"scheme": "simple_norm"},
+    ),
+    "siamese": Project(
+        source="SiameseNorm (2602.08064), github.com/Qwen-Applications/SiameseNorm, its language model",
+        tensors=SIAMESE,
+        keys={"rope_theta": 500000.0},
+    ),
     "dyt_llama": Project(
         source="DyT (2503.10622), github.com/jiachenzhu/DyT, other_tasks/LLaMA",
         tensors=DYT_LLAMA,
