@@ -160,7 +160,7 @@ def test_a_mask_of_the_new_tokens_alone_is_refused(model_of):
 def test_streams_are_kept_only_where_they_are_asked_for(model_of):
     """From the configuration, too. Those that nobody asked for would stay in memory until the last layer."""
     model, first, kept = model_of("span"), [], []
-    model.model.layers[0].register_forward_hook(lambda module, inputs, x: first.append(weakref.ref(x)))
+    model.model.layers[0].register_forward_hook(lambda module, inputs, streams: first.append(weakref.ref(streams[0])))
     model.model.norm.register_forward_pre_hook(lambda module, inputs: kept.append(first[-1]() is not None))
     with torch.no_grad():
         assert model(ids(TOKENS)).hidden_states is None

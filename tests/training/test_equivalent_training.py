@@ -175,7 +175,7 @@ def test_checks_that_are_off_cost_nothing(small_config, monkeypatch):
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     with_hooks = Program(_config(small_config, "pre_rmsnorm"), mesh).lower_train_step().as_text()
     for module in (block, decoder):
-        monkeypatch.setattr(module, "watch_stream", lambda module, stream: stream)
+        monkeypatch.setattr(module, "watch_streams", lambda module, streams: streams)
     assert Program(_config(small_config, "pre_rmsnorm"), mesh).lower_train_step().as_text() == with_hooks
 
 

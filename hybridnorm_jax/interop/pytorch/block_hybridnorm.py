@@ -1,6 +1,6 @@
 """One block of a HybridNorm model, and what transformers asks of every such model."""
 
-from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,6 +11,18 @@ from .attention_hybridnorm import Attention
 from .configuration_hybridnorm import HybridNormConfig
 from .feed_forward_hybridnorm import Experts, FeedForward, MixtureOfExperts
 from .norms_hybridnorm import HeadScales, LayerScale, Norm, apply_formula, placement_of, stream_norm
+
+
+class SublayerNorms(NamedTuple):
+    """What stands around a branch: norms, and learned scales with the norm or in its place."""
+
+    pre: Any
+    branch: Any
+    post: Any
+    residual: Any
+    entry: Any
+    side: Any
+    own: Any
 
 
 class HybridNormBlock(GradientCheckpointingLayer):
@@ -47,25 +59,32 @@ class HybridNormBlock(GradientCheckpointingLayer):
         def feed_forward(x):
             return self.dropout(self.mlp(x))
 
-        attention_norms, feed_forward_norms = self.norms("attention"), self.norms("feed_forward")
+        shared = None
         if self.placement.shared_pre_norm:  # computed once: both branches read the block's input
             normalized = self.attention_pre_norm(x)
-            attention_norms.pre = feed_forward_norms.pre = lambda _: normalized
+
+            def shared(_):
+                return normalized
+
+        attention_norms, feed_forward_norms = self.norms("attention", shared), self.norms("feed_forward", shared)
         y, side = apply_formula(attend, x, x, side, self.placement.attention, attention_norms)
         return apply_formula(feed_forward, y, x, side, self.placement.feed_forward, feed_forward_norms)
 
-    def norms(self, name):
+    def norms(self, name, shared_pre):
         """The norms of a branch and its learned scales; behind the branch norm stands the layer scale, if any."""
-        of = {which: getattr(self, f"{name}_{which}_norm") for which in ("pre", "branch", "post", "entry", "side")}
-        own_norm, own_vector = getattr(self, f"{name}_own_norm"), getattr(self, f"{name}_own_vector")
-        of["own"] = own_vector if isinstance(own_norm, nn.Identity) else own_norm
-        of["residual"] = getattr(self, f"{name}_residual_vector")
+        branch, own_norm = getattr(self, f"{name}_branch_norm"), getattr(self, f"{name}_own_norm")
+        has_vector = isinstance(own_norm, nn.Identity)
         shared = self.placement.shared_layer_scale
         scale = self.attention_layer_scale if shared else getattr(self, f"{name}_layer_scale")
-        if not isinstance(scale, nn.Identity):
-            branch = of["branch"]
-            of["branch"] = lambda x: scale(branch(x))
-        return SimpleNamespace(**of)
+        return SublayerNorms(
+            pre=getattr(self, f"{name}_pre_norm") if shared_pre is None else shared_pre,
+            branch=branch if isinstance(scale, nn.Identity) else lambda x: scale(branch(x)),
+            post=getattr(self, f"{name}_post_norm"),
+            residual=getattr(self, f"{name}_residual_vector"),
+            entry=getattr(self, f"{name}_entry_norm"),
+            side=getattr(self, f"{name}_side_norm"),
+            own=getattr(self, f"{name}_own_vector") if has_vector else own_norm,
+        )
 
 
 def vector(config, present):
