@@ -51,7 +51,7 @@ def folder(tmp_path, monkeypatch):
 def test_every_place_of_a_line_has_its_own_candidates(folder):
     assert candidates(["tr"]) == ["train "]
     assert candidates(["lab", "c"]) == ["compare "]
-    assert candidates(["schemes", "deep"]) == ["deepnorm "]
+    assert candidates(["schemes", "reord"]) == ["reordered "]
     assert candidates(["completion", ""]) == ["bash ", "zsh ", "fish "]
     assert candidates(["nothing", ""]) == []
     # Names of configurations, YAML files, directories, sections of keys.
@@ -95,9 +95,9 @@ def test_tasks_are_names_and_files_one_after_the_other(folder):
 
 def test_the_labs_own_keys_are_only_the_labs(folder):
     assert candidates(["lab", "compare", "se"]) == ["seeds="]
-    assert candidates(["lab", "signal", "schemes=[pre,peri,kee"]) == ["schemes=[pre,peri,keel"]
+    assert candidates(["lab", "signal", "schemes=[pre,peri,spa"]) == ["schemes=[pre,peri,span"]
     assert candidates(["lab", "signal", "schemes="])[:2] == ["schemes=[pre", "schemes=[post"]
-    assert candidates(["lab", "report", "runs", "baseline=peri"]) == ["baseline=peri "]
+    assert candidates(["lab", "report", "runs", "baseline=spa"]) == ["baseline=span "]
     assert candidates(["train", "sch"]) == []
 
 
@@ -140,7 +140,7 @@ def test_every_option_has_its_values_named():
 
 
 def test_what_bash_has_split_is_put_together_again(folder):
-    assert for_bash("hybridnorm train model.scheme=peri", "peri") == ["peri "]
+    assert for_bash("hybridnorm train model.scheme=spa", "spa") == ["span "]
     assert for_bash("hybridnorm train model.scheme=", "")[:2] == ["pre ", "post "]
     assert for_bash("hybridnorm train model.sch", "model.sch") == ["model.scheme="]
     assert for_bash("hybridnorm eval runs/two=", "") == ["3 "]
@@ -153,9 +153,9 @@ def test_what_bash_has_split_is_put_together_again(folder):
 
 def test_an_answer_does_not_wait_for_jax(folder):
     code = "import sys; from hybridnorm_jax.commands.main import main; main(sys.argv[1:]); print('jax' in sys.modules)"
-    words = [sys.executable, "-c", code, "completion", "--arguments", "train", "model.scheme=peri"]
+    words = [sys.executable, "-c", code, "completion", "--arguments", "train", "model.scheme=spa"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["model.scheme=peri ", "False"]
+    assert done.stdout.splitlines() == ["model.scheme=span ", "False"]
 
 
 @pytest.mark.parametrize("words", [[], ["tcsh"], ["bash", "zsh"], ["--shell"], ["--line"], ["--arguments"]], ids=str)
@@ -178,9 +178,9 @@ def test_bash_calls_the_function_with_its_words(folder):
     _needs("bash")
     script = """
         source <(hybridnorm completion bash)
-        COMP_LINE='hybridnorm train model.scheme=hybrid_s' COMP_POINT=${#COMP_LINE}
-        COMP_WORDS=(hybridnorm train model.scheme = hybrid_s) COMP_CWORD=4
-        _hybridnorm hybridnorm hybrid_s =
+        COMP_LINE='hybridnorm train model.scheme=hybrid_st' COMP_POINT=${#COMP_LINE}
+        COMP_WORDS=(hybridnorm train model.scheme = hybrid_st) COMP_CWORD=4
+        _hybridnorm hybridnorm hybrid_st =
         printf '<%s>' "${COMPREPLY[@]}"
         complete -p hybridnorm
     """
@@ -194,8 +194,8 @@ def test_fish_completes(folder):
     lines = {
         "hybridnorm tr": ["train"],
         "hybridnorm lab ": ["compare", "report", "signal"],
-        "hybridnorm train model.scheme=hybrid_s": ["model.scheme=hybrid_star"],
-        "hybridnorm lab compare 'schemes=[pre,kee": ["schemes=[pre,keel"],
+        "hybridnorm train model.scheme=hybrid_st": ["model.scheme=hybrid_star"],
+        "hybridnorm lab compare 'schemes=[pre,spa": ["schemes=[pre,span"],
         "hybridnorm eval runs/": ["runs/one", "runs/two=3"],
         "hybridnorm train 55": ["550m"],
         f"{folder}/bin/hybridnorm tr": ["train"],
@@ -261,7 +261,7 @@ def test_a_tabulator_completes_the_line(shell, folder):
     clear = "\x15"
     shell.type("hybridnorm conv\t", "hybridnorm convert ")
     shell.type(f"{clear}hybridnorm lab co\t", "lab compare ")
-    shell.type(f"{clear}hybridnorm train model.sch\thybrid_s\t", "train model.scheme=hybrid_star ")
+    shell.type(f"{clear}hybridnorm train model.sch\thybrid_st\t", "train model.scheme=hybrid_star ")
     shell.type(f"{clear}hybridnorm eval runs/two=\t", "eval runs/two=3 ")
-    shell.type(f"{clear}hybridnorm lab compare 'schemes=[pre,kee\t", "'schemes=[pre,keel")
+    shell.type(f"{clear}hybridnorm lab compare 'schemes=[pre,spa\t", "'schemes=[pre,span")
     shell.type(f"{clear}{folder}/bin/hybridnorm train min\t", "hybridnorm train mine.yaml ")
