@@ -26,10 +26,10 @@ def workplace(tmp_path, monkeypatch):
 @pytest.fixture
 def example_scheme():
     """Enters the scheme of CONTRIBUTING.md's example into the table, as if it had been written there."""
-    from hybridnorm_jax.model import schemes
+    from hybridnorm_jax.model import schemes_of_others
 
     block = scheme_block()
-    exec(compile(block.text, str(block), "exec"), dict(vars(schemes)))
+    exec(compile(block.text, str(block), "exec"), dict(vars(schemes_of_others)))
 
 
 def scheme_block() -> Block:
