@@ -61,7 +61,8 @@ def shared_programs(_programs, monkeypatch):
 
     def build_or_share(self, config, mesh=None):
         compiled = (config.model, config.train, config.optimizer, config.mesh, config.data.segment_ids)
-        key = repr((*compiled, config.model.placements, jax.config.read("jax_enable_x64"))), mesh
+        named = config.model.placements, config.model.norm_kind, hn.NORM_KINDS[config.model.attention_norm_kind]
+        key = repr((*compiled, *named, jax.config.read("jax_enable_x64"))), mesh
         if key not in _programs:
             build(self, config, mesh)
             _programs[key] = dict(vars(self))
@@ -71,12 +72,13 @@ def shared_programs(_programs, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _schemes_as_they_were():
-    """What a test enters into the table of schemes is gone after it."""
-    before = dict(hn.SCHEMES)
+def _tables_as_they_were():
+    """What a test enters into the tables of schemes and of kinds of norms is gone after it."""
+    before = {id(table): dict(table) for table in (hn.SCHEMES, hn.NORM_KINDS)}
     yield
-    hn.SCHEMES.clear()
-    hn.SCHEMES.update(before)
+    for table in (hn.SCHEMES, hn.NORM_KINDS):
+        table.clear()
+        table.update(before[id(table)])
 
 
 @pytest.fixture

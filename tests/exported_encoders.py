@@ -37,6 +37,11 @@ KINDS = {
         **{"scheme": "sandwich", **LAYERNORM, "pooling": "attention", "norm_scale_plus_one": True},
         "pooling_norm": "rmsnorm",
     },
+    "dyt": {"scheme": "hybrid", "norm": "dyt", "norm_bias": True, "num_classes": 5, "pooling": "mean"},
+    "gated_with_a_probe": {
+        **{"scheme": "peri", "norm": "gated", "attention_norm": "derf", "pooling": "attention"},
+        **{"pooling_norm": "layernorm", "class_token": False},
+    },
     "centred": {"scheme": "pre", "embedding_centring": True, "norm_pooled_only": True},
     "compressed": {"scheme": "pre", **COMPRESSED, "pooling": "mean"},
     "compressed_within": {"scheme": "pre", **COMPRESSED, "whole_outside": True, "num_classes": 5},

@@ -31,6 +31,24 @@ EXPERTS = {"num_experts": 5, "experts_per_token": 2}
 # Of a rotation made for texts of 8 tokens.
 STRETCHED = {"rope_factor": 4.0, "rope_original_length": 8, "rope_theta": 50.0}
 LONG_FACTORS = {"rope_short_factors": (1.0, 1.25, 1.5, 2.0), "rope_long_factors": (1.0, 2.5, 3.5, 4.0)}
+# Of norms that have numbers or matrices of their own, at every place where a norm stands.
+KINDS_OF_NORMS = {
+    "dyt": {
+        **{"scheme": "peri", "norm": "dyt", "norm_bias": True, "learned_embedding_scale": True, "mlp_bias": True},
+        **{"positions": "learned", "max_positions": 20, "tie_embeddings": True, "activation": "gelu"},
+    },
+    "dyt_as_llama": {"scheme": "pre", "norm": "dyt", "learned_embedding_scale": True},
+    # With scores that differ: the gradient of alpha of the keys would else be little but rounding.
+    "derf": {
+        **{"scheme": "hybrid_star", "norm": "derf", "norm_bias": True, "attention_norm_per_head": True},
+        "init_std": 0.3,
+    },
+    "derf_in_two_streams": {"scheme": "siamese_attn_norm", "norm": "derf", "norm_scale_plus_one": True},
+    "bhyt": {"scheme": "simple_norm", "norm": "bhyt", "norm_eps": 1e-3},
+    "bhyt_with_experts": {"scheme": "pre_qkvc_post", "norm": "bhyt", "num_experts": 5, "experts_per_token": 2},
+    "gated": {"scheme": "keel", "norm": "gated", "norm_bias": True, "learned_embedding_scale": True},
+    "gated_without_scale": {"scheme": "normformer", "norm": "gated", "norm_scale": False, "attention_norm": "derf"},
+}
 COMPRESSED = {"norm": "crmsnorm", "d_model": 31, "norm_width": 32, "head_dim": 8}
 # Every kind of model beside those that differ in the scheme alone.
 KINDS = {
@@ -40,6 +58,7 @@ KINDS = {
         **{"balance_bias": True, "normalize_expert_weights": True},
     },
     "layernorm": {"scheme": "peri", "norm": "layernorm", "norm_bias": True, **BIASES, "activation": "gelu"},
+    **KINDS_OF_NORMS,
     "layernorm_without_bias": {"scheme": "pre", "norm": "layernorm", "activation": "gelu_tanh"},
     "norms_without_scale": {"scheme": "hybrid", "norm": "layernorm", "norm_scale": False, "activation": "relu"},
     "crmsnorm": {"scheme": "pre", **COMPRESSED},
@@ -132,6 +151,8 @@ KINDS = {
     },
 }
 
+# What the numbers of norms start at, by their names; None: of matrices.
+OF_KINDS = {own.name: own.start for kind in hn.NORM_KINDS.values() for own in kind.parameters}
 TOKENS = np.random.default_rng(1).integers(0, 61, (2, 12)).astype(np.int32)
 # Models whose caches, masks and files differ; tests that take longer take these.
 SOME = (
@@ -149,6 +170,9 @@ SOME = (
     "longrope",
     "dense_among_sparse",
     "one_norm_for_both",
+    "dyt",
+    "derf",
+    "gated",
 )
 
 
@@ -163,6 +187,11 @@ def draw(config, seed=0):
 
     def leaf(path, shape):
         centre, width = (1.0, 0.3) if path[-1].key == "scale" else (0.0, config.init_std)
+        if path[0].key == "embedding_scale":
+            centre = config.d_model**0.5
+        if path[-1].key in OF_KINDS:
+            start = OF_KINDS[path[-1].key]
+            centre, width = (0.0, shape.shape[-2] ** -0.5) if start is None else (start, 0.2)
         drawn = (centre + width * rng.standard_normal(shape.shape)).astype(shape.dtype)
         if config.norm_width is not None and config.norm_width - 1 < config.d_model:
             drawn = _without_padding(drawn, config)

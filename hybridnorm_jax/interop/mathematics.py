@@ -7,7 +7,6 @@ from typing import Any
 
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.encoder_config import EncoderConfig
-from hybridnorm_jax.model.placement import HEAD_NORMS, BlockPlacement
 
 ROTATION = ("rope_theta", "rope_scaling", "rope_factor", "rope_original_length", "rope_bounds", "rope_truncate")
 LONG_ROTATION = ("rope_attention_factor", "rope_short_factors", "rope_long_factors", "second_rope_theta")
@@ -70,7 +69,7 @@ def _of_positions(config: ModelConfig) -> dict[str, Any]:
 
 
 def _of_head_norms(config: ModelConfig) -> dict[str, Any]:
-    if not any(_has_head_norm(placement) for placement in config.placements):
+    if not config.has_norms_in_branches:
         return {}
     keys = ["attention_norm_scale", "attention_norm_bias", "attention_norm_per_head"]
     return {"attention_norm": config.attention_norm_kind} | _values(config, keys)
@@ -90,7 +89,3 @@ def _of_experts(config: ModelConfig) -> dict[str, Any]:
 
 def _values(config: ModelConfig, keys: Sequence[str]) -> dict[str, Any]:
     return {key: getattr(config, key) for key in keys}
-
-
-def _has_head_norm(placement: BlockPlacement) -> bool:
-    return placement.normalizes_hidden or any(getattr(placement, name) is not None for name in HEAD_NORMS)

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from hybridnorm_jax.config_fields import present, shortened
 from hybridnorm_jax.errors import UserError, first_line
+from hybridnorm_jax.interop.tensor_places import leaf_shapes
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.placement import HEAD_NORMS, SublayerPlacement
 
@@ -135,7 +137,16 @@ def params_from_olmo(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> d
         layers = [_block(config, source, norms, layer) for layer in range(run.start, run.start + run.length)]
         params[f"run_{number}"] = _stack(layers)
     source.check_all_read()
+    _check_complete(config, params)
     return params
+
+
+def _check_complete(config: ModelConfig, params: Mapping[str, Any]) -> None:
+    """Raise UserError for a parameter of the model that their code does not have, such as alpha of DyT."""
+    found = flatten_dict(params, sep="/")
+    for path in leaf_shapes(config):
+        if path not in found:
+            raise UserError(f"{path}: a parameter of this model, but their code does not have it")
 
 
 def _norms(config: ModelConfig, source: _Arrays) -> _Norms:

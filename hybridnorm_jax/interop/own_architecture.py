@@ -13,10 +13,11 @@ from hybridnorm_jax.config_fields import shortened
 from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.interop.hf_architecture import Architecture
 from hybridnorm_jax.interop.hf_config_keys import MOST_LAYERS, Json, Key, names, none
-from hybridnorm_jax.interop.tensor_parts import HYBRIDNORM
+from hybridnorm_jax.interop.tensor_parts import EXPORTED_NORMS, HYBRIDNORM
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.config_attention import POSITIONS, ROPE_SCALINGS, TABLES
 from hybridnorm_jax.model.config_feed_forward import ACTIVATIONS
+from hybridnorm_jax.model.norm_kinds import NORM_KINDS
 from hybridnorm_jax.model.placement import BlockPlacement, SublayerPlacement
 from hybridnorm_jax.model.schemes import SCHEMES
 
@@ -35,14 +36,11 @@ AUTO_MAP = {
     "AutoModel": "modeling_hybridnorm.HybridNormModel",
     "AutoModelForCausalLM": "modeling_hybridnorm.HybridNormForCausalLM",
 }
-# The kinds of norms that the PyTorch code has.
-EXPORTED_NORMS = ("rmsnorm", "layernorm", "crmsnorm")
 # Fields of ModelConfig that no key of config.json holds, and why. All others are in KEYS or read by `read`, below.
 NOT_WRITTEN = {
     "initializer": "how fresh weights are drawn",
     "norm_alpha": "what fresh norms start at",
     "norm_shift": "what fresh norms start at",
-    "learned_embedding_scale": "a model that has it is refused",
     "param_dtype": "torch_dtype says it",
     "dtype": "the dtype that a caller computes in",
     "attention": "what computes attention, not which",
@@ -148,6 +146,7 @@ KEYS = (
     _bool_or_null("router_bias", "router_bias"),
     Key("head_bias", ("head_bias",), False),
     _float_or_null("embedding_scale", "embedding_scale"),
+    Key("learned_embedding_scale", ("learned_embedding_scale",), False),
     # It is in the placements, too; PyTorch takes it from there.
     Key("branch_multiplier", ("branch_multiplier",), 1.0),
     _float_or_null("logits_scale", "logit_scale"),
@@ -157,7 +156,8 @@ KEYS = (
     Key("initializer_range", ("init_std",), 0.02),
 )
 # Keys of meanings that no single field has.
-ATTENTION_NORM = Key("attention_norm", ("attention_norm",), "rmsnorm", words=_same("rmsnorm", "layernorm"))
+_OF_HEADS = [name for name in EXPORTED_NORMS if NORM_KINDS[name].for_heads]
+ATTENTION_NORM = Key("attention_norm", ("attention_norm",), "rmsnorm", words=_same(*_OF_HEADS))
 ROTARY_DIM = Key("rotary_dim", (), 64)
 MOST_POSITIONS = Key("max_position_embeddings", ("max_positions",), None, null=none)
 EMBEDDING_NORM = Key("embedding_norm", (), False)
@@ -241,13 +241,12 @@ OWN = OwnArchitecture(
 
 
 def _check_exported(config: ModelConfig) -> None:
-    """Raise UserError for norms and a scale that the PyTorch code does not have."""
+    """Raise UserError for kinds of norms that the PyTorch code does not have: those of a user's own file."""
     for name, kind in (("norm", config.norm), ("attention_norm", config.attention_norm_kind)):
         if kind not in EXPORTED_NORMS:
             known = ", ".join(EXPORTED_NORMS)
-            raise UserError(f"model.{name}={kind}: the PyTorch code beside exported weights has only {known}")
-    if config.learned_embedding_scale:
-        raise UserError("model.learned_embedding_scale=True: the PyTorch code beside exported weights does not have it")
+            right = "a kind of a plugin's, which the PyTorch code beside exported weights does not have"
+            raise UserError(f"model.{name}={kind}: {right}; it has {known}")
 
 
 # ---- Placements as data.

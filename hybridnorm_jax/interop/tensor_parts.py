@@ -6,6 +6,7 @@ from collections.abc import Callable
 from hybridnorm_jax.interop.tensor_layouts import AS_IT_IS, LINEAR, LINEAR_OUT, PATCHES, TABLE, VECTOR, Layout
 from hybridnorm_jax.interop.tensor_places import Tensor, TensorTable
 from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.norm_kinds import NORM_KINDS
 from hybridnorm_jax.model.placement import HEAD_NORMS, HIDDEN_NORMS
 
 QUERY, KEY, VALUE, OUT = "attention/query", "attention/key", "attention/value", "attention/out"
@@ -112,14 +113,27 @@ def llama_table(*block: tuple[Tensor, ...], norm_name: str = "model.norm") -> Te
 
 # ---- Our own code, in pytorch/. Norms have our names, projections those of Llama.
 
+# The kinds of norms that it has, and what norms of any of them have besides scale and bias.
+EXPORTED_NORMS = tuple(name for name, kind in NORM_KINDS.items() if not kind.is_plugin)
+_OF_KINDS = tuple(dict.fromkeys(name for kind in EXPORTED_NORMS for name in NORM_KINDS[kind].parameter_names))
+
+
+def _own_norm(name: str, leaf: str, *, layout: Layout = VECTOR) -> tuple[Tensor, ...]:
+    """A norm of any kind that our code has."""
+    return (
+        *norm(name, leaf, layout=layout),
+        *(Tensor(f"{name}.{own}", (f"{leaf}/{own}",), AS_IT_IS) for own in _OF_KINDS),
+    )
+
+
 _OWN_NORMS = tuple(
     tensor
     for sublayer in ("attention", "feed_forward")
     for which in ("pre", "branch", "post", "entry", "side", "own")
-    for tensor in norm(f"{sublayer}_{which}_norm", f"{sublayer}_{which}_norm")
+    for tensor in _own_norm(f"{sublayer}_{which}_norm", f"{sublayer}_{which}_norm")
 )
 _OWN_STREAMS = tuple(
-    tensor for which in ("main_norm", "side_norm") for tensor in norm(f"model.streams.{which}", f"streams/{which}")
+    tensor for which in ("main_norm", "side_norm") for tensor in _own_norm(f"model.streams.{which}", f"streams/{which}")
 )
 _OWN_EXPERTS = tuple(
     Tensor(f"mlp.experts.{name}_{theirs}", (f"feed_forward/expert_{name}/{ours}",), AS_IT_IS)
@@ -130,8 +144,8 @@ _OWN_BLOCK = (
     *_OWN_NORMS,
     *attention(),
     *GATED_MLP,
-    *(part for name in HEAD_NORMS for part in norm(f"self_attn.{name}", f"attention/{name}", layout=AS_IT_IS)),
-    *(part for name in HIDDEN_NORMS for part in norm(f"mlp.{name}", f"feed_forward/{name}")),
+    *(part for name in HEAD_NORMS for part in _own_norm(f"self_attn.{name}", f"attention/{name}", layout=AS_IT_IS)),
+    *(part for name in HIDDEN_NORMS for part in _own_norm(f"mlp.{name}", f"feed_forward/{name}")),
     Tensor("self_attn.head_scales.weight", ("attention/head_scales/scale",), VECTOR),
     Tensor("self_attn.sinks", ("attention/sinks",), AS_IT_IS),
     *dense("mlp.router", "feed_forward/router"),
@@ -153,8 +167,9 @@ HYBRIDNORM = TensorTable(
         *embedding("model.embed_tokens"),
         *dense("lm_head", "head"),
         *embedding("model.embed_positions", "position_embedding"),
-        *norm("model.embedding_norm", "embedding_norm"),
-        *norm("model.norm", "final_norm"),
+        Tensor("model.embedding_scale.weight", ("embedding_scale/scale",), VECTOR),
+        *_own_norm("model.embedding_norm", "embedding_norm"),
+        *_own_norm("model.norm", "final_norm"),
         *_OWN_STREAMS,
     ),
     block=_OWN_BLOCK,
@@ -187,8 +202,8 @@ HYBRIDNORM_ENCODER = TensorTable(
             Tensor(f"model.{name}.weight", (f"{name}/embedding",), AS_IT_IS)
             for name in ("class_token", "distillation_token", "register_tokens", "mask_token")
         ),
-        *norm("model.embedding_norm", "embedding_norm"),
-        *norm("model.norm", "final_norm"),
+        *_own_norm("model.embedding_norm", "embedding_norm"),
+        *_own_norm("model.norm", "final_norm"),
         *_OWN_STREAMS,
         *_OWN_POOLING,
         *dense("model.pooling.o_proj", "pooling/attention/out", kernel=LINEAR_OUT),

@@ -127,7 +127,7 @@ def _config(base: RunConfig, directory: str, *, scheme: str, rate: float, seed: 
     return dataclasses.replace(
         base,
         run=dataclasses.replace(base.run, dir=directory, name=f"{scheme}-lr{rate:g}-seed{seed}"),
-        model=dataclasses.replace(base.model, scheme=scheme),
+        model=base.model.with_scheme(scheme),
         optimizer=dataclasses.replace(base.optimizer, learning_rate=rate),
         train=dataclasses.replace(base.train, seed=seed, data_seed=data_seed),
     )

@@ -126,7 +126,7 @@ def _read(arguments: Sequence[str]) -> tuple[SignalOptions, RunConfig]:
 
 
 def _model(base: ModelConfig, scheme: str, depth: int, initializer: str) -> ModelConfig:
-    return dataclasses.replace(base, scheme=scheme, num_layers=depth, initializer=initializer)
+    return base.with_scheme(scheme, num_layers=depth, initializer=initializer)
 
 
 def _measure_all(options: SignalOptions, config: RunConfig) -> Iterator[Signal]:

@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from hybridnorm_jax.model.build import build_model, smallest_input
 from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.norm_kinds import NORM_KINDS, NormKind
 from hybridnorm_jax.model.schemes import Scheme
 
 
@@ -22,16 +23,17 @@ def abstract_params(config: ModelConfig) -> dict[str, Any]:
     """
     # What computes the model does not matter for shapes, and "auto" would ask which devices there are.
     plain = dataclasses.replace(config, attention="xla", expert_dispatch="dense", remat="none")
-    shapes = _traced(plain, plain.scheme_rule, jax.config.read("jax_enable_x64"))
+    kinds = plain.norm_kind, NORM_KINDS[plain.attention_norm_kind]
+    shapes = _traced(plain, (plain.scheme_rule, *kinds), jax.config.read("jax_enable_x64"))
     return jax.tree.map(lambda leaf: leaf, shapes)  # dicts of the caller's own
 
 
 @functools.lru_cache(maxsize=128)
-def _traced(config: ModelConfig, scheme: Scheme, x64: bool) -> dict[str, Any]:
+def _traced(config: ModelConfig, named: tuple[Scheme | NormKind, ...], x64: bool) -> dict[str, Any]:
     """Flax traces a forward pass for the shapes, which takes a tenth of a second; conversions ask again and again.
 
     Args:
-      scheme, x64: what the result depends on besides the configuration, which only names its scheme.
+      named, x64: what the result depends on besides the configuration, which only names its scheme and kinds of norms.
     """
     # Key and input are made inside, where they are traced: outside, making them would start a device. So would a
     # question for the platform; that of this mesh is unknown. Inside a step that is being traced there is a mesh

@@ -6,7 +6,7 @@ and positions in config_attention.py, all others here.
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal, Self
 
 from hybridnorm_jax.config_fields import Filled, check_choice, check_fields, key
 from hybridnorm_jax.errors import ConfigError
@@ -30,6 +30,8 @@ from hybridnorm_jax.model.schemes import SCHEMES, Scheme
 NormPlace = Literal["attention", "feed_forward", "outside"]
 NORM_PLACES = ("attention", "feed_forward", "outside")
 INITIALIZERS = ("normal", "depth_scaled", "megatron", "deepnorm", "sub_ln", "b2t", "simple_gpt")
+# What null means for init_std where the authors of the initializer state a number: here SimpleNorm (2602.01212).
+STATED_STD = {"simple_gpt": 0.02}
 # Training takes the policy that fits; by itself a model with "auto" computes nothing again.
 AUTO_REMAT = "auto"
 REMAT_POLICIES = ("none", "full", "all_but_attention", "dots", "dots_no_batch")
@@ -102,7 +104,11 @@ class ModelConfig(AttentionKeys):
     dropout: float = key(0.0, "drop probability after the embedding and after every branch", at_least=0, below=1)
     initializer: str = key("auto", f"auto (as the scheme says) | {' | '.join(INITIALIZERS)}")
     init_std: Filled[float] = key(
-        None, "standard deviation of the initializer; null: 1/sqrt(2.5 d_model)", at_least=1e-30, at_most=1000
+        None,
+        "standard deviation of the initializer; null: 0.02 with simple_gpt, whose embedding and head have their own, "
+        "and 1/sqrt(2.5 d_model) with the others",
+        at_least=1e-30,
+        at_most=1000,
     )
     dtype: str = key("float32", f"compute dtype: {' | '.join(COMPUTE_DTYPES)}")
     param_dtype: str = key("float32", f"dtype of the parameters: {' | '.join(PARAM_DTYPES)}; training needs 32 bits")
@@ -161,7 +167,7 @@ class ModelConfig(AttentionKeys):
         if self.outer_norm_bias is None:
             self._fill("outer_norm_bias", self.norm_bias)
         if self.init_std is None:
-            self._fill("init_std", 1 / math.sqrt(2.5 * self.d_model))
+            self._fill("init_std", STATED_STD.get(self.initializer_name, 1 / math.sqrt(2.5 * self.d_model)))
 
     def _check_size(self) -> None:
         """Refuse a model for which no machine has room, before anything is made of its size."""
@@ -197,11 +203,11 @@ class ModelConfig(AttentionKeys):
         self._check("embedding_centring", has_means or not self.embedding_centring, right)
 
     def _check_norm_starts(self) -> None:
-        kinds = {self.norm, self.outer_norm, self.attention_norm_kind}
+        kinds = [self.norm, self.attention_norm_kind] if self.has_norms_in_branches else [self.norm]
         names = {name for kind in kinds for name in NORM_KINDS[kind].parameter_names}
         for name in ("alpha", "shift"):
             starts = getattr(self, f"norm_{name}")
-            right = f"norms of model.norm={self.norm} have no {name}"
+            right = f"this model has no norm with {name}: its norms are {' and '.join(dict.fromkeys(kinds))}"
             self._check(f"norm_{name}", name in names or not starts, right)
             right = "must be one number, or three: at attention, at the feed-forward layer, outside the blocks"
             self._check(f"norm_{name}", len(starts) in (0, 1, len(NORM_PLACES)), right)
@@ -253,6 +259,12 @@ class ModelConfig(AttentionKeys):
         """The kind of the norms on q, k, v and context: that of the stream, where it is one for heads."""
         auto = self.norm if self.norm_kind.for_heads else "rmsnorm"
         return auto if self.attention_norm == "auto" else self.attention_norm
+
+    @property
+    def has_norms_in_branches(self) -> bool:
+        """Whether there are norms of attention_norm: on q, k, v, the context or inside the feed-forward layer."""
+        on_heads = any(getattr(placement, name) is not None for placement in self.placements for name in HEAD_NORMS)
+        return on_heads or any(placement.normalizes_hidden for placement in self.placements)
 
     @property
     def has_scales_elsewhere(self) -> bool:
@@ -356,6 +368,12 @@ class ModelConfig(AttentionKeys):
             if placement.head_scales == "after":
                 return f"{scheme}: scales of heads behind the output projection of layer {layer}"
         return None if self.has_final_norm else f"{scheme}: no norm before the head"
+
+    def with_scheme(self, scheme: str, **keys: Any) -> Self:
+        """This model with another scheme, and with these keys; init_std follows it unless it was set."""
+        usual = dataclasses.replace(self, init_std=None).init_std
+        std = None if self.init_std == usual else self.init_std
+        return dataclasses.replace(self, scheme=scheme, **{"init_std": std, **keys})
 
     @property
     def initializer_name(self) -> str:

@@ -16,7 +16,7 @@ from hybridnorm_jax.model.cache import Slots
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.embedding import Embedding, EmbeddingScale, Head
 from hybridnorm_jax.model.formula import Stream
-from hybridnorm_jax.model.initializers import std_factor
+from hybridnorm_jax.model.initializers import end_std
 from hybridnorm_jax.model.input_checks import check_per_token, check_tokens
 from hybridnorm_jax.model.layers import through_layers
 from hybridnorm_jax.model.outside import into_blocks, outer_norm
@@ -43,10 +43,13 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        factor = std_factor(config.initializer_name, "outer", 0, config.num_layers)
-        std = config.init_std * factor
+        std_of = partial(end_std, config.initializer_name, init_std=config.init_std, width=config.whole_width)
         embedding = partial(
-            Embedding, width=config.whole_width, std=std, dtype=config.dtype, param_dtype=config.param_dtype
+            Embedding,
+            width=config.whole_width,
+            std=std_of("head" if config.tie_embeddings else "embedding"),
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
         )
         self.token_embedding = embedding(rows=config.vocab_size, scale=config.embedding_scale)
         if config.positions == "learned":
@@ -60,7 +63,7 @@ class Decoder(nn.Module):
             self.final_norm = outer_norm(config)
         self.head = Head(
             config.vocab_size,
-            std=std,
+            std=std_of("head"),
             use_bias=config.head_bias,
             param_dtype=config.param_dtype,
             scale=config.logit_scale,

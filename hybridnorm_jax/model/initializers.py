@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def std_factor(initializer: str, role: str, layer: int | Array, num_layers: int)
     deepnorm      value, feed_forward, up and output: (8L)^(-1/4) (DeepNorm 2203.00555, decoder-only)
     sub_ln        value, feed_forward, up and output: sqrt(ln 2L) (Sub-LN 2210.06423, decoder-only)
     b2t           every weight inside a block: 1/sqrt(L) (B2T 2206.00330); embeddings and head: 1
-    simple_gpt    up and output: 1/sqrt(2l) (SimpleNorm 2602.01212, whose init_std is 0.02)
+    simple_gpt    up and output: 1/sqrt(2l) (SimpleNorm 2602.01212); for the two ends of a decoder see `end_std`
     """
     if role not in ROLES:
         raise ValueError(f"role={role!r} must be one of {ROLES}")
@@ -63,3 +63,14 @@ def std_factor(initializer: str, role: str, layer: int | Array, num_layers: int)
         case "depth_scaled" | "megatron" | "deepnorm" | "sub_ln" | "b2t" | "simple_gpt", _:
             return 1.0
     raise ValueError(f"initializer={initializer!r} is not known")
+
+
+def end_std(initializer: str, end: Literal["embedding", "head"], *, init_std: float, width: int) -> float:
+    """The standard deviation of a decoder's embeddings, or of its head's matrix: init_std.
+
+    With simple_gpt it is 1 of embeddings and 1/sqrt(width) of the head, whatever init_std is, as in the authors' code
+    (Ocram7/SimpleGPT, simplegpt_model.py). A tied table, which they do not have, starts as a head.
+    """
+    if initializer == "simple_gpt":
+        return 1.0 if end == "embedding" else width**-0.5
+    return init_std * float(std_factor(initializer, "outer", 0, 1))

@@ -184,6 +184,7 @@ def plugin_norm(
     x: Float[Array, "*batch width"],
     scale: Float[Array, " width"] | None = None,
     bias: Float[Array, " width"] | None = None,
+    /,  # so that a parameter may have any name, such as `name`
     **parameters: Array,
 ) -> Float[Array, "*batch width"]:
     """function(x, **parameters) * scale + bias, for a function of the user's own.

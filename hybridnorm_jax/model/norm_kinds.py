@@ -33,6 +33,8 @@ LARGEST_START = 1_000_000
 WIDTH = "width"
 # The arguments that a kind's function has besides x and its own parameters.
 AFFINE = ("scale", "bias")
+# Names that mean something else where a norm has its parameters.
+TAKEN = ("x", *AFFINE, "kernel", "embedding", "linen")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +53,9 @@ class NormParameter:
 
     def __post_init__(self) -> None:
         is_name = isinstance(self.name, str) and self.name.isidentifier() and len(self.name) <= LONGEST_NAME
-        if not is_name or self.name in (*AFFINE, "x", "kernel", "embedding"):
-            right = "must be an identifier, and none of x, scale, bias, kernel, embedding"
+        # Flax's dictionaries of parameters have their keys as attributes, which must not hide their methods.
+        if not is_name or self.name in TAKEN or self.name.startswith("_") or hasattr(dict, self.name):
+            right = f"must be an identifier without a leading _, none of {', '.join(TAKEN)}, and no method of dict"
             raise ValueError(f"a norm's parameter is named {self.name!r:.80}: {right}")
         if not isinstance(self.shape, tuple) or len(self.shape) not in (1, 2) or not all(map(_is_size, self.shape)):
             right = f'must be a tuple of one or two sizes, each "{WIDTH}" or a number from 1 to {LARGEST_SIZE:,}'
@@ -224,8 +227,10 @@ def norm_kind(
     """
 
     def enter(function: Callable[..., Any]) -> Callable[..., Any]:
-        own = tuple(parameters)
         _check_name(name)
+        if not isinstance(parameters, Iterable):
+            raise ValueError(f"norm kind {name!r}: parameters={parameters!r:.80}: must be a list of hn.NormParameter")
+        own = tuple(parameters)
         _check_arguments(name, function, own)
         from hybridnorm_jax.model.norm_functions import check_plugin_norm
 

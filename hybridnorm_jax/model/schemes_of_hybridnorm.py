@@ -85,7 +85,9 @@ def _hybrid_with_learned_scale(**learned: Any) -> BlockPlacement:
 def hybrid_layer_scale(layer: int, num_layers: int) -> BlockPlacement:
     """hybrid with a learned number for each channel behind the branches. LayerScale, CaiT (2103.17239), section 2.
 
-    It starts at 0.1 up to 18 layers, at 1e-5 up to 24, and at 1e-6 above.
+    It starts at 0.1 up to 18 layers, at 1e-5 up to 24, and at 1e-6 above. The paper says so of 18, of 24 and of deeper
+    models; which of the two a depth between 18 and 24 takes is our choice. In the authors' code (facebookresearch/deit,
+    cait_models.py) it is 1e-5 with 24 blocks and 1e-6 with 36 and 48.
     """
     start = 0.1 if num_layers <= 18 else 1e-5 if num_layers <= 24 else 1e-6
     return _hybrid_with_learned_scale(layer_scale="channel", layer_scale_init=start)
@@ -95,7 +97,7 @@ def hybrid_layer_scale(layer: int, num_layers: int) -> BlockPlacement:
 def hybrid_rezero(layer: int, num_layers: int) -> BlockPlacement:
     """hybrid with one learned number for both branches of a block, which starts at 0. ReZero (2003.04887).
 
-    In the authors' code the branches of a block share it.
+    In the authors' code (majumderb/rezero, rztx.py) it is `resweight`, one zero, which the branches of a block share.
     """
     placement = _hybrid_with_learned_scale(layer_scale="scalar", layer_scale_init=0.0)
     return dataclasses.replace(placement, shared_layer_scale=True)
@@ -103,7 +105,11 @@ def hybrid_rezero(layer: int, num_layers: int) -> BlockPlacement:
 
 @scheme("hybrid_skipinit", initializer="megatron", source="SkipInit (2002.10444), on hybrid", checked="equation only")
 def hybrid_skipinit(layer: int, num_layers: int) -> BlockPlacement:
-    """hybrid with a learned number behind each branch, which starts at 0. SkipInit (2002.10444)."""
+    """hybrid with a learned number behind each branch, which starts at 0. SkipInit (2002.10444).
+
+    As others report the paper, 0 or a small number. In its authors' later code (google-deepmind/deepmind-research,
+    nfnets/nf_resnet.py) each branch has a `skip_gain` that starts at 0.
+    """
     return _hybrid_with_learned_scale(layer_scale="scalar", layer_scale_init=0.0)
 
 

@@ -87,11 +87,11 @@ def _for_any_device(config: ModelConfig) -> ModelConfig:
 
 
 class Norm(Shell):
-    """layer_norm, rms_norm or crms_norm with a learned scale and bias, in the place of flax.nnx.LayerNorm or RMSNorm.
+    """A norm of hn.NORM_KINDS with a learned scale and bias, in the place of flax.nnx.LayerNorm or RMSNorm.
 
         norm = hn.nnx.Norm(512, kind="layernorm", rngs=nnx.Rngs(0))
 
-    Parameters: `scale` and `bias` (num_features,), each where asked for.
+    Parameters: `scale` and `bias` (num_features,), each where asked for, and those that the kind has besides.
     """
 
     def __init__(self, num_features: int, *, rngs: nnx.Rngs, **attributes: Any):

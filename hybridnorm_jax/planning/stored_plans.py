@@ -1,8 +1,8 @@
 """Plans of many settings, each made in a process of its own, several at a time, and kept on disk.
 
 A process per plan because JAX gives one process the devices of one topology. A plan is found again by what decides it:
-the configuration, the topology, the share of a GPU's memory, the versions of JAX and the compilers, and this package's
-own code.
+the configuration, the sources of its plugins, the topology, the share of a GPU's memory, the versions of JAX and the
+compilers, and this package's own code.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hybridnorm_jax.config.plugins import plugins_of
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import ConfigError, first_line
 from hybridnorm_jax.planning.compilation import read_config
@@ -87,6 +88,7 @@ def identity(config: RunConfig, topology: Topology) -> str:
     """A digest of all that decides a plan; the name of the run does not."""
     settings = dataclasses.asdict(config)
     settings.pop("run")
+    settings["plugins"] = [plugin.digest for plugin in plugins_of(config.run.plugins)]
     settings["mesh"] |= mesh_sizes(config, topology)
     decides = [settings, str(topology), memory_fraction() if topology.is_gpu else None, versions(), _code()]
     return hashlib.sha256(json.dumps(decides, default=str).encode()).hexdigest()[:32]

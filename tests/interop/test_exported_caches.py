@@ -24,7 +24,9 @@ import hybridnorm_jax as hn
 from hybridnorm_jax.generation.generate import generate
 
 
-@pytest.mark.parametrize("name", ["hybrid_star", "span", "experts", "learned_positions", "compressed_within"])
+@pytest.mark.parametrize(
+    "name", ["hybrid_star", "span", "experts", "learned_positions", "compressed_within", "dyt", "gated"]
+)
 def test_text_is_that_of_our_own_generation(exported, model_of, name):
     config, params, _ = exported(name)
     rows = [TOKENS[0, :7].tolist(), TOKENS[1, :3].tolist()]

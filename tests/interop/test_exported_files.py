@@ -1,6 +1,7 @@
 """Our PyTorch code is loaded and saved by transformers."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -43,7 +44,7 @@ def test_a_value_that_is_the_default_may_be_left_out(tmp_path):
     assert mathematics(again) == mathematics(config)
 
 
-@pytest.mark.parametrize("name", ["span", "tied_with_bias", "experts_with_all"])
+@pytest.mark.parametrize("name", ["span", "tied_with_bias", "experts_with_all", "dyt", "derf", "bhyt", "gated"])
 def test_loading_leaves_nothing_uninitialized(exported, name):
     """transformers builds the model without memory and then fills what it finds in the file: all must be there."""
     _, _, directory = exported(name)
@@ -85,6 +86,35 @@ def test_fresh_weights_are_drawn(exported):
     config = transformers.AutoConfig.from_pretrained(exported("hybrid_output_norm").directory, trust_remote_code=True)
     model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     torch.testing.assert_close(model.model.layers[1].attention_branch_norm.weight, torch.full((32,), 8**-0.5))
+
+
+@pytest.mark.parametrize("name", ["derf", "bhyt", "gated", "dyt"])
+def test_what_norms_have_besides_starts_as_here(exported, name):
+    """Fresh numbers as NORM_KINDS says, and of matrices of the gate their variance; the scale of the embedding too."""
+    config = transformers.AutoConfig.from_pretrained(exported(name).directory, trust_remote_code=True)
+    model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    kind = hn.NORM_KINDS[config.norm]
+    norms = [module for module in model.modules() if type(module).__name__ == "Norm" and module.kind == kind.name]
+    assert len(norms) > 4
+    for parameter in kind.parameters:
+        fresh = [getattr(norm, parameter.name) for norm in norms]
+        if parameter.start is not None:
+            assert all(each.tolist() == [parameter.start] for each in fresh)
+        else:  # of 512 numbers each the deviation is known to 3 %, and better of all together
+            deviations = [float(each.std()) * each.shape[0] ** 0.5 for each in fresh]
+            assert abs(np.mean(deviations) - 1) < 0.1
+    if config.learned_embedding_scale:
+        torch.testing.assert_close(model.model.embedding_scale.weight, torch.full((1,), 32**0.5))
+
+
+@pytest.mark.parametrize("name", ["dyt", "derf", "bhyt_with_experts", "gated"])
+def test_what_norms_have_besides_has_plain_names(exported, name):
+    config, _, directory = exported(name)
+    names = set(in_torch(directory).state_dict())
+    for own in hn.NORM_KINDS[config.norm].parameter_names:
+        assert (f"model.norm.{own}" in names) == config.has_final_norm
+        assert any(re.fullmatch(rf"model\.layers\.2\..*norm\.{own}", each) for each in names)
+    assert ("model.embedding_scale.weight" in names) == config.learned_embedding_scale
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,11 @@ import hybridnorm_jax as hn
 
 
 @pytest.mark.parametrize(
-    "name", others_are_long(["hybrid_star", "span", "experts_with_all", "learned_positions"], ["experts_with_all"])
+    "name",
+    others_are_long(
+        ["hybrid_star", "span", "experts_with_all", "learned_positions", "dyt", "derf", "gated"],
+        ["experts_with_all", "derf", "gated"],
+    ),
 )
 def test_the_forward_pass_is_one_graph(model_of, fresh_compiler, name):
     model = model_of(name)
@@ -52,7 +56,7 @@ def test_shapes_are_known_without_memory(exported):
         assert model(torch.zeros((2, 5), dtype=torch.long)).logits.shape == (2, 5, 61)
 
 
-@pytest.mark.parametrize("name", ["span", "experts_with_all"])
+@pytest.mark.parametrize("name", ["span", "experts_with_all", "gated"])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_gradient(model_of, name, use_reentrant):
     gradients = []
@@ -81,9 +85,9 @@ def test_the_router_is_not_rounded_under_autocast(model_of):
     torch.testing.assert_close(rounded_experts, experts, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["span", "experts_with_all"])
+@pytest.mark.parametrize("name", ["span", "experts_with_all", "dyt", "gated"])
 def test_mixed_precision_trains(model_of, name):
-    """Under autocast the router stays in float32, and dtypes fit each other."""
+    """Under autocast the router and the gates of norms stay in float32, and dtypes fit each other."""
     model = model_of(name).train()
     exact = float(model(ids(TOKENS), labels=ids(TOKENS)).loss)
     with torch.autocast("cpu", torch.bfloat16):
@@ -125,7 +129,7 @@ def test_lora_on_the_router_is_trained(model_of):
     assert [name for name, gradient in trainable.items() if gradient is None] == []
 
 
-@pytest.mark.parametrize("name", ["experts_with_all", "learned_positions", "crmsnorm_padded"])
+@pytest.mark.parametrize("name", ["experts_with_all", "learned_positions", "crmsnorm_padded", "dyt", "gated"])
 def test_weights_that_wait_elsewhere_are_fetched(model_of, name):
     """accelerate fetches those of a module when the module is called; a device_map may do so for whole layers."""
     accelerate = pytest.importorskip("accelerate")

@@ -95,6 +95,7 @@ OTHER_VALUES = {
     "mlp_output_bias": {"mlp_output_bias": True},
     "router_bias": EXPERTS | {"router_bias": True},
     "embedding_scale": {"embedding_scale": 5.5},
+    "learned_embedding_scale": {"learned_embedding_scale": True},
     "branch_multiplier": {"branch_multiplier": 0.25},
     "logit_scale": {"logit_scale": 0.125},
     "logit_cap": {"logit_cap": 30.5},

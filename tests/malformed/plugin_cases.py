@@ -12,6 +12,35 @@ half = hn.SublayerPlacement(pre=True{})
 def mine(layer, n):
     {}
 """
+NORM = """import hybridnorm_jax as hn
+import jax.numpy as jnp
+@hn.norm_kind({})
+def mine(x{}):
+    {}
+"""
+# With model.norm=mine; of most the registration fails, of some the first tracing of a model.
+NORMS = {
+    "a name that exists": NORM.format("'dyt'", "", "return x"),
+    "no name": NORM.format("None", "", "return x"),
+    "another shape": NORM.format("'mine'", "", "return x[..., :1]"),
+    "another shape in a model alone": NORM.format("'mine'", "", "return x if x.shape[:2] == (2, 3) else x[..., :1]"),
+    "another dtype": NORM.format("'mine'", "", "return x.astype(jnp.bfloat16)"),
+    "no array": NORM.format("'mine'", "", "return 1.0"),
+    "nothing": NORM.format("'mine'", "", "pass"),
+    "raises": NORM.format("'mine'", "", "1 / 0"),
+    "raises two lines": NORM.format("'mine'", "", "raise ValueError('a\\nb')"),
+    "raises in a model alone": NORM.format("'mine'", "", "return x if x.shape[:2] == (2, 3) else 1 / 0"),
+    "one argument too many": NORM.format("'mine'", ", y", "return x"),
+    "no argument": NORM.replace("(x{})", "()").format("'mine'", "return 1"),
+    "parameters that are none": NORM.format("'mine', parameters=[1]", "", "return x"),
+    "parameters that are no list": NORM.format("'mine', parameters=hn.NormParameter('a')", ", a", "return x"),
+    "a parameter named scale": NORM.format("'mine', parameters=[hn.NormParameter('scale')]", ", scale", "return x"),
+    "an infinite start": NORM.format("'mine', parameters=[hn.NormParameter('a', start=1e999)]", ", a", "return x"),
+    "a start of text": NORM.format("'mine', parameters=[hn.NormParameter('a', start='1')]", ", a", "return x"),
+    "a shape of three": NORM.format("'mine', parameters=[hn.NormParameter('a', (1, 2, 3))]", ", a", "return x"),
+    "a class": "import hybridnorm_jax as hn\nhn.norm_kind('mine')(int)\n",
+    "no function": "import hybridnorm_jax as hn\nhn.norm_kind('mine')(3)\n",
+}
 PLUGINS = {
     "no Python": b"def",
     "a tab and spaces": b"if 1:\n\tx = 1\n        y = 2\n",
@@ -66,6 +95,12 @@ def plugin_cases(rng: random.Random) -> Iterator[Case]:
         for command in (("train", "tiny.yaml"), ("plan", "tiny.yaml", "--topology=gpu:1x80GB")):
             arguments = (*command, "run.plugins=[bad.py]", "model.scheme=mine")
             yield Case(f"plugin: {fault}", arguments, ("bad.py", "mine", "model.scheme"), {"bad.py": content})
+    for fault, source in NORMS.items():
+        commands = [("train", "tiny.yaml"), ("plan", "tiny.yaml", "--topology=gpu:1x80GB")]
+        # A plan makes its devices before it traces the model, which counts as taken here.
+        for command in commands[:1] if "in a model alone" in fault else commands:
+            arguments, names = (*command, "run.plugins=[bad.py]", "model.norm=mine"), ("bad.py", "mine", "model.norm")
+            yield Case(f"plugin: norm: {fault}", arguments, names, {"bad.py": source.encode()})
     for fault, prepare in PLACES.items():
         arguments = ("train", "tiny.yaml", "run.plugins=[bad.py]")
         yield Case(f"plugin: {fault}", arguments, ("bad.py",), prepare=at("bad.py", prepare))

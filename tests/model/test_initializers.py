@@ -1,5 +1,7 @@
 """What the weights of each initializer look like, layer by layer."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +67,32 @@ def test_embedding_and_head(params_of):
         for leaf in (params["token_embedding"]["embedding"], params["head"]["kernel"]):
             np.testing.assert_allclose(leaf.std(), KEPT * config.init_std, rtol=0.01)
     assert config.init_std == pytest.approx((2.5 * 128) ** -0.5)
+
+
+def test_simple_gpt_starts_as_its_authors_code_does():
+    """0.02 inside the blocks, 1 of the embedding, 1/sqrt(d) of the head; read off Ocram7/SimpleGPT."""
+    sizes = {"d_model": 128, "num_layers": L, "num_heads": 4, "vocab_size": 997}
+    for tied, of_embedding in ((False, 1.0), (True, 128**-0.5)):
+        config = hn.ModelConfig(scheme="simple_norm", tie_embeddings=tied, **sizes)
+        params = jax.jit(hn.Decoder(config).init)(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+        np.testing.assert_allclose(params["token_embedding"]["embedding"].std(), KEPT * of_embedding, rtol=0.01)
+        query, out = (params["run_0"]["attention"][name]["kernel"] for name in ("query", "out"))
+        np.testing.assert_allclose(query[0].std(), KEPT * 0.02, rtol=0.022)
+        np.testing.assert_allclose(out[1].std(), KEPT * 0.01, rtol=0.022)
+        if not tied:
+            np.testing.assert_allclose(params["head"]["kernel"].std(), KEPT * 128**-0.5, rtol=0.01)
+
+
+def test_the_standard_deviation_follows_the_initializer_unless_it_is_set():
+    usual = (2.5 * 16) ** -0.5
+    base = hn.ModelConfig(scheme="pre", d_model=16, num_layers=2, num_heads=2, vocab_size=7)
+    assert base.init_std == pytest.approx(usual)
+    assert hn.ModelConfig(scheme="pre", d_model=16, num_heads=2, initializer="simple_gpt").init_std == 0.02
+    assert dataclasses.replace(base, scheme="simple_norm").init_std == pytest.approx(usual)
+    assert base.with_scheme("simple_norm").init_std == 0.02
+    assert base.with_scheme("simple_norm").with_scheme("span").init_std == pytest.approx(usual)
+    assert base.with_scheme("simple_norm", initializer="normal").init_std == pytest.approx(usual)
+    assert dataclasses.replace(base, init_std=0.5).with_scheme("simple_norm").init_std == 0.5
 
 
 def test_layers_differ_from_each_other(params_of):

@@ -10,14 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import yaml
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.config.run_config import OptimizerSection
+from hybridnorm_jax.interop.architectures import config_to_json
 from hybridnorm_jax.interop.authors.projects import PROJECTS, params_from_authors
 from hybridnorm_jax.interop.huggingface import save_huggingface
+from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.training.optimizer import decay_mask
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "placements"
+PAGE = Path(__file__).parents[2] / "docs" / "placements.md"
 SIZES = {"d_model": 32, "num_layers": 3, "num_heads": 4, "vocab_size": 61}
 PROJECT_SIZES = {
     "dyt_llama": {"mlp_dim": 48},
@@ -191,6 +195,20 @@ def test_parameters_start_as_the_keys_say():
     np.testing.assert_allclose(run["attention"]["q_norm"]["alpha"], 0.8)
 
 
+def test_the_llama_of_the_documentation_starts_as_in_the_paper():
+    """DyT (2503.10622), LLaMA 7B: alpha 0.8 in attention and 0.2 elsewhere, no bias, the embedding times sqrt(d)."""
+    block = re.search(r"```yaml\n# dyt_7b\.yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    keys = yaml.safe_load(block)["model"]
+    assert hn.ModelConfig(**keys).d_model == 4096
+    small = hn.ModelConfig(**(keys | SIZES | {"mlp_dim": 48}))
+    params = hn.Decoder(small).init(jax.random.key(0), np.zeros((1, 2), int))["params"]
+    run = params["run_0"]
+    found = [run["attention_pre_norm"], run["feed_forward_pre_norm"], params["final_norm"]]
+    assert all(norm.keys() == {"alpha", "scale"} for norm in found)
+    assert [float(norm["alpha"].ravel()[0]) for norm in found] == pytest.approx([0.8, 0.2, 0.2])
+    np.testing.assert_allclose(params["embedding_scale"]["scale"], 32**0.5, rtol=1e-6)
+
+
 def test_norms_decay_as_one_group():
     config = _config("gated")
     params = hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 2), int))["params"]
@@ -205,9 +223,23 @@ def test_norms_decay_as_one_group():
     ("keys", "message"),
     [
         ({"norm": "dytt"}, r"^model\.norm=dytt: not known"),
-        ({"norm": "rmsnorm", "norm_alpha": (0.5,)}, r"^model\.norm_alpha=.*norms of model\.norm=rmsnorm have no alpha"),
-        ({"norm": "dyt", "norm_shift": (0.5,)}, r"^model\.norm_shift=.*have no shift"),
+        ({"norm": "rmsnorm", "norm_alpha": (0.5,)}, r"^model\.norm_alpha=.*no norm with alpha: its norms are rmsnorm"),
+        ({"norm": "dyt", "norm_shift": (0.5,)}, r"^model\.norm_shift=.*no norm with shift: its norms are dyt"),
         ({"norm": "dyt", "norm_alpha": (0.5, 0.2)}, r"^model\.norm_alpha=.*must be one number, or three"),
+        ({"norm": "derf", "norm_shift": (0.5,) * 4}, r"^model\.norm_shift=.*must be one number, or three"),
+        (
+            {"norm": "dyt", "norm_alpha": (float("nan"),)},
+            r"^model\.norm_alpha=.*must be at least -1,000 and at m",
+        ),
+        ({"norm": "dyt", "norm_alpha": ("x",)}, r"^model\.norm_alpha=.*must be a number"),
+        # Nothing in this scheme is normalized inside a branch.
+        (
+            {"attention_norm": "dyt", "norm_alpha": (0.5,)},
+            r"^model\.norm_alpha=.*no norm with alpha: its norms are rms",
+        ),
+        ({"norm": "gated", "norm_alpha": (0.5,)}, r"^model\.norm_alpha=.*no norm with alpha: its norms are gated"),
+        ({"norm": "bhyt", "norm_shift": (0.5,)}, r"^model\.norm_shift=.*no norm with shift: its norms are bhyt"),
+        ({"attention_norm": "gated"}, r"^model\.attention_norm=gated: not known"),
         ({"attention_norm": "crmsnorm"}, r"^model\.attention_norm=crmsnorm: not known"),
     ],
 )
@@ -216,17 +248,37 @@ def test_what_a_kind_does_not_have_is_refused(keys, message):
         hn.ModelConfig(scheme="pre", **SIZES, **keys)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if not hn.NORM_KINDS[kind].is_layer_norm])
-def test_conversion_names_the_kind_it_refuses(kind):
-    with pytest.raises(hn.ConfigError, match=f"^model.norm={kind}: only LayerNorm"):
-        hn.equivalence.conversion_of(hn.ModelConfig(scheme="pre", norm=kind, **SIZES), "pre_rmsnorm")
+@pytest.mark.parametrize("form", ["pre_rmsnorm", "pre_crmsnorm"])
+@pytest.mark.parametrize("kind", [name for name, kind in hn.NORM_KINDS.items() if not kind.is_layer_norm])
+def test_conversion_names_the_kind_it_refuses(kind, form):
+    for config in (
+        hn.ModelConfig(scheme="pre", norm=kind, **SIZES),
+        hn.EncoderConfig(scheme="pre", norm=kind, d_model=32, num_layers=2, num_heads=4),
+    ):
+        with pytest.raises(hn.ConfigError, match=f"^model.norm={kind}: only LayerNorm"):
+            hn.equivalence.conversion_of(config, form)
 
 
-def test_a_kind_without_pytorch_code_is_not_exported(tmp_path):
-    config = hn.ModelConfig(scheme="pre", norm="gated", **SIZES)
-    params = hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 2), int))["params"]
-    with pytest.raises(hn.UserError, match=r"^model\.norm=gated: the PyTorch code"):
-        save_huggingface(tmp_path, config, params, architecture="hybridnorm")
+def test_a_learned_embedding_scale_is_refused_where_it_cannot_be():
+    config = hn.ModelConfig(scheme="pre", norm="layernorm", learned_embedding_scale=True, **SIZES)
+    with pytest.raises(hn.ConfigError, match=r"^model\.learned_embedding_scale=True: only LayerNorm at the entrance"):
+        hn.equivalence.to_pre_rmsnorm(config, {})
+    with pytest.raises(hn.ConfigError, match=r"^model\.learned_embedding_scale=True: an Encoder does not have it"):
+        hn.EncoderConfig(learned_embedding_scale=True)
+    with pytest.raises(hn.UserError, match=r"llama cannot express model\.learned_embedding_scale=True"):
+        config_to_json(dataclasses.replace(config, norm="rmsnorm"), "llama")
+
+
+def test_a_checkpoint_without_the_numbers_of_a_kind_is_refused():
+    """OLMo's code has norms with a scale and a bias alone."""
+    config = hn.ModelConfig(scheme="pre", norm="dyt", mlp_dim=24, tie_embeddings=True, **(SIZES | {"num_layers": 1}))
+    shapes = {"wte": (61, 32), "ln_f": (32,), "blocks.0.attn_norm": (32,), "blocks.0.ff_norm": (32,)}
+    shapes |= {"blocks.0.att_proj": (96, 32), "blocks.0.attn_out": (32, 32)}
+    shapes |= {"blocks.0.ff_proj": (48, 32), "blocks.0.ff_out": (32, 24)}
+    arrays = {f"transformer.{name}.weight": np.ones(shape, np.float32) for name, shape in shapes.items()}
+    assert "final_norm" in hn.params_from_olmo(dataclasses.replace(config, norm="rmsnorm"), arrays)
+    with pytest.raises(hn.UserError, match=r"alpha: a parameter of this model, but their code does not have it$"):
+        hn.params_from_olmo(config, arrays)
 
 
 # ---- A user's own
@@ -240,6 +292,31 @@ def softsign():
 
     yield
     del hn.NORM_KINDS["softsign"]
+
+
+@pytest.mark.usefixtures("softsign")
+@pytest.mark.parametrize("keys", [{"norm": "softsign"}, {"scheme": "hybrid", "attention_norm": "softsign"}])
+def test_a_users_own_kind_is_neither_exported_nor_converted(keys, tmp_path):
+    config = hn.ModelConfig(**{"scheme": "pre", "mlp_dim": 48, **SIZES, **keys})
+    params = hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 2), int))["params"]
+    key = next(name for name, value in keys.items() if value == "softsign")
+    right = "a kind of a plugin's, which the PyTorch code beside exported weights does not have; it has rmsnorm, "
+    for architecture in (None, "hybridnorm"):
+        with pytest.raises(hn.UserError, match=f"^model\\.{key}=softsign: {right}") as refusal:
+            save_huggingface(tmp_path / "out", config, params, architecture=architecture)
+        assert "\n" not in str(refusal.value)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(hn.ConfigError, match=r"^model\.(norm=softsign|norm=rmsnorm.*): only LayerNorm"):
+        hn.equivalence.conversion_of(config, "pre_rmsnorm")
+
+
+@pytest.mark.usefixtures("softsign")
+def test_shapes_are_those_of_the_kind_that_has_the_name_now():
+    config = _config("softsign")
+    assert "v" in abstract_params(config)["final_norm"]
+    del hn.NORM_KINDS["softsign"]
+    hn.norm_kind("softsign", parameters=[hn.NormParameter("name")])(lambda x, name: name * x)
+    assert abstract_params(config)["final_norm"].keys() == {"scale", "name"}
 
 
 @pytest.mark.usefixtures("softsign")
@@ -264,7 +341,26 @@ def test_a_users_own_kind_gets_its_scale_and_bias_from_the_library():
         ("mine", (), lambda: 1, "must be a function of one array x; too many"),
         ("mine", (), lambda x, y: x, "must be a function of one array x; missing a required argument: 'y'"),
         ("mine", ("a", "a"), lambda x, a: x, "two parameters are named 'a'"),
-        ("mine", ("scale",), lambda x, scale: x, "a norm's parameter is named 'scale'"),
+        ("mine", ("scale",), lambda x, scale: x, "a norm's parameter is named 'scale': must be an identifier"),
+        ("mine", ("x",), lambda x: x, "a norm's parameter is named 'x'"),
+        (
+            "mine",
+            ("items",),
+            lambda x, items: x,
+            "a norm's parameter is named 'items': must be an identifier with",
+        ),
+        ("mine", ("_a",), lambda x, _a: x, "a norm's parameter is named '_a'"),
+        ("auto", (), lambda x: x, "a norm kind's name must be a text"),
+        ("mine", (), jnp.ndarray, "must be a function of one array x, not"),
+        ("mine", (), lambda x: np.ones(x.shape), "must return an array, not ndarray"),
+        ("mine", (), lambda x: np.asarray(x), "raises TracerArrayConversionError: The numpy.ndarray conversion"),
+        (
+            "mine",
+            (),
+            lambda x: x.astype(jnp.bfloat16),
+            "must return an array of this dtype and shape, not bfloat16[2, 3,",
+        ),
+        ("mine", (), lambda x: x if x.sum() > 0 else -x, "raises TracerBoolConversionError: Attempted boolean"),
         ("mine", (), lambda x: x[0], "must return an array of this dtype and shape, not float32[3, 8]"),
         ("mine", (), lambda x: x > 0, "must return an array of this dtype and shape, not bool[2, 3, 8]"),
         ("mine", (), lambda x: None, "must return an array, not NoneType"),

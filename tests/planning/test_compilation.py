@@ -130,6 +130,13 @@ def test_a_plan_for_gpus_knows_shares_and_says_what_it_does_not_know(simulated):
     assert (whole.roofline, whole.most_mfu) == (None, None)  # nobody knows which GPU it is
 
 
+def test_the_parameters_of_norms_are_counted(simulated):
+    keys = ("model.scheme=pre", "model.tie_embeddings=true")
+    plain, gated = simulated(80, *keys), simulated(80, *keys, "model.norm=gated", "model.learned_embedding_scale=true")
+    # Of the seven norms of three layers two matrices each, which no mesh splits, and the scale of the embedding.
+    assert gated.parameters - plain.parameters == 7 * 2 * 64 * 16 + 1
+
+
 def test_what_does_not_hold_the_state_does_not_fit(simulated):
     small = simulated(0.0001)
     assert small.fits is False

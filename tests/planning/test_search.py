@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
+import hybridnorm_jax as hn
 from hybridnorm_jax.commands.main import main
+from hybridnorm_jax.config import plugins
 from hybridnorm_jax.planning import search as module
 from hybridnorm_jax.planning import stored_plans
 from hybridnorm_jax.planning.compare import comparison
@@ -16,6 +18,11 @@ from hybridnorm_jax.planning.search import search, table
 from hybridnorm_jax.planning.stored_plans import Planned, identity, plan_one
 from hybridnorm_jax.planning.topologies import parse_topology
 
+NORM = """import hybridnorm_jax as hn
+@hn.norm_kind('mine', parameters=[hn.NormParameter('a')])
+def mine(x, a):
+    return {}
+"""
 BASE = ("quickstart", "train.batch_size=32", "model.remat=none")
 TOPOLOGY = parse_topology("h100:4")
 POLICY_SECONDS = {"none": 1, "all_but_attention": 2, "dots": 3, "dots_no_batch": 4, "full": 5}
@@ -149,6 +156,18 @@ def test_another_share_of_the_memory_is_another_plan(processes, monkeypatch):
     plan_one(("quickstart",), TOPOLOGY)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     plan_one(("quickstart",), TOPOLOGY)
+    assert len(processes) == 2
+
+
+def test_an_edited_plugin_is_another_plan(processes, monkeypatch, tmp_path):
+    """The name of a kind of norm, or of a scheme, stays, and means something else."""
+    file = tmp_path / "mine.py"
+    setting = ("quickstart", f"run.plugins=[{file}]", "model.norm=mine")
+    for function in ("x + 0 * a", "x + 0 * a", "x * a"):
+        file.write_text(NORM.format(function))
+        monkeypatch.setattr(plugins, "_imported", {})
+        hn.NORM_KINDS.pop("mine", None)
+        plan_one(setting, TOPOLOGY)
     assert len(processes) == 2
 
 

@@ -74,7 +74,13 @@ class _KilledError(Exception):
     """Stands for a process that ends without a word."""
 
 
-def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(config, tmp_path, monkeypatch):
+# Numbers of norms, which no matrix is, and their moments come back as well.
+DYT = {"norm": "dyt", "learned_embedding_scale": True, "norm_alpha": (0.8, 0.2, 0.2)}
+
+
+@pytest.mark.parametrize("keys", [{}, DYT], ids=["rmsnorm", "dyt"])
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(keys, config, tmp_path, monkeypatch):
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **keys))
     whole = _named(config, "whole")
     loop.train(whole)
 
@@ -98,6 +104,9 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(config, tmp_path, 
     ours, our_data = _final_state(config, tmp_path)
     expected, expected_data = _final_state(whole, tmp_path)
     _assert_bitwise(ours, expected)
+    if keys:  # they have moved
+        assert (np.abs(ours.params["run_0"]["feed_forward_pre_norm"]["alpha"] - 0.2) > 1e-4).all()
+        assert (np.abs(ours.params["embedding_scale"]["scale"] - config.model.d_model**0.5) > 1e-4).all()
     assert our_data == expected_data
     assert our_data["iterator"] == {"next_index": STEPS}
     assert _records(config, tmp_path) == _records(whole, tmp_path)

@@ -10,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention_hybridnorm import Attention
 from .configuration_hybridnorm import HybridNormConfig
 from .feed_forward_hybridnorm import Experts, FeedForward, MixtureOfExperts
-from .norms_hybridnorm import HeadScales, LayerScale, Norm, apply_formula, placement_of, stream_norm
+from .norms_hybridnorm import GATE_RANK, HeadScales, LayerScale, Norm, apply_formula, placement_of, stream_norm
 
 
 class SublayerNorms(NamedTuple):
@@ -113,7 +113,10 @@ class HybridNormPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """Weights that are in no checkpoint: N(0, initializer_range^2), scales as the placement says, biases 0."""
+        """Weights that are in no checkpoint: N(0, initializer_range^2), scales as the placement says, biases 0.
+
+        What norms have besides starts as STARTS says; of the gate's matrices the variance is one over their rows.
+        """
         std = self.config.initializer_range
         if isinstance(module, Norm) and module.weight is not None:
             nn.init.constant_(module.weight, module.initial_scale)
@@ -122,6 +125,12 @@ class HybridNormPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Experts):
             for kernel in (module.gate_proj, module.up_proj, module.down_proj):
                 nn.init.normal_(kernel, std=std)
+        if isinstance(module, Norm):
+            for name, start in module.starts.items():
+                nn.init.constant_(getattr(module, name), start)
+            if module.kind == "gated":
+                nn.init.normal_(module.down, std=module.size**-0.5)
+                nn.init.normal_(module.up, std=GATE_RANK**-0.5)
         if isinstance(module, LayerScale):
             nn.init.constant_(module.weight, module.start)
         if isinstance(module, HeadScales):

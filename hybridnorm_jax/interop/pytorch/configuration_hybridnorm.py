@@ -38,8 +38,8 @@ PARTS = ("attention", "feed_forward", *HEAD_NORMS, "head_scales", *SWITCHES)
 GATED = ("swiglu", "swiglu_clamped", "geglu", "geglu_tanh", "geglu_quick", "reglu", "reglu_squared")
 CHOICES = {
     "hidden_act": (*GATED, "gelu", "gelu_tanh", "gelu_quick", "relu", "relu_squared", "silu"),
-    "norm": ("rmsnorm", "layernorm", "crmsnorm"),
-    "attention_norm": ("rmsnorm", "layernorm"),
+    "norm": ("rmsnorm", "layernorm", "crmsnorm", "dyt", "derf", "bhyt", "gated"),
+    "attention_norm": ("rmsnorm", "layernorm", "dyt", "derf", "bhyt"),
     "positions": ("rope", "learned", "sinusoidal", "alibi"),
     "rotary_scaling": ("none", "linear", "llama3", "yarn", "longrope"),
 }
@@ -116,6 +116,7 @@ DEFAULTS = {
     "router_bias": None,
     "head_bias": False,
     "embedding_scale": None,
+    "learned_embedding_scale": False,
     "branch_multiplier": 1.0,
     "logits_scale": None,
     "logits_cap": None,
@@ -156,7 +157,7 @@ class HybridNormConfig(PretrainedConfig):
       hidden_act: a name of CHOICES; those of GATED have a gate. "gelu" is the exact one.
       clamp_limit, clamp_alpha: of "swiglu_clamped", see gated in feed_forward_hybridnorm.py.
       norm, attention_norm: the kind of the norms on the stream, and on q, k, v, the context and inside the
-        feed-forward layer.
+        feed-forward layer; a name of CHOICES. norms_hybridnorm.py has the formulas.
       norm_scale, norm_bias, attention_norm_scale, attention_norm_bias: whether these norms have a learned scale, bias.
       norm_eps: added inside the root of every norm.
       norm_width: of crmsnorm: length of the zero-mean vector whose last element is not stored.
@@ -189,6 +190,7 @@ class HybridNormConfig(PretrainedConfig):
       attention_bias, mlp_bias, head_bias: whether these projections have biases.
       attention_output_bias, mlp_output_bias, router_bias: whether these have one; null: as attention_bias, mlp_bias.
       embedding_scale: factor of the token embedding, before positions are added; null: 1.
+      learned_embedding_scale: the embedding, with its positions, is times a learned number.
       branch_multiplier: a factor of branch_scale that is in `placements` already; nothing here reads it.
       logits_scale, logits_cap: factor of the logits z, which then become cap * tanh(z / cap); null: neither.
       dropout: after the embedding and after every branch, in training.

@@ -9,6 +9,7 @@ from .configuration_hybridnorm import DEFAULTS, HybridNormConfig, require
 DECODER_ONLY = (
     "vocab_size",
     "embedding_scale",
+    "learned_embedding_scale",
     "logits_scale",
     "logits_cap",
     "position_offset",

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from .block_hybridnorm import HybridNormBlock, HybridNormPreTrainedModel
-from .norms_hybridnorm import JoinedStreams, capped, into_blocks, outer_norm, times, wide
+from .norms_hybridnorm import JoinedStreams, LayerScale, capped, into_blocks, outer_norm, times, wide
 from .positions_hybridnorm import check_growth, masks, positions_of, rotations, sinusoids
 
 # transformers renamed it in 5.x. Both names are taken; this is the one that outputs have.
@@ -34,6 +34,7 @@ class HybridNormModel(HybridNormPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         if config.positions == "learned":
             self.embed_positions = nn.Embedding(config.position_offset + config.max_position_embeddings, width)
+        self.embedding_scale = LayerScale(1, width**0.5) if config.learned_embedding_scale else nn.Identity()
         self.embedding_norm = outer_norm(config, config.embedding_norm)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList([HybridNormBlock(config, layer) for layer in range(config.num_hidden_layers)])
@@ -81,7 +82,7 @@ class HybridNormModel(HybridNormPreTrainedModel):
             check_growth(self.config, position_ids, past)
         by_window = masks(self.config, attention_mask, queries, past, slots, x.device, x.dtype)
         turns = rotations(self.config, position_ids, x.dtype)
-        x = self.with_positions(times(self.config.embedding_scale, x), position_ids)
+        x = self.embedding_scale(self.with_positions(times(self.config.embedding_scale, x), position_ids))
         x = into_blocks(self.config, self.dropout(self.embedding_norm(x)))
         place = None if cache is None else torch.arange(queries, device=x.device) + past
         side, streams = self.streams.begun(x), ()

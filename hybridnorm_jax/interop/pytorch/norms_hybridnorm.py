@@ -8,6 +8,14 @@ from torch.nn import functional as F  # noqa: N812
 
 from .configuration_hybridnorm import HEAD_NORMS, SIDE_STREAM, SUBLAYER, SWITCHES
 
+# The numbers that a kind of norm has besides weight and bias, and what they start at.
+STARTS = {
+    "dyt": {"alpha": 0.5},
+    "derf": {"alpha": 0.5, "shift": 0.0},
+    "bhyt": {"lam": 2.0},
+}
+GATE_RANK = 16
+
 
 def placement_of(config, layer):
     """The placement of a layer, with every part that config.json leaves out: norms, "input", scales of 1."""
@@ -54,15 +62,20 @@ def wide(x):
 
 
 class Norm(nn.Module):
-    """One of three norms over the last axis, in float32 at least; eps stands inside the root.
+    """A norm over the last axis, in float32 at least; eps stands inside the root.
 
     rmsnorm:   x / sqrt(mean(x^2) + eps)
     layernorm: (x - mean) / sqrt(variance + eps)
     crmsnorm:  x / sqrt((sum x^2 + (sum x)^2) / width + eps), for a zero-mean vector of length `width` whose last
                element is not stored
+    dyt:       tanh(alpha x), alpha (1,)
+    derf:      erf(alpha x + shift), alpha and shift (1,)
+    bhyt:      tanh(0.1 lam x / sqrt(mean(x^2) + eps)), lam (1,)
+    gated:     as rmsnorm
 
     times `weight`, or 1 + weight with plus_one, plus `bias`, where there are these. With `groups` both are (groups,
-    size), a vector for each place of the last axis but one: norms of heads.
+    size), a vector for each place of the last axis but one: norms of heads. The result y of "gated" is then times
+    sigmoid(silu(y down) up), down (size, 16) and up (16, size).
     """
 
     def __init__(self, kind, size, *, eps, scale, bias, width=None, plus_one=False, initial_scale=1.0, groups=None):
@@ -73,6 +86,12 @@ class Norm(nn.Module):
         shape = (groups, size) if groups else (size,)
         self.weight = nn.Parameter(torch.full(shape, self.initial_scale)) if scale else None
         self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
+        self.starts = STARTS.get(kind, {})
+        for name, start in self.starts.items():
+            setattr(self, name, nn.Parameter(torch.full((1,), start)))
+        if kind == "gated":
+            self.down = nn.Parameter(torch.zeros(size, GATE_RANK))
+            self.up = nn.Parameter(torch.zeros(GATE_RANK, size))
 
     def forward(self, x):
         y = wide(x)
@@ -85,12 +104,29 @@ class Norm(nn.Module):
         y = self.normalized(y)
         y = y if weight is None else y * weight
         y = y if bias is None else y + bias
+        y = y * torch.sigmoid(self.gate(y)) if self.kind == "gated" else y
         return y.to(x.dtype)
+
+    def gate(self, y):
+        """silu(y down) up, also under autocast as wide as y."""
+        with torch.autocast(y.device.type, enabled=False):
+            return F.silu(y @ self.down.to(y.dtype)) @ self.up.to(y.dtype)
 
     def normalized(self, y):
         """y without weight and bias."""
-        if self.kind == "layernorm":
-            return F.layer_norm(y, (self.size,), eps=self.eps)
+        match self.kind:
+            case "layernorm":
+                return F.layer_norm(y, (self.size,), eps=self.eps)
+            case "dyt":
+                return torch.tanh(self.alpha.to(y.dtype) * y)
+            case "derf":
+                return torch.erf(self.alpha.to(y.dtype) * y + self.shift.to(y.dtype))
+            case "bhyt":
+                return torch.tanh(0.1 * self.lam.to(y.dtype) * self.over_root(y))
+        return self.over_root(y)
+
+    def over_root(self, y):
+        """y over its root mean square, as the kind has that."""
         # The length of a vector in one pass over it, where the mean of its squares takes two.
         square = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square()
         if self.kind == "crmsnorm":

@@ -1,0 +1,134 @@
+"""A kind of norm of a user's own file is trained, scored, resumed, loaded and generated from like any other."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import hybridnorm_jax as hn
+from hybridnorm_jax.commands.eval import evaluate_run
+from hybridnorm_jax.commands.main import main
+from hybridnorm_jax.config import plugins
+from hybridnorm_jax.config.arguments import parse
+from hybridnorm_jax.training import loop
+from hybridnorm_jax.training.metrics_file import read_records
+
+SOURCE = """
+import jax.numpy as jnp
+
+import hybridnorm_jax as hn
+
+
+@hn.norm_kind("mine", parameters=[hn.NormParameter("alpha", start=0.7), hn.NormParameter("v", ("width",))])
+def mine(x, alpha, v):
+    return alpha * x / (1 + jnp.abs(v * x))
+"""
+TINY = [
+    *("model.d_model=16", "model.num_heads=2", "model.num_layers=2", "model.mlp_dim=16", "model.vocab_size=61"),
+    *("model.scheme=hybrid_star", "model.norm=mine", "model.norm_alpha=[0.6]", "model.learned_embedding_scale=true"),
+    *("train.batch_size=8", "train.seq_len=8", "train.log_every=1", "checkpoint.every=2", "eval.batches=1"),
+    *("optimizer.schedule=constant", "optimizer.warmup_steps=0", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"),
+]
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
+
+@pytest.fixture
+def new_start(monkeypatch):
+    """Makes this process one that has imported no plugin."""
+
+    def forget():
+        monkeypatch.setattr(plugins, "_imported", {})
+        hn.NORM_KINDS.pop("mine", None)
+
+    forget()
+    return forget
+
+
+@pytest.fixture
+def file(tmp_path):
+    """The plugin."""
+    file = tmp_path / "my_norms.py"
+    file.write_text(SOURCE)
+    return file
+
+
+@pytest.fixture
+def arguments(tmp_path, file):
+    """Of a run with the plugin."""
+    for seed, name in enumerate(("tokens", "held")):
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(seed).integers(0, 61, 600).astype(np.uint16))
+    return [
+        *TINY,
+        f"run.plugins=[{file}]",
+        f"run.dir={tmp_path}/runs",
+        "data.source=tokens",
+        "data.validation_fraction=0",
+        f"data.files=[{tmp_path}/tokens.npy]",
+        f"data.validation.held=[{tmp_path}/held.npy]",
+    ]
+
+
+def test_a_kind_of_a_plugin_is_trained_scored_and_resumed_bit_for_bit(arguments, new_start, file, tmp_path):
+    loop.train(parse([*arguments, "run.name=whole", "train.steps=4"]))
+    for steps in (2, 4):
+        new_start()
+        scores = loop.train(parse([*arguments, "run.name=parts", f"train.steps={steps}"]))
+    losses = [record["train/loss"] for record in read_records(tmp_path / "runs/parts") if "train/loss" in record]
+    assert len(losses) == 4
+    assert np.isfinite(losses).all()
+
+    new_start()
+    _, whole = hn.load_run(f"{tmp_path}/runs/whole", plugins=[str(file)])
+    config, parts = hn.load_run(f"{tmp_path}/runs/parts", plugins=[str(file)])
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+    norm = parts["run_0"]["attention_pre_norm"]
+    assert {name: leaf.shape for name, leaf in norm.items()} == {"scale": (1, 16), "alpha": (1, 1), "v": (1, 16)}
+    assert norm["alpha"] != 0.6
+
+    scored = evaluate_run(f"{tmp_path}/runs/parts", [f"run.plugins=[{file}]"], progress=False).scores
+    assert scored["held"].loss == pytest.approx(scores["held"].loss, rel=1e-6)
+    (text,) = hn.generate(config.model, parts, [[1, 2, 3]], max_new_tokens=4)
+    by_hand = [1, 2, 3]
+    for _ in range(4):
+        logits = hn.Decoder(config.model).apply({"params": parts}, np.asarray([by_hand]))
+        by_hand.append(int(logits[0, -1].argmax()))
+    assert text.tolist() == by_hand[3:]
+
+
+def test_what_a_saved_configuration_names_is_not_imported(arguments, new_start, tmp_path):
+    loop.train(parse([*arguments, "run.name=run", "train.steps=2"]))
+    new_start()
+    for read in (hn.load_run, evaluate_run):
+        with pytest.raises(hn.ConfigError, match=r"my_norms\.py\]: a saved configuration runs no code; "):
+            read(f"{tmp_path}/runs/run")
+    assert "mine" not in hn.NORM_KINDS
+
+
+def test_it_is_exported_to_jax_alone(arguments, new_start, file, tmp_path, capsys):
+    config = parse([*arguments, "run.name=run", "train.steps=2"])
+    loop.train(config)
+    capsys.readouterr()
+    words = ["export", f"{tmp_path}/runs/run", f"{tmp_path}/out", f"run.plugins=[{file}]"]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: model.norm=mine: a kind of a plugin's, which the PyTorch code")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert main([*words, "--format=safetensors"]) == 0
+    assert (tmp_path / "out/model_config.json").exists()
+
+
+def test_without_its_plugin_the_kind_is_not_known(arguments, new_start):
+    with pytest.raises(hn.ConfigError, match=r"^model\.norm=mine: not known"):
+        parse([word for word in arguments if not word.startswith("run.plugins")])
+
+
+def test_an_edited_kind_is_another_run(arguments, new_start, file):
+    loop.train(parse([*arguments, "run.name=run", "train.steps=2"]))
+    file.write_text(SOURCE.replace("1 +", "2 +"))
+    new_start()
+    config = parse([*arguments, "run.name=run", "train.steps=2"])
+    with pytest.raises(hn.ConfigError, match=r"my_norms\.py is not the file that .* was trained with; name that file"):
+        loop.train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4)))
