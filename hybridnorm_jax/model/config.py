@@ -371,9 +371,9 @@ class ModelConfig(AttentionKeys):
 
     def with_scheme(self, scheme: str, **keys: Any) -> Self:
         """This model with another scheme, and with these keys; init_std follows it unless it was set."""
-        usual = dataclasses.replace(self, init_std=None).init_std
-        std = None if self.init_std == usual else self.init_std
-        return dataclasses.replace(self, scheme=scheme, **{"init_std": std, **keys})
+        unset: dict[str, Any] = {"init_std": None}
+        follows = self.init_std == dataclasses.replace(self, **unset).init_std
+        return dataclasses.replace(self, **{"scheme": scheme, **(unset if follows else {}), **keys})
 
     @property
     def initializer_name(self) -> str:
