@@ -47,3 +47,5 @@ from .training.loop import train as train
 from .training.run_directory import load_run as load_run
 from .training.run_directory import save_run as save_run
 from .training.step_directories import CheckpointError as CheckpointError
+from .training.unit_matrices import keep_unit_matrices as keep_unit_matrices
+from .training.unit_matrices import unit_matrices as unit_matrices

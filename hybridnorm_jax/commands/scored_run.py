@@ -88,6 +88,7 @@ def open_run(path: str, overrides: Sequence[str]) -> Iterator[ScoredRun]:
         for line in differences(saved, config):
             if line.startswith(own) and not line.startswith(SAME_FUNCTION):
                 raise ConfigError(f"{line}: {directory.parent} holds that model and no other")
+        config = config.at_step(step)
         yield ScoredRun(directory, step, saved, config, data_state, Program(config), checkpoints)
 
 

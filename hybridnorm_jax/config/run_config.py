@@ -365,6 +365,11 @@ class RunConfig:
             right = "there are invariants of Pre-LN models and of model.norm=crmsnorm only"
             check(obstacle is None, "train.check_invariants", "true", f"{obstacle}; {right}")
 
+    def at_step(self, step: int) -> "RunConfig":
+        """This configuration with its model as it is after so many steps; see ModelConfig.at_step."""
+        model = self.model.at_step(step)
+        return self if model is self.model else dataclasses.replace(self, model=model)
+
     @property
     def microbatch_size(self) -> int:
         """Sequences per forward pass, over all devices."""

@@ -21,7 +21,8 @@ from hybridnorm_jax.equivalence.transforms import compress, fold_affine, recente
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.placement import HEAD_NORMS, HIDDEN_NORMS, Run, SublayerName
+from hybridnorm_jax.model.placement import HEAD_NORMS, HIDDEN_NORMS, SublayerName
+from hybridnorm_jax.model.runs import Run
 
 # The first part of the path of every leaf that is added to the stream before the first block.
 ENTRANCES = (

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.equivalence.expert_choices import ROUTED, Routing, is_router, routing_of
-from hybridnorm_jax.model.block import STREAM
 from hybridnorm_jax.model.build import build_model
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.encoder import EncoderOutput
 from hybridnorm_jax.model.encoder_config import EncoderConfig
+from hybridnorm_jax.model.watched_streams import STREAM
 
 
 @flax.struct.dataclass

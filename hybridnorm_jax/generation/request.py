@@ -41,6 +41,9 @@ def checked_request(
       UserError: what is asked for cannot be; names the argument.
     """
     check_decoder(config, "config", "generate text")
+    if config.grows:
+        wrong = f"the branches of model.scheme={config.scheme} grow with the training step"
+        raise UserError(f"config: {wrong}; say at which, with config.at_step(step)")
     rows = [_integers(f"prompts[{number}]", prompt) for number, prompt in enumerate(prompts)]
     ends = _integers("stop_ids", stop_ids)
     max_new_tokens = _integer("max_new_tokens", max_new_tokens)

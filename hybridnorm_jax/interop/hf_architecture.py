@@ -116,8 +116,7 @@ class Architecture:
 
 def _in_schemes(config: ModelConfig, names: Sequence[str]) -> ModelConfig:
     """The config under whichever of these schemes places the norms as its own does, otherwise as it is."""
-    own = config.scheme_rule.placements(config.num_layers)
     for name in names:
-        if SCHEMES[name].placements(config.num_layers) == own:
-            return dataclasses.replace(config, scheme=name)
+        if SCHEMES[name].placements(config.num_layers, branch_multiplier=config.branch_multiplier) == config.placements:
+            return dataclasses.replace(config, scheme=name, ramp_steps=None, ramp_at=None)
     return config

@@ -21,7 +21,7 @@ def mathematics(config: ModelConfig) -> dict[str, Any]:
     keys += ["norm", "norm_eps", "norm_scale", "norm_bias", "norm_width", "attention_bias", "mlp_bias", "head_bias"]
     keys += ["tie_embeddings", "logit_cap", "layer_scale", "score_cap", "qkv_clip", "attention_sinks", "positions"]
     keys += ["learned_embedding_scale"]
-    found = {"scheme": (config.placements, config.has_final_norm, config.side_stream)}
+    found = {"scheme": (config.placements, config.has_final_norm, config.side_stream, config.scheme_rule.sphere)}
     found["embedding_norm"] = config.has_embedding_norm
     found |= _values(config, keys)
     found["embedding_scale"] = 1.0 if config.embedding_scale is None else config.embedding_scale

@@ -30,6 +30,7 @@ CODE_FILES = (
     "modeling_hybridnorm.py",
     "norms_hybridnorm.py",
     "positions_hybridnorm.py",
+    "sphere_hybridnorm.py",
 )
 AUTO_MAP = {
     "AutoConfig": "configuration_hybridnorm.HybridNormConfig",
@@ -147,8 +148,10 @@ KEYS = (
     Key("head_bias", ("head_bias",), False),
     _float_or_null("embedding_scale", "embedding_scale"),
     Key("learned_embedding_scale", ("learned_embedding_scale",), False),
-    # It is in the placements, too; PyTorch takes it from there.
+    # These are in the placements, too; PyTorch takes them from there.
     Key("branch_multiplier", ("branch_multiplier",), 1.0),
+    Key("ramp_steps", ("ramp_steps",), None, null=none),
+    Key("ramp_at", ("ramp_at",), None, null=none),
     _float_or_null("logits_scale", "logit_scale"),
     _float_or_null("logits_cap", "logit_cap"),
     Key("tie_word_embeddings", ("tie_embeddings",), False),
@@ -162,7 +165,8 @@ ROTARY_DIM = Key("rotary_dim", (), 64)
 MOST_POSITIONS = Key("max_position_embeddings", ("max_positions",), None, null=none)
 EMBEDDING_NORM = Key("embedding_norm", (), False)
 FINAL_NORM = Key("final_norm", (), True)
-KEYS_READ_APART = (ATTENTION_NORM, ROTARY_DIM, MOST_POSITIONS, EMBEDDING_NORM, FINAL_NORM)
+SPHERE = Key("sphere", (), False)
+KEYS_READ_APART = (ATTENTION_NORM, ROTARY_DIM, MOST_POSITIONS, EMBEDDING_NORM, FINAL_NORM, SPHERE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +195,7 @@ class OwnArchitecture(Architecture):
             fields["max_positions"] = MOST_POSITIONS.read(document, source)
         elif fields["positions"] == "rope":
             fields["rotary_dim"] = ROTARY_DIM.read(document, source)
-        fields["scheme"] = _scheme(document, source, fields["num_layers"], fields["branch_multiplier"])
+        fields["scheme"] = _scheme(document, source, fields)
         for rule in self.rules:
             fields |= rule.read(document, source, fields)
         try:
@@ -216,6 +220,7 @@ class OwnArchitecture(Architecture):
             ATTENTION_NORM.name: config.attention_norm_kind,
             EMBEDDING_NORM.name: config.has_embedding_norm,
             FINAL_NORM.name: config.has_final_norm,
+            SPHERE.name: config.scheme_rule.sphere,
             "scheme": config.scheme,
             "placements": [placement_to_json(placement) for placement in config.placements],
         }
@@ -241,7 +246,10 @@ OWN = OwnArchitecture(
 
 
 def _check_exported(config: ModelConfig) -> None:
-    """Raise UserError for kinds of norms that the PyTorch code does not have: those of a user's own file."""
+    """Raise UserError for norms, and for scales, that the PyTorch code does not have."""
+    if config.grows:
+        right = "say at which, with config.at_step(step) or model.ramp_at"
+        raise UserError(f"model.scheme={config.scheme}: its branches grow with the training step; {right}")
     for name, kind in (("norm", config.norm), ("attention_norm", config.attention_norm_kind)):
         if kind not in EXPORTED_NORMS:
             known = ", ".join(EXPORTED_NORMS)
@@ -293,8 +301,11 @@ def _mapping(value: Any, where: str, known: tuple[str, ...] | list[str]) -> Mapp
     return value
 
 
-def _scheme(document: Json, source: str, num_layers: int, branch_multiplier: float) -> str:
+def _scheme(document: Json, source: str, fields: Mapping[str, Any]) -> str:
     """The scheme of the table that has the placements and the final norm of this config.json.
+
+    Args:
+      fields: of ModelConfig, as far as they are read.
 
     Raises:
       UserError: none has, as with a plugin that was not imported. A run that trains on needs the name of a scheme.
@@ -302,15 +313,18 @@ def _scheme(document: Json, source: str, num_layers: int, branch_multiplier: flo
     stated = document.get("placements", [_PRE] * _DEFAULT_LAYERS)
     if not isinstance(stated, list):
         raise UserError(f"{source}: placements: must be a list, with a placement for each layer")
+    num_layers = fields["num_layers"]
     if len(stated) != num_layers:
         raise UserError(f"{source}: placements: {len(stated)} of them, but num_hidden_layers={num_layers}")
     placements = tuple(placement_from_json(each, f"{source}: placements[{layer}]") for layer, each in enumerate(stated))
-    name, final_norm = document.get("scheme"), FINAL_NORM.read(document, source)
+    name = document.get("scheme")
+    stated_ends = FINAL_NORM.read(document, source), document.get("side_stream"), SPHERE.read(document, source)
+    numbers = {key: fields[key] for key in ("branch_multiplier", "ramp_steps", "ramp_at")}
     for scheme in sorted(SCHEMES, key=lambda scheme: scheme != name):  # its own name first
         rule = SCHEMES[scheme]
-        its_own = tuple(each.with_branches_times(branch_multiplier) for each in rule.placements(num_layers))
-        ends = rule.final_norm, None if rule.side_stream is None else dataclasses.asdict(rule.side_stream)
-        if ends == (final_norm, document.get("side_stream")) and its_own == placements:
+        its_own = rule.placements(num_layers, **numbers)
+        side_stream = None if rule.side_stream is None else dataclasses.asdict(rule.side_stream)
+        if (rule.final_norm, side_stream, rule.sphere) == stated_ends and its_own == placements:
             return scheme
     if isinstance(name, str) and name in SCHEMES:
         raise UserError(f"{source}: placements and final_norm are not those of scheme={name}, nor of any other scheme")

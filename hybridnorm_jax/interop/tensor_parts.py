@@ -147,6 +147,9 @@ _OWN_BLOCK = (
     *(part for name in HEAD_NORMS for part in _own_norm(f"self_attn.{name}", f"attention/{name}", layout=AS_IT_IS)),
     *(part for name in HIDDEN_NORMS for part in _own_norm(f"mlp.{name}", f"feed_forward/{name}")),
     Tensor("self_attn.head_scales.weight", ("attention/head_scales/scale",), VECTOR),
+    Tensor("self_attn.qk_scale.weight", ("attention/qk_scale/scale",), AS_IT_IS),
+    Tensor("mlp.gate_scale.weight", ("feed_forward/gate_scale/scale",), VECTOR),
+    Tensor("mlp.up_scale.weight", ("feed_forward/up_scale/scale",), VECTOR),
     Tensor("self_attn.sinks", ("attention/sinks",), AS_IT_IS),
     *dense("mlp.router", "feed_forward/router"),
     Tensor("mlp.balance_bias", ("feed_forward/balance_bias",), VECTOR),
@@ -161,11 +164,13 @@ _OWN_BLOCK = (
         for which in ("layer_scale", "residual_vector", "own_vector")
     ),
 )
+_LOGIT_SCALES = Tensor("logit_scales.weight", ("head/scales/scale",), AS_IT_IS)
 HYBRIDNORM = TensorTable(
     prefix="model.",
     outer=(
         *embedding("model.embed_tokens"),
         *dense("lm_head", "head"),
+        _LOGIT_SCALES,
         *embedding("model.embed_positions", "position_embedding"),
         Tensor("model.embedding_scale.weight", ("embedding_scale/scale",), VECTOR),
         *_own_norm("model.embedding_norm", "embedding_norm"),
@@ -195,7 +200,9 @@ HYBRIDNORM_ENCODER = TensorTable(
     outer=(
         *embedding("model.embed_tokens"),
         *dense("classifier", "head"),
+        _LOGIT_SCALES,
         *dense("distillation_classifier", "distillation_head"),
+        Tensor("distillation_scales.weight", ("distillation_head/scales/scale",), AS_IT_IS),
         *dense("model.embed_patches", "patch_embedding", kernel=PATCHES),
         *embedding("model.embed_positions", "position_embedding"),
         *(

@@ -25,6 +25,7 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "value/bias": ("kv_heads", "head_dim"),
     "out/bias": (None,),
     "attention/sinks": ("heads",),
+    "qk_scale/scale": ("kv_heads", None),
     "gate/kernel": ("embed", "mlp"),
     "up/kernel": ("embed", "mlp"),
     "down/kernel": ("mlp", "embed"),

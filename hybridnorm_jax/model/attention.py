@@ -1,5 +1,6 @@
 """The attention branch: grouped-query self-attention with norms on q, k, v and context, RoPE, ALiBi, windows, sinks."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -23,7 +24,8 @@ from hybridnorm_jax.model.alibi import AlibiKind
 from hybridnorm_jax.model.cache import CACHE, Slots, in_place
 from hybridnorm_jax.model.initializers import truncated_normal
 from hybridnorm_jax.model.input_checks import check_at_least_one, check_per_token, check_stream
-from hybridnorm_jax.model.norm_functions import plus_one
+from hybridnorm_jax.model.layer_scale import StoredScale
+from hybridnorm_jax.model.norm_functions import plus_one, unit
 from hybridnorm_jax.model.norm_kinds import NORM_KINDS
 from hybridnorm_jax.model.norms import Norm
 from hybridnorm_jax.model.rotation import default_positions, rotation
@@ -75,7 +77,7 @@ class Attention(nn.Module):
     Parameters: `query/kernel` (embed, heads, head_dim), `key/kernel` and `value/kernel` (embed, kv_heads, head_dim),
     `out/kernel` (heads, head_dim, embed), their `bias` where asked for, `q_norm`, `k_norm`, `v_norm`, `context_norm`
     with `scale` and `bias` (head_dim,), (heads, head_dim) where each head has its own, or (heads * head_dim,) over the
-    projection; `head_scales/scale` (heads,) and `sinks` (heads,) where asked for.
+    projection; `head_scales/scale` (heads,), `sinks` (heads,), `qk_scale/scale` (kv_heads, head_dim) where asked for.
 
     Attributes:
       num_heads: heads of q.
@@ -84,6 +86,9 @@ class Attention(nn.Module):
       q_norm, k_norm, v_norm, context_norm: None, "head" or "projection".
       head_scales: a learned number for each head, starting at 1: "before" W_O times the head's context, "after" W_O
         times one of as many equal parts of the channels. NormFormer (2110.09456); None: there are none.
+      sphere: behind the rotation q and k of each head are divided by their length and times s, one learned number for
+        each channel of each head of k, which starts at 1; a head of q takes those of the head of k that it reads.
+        Scores are times sqrt(head_dim). nGPT (2410.01131), section 2.3.
       norm, norm_epsilon, norm_scale, norm_bias, norm_scale_plus_one: Norm's kind, epsilon, use_scale, use_bias and
         scale_plus_one for all of these.
       norm_per_head: a norm over a head has scale and bias for each head.
@@ -91,7 +96,7 @@ class Attention(nn.Module):
       rope_theta: base of the rotary wavelengths; None: q and k are not rotated.
       rotary_dim: how many leading channels of a head rotate; None: all.
       alibi: which ALiBi is added to the scores; None: none.
-      score_scale: factor of q k^T; None: 1 / sqrt(head_dim).
+      score_scale: factor of q k^T; None: 1 / sqrt(head_dim), with sphere sqrt(head_dim).
       score_cap: scores s become score_cap * tanh(s / score_cap); None: no cap.
       qkv_clip: q, k and v are clipped to [-qkv_clip, qkv_clip] after their projections; None: they are not.
       window: a token sees keys at a distance less than this; None: all.
@@ -115,6 +120,7 @@ class Attention(nn.Module):
     v_norm: placement.HeadNorm = None
     context_norm: placement.HeadNorm = None
     head_scales: placement.HeadScales = None
+    sphere: bool = False
     norm: str = "rmsnorm"
     norm_epsilon: float = 1e-5
     norm_scale: bool = True
@@ -190,8 +196,11 @@ class Attention(nn.Module):
         k, key_norm = self._norm_of_heads("k_norm", k)
         v, value_norm = self._norm_of_heads("v_norm", v)
         preparation = Preparation(query=query_norm, key=key_norm, value=value_norm, rotation=rotation)
-        rules = self._rules(x.shape[1], positions, layer_window)
-        context = self._context(AttentionInputs(q, k, v, segment_ids), preparation, rules, slots)
+        rules = self._rules(x.shape[1], positions, layer_window, head_dim)
+        inputs = AttentionInputs(q, k, v, segment_ids)
+        if self.sphere:
+            inputs, preparation = self._on_sphere(prepared(inputs, preparation), x.shape[-1]), Preparation()
+        context = self._context(inputs, preparation, rules, slots)
         context = self._normalize("context_norm", context)
         if self.head_scales == "before":
             context = self._scale_heads(context)
@@ -201,6 +210,17 @@ class Attention(nn.Module):
         if self.head_scales != "after":
             return written
         return self._scale_heads(written.reshape(*x.shape[:2], self.num_heads, -1)).reshape(x.shape)
+
+    def _on_sphere(self, inputs: AttentionInputs, embed: int) -> AttentionInputs:
+        """The inputs with q and k of length 1, times their learned numbers."""
+        q, k, v, segment_ids = inputs
+        of_keys = StoredScale(1.0, 1 / math.sqrt(embed), self.param_dtype, name="qk_scale")(*k.shape[2:])
+        of_queries = jnp.repeat(of_keys, q.shape[2] // k.shape[2], axis=0)
+
+        def scaled(heads: Array, scale: Array) -> Array:
+            return (unit(widened(heads)) * scale).astype(heads.dtype)
+
+        return AttentionInputs(scaled(q, of_queries), scaled(k, of_keys), v, segment_ids)
 
     def _scale_heads(self, heads: Float[Array, "batch seq heads channels"]) -> Float[Array, "batch seq heads channels"]:
         """Each of the parts times its learned number, in float32 at least, and rounded once."""
@@ -229,7 +249,7 @@ class Attention(nn.Module):
         )
 
     def _rules(
-        self, seq: int, positions: Int[Array, "batch seq"] | None, layer_window: Int[Array, ""] | None
+        self, seq: int, positions: Int[Array, "batch seq"] | None, layer_window: Int[Array, ""] | None, head_dim: int
     ) -> ScoreRules:
         """What is made of the scores."""
         if self.window is not None and self.window < 1:
@@ -242,7 +262,7 @@ class Attention(nn.Module):
                 self.num_heads, self.dtype, default_positions(seq) if positions is None else positions
             )
         return ScoreRules(
-            scale=self.score_scale,
+            scale=math.sqrt(head_dim) if self.sphere and self.score_scale is None else self.score_scale,
             cap=self.score_cap,
             causal=self.causal,
             window=self.window if layer_window is None else None,

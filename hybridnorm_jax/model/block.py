@@ -1,5 +1,6 @@
 """One transformer block: the formula, applied to attention and to the feed-forward layer as the placement says."""
 
+import math
 from collections.abc import Callable
 
 import flax
@@ -29,21 +30,20 @@ from hybridnorm_jax.model.formula import (
     scale_arrays,
     start_arrays,
     starting_at,
+    times,
     unchanged,
 )
-from hybridnorm_jax.model.initializers import std_factor, truncated_normal
+from hybridnorm_jax.model.initializers import matrix_init, std_factor
 from hybridnorm_jax.model.input_checks import check_per_token
-from hybridnorm_jax.model.layer_scale import LayerScale
+from hybridnorm_jax.model.layer_scale import LayerScale, StoredScale
 from hybridnorm_jax.model.moe import MoE
-from hybridnorm_jax.model.norm_functions import padding_defect, zero_mean_defect
 from hybridnorm_jax.model.norms import Norm
 from hybridnorm_jax.model.placement import BlockPlacement, SublayerName, SublayerPlacement
 from hybridnorm_jax.model.rotation import default_positions, rotations
-from hybridnorm_jax.model.signal_measures import PROBE, SIGNAL, gradient_probe, stream_rms, token_similarity
+from hybridnorm_jax.model.watched_streams import constrained, watch_streams
 
-# Collections that Block and Decoder fill where an invariant check makes them mutable; nothing is computed otherwise.
-# So it is with SIGNAL and PROBE, of signal_measures.py.
-STREAM, DEFECT = "stream", "stream_defect"
+# How far along the chord a block of nGPT goes at first: its eigen learning rates (2410.01131, section 2.6).
+CHORD_START = 0.05
 
 
 @flax.struct.dataclass
@@ -143,6 +143,9 @@ class Block(nn.Module):
         if not 0 <= self.layer < self.config.num_layers:
             right = f"must be in [0, num_layers={self.config.num_layers})"
             raise ValueError(f"layer={self.layer}: {right}")
+        if self.placement.grows:
+            right = "give a placement at a step: config.at_step(step).placements[layer]"
+            raise ValueError(f"placement: its branches grow with the training step, which no block knows; {right}")
         layer = LayerInputs(
             layer=self.layer,
             attention=scale_arrays(self.placement.attention.scales, self.config.dtype),
@@ -227,7 +230,6 @@ class Block(nn.Module):
             name, scale_init = f"{sublayer}_{which}_norm", starting_at(start)
             return stream_norm(self.config, place=sublayer, name=name, scale_init=scale_init)
 
-        branch = norm(placement.branch, "branch", starts.branch)
         residual: StreamFunction = unchanged
         if placement.residual_vector:
             residual = LayerScale(jnp.dtype(self.config.param_dtype), name=f"{sublayer}_residual_vector")
@@ -239,7 +241,8 @@ class Block(nn.Module):
             side=norm(placement.side == "read", "side"),
             own=own,
             pre=norm(placement.pre, "pre", starts.pre),
-            branch=lambda x: layer_scale(branch(x)),
+            branch=norm(placement.branch, "branch", starts.branch),
+            layer_scale=layer_scale,
             post=norm(placement.post, "post"),
             residual=residual,
         )
@@ -249,12 +252,11 @@ class Block(nn.Module):
         kind = self.config.layer_scale_of(placement)
         if kind is None:
             return unchanged
-        return LayerScale(
-            jnp.dtype(self.config.param_dtype),
-            is_scalar=kind == "scalar",
-            scale_init=starting_at(starts.layer_scale),
-            name=f"{sublayer}_layer_scale",
-        )
+        dtype, name = jnp.dtype(self.config.param_dtype), f"{sublayer}_layer_scale"
+        if placement.joins == "chord":
+            stored = StoredScale(CHORD_START, 1 / math.sqrt(self.config.d_model), dtype, name=name)
+            return lambda x: times(jnp.abs(stored(x.shape[-1])), x)
+        return LayerScale(dtype, is_scalar=kind == "scalar", scale_init=starting_at(starts.layer_scale), name=name)
 
     @property
     def window(self) -> int:
@@ -268,7 +270,7 @@ class Block(nn.Module):
 
     def _initializer(self, role: str, layer: int | Int[Array, ""]) -> Callable[..., Array]:
         factor = std_factor(self.config.initializer_name, role, layer, self.config.num_layers)
-        return truncated_normal(self.config.init_std * factor)
+        return matrix_init(self.config.initializer_name, self.config.init_std * factor, writes=role == "output")
 
     def _attention(self, layer: int | Int[Array, ""]) -> Attention:
         config, placement = self.config, self.placement
@@ -281,6 +283,7 @@ class Block(nn.Module):
             v_norm=placement.v_norm,
             context_norm=placement.context_norm,
             head_scales=placement.head_scales,
+            sphere=placement.sphere,
             norm=config.attention_norm_kind,
             norm_starts=config.norm_starts("attention", config.attention_norm_kind),
             norm_epsilon=config.norm_eps,
@@ -319,6 +322,7 @@ class Block(nn.Module):
                 gate_norm=self.placement.gate_norm and config.is_gated,
                 up_norm=self.placement.up_norm,
                 hidden_norm=self.placement.hidden_norm,
+                sphere=self.placement.sphere,
                 norm=config.attention_norm_kind,
                 norm_starts=config.norm_starts("feed_forward", config.attention_norm_kind),
                 norm_epsilon=config.norm_eps,
@@ -356,49 +360,6 @@ class Block(nn.Module):
             output_init=self._initializer("output", layer),
             name="feed_forward",
         )
-
-
-def constrained(streams: Streams) -> Streams:
-    """The streams, split over devices by batch and sequence."""
-
-    def split(x: Stream) -> Stream:
-        return nn.with_logical_constraint(x, ("batch", "seq", None))
-
-    return Streams(main=split(streams.main), side=None if streams.side is None else split(streams.side))
-
-
-def watch_streams(module: nn.Module, streams: Streams) -> Streams:
-    """`watch_stream` of both streams; what is said of the side stream has names that begin with side_."""
-    main, side = streams
-    main = watch_stream(module, main)
-    return Streams(main=main, side=None if side is None else watch_stream(module, side, prefix="side_"))
-
-
-def watch_stream(module: nn.Module, stream: Stream, prefix: str = "") -> Stream:
-    """Sow what is wanted of the stream, and return the stream.
-
-    Of the collections that are mutable, STREAM gets the stream, DEFECT its zero_mean_defect (with norm_width its
-    padding_defect), and SIGNAL what signal_measures says of it. Where PROBE has a place for it, the gradient of the
-    stream that is returned is measured.
-
-    Args:
-      module: a Block or the Decoder; it has a `config`.
-      prefix: of the names of what is sown and measured.
-    """
-    if module.is_initializing():  # where every collection is
-        return stream
-    if module.is_mutable_collection(STREAM):
-        module.sow(STREAM, f"{prefix}value", stream)
-    if module.is_mutable_collection(DEFECT):
-        width = module.config.norm_width
-        defect = zero_mean_defect(stream) if width is None else padding_defect(stream, width)
-        module.sow(DEFECT, f"{prefix}value", defect)
-    if module.is_mutable_collection(SIGNAL):
-        module.sow(SIGNAL, f"{prefix}stream_rms", stream_rms(stream))
-        module.sow(SIGNAL, f"{prefix}token_similarity", token_similarity(stream))
-    if module.has_variable(PROBE, f"{prefix}square"):
-        stream = gradient_probe(stream, module.get_variable(PROBE, f"{prefix}square"))
-    return stream
 
 
 def stream_norm(

@@ -17,19 +17,18 @@ from hybridnorm_jax.model.norm_kinds import NORM_KINDS, NormKind
 from hybridnorm_jax.model.placement import (
     HEAD_NORMS,
     BlockPlacement,
-    Layer,
     LearnedScale,
-    Run,
     SideStream,
     SublayerPlacement,
-    runs,
 )
+from hybridnorm_jax.model.ramps import DEFAULT_RAMP_STEPS
+from hybridnorm_jax.model.runs import Layer, Run, runs
 from hybridnorm_jax.model.schemes import SCHEMES, Scheme
 
 # Where a norm stands, in the order of the numbers of norm_alpha and norm_shift.
 NormPlace = Literal["attention", "feed_forward", "outside"]
 NORM_PLACES = ("attention", "feed_forward", "outside")
-INITIALIZERS = ("normal", "depth_scaled", "megatron", "deepnorm", "sub_ln", "b2t", "simple_gpt")
+INITIALIZERS = ("normal", "depth_scaled", "megatron", "deepnorm", "sub_ln", "b2t", "simple_gpt", "ngpt")
 # What null means for init_std where the authors of the initializer state a number: here SimpleNorm (2602.01212).
 STATED_STD = {"simple_gpt": 0.02}
 # Training takes the policy that fits; by itself a model with "auto" computes nothing again.
@@ -97,6 +96,19 @@ class ModelConfig(AttentionKeys):
     branch_multiplier: float = key(
         1.0, "factor of what every branch adds, besides the branch_scale of the scheme (Granite)", above=0, at_most=1e6
     )
+    ramp_steps: int | None = key(
+        None,
+        "where branches grow with the training step (prores_*, branch_norm): the number of updates after which all are "
+        f"whole; null: {DEFAULT_RAMP_STEPS}",
+        at_least=1,
+        at_most=10**9,
+    )
+    ramp_at: int | None = key(
+        None,
+        "where branches grow with the training step: they stay as they are after so many updates; null: they grow",
+        at_least=0,
+        at_most=10**9,
+    )
     tie_embeddings: bool = key(False, "the head is the transposed token embedding")
     head_bias: bool = key(False, "the head has a bias")
     logit_scale: float | None = key(None, "factor of the logits; null: 1", above=0, at_most=1e6)
@@ -140,6 +152,7 @@ class ModelConfig(AttentionKeys):
         self._check_norm_starts()
         self._check_experts()
         self._check_scheme()
+        self._check_ramps()
 
     def _check_names(self) -> None:
         check_choice("model.scheme", self.scheme, SCHEMES)
@@ -226,6 +239,14 @@ class ModelConfig(AttentionKeys):
         """The kind of the norms on the stream, inside the blocks."""
         return NORM_KINDS[self.norm]
 
+    def _check_ramps(self) -> None:
+        growing = [placement for placement in self.scheme_rule.placements(self.num_layers) if placement.grows]
+        for name in ("ramp_steps", "ramp_at"):
+            right = f"no branch of model.scheme={self.scheme} grows with the training step"
+            self._check(name, bool(growing) or getattr(self, name) is None, right)
+        right = f"must be at least model.num_layers={self.num_layers}, because deeper layers grow for longer"
+        self._check("ramp_steps", not growing or self.ramp_length >= self.num_layers, right)
+
     def _check_scheme(self) -> None:
         check_choice(f"initializer of model.scheme={self.scheme}", self.initializer_name, INITIALIZERS)
         right = f"model.scheme={self.scheme} starts a norm's scale at another value than 1, so norms need scales"
@@ -233,8 +254,8 @@ class ModelConfig(AttentionKeys):
         right = f"model.scheme={self.scheme} has a learned scale behind its branches already"
         has_own = any(sublayer.layer_scale is not None for sublayer in self._sublayers)
         self._check("layer_scale", not (self.layer_scale and has_own), right)
-        normalized = [placement.normalizes_hidden for placement in self.placements]
-        right = f"model.scheme={self.scheme} normalizes inside feed-forward layers, which experts cannot have"
+        normalized = [placement.normalizes_hidden or placement.sphere for placement in self.placements]
+        right = f"model.scheme={self.scheme} has norms or scales inside feed-forward layers, which experts cannot have"
         blocks = zip(normalized, self.has_experts, strict=True)
         self._check("num_experts", not any(is_normalized and experts for is_normalized, experts in blocks), right)
         right = f"must divide model.d_model={self.d_model}: model.scheme={self.scheme} has a scale for each part of it"
@@ -295,11 +316,27 @@ class ModelConfig(AttentionKeys):
 
     @property
     def placements(self) -> tuple[BlockPlacement, ...]:
-        """The placement of every layer, with model.branch_multiplier in its scales."""
-        placements = self.scheme_rule.placements(self.num_layers)
-        if self.branch_multiplier == 1:
-            return placements
-        return tuple(placement.with_branches_times(self.branch_multiplier) for placement in placements)
+        """The placement of every layer, with model.branch_multiplier and the shares of model.ramp_at in its scales."""
+        return self.scheme_rule.placements(
+            self.num_layers,
+            branch_multiplier=self.branch_multiplier,
+            ramp_steps=self.ramp_steps,
+            ramp_at=self.ramp_at,
+        )
+
+    @property
+    def ramp_length(self) -> int:
+        """The number of updates after which all branches are whole, where they grow."""
+        return DEFAULT_RAMP_STEPS if self.ramp_steps is None else self.ramp_steps
+
+    @property
+    def grows(self) -> bool:
+        """Whether a branch grows with the training step, which the model then needs to be told."""
+        return any(placement.grows for placement in self.placements)
+
+    def at_step(self, step: int) -> Self:
+        """This configuration as it is after so many updates; itself, where nothing grows with the training step."""
+        return dataclasses.replace(self, ramp_at=min(step, self.ramp_length)) if self.grows else self
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -338,6 +375,8 @@ class ModelConfig(AttentionKeys):
         Pre-LN: LayerNorm at the entrance of every branch and before the head, and no other norm on the stream. A norm
         after the embedding stands before the stream: it becomes part of the table, or its mean is subtracted behind it.
         """
+        if self.grows:
+            return f"model.scheme={self.scheme}, whose branches grow with the training step (model.ramp_at=null)"
         found = [] if self.norm_kind.is_layer_norm else [f"model.norm={self.norm}"]
         if self.learned_embedding_scale:
             found.append("model.learned_embedding_scale=True")

@@ -1,7 +1,7 @@
 """The language model: embedding, runs of blocks under nn.scan, head.
 
 docs/parameters.md lists its parameter tree, plain nested dicts of arrays. `run_<i>` holds consecutive layers of one
-structure (placement.runs), first to last, stacked along the first axis of every leaf.
+structure (runs.py), first to last, stacked along the first axis of every leaf.
 """
 
 from functools import partial
@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.config_fields import present
-from hybridnorm_jax.model.block import Dropout, SharedInputs, watch_streams
+from hybridnorm_jax.model.block import Dropout, SharedInputs
 from hybridnorm_jax.model.cache import Slots
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.embedding import Embedding, EmbeddingScale, Head
@@ -23,6 +23,7 @@ from hybridnorm_jax.model.outside import into_blocks, outer_norm
 from hybridnorm_jax.model.rotation import default_positions, rotations
 from hybridnorm_jax.model.side_stream import JoinedStreams, begun
 from hybridnorm_jax.model.sinusoids import sinusoids
+from hybridnorm_jax.model.watched_streams import watch_streams
 
 
 class Decoder(nn.Module):
@@ -48,6 +49,7 @@ class Decoder(nn.Module):
             Embedding,
             width=config.whole_width,
             std=std_of("head" if config.tie_embeddings else "embedding"),
+            initializer=config.initializer_name,
             dtype=config.dtype,
             param_dtype=config.param_dtype,
         )
@@ -64,9 +66,11 @@ class Decoder(nn.Module):
         self.head = Head(
             config.vocab_size,
             std=std_of("head"),
+            initializer=config.initializer_name,
             use_bias=config.head_bias,
             param_dtype=config.param_dtype,
             scale=config.logit_scale,
+            learned_scales=config.scheme_rule.sphere,
             cap=config.logit_cap,
         )
         self.dropout = Dropout(config.dropout)
@@ -79,6 +83,7 @@ class Decoder(nn.Module):
         segment_ids: Int[Array, "batch seq"] | None = None,
         deterministic: bool = True,
         return_hidden: bool = False,
+        step: Int[Array, ""] | int | None = None,
         slots: Slots | None = None,
     ) -> Float[Array, "batch seq vocab"] | Float[Array, "batch seq embed"]:
         """Logits of the next token at every position.
@@ -89,11 +94,12 @@ class Decoder(nn.Module):
           deterministic: False switches dropout on and needs a "dropout" key.
           return_hidden: return what the head reads (batch, seq, embed) in the compute dtype, and skip the head. In
             `init` that leaves the head's parameters out.
+          step: of training, where branches of the scheme grow with it, see ramps.py: how many updates were made.
           slots: keep keys and values in the collection CACHE, and with a single token per sequence attend to those that
             are kept (cache.py). Positions must be given, and the model must be `unrolled`.
         """
         hidden = self.hidden(
-            tokens, positions=positions, segment_ids=segment_ids, deterministic=deterministic, slots=slots
+            tokens, positions=positions, segment_ids=segment_ids, deterministic=deterministic, step=step, slots=slots
         )
         return hidden if return_hidden else self.logits(hidden)
 
@@ -105,6 +111,7 @@ class Decoder(nn.Module):
         positions: Int[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
         deterministic: bool = True,
+        step: Int[Array, ""] | int | None = None,
         slots: Slots | None = None,
     ) -> Stream:
         """What the head reads, in the compute dtype; arguments as in `__call__`."""
@@ -134,7 +141,7 @@ class Decoder(nn.Module):
             positions=positions if config.positions == "alibi" else None,
             slots=slots,
         )
-        streams = through_layers(self, streams, shared, deterministic=deterministic, unrolled=self.unrolled)
+        streams = through_layers(self, streams, shared, deterministic=deterministic, step=step, unrolled=self.unrolled)
         stream = self.streams(streams)
         return self.final_norm(stream) if config.has_final_norm else stream
 

@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.kernels.dense_products import head_product
 from hybridnorm_jax.kernels.precision import widened
-from hybridnorm_jax.model.initializers import truncated_normal
+from hybridnorm_jax.model.initializers import matrix_init
+from hybridnorm_jax.model.layer_scale import StoredScale
 
 
 class Embedding(nn.Module):
@@ -19,7 +20,7 @@ class Embedding(nn.Module):
 
     Attributes:
       rows, width: of the table.
-      std: of the initializer.
+      std, initializer: as those of initializers.matrix_init.
       dtype, param_dtype: of the result and of the table.
       scale: factor of the rows; None: 1. It is rounded to `dtype` and so is the product, as in transformers' Gemma: in
         bfloat16 sqrt(3072) = 55.43 is 55.5.
@@ -31,9 +32,10 @@ class Embedding(nn.Module):
     dtype: str
     param_dtype: str
     scale: float | None = None
+    initializer: str = "normal"
 
     def setup(self) -> None:
-        init = truncated_normal(self.std)
+        init = matrix_init(self.initializer, self.std, writes=True)
         self.embedding = self.param("embedding", init, (self.rows, self.width), jnp.dtype(self.param_dtype))
 
     def __call__(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
@@ -64,16 +66,18 @@ class EmbeddingScale(nn.Module):
 
 
 class Head(nn.Module):
-    """cap * tanh(scale * (hidden @ kernel + bias) / cap), in float32 at least.
+    """cap * tanh(scale * s * (hidden @ kernel + bias) / cap), in float32 at least.
 
-    Parameters: `kernel` (embed, vocab), none where the head is tied; `bias` (vocab,) where asked for.
+    Parameters: `kernel` (embed, vocab), none where the head is tied; `bias` (vocab,) and `scales/scale` (vocab,), of
+    which s is made, where asked for.
 
     Attributes:
       vocab_size: number of logits.
-      std: of the kernel's initializer.
+      std, initializer: of the kernel, as those of initializers.matrix_init.
       use_bias: whether there is a bias.
       param_dtype: of the parameters.
       scale: factor of the logits (Cohere; Granite divides by its inverse); None: 1.
+      learned_scales: whether s is there, a learned number for each logit: s_z of nGPT (2410.01131), which starts at 1.
       cap: the logits lie between -cap and cap (Gemma 2, 2408.00118); None: they are not capped.
     """
 
@@ -82,7 +86,9 @@ class Head(nn.Module):
     use_bias: bool
     param_dtype: str
     scale: float | None = None
+    learned_scales: bool = False
     cap: float | None = None
+    initializer: str = "normal"
 
     @nn.compact
     def __call__(
@@ -94,11 +100,14 @@ class Head(nn.Module):
             kernel, contracted = tied, ((2,), (1,))
         else:
             shape = (hidden.shape[-1], self.vocab_size)
-            kernel = self.param("kernel", truncated_normal(self.std), shape, dtype)
+            kernel = self.param("kernel", matrix_init(self.initializer, self.std, writes=False), shape, dtype)
             contracted = ((2,), (0,))
         logits = head_product(hidden, kernel, (contracted, ((), ())))
         if self.use_bias:
             logits += self.param("bias", nn.initializers.zeros, (self.vocab_size,), dtype).astype(accumulate)
+        if self.learned_scales:
+            stored = StoredScale(1.0, 1 / math.sqrt(hidden.shape[-1]), dtype, name="scales")
+            logits *= stored(self.vocab_size).astype(accumulate)
         if self.scale is not None:
             logits *= jnp.asarray(self.scale, accumulate)
         if self.cap is not None:

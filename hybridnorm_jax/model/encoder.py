@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from hybridnorm_jax.config_fields import present
-from hybridnorm_jax.model.block import Dropout, SharedInputs, watch_streams
+from hybridnorm_jax.model.block import Dropout, SharedInputs
 from hybridnorm_jax.model.embedding import Embedding, Head
 from hybridnorm_jax.model.encoder_config import EncoderConfig
 from hybridnorm_jax.model.encoder_parts import (
@@ -27,6 +27,7 @@ from hybridnorm_jax.model.layers import through_layers
 from hybridnorm_jax.model.outside import into_blocks, outer_norm
 from hybridnorm_jax.model.rotation import default_positions, rotations
 from hybridnorm_jax.model.side_stream import JoinedStreams, begun
+from hybridnorm_jax.model.watched_streams import watch_streams
 
 Tokens = Int[Array, "batch seq"]
 Logits = Float[Array, "batch classes"]
@@ -65,7 +66,10 @@ class Encoder(nn.Module):
         config = self.config
         std = config.init_std * std_factor(config.initializer_name, "outer", 0, config.num_layers)
         width, dtype, param_dtype = config.whole_width, config.dtype, config.param_dtype
-        embedding = partial(Embedding, width=width, std=std, dtype=dtype, param_dtype=param_dtype)
+        initializer = config.initializer_name
+        embedding = partial(
+            Embedding, width=width, std=std, initializer=initializer, dtype=dtype, param_dtype=param_dtype
+        )
         learned = partial(LearnedTokens, width=width, std=std, dtype=dtype, param_dtype=param_dtype)
         if config.reads_pixels:
             self.patch_embedding = PatchEmbedding(
@@ -95,7 +99,14 @@ class Encoder(nn.Module):
             self.final_norm = outer_norm(config)
         if config.pooling == "attention":
             self.pooling = AttentionPooling(config)
-        head = partial(Head, std=std, use_bias=config.head_bias, param_dtype=config.param_dtype)
+        head = partial(
+            Head,
+            std=std,
+            initializer=initializer,
+            use_bias=config.head_bias,
+            param_dtype=config.param_dtype,
+            learned_scales=config.scheme_rule.sphere,
+        )
         if config.num_classes is not None:
             self.head = head(config.num_classes)
         if config.distillation_head:
@@ -111,6 +122,7 @@ class Encoder(nn.Module):
         segment_ids: Int[Array, "batch seq"] | None = None,
         deterministic: bool = True,
         return_features: bool = False,
+        step: Int[Array, ""] | int | None = None,
     ) -> Logits | EncoderOutput:
         """Logits, or an EncoderOutput where there is no head.
 
@@ -120,6 +132,7 @@ class Encoder(nn.Module):
           segment_ids: of every position, learned tokens too; those of one id see each other only.
           deterministic: False switches dropout on and needs a "dropout" key.
           return_features: an EncoderOutput where there is a head, too. In `init` that leaves the head out.
+          step: of training, where branches of the scheme grow with it, see ramps.py: how many updates were made.
 
         Raises:
           ValueError: a shape that does not fit the configuration; names the argument.
@@ -131,7 +144,7 @@ class Encoder(nn.Module):
         streams = watch_streams(self, begun(config, into_blocks(config, stream)))
         turns = rotations(config, default_positions(stream.shape[1]), config.dtype)
         shared = SharedInputs(segment_ids=segment_ids, rotations=turns)
-        streams = through_layers(self, streams, shared, deterministic=deterministic)
+        streams = through_layers(self, streams, shared, deterministic=deterministic, step=step)
         features = self._features(self.streams(streams), inputs)
         if config.num_classes is None or return_features:
             return features

@@ -1,5 +1,6 @@
 """The feed-forward branch: one hidden layer with an activation, or with a gate (a GLU)."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -10,10 +11,12 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from hybridnorm_jax.kernels.dense_products import dot_general
+from hybridnorm_jax.kernels.precision import widened
 from hybridnorm_jax.kernels.swiglu import SwigluClamp, clamped_swiglu
 from hybridnorm_jax.model.config_feed_forward import ACTIVATIONS, CLAMPED, GATED
 from hybridnorm_jax.model.initializers import truncated_normal
 from hybridnorm_jax.model.input_checks import check_at_least_one
+from hybridnorm_jax.model.layer_scale import StoredScale
 from hybridnorm_jax.model.norms import Norm
 
 Hidden = Float[Array, "batch seq mlp"]
@@ -55,7 +58,7 @@ class FeedForward(nn.Module):
 
     Parameters: `gate/kernel` (embed, mlp; gated only), `up/kernel` (embed, mlp), `down/kernel` (mlp, embed), and
     their `bias` where asked for; of the norms that there are `gate_norm`, `up_norm` and `hidden_norm`, with `scale` and
-    `bias` (mlp,).
+    `bias` (mlp,); of sphere `gate_scale/scale` and `up_scale/scale` (mlp,).
 
     Attributes:
       mlp_dim: width of the hidden layer.
@@ -66,6 +69,8 @@ class FeedForward(nn.Module):
       clamp: of swiglu_clamped; nothing else reads it.
       gate_norm, up_norm: norms of gate(x), and of up(x). SimpleNorm (2602.01212).
       hidden_norm: a norm of what down reads. Sub-LN (2210.06423), NormFormer (2110.09456).
+      sphere: gate(x) and up(x) are times sqrt(embed) and a learned number for each hidden channel, which starts at 1.
+        nGPT (2410.01131), section 2.4.
       norm, norm_starts, norm_epsilon, norm_scale, norm_bias, norm_scale_plus_one: Norm's kind, starts, epsilon,
         use_scale, use_bias and scale_plus_one for all of these; they are over the hidden width.
       dtype, param_dtype: of the computation and of the parameters.
@@ -80,6 +85,7 @@ class FeedForward(nn.Module):
     gate_norm: bool = False
     up_norm: bool = False
     hidden_norm: bool = False
+    sphere: bool = False
     norm: str = "rmsnorm"
     norm_starts: Mapping[str, float] | None = None
     norm_epsilon: float = 1e-5
@@ -102,9 +108,10 @@ class FeedForward(nn.Module):
         dense = partial(nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype, dot_general=dot_general)
         read = partial(dense, self.mlp_dim, use_bias=self.use_bias)
         up_init = self.input_init if self.up_init is None else self.up_init
-        up = self._normalize("up_norm", read(name="up", kernel_init=up_init)(x))
+        up = self._normalize("up_norm", self._scaled("up_scale", read(name="up", kernel_init=up_init)(x), x.shape[-1]))
         if self.activation in GATED:
-            gate = self._normalize("gate_norm", read(name="gate", kernel_init=self.input_init)(x))
+            gate = self._scaled("gate_scale", read(name="gate", kernel_init=self.input_init)(x), x.shape[-1])
+            gate = self._normalize("gate_norm", gate)
         if self.activation == CLAMPED:
             hidden = clamped_swiglu(gate, up, self.clamp)
         else:
@@ -113,6 +120,13 @@ class FeedForward(nn.Module):
         hidden = self._normalize("hidden_norm", hidden)
         use_output_bias = self.use_bias if self.use_output_bias is None else self.use_output_bias
         return dense(x.shape[-1], use_bias=use_output_bias, kernel_init=self.output_init, name="down")(hidden)
+
+    def _scaled(self, name: str, hidden: Hidden, embed: int) -> Hidden:
+        """hidden as it is, with sphere times sqrt(embed) and its learned numbers."""
+        if not self.sphere:
+            return hidden
+        scale = StoredScale(1.0, 1.0, self.param_dtype, name=name)(self.mlp_dim) * math.sqrt(embed)
+        return (scale * widened(hidden)).astype(hidden.dtype)
 
     def _normalize(self, name: str, hidden: Hidden) -> Hidden:
         """The norm of this name where there is one, otherwise hidden as it is."""

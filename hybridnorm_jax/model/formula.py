@@ -8,6 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from hybridnorm_jax.kernels.precision import wide_dtype, widened
+from hybridnorm_jax.model.norm_functions import unit
 from hybridnorm_jax.model.placement import Scales, Starts, SublayerPlacement
 
 Stream = Float[Array, "batch seq embed"]
@@ -36,7 +37,8 @@ class SublayerNorms(NamedTuple):
 
     Attributes:
       pre, post: the norms.
-      branch: the norm, and behind it the learned scale g.
+      branch: the norm.
+      layer_scale: the learned scale g behind it.
       residual: the learned scale w.
       entry: the norm at the entrance.
       side: the norm of the side stream.
@@ -45,6 +47,7 @@ class SublayerNorms(NamedTuple):
 
     pre: StreamFunction
     branch: StreamFunction
+    layer_scale: StreamFunction
     post: StreamFunction
     residual: StreamFunction
     entry: StreamFunction
@@ -62,7 +65,8 @@ def apply_formula(
 ) -> Streams:
     """y = post(residual_scale * r + branch_scale * branch(f(input_scale * pre(x)))): every sublayer of every scheme.
 
-    Where the placement has learned scales, r is w * r, and branch is g * branch. Where it has a side stream s, that
+    Where the placement has learned scales, r is w * r, and branch is g * branch. In the place of the sum stands what
+    placement.joins says. Where it has a side stream s, that
     becomes s + side_scale * branch(...), and where the branch reads it, x is own(x) + N(s).
     """
     entered, side = norms.entry(sublayer_input.main), sublayer_input.side
@@ -76,9 +80,38 @@ def apply_formula(
             r = block_input
         case "both":
             r = entered + block_input
-    added = norms.branch(f(times(scales.input, norms.pre(x))))
-    y = norms.post(times(scales.residual, norms.residual(r)) + times(scales.branch, added))
+    r = norms.residual(r)
+    branch = norms.branch(f(times(scales.input, norms.pre(x))))
+    if placement.joins == "chord":
+        return Streams(main=norms.post(_along_chord(r, branch, norms.layer_scale, scales.branch)))
+    added = norms.layer_scale(branch)
+    if placement.joins == "geodesic":
+        return Streams(main=norms.post(_along_sphere(r, times(scales.branch, added))))
+    y = norms.post(times(scales.residual, r) + times(scales.branch, added))
     return Streams(main=y, side=None if side is None else side + times(scales.side, added))
+
+
+def _along_chord(r: Stream, branch: Stream, step: StreamFunction, scale: Float[Array, ""] | None) -> Stream:
+    """u(u(r) + step(u(branch) - u(r))), u(v) = v / |v|. nGPT (2410.01131), eqs. 10 and 11."""
+    here, there = unit(r), unit(branch)
+    return unit(here + times(scale, step(there - here)))
+
+
+def _along_sphere(r: Stream, step: Stream) -> Stream:
+    """r cos t + |r| v / |v| sin t, t = |v| / |r|, v the part of the step that is orthogonal to r. GeoNorm (2601.22095).
+
+    It is the exponential map of the sphere of radius |r|, so |r| stays. Computed in float32 at least, rounded once.
+    """
+    wide, ahead = widened(r), widened(step)
+    square = jnp.square(wide).sum(-1, keepdims=True)
+    square = jnp.where(square == 0, 1, square)
+    ahead -= (wide * ahead).sum(-1, keepdims=True) / square * wide
+    turned = jnp.square(ahead).sum(-1, keepdims=True) / square
+    # sin(t) / t is 1 at t = 0, where the root has no derivative.
+    angle = jnp.sqrt(jnp.where(turned == 0, 1, turned))
+    sine = jnp.where(turned == 0, 1, jnp.sin(angle) / angle)
+    cosine = jnp.where(turned == 0, 1, jnp.cos(angle))
+    return (wide * cosine + ahead * sine).astype(r.dtype)
 
 
 def unchanged(x: Stream) -> Stream:

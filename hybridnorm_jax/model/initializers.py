@@ -32,6 +32,23 @@ def _draw_truncated_normal(key: Array, shape: Sequence[int], dtype: Any = float,
     return drawn.astype(dtype)
 
 
+def matrix_init(initializer: str, std: float | Array, *, writes: bool) -> Callable[..., Array]:
+    """Initializer of a matrix: truncated_normal(std), with "ngpt" divided by the lengths of its vectors along embed.
+
+    Args:
+      writes: whether embed is the last axis, as of a table or of what writes the stream, and not the one before it.
+    """
+    if initializer != "ngpt":
+        return truncated_normal(std)
+    return functools.partial(_draw_unit_vectors, std=std, axis=-1 if writes else -2)
+
+
+def _draw_unit_vectors(key: Array, shape: Sequence[int], dtype: Any = float, *, std: float | Array, axis: int) -> Array:
+    wide = wide_dtype(dtype)
+    drawn = _draw_truncated_normal(key, shape, wide, std=std)
+    return (drawn / jnp.linalg.norm(drawn, axis=axis, keepdims=True)).astype(dtype)
+
+
 def std_factor(initializer: str, role: str, layer: int | Array, num_layers: int) -> float | Array:
     """What `model.init_std` is multiplied with. `layer` counts from 0 and may be traced: L blocks, l = layer + 1.
 
@@ -41,12 +58,13 @@ def std_factor(initializer: str, role: str, layer: int | Array, num_layers: int)
     deepnorm      value, feed_forward, up and output: (8L)^(-1/4) (DeepNorm 2203.00555, decoder-only)
     sub_ln        value, feed_forward, up and output: sqrt(ln 2L) (Sub-LN 2210.06423, decoder-only)
     b2t           every weight inside a block: 1/sqrt(L) (B2T 2206.00330); embeddings and head: 1
+    ngpt          1 everywhere; matrix_init then makes unit vectors along embed (nGPT 2410.01131)
     simple_gpt    up and output: 1/sqrt(2l) (SimpleNorm 2602.01212); for the two ends of a decoder see `end_std`
     """
     if role not in ROLES:
         raise ValueError(f"role={role!r} must be one of {ROLES}")
     match initializer, role:
-        case "normal", _:
+        case "normal" | "ngpt", _:
             return 1.0
         case "depth_scaled", "output":
             return (2.0 * (layer + 1)) ** -0.5

@@ -1,4 +1,4 @@
-"""What a branch adds, or a residual, times learned numbers: one for each channel (LayerScale), or one for all."""
+"""Learned numbers that multiply a stream: what a branch adds, or a residual; and numbers stored in another unit."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,3 +34,28 @@ class LayerScale(nn.Module):
         scale = self.param("scale", self.scale_init, shape, self.param_dtype)
         wide = widened(x)
         return (scale.astype(wide.dtype) * wide).astype(x.dtype)
+
+
+class StoredScale(nn.Module):
+    """start * scale / stored: learned numbers that begin at `start`, stored as a `scale` that begins at `stored`.
+
+    Adam moves every parameter by about its learning rate. Numbers that are stored larger, or smaller, than they count
+    so move slower, or faster. nGPT (2410.01131), section 2.5.
+
+    Parameters: `scale`, of the shape that it is called with.
+
+    Attributes:
+      start: what the numbers begin at.
+      stored: what the parameter begins at.
+      param_dtype: of the parameter.
+    """
+
+    start: float
+    stored: float
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, *shape: int) -> Array:
+        """The numbers, in float32 at least."""
+        scale: Array = self.param("scale", nn.initializers.constant(self.stored), shape, self.param_dtype)
+        return widened(scale) * (self.start / self.stored)

@@ -11,19 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.core.scope import LazyRng
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.kernels.backend_names import SAVED
 from hybridnorm_jax.kernels.precision import wide_dtype
-from hybridnorm_jax.model.block import DEFECT, STREAM, Block, LayerInputs, SharedInputs
+from hybridnorm_jax.model.block import Block, LayerInputs, SharedInputs
 from hybridnorm_jax.model.config import AUTO_REMAT, ModelConfig
 from hybridnorm_jax.model.config_sizes import LONGEST_CONTEXT
 from hybridnorm_jax.model.formula import ALL_ONE, StartArrays, Streams
 from hybridnorm_jax.model.moe import CHOSEN, ROUTER
-from hybridnorm_jax.model.placement import Run, Scales, Starts, SublayerName
+from hybridnorm_jax.model.placement import Scales, Starts, SublayerName
+from hybridnorm_jax.model.ramps import ramp_lengths, shares
 from hybridnorm_jax.model.rotation import stacked
+from hybridnorm_jax.model.runs import Run
 from hybridnorm_jax.model.signal_measures import PROBE, SIGNAL
+from hybridnorm_jax.model.watched_streams import DEFECT, STREAM
 
 _ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)
 # Of every layer its own.
@@ -75,7 +78,13 @@ class ScannedBlock(Block):
 
 
 def through_layers(
-    module: Any, streams: Streams, shared: SharedInputs, *, deterministic: bool, unrolled: bool = False
+    module: Any,
+    streams: Streams,
+    shared: SharedInputs,
+    *,
+    deterministic: bool,
+    step: Int[Array, ""] | int | None = None,
+    unrolled: bool = False,
 ) -> Streams:
     """The streams behind all layers of a model.
 
@@ -87,13 +96,24 @@ def through_layers(
       streams: before the first layer.
       shared: what is the same for all layers.
       deterministic: no dropout.
+      step: of training, for branches that grow with it; see ramps.py.
       unrolled: no loop over the layers, see Decoder.
+
+    Raises:
+      ValueError: branches grow, and no step is given; or the other way round.
     """
     config: ModelConfig = module.config
+    if module.is_initializing():
+        step = 0 if config.grows else None
+    elif config.grows and step is None:
+        grow = f"the branches of model.scheme={config.scheme} grow with the training step"
+        raise ValueError(f"step: {grow}; give it, or build the model of config.at_step(step)")
+    elif step is not None and not config.grows:
+        raise ValueError("step: nothing in this model grows with the training step; leave it out")
     keys = {name: module.make_rng(name) for name in KEYS if module.has_rng(name)}
     for number, run in enumerate(config.runs):
         run = run if unrolled else run.within(streams.main.shape[1])  # a cache may be longer than what is read at once
-        layers = layer_inputs(run, config.dtype, keys, initializing=module.is_initializing())
+        layers = layer_inputs(run, config, keys, step=step, initializing=module.is_initializing())
         if unrolled:
             streams = _one_by_one(config, run, streams, layers, shared, deterministic=deterministic)
         else:
@@ -159,21 +179,35 @@ def _scanned(config: ModelConfig, run: Run, name: str, *, deterministic: bool, h
     )
 
 
-def layer_inputs(run: Run, dtype: str, keys: Mapping[str, Array], *, initializing: bool = False) -> LayerInputs:
+def layer_inputs(
+    run: Run,
+    config: ModelConfig,
+    keys: Mapping[str, Array],
+    *,
+    step: Int[Array, ""] | int | None = None,
+    initializing: bool = False,
+) -> LayerInputs:
     """The scanned inputs of a run: numbers of its layers, their scales and keys, and in what else they differ.
 
     A layer's keys depend on its number in the model and not on the run that it belongs to: so all schemes draw the same
     numbers for it.
 
     Args:
-      dtype: of the stream; the scales are in float32 at least.
+      config: of the model; the scales are in its dtype, in float32 at least.
       keys: of the whole model, by the name of their stream.
+      step: of training, where branches grow with it.
       initializing: the layers draw their parameters, and so need to know where their learned scales start.
     """
-    wide = wide_dtype(dtype)
+    wide = wide_dtype(config.dtype)
 
-    def columns(scales: Scales[tuple[float, ...] | None]) -> Scales[Float[Array, " layers"] | None]:
-        return Scales(*map(column, scales))
+    def columns(sublayer: SublayerName) -> Scales[Float[Array, " layers"] | None]:
+        scales = Scales(*map(column, run.scales(sublayer)))
+        ramp = getattr(run.structure, sublayer).branch_ramp
+        if ramp is None:
+            return scales
+        lengths = ramp_lengths(ramp, config.num_layers, config.ramp_length)[run.start : run.start + run.length]
+        share = shares(jnp.asarray(lengths, wide), 0 if step is None else step)
+        return scales._replace(branch=share if scales.branch is None else share * scales.branch)
 
     def column(values: tuple[float, ...] | None) -> Float[Array, " layers"] | None:
         return None if values is None else jnp.asarray(np.asarray(values), wide)
@@ -189,8 +223,8 @@ def layer_inputs(run: Run, dtype: str, keys: Mapping[str, Array], *, initializin
     layers = jnp.arange(run.start, run.start + run.length)
     return LayerInputs(
         layer=layers,
-        attention=columns(run.scales("attention")),
-        feed_forward=columns(run.scales("feed_forward")),
+        attention=columns("attention"),
+        feed_forward=columns("feed_forward"),
         attention_starts=starts("attention"),
         feed_forward_starts=starts("feed_forward"),
         keys={name: jax.vmap(partial(jax.random.fold_in, key))(layers) for name, key in keys.items()},

@@ -36,6 +36,16 @@ def _affine(normalized: Array, scale: Array | None, bias: Array | None, dtype: A
     return normalized.astype(dtype)
 
 
+def unit(x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+    """x / |x|, the Euclidean length taken over the last axis, without eps; a vector of zeros stays one.
+
+    Source: nGPT (2410.01131), `Norm` of its section 2.
+    """
+    wide = _wide(x)
+    square = jnp.square(wide).sum(-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(jnp.where(square == 0, 1, square))).astype(x.dtype)
+
+
 def layer_norm(
     x: Float[Array, "*batch width"],
     scale: Float[Array, " width"] | None = None,

@@ -22,13 +22,15 @@ A scheme of your own is one more entry of the table, in a file of your own:
 
 import dataclasses
 import numbers
-from collections.abc import Collection, Iterable
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from collections.abc import Collection
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args
 
 SublayerName = Literal["attention", "feed_forward"]
 HeadNorm = Literal["head", "projection"] | None
 LearnedScale = Literal["channel", "scalar"] | None
 HeadScales = Literal["before", "after"] | None
+BranchRamp = Literal["by_depth", "together"]
+Joining = Literal["sum", "chord", "geodesic"]
 SCALES = ("residual_scale", "branch_scale", "input_scale", "side_scale")
 STARTS = ("pre_norm_init", "branch_norm_init", "layer_scale_init")
 # The largest of the table is KEEL's 2 L, below 20,000 at the largest depth.
@@ -93,6 +95,11 @@ class SublayerPlacement:
       side_own: what own(x) is: x as it is, "whole"; times a learned number for each channel, which starts at 1,
         "vector"; or N(x), "norm".
       side_scale: factor of what is added to the side stream.
+      branch_ramp: whether branch_scale is also multiplied by a share that grows from 0 to 1 with the training step:
+        None, it is not; "by_depth", in deeper layers for longer; "together". ramps.py has the formula.
+      joins: what becomes of r and the branch b = g * branch(f(...)): their "sum", as in the formula; a step along the
+        "chord" between their directions, u(u(r) + branch_scale * |g| * (u(b) - u(r))) with u(v) = v / |v|, where g is
+        not in b; or along the sphere, "geodesic". formula.py has them.
     """
 
     pre: bool = False
@@ -112,6 +119,8 @@ class SublayerPlacement:
     side: Literal["written", "read"] | None = None
     side_own: Literal["whole", "vector", "norm"] = "whole"
     side_scale: float = 1.0
+    branch_ramp: BranchRamp | None = None
+    joins: Joining = "sum"
 
     def __post_init__(self) -> None:
         for name in ("pre", "branch", "post", "residual_vector", "entry"):
@@ -123,10 +132,18 @@ class SublayerPlacement:
         _require("layer_scale", self.layer_scale, (None, "channel", "scalar"))
         _require("side", self.side, (None, "written", "read"))
         _require("side_own", self.side_own, ("whole", "vector", "norm"))
+        _require("joins", self.joins, get_args(Joining))
+        if self.joins != "sum" and (self.side is not None or self.residual_scale != 1.0):
+            raise ValueError(f"joins={self.joins!r}: needs residual_scale=1 and no side stream")
+        if self.joins == "chord" and self.layer_scale != "channel":
+            raise ValueError("joins='chord': needs layer_scale='channel', the length of the step")
+        _require("branch_ramp", self.branch_ramp, (None, *get_args(BranchRamp)))
         if self.side != "read" and self.side_own != "whole":
             raise ValueError(f"side_own={self.side_own!r}: only where the side stream is read, side='read'")
         if self.side is None and self.side_scale != 1.0:
             raise ValueError(f"side_scale={self.side_scale}: there is no side stream, side=None")
+        if self.side is not None and self.branch_ramp is not None:
+            raise ValueError("branch_ramp: not with a side stream, which would not grow with it")
         if self.side == "read" and self.reads == "block":
             raise ValueError("side='read': the side stream is read beside the sublayer's input, not with reads='block'")
         self._check_starts()
@@ -160,7 +177,10 @@ class SublayerPlacement:
         return dataclasses.replace(self, **ones)
 
     def formula(self, branch_name: str) -> str:
-        """The sublayer's equation, such as `N(x + Attn(N(x)))`; a and g are a learned number and a learned vector."""
+        """The sublayer's equation, such as `N(x + Attn(N(x)))`.
+
+        a and g are a learned number and a learned vector, t is a share that grows, u(v) is v / |v|.
+        """
 
         def times(scale: float, term: str) -> str:
             return term if scale == 1 else f"{scale:.4g} {term}"
@@ -177,8 +197,15 @@ class SublayerPlacement:
         residual = {"input": entered, "block": "X", "both": f"({entered} + X)"}[self.residual]
         if self.residual_vector:
             residual = f"w {residual}"
+        if self.branch_ramp is not None:
+            branch = f"t {branch}"
         added = branch if self.side is None else "z"
         total = f"{times(self.residual_scale, residual)} + {times(self.branch_scale, added)}"
+        if self.joins == "chord":
+            towards = branch.removeprefix("t ").removeprefix("g ")
+            total = f"u(u({residual}) + {times(self.branch_scale, 'g')} (u({towards}) - u({residual})))"
+        elif self.joins == "geodesic":
+            total = f"exp_{residual}({times(self.branch_scale, added)})"
         main = f"N({total})" if self.post else total
         return main if self.side is None else f"{main},  s + {times(self.side_scale, 'z')},  z = {branch}"
 
@@ -198,6 +225,10 @@ class BlockPlacement:
       head_scales: one learned number for each head, starting at 1: "before" the output projection it multiplies the
         context of the head, behind the context norm; "after" it, of as many equal parts of the channels one each.
       shared_layer_scale: both branches have the same learned scale, that of attention.
+      sphere: whether attention and the feed-forward layer are those of nGPT (2410.01131): behind the rotation q and k
+        of each head are divided by their length and times one learned number for each channel of each head of k, which
+        the heads of q that read it share; the scores are times sqrt(head_dim); gate and up are times sqrt(embed) and a
+        learned number for each hidden channel.
     """
 
     attention: SublayerPlacement = SublayerPlacement()
@@ -212,6 +243,7 @@ class BlockPlacement:
     hidden_norm: bool = False
     head_scales: HeadScales = None
     shared_layer_scale: bool = False
+    sphere: bool = False
 
     def __post_init__(self) -> None:
         for name in ("attention", "feed_forward"):
@@ -221,7 +253,7 @@ class BlockPlacement:
             _require(name, getattr(self, name), (None, "head", "projection"))
         if self.attention.residual == "both":
             raise ValueError("attention.residual='both' would add the block's input twice: attention reads it already")
-        for name in ("shared_pre_norm", "shared_layer_scale", *HIDDEN_NORMS):
+        for name in ("shared_pre_norm", "shared_layer_scale", "sphere", *HIDDEN_NORMS):
             _require(name, getattr(self, name), (False, True))
         _require("head_scales", self.head_scales, (None, "before", "after"))
         kinds = {(each.layer_scale, each.layer_scale_init) for each in (self.attention, self.feed_forward)}
@@ -249,6 +281,11 @@ class BlockPlacement:
             sublayer.layer_scale is not None or sublayer.residual_vector or sublayer.side_own == "vector"
             for sublayer in (self.attention, self.feed_forward)
         )
+
+    @property
+    def grows(self) -> bool:
+        """Whether a branch grows with the training step."""
+        return self.attention.branch_ramp is not None or self.feed_forward.branch_ramp is not None
 
     @property
     def has_side_stream(self) -> bool:
@@ -299,113 +336,3 @@ class SideStream:
         begin = "x" if self.start_scale == 1 else f"{self.start_scale:.4g} x"
         end = main if self.main_scale == 1 else f"{self.main_scale:.4g} {main}"
         return f"side stream s from {begin} to {end} + N(s)"
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """What one layer of a model is, as far as layers differ.
-
-    Attributes:
-      placement: where it normalizes.
-      has_experts: whether its feed-forward layer is one of experts.
-      window: how many positions a token sees, its own and those just before; 0: all.
-      rotation: of q and k: 1 the model's first, 2 its second, 0 none.
-    """
-
-    placement: BlockPlacement
-    has_experts: bool = False
-    window: int = 0
-    rotation: int = 1
-
-    def may_follow(self, other: "Layer") -> bool:
-        """Whether one loop can compute both: they differ in numbers alone."""
-        return self.has_experts == other.has_experts and self.placement.structure == other.placement.structure
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Consecutive layers of one structure: one scan.
-
-    Attributes:
-      start: number of the first layer, from 0.
-      layers: first to last.
-    """
-
-    start: int
-    layers: tuple[Layer, ...]
-
-    @property
-    def structure(self) -> BlockPlacement:
-        """What the placements of the layers have in common, with every scale 1."""
-        return self.layers[0].placement.structure
-
-    @property
-    def has_experts(self) -> bool:
-        """Whether the feed-forward layers are of experts."""
-        return self.layers[0].has_experts
-
-    @property
-    def length(self) -> int:
-        """The number of layers."""
-        return len(self.layers)
-
-    @property
-    def window(self) -> int | None:
-        """The window of all layers, see Layer; None: they differ."""
-        first, *others = {layer.window for layer in self.layers}
-        return None if others else first
-
-    def within(self, seq: int) -> "Run":
-        """This run for sequences of this length: a window that hides nothing of them is none."""
-        layers = (dataclasses.replace(each, window=each.window if each.window < seq else 0) for each in self.layers)
-        return dataclasses.replace(self, layers=tuple(layers))
-
-    @property
-    def rotations(self) -> list[int]:
-        """The rotations that its layers have, see Layer, each once."""
-        return sorted({layer.rotation for layer in self.layers})
-
-    @property
-    def rotation(self) -> int | None:
-        """The rotation of all layers; None: they differ."""
-        return self.rotations[0] if len(self.rotations) == 1 else None
-
-    @property
-    def places_of_rotations(self) -> list[int]:
-        """Of each layer the place of its rotation in `rotations`."""
-        return [self.rotations.index(layer.rotation) for layer in self.layers]
-
-    def scales(self, sublayer: SublayerName) -> Scales[tuple[float, ...] | None]:
-        """Of each scale of this sublayer one number per layer, or None where it is 1 in every layer."""
-        layers = [getattr(layer.placement, sublayer).scales for layer in self.layers]
-        return Scales(
-            residual=_unless_all_one(layer.residual for layer in layers),
-            branch=_unless_all_one(layer.branch for layer in layers),
-            input=_unless_all_one(layer.input for layer in layers),
-            side=_unless_all_one(layer.side for layer in layers),
-        )
-
-    def starts(self, sublayer: SublayerName) -> Starts[tuple[float, ...] | None]:
-        """Of each learned scale of this sublayer one start per layer, or None where it is 1 in every layer."""
-        layers = [getattr(layer.placement, sublayer).starts for layer in self.layers]
-        return Starts(
-            pre=_unless_all_one(layer.pre for layer in layers),
-            branch=_unless_all_one(layer.branch for layer in layers),
-            layer_scale=_unless_all_one(layer.layer_scale for layer in layers),
-        )
-
-
-def _unless_all_one(values: Iterable[float]) -> tuple[float, ...] | None:
-    column = tuple(values)
-    return None if all(value == 1.0 for value in column) else column
-
-
-def runs(layers: Iterable[Layer]) -> tuple[Run, ...]:
-    """Group consecutive layers that differ in numbers only."""
-    found: list[Run] = []
-    for number, layer in enumerate(layers):
-        if found and layer.may_follow(found[-1].layers[-1]):
-            found[-1] = dataclasses.replace(found[-1], layers=(*found[-1].layers, layer))
-        else:
-            found.append(Run(start=number, layers=(layer,)))
-    return tuple(found)

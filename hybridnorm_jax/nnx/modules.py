@@ -264,6 +264,7 @@ class Decoder(WithDropout):
         positions: Int[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
         return_hidden: bool = False,
+        step: Int[Array, ""] | int | None = None,
         rngs: nnx.Rngs | None = None,
         mutable: str | Sequence[str] = (),
     ) -> Any:
@@ -271,6 +272,7 @@ class Decoder(WithDropout):
 
         Args:
           return_hidden: return what the head reads, and skip the head.
+          step: of training, where branches of the scheme grow with it.
           rngs: what dropout draws from: its stream "dropout", or its default. Needed only where dropout is on.
           mutable: collections to return, such as "router": the result is then (y, {collection: ...}).
         """
@@ -281,5 +283,6 @@ class Decoder(WithDropout):
             positions=positions,
             segment_ids=segment_ids,
             return_hidden=return_hidden,
+            step=step,
             mutable=mutable,
         )

@@ -18,7 +18,13 @@ Measures = dict[str, Array]
 
 
 def measure_signal(
-    model: Decoder, params: Any, batch: Batch, *, chunk: int | None = None, convert: Convert | None = None
+    model: Decoder,
+    params: Any,
+    batch: Batch,
+    *,
+    chunk: int | None = None,
+    convert: Convert | None = None,
+    step: Array | None = None,
 ) -> tuple[Measures, Any]:
     """(what the layers do with one batch, the gradient of its loss), without dropout.
 
@@ -35,7 +41,7 @@ def measure_signal(
 
     Args:
       batch: sequences x positions.
-      chunk, convert: as in training.step; the gradient is that of the parameters before `convert`.
+      chunk, convert, step: as in training.step; the gradient is that of the parameters before `convert`.
     """
     dtype = jnp.promote_types(model.config.dtype, jnp.float32)
     prefixes = ("", "side_") if model.config.side_stream is not None else ("",)
@@ -47,7 +53,7 @@ def measure_signal(
 
     def loss(params, probes):
         variables = {"params": params if convert is None else convert(params), PROBE: probes}
-        nll, sums, sown = batch_loss(model, variables, batch, chunk=chunk, collect=(SIGNAL,))
+        nll, sums, sown = batch_loss(model, variables, batch, chunk=chunk, step=step, collect=(SIGNAL,))
         return nll / jnp.where(sums.weight > 0, sums.weight, 1), sown[SIGNAL]
 
     (_, sown), (gradient, squares) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, probes)
@@ -121,7 +127,7 @@ def make_watch(
 
     def watch(state: TrainState, batch: Batch) -> Measures:
         measures, gradient = measure_signal(
-            model, state.params, jax.tree.map(some, batch), chunk=chunk, convert=convert
+            model, state.params, jax.tree.map(some, batch), chunk=chunk, convert=convert, step=state.step
         )
         updates, _ = optimizer.update(gradient, state.opt_state, state.params)
         return measures | _named("parameter", layer_norms(state.params)) | _named("update", layer_norms(updates))

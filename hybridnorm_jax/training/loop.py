@@ -230,7 +230,7 @@ def _say_results(run: Run) -> None:
     if run.task_scores:
         say(f"\nTasks after step {run.steps:,}\n{tasks.table(run.task_scores)}")
     if run.config.train.sample_tokens:
-        say("\n" + text_sample(run.config, run.data, run.state.params))
+        say("\n" + text_sample(run.config.at_step(run.step), run.data, run.state.params))
     say(f"\nFiles of the run: {run.directory}\n{_files(run)}")
 
 

@@ -7,6 +7,7 @@ import optax
 
 from hybridnorm_jax.config.resume_keys import warmup_steps, wsd_decay_steps
 from hybridnorm_jax.config.run_config import OptimizerSection
+from hybridnorm_jax.training.unit_matrices import keep_unit_matrices
 
 
 def learning_rate_schedule(config: OptimizerSection, steps: int, tokens_per_step: int) -> optax.Schedule:
@@ -55,12 +56,21 @@ def decay_mask(config: OptimizerSection, params: Any) -> Any:
     return jax.tree.map_with_path(decays, params)
 
 
-def make_optimizer(config: OptimizerSection, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW with decoupled decay: p <- p - rate * (adam(g) + weight_decay * p)."""
+def make_optimizer(
+    config: OptimizerSection, schedule: optax.Schedule, *, unit_matrices: bool = False
+) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW with decoupled decay: p <- p - rate * (adam(g) + weight_decay * p).
+
+    Args:
+      unit_matrices: nothing decays, and after each update matrices are normalized as nGPT's are (unit_matrices.py).
+    """
     clip = [] if config.clip is None else [optax.clip_by_global_norm(config.clip)]
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    if unit_matrices:
+        return optax.chain(*clip, adam, optax.scale_by_learning_rate(schedule), keep_unit_matrices())
     return optax.chain(
         *clip,
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        adam,
         optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(config, params)),
         optax.scale_by_learning_rate(schedule),
     )

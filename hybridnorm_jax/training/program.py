@@ -91,7 +91,9 @@ class Program:
         self.conversion = _conversion(model, config.train)
         self.model = Decoder(model if self.conversion is None else self.conversion.config)
         self._schedule = learning_rate_schedule(config.optimizer, config.train.steps, config.tokens_per_step)
-        self._optimizer = make_optimizer(config.optimizer, self._schedule)
+        self._optimizer = make_optimizer(
+            config.optimizer, self._schedule, unit_matrices=config.model.scheme_rule.sphere
+        )
         self._initialize = make_initializer(config.model, self._optimizer, spike_window=config.train.spike_window)
         self.abstract_state = abstract_state(self._initialize, self.mesh, self.rules)
         self.compiler_options = step_options(self.platform)
@@ -185,7 +187,7 @@ class Program:
         )
 
     def _jit_eval_step(self) -> Callable:
-        """(parameters, batch) -> loss sums."""
+        """(parameters, batch, step) -> loss sums."""
         return jax.jit(make_eval_step(self.model, chunk=self.config.train.loss_chunk, convert=self._convert))
 
     def _jit_watch(self) -> Callable:
@@ -254,10 +256,14 @@ class Program:
         with use_mesh(self.mesh, self.rules):
             return self._train_step.lower(self.abstract_state, batch)
 
-    def eval_step(self, params: Any, batch: Batch) -> LossSums:
-        """Loss sums of one batch; `batch` is this process's (sequences, positions) in NumPy."""
+    def eval_step(self, params: Any, batch: Batch, *, step: jax.Array | None = None) -> LossSums:
+        """Loss sums of one batch; `batch` is this process's (sequences, positions) in NumPy.
+
+        Args:
+          step: of training, where the model's branches grow with it.
+        """
         with use_mesh(self.mesh, self.rules):
-            return self._eval_step(params, self.put(batch, leading=0))
+            return self._eval_step(params, self.put(batch, leading=0), step if self.config.model.grows else None)
 
     def put(self, batch: dict[str, np.ndarray], leading: int) -> Batch:
         """This process's rows as global arrays, sequences (dimension `leading`) over the data axes."""

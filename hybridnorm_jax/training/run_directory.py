@@ -85,7 +85,8 @@ def load_run(
         config, params = hn.load_run("runs/quickstart")
         logits = hn.Decoder(config.model).apply({"params": params}, tokens)
 
-    `config` is the RunConfig of the run, and `config.model` the ModelConfig of its model. The optimizer's state is not
+    `config` is the RunConfig of the run, and `config.model` the ModelConfig of its model; where branches of the scheme
+    grow with the training step, as they are at the checkpoint's (model.ramp_at). The optimizer's state is not
     read, but every file of the checkpoint is compared with its digest.
 
     Args:
@@ -104,7 +105,7 @@ def load_run(
     directory, step = find_checkpoint(path)
     with Checkpoints(directory, keep=1) as checkpoints:
         step = checkpoints.needed(allow_fallback=allow_fallback) if step is None else step
-        config = saved_config(checkpoints, step, import_these=plugins)
+        config = saved_config(checkpoints, step, import_these=plugins).at_step(step)
         shapes = abstract_params(config.model)
         places = _places(shapes, config, mesh, shardings)
         return config, checkpoints.restore_params(jax.tree.map(_abstract, shapes, places), step)

@@ -14,10 +14,10 @@ from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.equivalence.forward_pass import collected
 from hybridnorm_jax.equivalence.measurements import Measured
 from hybridnorm_jax.mesh.split_axes import parts, split_axes
-from hybridnorm_jax.model.block import DEFECT
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.loss import LossSums, chunked_cross_entropy, cross_entropy, gathered_head
 from hybridnorm_jax.model.moe import ROUTER, RouterStatistics
+from hybridnorm_jax.model.watched_streams import DEFECT
 from hybridnorm_jax.training import router_balance
 from hybridnorm_jax.training.anomalies import all_finite, anomaly_metrics, judge, keep_where
 from hybridnorm_jax.training.state import TrainState
@@ -84,6 +84,7 @@ def batch_loss(
     chunk: int | None,
     z_loss: float = 0.0,
     dropout_key: Array | None = None,
+    step: Array | None = None,
     collect: tuple[str, ...] = (),
 ) -> BatchLoss:
     """The loss of one batch (sequences x positions).
@@ -93,9 +94,12 @@ def batch_loss(
       chunk: positions whose logits are held at a time; None: all.
       z_loss: weight of the sum z in the total.
       dropout_key: None switches dropout off.
+      step: of training; needed where the model's branches grow with it, and else not read.
       collect: the collections to return.
     """
     inputs = document_inputs(batch) | {"mutable": list(collect)}
+    if model.config.grows:
+        inputs["step"] = step
     if dropout_key is not None and model.config.dropout > 0:
         inputs |= {"deterministic": False, "rngs": {"dropout": dropout_key}}
     with jax.named_scope(LOSS_SCOPE):
@@ -160,7 +164,8 @@ def make_train_step(
 
     def train_step(state, batch):
         key = jax.random.fold_in(dropout_root, state.step)
-        totals, sown, summed = _gradient(objective, convert, state.params, batch, key)
+        at_step = partial(objective, step=state.step)
+        totals, sown, summed = _gradient(at_step, convert, state.params, batch, key)
         # Where no target has a weight, loss and gradient are zero.
         weight = jnp.where(totals.loss.weight > 0, totals.loss.weight, 1)
         with jax.named_scope(OPTIMIZER_SCOPE):
@@ -201,13 +206,16 @@ def _loss_metrics(
     return metrics
 
 
-def _make_objective(model: Decoder, options: StepOptions, *, defects: bool) -> Objective:
-    """The loss whose gradient is taken; with `defects` it also gives what blocks sow of their form's invariants."""
+def _make_objective(model: Decoder, options: StepOptions, *, defects: bool) -> Callable[..., Any]:
+    """The loss whose gradient is taken, an Objective but for the keyword `step`.
+
+    With `defects` it also gives what blocks sow of their form's invariants.
+    """
     routed = model.config.num_experts > 0
     kept = (DEFECT,) if defects else ()
     collect = (*kept, ROUTER) if routed else kept
 
-    def objective(params, microbatch, key):
+    def objective(params, microbatch, key, *, step):
         variables = {"params": params}
         total, sums, sown = batch_loss(
             model,
@@ -216,6 +224,7 @@ def _make_objective(model: Decoder, options: StepOptions, *, defects: bool) -> O
             chunk=options.chunk,
             z_loss=options.z_loss,
             dropout_key=key,
+            step=step,
             collect=collect,
         )
         if not routed:
@@ -280,11 +289,11 @@ def _accumulate(objective: Objective, params: Any, batch: Batch, key: Array) -> 
 
 def make_eval_step(
     model: Decoder, *, chunk: int | None = None, convert: Convert | None = None
-) -> Callable[[Any, Batch], LossSums]:
-    """(params, batch) -> loss sums of that batch, without dropout; `convert` as in make_train_step."""
+) -> Callable[[Any, Batch, Array | None], LossSums]:
+    """(params, batch, step) -> loss sums of that batch, without dropout; `convert` as in make_train_step."""
 
-    def eval_step(params, batch):
+    def eval_step(params, batch, step):
         computed = params if convert is None else convert(params)
-        return batch_loss(model, {"params": computed}, batch, chunk=chunk).sums
+        return batch_loss(model, {"params": computed}, batch, chunk=chunk, step=step).sums
 
     return eval_step

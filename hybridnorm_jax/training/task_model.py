@@ -15,6 +15,7 @@ from hybridnorm_jax.evaluation.token_scores import TokenScorer
 from hybridnorm_jax.generation.generate import generate
 from hybridnorm_jax.generation.ready_parameters import ready
 from hybridnorm_jax.generation.sampling import Sampling
+from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.training.program import Program
 
@@ -63,40 +64,54 @@ class TaskModel:
         self._program, self._limit = program, limit
         self._separator = separator_id(config, tokenizer)
         self._tasks: Tasks = open_tasks(tasks, key=key, window=config.train.seq_len)
+        self._scorer = functools.lru_cache(maxsize=1)(self._make_scorer)
+
+    def _make_scorer(self, model: ModelConfig) -> TokenScorer:
+        """What scores tokens with a model that does not grow."""
+        program = self._program
         # The form in which a run was trained is another matter: the parameters are those of config.model.
         model = dataclasses.replace(
-            config.model, attention=program.backend, expert_dispatch=program.dispatch or "auto", remat="none"
+            model, attention=program.backend, expert_dispatch=program.dispatch or "auto", remat="none"
         )
-        self._scorer = TokenScorer(
+        return TokenScorer(
             Decoder(model),
             program.mesh,
             program.rules,
-            window=config.train.seq_len,
+            window=self.config.train.seq_len,
             batch_size=program.eval_batch_size,
         )
 
-    def scores(self, params: Any, *, before_batch: Callable[[], None] = _nothing) -> dict[str, TaskScore]:
-        """The scores of all tasks with these parameters, the same in every process; calls before_batch now and then."""
-        return evaluate_tasks(self.for_lm_eval(params, before_batch=before_batch), self._tasks, limit=self._limit)
+    def scores(
+        self, params: Any, *, step: int = 0, before_batch: Callable[[], None] = _nothing
+    ) -> dict[str, TaskScore]:
+        """The scores of all tasks with these parameters, the same in every process; calls before_batch now and then.
 
-    def for_lm_eval(self, params: Any, *, before_batch: Callable[[], None] = _nothing) -> "LM":
+        Args:
+          step: of training, where the model's branches grow with it: until they are whole, every step compiles anew.
+        """
+        lm = self.for_lm_eval(params, step=step, before_batch=before_batch)
+        return evaluate_tasks(lm, self._tasks, limit=self._limit)
+
+    def for_lm_eval(self, params: Any, *, step: int = 0, before_batch: Callable[[], None] = _nothing) -> "LM":
         """The model with these parameters as `lm_eval.evaluator` takes one; arguments as those of `scores`."""
         from hybridnorm_jax.evaluation.lm_eval_model import LmEvalModel
 
+        model = self.config.model.at_step(step)
         # Where the first answer is written, not for each batch of answers.
-        readied = functools.cache(lambda: ready(self.config.model, params))
+        readied = functools.cache(lambda: ready(model, params))
         writer = Writer(
-            partial(self._write, readied, before_batch),
+            partial(self._write, model, readied, before_batch),
             self.tokenizer,
             separator=self._separator,
             window=self.config.train.seq_len,
             batch_size=self._program.eval_batch_size,
         )
-        score = partial(self._scorer.score, params, before_batch=before_batch)
+        score = partial(self._scorer(model).score, params, before_batch=before_batch)
         return LmEvalModel(self.tokenizer, score, writer, separator=self._separator)
 
     def _write(
         self,
+        model: ModelConfig,
         params: Callable[[], Any],
         before_batch: Callable[[], None],
         prompts: Sequence[Sequence[int]],
@@ -113,7 +128,7 @@ class TaskModel:
             return on_tokens(new)
 
         return generate(
-            self.config.model,
+            model,
             params(),
             prompts,
             max_new_tokens=max_new_tokens,

@@ -18,13 +18,14 @@ from hybridnorm_jax.generation.generate import least_rows
 from hybridnorm_jax.generation.ready_parameters import ready
 from hybridnorm_jax.model.cache import CACHE, Slots, empty_cache
 from hybridnorm_jax.model.program_lengths import rounded_up
+from tests.schemes import keys_of
 
 # Of the compute dtype float32: sums in another order, over a few layers.
 CLOSE = 1e-5
 
 TINY = {"d_model": 16, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 24, "vocab_size": 61}
 EXPERTS = {"num_experts": 4, "experts_per_token": 2}
-SCHEMES = {f"scheme {name}": {"scheme": name} for name in hn.SCHEMES}
+SCHEMES = {f"scheme {name}": keys_of(name) for name in hn.SCHEMES}
 KINDS = {
     "experts pre": {"scheme": "pre", **EXPERTS},
     "experts hybrid_star": {"scheme": "hybrid_star", **EXPERTS},

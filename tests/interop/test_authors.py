@@ -27,6 +27,9 @@ CASES = {
     "residual": ("fairseq", {"scheme": "residual", "activation": "relu", **FAIRSEQ}),
     "residual_scaled": ("fairseq", {"scheme": "residual_scaled", "activation": "relu", **FAIRSEQ}),
     "simplegpt": ("simplegpt", {"num_kv_heads": 2, "mlp_dim": 56}),
+    # The golden "ngpt" has the rotation of the published repository, which is none.
+    "ngpt_rope": ("ngpt", {"mlp_dim": 128}),
+    "ngpt_rope_normalized": ("ngpt", {"mlp_dim": 128}),
     "siamese_hybrid_pre": ("siamese", {"scheme": "siamese_hybrid_pre", **SIAMESE}),
     "siamese_attn_norm": ("siamese", {"scheme": "siamese_attn_norm", **SIAMESE}),
 }

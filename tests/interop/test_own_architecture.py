@@ -11,6 +11,7 @@ import hybridnorm_jax as hn
 from hybridnorm_jax.interop import own_architecture
 from hybridnorm_jax.interop.architectures import config_from_json, config_to_json, mathematics
 from hybridnorm_jax.interop.huggingface import CODE, load_huggingface, save_huggingface
+from tests.schemes import keys_of
 
 FIELDS = [field.name for field in dataclasses.fields(hn.ModelConfig)]
 EXPERTS = {"num_experts": 4, "experts_per_token": 2}
@@ -128,7 +129,7 @@ def test_every_field_that_is_written_comes_back(small_config, field):
 
 @pytest.mark.parametrize("scheme", hn.SCHEMES)
 def test_placements_come_back_as_they_were(small_config, scheme):
-    config = small_config(scheme=scheme, num_layers=8)
+    config = small_config(**keys_of(scheme), num_layers=8)
     document = json.loads(json.dumps(config_to_json(config, "hybridnorm")[1]))
     placements = [own_architecture.placement_from_json(each, "placements") for each in document["placements"]]
     assert tuple(placements) == config.placements

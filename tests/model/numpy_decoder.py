@@ -35,6 +35,8 @@ def forward(config, params, tokens):
         x = _norm(config, params.get("final_norm", {}), x, outer)
     kernel = params["token_embedding"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
     logits = x @ kernel + params.get("head", {}).get("bias", 0)
+    if config.scheme_rule.sphere:
+        logits = logits * _stored(params["head"]["scales"], x.shape[-1])
     if config.logit_scale is not None:
         logits = logits * config.logit_scale
     if config.logit_cap is not None:
@@ -85,13 +87,36 @@ def _sublayer(config, part, f, leaves, x, block_input, side, name, pre_norm):
     branch = f(part.input_scale * (_norm(config, leaves.get(pre_norm, {}), read) if part.pre else read))
     if part.branch:
         branch = _norm(config, leaves[f"{name}_branch_norm"], branch)
+    if part.joins == "chord":
+        here, there = _unit(residual), _unit(branch)
+        rate = np.abs(0.05 * _stored(leaves[f"{name}_layer_scale"], x.shape[-1]))
+        return _unit(here + part.branch_scale * rate * (there - here)), None
     if config.layer_scale or part.layer_scale is not None:
         branch = branch * leaves[f"{name}_layer_scale"]["scale"]
     if part.residual_vector:
         residual = residual * leaves[f"{name}_residual_vector"]["scale"]
     y = part.residual_scale * residual + part.branch_scale * branch
+    if part.joins == "geodesic":
+        y = _along_the_sphere(residual, part.branch_scale * branch)
     y = _norm(config, leaves[f"{name}_post_norm"], y) if part.post else y
     return y, None if part.side is None else side + part.side_scale * branch
+
+
+def _unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def _stored(leaves, width):
+    """Learned numbers that begin at 1 and are stored over the root of the width (nGPT, section 2.5)."""
+    return leaves["scale"] * math.sqrt(width)
+
+
+def _along_the_sphere(x, step):
+    """A rotation of x in the plane of x and the step, by the angle that the orthogonal part of the step subtends."""
+    length = np.linalg.norm(x, axis=-1, keepdims=True)
+    ahead = step - (step * _unit(x)).sum(-1, keepdims=True) * _unit(x)
+    angle = np.linalg.norm(ahead, axis=-1, keepdims=True) / length
+    return length * (_unit(x) * np.cos(angle) + _unit(ahead) * np.sin(angle))
 
 
 def _norm(config, leaves, x, kind=None, eps=None):
@@ -112,9 +137,15 @@ def _attention(config, placement, leaves, x):
         for name, extent, heads in (("q", placement.q_norm, q), ("k", placement.k_norm, k), ("v", placement.v_norm, v))
     )
     q, k = _rotated(config, q), _rotated(config, k)
+    scale = 1 / math.sqrt(config.head_dim)
+    if placement.sphere:
+        of_keys = _stored(leaves["qk_scale"], x.shape[-1])
+        of_queries = np.repeat(of_keys, config.num_heads // config.num_kv_heads, axis=0)
+        q, k = _unit(q) * of_queries, _unit(k) * of_keys
+        scale = math.sqrt(config.head_dim)
     groups = config.num_heads // config.num_kv_heads
     k, v = np.repeat(k, groups, axis=2), np.repeat(v, groups, axis=2)
-    scores = np.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(config.head_dim)
+    scores = scale * np.einsum("bqhd,bkhd->bhqk", q, k)
     scores = np.where(np.tril(np.ones(scores.shape[-2:], bool)), scores, -np.inf)
     context = np.einsum("bhqk,bkhd->bqhd", _softmax(scores), v)
     context = _head_norm(config, placement.context_norm, leaves.get("context_norm", {}), context)
@@ -203,6 +234,9 @@ def _project(leaves, x):
 def _feed_forward(config, leaves, x, activation):
     gated = _inner_norm(config, leaves, "gate_norm", _project(leaves["gate"], x)) if "gate" in leaves else None
     upped = _inner_norm(config, leaves, "up_norm", _project(leaves["up"], x))
+    if "up_scale" in leaves:
+        upped = upped * math.sqrt(x.shape[-1]) * leaves["up_scale"]["scale"]
+        gated = None if gated is None else gated * math.sqrt(x.shape[-1]) * leaves["gate_scale"]["scale"]
     hidden = _inner_norm(config, leaves, "hidden_norm", _hidden(config, activation, gated, upped))
     return _project(leaves["down"], hidden)
 

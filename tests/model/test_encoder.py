@@ -13,6 +13,7 @@ from covering import QUICK_SCHEMES, others_are_long
 import hybridnorm_jax as hn
 from hybridnorm_jax.mesh.parameter_axes import logical_axes
 from hybridnorm_jax.model.abstract_params import abstract_params
+from tests.schemes import keys_of
 
 SIZES = {"d_model": 16, "num_layers": 2, "num_heads": 4, "mlp_dim": 24}
 # Not square, and with pixels behind the last whole patch.
@@ -218,7 +219,7 @@ def test_the_end_is_the_first_of_its_id_or_of_the_largest_or_the_start():
 
 @pytest.mark.parametrize("scheme", others_are_long(hn.SCHEMES, QUICK_SCHEMES))
 def test_every_scheme_starts_and_has_gradients(scheme):
-    config = encoder_config(scheme=scheme, num_classes=3, remat="full")
+    config = encoder_config(**keys_of(scheme), num_classes=3, remat="full")
     model, inputs = hn.Encoder(config), inputs_of(config)
 
     def loss(params):

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import hybridnorm_jax as hn
 from hybridnorm_jax.model.placement import HIDDEN_NORMS
 from tests.model.numpy_decoder import forward
+from tests.schemes import keys_of
 
 TINY = {"d_model": 16, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 24, "vocab_size": 61}
 
@@ -33,7 +34,7 @@ SCHEMES = list(_groups(hn.schemes()))
 
 
 def _config(scheme, **keys):
-    return hn.ModelConfig(scheme=scheme, **(TINY | {"dtype": "float64", "param_dtype": "float64"} | keys))
+    return hn.ModelConfig(**keys_of(scheme), **(TINY | {"dtype": "float64", "param_dtype": "float64"} | keys))
 
 
 def _unrolled(config, params):

@@ -10,7 +10,8 @@ import pytest
 from flax import linen as nn
 
 import hybridnorm_jax as hn
-from hybridnorm_jax.model.block import STREAM, Dropout
+from hybridnorm_jax.model.block import Dropout
+from hybridnorm_jax.model.watched_streams import STREAM
 
 LAYERS = 8  # mix_ln then has two layers of its own at the start, hybrid_star one
 SMALL = {"d_model": 8, "num_layers": LAYERS, "num_heads": 2, "mlp_dim": 16, "vocab_size": 11}

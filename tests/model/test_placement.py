@@ -5,7 +5,7 @@ import math
 import pytest
 
 import hybridnorm_jax as hn
-from hybridnorm_jax.model.placement import Layer, runs
+from hybridnorm_jax.model.runs import Layer, runs
 from hybridnorm_jax.model.schemes import Scheme
 
 PAPER = {
@@ -63,14 +63,21 @@ PAPER = {
         "N(x) + 0.3536 z,  s + z,  z = FFN(N(N(x) + N(s)))",
     ),
     "residual": ("N(x + z),  s + z,  z = Attn(x)", "N(x + z),  s + z,  z = FFN(x)"),
+    "prores_pre": ("x + t Attn(N(x))", "x + t FFN(N(x))"),
+    "prores_post": ("N(x + t Attn(x))", "N(x + t FFN(x))"),
+    "prores_sandwich": ("x + t N(Attn(N(x)))", "x + t N(FFN(N(x)))"),
+    "prores_deepnorm": ("N(1.682 x + t Attn(x))", "N(1.682 x + t FFN(x))"),
+    "branch_norm": ("N(x + t Attn(x))", "N(x + t FFN(x))"),
+    "ngpt": ("u(u(x) + g (u(Attn(x)) - u(x)))", "u(u(x) + g (u(FFN(x)) - u(x)))"),
+    "geonorm": ("exp_x(Attn(x))", "exp_x(FFN(x))"),
     "kc_post": ("N(x + Attn(x))", "x + FFN(x)"),
     "qkv_pre": ("x + Attn(x)", "x + FFN(N(x))"),
     "pre_qkc_post": ("N(x + Attn(N(x)))", "x + FFN(x)"),
     "pre_kv_pre": ("x + Attn(N(x))", "x + FFN(N(x))"),
 }
 NO_FINAL_NORM = {"post", "span", "deepnorm", "keel", "keel_pre_first", "b2t", "post_pre", "residual"}
-NO_FINAL_NORM |= {"peri_no_final_norm", "peri_bare"}
-EMBEDDING_NORM = {"peri", "peri_no_final_norm", "post_pre"}
+NO_FINAL_NORM |= {"peri_no_final_norm", "peri_bare", "branch_norm", "ngpt"}
+EMBEDDING_NORM = {"peri", "peri_no_final_norm", "post_pre", "geonorm"}
 
 
 @pytest.mark.parametrize("name", PAPER)

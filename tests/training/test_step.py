@@ -20,6 +20,7 @@ from hybridnorm_jax.training.loop import train
 from hybridnorm_jax.training.optimizer import decay_mask, learning_rate_schedule
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.step import batch_loss
+from tests.schemes import keys_of
 
 BATCH, SEQ = 8, 16
 
@@ -69,7 +70,7 @@ def _assert_same_params(ours, expected, tolerance):
 # Compiling a step takes seconds. That a scheme has gradients everywhere is tested more cheaply in test_encoder.py.
 @pytest.mark.parametrize("scheme", others_are_long(sorted(hn.SCHEMES), QUICK_SCHEMES[::2]))
 def test_every_scheme_trains(scheme, small_config):
-    config = _config(small_config, model={"scheme": scheme, "num_layers": 4, "mlp_dim": 32})
+    config = _config(small_config, model={**keys_of(scheme), "num_layers": 4, "mlp_dim": 32})
     _, losses, _ = _run(config, _one_device(), 20, _batch())
     assert np.isfinite(losses).all()
     assert losses[-1] < losses[0] - 0.3

@@ -12,6 +12,7 @@ from hybridnorm_jax.errors import UserError, did_you_mean
 from hybridnorm_jax.interop.authors.dyt_llama import DYT_LLAMA
 from hybridnorm_jax.interop.authors.encoder_decoder import FAIRSEQ, TORCHSCALE
 from hybridnorm_jax.interop.authors.nanogpt import NANOGPT
+from hybridnorm_jax.interop.authors.ngpt import NGPT
 from hybridnorm_jax.interop.authors.siamese import SIAMESE
 from hybridnorm_jax.interop.authors.simplegpt import SIMPLEGPT
 from hybridnorm_jax.interop.tensor_places import TensorTable, leaf_shapes
@@ -61,6 +62,11 @@ PROJECTS: dict[str, Project] = {
         source="SimpleNorm (2602.01212), github.com/Ocram7/SimpleGPT",
         tensors=SIMPLEGPT,
         keys={"scheme": "simple_norm"},
+    ),
+    "ngpt": Project(
+        source="nGPT (2410.01131), github.com/NVIDIA/ngpt, with the rotation that it names and does not compute",
+        tensors=NGPT,
+        keys={"scheme": "ngpt"},
     ),
     "siamese": Project(
         source="SiameseNorm (2602.08064), github.com/Qwen-Applications/SiameseNorm, its language model",

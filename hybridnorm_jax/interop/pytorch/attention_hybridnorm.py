@@ -9,15 +9,17 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from .configuration_hybridnorm import HEAD_NORMS
-from .norms_hybridnorm import HeadScales, capped, head_norm, wide
+from .norms_hybridnorm import HeadScales, capped, head_norm
 from .positions_hybridnorm import rotate
+from .sphere_hybridnorm import StoredScale, unit, wide
 
 
 class Attention(nn.Module):
     """softmax(scale * N(q) N(k)^T + mask) N(v), normalized, times W_O. Norms stand before the rotation.
 
-    Parameters: those of the projections and norms, `sinks` (heads,): the softmax has one more term exp(sink), and
-    `head_scales`, see HybridNormConfig.
+    Parameters: those of the projections and norms, `sinks` (heads,): the softmax has one more term exp(sink),
+    `head_scales`, see HybridNormConfig, and of `sphere` `qk_scale` (key heads, head_dim): q and k have length 1, times
+    these numbers.
     """
 
     def __init__(self, config, layer, placement):
@@ -38,6 +40,9 @@ class Attention(nn.Module):
                 setattr(self, name, head_norm(config, self.extents[name], count))
         self.head_scales_stand = placement.head_scales
         self.head_scales = HeadScales(heads) if placement.head_scales else nn.Identity()
+        self.qk_scale = StoredScale(kv_heads, self.head_dim, stored=width**-0.5) if placement.sphere else None
+        if placement.sphere and config.attention_scale is None:
+            self.scale = self.head_dim**0.5
         self.sinks = nn.Parameter(torch.zeros(heads)) if config.attention_sinks else None
 
     def forward(self, x, turns, masks, cache, place):
@@ -52,6 +57,10 @@ class Attention(nn.Module):
         by, mask = turns.get(self.rotation), masks[self.window]
         if by is not None:
             q, k = rotate(q, by), rotate(k, by)
+        if self.qk_scale is not None:
+            scale = self.qk_scale.numbers()[:, None]
+            q = (unit(wide(q)) * scale.repeat_interleave(self.groups, dim=0)).to(q.dtype)
+            k = (unit(wide(k)) * scale).to(k.dtype)
         if cache is not None:
             k, v = cache.update(k, v, self.layer, {"cache_position": place})
         context = self.context(q, k, v, mask)

@@ -11,6 +11,10 @@ from .attention_hybridnorm import Attention
 from .configuration_hybridnorm import HybridNormConfig
 from .feed_forward_hybridnorm import Experts, FeedForward, MixtureOfExperts
 from .norms_hybridnorm import GATE_RANK, HeadScales, LayerScale, Norm, apply_formula, placement_of, stream_norm
+from .sphere_hybridnorm import ChordStep, StoredScale
+
+# How far along the chord a block goes at first.
+CHORD_START = 0.05
 
 
 class SublayerNorms(NamedTuple):
@@ -18,6 +22,7 @@ class SublayerNorms(NamedTuple):
 
     pre: Any
     branch: Any
+    layer_scale: Any
     post: Any
     residual: Any
     entry: Any
@@ -71,14 +76,15 @@ class HybridNormBlock(GradientCheckpointingLayer):
         return apply_formula(feed_forward, y, x, side, self.placement.feed_forward, feed_forward_norms)
 
     def norms(self, name, shared_pre):
-        """The norms of a branch and its learned scales; behind the branch norm stands the layer scale, if any."""
-        branch, own_norm = getattr(self, f"{name}_branch_norm"), getattr(self, f"{name}_own_norm")
+        """The norms of a branch and its learned scales."""
+        own_norm = getattr(self, f"{name}_own_norm")
         has_vector = isinstance(own_norm, nn.Identity)
         shared = self.placement.shared_layer_scale
         scale = self.attention_layer_scale if shared else getattr(self, f"{name}_layer_scale")
         return SublayerNorms(
             pre=getattr(self, f"{name}_pre_norm") if shared_pre is None else shared_pre,
-            branch=branch if isinstance(scale, nn.Identity) else lambda x: scale(branch(x)),
+            branch=getattr(self, f"{name}_branch_norm"),
+            layer_scale=scale,
             post=getattr(self, f"{name}_post_norm"),
             residual=getattr(self, f"{name}_residual_vector"),
             entry=getattr(self, f"{name}_entry_norm"),
@@ -97,6 +103,8 @@ def layer_scale(config, parts):
     kind = "channel" if config.layer_scale else parts.layer_scale
     if kind is None:
         return nn.Identity()
+    if parts.joins == "chord":
+        return ChordStep(config.hidden_size, start=CHORD_START, stored=config.hidden_size**-0.5)
     return LayerScale(1 if kind == "scalar" else config.hidden_size, parts.layer_scale_init)
 
 
@@ -131,7 +139,7 @@ class HybridNormPreTrainedModel(PreTrainedModel):
             if module.kind == "gated":
                 nn.init.normal_(module.down, std=module.size**-0.5)
                 nn.init.normal_(module.up, std=GATE_RANK**-0.5)
-        if isinstance(module, LayerScale):
+        if isinstance(module, (LayerScale, StoredScale)):
             nn.init.constant_(module.weight, module.start)
         if isinstance(module, HeadScales):
             nn.init.ones_(module.weight)

@@ -25,6 +25,8 @@ SUBLAYER = {
     "side": (None, "written", "read"),
     "side_own": ("whole", "vector", "norm"),
     "side_scale": None,
+    "branch_ramp": (None,),  # branches that grow do not grow here
+    "joins": ("sum", "chord", "geodesic"),
 }
 # What a second stream's two ends may say, and what it means where they do not.
 SIDE_STREAM = {"start_scale": 1.0, "main_scale": 1.0, "main_norm": False, "side_norm_eps": None}
@@ -32,7 +34,7 @@ PRE = {"attention": {"pre": True}, "feed_forward": {"pre": True}}
 HEAD_NORMS = ("q_norm", "k_norm", "v_norm", "context_norm")
 EXTENTS = (None, "head", "projection")
 HIDDEN_NORMS = ("gate_norm", "up_norm", "hidden_norm")
-SWITCHES = ("shared_pre_norm", "shared_layer_scale", *HIDDEN_NORMS)
+SWITCHES = ("shared_pre_norm", "shared_layer_scale", "sphere", *HIDDEN_NORMS)
 HEAD_SCALES = (None, "before", "after")
 PARTS = ("attention", "feed_forward", *HEAD_NORMS, "head_scales", *SWITCHES)
 GATED = ("swiglu", "swiglu_clamped", "geglu", "geglu_tanh", "geglu_quick", "reglu", "reglu_squared")
@@ -57,6 +59,7 @@ DEFAULTS = {
     "scheme": None,
     "final_norm": True,
     "side_stream": None,
+    "sphere": False,
     "embedding_norm": False,
     "hidden_act": "swiglu",
     "norm": "rmsnorm",
@@ -118,6 +121,8 @@ DEFAULTS = {
     "embedding_scale": None,
     "learned_embedding_scale": False,
     "branch_multiplier": 1.0,
+    "ramp_steps": None,
+    "ramp_at": None,
     "logits_scale": None,
     "logits_cap": None,
     "dropout": 0.0,
@@ -149,9 +154,12 @@ class HybridNormConfig(PretrainedConfig):
         norm gives, and has none of its own. `gate_norm`, `up_norm`, `hidden_norm`: norms over the hidden width of what
         the feed-forward layer's projections give, and of what its last one reads. `head_scales`: a learned weight for
         each head, "before" or "after" the output projection. `shared_layer_scale`: both branches have one layer_scale.
+        `sphere`: q and k have length 1 and learned scales, and so have gate and up; see attention_hybridnorm.py and
+        feed_forward_hybridnorm.py. `joins`: "chord" and "geodesic", in the place of a "sum", in sphere_hybridnorm.py.
       side_stream: where the placements have a second stream, `side`, a mapping with keys of SIDE_STREAM: it begins as
         start_scale times the first one, and behind the last layer main_scale * x + N(side) is left, or with main_norm
         main_scale * N(x) + N(side); side_norm_eps is norm_eps of N(side). null: there is none.
+      sphere: every logit is multiplied by a learned number (nGPT). Nothing here keeps matrices at length 1 in training.
       scheme: the name of the placements in hybridnorm_jax; nothing here reads it.
       final_norm, embedding_norm: whether a norm stands before the head, and after the embedding.
       hidden_act: a name of CHOICES; those of GATED have a gate. "gelu" is the exact one.
@@ -191,7 +199,8 @@ class HybridNormConfig(PretrainedConfig):
       attention_output_bias, mlp_output_bias, router_bias: whether these have one; null: as attention_bias, mlp_bias.
       embedding_scale: factor of the token embedding, before positions are added; null: 1.
       learned_embedding_scale: the embedding, with its positions, is times a learned number.
-      branch_multiplier: a factor of branch_scale that is in `placements` already; nothing here reads it.
+      branch_multiplier, ramp_steps, ramp_at: factors of branch_scale that are in `placements` already; nothing here
+        reads them.
       logits_scale, logits_cap: factor of the logits z, which then become cap * tanh(z / cap); null: neither.
       dropout: after the embedding and after every branch, in training.
       initializer_range: standard deviation of weights that are in no checkpoint.

@@ -23,6 +23,7 @@ from .encoder_parts_hybridnorm import (
 )
 from .norms_hybridnorm import JoinedStreams, into_blocks, outer_norm
 from .positions_hybridnorm import masks, rotations
+from .sphere_hybridnorm import logit_scales
 
 
 class HybridNormEncoderPreTrainedModel(HybridNormPreTrainedModel):
@@ -186,16 +187,19 @@ class HybridNormEncoderWithHead(HybridNormEncoderPreTrainedModel):
         self.num_labels = config.num_labels
         self.model = self.encoder_class(config)
         self.classifier = nn.Linear(config.pooled_width, config.num_labels, bias=config.head_bias)
+        self.logit_scales = logit_scales(config, config.num_labels, config.pooled_width)
         self.distillation_classifier = None
         if config.distillation_head:
             self.distillation_classifier = nn.Linear(config.whole_width, config.num_labels, bias=config.head_bias)
+            self.distillation_scales = logit_scales(config, config.num_labels, config.whole_width)
         self.post_init()
 
     def classified(self, features, labels, **kwargs):
         """Logits (batch, num_labels), and the loss where there are labels."""
-        logits = self.classifier(features.pooler_output)
+        logits = self.logit_scales(self.classifier(features.pooler_output))
         if self.distillation_classifier is not None:
-            logits = (logits + self.distillation_classifier(features.last_hidden_state[:, 1])) / 2
+            distilled = self.distillation_classifier(features.last_hidden_state[:, 1])
+            logits = (logits + self.distillation_scales(distilled)) / 2
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)

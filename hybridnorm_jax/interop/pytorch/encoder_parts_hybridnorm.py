@@ -5,7 +5,8 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from .feed_forward_hybridnorm import FeedForward
-from .norms_hybridnorm import outer_norm, wide
+from .norms_hybridnorm import outer_norm
+from .sphere_hybridnorm import wide
 
 
 class PatchEmbedding(nn.Conv2d):

@@ -5,7 +5,8 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from .configuration_hybridnorm import HIDDEN_NORMS
-from .norms_hybridnorm import hidden_norm, wide
+from .norms_hybridnorm import hidden_norm, times
+from .sphere_hybridnorm import StoredScale, wide
 
 
 def gelu_tanh(x):
@@ -78,15 +79,24 @@ class FeedForward(nn.Module):
             self.gate_proj = nn.Linear(size, width, bias=bias)
         self.up_proj = nn.Linear(size, width, bias=bias)
         self.down_proj = nn.Linear(width, size, bias=output_bias)
+        sphere = getattr(placement, "sphere", False)
+        self.factor = size**0.5
+        self.up_scale = StoredScale(width) if sphere else nn.Identity()
+        self.gate_scale = StoredScale(width) if sphere and self.gate_proj is not None else nn.Identity()
         for name in HIDDEN_NORMS:
             present = getattr(placement, name, False) and (name != "gate_norm" or self.gate_proj is not None)
             setattr(self, name, hidden_norm(config, present, width))
 
     def forward(self, x):
+        up = self.up_norm(self.scaled(self.up_scale, self.up_proj(x)))
         if self.gate_proj is None:
-            return self.down_proj(self.hidden_norm(self.activation(self.up_norm(self.up_proj(x)))))
-        gate, up = self.gate_norm(self.gate_proj(x)), self.up_norm(self.up_proj(x))
+            return self.down_proj(self.hidden_norm(self.activation(up)))
+        gate = self.gate_norm(self.scaled(self.gate_scale, self.gate_proj(x)))
         return self.down_proj(self.hidden_norm(self.gated(gate, up)))
+
+    def scaled(self, scale, x):
+        """x, or with `sphere` times the root of the width of the stream and the learned numbers."""
+        return x if isinstance(scale, nn.Identity) else times(self.factor, scale(x))
 
 
 class Experts(nn.Module):

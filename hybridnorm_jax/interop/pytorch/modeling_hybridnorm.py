@@ -17,8 +17,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from .block_hybridnorm import HybridNormBlock, HybridNormPreTrainedModel
-from .norms_hybridnorm import JoinedStreams, LayerScale, capped, into_blocks, outer_norm, times, wide
+from .norms_hybridnorm import JoinedStreams, LayerScale, capped, into_blocks, outer_norm, times
 from .positions_hybridnorm import check_growth, masks, positions_of, rotations, sinusoids
+from .sphere_hybridnorm import logit_scales, wide
 
 # transformers renamed it in 5.x. Both names are taken; this is the one that outputs have.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -123,6 +124,7 @@ class HybridNormForCausalLM(HybridNormPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = HybridNormModel(config)
         self.lm_head = nn.Linear(config.whole_width, config.vocab_size, bias=config.head_bias)
+        self.logit_scales = logit_scales(config, config.vocab_size, config.whole_width)
         self.post_init()
 
     def prepare_inputs_for_generation(self, *args, **kwargs):
@@ -168,7 +170,7 @@ class HybridNormForCausalLM(HybridNormPreTrainedModel, GenerationMixin):
         )
         hidden = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, kept])
+        logits = self.logit_scales(self.lm_head(hidden[:, kept]))
         if self.config.logits_scale is not None or self.config.logits_cap is not None:
             logits = capped(self.config.logits_cap, times(self.config.logits_scale, wide(logits)))
         loss = None

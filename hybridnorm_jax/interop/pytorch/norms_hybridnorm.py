@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from .configuration_hybridnorm import HEAD_NORMS, SIDE_STREAM, SUBLAYER, SWITCHES
+from .sphere_hybridnorm import along_chord, along_sphere, wide
 
 # The numbers that a kind of norm has besides weight and bias, and what they start at.
 STARTS = {
@@ -29,7 +30,8 @@ def placement_of(config, layer):
 def apply_formula(f, sublayer_input, block_input, side, placement, norms):
     """y = post(residual_scale * r + branch_scale * branch(f(input_scale * pre(x)))): every sublayer of every scheme.
 
-    Where the placement has learned scales, r is w * r, and branch is g * branch. Where it has a side stream s, that
+    Where the placement has learned scales, r is w * r, and branch is g * branch. In the place of the sum stands what
+    placement.joins says (sphere_hybridnorm.py). Where it has a side stream s, that
     becomes s + side_scale * branch(...), and where the branch reads it, x is own(x) + N(s).
 
     Returns:
@@ -41,8 +43,14 @@ def apply_formula(f, sublayer_input, block_input, side, placement, norms):
         x = norms.own(x) + norms.side(side)
     r = {"input": entered, "block": block_input}.get(placement.residual)
     r = entered + block_input if placement.residual == "both" else r
-    added = norms.branch(f(times(placement.input_scale, norms.pre(x))))
-    y = norms.post(times(placement.residual_scale, norms.residual(r)) + times(placement.branch_scale, added))
+    r, branch = norms.residual(r), norms.branch(f(times(placement.input_scale, norms.pre(x))))
+    if placement.joins == "chord":
+        y = along_chord(r, branch, lambda step: times(placement.branch_scale, norms.layer_scale(step)))
+        return norms.post(y), None
+    added = norms.layer_scale(branch)
+    if placement.joins == "geodesic":
+        return norms.post(along_sphere(r, times(placement.branch_scale, added))), None
+    y = norms.post(times(placement.residual_scale, r) + times(placement.branch_scale, added))
     return y, None if side is None else side + times(placement.side_scale, added)
 
 
@@ -54,11 +62,6 @@ def times(scale, x):
 def capped(cap, x):
     """cap * tanh(x / cap); x where cap is None."""
     return x if cap is None else cap * torch.tanh(x / cap)
-
-
-def wide(x):
-    """x in float32, or in float64 where it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Norm(nn.Module):

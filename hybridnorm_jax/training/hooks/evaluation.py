@@ -86,13 +86,15 @@ class Evaluation(Hook):
                 progress=jax.process_index() == 0,
             )
             if run.task_model is not None:
-                run.task_scores = run.task_model.scores(run.state.params, before_batch=partial(_still_alive, run))
+                run.task_scores = run.task_model.scores(
+                    run.state.params, step=run.step, before_batch=partial(_still_alive, run)
+                )
         run.clock.restart()
 
     def _eval_step(self, run: Run, batch: Batch) -> LossSums:
         _still_alive(run)
         with run.ledger.phase("evaluation" if self._compiled else "compilation"):
-            sums = run.program.eval_step(run.state.params, batch)
+            sums = run.program.eval_step(run.state.params, batch, step=run.state.step)
         self._compiled = True
         return sums
 
