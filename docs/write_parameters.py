@@ -137,6 +137,7 @@ MODELS: tuple[dict[str, Any], ...] = (
     {"scheme": "siamese_hybrid_pre"},
     {"scheme": "siamese_attn_norm"},
     {"scheme": "siamese_post_pre"},
+    {"scheme": "ngpt"},
     {"scheme": "pre", "norm": "derf", "learned_embedding_scale": True},
     {"scheme": "pre", "norm": "gated"},
 )
@@ -205,6 +206,7 @@ WHEN = {
     "run_<i>/attention/v_norm": "the scheme normalizes v",
     "run_<i>/attention/context_norm": "the scheme normalizes the context",
     "run_<i>/attention/head_scales": "the scheme has scales of heads",
+    "run_<i>/attention/qk_scale": "the scheme is `ngpt`",
     "run_<i>/attention_pre_norm": "the scheme has this norm",
     "run_<i>/attention_branch_norm": "the scheme has this norm",
     "run_<i>/attention_post_norm": "the scheme has this norm",
@@ -220,6 +222,8 @@ WHEN = {
     "run_<i>/feed_forward/gate_norm": "the scheme has this norm",
     "run_<i>/feed_forward/up_norm": "the scheme has this norm",
     "run_<i>/feed_forward/hidden_norm": "the scheme has this norm",
+    "run_<i>/feed_forward/gate_scale": "the scheme is `ngpt`, with a gated `activation`",
+    "run_<i>/feed_forward/up_scale": "the scheme is `ngpt`",
     "run_<i>/feed_forward/router": "experts",
     "run_<i>/feed_forward/balance_bias": "experts, `balance_bias=true`",
     "run_<i>/feed_forward/expert_gate": "experts",
@@ -239,6 +243,7 @@ WHEN = {
     "final_norm": "the scheme has a final norm",
     "head/kernel": "`tie_embeddings=false`",
     "head/bias": "`head_bias=true`",
+    "head/scales": "the scheme is `ngpt`",
 }
 
 

@@ -20,6 +20,7 @@ from hybridnorm_jax.interop.huggingface import save_huggingface  # noqa: E402
 from hybridnorm_jax.interop.own_architecture import OWN  # noqa: E402
 from hybridnorm_jax.interop.tensor_places import leaf_shapes  # noqa: E402
 from hybridnorm_jax.model.abstract_params import abstract_params  # noqa: E402
+from tests.schemes import keys_of, stored_scale  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -178,7 +179,7 @@ SOME = (
 
 def config_of(name, **keys):
     """The model of a name of KINDS, or of a scheme."""
-    return hn.ModelConfig(**(SIZES | KINDS.get(name, {"scheme": name}) | keys))
+    return hn.ModelConfig(**(SIZES | (KINDS[name] if name in KINDS else keys_of(name)) | keys))
 
 
 def draw(config, seed=0):
@@ -186,7 +187,10 @@ def draw(config, seed=0):
     rng = np.random.default_rng(seed)
 
     def leaf(path, shape):
-        centre, width = (1.0, 0.3) if path[-1].key == "scale" else (0.0, config.init_std)
+        centre, width = (0.0, config.init_std)
+        if path[-1].key == "scale":
+            centre = stored_scale(path, config)
+            width = 0.3 * centre
         if path[0].key == "embedding_scale":
             centre = config.d_model**0.5
         if path[-1].key in OF_KINDS:

@@ -17,6 +17,7 @@ from hybridnorm_jax.model.placement import (
     SideStream,
     SublayerPlacement,
 )
+from hybridnorm_jax.model.ramps import DEFAULT_RAMP_STEPS, grown
 
 # It becomes part of the name of a run.
 LONGEST_NAME = 60
@@ -27,6 +28,11 @@ CHECKED_BY: dict[Checked, str] = {
     "authors' code": "the tests reproduce numbers of the authors' code",
     "third party": "the tests reproduce numbers of somebody else's code",
     "equation only": "the tests compare with the equation alone, and with no other code",
+}
+# What stands in the equations where something else than a sum joins residual and branch.
+JOININGS = {
+    "chord": "u(v) = v / |v|; of g counts the size",
+    "geodesic": "exp_x(v): x cos a + |x| v/|v| sin a, a = |v|/|x|, of v the part that is orthogonal to x",
 }
 
 
@@ -41,6 +47,8 @@ class Scheme:
       side_stream: how the second stream of its placements begins and ends, where they have one.
       embedding_norm: whether a norm stands after the embedding (`model.embedding_norm=auto` follows it).
       initializer: the initializer its authors recommend (`model.initializer=auto` follows it).
+      sphere: whether the model is that of nGPT (2410.01131) outside its blocks, too: every logit is times a learned
+        number, and training keeps the vectors of every matrix along embed at length 1.
       source: where the equations stand: the paper, its arXiv number, and the equation or section.
       checked: whose numbers the tests compare these placements with: those of the "authors' code", meaning the code
         that source names or the paper's; those of a "third party"; or of nobody's code, "equation only". None: a
@@ -53,6 +61,7 @@ class Scheme:
     side_stream: SideStream | None = None
     embedding_norm: bool = False
     initializer: str = "normal"
+    sphere: bool = False
     source: str = ""
     checked: Checked | None = None
 
@@ -62,13 +71,34 @@ class Scheme:
         if self.checked not in (None, *CHECKED_BY):
             raise ValueError(f"checked={self.checked!r:.80} must be one of {', '.join(map(repr, CHECKED_BY))}, or None")
 
-    def placements(self, num_layers: int) -> tuple[BlockPlacement, ...]:
+    def placements(
+        self,
+        num_layers: int,
+        *,
+        branch_multiplier: float = 1.0,
+        ramp_steps: int | None = None,
+        ramp_at: int | None = None,
+    ) -> tuple[BlockPlacement, ...]:
         """The placement of every layer, first to last.
+
+        Args:
+          num_layers: of the model.
+          branch_multiplier: a factor of every branch_scale.
+          ramp_steps, ramp_at: where branches grow with the training step, they have the size that they have after
+            ramp_at updates, of ramp_steps until they are whole; see ramps.py. ramp_at=None: they grow.
 
         Raises:
           ConfigError: the rule, which may be a plugin's, fails for a layer or returns another thing than a placement.
         """
-        return tuple(self._placement(layer, num_layers) for layer in range(num_layers))
+        placements = [self._placement(layer, num_layers) for layer in range(num_layers)]
+        if ramp_at is not None:
+            placements = [
+                grown(each, layer, num_layers, ramp_steps=ramp_steps or DEFAULT_RAMP_STEPS, step=ramp_at)
+                for layer, each in enumerate(placements)
+            ]
+        if branch_multiplier != 1:
+            placements = [each.with_branches_times(branch_multiplier) for each in placements]
+        return tuple(placements)
 
     def _placement(self, layer: int, num_layers: int) -> BlockPlacement:
         where = f"model.scheme={self.name}: its function, called for layer {layer} of {num_layers},"
@@ -90,6 +120,10 @@ class Scheme:
         lines = [f"{self.name}, {num_layers} layers   (x: the sublayer's input, X: the block's input, N: a norm)"]
         if any(placement.has_learned_scales for placement in placements):
             lines.append("  learned: a, one number; g and w, a number for each channel")
+        if any(placement.grows for placement in placements):
+            lines.append("  t: a share that grows from 0 to 1 with the training step, see model.ramp_steps")
+        joins = {sublayer.joins for each in placements for sublayer in (each.attention, each.feed_forward)}
+        lines += [f"  {JOININGS[name]}" for name in JOININGS if name in joins]
         if self.side_stream is not None:
             lines.append("  s: the side stream, z: what the sublayer adds")
         layers = enumerate(placements)
@@ -122,6 +156,9 @@ class Scheme:
             yield "embedding norm"
         if not self.final_norm:
             yield "no final norm"
+        if self.sphere:
+            yield "logits times learned numbers"
+            yield "matrices of length 1 along the embedding"
 
     def _outside_the_blocks(self) -> str:
         norms = []
@@ -131,6 +168,8 @@ class Scheme:
             norms.append(self.side_stream.formula)
         if self.final_norm:
             norms.append("final norm")
+        if self.sphere:
+            norms.append("a learned number for each logit, matrices of length 1 along the embedding")
         return ", ".join(norms) or "no norm outside the blocks"
 
 
@@ -147,6 +186,8 @@ def _stretch_lines(placement: BlockPlacement, layers: list[int]) -> Iterator[str
     yield f"    feed-forward  {placement.feed_forward.formula('FFN')}{_starts(placement.feed_forward)}"
     if placement.head_scales is not None:
         yield f"    heads         times a learned number each, {placement.head_scales} the output projection"
+    if placement.sphere:
+        yield "    inside        q and k of length 1 behind the rotation; these, gate and up times learned numbers"
 
 
 def _norms_inside(placement: BlockPlacement) -> Iterator[str]:
@@ -160,6 +201,8 @@ def _norms_inside(placement: BlockPlacement) -> Iterator[str]:
         yield f"N of FFN's {' '.join(names)}"
     if placement.head_scales is not None:
         yield f"heads times a learned number {placement.head_scales} the output projection"
+    if placement.sphere:
+        yield "q, k of length 1; q, k, gate, up times learned numbers"
     if placement.shared_pre_norm:
         yield "one N(X) for both"
     if placement.shared_layer_scale:

@@ -98,6 +98,8 @@ OTHER_VALUES = {
     "embedding_scale": {"embedding_scale": 5.5},
     "learned_embedding_scale": {"learned_embedding_scale": True},
     "branch_multiplier": {"branch_multiplier": 0.25},
+    "ramp_steps": {"scheme": "prores_post", "ramp_steps": 50, "ramp_at": 20},
+    "ramp_at": {"scheme": "prores_pre", "ramp_at": 20},
     "logit_scale": {"logit_scale": 0.125},
     "logit_cap": {"logit_cap": 30.5},
 }

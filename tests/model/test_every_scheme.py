@@ -166,7 +166,7 @@ def test_matrices_start_as_their_authors_say(scheme):
 
 @pytest.mark.parametrize("scheme", [name for name in hn.SCHEMES if hn.SCHEMES[name].block(1, 2).normalizes_hidden])
 def test_experts_have_no_norm_inside(scheme):
-    with pytest.raises(hn.ConfigError, match=r"model.num_experts=4: model.scheme=\w+ normalizes inside feed-forward"):
+    with pytest.raises(hn.ConfigError, match=r"model.num_experts=4: model.scheme=\w+ has norms or scales inside"):
         _config(scheme, num_experts=4, experts_per_token=2)
 
 
