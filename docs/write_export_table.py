@@ -29,8 +29,12 @@ KINDS = {
 
 
 def classes(scheme: str, kind: str) -> list[str]:
-    """The classes of transformers by which models of this scheme and kind are written; [] for our own code."""
-    names = [config_to_json(hn.ModelConfig(**SIZES, scheme=scheme, **keys))[0] for keys in KINDS[kind]]
+    """The classes of transformers by which models of this scheme and kind are written; [] for our own code.
+
+    Where branches grow with the training step, of models whose branches have grown.
+    """
+    configs = [hn.ModelConfig(**SIZES, scheme=scheme, **keys) for keys in KINDS[kind]]
+    names = [config_to_json(config.at_step(config.ramp_length))[0] for config in configs]
     return [ALL[name].class_name for name in dict.fromkeys(names) if name != "hybridnorm"]
 
 
@@ -38,7 +42,7 @@ def cell(scheme: str, kind: str) -> str:
     """The classes of `classes` as text, a dash where there is no such model: experts have no norms inside."""
     has_experts = any("num_experts" in keys for keys in KINDS[kind])
     placements = hn.SCHEMES[scheme].placements(SIZES["num_layers"])
-    if has_experts and any(placement.normalizes_hidden for placement in placements):
+    if has_experts and any(placement.normalizes_hidden or placement.sphere for placement in placements):
         return "-"
     return ", ".join(f"`{name}`" for name in classes(scheme, kind)) or "own code"
 
@@ -55,6 +59,7 @@ def table() -> str:
             lines.append(f"| `{scheme}` | {' | '.join(cells)} |")
     lines.append(f"| all {len(own)} others | own code{' | own code' * (len(KINDS) - 1)} |")
     others = f"The others are {', '.join(own)}, and every scheme of a file of yours."
+    others += " `prores_*` and `branch_norm` are in own code until all of their branches have grown."
     return "\n".join(lines) + f"\n\n{others}\n"
 
 
