@@ -4,6 +4,7 @@ Everything is computed in at least float32, eps stands inside the root, and the 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -184,7 +185,9 @@ def gated_norm(
     Source: GatedNorm (2601.22966), as others state it; see its row in norm_kinds.py.
     """
     y = rms_norm(_wide(x), scale, bias, eps=eps)
-    gate = jax.nn.silu(y @ down.astype(y.dtype)) @ up.astype(y.dtype)
+    # By default TPUs round the factors of a float32 product to bfloat16, and GPUs may to TF32.
+    product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    gate = product(jax.nn.silu(product(y, down.astype(y.dtype))), up.astype(y.dtype))
     return (y * jax.nn.sigmoid(gate)).astype(x.dtype)
 
 

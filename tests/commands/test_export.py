@@ -19,6 +19,7 @@ from hybridnorm_jax.config.yaml_files import from_yaml
 from hybridnorm_jax.data.tokenizer_files import byte_tokenizer_json
 from hybridnorm_jax.data.tokenizers import ByteTokenizer
 from hybridnorm_jax.generation.generate import generate
+from hybridnorm_jax.interop.mathematics import mathematics
 from hybridnorm_jax.interop.own_architecture import CODE_FILES
 from hybridnorm_jax.training.trained_before import Trained
 
@@ -102,6 +103,20 @@ def test_what_transformers_has_needs_no_code(saved, capsys):
     assert hn.load_huggingface(out)[0].param_dtype == "bfloat16"
     assert "trust_remote_code" not in capsys.readouterr().out
     assert "`LlamaForCausalLM` of transformers" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", [name for name, kind in hn.NORM_KINDS.items() if kind.parameters])
+def test_a_kind_of_norm_with_parameters_of_its_own_is_written_and_read(saved, kind):
+    config, params = saved(scheme="pre", norm=kind, learned_embedding_scale=True)
+    out = exported("runs/mine", "out")
+    document = json.loads((out / "config.json").read_text())
+    assert (document["norm"], document["learned_embedding_scale"]) == (kind, True)
+    model, read = hn.load_huggingface(out)
+    assert mathematics(model) == mathematics(config.model)
+    assert_same(read, params)
+    names = load_file(out / "model.safetensors").keys()
+    own = {f"model.layers.1.attention_pre_norm.{name}" for name in hn.NORM_KINDS[kind].parameter_names}
+    assert own | {"model.embedding_scale.weight"} <= names
 
 
 def test_plain_safetensors_are_our_tree(saved):

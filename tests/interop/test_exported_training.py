@@ -85,6 +85,14 @@ def test_the_router_is_not_rounded_under_autocast(model_of):
     torch.testing.assert_close(rounded_experts, experts, rtol=0, atol=0)
 
 
+def test_the_gate_of_a_norm_is_not_rounded_under_autocast(model_of):
+    norm = model_of("gated").model.layers[0].attention_pre_norm
+    x = torch.randn(2, 50, 32, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = norm(x)
+    torch.testing.assert_close(under_autocast, norm(x), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["span", "experts_with_all", "dyt", "gated"])
 def test_mixed_precision_trains(model_of, name):
     """Under autocast the router and the gates of norms stay in float32, and dtypes fit each other."""

@@ -94,6 +94,17 @@ def test_bfloat16_is_one_rounding_of_the_exact_norm(kind):
 
 
 @pytest.mark.parametrize("kind", hn.NORM_KINDS)
+def test_no_product_of_a_norm_is_left_to_the_rounding_of_a_device(kind):
+    """A TPU would multiply float32 numbers as if they were bfloat16; a CPU does not show it."""
+    norm = hn.Norm(kind=kind)
+    x = jnp.ones((2, 32))
+    jaxpr = jax.make_jaxpr(norm.apply)(norm.init(jax.random.key(0), x), x)
+    products = [equation for equation in jaxpr.eqns if equation.primitive.name == "dot_general"]
+    assert all(set(equation.params["precision"]) == {jax.lax.Precision.HIGHEST} for equation in products)
+    assert len(products) == (2 if kind == "gated" else 0)
+
+
+@pytest.mark.parametrize("kind", hn.NORM_KINDS)
 def test_a_model_in_bfloat16_is_near_float64(kind, tokens):
     config = _config(kind, embedding_norm="auto")
     params = jax.jit(hn.Decoder(config).init)(jax.random.key(0), tokens)["params"]
