@@ -27,15 +27,20 @@ def _value_and_grad(config):
     return jax.value_and_grad(loss)
 
 
-@pytest.mark.parametrize("kind", hn.NORM_KINDS)
-def test_eight_devices_equal_one(kind, random_params, tokens):
-    """Loss and gradients, with heads and hidden channels split; float64, so that a missing sum cannot hide."""
+SPLIT = {"data": 2, "fsdp": 2, "tensor": 2}
+SPLIT_SEQUENCE = {"fsdp": 2, "context": 4}
+CASES = [*((kind, SPLIT) for kind in hn.NORM_KINDS), ("dyt", SPLIT_SEQUENCE), ("gated", SPLIT_SEQUENCE)]
+
+
+@pytest.mark.parametrize(("kind", "sizes"), CASES, ids=[f"{kind}-{'-'.join(sizes)}" for kind, sizes in CASES])
+def test_eight_devices_equal_one(kind, sizes, random_params, tokens):
+    """Loss and gradients, with heads, channels or tokens split; float64, so that a missing sum cannot hide."""
     tokens = np.tile(tokens, (4, 1))
     config = _config(kind, **WIDE)
     with jax.enable_x64(True):
         params = random_params(config)
         alone = jax.device_get(jax.jit(_value_and_grad(config))(params, tokens))
-        mesh = hn.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+        mesh = hn.make_mesh(sizes)
         with hn.use_mesh(mesh):
             placed = jax.device_put(params, hn.tree_shardings(params, mesh))
             together = jax.device_get(jax.jit(_value_and_grad(config))(placed, tokens))
