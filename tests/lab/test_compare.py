@@ -306,3 +306,11 @@ def test_the_default_is_the_configurations_learning_rate(arguments):
     assert {config.train.data_seed for config in asked.configs} == {0}
     kept = compare.comparison([*arguments, "train.data_seed=7"])
     assert {config.train.data_seed for config in kept.configs} == {7}
+
+
+def test_each_scheme_has_the_standard_deviation_of_its_own_initializer():
+    """As if model.scheme had named it; a number that is set is for all."""
+    words = ["schemes=[pre,simple_norm]", "seeds=[0]", "run.name=lab", *SMALL]
+    assert [config.model.init_std for config in compare.comparison(words).configs] == pytest.approx([40**-0.5, 0.02])
+    given = compare.comparison([*words, "model.init_std=0.1"]).configs
+    assert [config.model.init_std for config in given] == [0.1, 0.1]
