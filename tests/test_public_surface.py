@@ -124,9 +124,12 @@ def test_importing_and_first_uses_take_hardly_longer_than_importing_flax(tmp_pat
 
     All read bytecode, as installed packages do. A checkout has none where PYTHONDONTWRITEBYTECODE is set, and half of
     the time would then be compilation of our sources beside Flax's bytecode: the first process writes it for the rest.
+    A full garbage collection takes as long as the library's import, and falls into it or into Flax's by chance.
     """
     code = """
-import time, flax.linen
+import gc, time
+gc.disable()
+import flax.linen
 before = time.process_time()
 import hybridnorm_jax as hn
 hn.Norm, hn.Attention, hn.Block, hn.Decoder, hn.ModelConfig

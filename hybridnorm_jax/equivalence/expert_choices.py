@@ -26,7 +26,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from hybridnorm_jax.model.config import ModelConfig
-from hybridnorm_jax.model.moe import CHOSEN
+from hybridnorm_jax.model.watched_streams import CHOSEN
 
 # What routing_of reads: choices, as MoE sows them, and the results of the modules that is_router names.
 ROUTED = [CHOSEN, "intermediates"]

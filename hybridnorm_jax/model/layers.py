@@ -20,13 +20,12 @@ from hybridnorm_jax.model.block import Block, LayerInputs, SharedInputs
 from hybridnorm_jax.model.config import AUTO_REMAT, ModelConfig
 from hybridnorm_jax.model.config_sizes import LONGEST_CONTEXT
 from hybridnorm_jax.model.formula import ALL_ONE, StartArrays, Streams
-from hybridnorm_jax.model.moe import CHOSEN, ROUTER
 from hybridnorm_jax.model.placement import Scales, Starts, SublayerName
 from hybridnorm_jax.model.ramps import ramp_lengths, shares
 from hybridnorm_jax.model.rotation import stacked
 from hybridnorm_jax.model.runs import Run
 from hybridnorm_jax.model.signal_measures import PROBE, SIGNAL
-from hybridnorm_jax.model.watched_streams import DEFECT, STREAM
+from hybridnorm_jax.model.watched_streams import CHOSEN, DEFECT, ROUTER, STREAM
 
 _ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)
 # Of every layer its own.

@@ -19,9 +19,7 @@ from hybridnorm_jax.model.config_feed_forward import CLAMPED, EXPERT_ACTIVATIONS
 from hybridnorm_jax.model.feed_forward import FeedForward
 from hybridnorm_jax.model.initializers import truncated_normal
 from hybridnorm_jax.model.input_checks import check_at_least_one, check_stream
-
-# Collections that MoE fills where they are mutable; nothing is computed otherwise.
-ROUTER, CHOSEN = "router", "chosen"
+from hybridnorm_jax.model.watched_streams import CHOSEN, ROUTER
 
 
 @flax.struct.dataclass

@@ -9,6 +9,8 @@ from hybridnorm_jax.model.signal_measures import PROBE, SIGNAL, gradient_probe, 
 # Collections that Block and Decoder fill where an invariant check makes them mutable; nothing is computed otherwise.
 # So it is with SIGNAL and PROBE, of signal_measures.py.
 STREAM, DEFECT = "stream", "stream_defect"
+# And so it is with those that MoE fills.
+ROUTER, CHOSEN = "router", "chosen"
 
 
 def constrained(streams: Streams) -> Streams:

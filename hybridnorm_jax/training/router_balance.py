@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-from hybridnorm_jax.model.moe import ROUTER, RouterStatistics
+from hybridnorm_jax.model.moe import RouterStatistics
+from hybridnorm_jax.model.watched_streams import ROUTER
 
 BIAS = "balance_bias"
 

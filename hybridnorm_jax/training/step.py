@@ -16,8 +16,8 @@ from hybridnorm_jax.equivalence.measurements import Measured
 from hybridnorm_jax.mesh.split_axes import parts, split_axes
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.loss import LossSums, chunked_cross_entropy, cross_entropy, gathered_head
-from hybridnorm_jax.model.moe import ROUTER, RouterStatistics
-from hybridnorm_jax.model.watched_streams import DEFECT
+from hybridnorm_jax.model.moe import RouterStatistics
+from hybridnorm_jax.model.watched_streams import DEFECT, ROUTER
 from hybridnorm_jax.training import router_balance
 from hybridnorm_jax.training.anomalies import all_finite, anomaly_metrics, judge, keep_where
 from hybridnorm_jax.training.state import TrainState

@@ -10,7 +10,8 @@ import pytest
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.errors import ConfigError
-from hybridnorm_jax.model.moe import CHOSEN, ROUTER, MoE, RouterStatistics, choose_experts, router_statistics
+from hybridnorm_jax.model.moe import MoE, RouterStatistics, choose_experts, router_statistics
+from hybridnorm_jax.model.watched_streams import CHOSEN, ROUTER
 from hybridnorm_jax.training.router_balance import all_layers
 
 EMBED, MLP, EXPERTS, K = 12, 20, 6, 2

@@ -13,7 +13,8 @@ import hybridnorm_jax as hn
 from hybridnorm_jax.commands.eval import evaluate_run
 from hybridnorm_jax.config.run_config import MeshSection, OptimizerSection, RunConfig, RunSection, TrainSection
 from hybridnorm_jax.mesh.device_mesh import make_mesh
-from hybridnorm_jax.model.moe import ROUTER, RouterStatistics
+from hybridnorm_jax.model.moe import RouterStatistics
+from hybridnorm_jax.model.watched_streams import ROUTER
 from hybridnorm_jax.training import loop
 from hybridnorm_jax.training import router_balance as routing
 from hybridnorm_jax.training.optimizer import decay_mask
