@@ -30,7 +30,10 @@ ANYWHERE = (
     "train.watch_every=null",
 )
 # Model keys that may be another in evaluation than in training: the function stays the same up to rounding.
-SAME_FUNCTION = ("model.dtype", "model.dropout", "model.initializer", "model.init_std")
+SAME_FUNCTION = (
+    *("model.dtype", "model.dropout", "model.initializer", "model.init_std"),
+    *("model.norm_alpha", "model.norm_shift"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

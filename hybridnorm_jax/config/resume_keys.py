@@ -37,6 +37,8 @@ SAME_MEANING = {
     "model.dtype",
     "model.init_std",
     "model.initializer",
+    "model.norm_alpha",
+    "model.norm_shift",
     "model.param_dtype",
 }
 STEPS = "train.steps"

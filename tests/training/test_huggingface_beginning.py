@@ -34,13 +34,20 @@ def _beginning_with(config, name, path):
     return dataclasses.replace(config, run=dataclasses.replace(config.run, name=name), init_from=str(path))
 
 
-def test_it_trains_on_as_from_a_run(config, tmp_path, random_params):
+# With other numbers that norms start at it is no other model.
+DERF = {"norm": "derf", "norm_alpha": (0.8, 0.2, 0.2), "norm_shift": (0.1,), "learned_embedding_scale": True}
+
+
+@pytest.mark.parametrize("keys", [{}, DERF], ids=["rmsnorm", "derf"])
+def test_it_trains_on_as_from_a_run(keys, config, tmp_path, random_params):
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **keys))
     params = random_params(config.model)
     save_huggingface(tmp_path / "exported", config.model, params)
     hn.save_run(str(tmp_path / "run"), config, params)
     trained = []
+    heir = dataclasses.replace(config, model=dataclasses.replace(config.model, norm_alpha=(), norm_shift=()))
     for source in ("exported", "run"):
-        loop.train(_beginning_with(config, f"from_{source}", tmp_path / source))
+        loop.train(_beginning_with(heir, f"from_{source}", tmp_path / source))
         trained.append(hn.load_run(str(tmp_path / "runs" / f"from_{source}"))[1])
     jax.tree.map(np.testing.assert_array_equal, *trained)
     assert not np.array_equal(trained[0]["head"]["kernel"], params["head"]["kernel"])
