@@ -204,6 +204,9 @@ class ModelConfig(AttentionKeys):
         extents = {getattr(placement, name) for placement in self.placements for name in HEAD_NORMS} - {None}
         right = f"only where norms of q, k, v or context are over a head; model.scheme={self.scheme} has no such"
         self._check("attention_norm_per_head", extents == {"head"} or not self.attention_norm_per_head, right)
+        right = f"norms of the kind {self.attention_norm_kind} have matrices over a head's channels, one for all heads"
+        is_one = NORM_KINDS[self.attention_norm_kind].has_wide_matrices
+        self._check("attention_norm_per_head", not (is_one and self.attention_norm_per_head), right)
         has_scale = self.norm_scale or self.has_scales_elsewhere
         self._check("norm_scale_plus_one", has_scale or not self.norm_scale_plus_one, "norms have no scale")
         right = f"model.scheme={self.scheme} has no norms outside its blocks"

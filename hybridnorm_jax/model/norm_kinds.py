@@ -128,6 +128,11 @@ class NormKind:
         return tuple(parameter.name for parameter in self.parameters)
 
     @property
+    def has_wide_matrices(self) -> bool:
+        """Whether it has matrices over the channels, which heads cannot have one each of."""
+        return any(parameter.is_matrix and WIDTH in parameter.shape for parameter in self.parameters)
+
+    @property
     def callable(self) -> "Callable[..., Array]":
         """(x, scale, bias, **parameters, **settings) -> the normalized array."""
         from hybridnorm_jax.model import norm_functions

@@ -310,6 +310,15 @@ def test_a_users_own_kind_is_neither_exported_nor_converted(keys, tmp_path):
         hn.equivalence.conversion_of(config, "pre_rmsnorm")
 
 
+def test_matrices_of_a_kind_are_one_for_all_heads():
+    hn.norm_kind("mixing", parameters=[hn.NormParameter("m", ("width", 3), start=None)])(lambda x, m: x + (x @ m).sum())
+    config = hn.ModelConfig(scheme="hybrid", norm="mixing", mlp_dim=48, **SIZES)
+    assert abstract_params(config)["run_0"]["attention"]["q_norm"]["m"].shape == (3, 8, 3)
+    right = r"^model\.attention_norm_per_head=True: norms of the kind mixing have matrices"
+    with pytest.raises(hn.ConfigError, match=right):
+        dataclasses.replace(config, attention_norm_per_head=True)
+
+
 @pytest.mark.usefixtures("softsign")
 def test_shapes_are_those_of_the_kind_that_has_the_name_now():
     config = _config("softsign")
