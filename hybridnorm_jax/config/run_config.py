@@ -220,7 +220,9 @@ class OptimizerSection:
         at_most=LARGEST_RATE,
     )
     decay_embeddings: bool = key(False, "token and position embeddings decay too")
-    decay_norms_and_biases: bool = key(True, "norm scales and biases decay too")
+    decay_norms_and_biases: bool = key(
+        True, "biases and the scales of norms decay too; learned scales of branches, heads and the like never do"
+    )
     clip: float | None = key(
         1.0, "largest global norm of the gradient; null: no clipping", at_least=SMALLEST, at_most=1e9
     )

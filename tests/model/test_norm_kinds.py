@@ -13,21 +13,13 @@ import pytest
 import yaml
 
 import hybridnorm_jax as hn
-from hybridnorm_jax.config.run_config import OptimizerSection
 from hybridnorm_jax.interop.architectures import config_to_json
-from hybridnorm_jax.interop.authors.projects import PROJECTS, params_from_authors
 from hybridnorm_jax.interop.huggingface import save_huggingface
 from hybridnorm_jax.model.abstract_params import abstract_params
-from hybridnorm_jax.training.optimizer import decay_mask
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "placements"
 PAGE = Path(__file__).parents[2] / "docs" / "placements.md"
 SIZES = {"d_model": 32, "num_layers": 3, "num_heads": 4, "vocab_size": 61}
-PROJECT_SIZES = {
-    "dyt_llama": {"mlp_dim": 48},
-    "dyt_nanogpt": {"mlp_dim": 128, "max_positions": 40},
-    "derf_nanogpt": {"mlp_dim": 128, "max_positions": 40},
-}
 OURS = {"weight": "scale"}
 # Kinds for norms on the whole stream; CRMSNorm's is another stream, with tests of its own.
 KINDS = [name for name, kind in hn.NORM_KINDS.items() if not kind.drops_last]
@@ -61,46 +53,6 @@ def test_a_module_of_the_authors_is_reproduced(theirs, kind):
     assert _error(d_x, golden[f"{theirs}/grad_x"]) < 1e-5
     for name, gradient in grads.items():
         assert _error(ours[name], gradient) < 1e-5, name
-
-
-@pytest.mark.parametrize("project", PROJECT_SIZES)
-def test_a_model_of_the_authors_is_reproduced(project):
-    golden = _golden(project)
-    config = hn.ModelConfig(**SIZES, **PROJECT_SIZES[project], **PROJECTS[project].keys)
-    params = params_from_authors(project, config, _part(golden, "param/"))
-    tokens = jnp.asarray(golden["tokens"])
-
-    def loss_fn(params):
-        logits = hn.Decoder(config).apply({"params": params}, tokens)
-        log_probs = jax.nn.log_softmax(logits[:, :-1])
-        return -jnp.take_along_axis(log_probs, tokens[:, 1:, None], -1).mean(), logits
-
-    (loss, logits), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)
-    np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(loss, golden["loss"], rtol=0, atol=1e-5)
-    expected = params_from_authors(project, config, _part(golden, "grad/"))
-    if config.attention_bias:
-        # A bias of the keys moves all logits of a query alike: its gradient is zero, and theirs is rounding.
-        assert np.abs(grads["run_0"]["attention"]["key"].pop("bias")).max() < 1e-6
-        del expected["run_0"]["attention"]["key"]["bias"]
-    assert jax.tree.structure(grads) == jax.tree.structure(expected)
-    for (path, ours), theirs in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected), strict=True):
-        assert _error(ours, theirs) < 1e-5, jax.tree_util.keystr(path)
-
-
-def test_a_checkpoint_of_the_authors_that_does_not_fit_is_refused_by_name():
-    arrays = _part(_golden("dyt_llama"), "param/")
-    config = hn.ModelConfig(**SIZES, **PROJECT_SIZES["dyt_llama"], **PROJECTS["dyt_llama"].keys)
-    with pytest.raises(hn.UserError, match=r"^dec_norm\.weight: not in the checkpoint"):
-        params_from_authors(
-            "dyt_llama", config, {name: arrays[name] for name in arrays if not name.startswith("dec_norm")}
-        )
-    with pytest.raises(hn.UserError, match=r"^more: in the checkpoint, but"):
-        params_from_authors("dyt_llama", config, arrays | {"more": np.ones(1)})
-    with pytest.raises(hn.UserError, match=r"^shared_scale: shape \(2,\) in the checkpoint, \(1,\)"):
-        params_from_authors("dyt_llama", config, arrays | {"shared_scale": np.ones(2)})
-    with pytest.raises(hn.UserError, match=r"^project=dyt: not known"):
-        params_from_authors("dyt", config, arrays)
 
 
 def _sigmoid(x):
@@ -207,16 +159,6 @@ def test_the_llama_of_the_documentation_starts_as_in_the_paper():
     assert all(norm.keys() == {"alpha", "scale"} for norm in found)
     assert [float(norm["alpha"].ravel()[0]) for norm in found] == pytest.approx([0.8, 0.2, 0.2])
     np.testing.assert_allclose(params["embedding_scale"]["scale"], 32**0.5, rtol=1e-6)
-
-
-def test_norms_decay_as_one_group():
-    config = _config("gated")
-    params = hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 2), int))["params"]
-    mask = decay_mask(OptimizerSection(decay_norms_and_biases=False), params)
-    assert set(mask["run_0"]["attention_pre_norm"]) == {"scale", "down", "up"}
-    assert not any(mask["run_0"]["attention_pre_norm"].values())
-    assert mask["run_0"]["feed_forward"]["down"]["kernel"]
-    assert not mask["embedding_scale"]["scale"]
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 
 import hybridnorm_jax as hn
-from hybridnorm_jax.config.run_config import OptimizerSection
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.embedding import Embedding
-from hybridnorm_jax.training.optimizer import decay_mask
 from hybridnorm_jax.training.step import batch_loss
 from tests.model.numpy_decoder import forward
 
@@ -208,15 +206,12 @@ def test_the_factor_of_the_embedding_is_rounded_as_gemma_rounds_it():
     np.testing.assert_array_equal(rows[0, :, 0].astype(np.float32), [55.5, 166.0])  # 166.5 has no place in 8 bits
 
 
-def test_layer_scale_starts_at_1_and_decays_as_norms_do(small_config, tokens):
+def test_layer_scale_starts_at_1(small_config, tokens):
     config = small_config(scheme="pre", layer_scale=True)
     params = jax.jit(hn.Decoder(config).init)(jax.random.key(0), tokens)["params"]
     scale = params["run_0"]["feed_forward_layer_scale"]["scale"]
     assert scale.shape == (3, 32)
     assert (np.asarray(scale) == 1).all()
-    for decays in (False, True):
-        mask = decay_mask(OptimizerSection(decay_norms_and_biases=decays), params)
-        assert mask["run_0"]["attention_layer_scale"]["scale"] is decays
 
 
 def test_a_shared_norm_is_one_set_of_parameters(small_config):

@@ -263,17 +263,29 @@ MOMENTS = (
     Fault(
         name="biases_decay",
         file="training/optimizer.py",
-        right='or name in ("scale", "bias", "sinks")',
-        wrong='or name in ("scale", "sinks")',
-        tests=("training/test_step.py::test_what_decays",),
+        right="return in_group and config.decay_norms_and_biases",
+        wrong='return name == "bias" or (in_group and config.decay_norms_and_biases)',
+        tests=("training/test_weight_decay.py::test_what_decays",),
+    ),
+    Fault(
+        name="learned_scales_decay_as_norms_do",
+        file="training/optimizer.py",
+        right='name in ("bias", "sinks")',
+        wrong='name in ("bias", "sinks", "scale")',
+        tests=("training/test_weight_decay.py::test_learned_scales_in_blocks_never_decay",),
+    ),
+    Fault(
+        name="stacked_numbers_are_taken_for_matrices",
+        file="training/optimizer.py",
+        right="np.ndim(leaf) - is_stacked > 1",
+        wrong="np.ndim(leaf) > 1",
+        tests=("training/test_weight_decay.py::test_numbers_of_norms_never_decay_and_their_scales_do",),
     ),
     Fault(
         name="the_balance_bias_decays",
         file="training/optimizer.py",
-        right="""        if name == "balance_bias":
-            return False
-""",
-        wrong="",
+        right='name in ("bias", "sinks")',
+        wrong='name in ("bias", "sinks", "balance_bias")',
         tests=("training/test_moe_training.py::test_the_balance_bias_moves_by_its_own_rule_alone",),
     ),
     Fault(

@@ -186,18 +186,6 @@ def test_the_step_is_adamw_with_clipping(small_config):
     _assert_same_params(state.params, expected, 1e-3)
 
 
-def test_what_decays(small_config, random_params):
-    params = random_params(small_config(attention_bias=True))
-    mask = decay_mask(OptimizerSection(), params)
-    assert mask["run_1"]["attention"]["query"] == {"kernel": True, "bias": True}
-    assert mask["token_embedding"]["embedding"] is False
-    assert mask["final_norm"]["scale"] is True
-    mask = decay_mask(OptimizerSection(decay_norms_and_biases=False, decay_embeddings=True), params)
-    assert mask["run_1"]["attention"]["query"] == {"kernel": True, "bias": False}
-    assert mask["token_embedding"]["embedding"] is True
-    assert mask["final_norm"]["scale"] is False
-
-
 @pytest.mark.parametrize(
     ("section", "expected"),
     [
