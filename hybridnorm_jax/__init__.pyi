@@ -7,6 +7,10 @@ from .errors import RunStopped as RunStopped
 from .errors import UserError as UserError
 from .generation.generate import generate as generate
 from .generation.sampling import Sampling as Sampling
+from .interop.authors.projects import PROJECTS as PROJECTS
+from .interop.authors.projects import Project as Project
+from .interop.authors.reading import load_authors as load_authors
+from .interop.authors.reading import params_from_authors as params_from_authors
 from .interop.huggingface import load_huggingface as load_huggingface
 from .interop.huggingface import save_huggingface as save_huggingface
 from .interop.olmo_checkpoints import params_from_olmo as params_from_olmo

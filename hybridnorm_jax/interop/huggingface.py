@@ -28,6 +28,7 @@ from hybridnorm_jax.interop.safetensors_files import (
     INDEX,
     SUFFIX,
     StoredTensors,
+    same_bits,
     split_into_shards,
     write_shards,
 )
@@ -236,8 +237,7 @@ def _check_tied_head(tensors: StoredTensors, table: TensorTable, embedding: Plac
         return
     tensors.check_tensor(table.head, embedding.shape)
     head, tied = tensors.read(table.head), tensors.read(embedding.name)
-    bits = np.dtype(f"u{tied.itemsize}")
-    if head.dtype != tied.dtype or not np.array_equal(head.view(bits), tied.view(bits)):
+    if not same_bits(head, tied):
         raise UserError(f"{tensors.where(table.head)}: is not {embedding.name}, but {CONFIG} says tie_word_embeddings")
 
 

@@ -1,15 +1,15 @@
 """The HybridNorm authors' checkpoints (their fork of OLMo), in."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from hybridnorm_jax.config_fields import present, shortened
-from hybridnorm_jax.errors import UserError, first_line
+from hybridnorm_jax.config_fields import present
+from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.interop.named_arrays import NamedArrays
 from hybridnorm_jax.interop.tensor_places import leaf_shapes
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.placement import HEAD_NORMS, SublayerPlacement
@@ -30,69 +30,8 @@ class _NormPlace(NamedTuple):
 _Norms = dict[_NormPlace | str, dict[str, np.ndarray]]
 
 
-class _Arrays:
-    """Their arrays by name; remembers what was read, so that nothing is left over unnoticed.
-
-    An array is read when it is asked for, and its shape is compared before: in a compressed file a few bytes can stand
-    for any amount of zeros.
-    """
-
-    def __init__(self, arrays: Mapping[str, np.ndarray]):
-        if not isinstance(arrays, Mapping):
-            raise UserError(f"arrays: must map names to arrays, not {type(arrays).__name__}")
-        self.arrays = arrays
-        self.stored_names: dict[str, str] = {}
-        for stored in arrays:
-            name = stored.removeprefix("param/")
-            if name in self.stored_names:
-                raise UserError(f"{shortened(name)}: twice in the checkpoint")
-            self.stored_names[name] = stored
-        self.read: set[str] = set()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.stored_names
-
-    def take(self, name: str, *shape: int) -> np.ndarray:
-        """The array, which must have this shape."""
-        if name not in self.stored_names:
-            raise UserError(f"{name}: not in the checkpoint, but the configuration asks for it")
-        stored = self.stored_names[name]
-        try:
-            if isinstance(self.arrays, np.lib.npyio.NpzFile):
-                _check(name, _header_of(self.arrays, stored), shape)
-            array = np.asarray(self.arrays[stored])
-        except UserError:
-            raise
-        except Exception as error:  # a damaged archive, a pickle, a header that is none: each library has its own
-            raise UserError(f"{name}: cannot be read from the checkpoint: {first_line(error)}") from error
-        _check(name, array, shape)
-        self.read.add(name)
-        return array
-
-    def check_all_read(self) -> None:
-        """Raise for the first array that no part of the model took."""
-        for name in self.stored_names:
-            if name not in self.read:
-                right = "in the checkpoint, but a model of this configuration has no place for it"
-                raise UserError(f"{shortened(name)}: {right}")
-
-
-def _check(name: str, array: np.ndarray | jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> None:
-    """Raise UserError unless the array has this shape and holds floats."""
-    if array.shape != shape:
-        raise UserError(f"{name}: shape {array.shape} in the checkpoint, {shape} by the configuration")
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise UserError(f"{name}: dtype {array.dtype} in the checkpoint, but parameters are floats")
-
-
-def _header_of(arrays: "np.lib.npyio.NpzFile", name: str) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of an array of an .npz file, whose content is not read."""
-    archive = present(arrays.zip)
-    with archive.open(name if name in archive.namelist() else f"{name}.npy") as stream:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(stream)
-    return jax.ShapeDtypeStruct(shape, dtype)
+def _without_param(names: Sequence[str]) -> list[str]:
+    return [name.removeprefix("param/") for name in names]
 
 
 def params_from_olmo(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -116,7 +55,7 @@ def params_from_olmo(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> d
       UserError: an array is missing, left over, unreadable, of another shape or not of floats, or the scheme is not
         expressible in their code.
     """
-    source = _Arrays(arrays)
+    source = NamedArrays(arrays, names_of=_without_param)
     width = config.d_model
     params: dict[str, Any] = {
         "token_embedding": {"embedding": source.take("transformer.wte.weight", config.vocab_size, width)}
@@ -149,7 +88,7 @@ def _check_complete(config: ModelConfig, params: Mapping[str, Any]) -> None:
             raise UserError(f"{path}: a parameter of this model, but their code does not have it")
 
 
-def _norms(config: ModelConfig, source: _Arrays) -> _Norms:
+def _norms(config: ModelConfig, source: NamedArrays) -> _Norms:
     found: _Norms = {}
     # Our norm that theirs at the next entrance is, if that entrance has no pre norm.
     before: _NormPlace | str | None = "embedding_norm" if config.has_embedding_norm else None
@@ -187,12 +126,12 @@ def _check_expressible(config: ModelConfig, layer: int, placement: SublayerPlace
         raise UserError(f"model.scheme={config.scheme}: its learned scales are not expressible in their code")
 
 
-def _norm(config: ModelConfig, source: _Arrays, name: str) -> dict[str, np.ndarray]:
+def _norm(config: ModelConfig, source: NamedArrays, name: str) -> dict[str, np.ndarray]:
     """A norm on the stream."""
     return _affine(source, name, config.d_model, has_scale=config.norm_scale, has_bias=config.norm_bias)
 
 
-def _affine(source: _Arrays, name: str, width: int, *, has_scale: bool, has_bias: bool) -> dict[str, np.ndarray]:
+def _affine(source: NamedArrays, name: str, width: int, *, has_scale: bool, has_bias: bool) -> dict[str, np.ndarray]:
     found = {}
     if has_scale:
         found["scale"] = source.take(f"{name}.weight", width)
@@ -201,7 +140,7 @@ def _affine(source: _Arrays, name: str, width: int, *, has_scale: bool, has_bias
     return found
 
 
-def _block(config: ModelConfig, source: _Arrays, norms: _Norms, layer: int) -> dict[str, Any]:
+def _block(config: ModelConfig, source: NamedArrays, norms: _Norms, layer: int) -> dict[str, Any]:
     prefix = f"transformer.blocks.{layer}"
     block: dict[str, Any] = {
         "attention": _attention(config, source, prefix, layer),
@@ -215,7 +154,7 @@ def _block(config: ModelConfig, source: _Arrays, norms: _Norms, layer: int) -> d
     return block
 
 
-def _attention(config: ModelConfig, source: _Arrays, prefix: str, layer: int) -> dict[str, Any]:
+def _attention(config: ModelConfig, source: NamedArrays, prefix: str, layer: int) -> dict[str, Any]:
     heads, kv_heads, head_dim, width = config.num_heads, config.num_kv_heads, config.head_dim, config.d_model
     counts = {"query": heads, "key": kv_heads, "value": kv_heads}
     rows = sum(counts.values()) * head_dim
@@ -235,7 +174,7 @@ def _attention(config: ModelConfig, source: _Arrays, prefix: str, layer: int) ->
     return found | _head_norms(config, source, prefix, layer)
 
 
-def _head_norms(config: ModelConfig, source: _Arrays, prefix: str, layer: int) -> dict[str, dict[str, np.ndarray]]:
+def _head_norms(config: ModelConfig, source: NamedArrays, prefix: str, layer: int) -> dict[str, dict[str, np.ndarray]]:
     """The norms on q, k, v and the context, each over one head or over the projection."""
     heads_of = {
         "q_norm": config.num_heads,
@@ -259,7 +198,7 @@ def _head_norms(config: ModelConfig, source: _Arrays, prefix: str, layer: int) -
     return found
 
 
-def _feed_forward(config: ModelConfig, source: _Arrays, prefix: str) -> dict[str, Any]:
+def _feed_forward(config: ModelConfig, source: NamedArrays, prefix: str) -> dict[str, Any]:
     gated, mlp, width = config.is_gated, config.mlp_dim, config.d_model
     names = ("up", "gate") if gated else ("up",)
     kernels = np.split(source.take(f"{prefix}.ff_proj.weight", len(names) * mlp, width), len(names))

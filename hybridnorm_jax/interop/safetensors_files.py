@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 
 from hybridnorm_jax.config_fields import shortened
 from hybridnorm_jax.errors import MissingExtraError, UserError, first_line
-from hybridnorm_jax.interop.checkpoint_files import find_file, foreign_weights, parse_json, read_json
+from hybridnorm_jax.interop.checkpoint_files import PICKLE, PICKLES, find_file, foreign_weights, parse_json, read_json
 from hybridnorm_jax.interop.tensor_places import Place, TensorTable
 
 CONFIG = "config.json"
@@ -46,6 +46,58 @@ class _StoredTensor:
     name: str
     handle: Any
 
+    def __str__(self) -> str:
+        """`file: name`, for messages."""
+        return f"{self.file}: {shortened(self.name)}"
+
+    def read(self) -> np.ndarray:
+        """The tensor, in memory of its own."""
+        try:
+            tensor: np.ndarray = self.handle.get_tensor(self.name)
+        except (_safetensors().SafetensorError, OSError) as error:
+            raise UserError(f"{self}: cannot be read: {first_line(error)}") from error
+        return tensor
+
+
+def _stored_tensors(files: Mapping[Path, list[str] | None], stack: contextlib.ExitStack) -> Iterator[_StoredTensor]:
+    """Every tensor of some files, which close with the stack.
+
+    Args:
+      files: as _files gives them.
+    """
+    for file, indexed in files.items():
+        handle = _open(file, stack)
+        names = set(handle.keys())
+        for name in indexed or ():
+            if name not in names:
+                raise UserError(f"{file}: does not hold {shortened(name)}, which {INDEX} places there")
+        for name in sorted(names):
+            yield _StoredTensor(file=file, name=name, handle=handle)
+
+
+class StoredArrays(Mapping[str, np.ndarray]):
+    """The tensors of a safetensors file, or of a directory's, by the names that they have there, read on demand."""
+
+    def __init__(self, path: Path, stack: contextlib.ExitStack):
+        """Args:
+        path: of the file, or of a directory with one or several of them.
+        stack: with which the files close.
+        """
+        self._found: dict[str, _StoredTensor] = {}
+        for stored in _stored_tensors(_files_at(path), stack):
+            if stored.name in self._found:
+                raise UserError(f"{stored} is also in {self._found[stored.name].file}")
+            self._found[stored.name] = stored
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._found[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckedPlaces:
@@ -61,27 +113,20 @@ class StoredTensors:
     def __init__(self, directory: Path, table: TensorTable, stack: contextlib.ExitStack):
         self._directory = directory
         self._found: dict[str, _StoredTensor] = {}  # by full name
-        for file, indexed in _files(directory).items():
-            handle = _open(file, stack)
-            names = set(handle.keys())
-            for raw in indexed or ():
-                if raw not in names:
-                    raise UserError(f"{file}: does not hold {shortened(raw)}, which {INDEX} places there")
-            for raw in sorted(names):
-                name = table.full_name(raw)
-                if table.is_buffer(name):
-                    continue
-                if name in self._found:
-                    raise UserError(f"{file}: {shortened(raw)} is also in {self._found[name].file}")
-                self._found[name] = _StoredTensor(file=file, name=raw, handle=handle)
+        for stored in _stored_tensors(_files(directory), stack):
+            name = table.full_name(stored.name)
+            if table.is_buffer(name):
+                continue
+            if name in self._found:
+                raise UserError(f"{stored} is also in {self._found[name].file}")
+            self._found[name] = stored
 
     def __contains__(self, name: str) -> bool:
         return name in self._found
 
     def where(self, name: str) -> str:
         """`file: name`, for messages."""
-        stored = self._found[name]
-        return f"{stored.file}: {shortened(stored.name)}"
+        return str(self._found[name])
 
     def check(self, places: Iterable[Place], beside: Sequence[str]) -> CheckedPlaces:
         """The places of a model, whose tensors are all there.
@@ -123,11 +168,18 @@ class StoredTensors:
 
     def read(self, name: str) -> np.ndarray:
         """The tensor, in memory of its own."""
-        stored = self._found[name]
-        try:
-            return stored.handle.get_tensor(stored.name)
-        except (_safetensors().SafetensorError, OSError) as error:
-            raise UserError(f"{self.where(name)}: cannot be read: {first_line(error)}") from error
+        return self._found[name].read()
+
+
+def _files_at(path: Path) -> dict[Path, list[str] | None]:
+    """The safetensors files that a path means: itself, or those of a directory; see _files."""
+    if os.path.isdir(path):
+        return _files(path)
+    if path.suffix in PICKLES:
+        raise UserError(f"{path}: {PICKLE}")
+    # The caller has named it, so that it may be a link to anywhere.
+    file = Path(os.path.realpath(path))
+    return {find_file(file.parent, file.name): None}
 
 
 def _files(directory: Path) -> dict[Path, list[str] | None]:
@@ -256,3 +308,9 @@ def is_finite(array: np.ndarray) -> bool:
     flat = array.reshape(-1)
     step = 1 << 20
     return all(np.isfinite(flat[start : start + step]).all() for start in range(0, flat.size, step))
+
+
+def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
+    """Whether two arrays of one shape are of one dtype and the same, bit for bit."""
+    bits = np.dtype(f"u{right.itemsize}")
+    return left.dtype == right.dtype and np.array_equal(left.view(bits), right.view(bits))

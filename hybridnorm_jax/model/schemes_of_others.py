@@ -35,7 +35,7 @@ def span(layer: int, num_layers: int) -> BlockPlacement:
 @scheme(
     "post_final_norm",
     source="baseline in the code of Mix-LN (2412.13795) and ProRes (2603.05369)",
-    checked="equation only",
+    checked="authors' code",
 )
 def post_final_norm(layer: int, num_layers: int) -> BlockPlacement:
     """post with a norm before the head: the Post-LN baseline of Mix-LN's and ProRes' code."""
@@ -62,7 +62,7 @@ def mix_ln(fraction: float) -> BlockRule:
 
 
 # Its authors recommend a quarter.
-scheme("mix_ln", source="Mix-LN (2412.13795)", checked="equation only")(mix_ln(0.25))
+scheme("mix_ln", source="Mix-LN (2412.13795)", checked="authors' code")(mix_ln(0.25))
 scheme("mix_ln_12", source="Mix-LN (2412.13795), with an eighth", checked="equation only")(mix_ln(0.125))
 scheme("mix_ln_50", source="Mix-LN (2412.13795), with a half", checked="equation only")(mix_ln(0.5))
 
@@ -128,7 +128,7 @@ def deepnorm(layer: int, num_layers: int) -> BlockPlacement:
     "deepnorm_final_norm",
     initializer="deepnorm",
     source="code of ProRes (2603.05369), deeppost",
-    checked="equation only",
+    checked="authors' code",
 )
 def deepnorm_final_norm(layer: int, num_layers: int) -> BlockPlacement:
     """deepnorm with a norm before the head, as in ProRes' code (2603.05369)."""
@@ -150,7 +150,7 @@ def deepnorm_pre(layer: int, num_layers: int) -> BlockPlacement:
     return BlockPlacement(sublayer, sublayer)
 
 
-@scheme("layernorm_scaling", source="LayerNorm Scaling (2502.05795)", checked="equation only")
+@scheme("layernorm_scaling", source="LayerNorm Scaling (2502.05795)", checked="authors' code")
 def layernorm_scaling(layer: int, num_layers: int) -> BlockPlacement:
     """Y = X + Attn(N(X)/sqrt(l)); X' = Y + FFN(N(Y)/sqrt(l)). LayerNorm Scaling (2502.05795)."""
     sublayer = SublayerPlacement(pre=True, input_scale=1 / math.sqrt(layer + 1))

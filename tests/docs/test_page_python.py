@@ -1,11 +1,13 @@
 """Every Python block of the pages runs as it stands, from the first to the last of its page."""
 
+import argparse
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
 import yaml
+from authors_models import case, part
 from pages import PAGES, REPOSITORY, blocks, name
 
 import hybridnorm_jax as hn
@@ -32,13 +34,32 @@ def readers_files(workplace, tmp_path):
     return workplace
 
 
+@pytest.fixture
+def fairseqs_checkpoint(readers_files, tmp_path):
+    """A file as fairseq's trainer saves one: arguments, and names that begin with `decoder.`."""
+    torch = pytest.importorskip("torch")
+    golden = part(case("normformer_resid")[2], "param/")
+    state = {f"decoder.{name}": torch.from_numpy(array) for name, array in golden.items()}
+    args = argparse.Namespace(
+        decoder_embed_dim=32,
+        decoder_layers=3,
+        decoder_attention_heads=4,
+        decoder_ffn_embed_dim=48,
+        activation_fn="gelu",
+    )
+    state["decoder.version"] = torch.tensor([3.0])
+    torch.save({"args": args, "model": state}, tmp_path / "path" / "to" / "checkpoint_best.pt")
+
+
 def test_the_pages_have_python():
     assert len(WITH_PYTHON) >= 4
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
-def test_python_blocks_run(page, readers_files, capsys):
+def test_python_blocks_run(page, readers_files, capsys, request):
     readers_files(page)
+    if "checkpoint_best.pt" in page.read_text():
+        request.getfixturevalue("fairseqs_checkpoint")
     names = {}
     for block in blocks(page):
         if block.language == "python":

@@ -1,16 +1,14 @@
-"""Decoders of fairseq and torchscale, which name their tensors alike: NormFormer, ResiDual, Sub-LN, DeepNorm."""
+"""Decoders of fairseq and torchscale, which name their tensors alike: NormFormer, ResiDual, B2T, Sub-LN, DeepNorm."""
 
-from hybridnorm_jax.interop.tensor_layouts import AS_IT_IS, LINEAR_OUT
+from hybridnorm_jax.interop.tensor_layouts import AS_IT_IS, LINEAR, LINEAR_OUT
 from hybridnorm_jax.interop.tensor_parts import (
     ATTENTION_NORM,
-    DOWN,
     FEED_FORWARD_NORM,
-    NO_BUFFERS,
     OUT,
-    UP,
     dense,
     embedding,
     norm,
+    plain_mlp,
     separate_qkv,
 )
 from hybridnorm_jax.interop.tensor_places import Tensor, TensorTable
@@ -27,7 +25,10 @@ _OUTER = (
     *embedding("embed_positions", "position_embedding"),
     *dense("output_projection", "head"),
 )
+# A tensor of fairseq's decoders with the number of their format.
+_BUFFERS = "version"
 _ATTENTION = (*separate_qkv(), *dense("self_attn.out_proj", OUT, kernel=LINEAR_OUT))
+_FEED_FORWARD = plain_mlp("fc1", "fc2")
 
 TORCHSCALE = TensorTable(
     prefix="",
@@ -36,13 +37,12 @@ TORCHSCALE = TensorTable(
         *_SUBLAYER_NORMS,
         *_ATTENTION,
         *norm("self_attn.inner_attn_ln", "attention/context_norm"),
-        *dense("ffn.fc1", UP),
-        *dense("ffn.fc2", DOWN),
+        *plain_mlp("ffn.fc1", "ffn.fc2"),
         *norm("ffn.ffn_layernorm", "feed_forward/hidden_norm"),
     ),
     layer="layers.{}.",
     head="output_projection.weight",
-    buffers=NO_BUFFERS,
+    buffers=_BUFFERS,
 )
 FAIRSEQ = TensorTable(
     prefix="",
@@ -51,14 +51,26 @@ FAIRSEQ = TensorTable(
     block=(
         *_SUBLAYER_NORMS,
         *_ATTENTION,
+        *_FEED_FORWARD,
         Tensor("c_attn", ("attention/head_scales/scale",), AS_IT_IS),
         *norm("attn_ln", "attention_branch_norm"),
-        *dense("fc1", UP),
-        *dense("fc2", DOWN),
         *norm("ffn_layernorm", "feed_forward/hidden_norm"),
         Tensor("w_resid", ("feed_forward_residual_vector/scale",), AS_IT_IS),
     ),
     layer="layers.{}.",
     head="output_projection.weight",
-    buffers=NO_BUFFERS,
+    buffers=_BUFFERS,
+)
+# The matrix of its head is a parameter of the decoder, and no layer's.
+B2T = TensorTable(
+    prefix="",
+    outer=(
+        *embedding("embed_tokens"),
+        *embedding("embed_positions_original", "position_embedding"),
+        Tensor("embed_out", ("head/kernel",), LINEAR),
+    ),
+    block=(*_SUBLAYER_NORMS, *_ATTENTION, *_FEED_FORWARD),
+    layer="layers.{}.",
+    head="embed_out",
+    buffers=_BUFFERS,
 )

@@ -1,24 +1,22 @@
-"""PROJECTS, the table of authors' projects whose checkpoints are read, and what reads them."""
+"""PROJECTS, the table of authors' projects whose checkpoints are read; reading.py reads them."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from flax.traverse_util import unflatten_dict
-
-from hybridnorm_jax.config_fields import shortened
-from hybridnorm_jax.errors import UserError, did_you_mean
 from hybridnorm_jax.interop.authors.dyt_llama import DYT_LLAMA
-from hybridnorm_jax.interop.authors.encoder_decoder import FAIRSEQ, TORCHSCALE
+from hybridnorm_jax.interop.authors.encoder_decoder import B2T, FAIRSEQ, TORCHSCALE
+from hybridnorm_jax.interop.authors.llama_forks import LLAMA_FORKS
 from hybridnorm_jax.interop.authors.nanogpt import NANOGPT
 from hybridnorm_jax.interop.authors.ngpt import NGPT
 from hybridnorm_jax.interop.authors.siamese import SIAMESE
 from hybridnorm_jax.interop.authors.simplegpt import SIMPLEGPT
-from hybridnorm_jax.interop.tensor_places import TensorTable, leaf_shapes
+from hybridnorm_jax.interop.tensor_places import TensorTable
 from hybridnorm_jax.model.config import ModelConfig
 
-_DYT = {"scheme": "pre", "learned_embedding_scale": True}
+# What torch puts before all names of a model that it wraps: DataParallel and its like, and torch.compile.
+_WRAPPERS = ("module.", "_orig_mod.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,20 +27,46 @@ class Project:
       source: paper and code.
       tensors: the names of its tensors, and which leaves of ours each holds.
       keys: of ModelConfig, which all of its models have.
+      prefixes: may stand before all names of a checkpoint, in any order.
+      scales_embedding: whether its token embedding is times the root of its width, unless its models ask otherwise.
     """
 
     source: str
     tensors: TensorTable
-    keys: Mapping[str, Any]
+    keys: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    prefixes: tuple[str, ...] = _WRAPPERS
+    scales_embedding: bool = False
+
+    def config(self, **keys: Any) -> ModelConfig:
+        """The ModelConfig of one of its models.
+
+        Args:
+          keys: of ModelConfig: the scheme and the sizes, and what differs from what all of its models have.
+        """
+        config = ModelConfig(**{**self.keys, **keys})
+        if self.scales_embedding and "embedding_scale" not in keys:
+            return dataclasses.replace(config, embedding_scale=math.sqrt(config.d_model))
+        return config
+
+    def own_names(self, names: Sequence[str]) -> Sequence[str]:
+        """These names of a checkpoint as `tensors` has them: without the prefixes that all of them have."""
+        while shared := next((prefix for prefix in self.prefixes if _all_begin(names, prefix)), None):
+            names = [name.removeprefix(shared) for name in names]
+        return names
 
 
+def _all_begin(names: Sequence[str], prefix: str) -> bool:
+    return bool(names) and all(name.startswith(prefix) for name in names)
+
+
+_DYT = {"scheme": "pre", "learned_embedding_scale": True}
 _NANOGPT_KEYS = {
     **_DYT,
     **{"norm_bias": True, "attention_bias": True, "mlp_bias": True, "activation": "gelu"},
     **{"positions": "learned", "tie_embeddings": True},
 }
-# Their padding has a row of its own before the positions. fairseq multiplies the embedding by the root of its width:
-# model.embedding_scale, which depends on it.
+_FAIRSEQ_PREFIXES = (*_WRAPPERS, "decoder.")
+# Their padding has a row of its own before the positions.
 _LAYERNORM = {
     **{"norm": "layernorm", "norm_bias": True, "attention_bias": True, "mlp_bias": True},
     **{"positions": "learned", "position_offset": 2},
@@ -52,11 +76,33 @@ PROJECTS: dict[str, Project] = {
         source="Sub-LN (2210.06423) and DeepNorm (2203.00555), github.com/microsoft/torchscale, its decoder",
         tensors=TORCHSCALE,
         keys={**_LAYERNORM, "activation": "gelu"},
+        prefixes=_FAIRSEQ_PREFIXES,
     ),
     "fairseq": Project(
         source="NormFormer (2110.09456), facebookresearch/fairseq; ResiDual (2304.14802), microsoft/ResiDual",
         tensors=FAIRSEQ,
         keys=_LAYERNORM,
+        prefixes=_FAIRSEQ_PREFIXES,
+        scales_embedding=True,
+    ),
+    "b2t": Project(
+        source="B2T (2206.00330), github.com/takase/b2t_connection, over fairseq: its decoder",
+        tensors=B2T,
+        keys={**_LAYERNORM, "activation": "relu"},
+        prefixes=_FAIRSEQ_PREFIXES,
+        scales_embedding=True,
+    ),
+    "mix_ln": Project(
+        source="Mix-LN (2412.13795), github.com/pixeli99/MixLN",
+        tensors=LLAMA_FORKS,
+    ),
+    "layernorm_scaling": Project(
+        source="LayerNorm-Scaling (2502.05795), github.com/lmsdss/LayerNorm-Scaling",
+        tensors=LLAMA_FORKS,
+    ),
+    "prores": Project(
+        source="ProRes (2603.05369), github.com/dandingsky/ProRes",
+        tensors=LLAMA_FORKS,
     ),
     "simplegpt": Project(
         source="SimpleNorm (2602.01212), github.com/Ocram7/SimpleGPT",
@@ -89,47 +135,3 @@ PROJECTS: dict[str, Project] = {
         keys={**_NANOGPT_KEYS, "norm": "derf"},
     ),
 }
-
-
-def params_from_authors(project: str, config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The parameters of `Decoder(config)` from a checkpoint of a project in PROJECTS.
-
-    Args:
-      project: its name.
-      config: of the model; `ModelConfig(**PROJECTS[project].keys, ...)` with the sizes of the checkpoint.
-      arrays: parameter name -> array in PyTorch's layout.
-
-    Returns:
-      The tree of docs/parameters.md, in the dtype of the arrays.
-
-    Raises:
-      UserError: no such project; an array is missing, left over, not of floats or of another shape.
-    """
-    if project not in PROJECTS:
-        raise UserError(f"project={shortened(project)}: not known{did_you_mean(project, PROJECTS)}")
-    table = PROJECTS[project].tensors
-    shapes = leaf_shapes(config)
-    leaves: dict[str, np.ndarray] = {}
-    read = {table.head} if config.tie_embeddings else set()
-    for place in table.places(config):
-        array = _array(arrays, place.name, place.shape)
-        for piece in place.slices:
-            leaves.setdefault(piece.path, np.empty(shapes[piece.path], array.dtype))
-        place.read(array, place.targets(leaves))
-        read.add(place.name)
-    for name in arrays:
-        if name not in read and not table.is_buffer(name):
-            right = "in the checkpoint, but a model of this configuration has no place for it"
-            raise UserError(f"{shortened(name)}: {right}")
-    return unflatten_dict(leaves, sep="/")
-
-
-def _array(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    if name not in arrays:
-        raise UserError(f"{name}: not in the checkpoint, but the configuration asks for it")
-    array = np.asarray(arrays[name])
-    if array.shape != shape:
-        raise UserError(f"{name}: shape {array.shape} in the checkpoint, {shape} by the configuration")
-    if not np.issubdtype(array.dtype, np.floating):
-        raise UserError(f"{name}: dtype {array.dtype} in the checkpoint, but parameters are floats")
-    return array
