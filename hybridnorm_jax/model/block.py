@@ -17,7 +17,8 @@ from hybridnorm_jax.kernels.swiglu import SwigluClamp
 from hybridnorm_jax.model.alibi import alibi_of
 from hybridnorm_jax.model.attention import Attention
 from hybridnorm_jax.model.cache import Slots
-from hybridnorm_jax.model.config import ModelConfig, NormPlace
+from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.config_norms import NormPlace
 from hybridnorm_jax.model.feed_forward import FeedForward
 from hybridnorm_jax.model.formula import (
     ALL_ONE,
