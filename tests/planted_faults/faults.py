@@ -2,6 +2,7 @@
 
 from planted_faults.architecture_faults import ARCHITECTURES
 from planted_faults.fault import Fault
+from planted_faults.norm_faults import NORMS
 from planted_faults.task_faults import TASKS
 
 MODEL = (
@@ -351,4 +352,4 @@ SHARDING = (
     ),
 )
 
-FAULTS = MODEL + LOSS + DATA + ACCUMULATION + MOMENTS + SHARDING + TASKS + ARCHITECTURES
+FAULTS = MODEL + LOSS + DATA + ACCUMULATION + MOMENTS + SHARDING + TASKS + ARCHITECTURES + NORMS
