@@ -23,10 +23,29 @@ ARCHITECTURES = (
     ),
     Fault(
         name="the_layer_scale_stands_before_the_branch_norm",
-        file="model/block.py",
-        right="branch=lambda x: layer_scale(branch(x)),",
-        wrong="branch=lambda x: branch(layer_scale(x)),",
+        file="model/formula.py",
+        right="""    branch = norms.branch(f(times(scales.input, norms.pre(x))))
+    if placement.joins == "chord":
+        return Streams(main=norms.post(_along_chord(r, branch, norms.layer_scale, scales.branch)))
+    added = norms.layer_scale(branch)
+""",
+        wrong="""    added = norms.branch(norms.layer_scale(f(times(scales.input, norms.pre(x)))))
+""",
         tests=(_OUTER,),
+    ),
+    Fault(
+        name="a_tied_head_of_authors_is_not_compared",
+        file="interop/authors/reading.py",
+        right="if head in self._arrays and not same_bits(",
+        wrong="if head in self._arrays and None is same_bits(",
+        tests=("interop/test_authors_files.py::test_a_tied_models_own_copy_of_the_head_must_be_the_embedding",),
+    ),
+    Fault(
+        name="prefixes_of_some_names_are_taken_off",
+        file="interop/authors/projects.py",
+        right="all(name.startswith(prefix) for name in names)",
+        wrong="any(name.startswith(prefix) for name in names)",
+        tests=("interop/test_authors_files.py::test_prefixes_that_are_not_known_or_not_of_all_names_are_named",),
     ),
     Fault(
         name="a_shared_norm_is_two_norms",
