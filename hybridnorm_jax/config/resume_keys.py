@@ -31,7 +31,8 @@ FREE_KEYS = {
     "train.watch_sequences",
 }
 FREE_SECTIONS = ("run.", "mesh.", "checkpoint.", "eval.", "distributed.")
-# Keys of the model under which parameters mean the same: how they were drawn, and how the function is computed.
+# Keys of the model under which parameters mean the same: how they were drawn, how the function is computed, and how far
+# its branches have grown.
 SAME_MEANING = {
     "model.dropout",
     "model.dtype",
@@ -40,6 +41,8 @@ SAME_MEANING = {
     "model.norm_alpha",
     "model.norm_shift",
     "model.param_dtype",
+    "model.ramp_at",
+    "model.ramp_steps",
 }
 STEPS = "train.steps"
 # What is scored. A run that has ended is scored by other ones when it is started again, and keeps its own.

@@ -58,3 +58,20 @@ def test_training_goes_on_where_the_branches_were(config, tmp_path):
     (_, resumed), (_, at_once) = (hn.load_run(str(tmp_path / "runs" / name)) for name in ("growing", "at_once"))
     for left, right in zip(jax.tree.leaves(resumed), jax.tree.leaves(at_once), strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+def test_a_run_may_begin_with_branches_that_have_grown(config, tmp_path):
+    """A run starts again at step 0, where branches that grow add nothing: whoever goes on says where they stand."""
+    loop.train(config)
+    model = dataclasses.replace(config.model, ramp_at=4)
+    heir = dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, name="heir"),
+        model=model,
+        init_from=str(tmp_path / "runs/growing"),
+        train=dataclasses.replace(config.train, steps=1),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-20),
+    )
+    scores = loop.train(heir)
+    scored = evaluate_run(str(tmp_path / "runs/growing"), progress=False).scores["validation"].loss
+    assert scores["validation"].loss == pytest.approx(scored, rel=1e-6)
