@@ -15,10 +15,13 @@ from jaxtyping import Array, Float
 
 from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.equivalence.model_params import check_params
+from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.kernels.precision import widened
 from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.norm_functions import layer_norm
+from hybridnorm_jax.model.placement import BlockPlacement, SublayerPlacement
+from hybridnorm_jax.model.schemes import SCHEMES
 from hybridnorm_jax.model.sinusoids import sinusoids
 
 AnyConfig = TypeVar("AnyConfig", bound=ModelConfig)
@@ -63,6 +66,7 @@ def without_stream_norms(config: AnyConfig, *, keeps_outer: bool) -> AnyConfig:
     outer = {} if keeps_outer else {"outer_norm_scale": False, "outer_norm_bias": False}
     bare = dataclasses.replace(
         config,
+        scheme=_scheme_without_starts(config),
         norm="rmsnorm",
         attention_norm=config.attention_norm_kind,
         norm_scale=False,
@@ -72,6 +76,36 @@ def without_stream_norms(config: AnyConfig, *, keeps_outer: bool) -> AnyConfig:
     )
     plus_one = config.norm_scale_plus_one and bare.has_scales_elsewhere
     return dataclasses.replace(bare, norm_scale_plus_one=plus_one)
+
+
+def _scheme_without_starts(config: ModelConfig) -> str:
+    """A scheme of the same placements in which no norm's scale starts at another value than 1, as there is none.
+
+    Raises:
+      ConfigError: the table has none.
+    """
+    own = config.scheme_rule
+    right = tuple(_without_starts(placement) for placement in own.placements(config.num_layers))
+    if right == own.placements(config.num_layers):
+        return config.scheme
+    ends = own.final_norm, own.embedding_norm, own.side_stream
+    for name, rule in SCHEMES.items():
+        same_ends = ends == (rule.final_norm, rule.embedding_norm, rule.side_stream)
+        if same_ends and rule.placements(config.num_layers) == right:
+            return name
+    raise ConfigError(
+        f"model.scheme={config.scheme}: starts a norm's scale at another value than 1, which converted models do not "
+        "have; enter a scheme of the same placements without these starts"
+    )
+
+
+def _without_starts(placement: BlockPlacement) -> BlockPlacement:
+    def started_at_1(sublayer: SublayerPlacement) -> SublayerPlacement:
+        return dataclasses.replace(sublayer, pre_norm_init=1.0, branch_norm_init=1.0)
+
+    return dataclasses.replace(
+        placement, attention=started_at_1(placement.attention), feed_forward=started_at_1(placement.feed_forward)
+    )
 
 
 def folds_embedding_norm(config: ModelConfig) -> bool:

@@ -12,6 +12,7 @@ from hybridnorm_jax import equivalence as eq
 from hybridnorm_jax.equivalence import decoder_forms, transforms
 from hybridnorm_jax.equivalence.comparison import compare_forms
 from hybridnorm_jax.equivalence.decoder_forms import EMBEDDING_CENTRING
+from hybridnorm_jax.equivalence.forms import conversion_of
 from hybridnorm_jax.equivalence.invariants import InvariantError, assert_measured, tolerances
 from hybridnorm_jax.equivalence.measurements import Measured, centring_defects
 from hybridnorm_jax.equivalence.model_params import assert_params
@@ -36,6 +37,7 @@ MODELS = {
     "bare_norms_tied": {"scheme": "pre", "norm_scale": False, "tie_embeddings": True},
     "bare_norms_tied_head_bias": {"scheme": "pre", "norm_scale": False, "tie_embeddings": True, "head_bias": True},
     "input_scales": {"scheme": "layernorm_scaling", "norm_bias": True},
+    "scales_that_start_elsewhere": {"scheme": "layernorm_scaling_learned", "norm_bias": True},
     "norms_in_heads": {"scheme": "pre_qkvc_pre", "norm_bias": True},
     "offset": GPT2_LIKE | {"position_offset": 2, "activation": "relu"},
     # What other people's Pre-LN models have besides.
@@ -301,6 +303,17 @@ def test_what_the_theorem_does_not_cover_is_refused_by_name(keys, message, small
         with pytest.raises(hn.ConfigError, match=message) as error:
             convert(small_config(**keys), {})
         assert "\n" not in str(error.value)
+
+
+def test_scales_that_start_elsewhere_need_a_scheme_in_which_they_do_not(small_config):
+    sublayer = hn.SublayerPlacement(pre=True, pre_norm_init=0.5, branch_scale=0.7)
+    hn.scheme("mine")(lambda layer, num_layers: hn.BlockPlacement(sublayer, sublayer))
+    config = small_config(scheme="mine", norm="layernorm")
+    with pytest.raises(hn.ConfigError, match=r"model\.scheme=mine: starts a norm's scale at another value than 1"):
+        eq.to_pre_rmsnorm(config, {})
+    plain = hn.SublayerPlacement(pre=True, branch_scale=0.7)
+    hn.scheme("twin")(lambda layer, num_layers: hn.BlockPlacement(plain, plain))
+    assert conversion_of(config, "pre_rmsnorm").config.scheme == "twin"
 
 
 def test_recentring_along_the_wrong_axis_is_caught_and_named(small_config, random_params, tokens, monkeypatch):
