@@ -123,7 +123,8 @@ def links(page: Path) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of the headings, as GitHub and MkDocs both make them."""
-    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
-    plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
-    return {heading.strip().replace(" ", "-") for heading in plain}
+    """The anchors of the headings, as GitHub and MkDocs both make them, and those that elements of HTML state."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)]
+    stated = set(re.findall(r"<\w[^>]* id=\"([^\"]+)\"", text))
+    return {heading.strip().replace(" ", "-") for heading in plain} | stated

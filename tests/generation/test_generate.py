@@ -119,7 +119,8 @@ def _cached_logits(config, params, tokens, *, read, first):
     return np.stack(rows, axis=1)
 
 
-def _assert_cached_is_whole(config, params, *, read, first):
+def assert_cached_is_whole(config, params, *, read, first):
+    """Logits with the cache are those of the forward pass over each row's whole text; arguments as above."""
     tokens = np.random.default_rng(0).integers(0, 61, (2, 11)).astype(np.int32)
     ours = _cached_logits(config, params, tokens, read=read, first=first)
     moved = np.stack([np.roll(row, -start) for row, start in zip(tokens, first, strict=True)])
@@ -132,13 +133,13 @@ def _assert_cached_is_whole(config, params, *, read, first):
 @pytest.mark.parametrize("kind", others_are_long(SCHEMES, [f"scheme {name}" for name in QUICK_SCHEMES]))
 def test_logits_with_the_cache_are_those_of_the_whole_text(kind, random_params):
     """Token by token from the first one on, so that the whole text and one step are all that is compiled."""
-    _assert_cached_is_whole(*_kind(kind, random_params), read=1, first=np.array([0, 0]))
+    assert_cached_is_whole(*_kind(kind, random_params), read=1, first=np.array([0, 0]))
 
 
 @pytest.mark.parametrize("kind", ["scheme hybrid_star", *KINDS])
 def test_rows_of_unequal_prompts_do_not_see_the_padding(kind, random_params):
     """Six tokens are read at once. The second row has three; its positions begin after the padding on its left."""
-    _assert_cached_is_whole(*_kind(kind, random_params), read=6, first=np.array([0, 3]))
+    assert_cached_is_whole(*_kind(kind, random_params), read=6, first=np.array([0, 3]))
 
 
 @pytest.mark.parametrize("form", ["pre_rmsnorm", "pre_crmsnorm"])
