@@ -76,6 +76,16 @@ FAMILIES = (
         ("siamese_hybrid_pre", "siamese_attn_norm", "siamese_post_pre", "residual"),
     ),
     Family(
+        "Branches that grow with the training step",
+        "What a branch adds is times a share `t`, which grows from 0 to 1 while the model trains (`model.ramp_steps`).",
+        ("prores_pre", "prores_post", "prores_sandwich", "prores_deepnorm", "branch_norm"),
+    ),
+    Family(
+        "Steps in the place of sums",
+        "The branch says in which direction the stream turns.",
+        ("ngpt", "geonorm"),
+    ),
+    Family(
         "The ablations of HybridNorm",
         "Four forms of the block, with six choices of what attention normalizes per head; `c` is the context. "
         "A leading `pre` is a norm in front of attention, a final `pre` one in front of the feed-forward layer, and a "

@@ -37,6 +37,7 @@ from tests.interop.test_architectures import READ, tolerance
 from tests.model import test_goldens, test_placement_goldens, test_two_streams
 from tests.model.numpy_decoder import forward
 from tests.scheme_results import RESULTS, digest
+from tests.schemes import keys_of, stored_scale
 
 GOLDENS = Path(__file__).parent / "goldens"
 STEP = 1e-5
@@ -113,7 +114,7 @@ def gradients(scheme: str) -> dict[str, float]:
     Of each parameter the derivative in one random direction is compared, relative to the norm of its gradient.
     """
     sizes = TINY | {"num_layers": 4}
-    config = hn.ModelConfig(scheme=scheme, **sizes, dtype="float64", param_dtype="float64")
+    config = hn.ModelConfig(**keys_of(scheme), **sizes, dtype="float64", param_dtype="float64")
     tokens = np.random.default_rng(1).integers(0, 61, (2, 12)).astype(np.int32)
     with jax.enable_x64(True):
         params = _drawn_wide(config)
@@ -146,8 +147,8 @@ def _drawn_wide(config: hn.ModelConfig) -> Any:
     rng = np.random.default_rng(0)
 
     def leaf(path, shape):
-        centre = 1.0 if path[-1].key == "scale" else 0.0
-        return (centre + 0.3 * rng.standard_normal(shape.shape)).astype(shape.dtype)
+        centre = stored_scale(path, config) if path[-1].key == "scale" else 0.0
+        return (centre + 0.3 * (centre or 1) * rng.standard_normal(shape.shape)).astype(shape.dtype)
 
     return jax.tree.map_with_path(leaf, abstract_params(config))
 
@@ -161,7 +162,7 @@ def _numpy_loss(config: hn.ModelConfig, params: Any, tokens: np.ndarray) -> floa
 
 def generation(scheme: str) -> str:
     """Logits of a text read token by token, with the cache of keys and values, are those of the whole text."""
-    config = hn.ModelConfig(scheme=scheme, **TINY)
+    config = hn.ModelConfig(**keys_of(scheme), **TINY)
     assert_cached_is_whole(config, draw(config), read=1, first=np.array([0, 0]))
     return "cached = whole"
 

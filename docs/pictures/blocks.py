@@ -38,16 +38,17 @@ STYLE = """
 TIMES = "\N{MULTIPLICATION SIGN}"
 GAP = 12
 NORM_WIDTH, NORM_HEIGHT = 24, 20
+JOINT_WIDTH = 50
 # What the picture shows of each field of a placement; a field that is not here has no picture yet, and a test says so.
 SHOWN = {
     SublayerPlacement: (
         *("pre", "branch", "post", "entry", "residual", "reads", "side", "side_own"),
         *("residual_scale", "branch_scale", "input_scale", "side_scale", "residual_vector", "layer_scale"),
-        *("pre_norm_init", "branch_norm_init", "layer_scale_init"),
+        *("pre_norm_init", "branch_norm_init", "layer_scale_init", "branch_ramp", "joins"),
     ),
     BlockPlacement: (
         *("attention", "feed_forward", *HEAD_NORMS, *HIDDEN_NORMS, "head_scales"),
-        *("shared_pre_norm", "shared_layer_scale"),
+        *("shared_pre_norm", "shared_layer_scale", "sphere"),
     ),
 }
 
@@ -96,6 +97,11 @@ class Picture:
         """A sum."""
         self.shapes.append(f'<circle class="plus" cx="{x:g}" cy="{y:g}" r="8"/>')
         self.lines_over(f"M{x - 4:g} {y:g} h8 M{x:g} {y - 4:g} v8")
+
+    def joint(self, x: float, y: float, words: str) -> None:
+        """What stands in the place of a sum."""
+        self.box(x - JOINT_WIDTH / 2, y, JOINT_WIDTH, 18, "plus")
+        self.text(x, y + 4, words, "small")
 
     def lines_over(self, path: str) -> None:
         """A line over shapes."""
@@ -151,10 +157,14 @@ class Sublayer:
         start = split
         self._lead_up(picture, split, rows)
         end = self._branch(picture, start, rows)
-        total = end + GAP
-        self._add(picture, split, total, rows)
-        picture.plus(total, rows.main)
-        x = total + 8
+        half = 8 if own.joins == "sum" else JOINT_WIDTH / 2
+        total = end + GAP + half - 8
+        self._add(picture, split, end, total, rows)
+        if own.joins == "sum":
+            picture.plus(total, rows.main)
+        else:
+            picture.joint(total, rows.main, {"chord": "chord", "geodesic": "sphere"}[own.joins])
+        x = total + half
         if own.post:
             picture.line(f"M{x:g} {rows.main:g} h{GAP}")
             x = picture.norm(x + GAP, rows.main)
@@ -184,7 +194,7 @@ class Sublayer:
         if own.branch:
             x = self._advance(picture, x, y)
             x = picture.norm(x, y, _start(own.branch_norm_init))
-        if own.layer_scale is not None:
+        if own.layer_scale is not None and own.joins != "chord":
             x = self._advance(picture, x, y)
             note = "the same" if self.same_scale else _start(own.layer_scale_init)
             x = self._scale(picture, x, y, f"{TIMES}a" if own.layer_scale == "scalar" else f"{TIMES}g", note) - GAP
@@ -229,12 +239,15 @@ class Sublayer:
             picture.text(x + width / 2, top + 30 + 13 * place, note, "small")
         return x + width
 
-    def _add(self, picture: Picture, split: float, total: float, rows: Rows) -> None:
+    def _add(self, picture: Picture, split: float, end: float, total: float, rows: Rows) -> None:
         """The lines into the sum: the branch from above, the residual from the left or from below."""
-        own, end = self.placement, total - GAP
+        own, left = self.placement, total - (8 if self.placement.joins == "sum" else JOINT_WIDTH / 2)
         picture.arrow(f"M{end:g} {rows.branch:g} H{total:g} V{rows.main - 8:g}", total, rows.main - 8, 90)
-        if own.branch_scale != 1:
-            picture.text(total + 4, (rows.branch + rows.main) / 2 + 4, number(own.branch_scale), "scale", "start")
+        added = [number(own.branch_scale)] if own.branch_scale != 1 else []
+        added += [f"{TIMES}g"] if own.joins == "chord" else []
+        added += {None: [], "by_depth": [f"{TIMES}t(l)"], "together": [f"{TIMES}t"]}[own.branch_ramp]
+        if added:
+            picture.text(total + 4, (rows.branch + rows.main) / 2 + 4, " ".join(added), "scale", "start")
         if own.side is not None:
             picture.arrow(f"M{total:g} {rows.branch:g} V{rows.side + 8:g}", total, rows.side + 8, -90)
             picture.plus(total, rows.side)
@@ -242,7 +255,7 @@ class Sublayer:
                 words = number(own.side_scale)
                 picture.text(total + 4, (rows.branch + rows.side) / 2 + 4, words, "scale", "start")
         if own.residual != "block":
-            picture.arrow(f"M{split:g} {rows.main:g} H{total - 8:g}", total - 8, rows.main)
+            picture.arrow(f"M{split:g} {rows.main:g} H{left:g}", left, rows.main)
         if own.residual != "input":
             picture.arrow(f"M{total:g} {rows.block:g} V{rows.main + 8:g}", total, rows.main + 8, -90)
         factors = f"{TIMES}w " * own.residual_vector + (number(own.residual_scale) if own.residual_scale != 1 else "")
@@ -264,8 +277,12 @@ def sublayers(placement: BlockPlacement) -> tuple[Sublayer, Sublayer]:
             notes.append(f"N of {', '.join(names)} {words}")
     if placement.head_scales is not None:
         notes.append(f"{TIMES}c per head {placement.head_scales} W")
+    if placement.sphere:
+        notes.append(f"q, k of length 1, {TIMES}c")
     hidden = [name.removesuffix("_norm") for name in HIDDEN_NORMS if getattr(placement, name)]
     inside = [f"N of {', '.join(hidden)}"] if hidden else []
+    if placement.sphere:
+        inside.append(f"gate, up {TIMES}c")
     return (
         Sublayer(placement.attention, "Attn", notes),
         Sublayer(
