@@ -28,21 +28,28 @@ KINDS = {
 }
 
 
+def is_there(scheme: str, kind: str) -> bool:
+    """Whether there are such models: experts have no norms and no scales inside."""
+    has_experts = any("num_experts" in keys for keys in KINDS[kind])
+    placements = hn.SCHEMES[scheme].placements(SIZES["num_layers"])
+    return not has_experts or not any(placement.normalizes_hidden or placement.sphere for placement in placements)
+
+
 def classes(scheme: str, kind: str) -> list[str]:
     """The classes of transformers by which models of this scheme and kind are written; [] for our own code.
 
-    Where branches grow with the training step, of models whose branches have grown.
+    It is [] where there are no such models, too. Where branches grow with the training step, of models whose branches have grown.
     """
+    if not is_there(scheme, kind):
+        return []
     configs = [hn.ModelConfig(**SIZES, scheme=scheme, **keys) for keys in KINDS[kind]]
     names = [config_to_json(config.at_step(config.ramp_length))[0] for config in configs]
     return [ALL[name].class_name for name in dict.fromkeys(names) if name != "hybridnorm"]
 
 
 def cell(scheme: str, kind: str) -> str:
-    """The classes of `classes` as text, a dash where there is no such model: experts have no norms inside."""
-    has_experts = any("num_experts" in keys for keys in KINDS[kind])
-    placements = hn.SCHEMES[scheme].placements(SIZES["num_layers"])
-    if has_experts and any(placement.normalizes_hidden or placement.sphere for placement in placements):
+    """The classes of `classes` as text, a dash where there is no such model."""
+    if not is_there(scheme, kind):
         return "-"
     return ", ".join(f"`{name}`" for name in classes(scheme, kind)) or "own code"
 

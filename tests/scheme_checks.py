@@ -30,11 +30,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import hybridnorm_jax as hn
 from hybridnorm_jax.interop.architectures import config_from_json
 from hybridnorm_jax.model.abstract_params import abstract_params
+from tests import authors_models
 from tests.exported_models import TOKENS, config_of, draw, export, ids, in_torch, torch
 from tests.generation.test_generate import TINY, assert_cached_is_whole
 from tests.interop import test_authors
 from tests.interop.test_architectures import READ, tolerance
-from tests.model import test_goldens, test_placement_goldens, test_two_streams
+from tests.model import test_goldens, test_two_streams
 from tests.model.numpy_decoder import forward
 from tests.scheme_results import RESULTS, digest
 from tests.schemes import keys_of, stored_scale
@@ -50,10 +51,8 @@ def golden_tests() -> Iterator[tuple[str, str, Callable[[], None]]]:
     for name, (scheme, _) in test_goldens.CASES.items():
         check = test_goldens.test_logits_loss_and_gradients_are_the_authors
         yield scheme, f"hybridnorm_official_{name}", functools.partial(check, name)
-    for name, scheme in test_placement_goldens.FAIRSEQ.items():
-        yield scheme, name, functools.partial(test_placement_goldens.test_a_decoder_of_fairseq_is_reproduced, name)
-    for name, (project, keys) in test_authors.CASES.items():
-        scheme = keys.get("scheme", test_authors.PROJECTS[project].keys.get("scheme"))
+    for name, (project, keys) in authors_models.CASES.items():
+        scheme = keys.get("scheme", hn.PROJECTS[project].keys.get("scheme"))
         yield scheme, name, functools.partial(test_authors.test_a_model_of_the_authors_is_reproduced, name)
     for name in ("siamese_post_pre_deit", "siamese_post_pre_deit_causal"):
         check = test_two_streams.test_siamese_norms_vision_transformer_is_reproduced
