@@ -38,7 +38,7 @@ def is_there(scheme: str, kind: str) -> bool:
 def classes(scheme: str, kind: str) -> list[str]:
     """The classes of transformers by which models of this scheme and kind are written; [] for our own code.
 
-    It is [] where there are no such models, too. Where branches grow with the training step, of models whose branches have grown.
+    It is [] where there are no such models, too. Where branches grow with the training step, they have grown.
     """
     if not is_there(scheme, kind):
         return []
