@@ -8,6 +8,7 @@ import pytest
 import hybridnorm_jax as hn
 from hybridnorm_jax.interop.architectures import config_to_json
 from hybridnorm_jax.model.ramps import ramp_lengths
+from hybridnorm_jax.model.schemes_that_grow import growing
 from tests.schemes import keys_of
 
 TINY = {"d_model": 16, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 24, "vocab_size": 61}
@@ -52,6 +53,20 @@ def test_a_step_is_one_more_factor_of_every_branch(scheme, random_params, tokens
     scales = [placement.feed_forward.branch_scale for placement in config.at_step(5).placements]
     lengths = (10,) * 4 if scheme == "branch_norm" else (2, 14 / 3, 22 / 3, 10)
     np.testing.assert_allclose(scales, [0.5 * min(1, 5 / length) for length in lengths], rtol=1e-15)
+
+
+def test_a_ramp_goes_on_from_run_to_run(random_params, tokens):
+    """The first block of hybrid_star is a run of its own."""
+    hn.scheme("hybrid_star_growing")(
+        lambda layer, depth: growing(hn.SCHEMES["hybrid_star"].block(layer, depth), "by_depth")
+    )
+    config = _config("hybrid_star_growing", ramp_steps=10)
+    assert [run.length for run in config.runs] == [1, 3]
+    with jax.enable_x64(True):
+        params = random_params(config)
+        given = hn.Decoder(config).apply({"params": params}, tokens, step=5)
+        expected = hn.Decoder(config.at_step(5)).apply({"params": params}, tokens)
+        np.testing.assert_allclose(given, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("scheme", GROWING)

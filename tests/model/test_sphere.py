@@ -9,9 +9,8 @@ from flax.traverse_util import flatten_dict
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.config.run_config import OptimizerSection
-from hybridnorm_jax.interop.authors.projects import PROJECTS, params_from_authors
 from hybridnorm_jax.training.optimizer import make_optimizer
-from tests.interop.test_authors import GOLDENS, SIZES
+from tests.authors_models import case, part
 
 TINY = {"d_model": 16, "num_layers": 2, "num_heads": 4, "mlp_dim": 24, "vocab_size": 61}
 # The axis of each matrix that lies along the embedding; inside a run the layers come first.
@@ -55,17 +54,8 @@ def test_a_fresh_model_has_unit_vectors_and_scales_that_count_as_the_paper_says(
 
 def test_training_normalizes_the_matrices_as_the_authors_do():
     """The parameters before their normalize_matrices() and after it; both are in one golden."""
-    with np.load(GOLDENS / "ngpt_rope_normalized.npz") as file:
-        golden = dict(file)
-    config = hn.ModelConfig(**(SIZES | PROJECTS["ngpt"].keys | {"mlp_dim": 128}))
-    before, after = (
-        params_from_authors(
-            "ngpt",
-            config,
-            {name.removeprefix(prefix): array for name, array in golden.items() if name.startswith(prefix)},
-        )
-        for prefix in ("before/", "param/")
-    )
+    _, config, golden = case("ngpt_rope_normalized")
+    before, after = (hn.params_from_authors("ngpt", config, part(golden, prefix)) for prefix in ("before/", "param/"))
     found = hn.unit_matrices(before)
     # Numbers up to 1; both sides round the squares, their sum, its root and the quotient.
     tolerance = 8 * 2**-24

@@ -3,6 +3,7 @@
 from planted_faults.architecture_faults import ARCHITECTURES
 from planted_faults.fault import Fault
 from planted_faults.norm_faults import NORMS
+from planted_faults.sphere_faults import GROWING_AND_SPHERE
 from planted_faults.task_faults import TASKS
 
 MODEL = (
@@ -352,4 +353,4 @@ SHARDING = (
     ),
 )
 
-FAULTS = MODEL + LOSS + DATA + ACCUMULATION + MOMENTS + SHARDING + TASKS + ARCHITECTURES + NORMS
+FAULTS = MODEL + LOSS + DATA + ACCUMULATION + MOMENTS + SHARDING + TASKS + ARCHITECTURES + NORMS + GROWING_AND_SPHERE

@@ -11,6 +11,7 @@ from hybridnorm_jax.commands.eval import evaluate_run
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.training import loop
 from hybridnorm_jax.training.metrics_file import read_records
+from hybridnorm_jax.training.program import Program
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
@@ -46,6 +47,21 @@ def test_a_checkpoint_has_the_scales_of_its_own_step(config, tmp_path):
     assert records[4]["eval/validation/loss"] == scores["validation"].loss
     # The first update finds branches that add nothing: only what is outside the blocks has a gradient.
     assert records[1]["train/loss"] != records[2]["train/loss"]
+
+
+def test_training_takes_the_scales_of_each_step(config):
+    program = Program(config)
+    rng = np.random.default_rng(1)
+    batch = {name: rng.integers(0, 61, (1, 8, 16)).astype(np.int32) for name in ("tokens", "targets")}
+    batch["weights"] = np.ones((1, 8, 16), np.float32)
+    for step in (0, 3):
+        state = program.fresh_state()
+        params = jax.device_get(state.params)
+        at_step = dataclasses.replace(state, step=jax.device_put(np.int32(step), state.step.sharding))
+        _, metrics = program.train_step(at_step, batch)
+        logits = hn.Decoder(config.model.at_step(step)).apply({"params": params}, batch["tokens"][0])
+        expected = -np.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][0][..., None], -1).mean()
+        np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
 
 
 def test_training_goes_on_where_the_branches_were(config, tmp_path):
