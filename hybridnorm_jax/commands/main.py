@@ -59,7 +59,7 @@ COMMANDS = {
     "export": Command("RUN OUT_DIR", "write a run's model for PyTorch"),
     "plan": Command("CONFIG [key=value ...]", "say whether a run fits on other devices"),
     "lab": Command("signal | compare | report", "compare norm placements", has_processes=True, computes=True),
-    "schemes": Command("[SCHEME ...] [DEPTH]", "list norm placements, or print some as tables"),
+    "schemes": Command("[SCHEME ...] [DEPTH]", "list norm placements, or print some"),
     "completion": Command("bash | zsh | fish", "print a script that completes arguments"),
 }
 

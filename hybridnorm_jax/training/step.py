@@ -292,7 +292,7 @@ def make_eval_step(
 ) -> Callable[[Any, Batch, Array | None], LossSums]:
     """(params, batch, step) -> loss sums of that batch, without dropout; `convert` as in make_train_step."""
 
-    def eval_step(params, batch, step):
+    def eval_step(params, batch, step=None):
         computed = params if convert is None else convert(params)
         return batch_loss(model, {"params": computed}, batch, chunk=chunk, step=step).sums
 

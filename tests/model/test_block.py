@@ -135,7 +135,7 @@ def test_scales_are_multiplied_in_float32_and_rounded_once():
 def test_a_bfloat16_model_has_its_scales_in_float32(scheme, small_config):
     config = small_config(scheme=scheme, num_layers=5, dtype="bfloat16")
     (run,) = config.runs
-    inputs = layer_inputs(run, config.dtype, {})
+    inputs = layer_inputs(run, config, {})
     alone = scale_arrays(run.layers[2].placement.feed_forward.scales, config.dtype)
     exact = run.layers[2].placement.feed_forward.scales
     for scanned, single, scale in zip(inputs.feed_forward, alone, exact, strict=True):

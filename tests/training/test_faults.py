@@ -141,6 +141,15 @@ def test_told_to_stop_and_resumed_equals_undisturbed_bit_for_bit(moment, config,
     assert _records(stopped) == records
 
 
+@pytest.fixture
+def _heeds_ctrl_c():
+    """A shell starts what it runs in the background with this signal ignored, and training then ignores it, too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heeds_ctrl_c")
 def test_ctrl_c_saves_as_well_and_has_its_own_status(config, monkeypatch, capfd):
     stopped = _named(config, "ctrl_c")
     with monkeypatch.context() as patch:

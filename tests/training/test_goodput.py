@@ -218,11 +218,11 @@ def test_a_run_accounts_for_its_time_and_names_the_wait_that_is_stuck(config, tm
         finally:
             run.iterator = iterator
 
-    def slow_evaluation(self, params, batch):
+    def slow_evaluation(self, params, batch, *, step):
         hung.append("evaluation")
         if hung.count("evaluation") == 4:
             time.sleep(2.5)
-        return eval_step(self, params, batch)
+        return eval_step(self, params, batch, step=step)
 
     monkeypatch.setattr(loop, "_next_batch", slow_input)
     monkeypatch.setattr(Program, "eval_step", slow_evaluation)
