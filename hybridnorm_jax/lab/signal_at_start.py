@@ -161,7 +161,8 @@ def measure(
     """
     # The same compiled function measures the parameters of all initializers.
     decoder = Decoder(_model(model, scheme, depth, "auto"))
-    step = _jit(lambda params, batch: measure_signal(decoder, params, batch)[0])
+    first = jax.numpy.int32(0)
+    step = _jit(lambda params, batch: measure_signal(decoder, params, batch, step=first)[0])
     signals = []
     for initializer in initializers:
         init = _jit(Decoder(_model(model, scheme, depth, initializer)).init)

@@ -1,5 +1,10 @@
 """Checks of what the modules are called with: each names the argument, and the shape that would be right."""
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
@@ -25,3 +30,13 @@ def check_at_least_one(name: str, value: int) -> None:
     """Raise ValueError for a size below 1."""
     if value < 1:
         raise ValueError(f"{name}={value}: must be at least 1")
+
+
+def check_step(step: Any) -> None:
+    """Raise ValueError unless it is one whole number of updates, at least 0; the value of a traced one is not known."""
+    right = "must be one whole number, at least 0: how many updates were made"
+    is_number = isinstance(step, int | np.integer | np.ndarray | Array) and not isinstance(step, bool)
+    if not is_number or jnp.ndim(step) != 0 or not jnp.issubdtype(jnp.result_type(step), jnp.integer):
+        raise ValueError(f"step={step!r:.80}: {right}")
+    if not isinstance(step, jax.core.Tracer) and int(step) < 0:
+        raise ValueError(f"step={int(step)}: {right}")

@@ -20,6 +20,7 @@ from hybridnorm_jax.model.block import Block, LayerInputs, SharedInputs
 from hybridnorm_jax.model.config import AUTO_REMAT, ModelConfig
 from hybridnorm_jax.model.config_sizes import LONGEST_CONTEXT
 from hybridnorm_jax.model.formula import ALL_ONE, StartArrays, Streams
+from hybridnorm_jax.model.input_checks import check_step
 from hybridnorm_jax.model.placement import Scales, Starts, SublayerName
 from hybridnorm_jax.model.ramps import ramp_lengths, shares
 from hybridnorm_jax.model.rotation import stacked
@@ -107,7 +108,9 @@ def through_layers(
     elif config.grows and step is None:
         grow = f"the branches of model.scheme={config.scheme} grow with the training step"
         raise ValueError(f"step: {grow}; give it, or build the model of config.at_step(step)")
-    elif step is not None and not config.grows:
+    elif step is not None and config.grows:
+        check_step(step)
+    elif step is not None:
         raise ValueError("step: nothing in this model grows with the training step; leave it out")
     keys = {name: module.make_rng(name) for name in KEYS if module.has_rng(name)}
     for number, run in enumerate(config.runs):

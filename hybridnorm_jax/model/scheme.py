@@ -66,6 +66,9 @@ class Scheme:
     checked: Checked | None = None
 
     def __post_init__(self) -> None:
+        for name in ("final_norm", "embedding_norm", "sphere"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r:.80}: must be True or False")
         if not (isinstance(self.source, str) and self.source.isprintable()):
             raise ValueError(f"source={self.source!r:.80}: must be a text of one line")
         if self.checked not in (None, *CHECKED_BY):

@@ -14,7 +14,8 @@ def unit_matrices(params: Any) -> Any:
     """The tree of a Decoder with every vector along embed of every kernel and every table divided by its length.
 
     Which axis that is, PARAMETER_AXES says: the last one of tables and of what writes the stream, the first one of what
-    reads it. Biases, norms and scales stay. Lengths are taken in float32 at least. nGPT, section 2.1.
+    reads it. Biases, norms and scales stay, and so do vectors of zeros. Lengths are taken in float32 at least. nGPT,
+    section 2.1.
     """
 
     def normalized(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
@@ -23,7 +24,8 @@ def unit_matrices(params: Any) -> Any:
             return leaf
         axis = logical_axes(names, leaf.ndim).index("embed")
         wide = widened(leaf)
-        return (wide / jnp.linalg.norm(wide, axis=axis, keepdims=True)).astype(leaf.dtype)
+        length = jnp.linalg.norm(wide, axis=axis, keepdims=True)
+        return (wide / jnp.where(length == 0, 1, length)).astype(leaf.dtype)
 
     return jax.tree.map_with_path(normalized, params)
 

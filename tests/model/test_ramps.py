@@ -110,6 +110,13 @@ def test_what_can_be_said_of_a_step_and_what_not():
     assert "grow with the training step" in growing.config.pre_layernorm_obstacle
 
 
+@pytest.mark.parametrize("step", [-1, 2.5, True, "a", np.array([1, 2]), np.int32(-3)])
+def test_a_step_is_one_whole_number(step, random_params, tokens):
+    config = hn.ModelConfig(scheme="prores_pre", **TINY)
+    with pytest.raises(ValueError, match=r"^step=.*: must be one whole number, at least 0"):
+        hn.Decoder(config).apply({"params": random_params(config)}, tokens, step=step)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

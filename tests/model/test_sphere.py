@@ -127,3 +127,10 @@ def test_joins_that_cannot_be(keys, message):
 def test_experts_cannot_have_the_scales():
     with pytest.raises(hn.ConfigError, match=r"^model\.num_experts=4: model\.scheme=ngpt has norms or scales inside"):
         hn.ModelConfig(scheme="ngpt", **TINY, num_experts=4, experts_per_token=2)
+
+
+def test_a_vector_of_zeros_has_no_direction_and_stays():
+    table = {"token_embedding": {"embedding": jnp.asarray([[0.0, 0.0], [3.0, 4.0]])}}
+    np.testing.assert_allclose(hn.unit_matrices(table)["token_embedding"]["embedding"], [[0, 0], [0.6, 0.8]], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"^sphere='yes': must be True or False"):
+        hn.scheme("mine", sphere="yes")(lambda layer, num_layers: hn.BlockPlacement())
