@@ -86,6 +86,14 @@ def test_pictures_differ_where_placements_do():
     assert [group for group in by_picture.values() if len(group) > 1] == []
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/placements.md", "docs/glossary.md"])
+def test_pages_count_the_schemes_right(page):
+    text = (REPOSITORY / page).read_text()
+    counted = re.findall(r"\b(\d+) (?:schemes of|schemes is)|(?:prints all|There are) (\d+)\b", text)
+    assert counted
+    assert {int(first or second) for first, second in counted} == {len(hn.SCHEMES)}
+
+
 # ---- The results.
 
 
