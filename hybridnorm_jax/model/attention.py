@@ -168,15 +168,7 @@ class Attention(nn.Module):
           slots: keep the keys and values of these tokens in these slots of the collection CACHE. One token attends to
             the tokens that are kept there. Several tokens are the first ones, and attend to each other.
         """
-        check_stream(x)
-        for name, array in (("positions", positions), ("segment_ids", segment_ids)):
-            check_per_token(name, array, batch=x.shape[0], seq=x.shape[1])
-        if self.backend not in ATTENTION_BACKENDS:
-            raise ValueError(f"backend={self.backend!r}: must be {', '.join(ATTENTION_BACKENDS)}")
-        if self.head_scales not in (None, "before", "after"):
-            raise ValueError(f"head_scales={self.head_scales!r}: must be None, 'before' or 'after'")
-        if self.head_scales == "after" and x.shape[-1] % self.num_heads:
-            raise ValueError(f"head_scales='after': num_heads={self.num_heads} must divide the width, {x.shape[-1]}")
+        self._check(x, positions, segment_ids)
         num_kv_heads, head_dim = self._sizes(x.shape[-1])
         if rotation is None:
             rotation = self._rotation(x.shape[1], head_dim, positions)
@@ -210,6 +202,23 @@ class Attention(nn.Module):
         if self.head_scales != "after":
             return written
         return self._scale_heads(written.reshape(*x.shape[:2], self.num_heads, -1)).reshape(x.shape)
+
+    def _check(
+        self,
+        x: Float[Array, "batch seq embed"],
+        positions: Int[Array, "batch seq"] | None,
+        segment_ids: Int[Array, "batch seq"] | None,
+    ) -> None:
+        """Raise ValueError for inputs, or an attribute, that cannot be."""
+        check_stream(x)
+        for name, array in (("positions", positions), ("segment_ids", segment_ids)):
+            check_per_token(name, array, batch=x.shape[0], seq=x.shape[1])
+        if self.backend not in ATTENTION_BACKENDS:
+            raise ValueError(f"backend={self.backend!r}: must be {', '.join(ATTENTION_BACKENDS)}")
+        if self.head_scales not in (None, "before", "after"):
+            raise ValueError(f"head_scales={self.head_scales!r}: must be None, 'before' or 'after'")
+        if self.head_scales == "after" and x.shape[-1] % self.num_heads:
+            raise ValueError(f"head_scales='after': num_heads={self.num_heads} must divide the width, {x.shape[-1]}")
 
     def _on_sphere(self, inputs: AttentionInputs, embed: int) -> AttentionInputs:
         """The inputs with q and k of length 1, times their learned numbers."""

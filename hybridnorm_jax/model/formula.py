@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.kernels.precision import wide_dtype, widened
 from hybridnorm_jax.model.norm_functions import unit
@@ -145,6 +145,11 @@ def start_arrays(starts: Starts[float], dtype: str) -> StartArrays:
         return None if start == 1.0 else jnp.asarray(start, wide_dtype(dtype))
 
     return Starts(pre=array(starts.pre), branch=array(starts.branch), layer_scale=array(starts.layer_scale))
+
+
+def shares(lengths: Float[Array, " layers"], step: Int[Array, ""] | int) -> Float[Array, " layers"]:
+    """How large branches are that grow over these lengths, as shares of their full size: min(step / length, 1)."""
+    return jnp.minimum(jnp.asarray(step, lengths.dtype) / lengths, 1)
 
 
 def starting_at(start: Float[Array, ""] | None) -> Callable[..., Array]:

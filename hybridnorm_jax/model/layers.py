@@ -19,10 +19,10 @@ from hybridnorm_jax.kernels.precision import wide_dtype
 from hybridnorm_jax.model.block import Block, LayerInputs, SharedInputs
 from hybridnorm_jax.model.config import AUTO_REMAT, ModelConfig
 from hybridnorm_jax.model.config_sizes import LONGEST_CONTEXT
-from hybridnorm_jax.model.formula import ALL_ONE, StartArrays, Streams
+from hybridnorm_jax.model.formula import ALL_ONE, StartArrays, Streams, shares
 from hybridnorm_jax.model.input_checks import check_step
 from hybridnorm_jax.model.placement import Scales, Starts, SublayerName
-from hybridnorm_jax.model.ramps import ramp_lengths, shares
+from hybridnorm_jax.model.ramps import ramp_lengths
 from hybridnorm_jax.model.rotation import stacked
 from hybridnorm_jax.model.runs import Run
 from hybridnorm_jax.model.signal_measures import PROBE, SIGNAL

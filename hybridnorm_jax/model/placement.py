@@ -191,19 +191,18 @@ class SublayerPlacement:
             own = {"whole": reads, "vector": f"w {reads}", "norm": f"N({reads})"}[self.side_own]
             reads = f"{own} + N(s)"
         read = times(self.input_scale, f"N({reads})" if self.pre else reads)
-        branch = f"N({branch_name}({read}))" if self.branch else f"{branch_name}({read})"
-        if self.layer_scale is not None:
-            branch = f"{'a' if self.layer_scale == 'scalar' else 'g'} {branch}"
+        normalized = f"N({branch_name}({read}))" if self.branch else f"{branch_name}({read})"
+        learned = {None: "", "scalar": "a ", "channel": "g "}[self.layer_scale]
+        grows = "" if self.branch_ramp is None else "t "
+        branch = f"{grows}{learned}{normalized}"
         residual = {"input": entered, "block": "X", "both": f"({entered} + X)"}[self.residual]
         if self.residual_vector:
             residual = f"w {residual}"
-        if self.branch_ramp is not None:
-            branch = f"t {branch}"
         added = branch if self.side is None else "z"
         total = f"{times(self.residual_scale, residual)} + {times(self.branch_scale, added)}"
         if self.joins == "chord":
-            towards = branch.removeprefix("t ").removeprefix("g ")
-            total = f"u(u({residual}) + {times(self.branch_scale, 'g')} (u({towards}) - u({residual})))"
+            length = times(self.branch_scale, f"{grows}g")
+            total = f"u(u({residual}) + {length} (u({normalized}) - u({residual})))"
         elif self.joins == "geodesic":
             total = f"exp_{residual}({times(self.branch_scale, added)})"
         main = f"N({total})" if self.post else total

@@ -5,18 +5,14 @@
 `step` counts the optimizer's updates before this one, and `length` is the number of updates after which the branch is
 whole. The share is one more factor of the branch, beside the constants of its placement.
 
-JAX is imported where a share is computed, so that schemes can be listed at once.
+Nothing here imports JAX, so that schemes can be listed at once; formula.shares computes the same with arrays.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hybridnorm_jax.model.placement import BlockPlacement, BranchRamp, SublayerPlacement
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
 
 # This project's choice where a configuration does not say.
 DEFAULT_RAMP_STEPS = 1000
@@ -35,13 +31,6 @@ def ramp_lengths(ramp: BranchRamp, num_layers: int, ramp_steps: int) -> tuple[fl
         case "together":
             return (float(ramp_steps),) * num_layers
     raise ValueError(f"branch_ramp={ramp!r}: there is none")
-
-
-def shares(lengths: 'Float[Array, " layers"]', step: "Int[Array, ''] | int") -> 'Float[Array, " layers"]':
-    """How large the branches are that grow over these lengths, as a share of their full size."""
-    import jax.numpy as jnp
-
-    return jnp.minimum(jnp.asarray(step, lengths.dtype) / lengths, 1)
 
 
 def grown(placement: BlockPlacement, layer: int, num_layers: int, *, ramp_steps: int, step: int) -> BlockPlacement:

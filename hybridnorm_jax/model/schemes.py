@@ -8,6 +8,7 @@ from hybridnorm_jax.model import (  # noqa: F401
     schemes_of_hybridnorm,
     schemes_of_others,
     schemes_of_two_streams,
+    schemes_on_sphere,
     schemes_that_grow,
 )
 from hybridnorm_jax.model.scheme import LONGEST_NAME, SCHEMES, BlockRule, Scheme, describe, scheme, schemes

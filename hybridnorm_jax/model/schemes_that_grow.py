@@ -1,13 +1,12 @@
-"""Schemes whose branches grow with the training step, and those that go along a sphere in the place of sums.
+"""Schemes whose branches grow with the training step: ramps.py says how, and model.ramp_steps how long it takes.
 
-ramps.py says how branches grow, and model.ramp_steps how long it takes; formula.py has the steps on a sphere. In the
-equations N is a norm, X a block's input, Y the attention's result, X' the block's output, L the number of blocks, l =
-layer + 1, t the training step, and u(v) = v / |v|.
+In the equations N is a norm, X a block's input, Y the attention's result, X' the block's output, L the number of
+blocks, l = layer + 1, and t the training step.
 """
 
 import dataclasses
 
-from hybridnorm_jax.model.placement import BlockPlacement, BranchRamp, SublayerPlacement
+from hybridnorm_jax.model.placement import BlockPlacement, BranchRamp
 from hybridnorm_jax.model.scheme import scheme
 from hybridnorm_jax.model.schemes_of_hybridnorm import post, pre
 from hybridnorm_jax.model.schemes_of_others import deepnorm, sandwich
@@ -55,32 +54,3 @@ def branch_norm(layer: int, num_layers: int) -> BlockPlacement:
     That a grows in a straight line is how this project remembers the paper; no code of the authors was found.
     """
     return growing(post(layer, num_layers), "together")
-
-
-@scheme(
-    "ngpt",
-    final_norm=False,
-    initializer="ngpt",
-    sphere=True,
-    source="nGPT (2410.01131), eqs. 10 and 11",
-    checked="authors' code",
-)
-def ngpt(layer: int, num_layers: int) -> BlockPlacement:
-    """Y = u(u(X) + |g| (u(Attn(X)) - u(X))), and so the FFN. nGPT (2410.01131), eqs. 10 and 11.
-
-    q, k, gate, up and the logits have learned scales, and training keeps all matrices normalized: see
-    BlockPlacement.sphere and Scheme.sphere. It needs no weight decay and no warm-up.
-    """
-    sublayer = SublayerPlacement(joins="chord", layer_scale="channel")
-    return BlockPlacement(sublayer, sublayer, sphere=True)
-
-
-@scheme("geonorm", embedding_norm=True, source="GeoNorm (2601.22095), from a third party", checked="equation only")
-def geonorm(layer: int, num_layers: int) -> BlockPlacement:
-    """Y = X cos a + |X| v/|v| sin a, v what Attn(X) has orthogonal to X, a = |v|/|X|; so the FFN. GeoNorm (2601.22095).
-
-    The formula is a third party's, and that a is |v|/|X|, as of the exponential map, our reading. The paper also lets
-    steps shrink with the layer, by a rule not known to us: a scheme of your own with branch_scale.
-    """
-    sublayer = SublayerPlacement(joins="geodesic")
-    return BlockPlacement(sublayer, sublayer)

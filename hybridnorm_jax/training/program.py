@@ -263,7 +263,7 @@ class Program:
           step: of training, where the model's branches grow with it.
         """
         with use_mesh(self.mesh, self.rules):
-            return self._eval_step(params, self.put(batch, leading=0), step if self.config.model.grows else None)
+            return self._eval_step(params, self.put(batch, leading=0), step)
 
     def put(self, batch: dict[str, np.ndarray], leading: int) -> Batch:
         """This process's rows as global arrays, sequences (dimension `leading`) over the data axes."""

@@ -164,8 +164,7 @@ def make_train_step(
 
     def train_step(state, batch):
         key = jax.random.fold_in(dropout_root, state.step)
-        at_step = partial(objective, step=state.step)
-        totals, sown, summed = _gradient(at_step, convert, state.params, batch, key)
+        totals, sown, summed = _gradient(partial(objective, step=state.step), convert, state.params, batch, key)
         # Where no target has a weight, loss and gradient are zero.
         weight = jnp.where(totals.loss.weight > 0, totals.loss.weight, 1)
         with jax.named_scope(OPTIMIZER_SCOPE):

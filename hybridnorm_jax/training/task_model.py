@@ -82,21 +82,22 @@ class TaskModel:
         )
 
     def scores(
-        self, params: Any, *, step: int = 0, before_batch: Callable[[], None] = _nothing
+        self, params: Any, *, step: int | None = None, before_batch: Callable[[], None] = _nothing
     ) -> dict[str, TaskScore]:
         """The scores of all tasks with these parameters, the same in every process; calls before_batch now and then.
 
         Args:
-          step: of training, where the model's branches grow with it: until they are whole, every step compiles anew.
+          step: of training; needed where the model's branches grow with it. Until they are whole, every step compiles
+            anew.
         """
         lm = self.for_lm_eval(params, step=step, before_batch=before_batch)
         return evaluate_tasks(lm, self._tasks, limit=self._limit)
 
-    def for_lm_eval(self, params: Any, *, step: int = 0, before_batch: Callable[[], None] = _nothing) -> "LM":
+    def for_lm_eval(self, params: Any, *, step: int | None = None, before_batch: Callable[[], None] = _nothing) -> "LM":
         """The model with these parameters as `lm_eval.evaluator` takes one; arguments as those of `scores`."""
         from hybridnorm_jax.evaluation.lm_eval_model import LmEvalModel
 
-        model = self.config.model.at_step(step)
+        model = self.config.model if step is None else self.config.model.at_step(step)
         # Where the first answer is written, not for each batch of answers.
         readied = functools.cache(lambda: ready(model, params))
         writer = Writer(

@@ -5,7 +5,7 @@ from planted_faults.fault import Fault
 GROWING_AND_SPHERE = (
     Fault(
         name="branches_grow_beyond_their_size",
-        file="model/ramps.py",
+        file="model/formula.py",
         right="jnp.minimum(jnp.asarray(step, lengths.dtype) / lengths, 1)",
         wrong="jnp.asarray(step, lengths.dtype) / lengths",
         tests=("model/test_ramps.py::test_a_step_is_one_more_factor_of_every_branch",),
