@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import Int
 
 from hybridnorm_jax.lab.figure_styles import Style, figure, legend_above, styles_of
+from hybridnorm_jax.lab.groups import RunGroup, smoothed, smoothing_window
 from hybridnorm_jax.lab.report.formats import rate_text
-from hybridnorm_jax.lab.report.statistics import RunGroup, mean_of_known, smoothed, smoothing_window
+from hybridnorm_jax.lab.report.statistics import mean_of_known
 from hybridnorm_jax.lab.run_files import DIVERGED, FINISHED
 from hybridnorm_jax.lab.runs import Run
 

@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 
 from hybridnorm_jax.lab.divergence import RISE
+from hybridnorm_jax.lab.groups import TRAINING, smoothing_window
 from hybridnorm_jax.lab.report import tables
 from hybridnorm_jax.lab.report.blocks import Block, Command, Heading, Listing, Paragraph, Picture
 from hybridnorm_jax.lab.report.facts import distinct, has_one_data_order
 from hybridnorm_jax.lab.report.formats import rate_text
 from hybridnorm_jax.lab.report.layer_figures import QUANTITIES, layer_figure
 from hybridnorm_jax.lab.report.loss_figures import loss_curves, rate_curves
-from hybridnorm_jax.lab.report.statistics import TRAINING, ComparedRuns, smoothing_window
+from hybridnorm_jax.lab.report.statistics import ComparedRuns
 from hybridnorm_jax.lab.run_files import DIVERGED, FINISHED, UNFINISHED
 from hybridnorm_jax.lab.runs import Run
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.lab.groups import RunGroup
 from hybridnorm_jax.lab.labels import differing, settings
 from hybridnorm_jax.lab.report.blocks import Cell, Column, Table
 from hybridnorm_jax.lab.report.facts import facts
@@ -19,7 +20,6 @@ from hybridnorm_jax.lab.report.formats import (
 )
 from hybridnorm_jax.lab.report.statistics import (
     ComparedRuns,
-    RunGroup,
     mean,
     paired_difference,
     percentiles,

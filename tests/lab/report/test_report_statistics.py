@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from hybridnorm_jax.lab import groups
 from hybridnorm_jax.lab.report import statistics
 from hybridnorm_jax.lab.run_files import Point
 
 
 def _finished(losses):
     """Runs with seeds 0, 1, ... that finished with these losses."""
-    return statistics.RunGroup(losses=dict(enumerate(map(float, losses))), diverged={}, unfinished=())
+    return groups.RunGroup(losses=dict(enumerate(map(float, losses))), diverged={}, unfinished=())
 
 
 def test_intervals_agree_with_scipy():
@@ -23,7 +24,7 @@ def test_intervals_agree_with_scipy():
     interval = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
     bounds = difference.mean - difference.half_width, difference.mean + difference.half_width
     np.testing.assert_allclose(bounds, (interval.low, interval.high), rtol=1e-12)
-    another_seed = statistics.RunGroup(losses={9: 1.0}, diverged={}, unfinished=())
+    another_seed = groups.RunGroup(losses={9: 1.0}, diverged={}, unfinished=())
     assert statistics.paired_difference(our_runs, another_seed) is None
 
 
@@ -43,5 +44,5 @@ def test_spike_score_is_the_share_of_values_seven_deviations_from_the_thousand_b
 
 def test_smoothing_is_a_trailing_mean_of_what_is_finite():
     series = [Point(1, 2.0), Point(2, 4.0), Point(3, math.nan), Point(4, 6.0), Point(10, 1.0)]
-    smooth = statistics.smoothed(series, np.array([1, 2, 3, 4, 8, 10]), window=2)
+    smooth = groups.smoothed(series, np.array([1, 2, 3, 4, 8, 10]), window=2)
     np.testing.assert_allclose(smooth, [2, 3, 4, 6, math.nan, 1])
