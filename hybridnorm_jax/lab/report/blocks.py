@@ -38,11 +38,13 @@ class Cell:
     Attributes:
       shade: 0 (white) to 1 (the darkest gray on which black text can be read); None: no shading.
       failed: the cell is framed, and hatched if it has no shade; its text says what failed.
+      value: the number that the text rounds, or the two ends of an interval; None: there is only the text.
     """
 
     text: str
     shade: float | None = None
     failed: bool = False
+    value: float | tuple[float, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +52,11 @@ class Table:
     """A table; its first column heads the rows.
 
     Attributes:
+      name: of its files: letters, digits and hyphens, no other table's.
       rows: each has a cell for every column.
     """
 
+    name: str
     caption: str
     columns: Sequence[Column]
     rows: Sequence[Sequence[str | Cell]]

@@ -1,11 +1,15 @@
 """Numbers as the tables, figures and sentences of a report show them."""
 
+from collections.abc import Sequence
+
 # A cell without a number.
 NONE = "\N{EM DASH}"
 
 
-def rate_text(rate: float) -> str:
+def rate_text(rate: float | None) -> str:
     """A learning rate as it was written: 0.0003, not 3e-04; 3e-05 below 0.0001."""
+    if rate is None:
+        return NONE
     short = f"{rate:g}"
     return short if float(short) == rate else repr(rate)
 
@@ -15,15 +19,40 @@ def loss_text(loss: float | None) -> str:
     return NONE if loss is None else f"{loss:.4f}"
 
 
-def signed_text(difference: float) -> str:
+def signed_text(difference: float | None) -> str:
     """A difference of losses, always with its sign."""
+    if difference is None:
+        return NONE
     # A true minus sign is as wide as a plus, so that columns align.
     return f"{difference:+.4f}".replace("-", "\N{MINUS SIGN}")
+
+
+def interval_text(interval: Sequence[float]) -> str:
+    """The two ends of an interval of differences."""
+    low, high = interval
+    return f"{signed_text(low)} to {signed_text(high)}"
+
+
+def p_text(p: float | None) -> str:
+    """A p-value."""
+    if p is None:
+        return NONE
+    return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+def count_or_more_text(count: int | None, most: int) -> str:
+    """A number of seeds, or that there are more of them than were looked for."""
+    return f"more than {most:,}" if count is None else f"{count:,}"
 
 
 def percent_text(percent: float | None) -> str:
     """A percentage."""
     return NONE if percent is None else f"{percent:.2f} %"
+
+
+def ratio_text(ratio: float | None) -> str:
+    """A ratio to the baseline."""
+    return NONE if ratio is None else f"{ratio:.3f}"
 
 
 def digits_text(value: float | None) -> str:

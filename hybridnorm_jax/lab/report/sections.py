@@ -4,12 +4,13 @@ from collections.abc import Iterator
 
 from hybridnorm_jax.lab.divergence import RISE
 from hybridnorm_jax.lab.groups import TRAINING, smoothing_window
-from hybridnorm_jax.lab.report import tables
+from hybridnorm_jax.lab.report import difference_tables, tables
 from hybridnorm_jax.lab.report.blocks import Block, Command, Heading, Listing, Paragraph, Picture
 from hybridnorm_jax.lab.report.facts import distinct, has_one_data_order
 from hybridnorm_jax.lab.report.formats import rate_text
 from hybridnorm_jax.lab.report.layer_figures import QUANTITIES, layer_figure
 from hybridnorm_jax.lab.report.loss_figures import loss_curves, rate_curves
+from hybridnorm_jax.lab.report.significance import MOST_FOR_STUDENT, deviation_range
 from hybridnorm_jax.lab.report.statistics import ComparedRuns
 from hybridnorm_jax.lab.run_files import DIVERGED, FINISHED, UNFINISHED
 from hybridnorm_jax.lab.runs import Run
@@ -45,16 +46,51 @@ def _summary(compared: ComparedRuns) -> Iterator[Block]:
     unfinished = [run.name for run in compared.runs if run.status == UNFINISHED]
     if unfinished:
         yield Paragraph(f"No number of this report includes the runs that are unfinished: {', '.join(unfinished)}.")
-    table = tables.best_rates_table(compared)
+    table = difference_tables.best_rates_table(compared)
     if table is None:
         yield Paragraph("Nothing can be compared: the baseline, or every other label, has no finished run.")
         return
     yield table
-    yield Paragraph(
+    yield Paragraph(f"{_choice_sentences(compared)}{_edge_sentence(compared)}")
+    yield from _power(compared)
+
+
+def _choice_sentences(compared: ComparedRuns) -> str:
+    """How the best rates were chosen, and whom that favors."""
+    rule = (
         "The best learning rate of a label has the lowest mean loss of those at which the most seeds finished and, "
-        "among these, the fewest runs diverged. It was chosen by the losses that this report shows, which favors "
-        f"every label a little. A label for which more rates were tried is favored more.{_edge_sentence(compared)}"
+        "among these, the fewest runs diverged."
     )
+    if not compared.sweep_seeds:
+        return (
+            f"{rule} It was chosen by the losses that this report shows, which favors every label a little. A label "
+            "for which more rates were tried is favored more."
+        )
+    seeds = sorted(compared.sweep_seeds)
+    named = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
+    return (
+        f"{rule} It was chosen with {named} only, and all losses and differences are those of the other seeds, so the "
+        "choice favors no label."
+    )
+
+
+def _power(compared: ComparedRuns) -> Iterator[Block]:
+    table = difference_tables.power_table(compared)
+    if table is None:
+        return
+    yield table
+    counts = sorted({len(found.seeds) for found in compared.best_differences.values() if found and found.deviation})
+    text = (
+        "This is the power of a paired t-test, two-sided, from the standard deviation of the paired differences. The "
+        "last column is the true difference that this many seeds would have found with a probability of 80 %."
+    )
+    if counts:
+        low, high = deviation_range(counts[0])
+        text += (
+            f" The standard deviation itself is an estimate: with {counts[0]} seeds the true one may be {low:.2f} to "
+            f"{high:.2f} times as large."
+        )
+    yield Paragraph(text)
 
 
 def _measured_sentence(compared: ComparedRuns) -> str:
@@ -101,18 +137,36 @@ def _final_losses(compared: ComparedRuns) -> Iterator[Block]:
 
 def _differences(compared: ComparedRuns) -> Iterator[Block]:
     yield Heading("Differences from the baseline")
-    table = tables.differences_table(compared)
+    table = difference_tables.equal_rates_table(compared)
     if table is None:
         yield Paragraph("No other label was trained at a learning rate of the baseline.")
     else:
         yield table
     yield Paragraph(
         "The difference is the mean over seeds of the label's loss minus the baseline's loss with the same seed. "
-        f"{_pairing_sentence(compared)} The "
-        "95 % interval is Student's, with n - 1 degrees of freedom for n seeds. It says how far other seeds might "
-        "move the difference, on this data and at this size. Where the true difference is 0, about one interval in 20 "
-        "misses it by chance. A seed counts only if it finished on both sides, which favors a label that diverges."
+        f"{_pairing_sentence(compared)} Seeds that did not read the data in the same order on both sides are left "
+        f"out. {_method_sentence(compared)} The interval says how far other seeds might move the difference, on this "
+        "data and at this size. Where the true difference is 0, about one interval in 20 misses it by chance; Holm's "
+        "p is corrected for all comparisons of its table, so that any false finding among them has a probability of "
+        "at most 5 %. A seed counts only if it finished on both sides, which favors a label that diverges."
     )
+
+
+def _method_sentence(compared: ComparedRuns) -> str:
+    """How intervals and p-values are computed for the numbers of seeds that there are."""
+    student = "The 95 % interval and p are Student's, with n - 1 degrees of freedom for n seeds."
+    bootstrap = (
+        "The 95 % interval and p are those of a bootstrap (BCa, 9,999 resamples), because there are more than "
+        f"{MOST_FOR_STUDENT} seeds."
+    )
+    counts = [len(group.losses) for group in compared.groups.values()]
+    few, many = min(counts, default=0) <= MOST_FOR_STUDENT, max(counts, default=0) > MOST_FOR_STUDENT
+    if few and many:
+        return (
+            f"Up to {MOST_FOR_STUDENT} seeds the 95 % interval and p are Student's, with n - 1 degrees of freedom for "
+            "n seeds; above, those of a bootstrap (BCa, 9,999 resamples)."
+        )
+    return bootstrap if many else student
 
 
 def _pairing_sentence(compared: ComparedRuns) -> str:
@@ -138,10 +192,11 @@ def _stability(compared: ComparedRuns) -> Iterator[Block]:
         f"tenth of the steps: the last mean, and the median of its steps, lie more than {RISE} nats above the lowest "
         "mean. The step in the table is then the last one of the lowest mean."
     )
-    if len(compared.rates) > 1 and any(group.losses for group in compared.groups.values()):
+    groups = compared.choosing_groups
+    if len({rate for _, rate in groups}) > 1 and any(group.losses for group in groups.values()):
         yield Picture(
             "learning-rates",
-            rate_curves(compared.groups),
+            rate_curves(groups),
             "Final loss by peak learning rate. Lines go through the means of the seeds that finished; each dot is one "
             "seed.",
         )
@@ -230,7 +285,8 @@ def _shown_rate(compared: ComparedRuns, label: str) -> float:
 
 def _shown_runs(compared: ComparedRuns, label: str, rate: float) -> list[Run]:
     """The watched runs that finished, or those that diverged: their last watched step is another one."""
-    watched = [run for run in compared.ended_runs(label, rate) if run.watched]
+    runs = compared.final_runs(label) or compared.ended_runs(label, rate)
+    watched = [run for run in runs if run.watched]
     return [run for run in watched if run.status == FINISHED] or watched
 
 

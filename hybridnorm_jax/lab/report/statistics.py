@@ -1,17 +1,17 @@
-"""The numbers of a comparison: means over seeds, paired differences, best learning rates, smoothing, spikes."""
+"""The numbers of a comparison: paired differences, best learning rates, spikes, percentiles."""
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
 
 from hybridnorm_jax.lab.groups import RunGroup, best_rate, final_loss, group_runs, measured_set
+from hybridnorm_jax.lab.report.significance import Inference, infer
 from hybridnorm_jax.lab.run_files import UNFINISHED, Point
 from hybridnorm_jax.lab.runs import Run
 from hybridnorm_jax.training.spikes import SpikeScore
@@ -24,41 +24,41 @@ class Difference:
 
     Attributes:
       mean: of (loss - baseline's loss) over seeds; below 0 the label is better.
-      half_width: of the confidence interval mean +- half_width; None with one seed.
+      deviation: sample standard deviation (n - 1) of the differences; None with one seed.
+      inference: interval and p-value of the mean; None with one seed.
       seeds: those that were paired.
-      left_out: how many seeds were run for either label and did not finish for both.
+      left_out: how many seeds were run for either label and were not paired.
     """
 
     mean: float
-    half_width: float | None
+    deviation: float | None
+    inference: Inference | None
     seeds: tuple[int, ...]
     left_out: int
 
 
-def paired_difference(ours: RunGroup, theirs: RunGroup, confidence: float = 0.95) -> Difference | None:
-    """The mean over seeds s of d_s = ours(s) - theirs(s), with its Student-t confidence interval.
+def paired_difference(ours: RunGroup, theirs: RunGroup, unpaired: Collection[int] = ()) -> Difference | None:
+    """The mean over seeds s of d_s = ours(s) - theirs(s), with what significance.infer says of it.
 
-    half_width = t * sd(d) / sqrt(n), t the (1 + confidence)/2 quantile of Student's t, n - 1 degrees of freedom,
-    sd the sample standard deviation. Pairing removes what a seed does to both runs alike: the numbers that both draw
-    for parameters and dropout. It does not remove the order of the data, which all runs of a comparison share. The
-    interval supposes that the d_s are independent and about normal.
+    Pairing removes what a seed does to both runs alike: the numbers that both draw for parameters and dropout, and the
+    order of the data where the seed decides it.
+
+    Args:
+      unpaired: seeds to leave out, because what they decide was not alike on both sides.
 
     Returns:
       None where no seed has a loss on both sides.
     """
-    seeds = tuple(sorted(ours.losses.keys() & theirs.losses.keys()))
+    seeds = tuple(sorted((ours.losses.keys() & theirs.losses.keys()) - set(unpaired)))
     if not seeds:
         return None
     differences = np.array([ours.losses[seed] - theirs.losses[seed] for seed in seeds])
-    count, half_width = len(seeds), None
-    if count > 1:
-        quantile = stats.t.ppf((1 + confidence) / 2, count - 1)
-        half_width = float(quantile * differences.std(ddof=1) / math.sqrt(count))
     return Difference(
         mean=float(differences.mean()),
-        half_width=half_width,
+        deviation=float(differences.std(ddof=1)) if len(seeds) > 1 else None,
+        inference=infer(differences),
         seeds=seeds,
-        left_out=len(ours.seeds | theirs.seeds) - count,
+        left_out=len(ours.seeds | theirs.seeds) - len(seeds),
     )
 
 
@@ -133,9 +133,21 @@ class ComparedRuns:
         return measured_set(self.runs)
 
     @cached_property
+    def sweep_seeds(self) -> frozenset[int]:
+        """The seeds that only chose the learning rates; empty where there was no sweep."""
+        return frozenset(self.made_by.get("sweep_seeds", ())) if self.made_by.get("sweep") else frozenset()
+
+    @cached_property
     def groups(self) -> dict[tuple[str, float], RunGroup]:
-        """(label, learning rate) -> its runs."""
-        return group_runs(self.runs, self.measured)
+        """(label, learning rate) -> its runs, without those that only chose the rate: what is compared."""
+        return group_runs((run for run in self.runs if run.seed not in self.sweep_seeds), self.measured)
+
+    @cached_property
+    def choosing_groups(self) -> dict[tuple[str, float], RunGroup]:
+        """(label, learning rate) -> the runs that the best rates are chosen by: the sweep's, or all without a sweep."""
+        if not self.sweep_seeds:
+            return self.groups
+        return group_runs((run for run in self.runs if run.seed in self.sweep_seeds), self.measured)
 
     @cached_property
     def labels(self) -> list[str]:
@@ -150,7 +162,44 @@ class ComparedRuns:
     @cached_property
     def best(self) -> dict[str, float | None]:
         """Label -> its best learning rate."""
-        return {label: best_rate(label, self.groups) for label in self.labels}
+        return {label: best_rate(label, self.choosing_groups) for label in self.labels}
+
+    def best_group(self, label: str) -> RunGroup | None:
+        """The runs that are compared, of a label at its best learning rate; None where there are none."""
+        rate = self.best[label]
+        return None if rate is None else self.groups.get((label, rate))
+
+    @cached_property
+    def best_differences(self) -> dict[str, Difference | None]:
+        """Label -> its difference from the baseline, each at its own best rate; only labels that have one."""
+        baseline_rate = self.best[self.baseline]
+        rates = {label: self.best[label] for label in self.labels[1:]}
+        return {
+            label: self.difference(label, rate, baseline_rate)
+            for label, rate in rates.items()
+            if rate is not None and baseline_rate is not None
+        }
+
+    def difference(self, label: str, rate: float, baseline_rate: float) -> Difference | None:
+        """The paired difference of a label from the baseline, each at a learning rate.
+
+        Seeds are left out whose runs read the data in different orders. None where no seed can be paired.
+        """
+        ours, theirs = self.groups.get((label, rate)), self.groups.get((self.baseline, baseline_rate))
+        if ours is None or theirs is None:
+            return None
+        orders, other_orders = self._data_orders[label, rate], self._data_orders[self.baseline, baseline_rate]
+        unpaired = [seed for seed in ours.seeds & theirs.seeds if orders[seed] != other_orders[seed]]
+        return paired_difference(ours, theirs, unpaired)
+
+    @cached_property
+    def _data_orders(self) -> dict[tuple[str, float], dict[int, int]]:
+        """(label, learning rate) -> seed -> the seed that the order of the data is drawn with."""
+        orders: dict[tuple[str, float], dict[int, int]] = {}
+        for run in self.runs:
+            data_seed = run.config.train.data_seed
+            orders.setdefault((run.label, run.rate), {})[run.seed] = run.seed if data_seed is None else data_seed
+        return orders
 
     @cached_property
     def numbers(self) -> dict[str, dict[str, float | int | None]]:
@@ -162,8 +211,19 @@ class ComparedRuns:
         return numbers
 
     def tried(self, label: str) -> list[float]:
-        """The learning rates of a label, in rising order."""
+        """The learning rates of a label that its best one is chosen from, in rising order."""
+        return sorted(rate for name, rate in self.choosing_groups if name == label)
+
+    def compared_at(self, label: str) -> list[float]:
+        """The learning rates at which a label has runs that are compared, in rising order."""
         return sorted(rate for name, rate in self.groups if name == label)
+
+    def final_runs(self, label: str) -> list[Run]:
+        """The runs of a label at its best learning rate that finished or diverged, without those that chose it."""
+        rate = self.best[label]
+        if rate is None:
+            return []
+        return [run for run in self.ended_runs(label, rate) if run.seed not in self.sweep_seeds]
 
     def ended_runs(self, label: str, rate: float | None = None) -> list[Run]:
         """The runs of a label that finished or diverged, at one learning rate or, with None, at all of them."""

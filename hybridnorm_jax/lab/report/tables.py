@@ -1,13 +1,14 @@
 """The tables of a report."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.lab.groups import RunGroup
 from hybridnorm_jax.lab.labels import differing, settings
 from hybridnorm_jax.lab.report.blocks import Cell, Column, Table
+from hybridnorm_jax.lab.report.columns import LABEL, RATE, numbers, shown
 from hybridnorm_jax.lab.report.facts import facts
 from hybridnorm_jax.lab.report.formats import (
     NONE,
@@ -16,97 +17,12 @@ from hybridnorm_jax.lab.report.formats import (
     loss_text,
     percent_text,
     rate_text,
-    signed_text,
+    ratio_text,
 )
-from hybridnorm_jax.lab.report.statistics import (
-    ComparedRuns,
-    mean,
-    paired_difference,
-    percentiles,
-)
+from hybridnorm_jax.lab.report.statistics import ComparedRuns, mean, percentiles
 from hybridnorm_jax.lab.run_files import FINISHED
 from hybridnorm_jax.lab.runs import Run
 from hybridnorm_jax.training.throughput import tokens_per_second
-
-LABEL = Column("label")
-RATE = Column("learning rate", holds_numbers=True)
-
-
-def numbers(*names: str) -> list[Column]:
-    """Columns of numbers."""
-    return [Column(name, holds_numbers=True) for name in names]
-
-
-# ---- Differences from the baseline
-
-
-class DifferenceTexts(NamedTuple):
-    """A difference of losses as a row shows it."""
-
-    seeds: str
-    difference: str
-    interval: str
-    reading: str
-
-
-DIFFERENCE_COLUMNS = (*numbers("seeds", "difference", "95 % interval"), Column("reading"))
-
-
-def difference_texts(ours: RunGroup, theirs: RunGroup) -> DifferenceTexts:
-    """The mean difference over the seeds that finished on both sides, and what may be read from it."""
-    found = paired_difference(ours, theirs)
-    if found is None:
-        return DifferenceTexts("0", NONE, NONE, "no seed finished on both sides")
-    count = len(found.seeds)
-    seeds = f"{count} of {count + found.left_out}" if found.left_out else f"{count}"
-    difference = signed_text(found.mean)
-    if found.half_width is None:
-        return DifferenceTexts(seeds, difference, NONE, "one seed: no interval, so it may be chance")
-    low, high = found.mean - found.half_width, found.mean + found.half_width
-    if high < 0:
-        reading = "better"
-    elif low > 0:
-        reading = "worse"
-    else:
-        reading = "not told apart: the interval contains 0"
-    return DifferenceTexts(seeds, difference, f"{signed_text(low)} to {signed_text(high)}", reading)
-
-
-def best_rates_table(compared: ComparedRuns) -> Table | None:
-    """Differences, each label at its own best learning rate; None where there is nothing to compare."""
-    baseline_rate = compared.best[compared.baseline]
-    if baseline_rate is None:
-        return None
-    baseline = compared.groups[compared.baseline, baseline_rate]
-    rows = []
-    for label in compared.labels[1:]:
-        rate = compared.best[label]
-        if rate is not None:
-            group = compared.groups[label, rate]
-            texts = difference_texts(group, baseline)
-            rows.append([label, rate_text(rate), rate_text(baseline_rate), loss_text(group.mean), *texts])
-    if not rows:
-        return None
-    return Table(
-        f"Loss minus {compared.baseline}'s, each at its own best learning rate; below 0 is better",
-        [LABEL, *numbers("its rate", "baseline's rate", "mean loss"), *DIFFERENCE_COLUMNS],
-        rows,
-    )
-
-
-def differences_table(compared: ComparedRuns) -> Table | None:
-    """Differences at the same learning rate; None where no label shares one with the baseline."""
-    rows = []
-    for label in compared.labels[1:]:
-        for rate in compared.tried(label):
-            baseline = compared.groups.get((compared.baseline, rate))
-            if baseline is not None:
-                rows.append([label, rate_text(rate), *difference_texts(compared.groups[label, rate], baseline)])
-    if not rows:
-        return None
-    caption = f"Loss minus {compared.baseline}'s at the same learning rate and seed; below 0 is better"
-    return Table(caption, [LABEL, RATE, *DIFFERENCE_COLUMNS], rows)
-
 
 # ---- What was compared
 
@@ -114,7 +30,7 @@ def differences_table(compared: ComparedRuns) -> Table | None:
 def facts_table(compared: ComparedRuns) -> Table:
     """What all runs share."""
     return Table(
-        "All runs", [Column("property"), Column("value")], [[fact.name, fact.text] for fact in facts(compared)]
+        "facts", "All runs", [Column("property"), Column("value")], [[fact.name, fact.text] for fact in facts(compared)]
     )
 
 
@@ -132,7 +48,7 @@ def labels_table(compared: ComparedRuns) -> Table:
         rows.append([label, model.initializer_name, embedding_norm, final_norm, differs])
     names = ("initializer", "embedding norm", "final norm", f"differs from {compared.baseline} in")
     caption = "Labels: what each scheme brings with it, and what differs besides seed and learning rate"
-    return Table(caption, [LABEL, *map(Column, names)], rows)
+    return Table("labels", caption, [LABEL, *map(Column, names)], rows)
 
 
 def _yes_or_no(value: bool) -> str:
@@ -148,18 +64,19 @@ def _differences(before: RunConfig, after: RunConfig) -> str:
 
 
 def final_losses_table(compared: ComparedRuns) -> Table:
-    """The final loss of every seed, and the mean over seeds."""
-    seeds = sorted({run.seed for run in compared.ended})
+    """The final loss of every seed that is compared, and the mean over seeds."""
+    seeds = sorted({run.seed for run in compared.ended} - compared.sweep_seeds)
     rows = []
     for label in compared.labels:
-        for rate in compared.tried(label):
+        for rate in compared.compared_at(label):
             group = compared.groups[label, rate]
             if group.losses or group.diverged:
-                row = [label, rate_text(rate), loss_text(group.mean), loss_text(group.deviation)]
-                row += [_seed_text(group, seed) for seed in seeds]
-                row += [str(len(group.losses)), str(len(group.diverged)), str(len(group.unfinished))]
-                rows.append(row)
+                row = [label, shown(rate, rate_text), shown(group.mean, loss_text), shown(group.deviation, loss_text)]
+                row += [_seed_cell(group, seed) for seed in seeds]
+                counts = len(group.losses), len(group.diverged), len(group.unfinished)
+                rows.append([*row, *(shown(count, str) for count in counts)])
     return Table(
+        "final-losses",
         f"Loss ({compared.measured}, nats per token; smaller is better). Mean and standard deviation (n - 1) are over "
         "the seeds that finished",
         [
@@ -173,10 +90,10 @@ def final_losses_table(compared: ComparedRuns) -> Table:
     )
 
 
-def _seed_text(group: RunGroup, seed: int) -> str:
+def _seed_cell(group: RunGroup, seed: int) -> Cell:
     if seed in group.losses:
-        return loss_text(group.losses[seed])
-    return "diverged" if seed in group.diverged else NONE
+        return shown(group.losses[seed], loss_text)
+    return Cell("diverged" if seed in group.diverged else NONE)
 
 
 def other_sets_table(compared: ComparedRuns) -> Table | None:
@@ -188,26 +105,32 @@ def other_sets_table(compared: ComparedRuns) -> Table | None:
     for label in compared.labels:
         rate = compared.best[label]
         if rate is not None:
-            finished = [run for run in compared.ended_runs(label, rate) if run.status == FINISHED]
+            finished = [run for run in compared.final_runs(label) if run.status == FINISHED]
             means = [mean(run.scores.get(name) for run in finished) for name in sets]
-            rows.append([label, rate_text(rate), *map(loss_text, means)])
-    return Table("Other sets: mean loss at the best learning rate", [LABEL, RATE, *numbers(*sets)], rows)
+            rows.append([label, shown(rate, rate_text), *(shown(value, loss_text) for value in means)])
+    caption = "Other sets: mean loss at the best learning rate"
+    return Table("other-sets", caption, [LABEL, RATE, *numbers(*sets)], rows)
 
 
 # ---- Stability
 
 
 def stability_table(compared: ComparedRuns) -> Table:
-    """The mean loss of each label at each learning rate, shaded, with what diverged."""
+    """The mean loss of each label at each learning rate, shaded, with what diverged.
+
+    With a sweep these are the runs of its seeds: all rates were then tried with the same ones.
+    """
+    groups_by_key = compared.choosing_groups
     # Shades are ranks: one label that hardly learned would otherwise make all others look alike.
-    ranked = sorted({group.mean for group in compared.groups.values() if group.mean is not None})
+    ranked = sorted({group.mean for group in groups_by_key.values() if group.mean is not None})
+    rates = sorted({rate for _, rate in groups_by_key})
     rows = []
     for label in compared.labels:
-        groups = [compared.groups.get((label, rate)) for rate in compared.rates]
+        groups = [groups_by_key.get((label, rate)) for rate in rates]
         rows.append([label, *(_stability_cell(group, ranked) for group in groups)])
-    columns = [LABEL, *(Column(f"learning rate {rate_text(rate)}") for rate in compared.rates)]
+    columns = [LABEL, *(Column(f"learning rate {rate_text(rate)}") for rate in rates)]
     caption = "Mean final loss by label and learning rate. Darker is larger; a frame marks where a run diverged"
-    return Table(caption, columns, rows)
+    return Table("stability", caption, columns, rows)
 
 
 def _stability_cell(group: RunGroup | None, ranked: Sequence[float]) -> Cell:
@@ -225,7 +148,7 @@ def _stability_cell(group: RunGroup | None, ranked: Sequence[float]) -> Cell:
         parts.append(f"diverged at step {', '.join(map(str, steps))}" if steps else "diverged")
     if group.unfinished:
         parts.append(f"unfinished: {len(group.unfinished)}" if parts else "unfinished")
-    return Cell("; ".join(parts), shade=shade, failed=bool(group.diverged))
+    return Cell("; ".join(parts), shade=shade, failed=bool(group.diverged), value=group.mean)
 
 
 # ---- Spikes, speed, runs
@@ -235,23 +158,29 @@ def spikes_table(compared: ComparedRuns) -> Table:
     """Spike scores, and percentiles of the gradient norm."""
     rows = []
     for label in compared.labels:
-        for rate in compared.tried(label):
+        for rate in compared.rates:
             runs = compared.ended_runs(label, rate)
             if any(run.losses for run in runs):
-                rows.append([label, rate_text(rate), *_spike_texts(compared, runs)])
+                rows.append([label, shown(rate, rate_text), *_spike_cells(compared, runs)])
     return Table(
+        "spikes",
         "Spike scores of loss and gradient norm (mean over runs); percentiles of the norm (all runs together)",
         [LABEL, RATE, *numbers("steps", "loss spikes", "norm spikes", "norm 50 %", "90 %", "99 %")],
         rows,
     )
 
 
-def _spike_texts(compared: ComparedRuns, runs: Sequence[Run]) -> list[str]:
+def _spike_cells(compared: ComparedRuns, runs: Sequence[Run]) -> list[Cell]:
     steps = sum(len(run.losses) for run in runs)
     of_loss = mean(compared.numbers[run.name]["loss_spike_score"] for run in runs)
     of_norm = mean(compared.numbers[run.name]["gradient_spike_score"] for run in runs)
     norms = percentiles(point for run in runs for point in run.gradient_norms)
-    return [f"{steps:,}", percent_text(of_loss), percent_text(of_norm), *map(digits_text, norms)]
+    return [
+        Cell(f"{steps:,}", value=steps),
+        shown(of_loss, percent_text),
+        shown(of_norm, percent_text),
+        *(shown(norm, digits_text) for norm in norms),
+    ]
 
 
 def speed_table(compared: ComparedRuns) -> Table:
@@ -263,12 +192,12 @@ def speed_table(compared: ComparedRuns) -> Table:
         speeds[label] = tokens_per_second(seconds, runs[0].config.tokens_per_step) if runs else None
     baseline = speeds[compared.baseline]
     rows = [
-        [label, digits_text(speed), f"{speed / baseline:.3f}" if baseline else NONE]
+        [label, shown(speed, digits_text), shown(speed / baseline if baseline else None, ratio_text)]
         for label, speed in speeds.items()
         if speed is not None
     ]
     columns = [LABEL, *numbers("median", f"ratio to {compared.baseline}")]
-    return Table("Tokens per second of training", columns, rows)
+    return Table("speed", "Tokens per second of training", columns, rows)
 
 
 def runs_table(compared: ComparedRuns) -> Table:
@@ -282,20 +211,20 @@ def runs_table(compared: ComparedRuns) -> Table:
         *numbers("steps", "loss", "wall time"),
         Column("resumed from"),
     ]
-    rows = [_run_texts(run, compared.numbers[run.name]) for run in compared.runs]
-    return Table("Every run. report.csv has all of its numbers", columns, rows)
+    rows = [_run_cells(run, compared.numbers[run.name]) for run in compared.runs]
+    return Table("runs", "Every run. report.csv has all of its numbers", columns, rows)
 
 
-def _run_texts(run: Run, of_run: dict[str, Any]) -> list[str]:
+def _run_cells(run: Run, of_run: dict[str, Any]) -> list[str | Cell]:
     resumed = of_run["resumed_from"]
     return [
         run.name,
         run.label,
-        rate_text(run.rate),
-        str(run.seed),
+        shown(run.rate, rate_text),
+        shown(run.seed, str),
         run.status if run.diverged_at is None else f"diverged at step {run.diverged_at}",
-        NONE if run.step is None else f"{run.step:,}",
-        loss_text(of_run["final_loss"]),
-        duration_text(of_run["seconds"]),
-        f"step {resumed}" if resumed else NONE,
+        Cell(NONE if run.step is None else f"{run.step:,}", value=run.step),
+        shown(of_run["final_loss"], loss_text),
+        shown(of_run["seconds"], duration_text),
+        Cell(f"step {resumed}" if resumed else NONE, value=resumed or None),
     ]

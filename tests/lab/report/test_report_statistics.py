@@ -22,8 +22,8 @@ def test_intervals_agree_with_scipy():
     our_runs, their_runs = _finished(ours), _finished(theirs)
     difference = statistics.paired_difference(our_runs, their_runs)
     interval = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
-    bounds = difference.mean - difference.half_width, difference.mean + difference.half_width
-    np.testing.assert_allclose(bounds, (interval.low, interval.high), rtol=1e-12)
+    np.testing.assert_allclose(difference.inference.interval, (interval.low, interval.high), rtol=1e-12)
+    assert difference.deviation == pytest.approx(np.std(ours - theirs, ddof=1), rel=1e-12)
     another_seed = groups.RunGroup(losses={9: 1.0}, diverged={}, unfinished=())
     assert statistics.paired_difference(our_runs, another_seed) is None
 
