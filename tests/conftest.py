@@ -1,5 +1,6 @@
 """Eight simulated devices for every test, and small shapes that compile once."""
 
+import copy
 import gc
 import os
 from importlib import metadata
@@ -32,7 +33,7 @@ import pytest
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.model.abstract_params import abstract_params
-from hybridnorm_jax.training.program import Program
+from hybridnorm_jax.training.program import Program, compiled_values
 
 # Tracing makes millions of objects, and Python would look through them over and over: a sixth of the suite's time.
 # They are collected after each file instead.
@@ -60,13 +61,12 @@ def shared_programs(_programs, monkeypatch):
     build = Program.__init__
 
     def build_or_share(self, config, mesh=None):
-        compiled = (config.model, config.train, config.optimizer, config.mesh, config.data.segment_ids)
         named = config.model.placements, config.model.norm_kind, hn.NORM_KINDS[config.model.attention_norm_kind]
-        key = repr((*compiled, *named, jax.config.read("jax_enable_x64"))), mesh
+        key = repr((compiled_values(config), *named, jax.config.read("jax_enable_x64"))), mesh
         if key not in _programs:
             build(self, config, mesh)
-            _programs[key] = dict(vars(self))
-        vars(self).update(_programs[key] | {"config": config})
+            _programs[key] = copy.copy(self)
+        vars(self).update(vars(_programs[key].sharing(config)))
 
     monkeypatch.setattr(Program, "__init__", build_or_share)
 

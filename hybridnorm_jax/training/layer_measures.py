@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.signal_measures import PROBE, SIGNAL
+from hybridnorm_jax.training.optimizer import StepNumbers
 from hybridnorm_jax.training.state import TrainState
 from hybridnorm_jax.training.step import Batch, Convert, batch_loss
 
@@ -100,14 +101,16 @@ def layer_norms(tree: Any) -> dict[str, Float[Array, "*layers"]]:
 
 def make_watch(
     model: Decoder,
-    optimizer: optax.GradientTransformation,
+    optimizer_of: Callable[[StepNumbers], optax.GradientTransformation],
     *,
     shares: int,
     sequences: int,
     chunk: int | None = None,
     convert: Convert | None = None,
-) -> Callable[[TrainState, Batch], Measures]:
-    """(state, batch of a training step) -> measure_signal of a few of its sequences, and besides, by group:
+) -> Callable[[TrainState, Batch, StepNumbers], Measures]:
+    """(state, batch of a training step, numbers of the run) -> measure_signal of a few of its sequences.
+
+    And besides, by group:
 
       parameter/<group>: norms of the parameters.
       update/<group>: norms of what the optimizer would add to them, were this gradient that of the whole batch.
@@ -115,6 +118,7 @@ def make_watch(
     Nothing of the state changes.
 
     Args:
+      optimizer_of: numbers -> the optimizer.
       shares: the devices' equal shares of a microbatch.
       sequences: how many of each share in the first microbatch are taken.
     """
@@ -125,11 +129,11 @@ def make_watch(
         first = microbatch.reshape(shares, -1, positions)[:, :sequences]
         return first.reshape(-1, positions)
 
-    def watch(state: TrainState, batch: Batch) -> Measures:
+    def watch(state: TrainState, batch: Batch, numbers: StepNumbers) -> Measures:
         measures, gradient = measure_signal(
             model, state.params, jax.tree.map(some, batch), chunk=chunk, convert=convert, step=state.step
         )
-        updates, _ = optimizer.update(gradient, state.opt_state, state.params)
+        updates, _ = optimizer_of(numbers).update(gradient, state.opt_state, state.params)
         return measures | _named("parameter", layer_norms(state.params)) | _named("update", layer_norms(updates))
 
     return watch

@@ -25,11 +25,12 @@ from hybridnorm_jax.training.memory import check_room, least_bytes
 from hybridnorm_jax.training.metrics_file import read_records
 from hybridnorm_jax.training.metrics_writer import MetricsWriter, WandbRun
 from hybridnorm_jax.training.program import Program
-from hybridnorm_jax.training.remat_choice import checked_program, with_chosen_remat
+from hybridnorm_jax.training.remat_choice import with_chosen_remat
 from hybridnorm_jax.training.resume import beginning
 from hybridnorm_jax.training.run import Run
 from hybridnorm_jax.training.run_directory import open_run_directory, run_directory, saved_config, write_config
 from hybridnorm_jax.training.run_lock import RunLock
+from hybridnorm_jax.training.shared_programs import SharedPrograms
 from hybridnorm_jax.training.start_report import count_text, start_report, table
 from hybridnorm_jax.training.step import Batch
 from hybridnorm_jax.training.stopping import StopSignals
@@ -39,12 +40,19 @@ from hybridnorm_jax.training.time_ledger import TimeLedger
 from hybridnorm_jax.training.watchdog import Watchdog
 
 
-def train(config: RunConfig, *, began: float | None = None, hooks: Iterable[Hook] = ()) -> dict[str, perplexity.Score]:
+def train(
+    config: RunConfig,
+    *,
+    began: float | None = None,
+    hooks: Iterable[Hook] = (),
+    programs: SharedPrograms | None = None,
+) -> dict[str, perplexity.Score]:
     """Train, or go on training, the run that `config` describes; returns the final scores of its validation sets.
 
     Args:
       began: time.perf_counter() when the process began, for its goodput; None: now.
       hooks: what else is to happen besides the steps. They are called after the built-in ones (hooks/built_in.py).
+      programs: where this run finds compiled steps and leaves its own, for several runs in one process; None: nowhere.
 
     Raises:
       UserError: anything the caller can mend, in one line; what was saved before stays as it is.
@@ -60,7 +68,7 @@ def train(config: RunConfig, *, began: float | None = None, hooks: Iterable[Hook
         with signals.interruptible():
             lock = stack.enter_context(RunLock(run_directory(config)))
             directory, config = open_run_directory(config)
-            program, data, task_model = _prepare(config)
+            program, data, task_model = _prepare(config, SharedPrograms() if programs is None else programs)
             # JAX's coordination service, which starts with the devices, has a handler of its own for SIGTERM.
             signals.install()
         checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep))
@@ -190,9 +198,9 @@ def _next_batch(run: Run) -> Batch:
     return batch
 
 
-def _prepare(config: RunConfig) -> tuple[Program, Data, TaskModel | None]:
+def _prepare(config: RunConfig, programs: SharedPrograms) -> tuple[Program, Data, TaskModel | None]:
     """What needs no run directory: the program, checked; the data, tokenized where they are not yet; eval.tasks."""
-    program = checked_program(config)
+    program = programs.program(config)
     check_room(least_bytes(config, program.abstract_state), room_of(program.mesh.devices.flat[0]))
     data = open_data(
         config.data,
@@ -203,6 +211,7 @@ def _prepare(config: RunConfig) -> tuple[Program, Data, TaskModel | None]:
     check_sets(config.data.validation, training_files(config.data))
     check_prompt(config, data)
     program = with_chosen_remat(program)  # compiles for minutes, so what is wrong with the data is said before
+    programs.keep(program)
     if not config.eval.tasks:
         return program, data, None
     limit = config.eval.task_limit

@@ -1,15 +1,17 @@
 """What a RunConfig compiles to: model, optimizer, and the two jitted steps on one mesh."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from hybridnorm_jax.config.key_lookup import flatten
 from hybridnorm_jax.config.run_config import RunConfig, TrainSection
 from hybridnorm_jax.config_fields import check
 from hybridnorm_jax.equivalence.comparison import compare_forms, compare_norm
@@ -30,8 +32,8 @@ from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.encoder_config import EncoderConfig
 from hybridnorm_jax.model.loss import LossSums
 from hybridnorm_jax.training.layer_measures import Measures, make_watch
-from hybridnorm_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from hybridnorm_jax.training.state import TrainState, abstract_state, fresh_state, make_initializer
+from hybridnorm_jax.training.optimizer import StepNumbers, learning_rate, make_optimizer, step_numbers
+from hybridnorm_jax.training.state import TrainState, abstract_state, make_fresh_state, make_initializer
 from hybridnorm_jax.training.step import (
     Batch,
     Convert,
@@ -49,6 +51,41 @@ def check_precision(model: ModelConfig) -> None:
     for name in ("dtype", "param_dtype"):
         narrow = getattr(model, name) != "float64" or jax.config.jax_enable_x64
         check(narrow, f"model.{name}", "float64", "needs JAX_ENABLE_X64=1 in the environment")
+
+
+# Keys that no step is compiled with: they are arguments of it (StepNumbers), or matter outside of it.
+_NOT_COMPILED = (
+    "optimizer.learning_rate",
+    "optimizer.final_ratio",
+    "optimizer.warmup_steps",
+    "optimizer.warmup_tokens",
+    "optimizer.wsd_decay_fraction",
+    "optimizer.weight_decay",
+    "train.steps",
+    "train.seed",
+    "train.data_seed",
+    "train.max_bad_steps",
+    "train.stall_seconds",
+    "train.stall_exit",
+    "train.log_every",
+    "train.watch_every",
+    "train.profile",
+    "train.sample_tokens",
+    "train.sample_prompt",
+    "init_from",
+    "init_optimizer",
+)
+_SECTIONS_NOT_COMPILED = ("run.", "data.", "checkpoint.", "eval.", "distributed.")
+_SEGMENTS = "data.segment_ids"
+
+
+def compiled_values(config: RunConfig) -> dict[str, Any]:
+    """Dotted key -> value, for the keys that decide which steps are compiled."""
+    return {
+        path: value
+        for path, value in flatten(dataclasses.asdict(config))
+        if path == _SEGMENTS or (path not in _NOT_COMPILED and not path.startswith(_SECTIONS_NOT_COMPILED))
+    }
 
 
 class Program:
@@ -90,16 +127,31 @@ class Program:
         model = dataclasses.replace(config.model, **resolved)
         self.conversion = _conversion(model, config.train)
         self.model = Decoder(model if self.conversion is None else self.conversion.config)
-        self._schedule = learning_rate_schedule(config.optimizer, config.train.steps, config.tokens_per_step)
-        self._optimizer = make_optimizer(
-            config.optimizer, self._schedule, unit_matrices=config.model.scheme_rule.sphere
-        )
-        self._initialize = make_initializer(config.model, self._optimizer, spike_window=config.train.spike_window)
-        self.abstract_state = abstract_state(self._initialize, self.mesh, self.rules)
+        self._optimizer_of = partial(make_optimizer, config.optimizer, unit_matrices=config.model.scheme_rule.sphere)
+        optimizer = self._optimizer_of(self._numbers)
+        initialize = make_initializer(config.model, optimizer, spike_window=config.train.spike_window)
+        self.abstract_state = abstract_state(initialize, self.mesh, self.rules)
         self.compiler_options = step_options(self.platform)
+        self._fresh_state = make_fresh_state(initialize, self.abstract_state)
         self._train_step = self._jit_train_step()
         self._eval_step = self._jit_eval_step()
         self._watch = self._jit_watch()
+
+    @cached_property
+    def _numbers(self) -> StepNumbers:
+        train = self.config.train
+        return step_numbers(
+            self.config.optimizer, steps=train.steps, tokens_per_step=self.config.tokens_per_step, seed=train.seed
+        )
+
+    def sharing(self, config: RunConfig) -> "Program | None":
+        """The program of another run that computes with these compiled steps; None where its own are others."""
+        if compiled_values(config) != compiled_values(self.config):
+            return None
+        other = copy.copy(self)
+        other.config = config
+        other.__dict__.pop("_numbers", None)
+        return other
 
     @property
     def platform(self) -> str:
@@ -159,10 +211,9 @@ class Program:
         )
 
     def _jit_train_step(self) -> Callable:
-        """(state, batch) -> (state, metrics, measured invariants); the first argument's memory is used again."""
+        """(state, batch, numbers) -> (state, metrics, measured invariants); the state's memory is used again."""
         train = self.config.train
         options = StepOptions(
-            seed=train.seed,
             chunk=train.loss_chunk,
             z_loss=train.z_loss,
             balance_loss=train.balance_loss,
@@ -172,8 +223,8 @@ class Program:
         )
         step = make_train_step(
             self.model,
-            self._optimizer,
-            self._schedule,
+            self._optimizer_of,
+            partial(learning_rate, self.config.optimizer.schedule),
             options,
             convert=self._convert,
             measure=_measure(self.config) if train.check_invariants else None,
@@ -191,10 +242,10 @@ class Program:
         return jax.jit(make_eval_step(self.model, chunk=self.config.train.loss_chunk, convert=self._convert))
 
     def _jit_watch(self) -> Callable:
-        """(state, batch) -> measures of every layer."""
+        """(state, batch, numbers) -> measures of every layer."""
         watch = make_watch(
             self.model,
-            self._optimizer,
+            self._optimizer_of,
             shares=batch_parts(self.mesh, self.rules),
             sequences=self.config.train.watch_sequences,
             chunk=self.config.train.loss_chunk,
@@ -225,7 +276,7 @@ class Program:
 
     def fresh_state(self) -> TrainState:
         """The state before the first step."""
-        return fresh_state(self._initialize, self.config.train.seed, self.abstract_state)
+        return self._fresh_state(jax.random.key(self.config.train.seed))
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update; `state` is donated. `batch` is this process's (microbatches, sequences, positions) in NumPy.
@@ -234,7 +285,7 @@ class Program:
           InvariantError: with train.check_invariants, the first invariant that does not hold.
         """
         with use_mesh(self.mesh, self.rules), readable_refusals():
-            state, metrics, measured = self._train_step(state, self.put(batch, leading=1))
+            state, metrics, measured = self._train_step(state, self.put(batch, leading=1), self._numbers)
         if measured is not None:
             assert_measured(state.step, measured, tolerances(self.config.model, self.platform))
         return state, metrics
@@ -242,7 +293,7 @@ class Program:
     def watch(self, state: TrainState, batch: Batch) -> Measures:
         """Measures of every layer for a batch as train_step takes it, before that step; `state` stays."""
         with use_mesh(self.mesh, self.rules):
-            return self._watch(state, self.put(batch, leading=1))
+            return self._watch(state, self.put(batch, leading=1), self._numbers)
 
     def lower_train_step(self) -> jax.stages.Lowered:
         """The train step lowered for this mesh, from shapes alone."""
@@ -254,7 +305,7 @@ class Program:
         place = batch_sharding(self.mesh, 1, self.rules)
         batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
         with use_mesh(self.mesh, self.rules):
-            return self._train_step.lower(self.abstract_state, batch)
+            return self._train_step.lower(self.abstract_state, batch, self._numbers)
 
     def eval_step(self, params: Any, batch: Batch, *, step: jax.Array | None = None) -> LossSums:
         """Loss sums of one batch; `batch` is this process's (sequences, positions) in NumPy.

@@ -83,7 +83,7 @@ def with_chosen_remat(program: Program) -> Program:
     Raises:
       ConfigError: the policy is to be chosen, and the room is unknown.
     """
-    if program.config.model.remat != AUTO_REMAT:
+    if program.remat != AUTO_REMAT:
         return program
     return compiled_program(program.config, program.mesh, room=least_room()).program
 

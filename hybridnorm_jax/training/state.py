@@ -64,8 +64,8 @@ def abstract_state(initialize: Initializer, mesh: Mesh, rules: Rules = RULES) ->
     return jax.tree.map(placed, shapes, places)
 
 
-def fresh_state(initialize: Initializer, seed: int, abstract: TrainState) -> TrainState:
-    """The state before the first step, sharded as `abstract`; every device computes only its own shards."""
+def make_fresh_state(initialize: Initializer, abstract: TrainState) -> Initializer:
+    """key -> the state before the first step, sharded as `abstract`; every device computes only its own shards."""
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     options = initial_state_options(abstract.step.sharding.mesh.devices.flat[0].platform)
-    return jax.jit(initialize, out_shardings=places, compiler_options=options)(jax.random.key(seed))
+    return jax.jit(initialize, out_shardings=places, compiler_options=options)

@@ -20,9 +20,12 @@ from hybridnorm_jax.model.moe import RouterStatistics
 from hybridnorm_jax.model.watched_streams import DEFECT, ROUTER
 from hybridnorm_jax.training import router_balance
 from hybridnorm_jax.training.anomalies import all_finite, anomaly_metrics, judge, keep_where
+from hybridnorm_jax.training.optimizer import StepNumbers
 from hybridnorm_jax.training.state import TrainState
 
 Convert = Callable[[Any], Any]
+OptimizerOf = Callable[[StepNumbers], optax.GradientTransformation]
+RateOf = Callable[[StepNumbers, Array], Array]
 Measure = Callable[[Any, dict[str, Array]], Measured]
 # Names in the compiled program, by which planning/model_parts.py tells what belongs to what.
 LOSS_SCOPE, OPTIMIZER_SCOPE = "loss", "optimizer"
@@ -34,7 +37,6 @@ class StepOptions:
     """What a training step does besides following the gradient of the mean loss.
 
     Attributes:
-      seed: of dropout.
       chunk: positions whose logits are held at a time; None: all.
       z_loss: weight of log(Z)^2 of every target.
       balance_loss, router_z_loss: weights of the routers' losses, summed over the layers.
@@ -42,7 +44,6 @@ class StepOptions:
       skip_spikes_sigma: see anomalies.judge; None: only what is not finite is skipped.
     """
 
-    seed: int
     chunk: int | None = None
     z_loss: float = 0.0
     balance_loss: float = 0.0
@@ -131,14 +132,14 @@ def document_inputs(batch: Batch) -> Batch:
 
 def make_train_step(
     model: Decoder,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    optimizer_of: OptimizerOf,
+    rate_of: RateOf,
     options: StepOptions,
     *,
     convert: Convert | None = None,
     measure: Measure | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array], Measured | None]]:
-    """(state, batch) -> (state after one step, metrics, measured invariants).
+) -> Callable[[TrainState, Batch, StepNumbers], tuple[TrainState, dict[str, Array], Measured | None]]:
+    """(state, batch, numbers of the run) -> (state after one step, metrics, measured invariants).
 
     The batch's arrays are (microbatches, sequences, positions). The gradient is that of
     sum(nll + z_loss * log(Z)^2) / sum(weights) over all microbatches: sums are accumulated and divided once, so
@@ -156,27 +157,28 @@ def make_train_step(
     router_balance.router_metrics.
 
     Args:
+      optimizer_of: numbers -> the optimizer.
+      rate_of: (numbers, step) -> the learning rate, for the metrics.
       convert: the state's parameters -> those of `model`, for a model that is trained as another form of itself.
       measure: (the state's parameters, one sequence) -> invariants to return; None: the last result is None.
     """
-    dropout_root = jax.random.key(options.seed)
     objective = _make_objective(model, options, defects=measure is not None and convert is not None)
 
-    def train_step(state, batch):
-        key = jax.random.fold_in(dropout_root, state.step)
+    def train_step(state, batch, numbers):
+        key = jax.random.fold_in(jax.random.wrap_key_data(numbers.dropout_seed), state.step)
         totals, sown, summed = _gradient(partial(objective, step=state.step), convert, state.params, batch, key)
         # Where no target has a weight, loss and gradient are zero.
         weight = jnp.where(totals.loss.weight > 0, totals.loss.weight, 1)
         with jax.named_scope(OPTIMIZER_SCOPE):
             grads = _divide(summed, weight)
             grad_norm = optax.tree.norm(grads)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            updates, opt_state = optimizer_of(numbers).update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         routers = None if totals.routers is None else _divide(totals.routers, weight)
         if model.config.balance_bias:
             params = router_balance.move_balance_biases(params, present(routers).fraction, options.balance_bias_rate)
         metrics = _loss_metrics(totals.loss, weight, routers, options)
-        metrics |= {"grad_norm": grad_norm, "learning_rate": schedule(state.step)}
+        metrics |= {"grad_norm": grad_norm, "learning_rate": rate_of(numbers, state.step)}
         with jax.named_scope(OPTIMIZER_SCOPE):
             skip, anomalies = judge(
                 state.anomalies,

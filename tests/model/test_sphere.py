@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.config.run_config import OptimizerSection
-from hybridnorm_jax.training.optimizer import make_optimizer
+from hybridnorm_jax.training.optimizer import make_optimizer, step_numbers
 from tests.authors_models import case, part
 
 TINY = {"d_model": 16, "num_layers": 2, "num_heads": 4, "mlp_dim": 24, "vocab_size": 61}
@@ -69,8 +69,9 @@ def test_an_update_leaves_unit_vectors_and_nothing_decays():
     gradient = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), params)
 
     def after(weight_decay):
-        section = OptimizerSection(weight_decay=weight_decay, clip=None)
-        optimizer = make_optimizer(section, optax.constant_schedule(0.01), unit_matrices=True)
+        section = OptimizerSection(weight_decay=weight_decay, clip=None, learning_rate=0.01, schedule="constant")
+        numbers = step_numbers(section, steps=1, tokens_per_step=1, seed=0)
+        optimizer = make_optimizer(section, numbers, unit_matrices=True)
         updates, _ = optimizer.update(gradient, optimizer.init(params), params)
         return optax.apply_updates(params, updates)
 

@@ -254,12 +254,8 @@ MOMENTS = (
     Fault(
         name="updates_are_clipped_and_not_gradients",
         file="training/optimizer.py",
-        right="""        *clip,
-        adam,
-""",
-        wrong="""        adam,
-        *clip,
-""",
+        right="optax.chain(*clip, adam, decay, rate)",
+        wrong="optax.chain(adam, *clip, decay, rate)",
         tests=("training/test_optimizer.py",),
     ),
     Fault(
@@ -293,8 +289,8 @@ MOMENTS = (
     Fault(
         name="the_warm_up_begins_with_a_rate_of_zero",
         file="training/optimizer.py",
-        right="return lambda count: schedule(count + 1)",
-        wrong="return lambda count: schedule(count)",
+        right="made = count + 1",
+        wrong="made = count",
         tests=("training/test_step.py::test_schedules",),
     ),
     Fault(

@@ -18,6 +18,7 @@ from hybridnorm_jax.training import loop, resume
 from hybridnorm_jax.training.anomalies import judge, no_anomalies
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.hooks.skipped_steps import SkippedSteps
+from hybridnorm_jax.training.optimizer import step_numbers
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.run import Numbers
 from hybridnorm_jax.training.step import StepOptions, make_train_step
@@ -87,16 +88,19 @@ def test_a_gradient_that_overflows_is_skipped_though_the_loss_is_finite(small_co
     _assert_bitwise(state.params, before.params)
 
 
+def _numbers(config):
+    return step_numbers(config.optimizer, steps=config.train.steps, tokens_per_step=1, seed=0)
+
+
 def test_an_update_that_is_not_finite_is_not_made(small_config):
     """The loss and the gradient are finite, and the update overflows."""
     config = _config(small_config)
     program = Program(config, _one_device())
-    options = StepOptions(seed=0)
     optimizer = optax.chain(optax.scale(1e38), optax.scale(1e38))
-    step = make_train_step(program.model, optimizer, optax.constant_schedule(1.0), options)
+    step = make_train_step(program.model, lambda numbers: optimizer, lambda numbers, step: 1.0, StepOptions())
     fresh = program.fresh_state()
     state = dataclasses.replace(fresh, opt_state=optimizer.init(fresh.params))
-    after, metrics, _ = jax.jit(step)(state, _batch())
+    after, metrics, _ = jax.jit(step)(state, _batch(), _numbers(config))
     assert np.isfinite(metrics["loss"])
     assert np.isfinite(metrics["grad_norm"])
     assert [int(metrics[name]) for name in ("skipped_nonfinite", "skipped_in_a_row")] == [1, 1]

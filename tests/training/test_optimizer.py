@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from hybridnorm_jax.config.run_config import OptimizerSection
-from hybridnorm_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from hybridnorm_jax.training.optimizer import make_optimizer, step_numbers
 
 STEPS = 5
 
@@ -38,7 +38,7 @@ def test_steps_are_those_of_adamw_in_float64(clip):
     params = {"kernel": rng.standard_normal((3, 2)), "scale": rng.standard_normal(4)}
     gradients = [{name: rng.standard_normal(array.shape) for name, array in params.items()} for _ in range(STEPS)]
     with jax.enable_x64(True):
-        optimizer = make_optimizer(config, learning_rate_schedule(config, STEPS, tokens_per_step=1))
+        optimizer = make_optimizer(config, step_numbers(config, steps=STEPS, tokens_per_step=1, seed=0))
         ours = jax.tree.map(jnp.asarray, params)
         state = optimizer.init(ours)
         for gradient in gradients:

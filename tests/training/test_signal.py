@@ -209,8 +209,8 @@ def test_watch_takes_sequences_of_every_share_and_the_optimizers_own_update(keys
     state = TrainState(jnp.zeros((), int), params, optimizer.init(params), None)
     tokens = np.random.default_rng(2).integers(0, 61, (2, 6, 12))  # microbatches, sequences, positions
     batch = {"tokens": tokens, "targets": tokens, "weights": np.ones(tokens.shape, np.float32)}
-    watch = jax.jit(make_watch(model, optimizer, shares=2, sequences=2))
-    found = watch(state, batch)
+    watch = jax.jit(make_watch(model, lambda numbers: optimizer, shares=2, sequences=2))
+    found = watch(state, batch, None)
     some = jax.tree.map(lambda leaf: leaf[0][np.array([0, 1, 3, 4])], batch)
     measures, gradient = jax.jit(functools.partial(measure_signal, model))(params, some)
     updates = layer_norms(jax.jit(optimizer.update)(gradient, state.opt_state, params)[0])

@@ -7,7 +7,7 @@ import pytest
 import hybridnorm_jax as hn
 from hybridnorm_jax.config.run_config import OptimizerSection
 from hybridnorm_jax.model.abstract_params import abstract_params
-from hybridnorm_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
+from hybridnorm_jax.training.optimizer import decay_mask, make_optimizer, step_numbers
 
 SIZES = {"d_model": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 48, "vocab_size": 61}
 EVERYTHING = OptimizerSection(decay_embeddings=True, decay_norms_and_biases=True)
@@ -96,7 +96,7 @@ def test_a_step_without_gradient_moves_what_decays_alone():
     config = hn.ModelConfig(scheme="normformer_residual", norm="dyt", learned_embedding_scale=True, **SIZES)
     params = jax.jit(hn.Decoder(config).init)(jax.random.key(0), np.zeros((1, 2), int))["params"]
     optimizer = OptimizerSection(schedule="constant", learning_rate=0.5, weight_decay=0.5)
-    transform = make_optimizer(optimizer, learning_rate_schedule(optimizer, 1, tokens_per_step=1))
+    transform = make_optimizer(optimizer, step_numbers(optimizer, steps=1, tokens_per_step=1, seed=0))
     updates, _ = transform.update(jax.tree.map(np.zeros_like, params), transform.init(params), params)
     mask = dict(_leaves(decay_mask(optimizer, params)))
     assert set(mask.values()) == {False, True}
