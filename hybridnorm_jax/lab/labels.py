@@ -13,8 +13,9 @@ from hybridnorm_jax.config.run_config import RunConfig
 AXES = ("train.seed", "optimizer.learning_rate")
 # Attributes of the model that follow from others unless they are set. No label names a value that follows.
 DERIVED = ("num_kv_heads", "head_dim", "mlp_dim", "attention_norm_scale", "attention_norm_bias", "init_std")
+STEPS = "train.steps"
 # Runs that differ in one of these keys, or in data.*, have losses over different tokens or numbers of tokens.
-SAME = ("train.steps", "train.batch_size", "train.seq_len", "model.vocab_size", "eval.batches", "eval.stride")
+SAME = (STEPS, "train.batch_size", "train.seq_len", "model.vocab_size", "eval.batches", "eval.stride")
 DATA_MAY_DIFFER = ("data.cache_dir", "data.read_threads")
 
 

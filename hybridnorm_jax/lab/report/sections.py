@@ -4,12 +4,14 @@ from collections.abc import Iterator
 
 from hybridnorm_jax.lab.divergence import RISE
 from hybridnorm_jax.lab.groups import TRAINING, smoothing_window
-from hybridnorm_jax.lab.report import difference_tables, tables
+from hybridnorm_jax.lab.report import difference_tables, scaling, tables
 from hybridnorm_jax.lab.report.blocks import Block, Command, Heading, Listing, Paragraph, Picture
+from hybridnorm_jax.lab.report.comparison_figures import scaling_figure
 from hybridnorm_jax.lab.report.facts import distinct, has_one_data_order
 from hybridnorm_jax.lab.report.formats import rate_text
 from hybridnorm_jax.lab.report.layer_figures import QUANTITIES, layer_figure
 from hybridnorm_jax.lab.report.loss_figures import loss_curves, rate_curves
+from hybridnorm_jax.lab.report.sensitivity import sensitivity_table
 from hybridnorm_jax.lab.report.significance import MOST_FOR_STUDENT, deviation_range
 from hybridnorm_jax.lab.report.statistics import ComparedRuns
 from hybridnorm_jax.lab.run_files import DIVERGED, FINISHED, UNFINISHED
@@ -27,6 +29,7 @@ def report_blocks(compared: ComparedRuns) -> list[Block]:
         *_final_losses(compared),
         *_differences(compared),
         *_stability(compared),
+        *_scaling(compared),
         *_loss_curves(compared),
         *_spikes(compared),
         *_speed(compared),
@@ -192,6 +195,13 @@ def _stability(compared: ComparedRuns) -> Iterator[Block]:
         f"tenth of the steps: the last mean, and the median of its steps, lie more than {RISE} nats above the lowest "
         "mean. The step in the table is then the last one of the lowest mean."
     )
+    sensitivity = sensitivity_table(compared)
+    if sensitivity is not None:
+        yield sensitivity
+        yield Paragraph(
+            "An increase is the mean over the seeds that finished at both rates. Where no rate was tried at a multiple "
+            "of the best one, the nearest within a factor of 1.41 stands for it, and the cell names it."
+        )
     groups = compared.choosing_groups
     if len({rate for _, rate in groups}) > 1 and any(group.losses for group in groups.values()):
         yield Picture(
@@ -200,6 +210,34 @@ def _stability(compared: ComparedRuns) -> Iterator[Block]:
             "Final loss by peak learning rate. Lines go through the means of the seeds that finished; each dot is one "
             "seed.",
         )
+
+
+def _scaling(compared: ComparedRuns) -> Iterator[Block]:
+    found = scaling.families(compared)
+    if not found:
+        return
+    yield Heading("Scaling")
+    yield scaling.sizes_table(found)
+    slopes = scaling.slopes_table(found)
+    if slopes is not None:
+        yield slopes
+        yield Paragraph(
+            "b is the change of the loss for each doubling of the parameters; below 0 a larger model is better. The "
+            "standard error supposes a straight line, and the same number of tokens or operations for all sizes says "
+            "nothing about models that are trained to the end."
+        )
+    unfitted = [family.name for family in found if family.line is None]
+    if unfitted:
+        yield Paragraph(
+            f"No slope is fitted for {', '.join(unfitted)}: fewer than {scaling.FEWEST_SIZES} sizes have a run that "
+            "finished, and a line through two points cannot be wrong."
+        )
+    yield Picture(
+        "scaling",
+        scaling_figure(found),
+        "Final loss by size, each size at its own best learning rate. Large markers are means, dots are seeds, lines "
+        "are the fits.",
+    )
 
 
 def _loss_curves(compared: ComparedRuns) -> Iterator[Block]:
