@@ -1,7 +1,7 @@
 """In what the configurations of runs differ: what a label must name, and what makes their losses incomparable."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from hybridnorm_jax.config.key_lookup import flatten
@@ -19,9 +19,13 @@ SAME = (STEPS, "train.batch_size", "train.seq_len", "model.vocab_size", "eval.ba
 DATA_MAY_DIFFER = ("data.cache_dir", "data.read_threads")
 
 
-def labels(configs: Sequence[RunConfig]) -> list[str]:
-    """The label of each: its scheme, and the value of every key in which they differ, such as "pre, num_layers=29"."""
-    keys = [key for key in differing(configs) if key != "model.scheme"]
+def labels(configs: Sequence[RunConfig], unnamed: Collection[str] = ()) -> list[str]:
+    """The label of each: its scheme, and the value of every key in which they differ, such as "pre, num_layers=29".
+
+    Args:
+      unnamed: keys that no label names, because they follow from what the label names.
+    """
+    keys = [key for key in differing(configs) if key != "model.scheme" and key not in unnamed]
     made = []
     for config in configs:
         values = settings(config)
@@ -47,14 +51,18 @@ def differing(configs: Sequence[RunConfig]) -> list[str]:
     return [key for key in first if key not in AXES and any(other[key] != first[key] for other in others)]
 
 
-def measured_otherwise(one: RunConfig, other: RunConfig) -> list[str]:
-    """Why the losses of two configurations are not losses on the same tokens, such as "eval.batches (1 and 2)"."""
+def measured_otherwise(one: RunConfig, other: RunConfig, may_differ: Collection[str] = ()) -> list[str]:
+    """Why the losses of two configurations are not losses on the same tokens, such as "eval.batches (1 and 2)".
+
+    Args:
+      may_differ: keys that are not compared.
+    """
     ours = dict(flatten(dataclasses.asdict(one)))
     theirs = dict(flatten(dataclasses.asdict(other)))
     return [
         f"{key} ({show(ours[key])} and {show(theirs[key])})"
         for key in ours
-        if _must_be_same(key) and ours[key] != theirs[key]
+        if _must_be_same(key) and key not in may_differ and ours[key] != theirs[key]
     ]
 
 

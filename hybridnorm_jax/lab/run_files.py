@@ -67,8 +67,10 @@ def read_result(file: Path | epath.Path) -> dict[str, Any]:
     require(_are_scores(result.get("scores")), "scores", "must map validation sets to objects with a loss")
     texts = ("command", "hardware")
     require(all(isinstance(result.get(key, ""), str) for key in texts), ", ".join(texts), "must be text")
-    numbers = ("train_tokens", "tokens", "seconds", "resumed_from")
+    numbers = ("train_tokens", "tokens", "seconds", "resumed_from", "compile_seconds")
     require(all(_is_number(result.get(key, 0)) for key in numbers), ", ".join(numbers), "must be numbers")
+    flops = result.get("flops_per_step")
+    require(flops is None or (_is_number(flops) and flops > 0), "flops_per_step", "must be a number above 0 or null")
     require(isinstance(result.get("versions", {}), dict), "versions", "must map packages to versions")
     require(_are_files(result.get("data", {})), "data", "must map keys to files with a name, a size and a digest")
     return result

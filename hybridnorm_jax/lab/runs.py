@@ -15,9 +15,10 @@ from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import UserError, first_line
 from hybridnorm_jax.lab import run_files
 from hybridnorm_jax.lab.divergence import rising_since
-from hybridnorm_jax.lab.labels import labels, measured_otherwise
+from hybridnorm_jax.lab.labels import STEPS, labels, measured_otherwise
 from hybridnorm_jax.lab.run_data import TRAINED_ON, RunData
 from hybridnorm_jax.lab.run_files import DIVERGED, FINISHED, UNFINISHED, Point, WatchedStep
+from hybridnorm_jax.lab.run_protocols import check_budget, operations, other_protocol
 from hybridnorm_jax.training.metrics_file import Record, read_records
 from hybridnorm_jax.training.run_identity import check_same_plugins, saved_run
 
@@ -82,6 +83,11 @@ class Run:
         made = None if self.step is None else self.step * self.config.tokens_per_step
         return self.result.get("tokens", made)
 
+    @property
+    def operations(self) -> float | None:
+        """How many arithmetic operations all of its steps take; None where result.json does not say."""
+        return operations(self.config.train.steps, self.result)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Outcome:
@@ -114,7 +120,7 @@ def read_runs(directory: Path) -> list[Run]:
     runs = [_read_run(path) for path in found]
     _check_comparable(directory, runs)
     _check_imported(runs)
-    of_each = labels([run.config for run in runs])
+    of_each = labels([run.config for run in runs], unnamed=_follow_from_budget(directory))
     runs = [dataclasses.replace(run, label=label) for run, label in zip(runs, of_each, strict=True)]
     runs.sort(key=_place)
     for one, other in itertools.pairwise(runs):
@@ -124,13 +130,14 @@ def read_runs(directory: Path) -> list[Run]:
     return runs
 
 
-def check_addition(directory: Path, configs: Sequence[RunConfig], data: RunData) -> None:
+def check_addition(directory: Path, configs: Sequence[RunConfig], data: RunData, command: str = "") -> None:
     """Refuse to train runs beside others that read_runs would not compare them with.
 
     Args:
       directory: of the runs; it need not be there yet.
       configs: of those to train. Those among them that are there already are not looked at.
       data: theirs.
+      command: that asks for them.
 
     Raises:
       UserError: names two runs, and in what they differ.
@@ -145,12 +152,12 @@ def check_addition(directory: Path, configs: Sequence[RunConfig], data: RunData)
     if not others:
         return
     try:
-        _check_comparable(directory, [*(_planned(config, data) for config in configs), *others])
+        _check_comparable(directory, [*(_planned(config, data, command) for config in configs), *others])
     except UserError as error:
         raise UserError(f"{error}; choose another run.name") from error
 
 
-def _planned(config: RunConfig, data: RunData) -> Run:
+def _planned(config: RunConfig, data: RunData, command: str) -> Run:
     """A run that is to be trained."""
     return Run(
         name=config.run.name,
@@ -163,7 +170,7 @@ def _planned(config: RunConfig, data: RunData) -> Run:
         step=0,
         diverged_at=None,
         scores={},
-        result={"train_tokens": data.train_tokens},
+        result={"train_tokens": data.train_tokens, "command": command},
         losses=[],
         gradient_norms=[],
         validation={},
@@ -178,9 +185,11 @@ def _place(run: Run) -> tuple[str, float, int]:
 
 
 def _check_comparable(directory: Path, runs: Sequence[Run]) -> None:
+    _check_protocols(directory, runs)
+    may_differ = _follow_from_budget(directory)
     first, *others = runs
     for other in others:
-        differences = measured_otherwise(first.config, other.config)
+        differences = measured_otherwise(first.config, other.config, may_differ)
         if differences:
             pair = f"{first.name} and {other.name}"
             raise UserError(f"{directory}: {pair} differ in {differences[0]}: such runs cannot be compared")
@@ -191,6 +200,35 @@ def _check_comparable(directory: Path, runs: Sequence[Run]) -> None:
             pair = f"{one.name} and {other.name}"
             right = "what other plugins made cannot be compared"
             raise UserError(f"{directory}: {pair} differ in the plugin {plugin}: {right}")
+
+
+def _check_protocols(directory: Path, runs: Sequence[Run]) -> None:
+    """Refuse runs with different budgets, or whose rates were chosen differently, as far as their commands say."""
+    told = [run for run in runs if run.result.get("command")]
+    for other in told[1:]:
+        difference = other_protocol(told[0].result["command"], other.result["command"])
+        if difference is not None:
+            pair = f"{told[0].name} and {other.name}"
+            right = "runs of different protocols cannot be compared"
+            raise UserError(f"{directory}: {pair} were asked for with different {difference}: {right}")
+    flops = _flops_budget(directory)
+    if flops is not None:
+        for run in runs:
+            check_budget(str(run.directory), run.config.train.steps, run.result, flops)
+
+
+def _follow_from_budget(directory: Path) -> tuple[str, ...]:
+    """Keys that may differ and that no label names: the steps of runs whose budget is a number of operations."""
+    return () if _flops_budget(directory) is None else (STEPS,)
+
+
+def _flops_budget(directory: Path) -> float | None:
+    """`flops` of comparison.json; None where the runs have another budget."""
+    file = directory / "comparison.json"
+    flops = run_files.read_object(file).get("flops") if file.exists() else None
+    if flops is not None and (not isinstance(flops, int | float) or not flops > 0):
+        raise UserError(f"{file}: flops: must be a number above 0, or null")
+    return flops
 
 
 def _other_plugin(one: Run, other: Run) -> str | None:

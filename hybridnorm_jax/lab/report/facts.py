@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from hybridnorm_jax.config.key_values import show
-from hybridnorm_jax.lab.report.formats import digits_text, duration_text
+from hybridnorm_jax.lab.report.formats import digits_text, duration_text, operations_text
 from hybridnorm_jax.lab.report.statistics import ComparedRuns, median
 from hybridnorm_jax.lab.runs import Run
 
@@ -54,13 +54,25 @@ def _data_facts(compared: ComparedRuns) -> Iterator[Fact]:
     yield Fact("tokenizer", f"{data.tokenizer}, {config.model.vocab_size:,} rows of the embedding")
     sets = "".join(f", set {name}" for name in data.validation)
     yield Fact("held out", f"{data.validation_fraction:.2%} of the documents{sets}")
-    tokens = train.steps * config.tokens_per_step
+    steps = _distinct_steps(compared)
+    tokens = " or ".join(f"{count * config.tokens_per_step:,}" for count in steps)
     sizes = distinct(run.result.get("train_tokens") for run in compared.runs)
     if sizes:
         size = sizes[0]
-        yield Fact("training set", f"{size:,} tokens, seen {digits_text(tokens / max(size, 1))} times")
-    shape = f"{train.steps:,} steps of {train.batch_size} sequences of {train.seq_len} tokens"
-    yield Fact("tokens per run", f"{tokens:,} ({shape})")
+        passes = " or ".join(digits_text(count * config.tokens_per_step / max(size, 1)) for count in steps)
+        yield Fact("training set", f"{size:,} tokens, seen {passes} times")
+    counts = " or ".join(f"{count:,}" for count in steps)
+    shape = f"{counts} steps of {train.batch_size} sequences of {train.seq_len} tokens"
+    yield Fact("tokens per run", f"{tokens} ({shape})")
+    flops = compared.made_by.get("flops")
+    if flops is not None:
+        yield Fact("operations per run", f"{operations_text(flops)} for every run, which decides its steps")
+
+
+def _distinct_steps(compared: ComparedRuns) -> list[int]:
+    """The numbers of steps that occur, or only the smallest and the largest where there are many."""
+    steps = sorted({run.config.train.steps for run in compared.runs})
+    return steps if len(steps) < 4 else [steps[0], steps[-1]]
 
 
 def _time_facts(compared: ComparedRuns) -> Iterator[Fact]:

@@ -62,6 +62,16 @@ def digits_text(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
 
 
+def operations_text(operations: float | None) -> str:
+    """A number of arithmetic operations, with three digits: 1.23e+12."""
+    return NONE if operations is None else f"{operations:.3g}"
+
+
+def share_text(share: float | None) -> str:
+    """A share of a whole, in percent."""
+    return NONE if share is None else f"{100 * share:.1f} %"
+
+
 def duration_text(seconds: float | None) -> str:
     """A time in seconds, minutes or hours."""
     if seconds is None:

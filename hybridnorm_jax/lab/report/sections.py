@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from hybridnorm_jax.lab.divergence import RISE
 from hybridnorm_jax.lab.groups import TRAINING, smoothing_window
-from hybridnorm_jax.lab.report import difference_tables, scaling, tables
+from hybridnorm_jax.lab.report import costs, difference_tables, scaling, tables
 from hybridnorm_jax.lab.report.blocks import Block, Command, Heading, Listing, Paragraph, Picture
-from hybridnorm_jax.lab.report.comparison_figures import scaling_figure
+from hybridnorm_jax.lab.report.comparison_figures import operations_figure, scaling_figure
 from hybridnorm_jax.lab.report.facts import distinct, has_one_data_order
 from hybridnorm_jax.lab.report.formats import rate_text
 from hybridnorm_jax.lab.report.layer_figures import QUANTITIES, layer_figure
@@ -31,6 +31,7 @@ def report_blocks(compared: ComparedRuns) -> list[Block]:
         *_stability(compared),
         *_scaling(compared),
         *_loss_curves(compared),
+        *_equal_operations(compared),
         *_spikes(compared),
         *_speed(compared),
         *_layers(compared),
@@ -237,6 +238,33 @@ def _scaling(compared: ComparedRuns) -> Iterator[Block]:
         scaling_figure(found),
         "Final loss by size, each size at its own best learning rate. Large markers are means, dots are seeds, lines "
         "are the fits.",
+    )
+
+
+def _equal_operations(compared: ComparedRuns) -> Iterator[Block]:
+    table = costs.equal_operations_table(compared)
+    if table is None:
+        return
+    yield Heading("Equal operations")
+    yield table
+    text = (
+        "Operations are those of a training step, counted in its program before compilation. The loss there is "
+        "interpolated between evaluations, as a straight line."
+    )
+    if compared.made_by.get("flops") is None:
+        text += (
+            " All runs have the same number of steps, so for a costlier label this point lies before the end of its "
+            "schedule, where the learning rate has not yet fallen as far: this favors the cheapest label. For a fair "
+            "comparison give all runs the same budget, `hybridnorm lab compare flops=N`."
+        )
+    else:
+        text += " Every run was given this number of operations, so each label is at the end of its own schedule."
+    yield Paragraph(text)
+    yield Picture(
+        "operations",
+        operations_figure(costs.loss_over_operations(compared)),
+        f"Loss ({compared.measured}) over arithmetic operations, means over seeds, each label at its own best "
+        "learning rate.",
     )
 
 
