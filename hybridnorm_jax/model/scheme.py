@@ -4,6 +4,7 @@ Importing this module fills no table: schemes.py does.
 """
 
 import dataclasses
+import functools
 import textwrap
 from collections.abc import Callable, Iterator
 from itertools import groupby
@@ -93,7 +94,7 @@ class Scheme:
         Raises:
           ConfigError: the rule, which may be a plugin's, fails for a layer or returns another thing than a placement.
         """
-        placements = [self._placement(layer, num_layers) for layer in range(num_layers)]
+        placements = list(self._of_layers(num_layers))
         if ramp_at is not None:
             placements = [
                 grown(each, layer, num_layers, ramp_steps=ramp_steps or DEFAULT_RAMP_STEPS, step=ramp_at)
@@ -102,6 +103,11 @@ class Scheme:
         if branch_multiplier != 1:
             placements = [each.with_branches_times(branch_multiplier) for each in placements]
         return tuple(placements)
+
+    # A configuration asks for them dozens of times, and what a rule gives depends on its arguments alone.
+    @functools.lru_cache(maxsize=1024)  # noqa: B019 - a scheme lives as long as the program
+    def _of_layers(self, num_layers: int) -> tuple[BlockPlacement, ...]:
+        return tuple(self._placement(layer, num_layers) for layer in range(num_layers))
 
     def _placement(self, layer: int, num_layers: int) -> BlockPlacement:
         where = f"model.scheme={self.name}: its function, called for layer {layer} of {num_layers},"
