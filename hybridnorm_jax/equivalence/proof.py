@@ -181,6 +181,7 @@ def _number_of_parameters(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
+@partial(jax.jit, static_argnums=1)
 def cast(params: Any, dtype: Any) -> Any:
     """All parameters in this dtype."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
@@ -239,7 +240,7 @@ def _run(config: ModelConfig, params: Any, tokens: Array) -> ForwardPass:
 
 
 def _difference(config: ModelConfig, found: ForwardPass, expected: ForwardPass) -> Difference:
-    gap = jnp.abs(found.output.astype(jnp.float64) - expected.output.astype(jnp.float64))
+    gap, largest, mean, logit = _gaps(found.output, expected.output)
     choices = None
     if expected.routing is not None:
         routing = compare_routing(found.routing, expected.routing, is_causal=config.is_causal)
@@ -254,13 +255,23 @@ def _difference(config: ModelConfig, found: ForwardPass, expected: ForwardPass) 
             ties=float(routing.ties.max()),
         )
     return Difference(
-        largest=float(gap.max()),
-        mean=float(gap.mean()),
-        logit=float(jnp.abs(expected.output).max()),
+        largest=float(largest),
+        mean=float(mean),
+        logit=float(logit),
         choices=choices,
     )
 
 
+@jax.jit
+def _gaps(found: Array, expected: Array) -> tuple[Array, Array, Array, Array]:
+    """The absolute differences in float64, the largest of them and their mean; and the largest absolute value."""
+    gap = jnp.abs(found.astype(jnp.float64) - expected.astype(jnp.float64))
+    return gap, gap.max(), gap.mean(), jnp.abs(expected).max()
+
+
 def _means(streams: Array) -> np.ndarray:
     # zero_mean_defect counts in units of a random vector's mean, rms / sqrt(width).
-    return np.asarray(jax.vmap(zero_mean_defect)(streams)) / streams.shape[-1] ** 0.5
+    return np.asarray(_defects(streams)) / streams.shape[-1] ** 0.5
+
+
+_defects = jax.jit(jax.vmap(zero_mean_defect))

@@ -29,14 +29,12 @@ PRE_LN_RUN = [
 ]
 
 
-@pytest.fixture
-def trained(tmp_path):
-    """The directory of a Pre-LN run of two steps."""
-    tokens = tmp_path / "tokens.npy"
+def _data(directory):
+    """The arguments of `hybridnorm train` for random tokens in a file there, and for runs in its folder runs/."""
+    tokens = directory / "tokens.npy"
     np.save(tokens, np.random.default_rng(0).integers(0, 257, 400).astype(np.uint16))
-    words = [f"run.dir={tmp_path}/runs", "run.name=pre_ln", "data.source=tokens", f"data.files=[{tokens}]"]
-    assert main(["train", *words, f"data.validation.train_all=[{tokens}]", *PRE_LN_RUN]) == 0
-    return tmp_path / "runs" / "pre_ln"
+    data = ["data.source=tokens", f"data.files=[{tokens}]", f"data.validation.train_all=[{tokens}]"]
+    return [f"run.dir={directory}/runs", *data]
 
 
 def _rows(output):
@@ -58,11 +56,13 @@ def test_a_hugging_face_directory(name, form, tmp_path, capsys):
     source = read_directory(str(out))
     assert source.config.model.d_model == (32 if form == "pre_rmsnorm" else 48)
     golden = np.load(GOLDENS / name / "golden.npz")
-    logits = hn.Decoder(source.config.model).apply({"params": source.params}, golden["tokens"])
+    logits = jax.jit(hn.Decoder(source.config.model).apply)({"params": source.params}, golden["tokens"])
     np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=1e-4)
 
 
-def test_a_run_and_its_conversion_score_the_same(trained, capsys, tmp_path):
+def test_a_run_and_its_conversion_score_the_same(capsys, tmp_path):
+    assert main(["train", "run.name=pre_ln", *_data(tmp_path), *PRE_LN_RUN]) == 0
+    trained = tmp_path / "runs" / "pre_ln"
     assert main(["convert", str(trained), str(tmp_path / "stored"), "--form", "pre_crmsnorm"]) == 0
     printed = capsys.readouterr().out
     assert "run, step 2" in printed
@@ -83,15 +83,12 @@ def test_a_run_and_its_conversion_score_the_same(trained, capsys, tmp_path):
     assert "start a new run from it: init_from=" in capsys.readouterr().err
 
 
-def test_a_run_with_a_plugin_is_converted_where_it_is_named(trained, tmp_path, monkeypatch, capsys):
+def test_a_run_with_a_plugin_is_converted_where_it_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plugins, "_imported", {})
     plugin = tmp_path / "mine.py"
     plugin.write_text("x = 1\n")
     named = f"run.plugins=[{plugin}]"
-    tokens = tmp_path / "tokens.npy"
-    words = [f"run.dir={tmp_path}/runs", "run.name=with_plugin", "data.source=tokens", f"data.files=[{tokens}]"]
-    capsys.readouterr()
-    assert main(["train", *words, f"data.validation.train_all=[{tokens}]", *PRE_LN_RUN, named]) == 0
+    assert main(["train", "run.name=with_plugin", *_data(tmp_path), *PRE_LN_RUN, named]) == 0
     assert f"eval {tmp_path}/runs/with_plugin '{named}'\n" in capsys.readouterr().out
     convert = ["convert", f"{tmp_path}/runs/with_plugin", f"{tmp_path}/stored", "--form", "pre_rmsnorm"]
     monkeypatch.setattr(plugins, "_imported", {})
@@ -164,7 +161,7 @@ def test_matrices_of_float16_beside_norms_of_float32(dtype, tmp_path, capsys):
         (config, params), source = hn.load_huggingface(directory, dtype="float64"), read_directory(str(tmp_path / "o"))
         assert {leaf.dtype.name for leaf in jax.tree.leaves(source.params)} == {dtype}
         expected, found = (
-            hn.Decoder(dataclasses.replace(each, dtype="float64")).apply({"params": tree}, tokens)
+            jax.jit(hn.Decoder(dataclasses.replace(each, dtype="float64")).apply)({"params": tree}, tokens)
             for each, tree in ((config, params), (source.config.model, source.params))
         )
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 if dtype == "float32" else 1e-13)
@@ -204,8 +201,8 @@ def test_a_mean_that_is_still_subtracted_is_named_and_counted(form, tmp_path, ca
 )
 def test_a_config_json_with_other_norms_is_refused_by_where_they_stand(scheme, message, tmp_path, capsys):
     config = hn.ModelConfig(scheme=scheme, norm="layernorm", d_model=16, num_layers=2, num_heads=2, vocab_size=61)
-    params = hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-    hn.save_huggingface(tmp_path / "hf", config, jax.tree.map(np.asarray, params), architecture="hybridnorm")
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), abstract_params(config))
+    hn.save_huggingface(tmp_path / "hf", config, params, architecture="hybridnorm")
     assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "o"), "--form", "pre_rmsnorm"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {tmp_path / 'hf'}: {message}")
