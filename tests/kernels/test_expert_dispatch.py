@@ -33,9 +33,14 @@ def choose(tokens, experts, k, seed=0, scores=0.0):
     return jnp.asarray(np.argsort(-(noise + scores), axis=1)[:, :k])
 
 
+def cotangent(inputs):
+    """A fixed random cotangent of the result."""
+    return jnp.asarray(np.random.default_rng(9).standard_normal(inputs[0].shape), inputs[0].dtype)
+
+
 def value_and_gradients(function, *inputs):
     """The value and the gradients of all inputs, for a fixed random cotangent."""
-    d_out = jnp.asarray(np.random.default_rng(9).standard_normal(inputs[0].shape), inputs[0].dtype)
+    d_out = cotangent(inputs)
 
     @jax.jit
     def both(*inputs):
@@ -43,6 +48,18 @@ def value_and_gradients(function, *inputs):
         return value, *pull(d_out)
 
     return both(*inputs)
+
+
+@functools.cache
+def by_any_choice(dispatch):
+    """(chosen, inputs, d_out) -> value and gradients of apply_experts, compiled once for all choices of one shape."""
+
+    @jax.jit
+    def both(chosen, inputs, d_out):
+        value, pull = jax.vjp(by_dispatch(dispatch, chosen), *inputs)
+        return value, *pull(d_out)
+
+    return both
 
 
 def by_dispatch(dispatch, chosen):
@@ -99,8 +116,9 @@ def test_sorted_dispatches_equal_dense_in_value_and_gradient(dispatch, routing):
     with jax.enable_x64(True):
         chosen, experts = ROUTINGS[routing]
         inputs, chosen = draw(len(chosen), experts, chosen.shape[1]), jnp.asarray(chosen)
-        expected = value_and_gradients(by_dispatch("dense", chosen), *inputs)
-        got = value_and_gradients(by_dispatch(dispatch, chosen), *inputs)
+        d_out = cotangent(inputs)
+        expected = by_any_choice("dense")(chosen, inputs, d_out)
+        got = by_any_choice(dispatch)(chosen, inputs, d_out)
     assert all(np.abs(array).max() > 0 for array in expected)
     assert_equal_to(expected, got, 1e-10)
 
@@ -113,7 +131,8 @@ def test_narrow_dtypes_stay_within_their_rounding(interpreted, dispatch, dtype, 
     with jax.enable_x64(True):
         rounded, chosen = draw(70, 6, 2, dtype), choose(70, 6, 2, scores=np.array([0, 0, 2, 0.3, -2, 0.1]))
         wide = (array.astype(np.float64) for array in rounded)
-        expected = value_and_gradients(by_dispatch("dense", chosen), *wide)
+        wide = tuple(wide)
+        expected = by_any_choice("dense")(chosen, wide, cotangent(wide))
     got = value_and_gradients(by_dispatch(dispatch, chosen.astype(np.int32)), *rounded)
     assert {array.dtype for array in got} == {jnp.dtype(dtype)}
     assert_equal_to(expected, got, tolerance)
@@ -192,31 +211,46 @@ def grouped(dispatch, sizes):
     return function
 
 
+@functools.cache
+def by_any_sizes(dispatch):
+    """(sizes, inputs, d_out) -> value and gradients of apply_grouped_experts, compiled once for all sizes."""
+
+    @jax.jit
+    def both(sizes, inputs, d_out):
+        value, pull = jax.vjp(grouped(dispatch, sizes), *inputs)
+        return value, *pull(d_out)
+
+    return both
+
+
 @pytest.mark.parametrize("sizes", [(3, 0, 9, 1), (0, 0, 0, 0), (0, 20, 0, 0), (5, 5, 5, 5), (0, 0, 0, 17)])
 @pytest.mark.parametrize("dispatch", ["dense", *TPU, *SORTED])
 def test_rows_past_the_last_group_are_zero_whatever_they_hold(interpreted, dispatch, sizes):
     dtype, tolerance = (np.float32, 2e-6) if dispatch in TPU else (np.float64, 1e-10)
-    used = sum(sizes)
+    used, owner = sum(sizes), np.repeat(np.arange(len(sizes)), sizes)
     with jax.enable_x64(dtype is np.float64):
         (rows, *kernels, row_weights), sizes = draw_grouped(sizes, 20, dtype)
-        d_out = jnp.asarray(np.random.default_rng(1).standard_normal(rows.shape), dtype)
+        d_out = np.random.default_rng(1).standard_normal(rows.shape).astype(dtype)
 
-        def both(dispatch, rows, row_weights, d_out, chosen=None):
-            value, pull = jax.vjp(grouped(dispatch, sizes), rows, *kernels, row_weights)
-            return value, *pull(d_out)
+        def filled(value):
+            """The inputs and the cotangent with this in all rows that no expert has."""
+            past = (np.arange(20) >= used)[:, None]
+            inputs = np.where(past, value, rows), *kernels, np.where(past[:, 0], value, row_weights)
+            return inputs, np.where(past, value, d_out)
 
-        poisoned = (array.at[used:].set(jnp.nan) for array in (rows, row_weights, d_out))
-        value, d_rows, *d_kernels, d_weights = jax.jit(functools.partial(both, dispatch))(*poisoned)
-        chosen = jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=used)[:, None]
-        expected = [jnp.zeros_like(array) for array in (rows[:0], rows[:0], *kernels, row_weights[:0])]
-        if used:
-            inputs = rows[:used], *kernels, row_weights[:used, None]
-            value_used, pull = jax.vjp(by_dispatch("dense", chosen), *inputs)
-            *gradients, d_weights_used = pull(d_out[:used])
-            expected = value_used, *gradients, d_weights_used[:, 0]
+        value, d_rows, *d_kernels, d_weights = by_any_sizes(dispatch)(sizes, *filled(np.array(np.nan, dtype)))
+        # The formula's sums are over all rows, of which zeros are none.
+        inputs, d_out = filled(np.zeros((), dtype))
+        chosen = np.pad(owner, (0, 20 - used))[:, None]
+        expected = by_any_choice("dense")(chosen, (*inputs[:-1], inputs[-1][:, None]), d_out)
+    expected_value, expected_rows, *expected_kernels, expected_weights = map(np.asarray, expected)
     for array in (value, d_rows, d_weights):
         assert not np.asarray(array[used:]).any()  # NaN would be true
-    assert_equal_to(expected, (value[:used], d_rows[:used], *d_kernels, d_weights[:used]), tolerance)
+    assert_equal_to(
+        (expected_value[:used], expected_rows[:used], *expected_kernels, expected_weights[:used, 0]),
+        (value[:used], d_rows[:used], *d_kernels, d_weights[:used]),
+        tolerance,
+    )
 
 
 def test_a_product_that_reads_and_leaves_nan_past_the_last_group_does_no_harm(monkeypatch):

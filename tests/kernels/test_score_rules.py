@@ -70,8 +70,12 @@ def rules_of(keys, segment_ids=None, batch=1, seq=1):
     return ScoreRules(**given)
 
 
-def dense(query, key, value, sinks, keys, segment_ids=None):
-    """The weights and the context with one loop over heads and the whole matrix of scores; of jnp, for its gradient."""
+def dense(query, key, value, sinks, keys, segment_ids=None, library=jnp):
+    """The weights and the context with one loop over heads and the whole matrix of scores.
+
+    Args:
+      library: jnp, for the gradient; np compiles nothing.
+    """
     batch, seq, heads, head_dim = query.shape
     group = heads // key.shape[2]
     q_place, k_place = np.arange(seq)[:, None], np.arange(seq)[None]
@@ -86,10 +90,10 @@ def dense(query, key, value, sinks, keys, segment_ids=None):
         sees &= ids[:, :, None] == ids[:, None, :]
     weights, contexts = [], []
     for head in range(heads):
-        scores = jnp.einsum("bqd,bkd->bqk", query[:, :, head], key[:, :, head // group])
+        scores = library.einsum("bqd,bkd->bqk", query[:, :, head], key[:, :, head // group])
         scores = scores * keys.get("scale", 1 / math.sqrt(head_dim))
         if "cap" in keys:
-            scores = keys["cap"] * jnp.tanh(scores / keys["cap"])
+            scores = keys["cap"] * library.tanh(scores / keys["cap"])
         if "slopes" in keys:
             slope, factor = keys["slopes"][head], keys.get("alibi_scale", 1.0)
             if keys.get("alibi_bfloat16"):
@@ -98,13 +102,13 @@ def dense(query, key, value, sinks, keys, segment_ids=None):
                 scores = scores + factor * added.astype(np.float64)[:, None]
             else:
                 scores = scores + factor * slope * (k_place - q_place)
-        powers = jnp.where(sees, jnp.exp(scores), 0)
+        powers = library.where(sees, library.exp(scores), 0)
         total = powers.sum(-1, keepdims=True)
         if sinks is not None:
-            total = total + jnp.exp(sinks[head])
+            total = total + library.exp(sinks[head])
         weights.append(powers / total)
-        contexts.append(jnp.einsum("bqk,bkd->bqd", powers / total, value[:, :, head // group]))
-    return jnp.stack(weights, axis=1), jnp.stack(contexts, axis=2)
+        contexts.append(library.einsum("bqk,bkd->bqd", powers / total, value[:, :, head // group]))
+    return library.stack(weights, axis=1), library.stack(contexts, axis=2)
 
 
 def both(function, inputs, sinks, d_context):
@@ -196,21 +200,21 @@ def test_a_new_token_sees_kept_ones_by_the_same_rules(name, blocks):
     keys, (batch, slots, kv_heads, width) = RULES[name], (3, 61, 2, 8)
     attend = attend_at_once if blocks is None else functools.partial(attend_in_blocks, blocks=blocks)
     with jax.enable_x64(True):
-        query, key, value, _ = draw(batch, slots, HEADS, kv_heads, width, np.float64)
+        query, key, value, _ = map(np.asarray, draw(batch, slots, HEADS, kv_heads, width, np.float64))
         rules = rules_of(keys, None, batch, slots)
         compiled = jax.jit(attend)
         for first, last in [([0, 0, 0], 0), ([0, 7, 30], 45), ([13, 5, 60], 60)]:
             got = compiled(
                 query[:, last : last + 1],
-                jnp.moveaxis(key, 1, 3),
-                jnp.moveaxis(value, 1, 3),
+                np.moveaxis(key, 1, 3),
+                np.moveaxis(value, 1, 3),
                 jnp.asarray(first),
                 jnp.asarray(last),
                 rules,
             )
             for row, start in enumerate(first):
                 part = [x[row : row + 1, start : last + 1] for x in (query, key, value)]
-                _, context = dense(*part, keys.get("sinks"), keys)
+                _, context = dense(*part, keys.get("sinks"), keys, library=np)
                 np.testing.assert_allclose(got[row, 0], context[0, -1], rtol=1e-12, atol=1e-12)
 
 
@@ -219,10 +223,10 @@ def test_statistics_are_those_of_the_weights_written_out(name):
     keys, seq = RULES[name], 150
     segment_ids = documents(2, seq)
     with jax.enable_x64(True):
-        query, key, value, _ = draw(2, seq, HEADS, 2, 8, np.float64)
+        query, key, value, _ = map(np.asarray, draw(2, seq, HEADS, 2, 8, np.float64))
         rules = rules_of(keys, segment_ids, 2, seq)
-        got = attention_statistics(query, key, segment_ids, rules)
-        weights = np.asarray(dense(query, key, value, keys.get("sinks"), keys, segment_ids)[0])
+        got = jax.jit(attention_statistics)(query, key, segment_ids, rules)
+        weights = dense(query, key, value, keys.get("sinks"), keys, segment_ids, library=np)[0]
     rest = 1 - weights.sum(-1, keepdims=True) if "sinks" in keys else np.zeros((2, HEADS, seq, 0))
     weights = np.concatenate([weights, rest], axis=-1)
     entropy = -(weights * np.log(np.where(weights > 0, weights, 1))).sum(-1).mean()
@@ -233,10 +237,9 @@ def test_narrow_dtypes_take_sinks_and_caps_in_float32():
     inputs = draw(2, 200, HEADS, 2, 16, jnp.bfloat16)
     rules = rules_of(RULES["all"])
     rules = ScoreRules(scale=rules.scale, cap=rules.cap, window=rules.window, sinks=rules.sinks, alibi=rules.alibi)
-    with jax.enable_x64(True):
-        wide = [x.astype(np.float64) for x in inputs]
-        right = dense(*wide[:3], SINKS, RULES["all"])[1]
-    got = softmax_attention(*inputs[:3], rules=rules)
+    wide = [np.asarray(x, np.float64) for x in inputs]
+    right = dense(*wide[:3], SINKS, RULES["all"], library=np)[1]
+    got = jax.jit(functools.partial(softmax_attention, rules=rules))(*inputs[:3])
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(got, np.float64), right, atol=2e-2)
 
