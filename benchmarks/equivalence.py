@@ -31,7 +31,8 @@ import numpy as np
 from command_line import aligned, machine, machine_line, make_parser, positive, print_result, run_main
 from norm_contest import Contest, ContestOptions, agreement
 from norm_forms import FORMS, SHAPES
-from turns import measure, quartiles
+
+from hybridnorm_jax.lab.turns import measure, quartiles
 
 PAPER = {
     "ViT A100 amp": {"pre_rmsnorm": 0.970, "pre_crmsnorm": 0.978},

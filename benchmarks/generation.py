@@ -20,10 +20,10 @@ from typing import Any
 import jax
 import numpy as np
 from command_line import aligned, machine, machine_line, make_parser, number_text, positive, print_result, run_main
-from turns import quartiles, turn_orders
 
 from hybridnorm_jax.generation.generate import generate
 from hybridnorm_jax.interop.huggingface import save_huggingface
+from hybridnorm_jax.lab.turns import quartiles, turn_orders
 from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.planning.compilation import read_config

@@ -51,7 +51,6 @@ from moe_layers import (
 )
 from moe_report import DENSE_MODEL, MODES, report
 from train_step import Ours
-from turns import measure, quartiles
 
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.run_config import RunConfig
@@ -59,6 +58,7 @@ from hybridnorm_jax.config_fields import check
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.kernels.backend_names import EXPERT_DISPATCHES
 from hybridnorm_jax.kernels.expert_dispatch import resolve_dispatch
+from hybridnorm_jax.lab.turns import measure, quartiles
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.throughput import mfu, model_flops_per_token, tokens_per_second
 

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 from command_line import machine, machine_line, make_parser, positive, print_result, run_main
 from train_step import Ours
-from turns import measure, quartiles
 
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.lab.turns import measure, quartiles
 
 DEFAULT = "benchmark"
 

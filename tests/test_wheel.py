@@ -70,7 +70,7 @@ def _plain_environment(**changes):
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     sources = {
         path.relative_to(REPOSITORY).as_posix()
-        for pattern in ("**/*.py", "**/*.pyi", "py.typed", "configs/*.yaml")
+        for pattern in ("**/*.py", "**/*.pyi", "py.typed", "configs/*.yaml", "lab/claims/*.yaml")
         for path in PACKAGE.glob(pattern)
     }
     assert {"hybridnorm_jax/py.typed", "hybridnorm_jax/__init__.pyi", "hybridnorm_jax/configs/550m.yaml"} <= sources

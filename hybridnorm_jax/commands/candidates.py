@@ -17,6 +17,7 @@ from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.config.run_config import EQUIVALENT_FORMS, SCHEDULES, SOURCES, TOKEN_DTYPES, RunSection
 from hybridnorm_jax.evaluation.paper_tasks import PAPER, PAPER_TASKS
 from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS, EXPERT_DISPATCHES
+from hybridnorm_jax.lab.claims.claim import read_claims
 from hybridnorm_jax.model import config as model
 from hybridnorm_jax.model.config_attention import POSITIONS, ROPE_SCALINGS
 from hybridnorm_jax.model.config_feed_forward import ACTIVATIONS
@@ -140,6 +141,8 @@ def _positionals(command: str, given: Sequence[str], typed: str) -> list[str]:
         return _directories(typed)
     if command == "schemes":
         return _whole(SCHEMES)
+    if command == "lab claims":
+        return _whole(read_claims())
     if command == "lab report" and not given:
         return _directories(typed)
     return _whole(SHELLS) if command == "completion" and not given else []

@@ -1,4 +1,4 @@
-"""`hybridnorm lab signal | compare | report`: what a norm placement does, and honest comparisons of placements."""
+"""`hybridnorm lab ...`: what a norm placement does, honest comparisons of placements, and the papers' claims."""
 
 import dataclasses
 import re
@@ -22,10 +22,12 @@ USAGE = """usage: hybridnorm lab signal  [CONFIG ...] [key=value ...]
        hybridnorm lab compare [CONFIG ...] [key=value ...]
        hybridnorm lab report  DIR [baseline=SCHEME] [run.plugins=[...]]
                               [--speed]
+       hybridnorm lab claims  [ID ...] [out=DIR]
 
 signal   measures models at initialization and writes a table, JSON and figures
 compare  trains every combination of schemes, seeds and learning rates
 report   writes one page about the runs that compare has trained
+claims   measures what the papers claim, and says what held
 
 Without CONFIG it is the configuration `lab`.
 `hybridnorm lab compare --help` says more about compare."""
@@ -64,13 +66,25 @@ run.plugins=[...]  plugins of the runs, which are imported only if you name them
 --speed            also show tokens per second, which say little where runs
                    were made beside other work"""
 
+CLAIMS_USAGE = """usage: hybridnorm lab claims [ID ...] [out=DIR]
+
+Measures the papers' claims that take seconds to two minutes each, or those
+named, and prints a row for each: claim, verdict, number. Of a claim that takes
+longer it prints what was found before, and the commands that test it. Writes
+claims.json.
+
+  hybridnorm lab claims theorem-2 lossless-rmsnorm
+
+Its only key is this.
+"""
+
 
 def run(arguments: Sequence[str], processes: Processes) -> int | None:
-    """`hybridnorm lab signal | compare | report`."""
+    """`hybridnorm lab signal | compare | report | claims`."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
-    commands = {"signal": _signal, "compare": _compare, "report": _report}
+    commands = {"signal": _signal, "compare": _compare, "report": _report, "claims": _claims}
     name, rest = arguments[0], list(arguments[1:])
     if name not in commands:
         raise UserError(f"lab {name}: no such command{did_you_mean(name, commands)}")
@@ -130,6 +144,16 @@ def _report(arguments: list[str], processes: Processes) -> None:
         raise UserError("lab report: name one directory of runs, such as runs/compare-lab; --help says more")
     page = write_report(arguments[0], baseline, speed=speed)
     print(f"{page}\n  as Markdown: {page.with_suffix('.md')}\n  every run's numbers: {page.with_suffix('.csv')}")
+
+
+def _claims(arguments: list[str], processes: Processes) -> None:
+    from hybridnorm_jax.lab.claims import run
+
+    if wants_help(arguments):
+        print(CLAIMS_USAGE + _keys(run.ClaimOptions))
+        return
+    keep_programs(speaks=processes.number == 0)
+    run.run(arguments)
 
 
 def _option(arguments: Sequence[str], name: str) -> tuple[str | None, list[str]]:

@@ -58,7 +58,7 @@ COMMANDS = {
     "convert": Command("DIR OUT_DIR --form FORM", "make a Pre-LN model cheaper, proven equal", computes=True),
     "export": Command("RUN OUT_DIR", "write a run's model for PyTorch"),
     "plan": Command("CONFIG [key=value ...]", "say whether a run fits on other devices"),
-    "lab": Command("signal | compare | report", "compare norm placements", has_processes=True, computes=True),
+    "lab": Command("signal | compare | ...", "compare norm placements", has_processes=True, computes=True),
     "schemes": Command("[SCHEME ...] [DEPTH]", "list norm placements, or print some"),
     "completion": Command("bash | zsh | fish", "print a script that completes arguments"),
 }

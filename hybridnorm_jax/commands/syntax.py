@@ -63,6 +63,7 @@ SYNTAX = {
         takes_run_keys=True,
     ),
     "lab report": Syntax(options=("--speed",), keys=("baseline", PLUGINS)),
+    "lab claims": Syntax(keys=("out",)),
     "schemes": Syntax(),
     "completion": Syntax(),
 }

@@ -21,12 +21,14 @@ class Claim:
 
     Attributes:
       statement: the claim, its source, and what counts as true here.
+      measure: what it is about, by its name in Signal.measures.
       initializer: of the models that were measured.
       holds: whether the measured numbers agree with it.
       seen: these numbers.
     """
 
     statement: str
+    measure: str
     initializer: str
     holds: bool
     seen: str
@@ -86,7 +88,23 @@ def _stream_grows(initializer: str, by_depth: ByDepth) -> list[Claim]:
         f"that after block 1 rises with depth, above {GROWS:g} at the greatest"
     )
     holds = bool(rising == sorted(rising) and rising[-1] > GROWS)
-    return [Claim(statement, initializer, holds, seen=f"last block / block 1: {_listed(ratios)}")]
+    return [Claim(statement, "stream_rms", initializer, holds, seen=f"last block / block 1: {_listed(ratios)}")]
+
+
+def _early_gradients_grow(initializer: str, by_depth: ByDepth) -> list[Claim]:
+    statement = (
+        "pre: early gradients grow (HybridNorm, fig. 2): the gradient norm of block 1's {} over the last block's rises "
+        f"with depth, above {FLAT:g} at the greatest"
+    )
+
+    def holds(ratios: Sequence[float]) -> bool:
+        return list(ratios) == sorted(ratios) and ratios[-1] > FLAT
+
+    return _ratio_claims(statement, initializer, by_depth, holds)
+
+
+def _of_pre(initializer: str, by_depth: ByDepth) -> list[Claim]:
+    return [*_stream_grows(initializer, by_depth), *_early_gradients_grow(initializer, by_depth)]
 
 
 def _early_gradients_shrink(initializer: str, by_depth: ByDepth) -> list[Claim]:
@@ -110,7 +128,9 @@ def _gradients_stay_flat(initializer: str, by_depth: ByDepth) -> list[Claim]:
             f"blocks lie within a factor of {FLAT:g} at every depth"
         )
         holds = bool(max(spread.values()) < FLAT)
-        made.append(Claim(statement, initializer, holds, seen=f"largest / smallest: {_listed(spread)}"))
+        made.append(
+            Claim(statement, gradient.measure, initializer, holds, seen=f"largest / smallest: {_listed(spread)}")
+        )
     return made
 
 
@@ -152,6 +172,7 @@ def _ratio_claims(
         made.append(
             Claim(
                 statement.format(gradient.of),
+                gradient.measure,
                 initializer,
                 holds=bool(holds(list(ratios.values()))),
                 seen=f"block 1 / last block: {_listed(ratios)}",
@@ -165,7 +186,7 @@ def _listed(by_depth: Mapping[int, float]) -> str:
 
 
 CHECKS: dict[str, Callable[[str, ByDepth], list[Claim]]] = {
-    "pre": _stream_grows,
+    "pre": _of_pre,
     "post": _early_gradients_shrink,
     "hybrid": _gradients_stay_flat,
     "hybrid_star": _gradients_stay_flat,

@@ -50,7 +50,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_every_place_of_a_line_has_its_own_candidates(folder):
     assert candidates(["tr"]) == ["train "]
-    assert candidates(["lab", "c"]) == ["compare "]
+    assert candidates(["lab", "c"]) == ["compare ", "claims "]
     assert candidates(["schemes", "reord"]) == ["reordered "]
     assert candidates(["completion", ""]) == ["bash ", "zsh ", "fish "]
     assert candidates(["nothing", ""]) == []
@@ -193,7 +193,7 @@ def test_fish_completes(folder):
     _needs("fish")
     lines = {
         "hybridnorm tr": ["train"],
-        "hybridnorm lab ": ["compare", "report", "signal"],
+        "hybridnorm lab ": ["claims", "compare", "report", "signal"],
         "hybridnorm train model.scheme=hybrid_st": ["model.scheme=hybrid_star"],
         "hybridnorm lab compare 'schemes=[pre,spa": ["schemes=[pre,span"],
         "hybridnorm eval runs/": ["runs/one", "runs/two=3"],

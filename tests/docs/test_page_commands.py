@@ -26,6 +26,7 @@ WORK = {
     "lab signal": "lab.signal_at_start.random_batch",
     "lab compare": "lab.compare.compare",
     "lab report": "lab.report.write_report",
+    "lab claims": "lab.claims.run.measured",
 }
 QUICK = ("schemes", "completion")
 FILE_ENDINGS = {"py", "md", "yaml", "safetensors"}

@@ -51,12 +51,15 @@ def test_claims_say_what_was_seen():
         measures = {"gradient/block": weights, "stream_gradient": stream, "stream_rms": rms}
         return _signal(scheme, depth, initializer, **measures)
 
-    (grows,) = claims([of("pre", [1, 1], [1, 1, 1], rms=[1, 1.2, 2.0])])
+    (grows, *_) = claims([of("pre", [1, 1], [1, 1, 1], rms=[1, 1.2, 2.0])])
     assert grows.holds
     assert "1.67 at L=2" in grows.seen
     deeper = of("pre", [1, 1], [1, 1, 1], rms=[1, 2, 3.1], depth=4)  # 1.55: less than at 2 blocks
-    (grows,) = claims([of("pre", [1, 1], [1, 1, 1], rms=[1, 1.2, 2.0]), deeper])
+    (grows, *_) = claims([of("pre", [1, 1], [1, 1, 1], rms=[1, 1.2, 2.0]), deeper])
     assert not grows.holds
+    shallow, deeper = of("pre", [3, 1], [9, 9, 1]), of("pre", [5, 1], [9, 8, 1], depth=4)
+    assert [claim.holds for claim in claims([shallow, deeper])][1:] == [True, False]  # the stream's: 9, then 8
+    assert [claim.holds for claim in claims([of("pre", [3, 1], [9, 9, 1])])][1:] == [False, True]  # 3 is flat
     assert [claim.holds for claim in claims([of("post", [1, 4], [9, 3, 4])])] == [True, False]
     assert [claim.holds for claim in claims([of("hybrid", [1, 3], [9, 1, 5])])] == [True, False]
     span = [of("span", [8, 1], [2, 2, 1], initializer=name, depth=2) for name in ("normal", "megatron")]
