@@ -1,17 +1,63 @@
-"""Figures that set labels side by side: losses by size, and over arithmetic operations."""
+"""Figures that set labels side by side: best losses, losses over arithmetic operations, and by size."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Float
 
-from hybridnorm_jax.lab.figure_styles import figure, legend_above, styles_of
+from hybridnorm_jax.lab.figure_styles import BLACK, Style, figure, legend_above, styles_of
 from hybridnorm_jax.lab.report.costs import Curve
-from hybridnorm_jax.lab.report.loss_figures import LOSS
+from hybridnorm_jax.lab.report.loss_figures import LOSS, NARROW
 from hybridnorm_jax.lab.report.scaling import Family
+from hybridnorm_jax.lab.report.significance import Inference, infer
+from hybridnorm_jax.lab.report.statistics import ComparedRuns
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Values = Float[np.ndarray, "seeds"]
+
+
+def best_losses_figure(compared: ComparedRuns) -> "Figure":
+    """A row for each label, at its best rate: at the left its loss, at the right its difference from its baseline.
+
+    A marker is a mean, a bar its 95 % interval, a dot one seed. A label of which no run finished has words instead.
+    """
+    labels = compared.labels
+    made, (panels,) = figure(columns=2, width=6.8, height=1.3 + 0.32 * len(labels))
+    losses, differences = panels
+    styles = styles_of(labels)
+    for row, label in enumerate(labels):
+        group = compared.best_group(label)
+        if group is None or not group.losses:
+            words = "diverged" if compared.ended_runs(label) else "not finished"
+            losses.annotate(words, (0.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+            continue
+        values = np.array(list(group.losses.values()))
+        _draw_mean(losses, row, values, infer(values), styles[label])
+        found = compared.best_differences.get(label)
+        if found is not None:
+            _draw_mean(differences, row, np.array(found.differences), found.inference, styles[label])
+    losses.set_yticks(range(len(labels)), labels)
+    differences.set_yticks(range(len(labels)), [""] * len(labels))
+    for panel in panels:
+        panel.set_ylim(len(labels) - 0.5, -0.5)
+        panel.locator_params(axis="x", nbins=4)
+    losses.set_xlabel(LOSS)
+    differences.axvline(0, color=BLACK, linewidth=0.9)
+    whose = compared.baseline if compared.has_one_baseline else "its baseline"
+    differences.set_xlabel(f"minus {whose}, by seed (nats)")
+    return made
+
+
+def _draw_mean(axis: "Axes", row: int, values: Values, found: Inference | None, style: Style) -> None:
+    """One row: the seeds as dots a little below, the mean as a marker, and its interval if there is one."""
+    axis.plot(values, np.full(len(values), row + 0.25), ".", color=style.color, markersize=3)
+    axis.plot([values.mean()], [row], marker=style.marker, color=style.color, linestyle="")
+    if found is not None:
+        axis.plot(found.interval, [row, row], color=style.color, linewidth=1.6)
 
 
 def operations_figure(curves: Mapping[str, Curve]) -> "Figure":
@@ -41,7 +87,7 @@ def scaling_figure(families: Sequence[Family]) -> "Figure":
     """Loss by parameters: a point for each run, an open marker for each mean, and the fitted lines."""
     from matplotlib.ticker import EngFormatter, NullLocator
 
-    made, axes = figure()
+    made, axes = figure(width=NARROW)
     axis = axes[0, 0]
     styles = styles_of(family.name for family in families)
     for family in families:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from hybridnorm_jax.lab.groups import RunGroup
 from hybridnorm_jax.lab.report.blocks import Cell, Column, Table
 from hybridnorm_jax.lab.report.columns import LABEL, RATE, numbers, shown
 from hybridnorm_jax.lab.report.formats import (
@@ -63,19 +64,20 @@ def _cells(found: Difference | None, corrected_p: float | None) -> list[Cell]:
 
 def best_rates_table(compared: ComparedRuns) -> Table | None:
     """Differences, each label at its own best learning rate; None where there is nothing to compare."""
-    baseline = compared.best_group(compared.baseline)
-    if baseline is None or not baseline.losses:
-        return None
-    labels = [label for label in compared.labels[1:] if compared.best_group(label) is not None]
+    labels = [
+        label
+        for label, baseline in compared.baselines.items()
+        if compared.best_group(label) is not None and _has_losses(compared.best_group(baseline))
+    ]
     if not labels:
         return None
-    baseline_rate = shown(compared.best[compared.baseline], rate_text)
     cells = difference_cells([compared.best_differences[label] for label in labels])
     rows = [
         [
             label,
+            *_baseline_cells(compared, label),
             shown(compared.best[label], rate_text),
-            baseline_rate,
+            shown(compared.best[compared.baselines[label]], rate_text),
             shown(compared.best_group(label).mean, loss_text),
             *of_label,
         ]
@@ -83,26 +85,46 @@ def best_rates_table(compared: ComparedRuns) -> Table | None:
     ]
     return Table(
         "differences-at-best-rates",
-        f"Loss minus {compared.baseline}'s, each at its own best learning rate; below 0 is better",
-        [LABEL, *numbers("its rate", "baseline's rate", "mean loss"), *COLUMNS],
+        f"Loss minus {_whose(compared)}, each at its own best learning rate; below 0 is better",
+        [LABEL, *_baseline_columns(compared), *numbers("its rate", "baseline's rate", "mean loss"), *COLUMNS],
         rows,
     )
+
+
+def _has_losses(group: RunGroup | None) -> bool:
+    return group is not None and bool(group.losses)
+
+
+def _whose(compared: ComparedRuns) -> str:
+    return f"{compared.baseline}'s" if compared.has_one_baseline else "that of its baseline"
+
+
+def _baseline_columns(compared: ComparedRuns) -> list[Column]:
+    """Where labels have different baselines, a column names them."""
+    return [] if compared.has_one_baseline else [Column("baseline")]
+
+
+def _baseline_cells(compared: ComparedRuns, label: str) -> list[str]:
+    return [] if compared.has_one_baseline else [compared.baselines[label]]
 
 
 def equal_rates_table(compared: ComparedRuns) -> Table | None:
     """Differences at the same learning rate; None where no label shares one with the baseline."""
     shared = [
         (label, rate)
-        for label in compared.labels[1:]
+        for label, baseline in compared.baselines.items()
         for rate in compared.compared_at(label)
-        if (compared.baseline, rate) in compared.groups
+        if (baseline, rate) in compared.groups
     ]
     if not shared:
         return None
     cells = difference_cells([compared.difference(label, rate, rate) for label, rate in shared])
-    rows = [[label, shown(rate, rate_text), *of_pair] for (label, rate), of_pair in zip(shared, cells, strict=True)]
-    caption = f"Loss minus {compared.baseline}'s at the same learning rate and seed; below 0 is better"
-    return Table("differences-at-equal-rates", caption, [LABEL, RATE, *COLUMNS], rows)
+    rows = [
+        [label, *_baseline_cells(compared, label), shown(rate, rate_text), *of_pair]
+        for (label, rate), of_pair in zip(shared, cells, strict=True)
+    ]
+    caption = f"Loss minus {_whose(compared)} at the same learning rate and seed; below 0 is better"
+    return Table("differences-at-equal-rates", caption, [LABEL, *_baseline_columns(compared), RATE, *COLUMNS], rows)
 
 
 def power_table(compared: ComparedRuns) -> Table | None:

@@ -31,6 +31,15 @@ def has_one_data_order(compared: ComparedRuns) -> bool:
     return len(data_seeds) == 1 and None not in data_seeds
 
 
+def budget_text(compared: ComparedRuns) -> str:
+    """How long every run is, as `hybridnorm lab compare` was asked for it."""
+    flops = compared.made_by.get("flops")
+    if flops is not None:
+        return f"{operations_text(flops)} arithmetic operations"
+    train, config = compared.runs[0].config.train, compared.runs[0].config
+    return f"{train.steps * config.tokens_per_step:,} tokens ({train.steps:,} steps)"
+
+
 def distinct(values: Iterable[Any]) -> list[Any]:
     """The values that occur, in their order, without None and empty text."""
     return list(dict.fromkeys(value for value in values if value is not None and value != ""))

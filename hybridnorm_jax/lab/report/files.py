@@ -1,4 +1,4 @@
-"""The files of a report: report.html, report.md with figures/, and report.csv, in the directory of the runs."""
+"""The files of a report: report.html, report.md with figures/, report.csv and tables/, beside the runs."""
 
 import csv
 import io
@@ -7,11 +7,12 @@ from typing import Any
 
 from hybridnorm_jax.errors import UserError, did_you_mean
 from hybridnorm_jax.lab.figure_styles import save_png
-from hybridnorm_jax.lab.report.blocks import Picture
+from hybridnorm_jax.lab.report.blocks import Picture, Table
 from hybridnorm_jax.lab.report.html_page import to_html
 from hybridnorm_jax.lab.report.markdown_page import to_markdown
 from hybridnorm_jax.lab.report.sections import report_blocks
 from hybridnorm_jax.lab.report.statistics import ComparedRuns
+from hybridnorm_jax.lab.report.table_files import write_tables
 from hybridnorm_jax.lab.run_files import read_object
 from hybridnorm_jax.lab.runs import Run, read_runs
 
@@ -19,7 +20,7 @@ TITLE = "Norm placements compared"
 
 
 def write_report(directory: str | Path, baseline: str | None = None, *, speed: bool = False) -> Path:
-    """Write report.html, report.md, report.csv and figures/*.png into a directory of runs; returns report.html's path.
+    """Write report.html, report.md, report.csv, figures/ and tables/ into a directory of runs; returns the page's path.
 
     Args:
       directory: its subdirectories with a config.yaml are the runs; comparison.json, if there, says what made them.
@@ -43,6 +44,7 @@ def write_report(directory: str | Path, baseline: str | None = None, *, speed: b
     for block in blocks:
         if isinstance(block, Picture):
             save_png(block.figure, directory / "figures" / f"{block.name}.png")
+    write_tables([block for block in blocks if isinstance(block, Table)], directory / "tables")
     (directory / "report.csv").write_text(_csv(compared), encoding="utf-8")
     (directory / "report.md").write_text(to_markdown(TITLE, blocks), encoding="utf-8")
     (directory / "report.html").write_text(to_html(TITLE, blocks), encoding="utf-8")

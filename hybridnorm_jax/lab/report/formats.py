@@ -33,6 +33,12 @@ def interval_text(interval: Sequence[float]) -> str:
     return f"{signed_text(low)} to {signed_text(high)}"
 
 
+def range_text(interval: Sequence[float]) -> str:
+    """The two ends of an interval of losses."""
+    low, high = interval
+    return f"{loss_text(low)} to {loss_text(high)}"
+
+
 def p_text(p: float | None) -> str:
     """A p-value."""
     if p is None:

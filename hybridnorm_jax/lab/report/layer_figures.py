@@ -142,11 +142,14 @@ def _draw_panel(axis: "Axes", quantity: Quantity, watched: Mapping[str, Sequence
         means = _layer_means(quantity, watched[label])
         if means is not None:
             spacing = max(1, len(means) // 12)
-            axis.plot(range(len(means)), means, label=label, markevery=spacing, **style.points)
+            # 0 is after the embedding, 1 after block 1; what is measured in a block has the number of the block.
+            first = 0 if quantity.on_stream else 1
+            depths = np.arange(first, first + len(means))
+            axis.plot(depths, means, label=label, markevery=spacing, **style.points)
     numbers = sorted({step.step for steps in watched.values() for step in steps})
     span = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
     axis.set_title(f"{title} ({span})", fontsize=10)
-    axis.set_xlabel("blocks passed (0: embedding)" if quantity.on_stream else "layer")
+    axis.set_xlabel("depth: blocks passed (0: embedding)" if quantity.on_stream else "depth: number of the block")
     axis.xaxis.get_major_locator().set_params(integer=True)
     if quantity.logarithmic:
         axis.set_yscale("log")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # Points of a curve: more of them cannot be told apart, and would make the page large.
 POINTS = 200
 LOSS = "loss (nats per token)"
+# Inches of a figure with one panel, which a phone then shows whole.
+NARROW = 4.8
 
 
 def loss_curves(runs: Sequence[Run], rates: Sequence[float], measured: str) -> "Figure":
@@ -37,10 +39,7 @@ def loss_curves(runs: Sequence[Run], rates: Sequence[float], measured: str) -> "
         at_rate = [run for run in runs if run.rate == rate]
         for label in sorted({run.label for run in at_rate}):
             mine = [run for run in at_rate if run.label == label]
-            middle = mine[0].config.train.steps // 2
-            whole.plot([], [], label=label, **styles[label].points)
-            _draw_runs(whole, mine, styles[label], measured, first_step=1)
-            _draw_runs(second_half, mine, styles[label], measured, first_step=middle + 1)
+            _draw_label(whole, second_half, mine, styles[label], measured)
         whole.set_title(f"learning rate {rate_text(rate)}", fontsize=10)
         second_half.set_title("second half", fontsize=10)
         _show_tokens(whole)
@@ -50,6 +49,35 @@ def loss_curves(runs: Sequence[Run], rates: Sequence[float], measured: str) -> "
         row[0].set_ylabel(LOSS)
     legend_above(made)
     return made
+
+
+def best_rate_curves(runs: Sequence[Run], measured: str) -> "Figure":
+    """Loss over tokens, each label at one learning rate: at the left the whole run, at the right its second half.
+
+    Args:
+      runs: of each label those at the rate to show.
+      measured: the validation set whose loss is marked.
+    """
+    styles = styles_of(run.label for run in runs)
+    made, axes = figure(columns=2, width=6.8)
+    whole, second_half = axes[0]
+    for label in sorted({run.label for run in runs}):
+        _draw_label(whole, second_half, [run for run in runs if run.label == label], styles[label], measured)
+    whole.set_title("whole run", fontsize=10)
+    second_half.set_title("second half", fontsize=10)
+    for axis in (whole, second_half):
+        _show_tokens(axis)
+    _limit_to_first_losses(whole, runs)
+    whole.set_ylabel(LOSS)
+    legend_above(made)
+    return made
+
+
+def _draw_label(whole: "Axes", second_half: "Axes", runs: Sequence[Run], style: Style, measured: str) -> None:
+    middle = runs[0].config.train.steps // 2
+    whole.plot([], [], label=runs[0].label, **style.points)
+    _draw_runs(whole, runs, style, measured, first_step=1)
+    _draw_runs(second_half, runs, style, measured, first_step=middle + 1)
 
 
 def _draw_runs(axis: "Axes", runs: Sequence[Run], style: Style, measured: str, *, first_step: int) -> None:
@@ -123,7 +151,7 @@ def rate_curves(groups: Mapping[tuple[str, float], RunGroup]) -> "Figure":
     Args:
       groups: (label, learning rate) -> its runs.
     """
-    made, axes = figure()
+    made, axes = figure(width=NARROW)
     axis = axes[0, 0]
     rates = sorted({rate for _, rate in groups})
     for label, style in styles_of(label for label, _ in groups).items():

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from hybridnorm_jax.lab.groups import RunGroup, best_rate, final_loss, group_runs, measured_set
+from hybridnorm_jax.lab.labels import AXES, STEPS, settings
 from hybridnorm_jax.lab.report.significance import Inference, infer
 from hybridnorm_jax.lab.run_files import UNFINISHED, Point
 from hybridnorm_jax.lab.runs import Run
@@ -23,13 +24,15 @@ class Difference:
     """The difference of two labels' losses, over the seeds that finished for both.
 
     Attributes:
-      mean: of (loss - baseline's loss) over seeds; below 0 the label is better.
+      differences: loss - baseline's loss, for each of the seeds.
+      mean: of the differences; below 0 the label is better.
       deviation: sample standard deviation (n - 1) of the differences; None with one seed.
       inference: interval and p-value of the mean; None with one seed.
       seeds: those that were paired.
       left_out: how many seeds were run for either label and were not paired.
     """
 
+    differences: tuple[float, ...]
     mean: float
     deviation: float | None
     inference: Inference | None
@@ -54,6 +57,7 @@ def paired_difference(ours: RunGroup, theirs: RunGroup, unpaired: Collection[int
         return None
     differences = np.array([ours.losses[seed] - theirs.losses[seed] for seed in seeds])
     return Difference(
+        differences=tuple(float(each) for each in differences),
         mean=float(differences.mean()),
         deviation=float(differences.std(ddof=1)) if len(seeds) > 1 else None,
         inference=infer(differences),
@@ -171,24 +175,45 @@ class ComparedRuns:
 
     @cached_property
     def best_differences(self) -> dict[str, Difference | None]:
-        """Label -> its difference from the baseline, each at its own best rate; only labels that have one."""
-        baseline_rate = self.best[self.baseline]
-        rates = {label: self.best[label] for label in self.labels[1:]}
-        return {
-            label: self.difference(label, rate, baseline_rate)
-            for label, rate in rates.items()
-            if rate is not None and baseline_rate is not None
+        """Label -> its difference from its baseline, each at its own best rate; only where both have a best rate."""
+        rates = {label: (self.best[label], self.best[other]) for label, other in self.baselines.items()}
+        return {label: self.difference(label, *pair) for label, pair in rates.items() if None not in pair}
+
+    @cached_property
+    def baselines(self) -> dict[str, str]:
+        """Label -> the label that it is compared with, for every label that is compared.
+
+        That is the label of the baseline's scheme which differs from it in the scheme only, such as "pre, d_model=64"
+        for "span, d_model=64"; where there is none, the baseline. The labels of the baseline's scheme that others are
+        compared with are not compared themselves.
+        """
+        runs = {run.label: run for run in self.runs}
+        scheme = runs[self.baseline].scheme
+        others = {_without_scheme(run): label for label, run in runs.items() if run.scheme == scheme}
+        partners = {
+            label: others[_without_scheme(runs[label])]
+            for label in self.labels
+            if runs[label].scheme != scheme and _without_scheme(runs[label]) in others
         }
+        alone = [label for label in self.labels[1:] if label not in partners and label not in partners.values()]
+        compared = partners | dict.fromkeys(alone, self.baseline)
+        return {label: compared[label] for label in self.labels if label in compared}
+
+    @property
+    def has_one_baseline(self) -> bool:
+        """Whether all labels are compared with the baseline itself."""
+        return set(self.baselines.values()) <= {self.baseline}
 
     def difference(self, label: str, rate: float, baseline_rate: float) -> Difference | None:
-        """The paired difference of a label from the baseline, each at a learning rate.
+        """The paired difference of a label from its baseline, each at a learning rate.
 
         Seeds are left out whose runs read the data in different orders. None where no seed can be paired.
         """
-        ours, theirs = self.groups.get((label, rate)), self.groups.get((self.baseline, baseline_rate))
+        key, other_key = (label, rate), (self.baselines[label], baseline_rate)
+        ours, theirs = self.groups.get(key), self.groups.get(other_key)
         if ours is None or theirs is None:
             return None
-        orders, other_orders = self._data_orders[label, rate], self._data_orders[self.baseline, baseline_rate]
+        orders, other_orders = self._data_orders[key], self._data_orders[other_key]
         unpaired = [seed for seed in ours.seeds & theirs.seeds if orders[seed] != other_orders[seed]]
         return paired_difference(ours, theirs, unpaired)
 
@@ -228,6 +253,15 @@ class ComparedRuns:
     def ended_runs(self, label: str, rate: float | None = None) -> list[Run]:
         """The runs of a label that finished or diverged, at one learning rate or, with None, at all of them."""
         return [run for run in self.ended if run.label == label and (rate is None or run.rate == rate)]
+
+
+def _without_scheme(run: Run) -> tuple[tuple[str, str], ...]:
+    """What decides a run's trajectory besides scheme, seed and learning rate, and the steps that follow from a budget.
+
+    The standard deviation of initial numbers is left out: where it is not stated it follows from the scheme.
+    """
+    left_out = {*AXES, STEPS, "model.scheme", "model.init_std"}
+    return tuple((key, repr(value)) for key, value in settings(run.config).items() if key not in left_out)
 
 
 def run_numbers(run: Run, measured: str) -> dict[str, float | int | None]:

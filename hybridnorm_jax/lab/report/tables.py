@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.lab.groups import RunGroup
 from hybridnorm_jax.lab.labels import differing, settings
 from hybridnorm_jax.lab.report.blocks import Cell, Column, Table
 from hybridnorm_jax.lab.report.columns import LABEL, RATE, numbers, shown
+from hybridnorm_jax.lab.report.costs import operations_per_token
 from hybridnorm_jax.lab.report.facts import facts
 from hybridnorm_jax.lab.report.formats import (
     NONE,
@@ -16,9 +19,11 @@ from hybridnorm_jax.lab.report.formats import (
     duration_text,
     loss_text,
     percent_text,
+    range_text,
     rate_text,
     ratio_text,
 )
+from hybridnorm_jax.lab.report.significance import infer
 from hybridnorm_jax.lab.report.statistics import ComparedRuns, mean, percentiles
 from hybridnorm_jax.lab.run_files import FINISHED
 from hybridnorm_jax.lab.runs import Run
@@ -61,6 +66,40 @@ def _differences(before: RunConfig, after: RunConfig) -> str:
 
 
 # ---- Final losses
+
+
+def best_losses_table(compared: ComparedRuns) -> Table:
+    """Each label at its own best learning rate: mean, interval of the mean, and cost."""
+    per_token = operations_per_token(compared)
+    baseline_cost = per_token.get(compared.baseline)
+    rows = []
+    for label in compared.labels:
+        group = compared.best_group(label)
+        losses = [] if group is None else list(group.losses.values())
+        found = infer(np.array(losses))
+        cost = per_token[label] / baseline_cost if baseline_cost and label in per_token else None
+        rows.append(
+            [
+                label,
+                shown(compared.best[label], rate_text),
+                _ended_text(group),
+                shown(group.mean if group else None, loss_text),
+                Cell(NONE) if found is None else Cell(range_text(found.interval), value=tuple(found.interval)),
+                *([shown(cost, ratio_text)] if per_token else []),
+            ]
+        )
+    costs = numbers("operations per token, ratio to the baseline") if per_token else []
+    return Table(
+        "best-losses",
+        f"Loss at each label's best learning rate ({compared.measured}, nats per token; smaller is better), with the "
+        "95 % interval of its mean over seeds",
+        [LABEL, *numbers("best rate", "finished", "mean loss", "95 % interval"), *costs],
+        rows,
+    )
+
+
+def _ended_text(group: RunGroup | None) -> str:
+    return "0" if group is None else f"{len(group.losses)} of {len(group.seeds)}"
 
 
 def final_losses_table(compared: ComparedRuns) -> Table:
@@ -129,7 +168,10 @@ def stability_table(compared: ComparedRuns) -> Table:
         groups = [groups_by_key.get((label, rate)) for rate in rates]
         rows.append([label, *(_stability_cell(group, ranked) for group in groups)])
     columns = [LABEL, *(Column(f"learning rate {rate_text(rate)}") for rate in rates)]
-    caption = "Mean final loss by label and learning rate. Darker is larger; a frame marks where a run diverged"
+    caption = (
+        "Mean final loss by label and learning rate. The stronger the shade, the larger; a frame marks where a run "
+        "diverged"
+    )
     return Table("stability", caption, columns, rows)
 
 

@@ -155,10 +155,14 @@ def test_figures_show_the_planted_numbers(planted):
     np.testing.assert_allclose(validation.get_ydata(), [np.mean(PRE)])
     stream = next(quantity for quantity in QUANTITIES if quantity.name == "stream-rms")
     first, last = layer_figure(stream, {"pre": pre}).axes
+    # 0 is the embedding, and what is measured in a block has its number, from 1.
+    np.testing.assert_array_equal(first.get_lines()[0].get_xdata(), [0, 1, 2, 3])
     np.testing.assert_allclose(first.get_lines()[0].get_ydata(), [10, 20, 30, 40])
     np.testing.assert_allclose(last.get_lines()[0].get_ydata(), [100, 200, 300, 400])
     ratio = next(quantity for quantity in QUANTITIES if quantity.name == "update-ratio")
-    np.testing.assert_allclose(layer_figure(ratio, {"pre": pre}).axes[1].get_lines()[0].get_ydata(), [0.01] * 3)
+    in_blocks = layer_figure(ratio, {"pre": pre}).axes[1].get_lines()[0]
+    np.testing.assert_array_equal(in_blocks.get_xdata(), [1, 2, 3])
+    np.testing.assert_allclose(in_blocks.get_ydata(), [0.01] * 3)
 
 
 def test_a_loss_that_diverged_does_not_decide_the_axis(planted):
@@ -189,13 +193,13 @@ def test_page_needs_nothing_else(planted, parsed):
     namespaces = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
     assert set(re.findall(r"https?://[^\s\"<>)]+", text)) <= namespaces
     assert not re.search(r"<script|@import|url\((?!#)", text)
-    assert text.count("<svg") == 2 + 7  # losses, learning rates, seven quantities of the layers
+    assert text.count("<svg") == 1 + 1 + 2 + 7  # best losses, learning rates, curves, seven quantities of the layers
 
 
 def test_markdown_has_the_same_tables_and_its_figures(planted, parsed):
     markdown = (planted / "report.md").read_text(encoding="utf-8")
     pictures = re.findall(r"\]\((figures/[^)]+)\)", markdown)
-    assert len(pictures) == 9
+    assert len(pictures) == 11
     assert all((planted / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
     assert f"| hybrid | 0.001 | 3 | {MINUS}0.1200 | {MINUS}0.2991 to +0.0591 |" in markdown
     rows = sum(len(rows) + 1 for rows in parsed.tables.values())

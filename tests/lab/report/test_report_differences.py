@@ -43,9 +43,10 @@ def test_a_sweep_chooses_the_rate_and_other_seeds_are_compared(swept):
     # 3.2 - 3.7 and 3.4 - 3.8: without the sweep's 3.3 - 3.4.
     assert (hybrid["mean loss"], hybrid["difference"]) == ("3.3000", f"{MINUS}0.4500")
     assert "seed 100" not in swept.table("Loss (validation")["pre"][0]
-    assert "It was chosen with seed 100 only, and all losses and differences are those of the other seeds" in swept.text
+    assert "found by a sweep with seed 100 only, so that the choice favors no label" in swept.text
     assert "hybrid (largest, 0.004)" in swept.text
-    assert "pre (" not in swept.text
+    assert "pre (smallest" not in swept.text
+    assert "pre (largest" not in swept.text
 
 
 def test_the_stability_map_of_a_sweep_shows_its_own_seeds(swept):
