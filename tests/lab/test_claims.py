@@ -214,13 +214,22 @@ def test_what_is_trained_is_watched_and_compared(short):
 # ---- Times.
 
 
-def test_a_time_is_told_where_the_quartiles_leave_no_doubt():
-    told = [
-        speed.told("x", np.array(ratios), limit=1.0) for ratios in ([0.8, 0.9, 0.95], [1.1, 1.2, 1.3], [0.9, 1, 1.1])
-    ]
+def test_a_median_lies_between_order_statistics_that_coins_choose():
+    """Of 10 fair coins at most 1 shows heads with 11/1024 and at most 2 with 56/1024, more than 2.5 %."""
+    assert speed.median_interval(np.arange(10.0)[::-1]) == (1, 8)
+    assert speed.median_interval(np.arange(3.0)) == (0, 2)
+    rng = np.random.default_rng(0)
+    within = [speed.median_interval(sample) for sample in rng.exponential(size=(2000, 25))]
+    covered = np.mean([lower <= math.log(2) <= upper for lower, upper in within])
+    assert 0.945 < covered < 0.97  # 95.7 % by the binomial of 25
+
+
+def test_a_time_is_told_where_the_interval_leaves_no_doubt():
+    rounds = np.linspace(0.8, 0.96, 9), np.linspace(1.1, 1.3, 9), np.linspace(0.9, 1.1, 9)
+    told = [speed.told("x", ratios, limit=1.0) for ratios in rounds]
     assert [each.verdict for each in told] == ["held", "did not hold", "cannot be told here"]
-    assert told[0].number == "time of x: 0.900 (quartiles 0.850-0.925)"
-    assert told[2].reason == "1 lies between the quartiles"
+    assert told[0].number == "time of x: median 0.880 (0.820 to 0.940)"
+    assert told[2].reason == "1 lies within the 95 % interval of the median"
 
 
 def test_a_slower_step_is_noticed():
@@ -231,7 +240,7 @@ def test_a_slower_step_is_noticed():
 
         return wait
 
-    ratios = speed.in_turns({"none": step(0.01), "slow": step(0.02)}, "none", rounds=3)
+    ratios = speed.in_turns({"none": step(0.01), "slow": step(0.02)}, "none", rounds=6)
     assert speed.told("slow", ratios["slow"], limit=1.0).verdict == "did not hold"
 
 
