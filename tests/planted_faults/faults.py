@@ -1,6 +1,7 @@
 """Faults that give wrong numbers without a word, each with the tests that must fail where it is planted."""
 
 from planted_faults.architecture_faults import ARCHITECTURES
+from planted_faults.claim_faults import CLAIMS
 from planted_faults.fault import Fault
 from planted_faults.norm_faults import NORMS
 from planted_faults.sphere_faults import GROWING_AND_SPHERE
@@ -349,4 +350,16 @@ SHARDING = (
     ),
 )
 
-FAULTS = MODEL + LOSS + DATA + ACCUMULATION + MOMENTS + SHARDING + TASKS + ARCHITECTURES + NORMS + GROWING_AND_SPHERE
+FAULTS = (
+    MODEL
+    + LOSS
+    + DATA
+    + ACCUMULATION
+    + MOMENTS
+    + SHARDING
+    + TASKS
+    + ARCHITECTURES
+    + NORMS
+    + GROWING_AND_SPHERE
+    + CLAIMS
+)
