@@ -104,17 +104,17 @@ def _signal(arguments: list[str], processes: Processes) -> None:
 
 
 def _compare(arguments: list[str], processes: Processes) -> None:
-    from hybridnorm_jax.lab import compare, jobs
+    from hybridnorm_jax.lab import compare, compare_options, jobs
 
     if wants_help(arguments):
-        print(COMPARE_USAGE + _keys(compare.CompareOptions))
+        print(COMPARE_USAGE + _keys(compare_options.CompareOptions))
         return
     emit, arguments = _option(arguments, "--emit-jobs")
     number, arguments = _option(arguments, "--only")
     if number is not None and re.fullmatch(r"\d{1,9}", number, re.ASCII) is None:
         raise UserError(f"--only={number}: must be the number of a combination, from 0")
     only = None if number is None else int(number)
-    asked = compare.comparison(arguments)
+    asked = compare_options.comparison(arguments)
     if emit is not None:
         print(jobs.emit(asked, emit))
         return
@@ -122,9 +122,9 @@ def _compare(arguments: list[str], processes: Processes) -> None:
         kept = [each for each in arguments if not each.startswith(("distributed.", "data.cache_dir="))]
         check_alike({"the arguments": shlex.join([*kept, f"--only={number}"])})
         keep_programs(speaks=processes.number == 0)
-        results = compare.compare(asked, only)
+        runs = compare.compare(asked, only)
     if processes.number == 0:
-        print("" if only is not None else f"\n{compare.table(asked, results)}")
+        print("" if only is not None else f"\n{compare.table(asked, runs)}")
         needed = as_arguments(asked.configs[0].run.plugins)
         print(f"\nNext: {again(['lab', 'report', asked.directory, *needed])}")
 

@@ -1,173 +1,131 @@
-"""Train every combination of scheme, learning rate and seed on the same data, in one directory."""
+"""Train the runs of a comparison on the same data, in one directory."""
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
 import platform
 import re
-import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 
-from hybridnorm_jax.config.arguments import parse
-from hybridnorm_jax.config.key_values import show
-from hybridnorm_jax.config.run_config import LARGEST_RATE, LARGEST_SEED, SMALLEST, RunConfig
-from hybridnorm_jax.config.yaml_files import take
-from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
+from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.config_fields import check
 from hybridnorm_jax.errors import ConfigError, UserError
+from hybridnorm_jax.lab.compare_options import (
+    Comparison,
+    Contestant,
+    check_budget,
+    run_config,
+    with_steps,
+)
 from hybridnorm_jax.lab.divergence import rising_since
+from hybridnorm_jax.lab.groups import RunGroup, compared_set
 from hybridnorm_jax.lab.labels import measured_otherwise
+from hybridnorm_jax.lab.pairing import PairingRecord, check_paired
 from hybridnorm_jax.lab.run_data import RunData, check_same_data, read_data
-from hybridnorm_jax.lab.run_files import DIVERGED, FINISHED, read_losses, read_object, read_result
+from hybridnorm_jax.lab.run_files import DIVERGED, FINISHED, compile_seconds, read_losses, read_object, read_result
 from hybridnorm_jax.lab.runs import check_addition
+from hybridnorm_jax.lab.sweep import Swept, sweep
 from hybridnorm_jax.mesh.processes import say
-from hybridnorm_jax.model.schemes import SCHEMES
+from hybridnorm_jax.training.arithmetic import operations
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.hooks.skipped_steps import DivergedError
 from hybridnorm_jax.training.huggingface_beginning import is_huggingface
 from hybridnorm_jax.training.loop import train
+from hybridnorm_jax.training.metrics_file import read_records
+from hybridnorm_jax.training.program import Program, compiled_values
 from hybridnorm_jax.training.run_directory import run_directory
 from hybridnorm_jax.training.run_identity import check_same_run, saved_run
+from hybridnorm_jax.training.shared_programs import SharedPrograms
 from hybridnorm_jax.training.step_directories import absolute, check_place, find_checkpoint
-from hybridnorm_jax.whole_files import expanded, is_local, write_whole
-
-DEFAULT = "lab"
+from hybridnorm_jax.whole_files import is_local, write_whole
 
 
-@dataclasses.dataclass(frozen=True)
-class CompareOptions:
-    """What is combined."""
+class Ended(NamedTuple):
+    """A run that ended: its configuration, and the content of its result.json."""
 
-    schemes: tuple[str, ...] = key(("pre", "post", "hybrid", "hybrid_star", "span", "peri"), "norm placements")
-    seeds: tuple[int, ...] = key(
-        (0, 1, 2),
-        "values of train.seed; train.data_seed, the same for all, decides the order of the data",
-        at_least=0,
-        at_most=LARGEST_SEED,
-    )
-    learning_rates: tuple[float, ...] = key(
-        (), "peak learning rates; none: that of the configuration", at_least=SMALLEST, at_most=LARGEST_RATE
-    )
-
-    def __post_init__(self) -> None:
-        check_fields("", self)
-        for name, values in dataclasses.asdict(self).items():
-            check(bool(values) or name == "learning_rates", name, "[]", "at least one is needed")
-            check(len(set(values)) == len(values), name, show(values), "one of them is named twice")
+    config: RunConfig
+    result: dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """A directory of runs that differ in scheme, learning rate and seed.
-
-    Attributes:
-      directory: run.dir/run.name of the arguments; run.name=auto stands for compare-<its name>.
-      arguments: those of `hybridnorm lab compare` that ask for it.
-      options: what is combined.
-      configs: one for each combination, by scheme, then learning rate, then seed.
-    """
-
-    directory: str
-    arguments: tuple[str, ...]
-    options: CompareOptions
-    configs: tuple[RunConfig, ...]
-
-    @property
-    def command(self) -> str:
-        """The command that asks for it, as it is typed."""
-        return shlex.join(["hybridnorm", "lab", "compare", *self.arguments])
-
-
-def comparison(arguments: Sequence[str]) -> Comparison:
-    """The comparison that `[CONFIG ...] [schemes=...] [seeds=...] [learning_rates=...] [key=value ...]` asks for.
-
-    Raises:
-      ConfigError: one line, before anything is trained: an argument is wrong, or a combination of values is.
-    """
-    options, others = take(CompareOptions, arguments)
-    lab_keys = {"model.scheme": "schemes", "train.seed": "seeds"}
-    if options.learning_rates:
-        lab_keys["optimizer.learning_rate"] = "learning_rates"
-    refuse(others, lab_keys)
-    base = parse(others, DEFAULT)  # imports plugins, which may bring schemes
-    for scheme in options.schemes:
-        check_choice("schemes", scheme, SCHEMES)
-    is_named = any(argument.startswith("run.name=") for argument in others)
-    name = base.run.name if is_named else f"compare-{base.run.name}"
-    directory = f"{expanded(base.run.dir)}/{name}"
-    rates = options.learning_rates or (base.optimizer.learning_rate,)
-    configs = [
-        _config(base, directory, scheme=scheme, rate=rate, seed=seed)
-        for scheme, rate, seed in itertools.product(options.schemes, rates, options.seeds)
-    ]
-    return Comparison(directory=directory, arguments=tuple(arguments), options=options, configs=tuple(configs))
-
-
-def refuse(arguments: Sequence[str], lab_keys: Mapping[str, str]) -> None:
-    """Raise ConfigError for an argument that sets a key which the lab sets itself.
-
-    Args:
-      lab_keys: key of a run -> key of the lab that sets it.
-    """
-    for argument in arguments:
-        lab_key = lab_keys.get(argument.partition("=")[0])
-        if lab_key is not None:
-            raise ConfigError(f"{argument}: {lab_key}=[...] sets it here")
-
-
-def _config(base: RunConfig, directory: str, *, scheme: str, rate: float, seed: int) -> RunConfig:
-    data_seed = 0 if base.train.data_seed is None else base.train.data_seed
-    return dataclasses.replace(
-        base,
-        run=dataclasses.replace(base.run, dir=directory, name=f"{scheme}-lr{rate:g}-seed{seed}"),
-        model=base.model.with_scheme(scheme),
-        optimizer=dataclasses.replace(base.optimizer, learning_rate=rate),
-        train=dataclasses.replace(base.train, seed=seed, data_seed=data_seed),
-    )
-
-
-def compare(asked: Comparison, only: int | None = None) -> list[dict[str, Any]]:
+def compare(asked: Comparison, only: int | None = None) -> list[Ended]:
     """Train what has no result yet, one run after another.
 
     A run that was stopped or killed goes on from its newest checkpoint. One that diverges is a result.
 
     Args:
-      only: number of the one combination to train; each job of a cluster trains one. None: all.
+      only: number of the one part to train; each job of a cluster trains one. None: all.
 
     Returns:
-      The content of result.json, for every combination that was asked for.
+      Every run that was asked for, by contestant; with a sweep those of the sweep before the others.
 
     Raises:
       UserError: runs of other comparisons in the directory cannot be compared with these; nothing was trained.
       UserError, RunStopped: those of training.loop.train; the runs that finished before stay.
     """
-    count = len(asked.configs)
-    right = f"must be in [0, {count}), there are {count} combinations"
-    check(only is None or 0 <= only < count, "--only", only, right)
+    parts = asked.parts
+    check(only is None or 0 <= only < parts, "--only", only, f"must be in [0, {parts}), there are {parts} combinations")
     file = epath.Path(asked.directory) / "comparison.json"
     # What cannot be read or written is refused before anything is written.
     check_place(absolute(asked.directory))
-    init_from = asked.configs[0].init_from
+    configs = asked.configs
+    init_from = configs[0].init_from
     if init_from is not None and not is_huggingface(init_from):
         find_checkpoint(init_from)
-    data = read_data(asked.configs[0])
+    data = read_data(configs[0])
+    _check_validated(asked)
+    asked = with_budget(asked)
     if is_local(asked.directory):
         check_addition(Path(asked.directory), asked.configs, data)
-    results = []
+    trainer = _Trainer(asked, data)
     with _gone_if_nothing_follows(file):
         _write(file, _described(asked, file))
-        for number, config in enumerate(asked.configs):
-            if only is None or number == only:
-                say(f"\n== {number + 1} of {count}: {config.run.name}")
-                results.append(_result(asked, number, config, data))
-    return results
+        if asked.options.sweep:
+            chosen = asked.contestants if only is None else [asked.contestants[only]]
+            return [ended for contestant in chosen for ended in trainer.sweep_and_train(contestant)]
+        numbers = range(parts) if only is None else [only]
+        return [trainer.train(asked.configs[number], number, f"{number + 1} of {parts}") for number in numbers]
+
+
+def with_budget(asked: Comparison) -> Comparison:
+    """The comparison with the steps that its budget of operations is worth for each contestant; the same without one.
+
+    Raises:
+      ConfigError: the budget is not worth the warm-up.
+    """
+    flops = asked.options.flops
+    if flops is None:
+        return asked
+    contestants = []
+    for contestant in asked.contestants:
+        contestant = with_steps(contestant, max(1, round(flops / step_operations(contestant.config))))
+        check_budget(contestant.config)
+        contestants.append(contestant)
+    return dataclasses.replace(asked, contestants=tuple(contestants))
+
+
+def step_operations(config: RunConfig) -> int:
+    """Arithmetic operations of one training step over all devices, as training/arithmetic.py counts.
+
+    Attention is counted as `xla` computes it, whatever computes it: all scores of a sequence, also those that are
+    masked.
+    """
+    plain = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla", remat="none"))
+    return operations(Program(plain).trace_train_step().jaxpr.jaxpr)
+
+
+def _check_validated(asked: Comparison) -> None:
+    """Raise ConfigError for a sweep without anything to choose by."""
+    section = asked.configs[0].data
+    right = "needs a validation set to choose by: data.validation_fraction or data.validation"
+    check(not asked.options.sweep or bool(section.validation_fraction or section.validation), "sweep", "[...]", right)
 
 
 @contextlib.contextmanager
@@ -184,37 +142,108 @@ def _gone_if_nothing_follows(file: epath.Path) -> Iterator[None]:
         raise
 
 
-def _result(asked: Comparison, number: int, config: RunConfig, data: RunData) -> dict[str, Any]:
-    """The result of one combination, which is trained unless it has one."""
-    file = epath.Path(config.run.dir) / config.run.name / "result.json"
-    if file.exists():
-        result = _earlier(file, config, data)
-        say(f"{result['status']} before")
+class _Trainer:
+    """Trains the runs of a comparison in one process, and remembers what the next ones can use."""
+
+    def __init__(self, asked: Comparison, data: RunData):
+        self._asked, self._data = asked, data
+        self._programs = SharedPrograms()
+        self._operations: dict[str, int] = {}
+        self._first_of_seed: dict[int, epath.Path] = {}
+
+    def sweep_and_train(self, contestant: Contestant) -> list[Ended]:
+        """The runs of the search for the contestant's rate, and those of all seeds at that rate."""
+        asked, runs = self._asked, []
+        number = asked.contestants.index(contestant)
+
+        def ended(rate: float, seed: int, what: str) -> Ended:
+            config = run_config(contestant, asked.directory, rate=rate, seed=seed)
+            runs.append(self.train(config, number, f"{number + 1} of {asked.parts}, {what}"))
+            return runs[-1]
+
+        def group_at(rate: float) -> RunGroup:
+            return group_of([ended(rate, seed, "sweep") for seed in asked.options.sweep_seeds])
+
+        found = sweep(asked.options.sweep, group_at)
+        say(f"\n{contestant.name}: {_found_text(found)}")
+        if found.best is not None:
+            for seed in asked.options.seeds:
+                ended(found.best, seed, f"learning rate {found.best:g}")
+        return runs
+
+    def train(self, config: RunConfig, number: int, place: str) -> Ended:
+        """One run, which is trained unless it has a result.
+
+        Args:
+          number: of the part that it belongs to.
+          place: which it is, for the line that is printed.
+        """
+        say(f"\n== {place}: {config.run.name}")
+        directory = epath.Path(config.run.dir) / config.run.name
+        if (directory / "result.json").exists():
+            result = _earlier(directory / "result.json", config, self._data)
+            say(f"{result['status']} before")
+        else:
+            result = self._trained(config, number)
+        first = self._first_of_seed.setdefault(config.train.seed, directory)
+        check_paired([first, directory], precision=float(jnp.finfo(config.model.param_dtype).eps))
+        return Ended(config, result)
+
+    def _trained(self, config: RunConfig, number: int) -> dict[str, Any]:
+        directory = run_directory(config)
+        _check_ended_alike(directory, config)
+        with Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as saved:
+            first = saved.latest() or 0
+        began = time.perf_counter()
+        ended = _train(config, directory, began, self._programs)
+        result = {
+            "status": FINISHED if ended.diverged_at is None else DIVERGED,
+            "step": ended.step,
+            "diverged_at": ended.diverged_at,
+            "scores": ended.scores,
+            "train_tokens": self._data.train_tokens,
+            "data": self._data.files,
+            "tokens": ended.step * config.tokens_per_step,
+            "flops_per_step": self._operations_of(config),
+            "seconds": round(time.perf_counter() - began, 1),
+            "compile_seconds": compile_seconds(read_records(directory)),
+            "resumed_from": first,
+            "command": f"{self._asked.command} --only={number}",
+            "hardware": hardware(),
+            "versions": {"jax": jax.__version__, "python": platform.python_version()},
+        }
+        _write(directory / "result.json", result)
         return result
-    directory = run_directory(config)
-    _check_ended_alike(directory, config)
-    with Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as saved:
-        first = saved.latest() or 0
-    began = time.perf_counter()
-    ended = _train(config, directory, began)
-    # Each run compiles its own steps, which nothing uses again.
-    jax.clear_caches()
-    result = {
-        "status": FINISHED if ended.diverged_at is None else DIVERGED,
-        "step": ended.step,
-        "diverged_at": ended.diverged_at,
-        "scores": ended.scores,
-        "train_tokens": data.train_tokens,
-        "data": data.files,
-        "tokens": ended.step * config.tokens_per_step,
-        "seconds": round(time.perf_counter() - began, 1),
-        "resumed_from": first,
-        "command": f"{asked.command} --only={number}",
-        "hardware": hardware(),
-        "versions": {"jax": jax.__version__, "python": platform.python_version()},
-    }
-    _write(file, result)
-    return result
+
+    def _operations_of(self, config: RunConfig) -> int | None:
+        """Operations of a step, counted once for each structure; None where they cannot be counted."""
+        key = repr(compiled_values(config))
+        if key not in self._operations:
+            try:
+                self._operations[key] = step_operations(config)
+            except UserError:
+                return None
+        return self._operations[key]
+
+
+def group_of(ended: Sequence[Ended]) -> RunGroup:
+    """Runs of one contestant at one rate, by their final losses."""
+    finished = [set(each.result["scores"]) for each in ended if each.result["status"] == FINISHED]
+    measured = compared_set(finished)
+    losses, diverged = {}, {}
+    for config, result in ended:
+        if result["status"] == FINISHED:
+            losses[config.train.seed] = result["scores"][measured]["loss"]
+        else:
+            diverged[config.train.seed] = result["diverged_at"]
+    return RunGroup(losses=losses, diverged=diverged, unfinished=())
+
+
+def _found_text(found: Swept) -> str:
+    if found.best is None:
+        return "no run of the sweep finished, so no seed is trained"
+    text = f"of the learning rates {', '.join(f'{rate:g}' for rate in found.tried)} the best is {found.best:g}"
+    return text if found.edge is None else f"{text}, the {found.edge} that was tried"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,12 +261,13 @@ class _Ended:
     scores: dict[str, dict[str, Any]]
 
 
-def _train(config: RunConfig, directory: epath.Path, began: float) -> _Ended:
+def _train(config: RunConfig, directory: epath.Path, began: float, programs: SharedPrograms) -> _Ended:
     try:
-        scores = {name: score.as_json() for name, score in train(config, began=began).items()}
+        final = train(config, began=began, hooks=[PairingRecord()], programs=programs)
     except DivergedError as error:
         say(f"diverged: {error}")
         return _Ended(step=error.step, diverged_at=error.step, scores={})
+    scores = {name: score.as_json() for name, score in final.items()}
     last = config.train.steps
     diverged_at = rising_since(read_losses(directory))
     if diverged_at is not None:
@@ -282,7 +312,7 @@ def _check_measured_alike(directory: epath.Path, saved: RunConfig, config: RunCo
 
 def _described(asked: Comparison, file: epath.Path) -> dict[str, Any]:
     """What comparison.json says. Commands that asked for other combinations before stay in it."""
-    rates = sorted({config.optimizer.learning_rate for config in asked.configs})
+    rates = [] if asked.options.sweep else sorted({config.optimizer.learning_rate for config in asked.configs})
     before = read_object(file).get("commands", []) if file.exists() else []
     commands = list(dict.fromkeys([*before, asked.command]))
     return {"commands": commands, **dataclasses.asdict(asked.options), "learning_rates": rates}
@@ -310,21 +340,21 @@ def _write(file: epath.Path, value: dict[str, Any]) -> None:
         write_whole(file, json.dumps(value, indent=2) + "\n", concurrent=True)
 
 
-def table(asked: Comparison, results: Sequence[dict[str, Any]]) -> str:
+def table(asked: Comparison, runs: Sequence[Ended]) -> str:
     """The final loss of every run, in nats per token of the first validation set.
 
-    A line holds the seeds of one scheme and learning rate.
-
-    Args:
-      results: one for each of asked.configs.
+    A line holds the seeds of one contestant and learning rate; after a sweep, those at the rate that it found.
     """
     seeds = asked.options.seeds
+    cells: dict[tuple[str, float], dict[int, str]] = {}
+    for config, result in runs:
+        if config.train.seed in seeds:
+            row = config.run.name.partition("-lr")[0], config.optimizer.learning_rate
+            cells.setdefault(row, {})[config.train.seed] = _cell(result)
     headings = "".join(f"{f'seed {seed}':>14}" for seed in seeds)
     lines = [f"{'scheme':20}{'learning rate':>14}{headings}"]
-    for start in range(0, len(results), len(seeds)):
-        config = asked.configs[start]
-        cells = "".join(f"{_cell(result):>14}" for result in results[start : start + len(seeds)])
-        lines.append(f"{config.model.scheme:20}{config.optimizer.learning_rate:>14g}{cells}")
+    for (name, rate), by_seed in cells.items():
+        lines.append(f"{name:20}{rate:>14g}" + "".join(f"{by_seed.get(seed, ''):>14}" for seed in seeds))
     return "\n".join(lines)
 
 

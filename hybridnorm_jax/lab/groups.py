@@ -54,8 +54,12 @@ def measured_set(runs: Sequence[Run]) -> str:
     It is "validation" if all finished runs have it, else the first in the alphabet that they all have. Where there is
     none it is TRAINING: the mean training loss of the last steps.
     """
-    finished = [set(run.scores) for run in runs if run.status == FINISHED]
-    shared = set.intersection(*finished) if finished else set()
+    return compared_set([set(run.scores) for run in runs if run.status == FINISHED])
+
+
+def compared_set(sets: Sequence[set[str]]) -> str:
+    """measured_set of the validation sets that each finished run has."""
+    shared = set.intersection(*sets) if sets else set()
     return "validation" if "validation" in shared else min(shared, default=TRAINING)
 
 

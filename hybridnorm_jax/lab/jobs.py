@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hybridnorm_jax.config_fields import check_choice
 from hybridnorm_jax.errors import ConfigError
-from hybridnorm_jax.lab.compare import Comparison
+from hybridnorm_jax.lab.compare_options import Comparison
 
 # {...} are filled in; the shell's own braces are doubled.
 SLURM = """#!/usr/bin/env bash
@@ -147,7 +147,7 @@ def emit(asked: Comparison, kind: str) -> str:
     jobs = KINDS[kind]
     # sbatch and kubectl read local files only.
     file = Path(jobs.file) if is_in_bucket else directory / jobs.file
-    count = len(asked.configs)
+    count = asked.parts
     text = jobs.template.format(
         file=file,
         count=count,

@@ -133,6 +133,12 @@ def step_seconds(records: Sequence[Record]) -> list[float]:
     return [seconds for record in records for seconds in record.get(STEP_SECONDS) or () if seconds is not None]
 
 
+def compile_seconds(records: Sequence[Record]) -> float | None:
+    """The seconds that the process which wrote the last line had compiled for this run by then; None: no line says."""
+    totals = [record["time/total_compilation"] for record in records if "time/total_compilation" in record]
+    return round(totals[-1], 1) if totals else None
+
+
 def validation_losses(records: Sequence[Record]) -> dict[str, list[Point]]:
     """Validation set -> its loss in nats per token, at every evaluation."""
     found: dict[str, list[Point]] = {}

@@ -20,7 +20,7 @@ from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import take
 from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
-from hybridnorm_jax.lab.compare import DEFAULT, refuse
+from hybridnorm_jax.lab.compare_options import DEFAULT, refuse
 from hybridnorm_jax.lab.figure_styles import figure
 from hybridnorm_jax.lab.signal_claims import claims
 from hybridnorm_jax.lab.signal_figures import write_figures

@@ -297,6 +297,11 @@ class Program:
 
     def lower_train_step(self) -> jax.stages.Lowered:
         """The train step lowered for this mesh, from shapes alone."""
+        with use_mesh(self.mesh, self.rules):
+            return self.trace_train_step().lower()
+
+    def trace_train_step(self) -> jax.stages.Traced:
+        """The train step as JAX traces it, from shapes alone."""
         train = self.config.train
         shape = (train.grad_accumulation, self.config.microbatch_size, train.seq_len)
         dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
@@ -305,7 +310,7 @@ class Program:
         place = batch_sharding(self.mesh, 1, self.rules)
         batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
         with use_mesh(self.mesh, self.rules):
-            return self._train_step.lower(self.abstract_state, batch, self._numbers)
+            return self._train_step.trace(self.abstract_state, batch, self._numbers)
 
     def eval_step(self, params: Any, batch: Batch, *, step: jax.Array | None = None) -> LossSums:
         """Loss sums of one batch; `batch` is this process's (sequences, positions) in NumPy.

@@ -14,7 +14,7 @@ from planted_runs import Planted, plant
 
 from hybridnorm_jax.commands.main import main
 from hybridnorm_jax.evaluation.perplexity import Score
-from hybridnorm_jax.lab import compare
+from hybridnorm_jax.lab import compare, compare_options
 from hybridnorm_jax.lab.run_data import read_data
 from hybridnorm_jax.lab.runs import check_addition
 from hybridnorm_jax.training.program import Program
@@ -181,7 +181,7 @@ def test_a_result_on_other_data_is_no_result_of_these(name, key, arguments, tmp_
 
 
 def test_runs_that_could_not_be_compared_with_those_beside_them_are_not_trained(arguments, trained, tmp_path, capsys):
-    asked = compare.comparison(arguments)
+    asked = compare_options.comparison(arguments)
     data = read_data(asked.configs[0])
     keys = tuple(_without(arguments, "schemes", "seeds", "learning_rates", "run.dir", "run.name"))
     result = {"train_tokens": data.train_tokens, "data": data.files}
@@ -206,7 +206,7 @@ def test_runs_that_could_not_be_compared_with_those_beside_them_are_not_trained(
 def test_a_finite_run_may_have_diverged(losses, arguments, tmp_path, monkeypatch, capsys):
     """Training is replaced: metrics.jsonl says what became of it."""
 
-    def train(config, began):
+    def train(config, **_):
         lines = [json.dumps({"step": 6, "train/losses": losses})]
         directory = tmp_path / "lab" / config.run.name
         directory.mkdir(exist_ok=True)
@@ -300,17 +300,18 @@ def test_a_jobset_has_a_pod_for_each_combination(arguments, tmp_path, monkeypatc
 
 
 def test_the_default_is_the_configurations_learning_rate(arguments):
-    asked = compare.comparison(_without(arguments, "learning_rates", "run.name"))
+    asked = compare_options.comparison(_without(arguments, "learning_rates", "run.name"))
     assert {config.optimizer.learning_rate for config in asked.configs} == {2e-3}
     assert asked.directory.rpartition("/")[2].startswith("compare-lab-")
     assert {config.train.data_seed for config in asked.configs} == {0}
-    kept = compare.comparison([*arguments, "train.data_seed=7"])
+    kept = compare_options.comparison([*arguments, "train.data_seed=7"])
     assert {config.train.data_seed for config in kept.configs} == {7}
 
 
 def test_each_scheme_has_the_standard_deviation_of_its_own_initializer():
     """As if model.scheme had named it; a number that is set is for all."""
     words = ["schemes=[pre,simple_norm]", "seeds=[0]", "run.name=lab", *SMALL]
-    assert [config.model.init_std for config in compare.comparison(words).configs] == pytest.approx([40**-0.5, 0.02])
-    given = compare.comparison([*words, "model.init_std=0.1"]).configs
+    configs = compare_options.comparison(words).configs
+    assert [config.model.init_std for config in configs] == pytest.approx([40**-0.5, 0.02])
+    given = compare_options.comparison([*words, "model.init_std=0.1"]).configs
     assert [config.model.init_std for config in given] == [0.1, 0.1]
