@@ -13,6 +13,7 @@ from etils import epath
 from planted_runs import Planted, plant
 
 from hybridnorm_jax.commands.main import main
+from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.evaluation.perplexity import Score
 from hybridnorm_jax.lab import compare, compare_options
 from hybridnorm_jax.lab.run_data import read_data
@@ -238,6 +239,13 @@ def test_jobs_that_write_at_once_do_not_disturb_each_other(tmp_path):
         ("seeds=[0,0]", "seeds=[0, 0]: one of them is named twice"),
         ("learning_rates=[0.0]", "learning_rates=[0.0]: must be at least 1e-30"),
         ("learning_rates=0.1", "learning_rates=0.1: expected a list of numbers"),
+        ("sweep=[0.1,0.2]", "sweep looks for the rates; name one of the two"),
+        ("variants=[num_layers=2]", "variants=num_layers=2: must be key=value of a run"),
+        ("variants=[model.scheme=pre]", "model.scheme=pre: schemes=[...] sets it here"),
+        ("variants=[model.num_layer=2]", "model.num_layer"),
+        ("variants=[model.num_layers=2,model.num_layers=2]", "one of them is named twice"),
+        ("flops=0", "flops=0"),
+        ("optimizer.warmup_steps=6", "train.steps=6: must be more than the 6 steps of warm-up"),
         ("model.scheme=pre", "model.scheme=pre: schemes=[...] sets it here"),
         ("optimizer.learning_rate=0.1", "learning_rates=[...] sets it here"),
         ("--only=4", "--only=4: must be in [0, 4), there are 4 combinations"),
@@ -315,3 +323,90 @@ def test_each_scheme_has_the_standard_deviation_of_its_own_initializer():
     assert [config.model.init_std for config in configs] == pytest.approx([40**-0.5, 0.02])
     given = compare_options.comparison([*words, "model.init_std=0.1"]).configs
     assert [config.model.init_std for config in given] == [0.1, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep=[1e-3]"], "sweep=[0.001]: a grid needs at least two rates"),
+        (["sweep=[1e-3,2e-3]", "sweep_seeds=[1]"], "sweep_seeds=[1]: must have none of seeds, and has [1]"),
+        (
+            ["sweep=[1e-3,2e-3]", "optimizer.learning_rate=1.0"],
+            "optimizer.learning_rate=1.0: sweep=[...] sets it here",
+        ),
+        (["tokens=640", "train.steps=3"], "train.steps=3: tokens=... sets it here"),
+        (["tokens=10"], "tokens=10: must be at least the 64 tokens of a step"),
+        (["tokens=640", "flops=1e9"], "flops=1000000000.0: cannot be set together with tokens"),
+    ],
+)
+def test_wrong_protocols_are_refused(arguments, message):
+    sizes = [each for each in SMALL if not each.startswith("train.steps")]
+    with pytest.raises(UserError) as refusal:
+        compare_options.comparison([*sizes, "seeds=[0,1]", *arguments])
+    assert message in str(refusal.value)
+
+
+def test_a_sweep_has_seeds_of_its_own_and_the_others_get_the_best_rate(arguments, tmp_path, monkeypatch, capsys):
+    """Training is replaced: the loss is lowest at 2e-3. A second start trains nothing."""
+    trained = []
+
+    def train(config, **_):
+        trained.append(config)
+        (tmp_path / "lab" / config.run.name).mkdir(exist_ok=True)
+        distance = abs(np.log2(config.optimizer.learning_rate / 2e-3))
+        return {"held": Score(2.0 + distance + 0.001 * config.train.seed, 1.0, None, 8)}
+
+    monkeypatch.setattr(compare, "train", train)
+    swept = [*_without(arguments, "learning_rates"), "sweep=[1e-3,4e-3,2e-3]", "schemes=[post]"]
+    assert main(["lab", "compare", *swept]) == 0
+    assert [(config.optimizer.learning_rate, config.train.seed) for config in trained] == [
+        *((rate, 100) for rate in (1e-3, 2e-3, 4e-3, 1.41e-3, 2.83e-3)),
+        (2e-3, 0),
+        (2e-3, 1),
+    ]
+    told = capsys.readouterr().out
+    assert "post: of the learning rates 0.001, 0.00141, 0.002, 0.00283, 0.004 the best is 0.002\n" in told
+    assert f"{'post':20}{0.002:>14g}{'2.0000':>14}{'2.0010':>14}" in told
+    described = json.loads((tmp_path / "lab/comparison.json").read_text())
+    assert (described["sweep"], described["sweep_seeds"]) == ([1e-3, 4e-3, 2e-3], [100])
+
+
+def test_variants_are_crossed_with_schemes_and_named(arguments):
+    variants = 'variants=[model.num_layers=2,"model.num_layers=3 optimizer.warmup_steps=1"]'
+    asked = compare_options.comparison([*arguments, variants, "seeds=[0]"])
+    named = {config.run.name: (config.model.num_layers, config.optimizer.warmup_steps) for config in asked.configs}
+    assert named == {
+        f"{scheme}-{variant}-lr0.001-seed0": numbers
+        for scheme in ("pre", "post")
+        for variant, numbers in (("num_layers=2", (2, 0)), ("num_layers=3-warmup_steps=1", (3, 1)))
+    }
+
+
+def test_a_budget_decides_the_steps(arguments):
+    sizes = _without(arguments, "train.steps")
+    asked = compare_options.comparison([*sizes, "tokens=700"])
+    assert {config.train.steps for config in asked.configs} == {10}
+    operations = compare.step_operations(asked.configs[0])
+    asked = compare.with_budget(compare_options.comparison([*sizes, f"flops={4.2 * operations}"]))
+    assert asked.contestants[0].config.train.steps == 4
+    with pytest.raises(UserError, match=r"^train\.steps=1: must be more than the 2 steps of warm-up"):
+        compare.with_budget(compare_options.comparison([*sizes, "flops=1", "optimizer.warmup_steps=2"]))
+
+
+def test_runs_of_one_structure_compile_once_and_only_once(arguments, tmp_path, monkeypatch):
+    built, original = [], compare.SharedPrograms.program
+
+    def program(self, config):
+        found = original(self, config)
+        built.append(found)
+        return found
+
+    monkeypatch.setattr(compare.SharedPrograms, "program", program)
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)
+    assert main(["lab", "compare", *arguments, "learning_rates=[1e-3,2e-3]", "schemes=[post]"]) == 0
+    assert len(built) == 4
+    assert len({id(each._train_step) for each in built}) == 1
+    assert built[0]._train_step._cache_size() == 1
+    results = _results(tmp_path).values()
+    assert len({result["flops_per_step"] for result in results}) == 1
+    assert all((tmp_path / "lab" / name / "pairing.json").exists() for name in _results(tmp_path))
