@@ -79,14 +79,14 @@ class CompareOptions:
 
     @property
     def keys_of_runs(self) -> dict[str, str]:
-        """Key of a run that is set here -> the key here that sets it."""
-        keys = {"model.scheme": "schemes", "train.seed": "seeds"}
+        """Key of a run that is set here -> what sets it."""
+        keys = {"model.scheme": "schemes=[...]", "train.seed": "seeds=[...]"}
         for name in ("learning_rates", "sweep"):
             if getattr(self, name):
-                keys["optimizer.learning_rate"] = name
+                keys["optimizer.learning_rate"] = f"{name}=[...]"
         for name in ("tokens", "flops"):
             if getattr(self, name) is not None:
-                keys[STEPS] = name
+                keys[STEPS] = f"{name}=..."
         return keys
 
 
@@ -183,12 +183,12 @@ def refuse(arguments: Sequence[str], lab_keys: Mapping[str, str]) -> None:
     """Raise ConfigError for an argument that sets a key which the lab sets itself.
 
     Args:
-      lab_keys: key of a run -> key of the lab that sets it.
+      lab_keys: key of a run -> what of the lab sets it.
     """
     for argument in arguments:
         lab_key = lab_keys.get(argument.partition("=")[0])
         if lab_key is not None:
-            raise ConfigError(f"{argument}: {lab_key}=[...] sets it here")
+            raise ConfigError(f"{argument}: {lab_key} sets it here")
 
 
 def check_budget(config: RunConfig) -> None:
@@ -222,7 +222,7 @@ def _variant(others: Sequence[str], settings: Sequence[str], lab_keys: Mapping[s
     """The configuration with the settings of a variant."""
     for setting in settings:
         check("=" in setting and "." in setting.partition("=")[0], "variants", setting, "must be key=value of a run")
-    refuse(settings, {**lab_keys, "run.name": "run.name", "run.dir": "run.dir"})
+    refuse(settings, {**lab_keys, "run.name": "the comparison", "run.dir": "the comparison"})
     return parse([*others, *settings], DEFAULT)
 
 

@@ -31,6 +31,13 @@ from hybridnorm_jax.training.layer_measures import measure_signal
 from hybridnorm_jax.training.program import check_precision
 from hybridnorm_jax.whole_files import expanded
 
+# Key of a run that is set here -> what sets it.
+SET_HERE = {
+    "model.scheme": "schemes=[...]",
+    "model.num_layers": "depths=[...]",
+    "model.initializer": "initializers=[...]",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class SignalOptions:
@@ -109,7 +116,7 @@ def _read(arguments: Sequence[str]) -> tuple[SignalOptions, RunConfig]:
       ConfigError, UserError: also for what would fail only after everything is measured.
     """
     options, others = take(SignalOptions, arguments)
-    refuse(others, {"model.scheme": "schemes", "model.num_layers": "depths", "model.initializer": "initializers"})
+    refuse(others, SET_HERE)
     config = parse(others, DEFAULT)  # imports plugins, which may bring schemes
     if options.schemes == ("all",):
         options = dataclasses.replace(options, schemes=tuple(SCHEMES))
