@@ -161,6 +161,8 @@ def test_forms_are_lossless(small_model):
     assert forms.lossless("pre_crmsnorm", model=small_model).holds
     assert forms.norm_formula(model=small_model).holds
     assert forms.from_scratch(model=small_model).holds
+    vit = dataclasses.replace(forms.VIT, d_model=16, num_layers=1, mlp_dim=32, init_std=None, head_dim=None)
+    assert forms.lossless("pre_crmsnorm", model=vit).holds
     assert forms.mean_in_bfloat16(model=small_model).holds
 
 

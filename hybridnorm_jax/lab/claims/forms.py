@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
+from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.equivalence.comparison import compare_forms
 from hybridnorm_jax.equivalence.decoder_forms import decoder_layout
 from hybridnorm_jax.equivalence.forms import conversion_of
@@ -18,25 +19,25 @@ from hybridnorm_jax.equivalence.transforms import decompress
 from hybridnorm_jax.lab.claims.claim import Finding
 from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.encoder_config import EncoderConfig
 
 # Norms with scale and bias, biases everywhere, a tied head and learned positions: all that a conversion must fold.
-MODEL = ModelConfig(
-    scheme="pre",
-    norm="layernorm",
-    norm_bias=True,
-    attention_bias=True,
-    mlp_bias=True,
-    positions="learned",
-    max_positions=64,
-    activation="gelu",
-    d_model=64,
-    num_layers=8,
-    num_heads=4,
-    mlp_dim=256,
-    vocab_size=257,
-    dtype="float64",
-    param_dtype="float64",
-)
+SIZES: dict[str, Any] = {
+    "scheme": "pre",
+    "norm": "layernorm",
+    "norm_bias": True,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "activation": "gelu",
+    "d_model": 64,
+    "num_layers": 8,
+    "num_heads": 4,
+    "mlp_dim": 256,
+    "dtype": "float64",
+    "param_dtype": "float64",
+}
+MODEL = ModelConfig(positions="learned", max_positions=64, vocab_size=257, **SIZES)
+VIT = EncoderConfig(image_size=32, patch_size=8, num_classes=10, **SIZES)
 # One rounding error of bfloat16, over the RMS of the stream.
 LARGEST_MEAN = 2**-8
 
@@ -79,7 +80,8 @@ def mean_in_bfloat16(*, model: ModelConfig = MODEL) -> Finding:
 
 def _measured(model: ModelConfig) -> Measured:
     with jax.enable_x64(True):
-        return jax.device_get(compare_forms(model, drawn(model), random_tokens(model)))
+        inputs = random_images(model) if isinstance(model, EncoderConfig) else random_tokens(model)
+        return jax.device_get(compare_forms(model, drawn(model), inputs))
 
 
 def drawn(config: ModelConfig, seed: int = 0) -> Any:
@@ -96,6 +98,12 @@ def drawn(config: ModelConfig, seed: int = 0) -> Any:
 def random_tokens(config: ModelConfig, seq: int = 32) -> Int[Array, "2 seq"]:
     """Two sequences of uniform ids."""
     return jnp.asarray(np.random.default_rng(1).integers(0, config.vocab_size, (2, seq)), jnp.int32)
+
+
+def random_images(config: EncoderConfig) -> Float[Array, "2 height width channels"]:
+    """Two images of normal noise."""
+    shape = (2, *present(config.image_size), config.num_channels)
+    return jnp.asarray(np.random.default_rng(1).standard_normal(shape), config.dtype)
 
 
 def _below(value: float | np.ndarray, limit: float, what: str) -> Finding:

@@ -26,6 +26,7 @@ MEASURES: dict[str, Callable[[], Finding]] = {
     "hybrid-similarity-trained": partial(training.above_baseline, SIMILARITY, scheme="hybrid", baseline="pre", sign=-1),
     "lossless-rmsnorm": partial(forms.lossless, RMSNORM),
     "lossless-crmsnorm": partial(forms.lossless, CRMSNORM),
+    "lossless-vit": partial(forms.lossless, CRMSNORM, model=forms.VIT),
     "crmsnorm-formula": forms.norm_formula,
     "crmsnorm-from-scratch": forms.from_scratch,
     "training-rmsnorm": partial(training.equal_curves, RMSNORM, dtype="float64"),
