@@ -20,12 +20,15 @@ from hybridnorm_jax.streams import sturdy_streams
 
 USAGE = """usage: hybridnorm lab signal  [CONFIG ...] [key=value ...]
        hybridnorm lab compare [CONFIG ...] [key=value ...]
+       hybridnorm lab plan    [CONFIG ...] [key=value ...]
        hybridnorm lab report  DIR [baseline=SCHEME] [run.plugins=[...]]
                               [--speed]
        hybridnorm lab claims  [ID ...] [out=DIR]
 
 signal   measures models at initialization and writes a table, JSON and figures
-compare  trains every combination of schemes, seeds and learning rates
+compare  trains every combination of schemes, seeds and learning rates, or
+         searches each scheme's own rate first
+plan     says how long that will take here
 report   writes one page about the runs that compare has trained
 claims   measures what the papers claim, and says what held
 
@@ -49,9 +52,15 @@ goes to run.dir/compare-CONFIG, or to run.dir/run.name where run.name is given.
 
   hybridnorm lab compare 'schemes=[pre, span]' 'seeds=[0, 1]' train.steps=200
 
+With sweep=[...] it first searches the best learning rate of each scheme, with
+seeds of its own, and then trains all seeds at that rate:
+
+  hybridnorm lab compare 'schemes=[pre, span]' 'sweep=[1e-3, 2e-3, 4e-3]'
+
 --emit-jobs=slurm    train nothing; write a SLURM array of one job a combination
+                     or, with a sweep, a scheme
 --emit-jobs=jobset   train nothing; write the same for GKE, as a JobSet
---only=K             train combination number K only, as these jobs do; from 0
+--only=K             train the job number K only, as these jobs do; from 0
 
 Its own keys are these. All other keys are those of `hybridnorm train`.
 """
@@ -65,6 +74,14 @@ baseline=SCHEME    what differences are to; default: pre, or the first scheme
 run.plugins=[...]  plugins of the runs, which are imported only if you name them
 --speed            also show tokens per second, which say little where runs
                    were made beside other work"""
+
+PLAN_USAGE = """usage: hybridnorm lab plan [CONFIG ...] [key=value ...]
+
+Says how long `hybridnorm lab compare` with the same arguments will take here:
+compiles each scheme and measures a few steps of it. Trains nothing.
+
+  hybridnorm lab plan 'schemes=[pre, span]' 'sweep=[1e-3, 2e-3, 4e-3]'
+"""
 
 CLAIMS_USAGE = """usage: hybridnorm lab claims [ID ...] [out=DIR]
 
@@ -80,11 +97,11 @@ Its only key is this.
 
 
 def run(arguments: Sequence[str], processes: Processes) -> int | None:
-    """`hybridnorm lab signal | compare | report | claims`."""
+    """`hybridnorm lab signal | compare | plan | report | claims`."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
-    commands = {"signal": _signal, "compare": _compare, "report": _report, "claims": _claims}
+    commands = {"signal": _signal, "compare": _compare, "plan": _plan, "report": _report, "claims": _claims}
     name, rest = arguments[0], list(arguments[1:])
     if name not in commands:
         raise UserError(f"lab {name}: no such command{did_you_mean(name, commands)}")
@@ -127,6 +144,21 @@ def _compare(arguments: list[str], processes: Processes) -> None:
         print("" if only is not None else f"\n{compare.table(asked, runs)}")
         needed = as_arguments(asked.configs[0].run.plugins)
         print(f"\nNext: {again(['lab', 'report', asked.directory, *needed])}")
+
+
+def _plan(arguments: list[str], processes: Processes) -> None:
+    from hybridnorm_jax.lab import compare_options, expected_time
+
+    if wants_help(arguments):
+        print(PLAN_USAGE)
+        return
+    asked = compare_options.comparison(arguments)
+    with sturdy_streams(), processes.running(asked.configs[0].distributed):
+        keep_programs(speaks=processes.number == 0)
+        measured = expected_time.expected(asked)
+    if processes.number == 0:
+        print(f"\n{expected_time.table(asked, measured)}")
+        print(f"\nNext: {again(['lab', 'compare', *arguments])}")
 
 
 def _report(arguments: list[str], processes: Processes) -> None:

@@ -28,6 +28,7 @@ class Syntax:
     takes_run_keys: bool = False
 
 
+_OF_A_COMPARISON = ("schemes", "variants", "seeds", "learning_rates", "sweep", "sweep_seeds", "tokens", "flops")
 SYNTAX = {
     "train": Syntax(options=("--dry-run",), takes_run_keys=True),
     "eval": Syntax(options=("--tasks", "--limit", "--json"), takes_run_keys=True),
@@ -57,11 +58,8 @@ SYNTAX = {
         keys=("schemes", "depths", "initializers", "sequences", "seq_len", "out"),
         takes_run_keys=True,
     ),
-    "lab compare": Syntax(
-        options=("--emit-jobs", "--only"),
-        keys=("schemes", "seeds", "learning_rates"),
-        takes_run_keys=True,
-    ),
+    "lab compare": Syntax(options=("--emit-jobs", "--only"), keys=_OF_A_COMPARISON, takes_run_keys=True),
+    "lab plan": Syntax(keys=_OF_A_COMPARISON, takes_run_keys=True),
     "lab report": Syntax(options=("--speed",), keys=("baseline", PLUGINS)),
     "lab claims": Syntax(keys=("out",)),
     "schemes": Syntax(),
