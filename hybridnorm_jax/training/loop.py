@@ -219,7 +219,12 @@ def _prepare(config: RunConfig, programs: SharedPrograms) -> tuple[Program, Data
 
 
 def _metrics_writer(config: RunConfig, directory: epath.Path, resume_step: int | None) -> MetricsWriter:
-    shown = WandbRun(config.run.wandb_project, config.run.name, dataclasses.asdict(config))
+    shown = WandbRun(
+        project=config.run.wandb_project,
+        name=config.run.name,
+        config=dataclasses.asdict(config),
+        group=config.run.wandb_group or None,
+    )
     return MetricsWriter(
         directory,
         resume_step=resume_step,

@@ -33,11 +33,12 @@ REASON_CHARACTERS = 300
 
 @dataclasses.dataclass(frozen=True)
 class WandbRun:
-    """What Weights & Biases shows of a run: its project, its name and its configuration."""
+    """What Weights & Biases shows of a run: its project, its name, its configuration, and its group, None for none."""
 
     project: str
     name: str
     config: dict[str, Any]
+    group: str | None = None
 
 
 class MetricsWriter:
@@ -212,6 +213,7 @@ def _start_wandb(run_dir: epath.Path, resume_step: int | None, shown: WandbRun) 
         run = wandb.init(
             project=shown.project,
             name=shown.name,
+            group=shown.group,
             id=name,
             resume="allow",
             dir=str(run_dir) if is_local(run_dir) else None,

@@ -374,6 +374,7 @@ def test_a_sweep_has_seeds_of_its_own_and_the_others_get_the_best_rate(arguments
 def test_variants_are_crossed_with_schemes_and_named(arguments):
     variants = 'variants=[model.num_layers=2,"model.num_layers=3 optimizer.warmup_steps=1"]'
     asked = compare_options.comparison([*arguments, variants, "seeds=[0]"])
+    assert {config.run.wandb_group for config in asked.configs} == {"lab"}
     named = {config.run.name: (config.model.num_layers, config.optimizer.warmup_steps) for config in asked.configs}
     assert named == {
         f"{scheme}-{variant}-lr0.001-seed0": numbers

@@ -25,7 +25,7 @@ from hybridnorm_jax.training.metrics_writer import MetricsWriter, WandbRun
 
 
 def open_writer(run_dir, *, resume_step=None, wandb=False, enabled=True):
-    shown = WandbRun("project", "name", {"train": {"steps": 3}}) if wandb else None
+    shown = WandbRun("project", "name", {"train": {"steps": 3}}, group="lab") if wandb else None
     return MetricsWriter(run_dir, resume_step=resume_step, wandb=shown, enabled=enabled)
 
 
@@ -320,7 +320,7 @@ def test_wandb_gets_the_step_and_goes_on_in_the_same_run(tmp_path, monkeypatch, 
     assert logged == 3 * [{"step": 7, "train/loss": 1.0}]
     first, resumed, anew = (keys["id"] for keys in started)
     assert first == resumed != anew
-    assert started[0]["project"] == "project"
+    assert (started[0]["project"], started[0]["group"]) == ("project", "lab")
     assert started[0]["config"] == {"train": {"steps": 3}}
     assert started[0]["settings"] == {"init_timeout": 60}
     assert capsys.readouterr().out == 3 * "Weights & Biases: https://wandb.example/run\n"
