@@ -66,8 +66,9 @@ Its own keys are these. All other keys are those of `hybridnorm train`.
 """
 REPORT_USAGE = """usage: hybridnorm lab report DIR [baseline=SCHEME] [run.plugins=[...]] [--speed]
 
-Writes DIR/report.html (one file), DIR/report.md with DIR/figures, and
-DIR/report.csv. Needs the extra lab.
+Writes DIR/report.html (one file), DIR/report.md with DIR/figures, every run's
+numbers as DIR/report.csv, and each table as CSV, JSON and LaTeX to DIR/tables.
+Needs the extra lab.
 
 baseline=SCHEME    what differences are to; default: pre, or the first scheme
                    where there is no pre
@@ -176,6 +177,7 @@ def _report(arguments: list[str], processes: Processes) -> None:
         raise UserError("lab report: name one directory of runs, such as runs/compare-lab; --help says more")
     page = write_report(arguments[0], baseline, speed=speed)
     print(f"{page}\n  as Markdown: {page.with_suffix('.md')}\n  every run's numbers: {page.with_suffix('.csv')}")
+    print(f"  each table as CSV, JSON and LaTeX: {page.parent / 'tables'}")
 
 
 def _claims(arguments: list[str], processes: Processes) -> None:

@@ -51,7 +51,7 @@ def equal_rates(compared: ComparedRuns) -> Iterator[Block]:
         return
     yield Heading("Differences at equal learning rates")
     yield table
-    yield Paragraph("p-values are corrected for all comparisons of this table, which are more than those above.")
+    yield Paragraph("Holm's correction is for all comparisons of this table together.")
 
 
 def equal_operations(compared: ComparedRuns) -> Iterator[Block]:

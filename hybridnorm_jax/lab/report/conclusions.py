@@ -64,7 +64,7 @@ def _verdicts(compared: ComparedRuns, tested: dict[str, Difference]) -> Iterator
 
 
 def _with_interval(label: str, found: Difference) -> str:
-    return f"{label} by {signed_text(found.mean)} nats ({interval_text(found.inference.interval)})"
+    return f"{label} ({signed_text(found.mean)} nats, {interval_text(found.inference.interval)})"
 
 
 def _limits(found: dict[str, Difference]) -> str:

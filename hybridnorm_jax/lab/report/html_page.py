@@ -54,6 +54,8 @@ td.none { background: repeating-linear-gradient(135deg, var(--paper) 0 7px, var(
 @media screen and (prefers-color-scheme: dark) { td.shade { background: var(--dark); color: #fff; } }
 figure { margin: 1rem 0; }
 figure svg { max-width: 100%; min-width: calc(0.7 * var(--width)); height: auto; display: block; }
+/* matplotlib names no black fill, because it is the default. */
+figure svg { fill: var(--c000000, #000); }
 figure svg text { fill: var(--ink); }
 figcaption { font-size: 0.9rem; color: var(--quiet); max-width: 46rem; }
 dt { font-weight: 600; margin-top: 0.6rem; overflow-wrap: anywhere; }
@@ -94,13 +96,18 @@ def _html(block: Block) -> str:
             anchor = f' id="{_anchor(block.text)}"' if block.level == 2 else ""
             return f"<h{block.level}{anchor}>{html.escape(block.text)}</h{block.level}>"
         case Paragraph():
-            return f"<p>{html.escape(block.text)}</p>"
+            return f"<p>{_with_code(block.text)}</p>"
         case Table():
             return _table(block)
         case Picture():
             return _picture(block)
         case Listing():
             return _listing(block)
+
+
+def _with_code(text: str) -> str:
+    """Escaped text, in which what stands between backticks is code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
 def _picture(picture: Picture) -> str:

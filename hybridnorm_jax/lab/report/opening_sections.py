@@ -24,6 +24,9 @@ def opening_blocks(compared: ComparedRuns) -> Iterator[Block]:
     yield Heading("What can be concluded")
     yield Paragraph(" ".join(conclusions(compared)))
     yield from _power(compared)
+    if any(found is not None for found in compared.best_differences.values()):
+        yield Heading("How differences are made", level=3)
+        yield Paragraph(_difference_sentences(compared))
 
 
 def _protocol(compared: ComparedRuns) -> Iterator[Block]:
@@ -97,8 +100,6 @@ def _best_losses(compared: ComparedRuns) -> Iterator[Block]:
     else:
         yield table
     yield Paragraph(_choice_sentences(compared))
-    if table is not None:
-        yield Paragraph(_difference_sentences(compared))
 
 
 def _choice_sentences(compared: ComparedRuns) -> str:

@@ -88,11 +88,12 @@ def best_losses_table(compared: ComparedRuns) -> Table:
                 *([shown(cost, ratio_text)] if per_token else []),
             ]
         )
-    costs = numbers("operations per token, ratio to the baseline") if per_token else []
+    relative = f". Cost is arithmetic operations per token, relative to {compared.baseline}" if per_token else ""
+    costs = numbers("relative cost") if per_token else []
     return Table(
         "best-losses",
         f"Loss at each label's best learning rate ({compared.measured}, nats per token; smaller is better), with the "
-        "95 % interval of its mean over seeds",
+        f"95 % interval of its mean over seeds{relative}",
         [LABEL, *numbers("best rate", "finished", "mean loss", "95 % interval"), *costs],
         rows,
     )
