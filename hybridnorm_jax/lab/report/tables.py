@@ -72,6 +72,7 @@ def best_losses_table(compared: ComparedRuns) -> Table:
     """Each label at its own best learning rate: mean, interval of the mean, and cost."""
     per_token = operations_per_token(compared)
     baseline_cost = per_token.get(compared.baseline)
+    shows_cost = baseline_cost is not None and len(per_token) > 1
     rows = []
     for label in compared.labels:
         group = compared.best_group(label)
@@ -85,11 +86,11 @@ def best_losses_table(compared: ComparedRuns) -> Table:
                 _ended_text(group),
                 shown(group.mean if group else None, loss_text),
                 Cell(NONE) if found is None else Cell(range_text(found.interval), value=tuple(found.interval)),
-                *([shown(cost, ratio_text)] if per_token else []),
+                *([shown(cost, ratio_text)] if shows_cost else []),
             ]
         )
-    relative = f". Cost is arithmetic operations per token, relative to {compared.baseline}" if per_token else ""
-    costs = numbers("relative cost") if per_token else []
+    relative = f". Cost is arithmetic operations per token, relative to {compared.baseline}" if shows_cost else ""
+    costs = numbers("relative cost") if shows_cost else []
     return Table(
         "best-losses",
         f"Loss at each label's best learning rate ({compared.measured}, nats per token; smaller is better), with the "
