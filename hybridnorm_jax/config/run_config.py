@@ -39,9 +39,7 @@ class RunSection:
     plugins: tuple[str, ...] = key((), "Python files or modules imported first, such as one that adds a scheme")
     wandb: bool = key(False, "also log to Weights & Biases; needs the extra `wandb`")
     wandb_project: str = key("hybridnorm_jax", "project in Weights & Biases")
-    wandb_group: str = key(
-        "", "group of runs in Weights & Biases; a comparison of the lab sets its own name; empty: none"
-    )
+    wandb_group: str = key("", "group in Weights & Biases; a comparison of the lab sets its name; empty: none")
 
     def __post_init__(self) -> None:
         check_fields("run", self)

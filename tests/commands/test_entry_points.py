@@ -17,7 +17,7 @@ from hybridnorm_jax.commands.syntax import OF_ONE_RUN, SYNTAX
 from hybridnorm_jax.config import named_configurations
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.key_lookup import FIELDS
-from hybridnorm_jax.lab.compare import CompareOptions
+from hybridnorm_jax.lab.compare_options import CompareOptions
 from hybridnorm_jax.lab.signal_at_start import SignalOptions
 
 REPOSITORY = Path(__file__).parents[2]

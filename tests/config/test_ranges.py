@@ -14,7 +14,7 @@ from hybridnorm_jax.config.run_config import RunConfig, TrainSection
 from hybridnorm_jax.config.yaml_files import from_yaml, gather, to_yaml
 from hybridnorm_jax.config_fields import Range
 from hybridnorm_jax.errors import ConfigError
-from hybridnorm_jax.lab.compare import CompareOptions
+from hybridnorm_jax.lab.compare_options import CompareOptions
 from hybridnorm_jax.lab.signal_at_start import SignalOptions
 from hybridnorm_jax.model.config import ModelConfig
 

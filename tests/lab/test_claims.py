@@ -18,7 +18,7 @@ from hybridnorm_jax.equivalence import decoder_forms
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.lab.claims import at_start, coupling, forms, measures, speed, training
 from hybridnorm_jax.lab.claims.claim import Finding, read_claims
-from hybridnorm_jax.lab.compare import comparison
+from hybridnorm_jax.lab.compare_options import comparison
 from hybridnorm_jax.model.attention import Attention
 
 REPOSITORY = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import numpy as np
 
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.lab.claims.claim import Finding
-from hybridnorm_jax.lab.compare import DEFAULT
+from hybridnorm_jax.lab.compare_options import DEFAULT
 from hybridnorm_jax.lab.signal_at_start import Signal, measure, random_batch
 from hybridnorm_jax.lab.signal_claims import BOUNDED, CHECKS
 

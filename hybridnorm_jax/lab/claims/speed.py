@@ -16,7 +16,7 @@ from hybridnorm_jax.equivalence.forms import FORMS, conversion_of
 from hybridnorm_jax.lab.claims.claim import Finding
 from hybridnorm_jax.lab.claims.forms import drawn, random_tokens
 from hybridnorm_jax.lab.claims.training import batches, program_of
-from hybridnorm_jax.lab.compare import DEFAULT
+from hybridnorm_jax.lab.compare_options import DEFAULT
 from hybridnorm_jax.lab.turns import measure
 from hybridnorm_jax.model.decoder import Decoder
 

@@ -14,7 +14,7 @@ from hybridnorm_jax.data.pipeline import Batch, train_iterator
 from hybridnorm_jax.equivalence.forms import conversion_of
 from hybridnorm_jax.lab.claims.at_start import block_mean
 from hybridnorm_jax.lab.claims.claim import Finding
-from hybridnorm_jax.lab.compare import DEFAULT
+from hybridnorm_jax.lab.compare_options import DEFAULT
 from hybridnorm_jax.lab.signal_at_start import Signal
 from hybridnorm_jax.lab.signal_claims import CHECKS
 from hybridnorm_jax.mesh.device_mesh import make_mesh
