@@ -142,7 +142,7 @@ def test_modules_are_the_same_flat_and_apart_and_under_vmap(name):
     module = _modules()[name].clone(dtype=jnp.float64, param_dtype=jnp.float64)
     with jax.enable_x64(True):
         x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2, 5, 8)))
-        params = module.init(jax.random.key(0), x[0])
+        params = jax.jit(module.init)(jax.random.key(0), x[0])
 
         def loss(params, x):
             return jnp.square(module.apply(params, x)).sum()
@@ -162,7 +162,7 @@ def test_a_dense_layer_whose_input_is_split_over_eight_devices():
     layer = nn.Dense(6, dot_general=dot_general)
     x = np.random.default_rng(0).standard_normal((4, 8, 3)).astype(np.float32)
     with jax.set_mesh(mesh):
-        params = layer.init(jax.random.key(0), x)
+        params = jax.jit(layer.init)(jax.random.key(0), x)
         split = jax.device_put(x, NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "context")))
         found = jax.jit(layer.apply)(params, split)
     assert len(found.sharding.device_set) == 8

@@ -36,7 +36,7 @@ def inputs(rows=40, embed=24, mlp=36, experts=4):
         (rows,),
         (rows, embed),
     ]
-    return [jnp.asarray(rng.standard_normal(shape)) for shape in shapes]
+    return [rng.standard_normal(shape) for shape in shapes]
 
 
 def textbook(rows, gate, up, down, row_weights, expert):
@@ -46,21 +46,35 @@ def textbook(rows, gate, up, down, row_weights, expert):
     return jnp.where((expert >= 0)[:, None], row_weights[:, None] * made, 0)
 
 
+# Value and gradients of all arrays, compiled once for all segments of as many rows.
+
+
+@jax.jit
+def of_textbook(expert, arrays, d_out):
+    value, pull = jax.vjp(functools.partial(textbook, expert=expert), *arrays)
+    return value, *pull(d_out)
+
+
+@jax.jit
+def of_segments(segments, arrays, d_out):
+    def ours(rows, gate, up, down, row_weights):
+        return gpu_experts(rows, row_weights, segments, ExpertKernels(gate, up, down))
+
+    value, pull = jax.vjp(ours, *arrays)
+    return value, *pull(d_out)
+
+
 def assert_rows_of_experts_are_right(segments, expert):
     """Value and gradients of gpu_experts against the textbook, with NaN in the rows of no expert."""
     of_some = expert >= 0
     with jax.enable_x64(True):
         *arrays, d_out = inputs(len(expert))
-        value, pull = jax.vjp(functools.partial(textbook, expert=expert), *arrays)
-        gradients = pull(d_out)
-        hide = jnp.where(of_some[:, None], 0, jnp.nan)
+        value, *gradients = of_textbook(expert, arrays, d_out)
+        hide = np.where(of_some[:, None], 0, np.nan)
         arrays[0], arrays[4] = arrays[0] + hide, arrays[4] + hide[:, 0]
-
-        def ours(rows, gate, up, down, row_weights):
-            return gpu_experts(rows, row_weights, segments, ExpertKernels(gate, up, down))
-
-        got, pull = jax.vjp(ours, *arrays)
-        d_rows, *d_kernels, d_weights = pull(d_out + hide)
+        found = of_segments(segments, arrays, d_out + hide)
+    value, *gradients, got, d_rows = map(np.asarray, (value, *gradients, *found[:2]))
+    d_kernels, d_weights = found[2:5], np.asarray(found[5])
     expected_rows, *expected_kernels, expected_weights = gradients
     pairs = [(value, got), (expected_rows, d_rows), (expected_weights, d_weights)]
     for reference, array in pairs:
@@ -109,7 +123,8 @@ def test_rows_past_the_last_group_are_zero_in_the_experts_result():
     *arrays, _ = draw(20, 4, 1, np.float32)
     rows = arrays[0].at[13:].set(jnp.nan)
     sizes = jnp.asarray([3, 0, 9, 1])
-    made = apply_grouped_experts(rows, jnp.ones(20), sizes, ExpertKernels(*arrays[1:]), dispatch="grouped")
+    apply = jax.jit(functools.partial(apply_grouped_experts, dispatch="grouped"))
+    made = apply(rows, jnp.ones(20), sizes, ExpertKernels(*arrays[1:]))
     assert np.isfinite(made).all()
     assert not np.asarray(made[13:]).any()
 

@@ -23,8 +23,15 @@ def _segments(pieces):
     return Segments(*(jnp.asarray(column, jnp.int32) for column in zip(*pieces, strict=True)))
 
 
+@functools.cache
+def _compiled(visits):
+    """Of visits_by_row or visits_by_expert: the numbers behind the segments are static."""
+    return jax.jit(visits, static_argnums=(1, 2, 3) if visits is visits_by_expert else (1, 2))
+
+
 def _visited(visits, tile):
     """[(expert, row), ...] in the order of the visits."""
+    visits = jax.tree.map(np.asarray, visits)
     found = []
     for number in range(int(visits.count)):
         rows = range(int(visits.tile[number]) * tile, (int(visits.tile[number]) + 1) * tile)
@@ -37,10 +44,10 @@ def _visited(visits, tile):
 @pytest.mark.parametrize("tile", [64, 128])
 def test_visits_are_of_every_row_once(pieces, tile):
     expected = [(expert, row) for start, end, expert in pieces for row in range(start, end)]
-    by_row = visits_by_row(_segments(pieces), ROWS, tile)
+    by_row = _compiled(visits_by_row)(_segments(pieces), ROWS, tile)
     assert _visited(by_row, tile) == expected
     assert np.all(np.diff(by_row.tile[: int(by_row.count)]) >= 0)
-    by_expert = visits_by_expert(_segments(pieces), EXPERTS, ROWS, tile)
+    by_expert = _compiled(visits_by_expert)(_segments(pieces), EXPERTS, ROWS, tile)
     assert _visited(by_expert, tile) == sorted(expected, key=lambda pair: pair[0])
     assert set(np.asarray(by_expert.expert[: int(by_expert.count)])) == set(range(EXPERTS))
     assert int(by_expert.count) <= len(by_expert.tile)
@@ -59,6 +66,17 @@ def _formula(expert, x, weights, gate, up, down):
     return jnp.where((expert >= 0)[:, None], y, 0)
 
 
+def _with_gradients(function, inputs, d_out):
+    """The value and the gradients of all inputs, in NumPy."""
+
+    @jax.jit
+    def both(inputs, d_out):
+        value, pull = jax.vjp(function, *inputs)
+        return value, *pull(d_out)
+
+    return [np.asarray(array) for array in both(inputs, d_out)]
+
+
 # float32: rounding errors of 6e-8 in sums of at most 300 terms. bfloat16: of 4e-3 in x G, x U and every result.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
 @pytest.mark.parametrize(("embed", "mlp"), [(128, 384), (40, 20)])
@@ -74,16 +92,15 @@ def test_fused_experts_are_the_formula_on_segments(embed, mlp, dtype, tolerance,
         expert[start:end] = number
     owned = expert >= 0
     with jax.enable_x64(True):
-        expected, pull = jax.vjp(functools.partial(_formula, expert), *map(jnp.asarray, inputs))
-        expected = [np.asarray(array) for array in (expected, *pull(jnp.where(owned[:, None], d_out, 0)))]
+        expected = _with_gradients(functools.partial(_formula, expert), inputs, np.where(owned[:, None], d_out, 0))
 
     def ours(x, weights, gate, up, down):
         return tpu_fused.fused(x, weights, _segments(PIECES), ExpertKernels(gate, up, down))
 
     x, weights, *kernels = inputs
     holes = [np.where(owned[:, None], x, np.nan), np.where(owned, weights, np.nan), *kernels]
-    got, pull = jax.vjp(ours, *(jnp.asarray(array, dtype) for array in holes))
-    got = [got, *pull(jnp.asarray(np.where(owned[:, None], d_out, np.nan), dtype))]
+    hole = jnp.asarray(np.where(owned[:, None], d_out, np.nan), dtype)
+    got = _with_gradients(ours, [jnp.asarray(array, dtype) for array in holes], hole)
     for name, array, reference in zip(("y", "x", "weights", "gate", "up", "down"), got, expected, strict=True):
         array = np.asarray(array, np.float64)
         if name in ("y", "x", "weights"):
