@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_step import _batch, _config, _one_device
+from test_step import _batch, _one_device
+from test_step import _config as _config_of_three_layers
 
 from hybridnorm_jax.config.run_config import RunConfig, TrainSection
 from hybridnorm_jax.errors import ConfigError, UserError
@@ -27,6 +28,11 @@ EXPERTS = {"num_experts": 4, "experts_per_token": 2, "balance_bias": True, "acti
 
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
+
+
+def _config(small_config, *, model=None, **sections):
+    """A step of one layer: what is skipped, and when, does not depend on the depth."""
+    return _config_of_three_layers(small_config, model={"num_layers": 1} | (model or {}), **sections)
 
 
 def _assert_bitwise(ours, expected):

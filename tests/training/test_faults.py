@@ -117,6 +117,7 @@ MOMENTS_IN_PROCESS = {
 }
 
 
+@pytest.mark.usefixtures("shared_programs")
 @pytest.mark.parametrize("moment", MOMENTS_IN_PROCESS)
 def test_told_to_stop_and_resumed_equals_undisturbed_bit_for_bit(moment, config, whole, monkeypatch, capfd):
     owner, name, call, saved = MOMENTS_IN_PROCESS[moment]
@@ -149,7 +150,7 @@ def _heeds_ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("_heeds_ctrl_c")
+@pytest.mark.usefixtures("_heeds_ctrl_c", "shared_programs")
 def test_ctrl_c_saves_as_well_and_has_its_own_status(config, monkeypatch, capfd):
     stopped = _named(config, "ctrl_c")
     with monkeypatch.context() as patch:

@@ -59,7 +59,7 @@ def test_training_takes_the_scales_of_each_step(config):
         params = jax.device_get(state.params)
         at_step = dataclasses.replace(state, step=jax.device_put(np.int32(step), state.step.sharding))
         _, metrics = program.train_step(at_step, batch)
-        logits = hn.Decoder(config.model.at_step(step)).apply({"params": params}, batch["tokens"][0])
+        logits = jax.jit(hn.Decoder(config.model.at_step(step)).apply)({"params": params}, batch["tokens"][0])
         expected = -np.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][0][..., None], -1).mean()
         np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
 
