@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from covering import QUICK_SCHEMES, others_are_long
+from covering import SCHEMES_WITH_EACH_PLACE, others_are_long
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.equivalence.forms import conversion_of
@@ -130,7 +130,7 @@ def assert_cached_is_whole(config, params, *, read, first):
         np.testing.assert_allclose(ours[row], expected, rtol=CLOSE, atol=CLOSE * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("kind", others_are_long(SCHEMES, [f"scheme {name}" for name in QUICK_SCHEMES]))
+@pytest.mark.parametrize("kind", others_are_long(SCHEMES, [f"scheme {name}" for name in SCHEMES_WITH_EACH_PLACE]))
 def test_logits_with_the_cache_are_those_of_the_whole_text(kind, random_params):
     """Token by token from the first one on, so that the whole text and one step are all that is compiled."""
     assert_cached_is_whole(*_kind(kind, random_params), read=1, first=np.array([0, 0]))

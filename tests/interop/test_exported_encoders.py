@@ -151,7 +151,7 @@ def test_masked_patches_are_the_mask_token(tmp_path):
     config, params, _ = exported
     pixels = inputs_of(config)
     masked = np.random.default_rng(0).integers(0, 2, (3, config.num_patches)).astype(bool)
-    ours = named(hn.build_model(config).apply({"params": params}, pixels, masked=masked))
+    ours = named(jax.jit(hn.build_model(config).apply)({"params": params}, pixels, masked=masked))
     model = in_torch(exported)
     with torch.no_grad():
         theirs = model(in_their_layout(pixels), bool_masked_pos=torch.tensor(masked))
@@ -256,7 +256,7 @@ def test_a_fresh_process_of_transformers_alone_loads_it(tmp_path, monkeypatch, n
     arguments = [exported.directory, auto, tmp_path / "inputs.npy", tmp_path / "outputs.npz"]
     subprocess.run([sys.executable, "-c", FRESH, *map(str, arguments)], check=True, cwd=tmp_path)
     with np.load(tmp_path / "outputs.npz") as theirs:
-        for name, array in named(hn.build_model(config).apply({"params": params}, inputs)).items():
+        for name, array in named(jax.jit(hn.build_model(config).apply)({"params": params}, inputs)).items():
             np.testing.assert_allclose(theirs[name], array, rtol=0, atol=2e-5 * max(1.0, float(np.abs(array).max())))
 
 

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from covering import QUICK_SCHEMES, others_are_long
+from covering import SCHEMES_WITH_EACH_PLACE, others_are_long
 from exported_models import KINDS, SOME, as_leaves, compiled, config_of, draw, export, ids, in_torch, torch
 from flax.traverse_util import flatten_dict
 
@@ -13,7 +13,7 @@ from hybridnorm_jax import equivalence
 TOKENS = np.random.default_rng(1).integers(0, 61, (2, 12)).astype(np.int32)
 PROMPT = 4
 # Each kind of model is compared once by `make test`: these with gradients and a text, the others in float64.
-IN_FLOAT32 = {*QUICK_SCHEMES, *SOME}
+IN_FLOAT32 = {*SCHEMES_WITH_EACH_PLACE, *SOME}
 IN_FLOAT64 = {*KINDS, "hybrid_output_norm", "layernorm_scaling", "deepnorm"}
 
 

@@ -86,12 +86,24 @@ ALL = [
     for shape in itertools.product((1, 2, 4, 8), repeat=len(MESH_AXES))
     if math.prod(shape) == 8
 ]
+# Every axis alone or beside others, with and without experts.
+QUICK = (
+    *("context8", "expert8", "replica2-fsdp4", "replica2-context2-tensor2", "data2-fsdp2-context2"),
+    *("fsdp2-expert2-tensor2", "data2-expert4"),
+)
 RARE = [pytest.param(mesh, marks=pytest.mark.slow) for mesh in ALL if mesh not in (*EACH_ALONE, *TOGETHER)]
 
 
-@pytest.mark.parametrize(
-    "mesh", [*EACH_ALONE, *TOGETHER, *RARE], ids=lambda mesh: "-".join(f"{a}{n}" for a, n in mesh.items())
-)
+def _name(mesh):
+    return "-".join(f"{axis}{size}" for axis, size in mesh.items())
+
+
+USUAL = [
+    pytest.param(mesh, marks=() if _name(mesh) in QUICK else pytest.mark.long) for mesh in (*EACH_ALONE, *TOGETHER)
+]
+
+
+@pytest.mark.parametrize("mesh", [*USUAL, *RARE], ids=_name)
 def test_eight_devices_equal_one(mesh, alone):
     # Experts where the mesh splits them, and in every second mesh otherwise.
     experts = "expert" in mesh or (len(mesh) + sum(map(len, mesh))) % 2 == 0

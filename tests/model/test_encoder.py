@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from covering import QUICK_SCHEMES, others_are_long
+from covering import SCHEMES_OF_EACH_KIND, others_are_long
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.mesh.parameter_axes import logical_axes
@@ -217,7 +217,7 @@ def test_the_end_is_the_first_of_its_id_or_of_the_largest_or_the_start():
         np.testing.assert_array_equal(found.pooled, expected)
 
 
-@pytest.mark.parametrize("scheme", others_are_long(hn.SCHEMES, QUICK_SCHEMES))
+@pytest.mark.parametrize("scheme", others_are_long(hn.SCHEMES, SCHEMES_OF_EACH_KIND))
 def test_every_scheme_starts_and_has_gradients(scheme):
     config = encoder_config(**keys_of(scheme), num_classes=3, remat="full")
     model, inputs = hn.Encoder(config), inputs_of(config)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import covering, diagonal, others_are_long
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import hybridnorm_jax as hn
@@ -22,15 +23,22 @@ def _has_learned_part(placement):
     return scales or placement.has_side_stream or bool(placement.head_scales) or placement.normalizes_hidden
 
 
-def _groups(schemes):
-    """The schemes, of those with equal placements one, and slow those whose parts have tests of their own."""
-    by_placement = {hn.SCHEMES[name].placements(TINY["num_layers"]): name for name in reversed(schemes)}
-    for name in sorted(by_placement.values()):
-        is_new = any(map(_has_learned_part, hn.SCHEMES[name].placements(4)))
-        yield name if is_new else pytest.param(name, marks=pytest.mark.slow)
+def _parts(scheme):
+    """What of a scheme's blocks changes what devices exchange: learned parts, with their axes, and second streams."""
+    for placement in hn.SCHEMES[scheme].placements(4):
+        yield "head_scales", placement.head_scales
+        yield from ((name, getattr(placement, name)) for name in HIDDEN_NORMS)
+        for sublayer in (placement.attention, placement.feed_forward):
+            yield from ((name, getattr(sublayer, name)) for name in ("layer_scale", "residual_vector", "side", "joins"))
 
 
-SCHEMES = list(_groups(hn.schemes()))
+# Of schemes with equal placements one.
+ALL = sorted({hn.SCHEMES[name].placements(TINY["num_layers"]): name for name in reversed(hn.schemes())}.values())
+# Those with parts that have no tests of their own; the others are slow.
+NEW = [name for name in ALL if any(map(_has_learned_part, hn.SCHEMES[name].placements(4)))]
+SLOW = [name for name in ALL if name not in NEW]
+EACH_PART = covering({name: set(_parts(name)) for name in NEW})
+ACTIVATIONS = ("swiglu", "gelu")
 
 
 def _config(scheme, **keys):
@@ -49,8 +57,13 @@ def _unrolled(config, params):
     return unflatten_dict(layers)
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    ("scheme", "activation"),
+    [
+        *diagonal(NEW, ACTIVATIONS, apart=2),
+        *(pytest.param(name, each, marks=pytest.mark.slow) for name in SLOW for each in ACTIVATIONS),
+    ],
+)
 def test_the_decoder_is_the_one_in_numpy_and_the_one_without_a_loop(scheme, activation, random_params, tokens):
     config = _config(scheme, activation=activation, norm="layernorm", norm_bias=True)
     with jax.enable_x64(True):
@@ -63,7 +76,10 @@ def test_the_decoder_is_the_one_in_numpy_and_the_one_without_a_loop(scheme, acti
     np.testing.assert_allclose(alone, scanned, rtol=0, atol=1e-12 * max(1, np.abs(expected).max()))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    "scheme",
+    [*others_are_long(NEW, EACH_PART), *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)],
+)
 def test_eight_devices_equal_one(scheme, random_params, tokens):
     """Loss and gradients, with heads and hidden channels split; float64, so that a missing sum cannot hide."""
     tokens = np.tile(tokens, (4, 1))
@@ -94,7 +110,7 @@ def test_a_documents_tokens_do_not_see_another_document(random_params, tokens):
         places = jnp.asarray(np.repeat([[*range(5), *range(7)]], 2, axis=0))
         apply = jax.jit(hn.Decoder(config).apply)
         packed = apply({"params": params}, tokens, positions=places, segment_ids=ids)
-        alone = hn.Decoder(config).apply({"params": params}, tokens[:, 5:])
+        alone = apply({"params": params}, tokens[:, 5:])
         np.testing.assert_allclose(packed[:, 5:], alone, rtol=0, atol=2e-5)
 
 
@@ -231,8 +247,8 @@ def test_a_model_with_norms_inside_its_branches_converts(form, random_params, to
     with jax.enable_x64(True):
         params = random_params(config)
         converted, theirs = getattr(hn.equivalence, form)(config, params)
-        expected = hn.Decoder(config).apply({"params": params}, tokens)
-        logits = hn.Decoder(converted).apply({"params": theirs}, tokens)
+        expected = jax.jit(hn.Decoder(config).apply)({"params": params}, tokens)
+        logits = jax.jit(hn.Decoder(converted).apply)({"params": theirs}, tokens)
     assert converted.norm != "layernorm"
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-10)
 
@@ -258,6 +274,6 @@ def test_scales_of_heads_before_the_output_projection_convert(random_params, tok
     with jax.enable_x64(True):
         params = random_params(config)
         converted, theirs = hn.equivalence.to_pre_crmsnorm(config, params)
-        expected = hn.Decoder(config).apply({"params": params}, tokens)
-        logits = hn.Decoder(converted).apply({"params": theirs}, tokens)
+        expected = jax.jit(hn.Decoder(config).apply)({"params": params}, tokens)
+        logits = jax.jit(hn.Decoder(converted).apply)({"params": theirs}, tokens)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-10)

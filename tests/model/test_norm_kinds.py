@@ -97,7 +97,7 @@ def _config(kind, **keys):
 
 
 def _loss(config, params, tokens):
-    logits = hn.Decoder(config).apply({"params": params}, tokens[:, :-1])
+    logits = jax.jit(hn.Decoder(config).apply)({"params": params}, tokens[:, :-1])
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1).mean()
 
 
@@ -124,8 +124,8 @@ def test_a_model_learns_and_its_unrolled_layers_are_the_scanned_ones(kind):
     assert np.isfinite(losses).all()
     from hybridnorm_jax.generation.ready_parameters import ready
 
-    scanned = hn.Decoder(config).apply({"params": trained}, tokens)
-    unrolled = hn.Decoder(config, unrolled=True).apply({"params": ready(config, trained)}, tokens)
+    scanned = jax.jit(hn.Decoder(config).apply)({"params": trained}, tokens)
+    unrolled = jax.jit(hn.Decoder(config, unrolled=True).apply)({"params": ready(config, trained)}, tokens)
     np.testing.assert_allclose(scanned, unrolled, rtol=0, atol=1e-5 * np.abs(scanned).max())
 
 
@@ -133,7 +133,7 @@ def test_parameters_start_as_the_keys_say():
     config = hn.ModelConfig(
         scheme="peri", norm="derf", mlp_dim=48, norm_alpha=(0.8, 0.3, 0.2), norm_shift=(0.1,), **SIZES
     )
-    params = hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 2), int))["params"]
+    params = jax.jit(hn.Decoder(config).init)(jax.random.key(0), np.zeros((1, 2), int))["params"]
     run = params["run_0"]
     for name in ("attention_pre_norm", "attention_branch_norm"):
         np.testing.assert_allclose(run[name]["alpha"], 0.8)
@@ -143,7 +143,7 @@ def test_parameters_start_as_the_keys_say():
         np.testing.assert_allclose(params[name]["alpha"], 0.2)
         np.testing.assert_allclose(params[name]["shift"], 0.1)
     heads = dataclasses.replace(config, scheme="hybrid")
-    run = hn.Decoder(heads).init(jax.random.key(0), np.zeros((1, 2), int))["params"]["run_0"]
+    run = jax.jit(hn.Decoder(heads).init)(jax.random.key(0), np.zeros((1, 2), int))["params"]["run_0"]
     np.testing.assert_allclose(run["attention"]["q_norm"]["alpha"], 0.8)
 
 
@@ -153,7 +153,7 @@ def test_the_llama_of_the_documentation_starts_as_in_the_paper():
     keys = yaml.safe_load(block)["model"]
     assert hn.ModelConfig(**keys).d_model == 4096
     small = hn.ModelConfig(**(keys | SIZES | {"mlp_dim": 48}))
-    params = hn.Decoder(small).init(jax.random.key(0), np.zeros((1, 2), int))["params"]
+    params = jax.jit(hn.Decoder(small).init)(jax.random.key(0), np.zeros((1, 2), int))["params"]
     run = params["run_0"]
     found = [run["attention_pre_norm"], run["feed_forward_pre_norm"], params["final_norm"]]
     assert all(norm.keys() == {"alpha", "scale"} for norm in found)
@@ -240,7 +240,7 @@ def softsign():
 @pytest.mark.parametrize("keys", [{"norm": "softsign"}, {"scheme": "hybrid", "attention_norm": "softsign"}])
 def test_a_users_own_kind_is_neither_exported_nor_converted(keys, tmp_path):
     config = hn.ModelConfig(**{"scheme": "pre", "mlp_dim": 48, **SIZES, **keys})
-    params = hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 2), int))["params"]
+    params = jax.jit(hn.Decoder(config).init)(jax.random.key(0), np.zeros((1, 2), int))["params"]
     key = next(name for name, value in keys.items() if value == "softsign")
     right = "a kind of a plugin's, which the PyTorch code beside exported weights does not have; it has rmsnorm, "
     for architecture in (None, "hybridnorm"):
@@ -279,7 +279,7 @@ def test_a_users_own_kind_gets_its_scale_and_bias_from_the_library():
     params |= {"scale": jnp.full(3, 5.0), "bias": jnp.ones(3)}
     np.testing.assert_allclose(norm.apply({"params": params}, x), 5 * 2 * x / (1 + abs(x)) + 1, rtol=1e-6)
     config = _config("softsign", norm_alpha=(0.1,))
-    params = hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 2), int))["params"]
+    params = jax.jit(hn.Decoder(config).init)(jax.random.key(0), np.zeros((1, 2), int))["params"]
     np.testing.assert_allclose(params["final_norm"]["alpha"], 0.1)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import others_are_long
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.errors import ConfigError
@@ -60,7 +61,7 @@ def test_a_key_of_norms_outside_the_blocks_needs_such_norms(name, small_config):
 
 def _loss(config, params, tokens, **inputs):
     """Of predicting the next token, by a loss of one line."""
-    logits = hn.Decoder(config).apply({"params": params}, tokens[:, :-1], **inputs)
+    logits = jax.jit(hn.Decoder(config).apply)({"params": params}, tokens[:, :-1], **inputs)
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1).sum()
 
 
@@ -166,7 +167,7 @@ def test_the_loss_in_chunks_and_its_gradient_are_those_of_whole_logits(name, sma
     np.testing.assert_allclose(chunked[0], (nll + 0.1 * log_z**2).sum(), rtol=1e-10)
 
 
-@pytest.mark.parametrize("remat", ["full", "all_but_attention"])
+@pytest.mark.parametrize("remat", others_are_long(["full", "all_but_attention"], ["full"]))
 @pytest.mark.parametrize("name", ["layer_scale behind a branch norm", "parallel_one_norm_qk", "norm_scale_plus_one"])
 def test_what_is_computed_again_is_the_same(name, remat, small_config, random_params, tokens):
     config = small_config(**PARTS[name])

@@ -48,7 +48,7 @@ def test_a_step_is_one_more_factor_of_every_branch(scheme, random_params, tokens
         for step in (0, 1, 5, 10, 11):
             given = apply({"params": params}, tokens, step=step)
             fixed = config.at_step(step)
-            expected = hn.Decoder(fixed).apply({"params": params}, tokens)
+            expected = jax.jit(hn.Decoder(fixed).apply)({"params": params}, tokens)
             np.testing.assert_allclose(given, expected, rtol=0, atol=1e-12)
     scales = [placement.feed_forward.branch_scale for placement in config.at_step(5).placements]
     lengths = (10,) * 4 if scheme == "branch_norm" else (2, 14 / 3, 22 / 3, 10)
@@ -64,8 +64,8 @@ def test_a_ramp_goes_on_from_run_to_run(random_params, tokens):
     assert [run.length for run in config.runs] == [1, 3]
     with jax.enable_x64(True):
         params = random_params(config)
-        given = hn.Decoder(config).apply({"params": params}, tokens, step=5)
-        expected = hn.Decoder(config.at_step(5)).apply({"params": params}, tokens)
+        given = jax.jit(hn.Decoder(config).apply)({"params": params}, tokens, step=5)
+        expected = jax.jit(hn.Decoder(config.at_step(5)).apply)({"params": params}, tokens)
         np.testing.assert_allclose(given, expected, rtol=0, atol=1e-12)
 
 

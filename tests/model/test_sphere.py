@@ -28,7 +28,7 @@ EMBED_AXIS = {
 
 
 def _init(config):
-    return hn.Decoder(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return jax.jit(hn.Decoder(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def _assert_unit(params):

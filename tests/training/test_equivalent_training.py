@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import others_are_long
 
 from hybridnorm_jax.config.run_config import MeshSection, OptimizerSection, RunConfig, TrainSection
 from hybridnorm_jax.equivalence import conversion_of, decoder_forms, transforms
@@ -72,6 +73,7 @@ def test_fifty_steps_of_adamw_arrive_at_the_same_parameters(small_config):
             assert _largest_difference(found, expected) < 1e-8
 
 
+@pytest.mark.long
 def test_a_model_with_a_norm_of_tokens_and_positions_trains_the_same(small_config):
     """Of which the cheaper forms subtract a mean. Invariants are checked on the way."""
     with jax.enable_x64(True):
@@ -102,7 +104,11 @@ def test_training_the_cheaper_parameters_themselves_is_another_trajectory(small_
 
 @pytest.mark.parametrize(
     ("form", "pad_to", "model"),
-    [("pre_crmsnorm", 1, {}), ("pre_crmsnorm", 16, {}), ("pre_crmsnorm", 1, NORM_OF_TOKENS_AND_POSITIONS)],
+    [
+        pytest.param("pre_crmsnorm", 1, {}, marks=pytest.mark.long),
+        pytest.param("pre_crmsnorm", 16, {}, marks=pytest.mark.long),
+        ("pre_crmsnorm", 1, NORM_OF_TOKENS_AND_POSITIONS),
+    ],
 )
 def test_forms_train_the_same_sharded_and_accumulated(form, pad_to, model, small_config):
     """Width 31 is divided by no mesh axis. Invariants are checked on the way."""
@@ -121,7 +127,7 @@ def _recentring_one_kernel_along_its_input(params, layout):
     return centred
 
 
-@pytest.mark.parametrize("form", ["none", "pre_rmsnorm", "pre_crmsnorm"])
+@pytest.mark.parametrize("form", others_are_long(["none", "pre_rmsnorm", "pre_crmsnorm"], ["pre_crmsnorm"]))
 def test_a_bug_planted_in_a_training_step_stops_the_run(form, small_config, monkeypatch):
     monkeypatch.setattr(decoder_forms, "recenter", _recentring_one_kernel_along_its_input)
     with pytest.raises(InvariantError) as error:
