@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import others_are_long
 
 import hybridnorm_jax as hn
 from hybridnorm_jax import equivalence as eq
@@ -133,7 +134,23 @@ def _logits(config, params, tokens):
     return jax.jit(hn.Decoder(config).apply)({"params": params}, tokens)
 
 
-@pytest.mark.parametrize("name", MODELS)
+# One of everything that a conversion folds, moves or must leave alone.
+QUICK = (
+    *(
+        "gpt2",
+        "neox",
+        "norms_in_heads",
+        "biases_of_readers_alone",
+        "one_norm_for_both_qk",
+        "layer_scale",
+        "multipliers",
+    ),
+    *("bloom", "norm_of_tokens_and_positions_with_head_bias", "bare_norm_of_tokens_and_positions_tied"),
+    *("other_norms_inside", "sinks_windows_and_clips", "gated_shared_expert_behind_a_biased_norm", "sinusoids"),
+)
+
+
+@pytest.mark.parametrize("name", others_are_long(MODELS, QUICK))
 def test_all_forms_compute_the_same_logits(name, small_config, random_params, tokens):
     with jax.enable_x64(True):
         config, params = _model(small_config, random_params, MODELS[name])
@@ -240,7 +257,9 @@ GRADIENTS = (
 )
 
 
-@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.parametrize(
+    "name", others_are_long(GRADIENTS, ["gpt2", "one_norm_for_both", "norm_of_tokens_and_positions"])
+)
 def test_gradients_with_respect_to_theta_are_equal(name, small_config, random_params, tokens):
     with jax.enable_x64(True):
         config, params = _model(small_config, random_params, MODELS[name])

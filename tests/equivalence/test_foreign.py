@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import diagonal
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from foreign import foreign_gpt, foreign_gpt_nnx, foreign_vit
@@ -219,7 +220,7 @@ def test_every_step_is_needed(foreign):
         assert _error(outputs, original) > 1e-2, fault
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("foreign", "form"), diagonal(FOREIGN, FORMS, apart=3), indirect=["foreign"])
 def test_the_gradient_of_the_original_parameters_is_the_same(foreign, form):
     params, inputs = _draw(foreign)
 
