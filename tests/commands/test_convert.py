@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from covering import diagonal
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.commands.main import main
@@ -22,6 +23,7 @@ from hybridnorm_jax.interop.mathematics import mathematics
 from hybridnorm_jax.model.abstract_params import abstract_params
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
+pytestmark = pytest.mark.usefixtures("shared_programs")
 PRE_LN_RUN = [
     *("model.scheme=pre", "model.norm=layernorm", "model.norm_bias=true", "model.d_model=16", "model.num_layers=1"),
     *("model.num_heads=2", "model.mlp_dim=16", "model.activation=gelu"),
@@ -43,8 +45,10 @@ def _rows(output):
     return {line[:12].strip(): [float(word) for word in line[12:].split()] for line in lines}
 
 
-@pytest.mark.parametrize("name", ["hf_gpt2", "hf_gpt_neox", "hf_gpt_neox_old_config", "hf_opt"])
-@pytest.mark.parametrize("form", ["pre_rmsnorm", "pre_crmsnorm"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    diagonal(["hf_gpt2", "hf_gpt_neox", "hf_gpt_neox_old_config", "hf_opt"], ["pre_rmsnorm", "pre_crmsnorm"], apart=2),
+)
 def test_a_hugging_face_directory(name, form, tmp_path, capsys):
     out = tmp_path / "deep" / "converted"
     words = [str(GOLDENS / name), str(out), "--form", form]

@@ -195,6 +195,7 @@ def test_token_files_must_name_their_tokenizer(folder, capsys):
     assert _error(capsys, str(folder / "unknown"), "--tasks", "colours.yaml").endswith(right)
 
 
+@pytest.mark.long
 def test_several_processes_print_the_same_once(run, capsys):
     _with_lm_eval()
     expected = _printed(capsys, run, "--tasks", ".", "--json")

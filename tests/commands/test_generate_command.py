@@ -111,7 +111,7 @@ def test_a_prompt_that_goes_on_with_a_word_keeps_its_space(runs, monkeypatch):
 def test_a_hugging_face_directory_is_told_its_tokenizer(generate, runs):
     config = hn.ModelConfig(scheme="pre", d_model=16, num_layers=1, num_heads=2, mlp_dim=16, vocab_size=257)
     hn.save_huggingface(
-        runs / "hf", config, hn.Decoder(config).init(jax.random.key(0), np.zeros((1, 1), int))["params"]
+        runs / "hf", config, jax.jit(hn.Decoder(config).init)(jax.random.key(0), np.zeros((1, 1), int))["params"]
     )
     line = generate("hf", "--prompt", "abc", "--max-tokens", "3")
     assert line.startswith("error: hf: no tokenizer is known to belong to it; name its tokenizer.json, or bytes, with")

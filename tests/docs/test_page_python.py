@@ -27,7 +27,7 @@ WITH_PYTHON = [
 def readers_files(workplace, tmp_path):
     """What the pages take for granted: a run that Hugging Face can express, and a GPT-2 checkpoint."""
     model = hn.ModelConfig(scheme="pre", d_model=32, num_layers=1, num_heads=2, vocab_size=257)
-    params = hn.Decoder(model).init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+    params = jax.jit(hn.Decoder(model).init)(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
     hn.save_run("runs/my_run", dataclasses.replace(RunConfig(), model=model), params)
     (tmp_path / "path" / "to").mkdir(parents=True)
     (tmp_path / "path" / "to" / "gpt2").symlink_to(REPOSITORY / "tests" / "goldens" / "hf_gpt2")

@@ -189,6 +189,6 @@ def test_longrope_counts_the_tokens_of_a_row_and_not_what_fills_it_up(config, pa
     requests = [Request(tokens[:count].tolist(), tokens[count : count + 1].tolist()) for count in (9, 16, 17)]
     scores = _scorer(longrope, _one_device()).score(params, requests)
     for request, score in zip(requests, scores, strict=True):
-        logits = hn.Decoder(longrope).apply({"params": params}, np.asarray([request.context]))[0, -1]
+        logits = jax.jit(hn.Decoder(longrope).apply)({"params": params}, np.asarray([request.context]))[0, -1]
         expected = jax.nn.log_softmax(logits)[request.continuation[0]]
         np.testing.assert_allclose(score.log_likelihood, expected, rtol=1e-5)
