@@ -180,15 +180,15 @@ def test_what_is_computed_again_is_the_same(name, remat, small_config, random_pa
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_scales_that_are_stored_less_1_start_less_1_and_start_the_same_model(small_config, tokens):
-    for scheme in ("hybrid_output_norm", "qkvc_post", "reordered"):
-        plain, less = (small_config(scheme=scheme, norm_scale_plus_one=each) for each in (False, True))
-        params, stored = (jax.jit(hn.Decoder(each).init)(jax.random.key(0), tokens)["params"] for each in (plain, less))
-        for (path, ours), theirs in zip(jax.tree.leaves_with_path(stored), jax.tree.leaves(params), strict=True):
-            shift = 1 if path[-1].key == "scale" else 0
-            np.testing.assert_allclose(ours + shift, theirs, rtol=1e-6, atol=1e-7, err_msg=jax.tree_util.keystr(path))
-        logits = [jax.jit(hn.Decoder(c).apply)({"params": p}, tokens) for c, p in ((plain, params), (less, stored))]
-        np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("scheme", others_are_long(["hybrid_output_norm", "qkvc_post", "reordered"], ["qkvc_post"]))
+def test_scales_that_are_stored_less_1_start_less_1_and_start_the_same_model(scheme, small_config, tokens):
+    plain, less = (small_config(scheme=scheme, norm_scale_plus_one=each) for each in (False, True))
+    params, stored = (jax.jit(hn.Decoder(each).init)(jax.random.key(0), tokens)["params"] for each in (plain, less))
+    for (path, ours), theirs in zip(jax.tree.leaves_with_path(stored), jax.tree.leaves(params), strict=True):
+        shift = 1 if path[-1].key == "scale" else 0
+        np.testing.assert_allclose(ours + shift, theirs, rtol=1e-6, atol=1e-7, err_msg=jax.tree_util.keystr(path))
+    logits = [jax.jit(hn.Decoder(c).apply)({"params": p}, tokens) for c, p in ((plain, params), (less, stored))]
+    np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-6)
 
 
 def test_a_norm_with_its_scale_less_1_in_bfloat16_multiplies_in_float32():

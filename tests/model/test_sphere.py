@@ -72,8 +72,13 @@ def test_an_update_leaves_unit_vectors_and_nothing_decays():
         section = OptimizerSection(weight_decay=weight_decay, clip=None, learning_rate=0.01, schedule="constant")
         numbers = step_numbers(section, steps=1, tokens_per_step=1, seed=0)
         optimizer = make_optimizer(section, numbers, unit_matrices=True)
-        updates, _ = optimizer.update(gradient, optimizer.init(params), params)
-        return optax.apply_updates(params, updates)
+
+        @jax.jit
+        def update(gradient, params):
+            updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+            return optax.apply_updates(params, updates)
+
+        return update(gradient, params)
 
     updated = after(0.1)
     _assert_unit(updated)
@@ -100,14 +105,14 @@ def test_geonorm_keeps_the_length_of_every_token_and_goes_as_far_as_the_branch_i
     config = hn.ModelConfig(scheme="geonorm", **TINY)
     block = hn.Block(config=config, placement=config.placements[0])
     x = jax.random.normal(jax.random.key(1), (2, 5, 16))
-    params = block.init(jax.random.key(0), x)
-    y = block.apply(params, x)
+    params, apply = jax.jit(block.init)(jax.random.key(0), x), jax.jit(block.apply)
+    y = apply(params, x)
     np.testing.assert_allclose(jnp.linalg.norm(y, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-6)
     assert float(jnp.abs(y - x).max()) > 1e-3
     # Branches that add nothing leave the stream where it is, and have a gradient.
     zero = jax.tree.map(jnp.zeros_like, params)
-    np.testing.assert_array_equal(block.apply(zero, x), x)
-    for leaf in jax.tree.leaves(jax.grad(lambda params: block.apply(params, x).sum())(zero)):
+    np.testing.assert_array_equal(apply(zero, x), x)
+    for leaf in jax.tree.leaves(jax.jit(jax.grad(lambda params: block.apply(params, x).sum()))(zero)):
         assert np.isfinite(leaf).all()
 
 
