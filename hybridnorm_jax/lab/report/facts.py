@@ -85,12 +85,18 @@ def _distinct_steps(compared: ComparedRuns) -> list[int]:
 
 
 def _time_facts(compared: ComparedRuns) -> Iterator[Fact]:
-    seconds = [run.result["seconds"] for run in compared.runs if "seconds" in run.result]
-    if seconds:
-        any_resumed = any(run.result.get("resumed_from") for run in compared.runs)
-        resumed = "; of a resumed run only the last part is counted" if any_resumed else ""
-        each = f"{duration_text(median(seconds))} per run (median)"
-        yield Fact("wall time", f"{duration_text(sum(seconds))} in all, {each}{resumed}")
+    timed = [run.result for run in compared.runs if "seconds" in run.result]
+    seconds = [result["seconds"] for result in timed]
+    if not seconds:
+        return
+    parts = [f"{duration_text(sum(seconds))} in all", f"{duration_text(median(seconds))} per run (median)"]
+    counted = [result for result in timed if result.get("compile_seconds") is not None]
+    whole = sum(result["seconds"] for result in counted)
+    if whole:
+        parts.append(f"{sum(result['compile_seconds'] for result in counted) / whole:.1%} of it compiling")
+    any_resumed = any(run.result.get("resumed_from") for run in compared.runs)
+    resumed = "; of a resumed run only the last part is counted" if any_resumed else ""
+    yield Fact("wall time", f"{', '.join(parts)}{resumed}")
 
 
 def _setting_facts(compared: ComparedRuns) -> Iterator[Fact]:

@@ -124,8 +124,9 @@ def _difference_sentences(compared: ComparedRuns) -> str:
     """How differences, intervals and p-values are made, and what they do not say."""
     return (
         "The difference is the mean over seeds of the label's loss minus the baseline's loss with the same seed. "
-        f"{_pairing_sentence(compared)} Seeds that did not read the data in the same order on both sides are left "
-        f"out. {_method_sentence(compared)} The interval says how far other seeds might move the difference, on this "
+        f"{_pairing_sentence(compared)} A seed is left out whose two runs did not read the data in the same order, "
+        "or recorded that they began with other numbers or read other tokens. "
+        f"{_method_sentence(compared)} The interval says how far other seeds might move the difference, on this "
         "data and at this size. Where the true difference is 0, about one interval in 20 misses it by chance; Holm's "
         "p is corrected for all comparisons of its table, so that any false finding among them has a probability of "
         "at most 5 %. A seed counts only if it finished on both sides, which favors a label that diverges."

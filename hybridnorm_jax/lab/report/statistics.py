@@ -7,11 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from hybridnorm_jax.lab.groups import RunGroup, best_rate, final_loss, group_runs, measured_set
 from hybridnorm_jax.lab.labels import AXES, STEPS, settings
+from hybridnorm_jax.lab.pairing import obstacle, read_record
 from hybridnorm_jax.lab.report.significance import Inference, infer
 from hybridnorm_jax.lab.run_files import UNFINISHED, Point
 from hybridnorm_jax.lab.runs import Run
@@ -207,24 +209,25 @@ class ComparedRuns:
     def difference(self, label: str, rate: float, baseline_rate: float) -> Difference | None:
         """The paired difference of a label from its baseline, each at a learning rate.
 
-        Seeds are left out whose runs read the data in different orders. None where no seed can be paired.
+        Seeds are left out whose runs read the data in different orders, or recorded that they began with other numbers
+        or read other tokens (lab/pairing.py). None where no seed can be paired.
         """
         key, other_key = (label, rate), (self.baselines[label], baseline_rate)
         ours, theirs = self.groups.get(key), self.groups.get(other_key)
         if ours is None or theirs is None:
             return None
-        orders, other_orders = self._data_orders[key], self._data_orders[other_key]
-        unpaired = [seed for seed in ours.seeds & theirs.seeds if orders[seed] != other_orders[seed]]
+        runs, other_runs = self._runs_by_seed[key], self._runs_by_seed[other_key]
+        shared = ours.losses.keys() & theirs.losses.keys()
+        unpaired = [seed for seed in shared if not _are_paired(runs[seed], other_runs[seed])]
         return paired_difference(ours, theirs, unpaired)
 
     @cached_property
-    def _data_orders(self) -> dict[tuple[str, float], dict[int, int]]:
-        """(label, learning rate) -> seed -> the seed that the order of the data is drawn with."""
-        orders: dict[tuple[str, float], dict[int, int]] = {}
+    def _runs_by_seed(self) -> dict[tuple[str, float], dict[int, Run]]:
+        """(label, learning rate) -> seed -> its run."""
+        found: dict[tuple[str, float], dict[int, Run]] = {}
         for run in self.runs:
-            data_seed = run.config.train.data_seed
-            orders.setdefault((run.label, run.rate), {})[run.seed] = run.seed if data_seed is None else data_seed
-        return orders
+            found.setdefault((run.label, run.rate), {})[run.seed] = run
+        return found
 
     @cached_property
     def numbers(self) -> dict[str, dict[str, float | int | None]]:
@@ -253,6 +256,21 @@ class ComparedRuns:
     def ended_runs(self, label: str, rate: float | None = None) -> list[Run]:
         """The runs of a label that finished or diverged, at one learning rate or, with None, at all of them."""
         return [run for run in self.ended if run.label == label and (rate is None or run.rate == rate)]
+
+
+def _are_paired(one: Run, other: Run) -> bool:
+    """Whether two runs of one seed read the data in one order and, as far as both recorded it, began alike."""
+    if _data_order(one) != _data_order(other):
+        return False
+    records = read_record(one.directory), read_record(other.directory)
+    precision = max(float(jnp.finfo(run.config.model.param_dtype).eps) for run in (one, other))
+    return None in records or obstacle(*records, precision=precision) is None
+
+
+def _data_order(run: Run) -> int:
+    """The seed that the order of the data is drawn with."""
+    data_seed = run.config.train.data_seed
+    return run.seed if data_seed is None else data_seed
 
 
 def _without_scheme(run: Run) -> tuple[tuple[str, str], ...]:

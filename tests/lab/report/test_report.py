@@ -135,7 +135,7 @@ def test_throughput_is_shown_where_it_is_asked_for(planted, parsed, tmp_path):
 
 
 def test_the_page_says_what_is_paired(parsed, tmp_path):
-    assert "read the data in the same order. Seeds that did not" in parsed.text
+    assert "read the data in the same order. A seed is left out" in parsed.text
     for scheme in ("pre", "post"):
         plant(tmp_path, Planted(scheme, loss=3.0, overrides=("train.data_seed=0",)))
     text = Parsed(write_report(tmp_path).read_text(encoding="utf-8")).text
@@ -204,6 +204,14 @@ def test_markdown_has_the_same_tables_and_its_figures(planted, parsed):
     assert f"| hybrid | 0.001 | 3 | {MINUS}0.1200 | {MINUS}0.2991 to +0.0591 |" in markdown
     rows = sum(len(rows) + 1 for rows in parsed.tables.values())
     assert sum(line.startswith("|") for line in markdown.splitlines()) == rows
+
+
+def test_the_share_of_compilation_is_told(tmp_path):
+    """60 and 61 seconds, of which 12 and 0.1 were compilation."""
+    for seed, compiling in enumerate((12.0, 0.1)):
+        plant(tmp_path, Planted("pre", seed=seed, loss=3.0, result={"compile_seconds": compiling}))
+    (row,) = Parsed(write_report(tmp_path).read_text(encoding="utf-8")).table("All runs")["wall time"]
+    assert row["value"] == "2.0 min in all, 60.5 s per run (median), 10.0% of it compiling"
 
 
 def test_another_baseline(tmp_path):

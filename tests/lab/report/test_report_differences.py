@@ -82,7 +82,8 @@ def test_p_values_are_corrected_for_the_number_of_labels(tmp_path):
         plant(tmp_path, Planted("pre", seed=seed, loss=3.0))
         for row, (scheme, t) in enumerate(values.items()):
             plant(tmp_path, Planted(scheme, seed=seed, loss=3.0 + 0.01 * (noise[row, seed] + t / 2)))
-    found = {label: rows[0] for label, rows in _page(tmp_path).table("Loss minus pre's, each").items()}
+    page = _page(tmp_path)
+    found = {label: rows[0] for label, rows in page.table("Loss minus pre's, each").items()}
     p = {label: 2 * significance.stats.t.sf(abs(t), 3) for label, t in values.items()}
     assert 0.025 < p["post"] < 0.05
     assert found["hybrid"]["reading"] == "better"
@@ -90,7 +91,7 @@ def test_p_values_are_corrected_for_the_number_of_labels(tmp_path):
     assert found["post"]["reading"] == "not told apart after Holm's correction"
     assert (found["post"]["p"], found["post"]["p (Holm)"]) == (f"{p['post']:.4f}", f"{2 * p['post']:.4f}")
     assert found["span"]["reading"] == "not told apart: the interval contains 0"
-    power = _page(tmp_path).table("What the number of seeds can tell")["span"][0]
+    power = page.table("What the number of seeds can tell")["span"][0]
     assert power == {
         "label": "span",
         "seeds": "4",
@@ -118,3 +119,17 @@ def test_seeds_with_another_order_of_the_data_are_not_paired(tmp_path):
         plant(tmp_path, Planted("post", seed=seed, loss=3.5 + seed, overrides=("train.data_seed=1",)))
     (row,) = _page(tmp_path).table("Loss minus pre, data_seed=null's, each")["post, data_seed=1"]
     assert (row["seeds"], row["difference"]) == ("1 of 3", "+1.5000")
+
+
+def test_seeds_that_recorded_another_beginning_are_not_paired(tmp_path):
+    """Seed 0 began with other numbers on both sides, seed 1 read another first batch, seed 2 is a pair."""
+    kernel = "0/attention/query/kernel (16, 2, 8)"
+    alike = {"parameters": {kernel: [2.0, -1.0, 0.5]}, "batches": {"1": "a"}}
+    others = ({**alike, "parameters": {kernel: [2.0, -1.1, 0.5]}}, {**alike, "batches": {"1": "b"}}, alike)
+    for seed, record in enumerate(others):
+        pre = plant(tmp_path, Planted("pre", seed=seed, loss=3.0))
+        (pre / "pairing.json").write_text(json.dumps(alike))
+        post = plant(tmp_path, Planted("post", seed=seed, loss=3.25 + seed))
+        (post / "pairing.json").write_text(json.dumps(record))
+    (row,) = _page(tmp_path).table("Loss minus pre's, each")["post"]
+    assert (row["seeds"], row["difference"]) == ("1 of 3", "+2.2500")
