@@ -5,7 +5,7 @@ through another (every scheme through generation, every checkpoint through every
 same lines of code. There `make test` takes one for each thing that those lines tell apart.
 """
 
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable
 from typing import Any, TypeVar
 
 import pytest
@@ -16,21 +16,6 @@ Case = TypeVar("Case", bound=Hashable)
 def others_are_long(cases: Iterable[Case], quick: Collection[Case]) -> list[Any]:
     """All cases as pytest's parameters, in their order; those outside `quick` are marked long."""
     return [case if case in quick else pytest.param(case, marks=pytest.mark.long) for case in cases]
-
-
-def covering(facts: Mapping[Case, Collection[Hashable]]) -> list[Case]:
-    """The cases that have a fact which no case before them has: together they have all.
-
-    Args:
-      facts: of each case.
-    """
-    seen: set[Hashable] = set()
-    taken = []
-    for case, own in facts.items():
-        if not seen.issuperset(own):
-            taken.append(case)
-            seen |= set(own)
-    return taken
 
 
 # One model of each kind, for tests to which it makes no difference where in a block norms stand: norms before and after

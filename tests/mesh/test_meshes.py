@@ -87,10 +87,7 @@ ALL = [
     if math.prod(shape) == 8
 ]
 # Every axis alone or beside others, with and without experts.
-QUICK = (
-    *("context8", "expert8", "replica2-fsdp4", "replica2-context2-tensor2", "data2-fsdp2-context2"),
-    *("fsdp2-expert2-tensor2", "data2-expert4"),
-)
+QUICK = (*("expert8", "replica2-fsdp4", "replica2-context2-tensor2", "data2-fsdp2-context2", "fsdp2-expert2-tensor2"),)
 RARE = [pytest.param(mesh, marks=pytest.mark.slow) for mesh in ALL if mesh not in (*EACH_ALONE, *TOGETHER)]
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import diagonal
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.errors import ConfigError
@@ -136,16 +137,15 @@ def test_documents_in_one_row_are_as_if_alone(keys):
     np.testing.assert_allclose(packed.reshape(2, 7, -1), alone, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("sizes", [{"context": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"rope_layers": (1, 0, 2), "second_rope_theta": 100.0, "rope_scaling": "linear", "rope_factor": 2},
-        {"positions": "alibi"},
-        {"positions": "alibi", "alibi_bfloat16": True},
-    ],
-    ids=str,
-)
+MESHES = [{"context": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
+TRAINED = [
+    {"rope_layers": (1, 0, 2), "second_rope_theta": 100.0, "rope_scaling": "linear", "rope_factor": 2},
+    {"positions": "alibi"},
+    {"positions": "alibi", "alibi_bfloat16": True},
+]
+
+
+@pytest.mark.parametrize(("keys", "sizes"), diagonal(TRAINED, MESHES, apart=2))
 def test_gradients_of_a_model_are_those_of_one_device_on_a_mesh(sizes, keys):
     with jax.enable_x64(True):
         config = hn.ModelConfig(**TINY, **WIDE, **RULES, **keys, scheme="pre", windows=(5, 0), remat="full")
