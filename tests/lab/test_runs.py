@@ -191,3 +191,10 @@ def test_plain_runs_without_result_json(tmp_path):
     assert runs["risen"].diverged_at == 50
     assert runs["risen"].scores == {}
     assert runs["nothing"].step is None
+
+
+def test_what_could_not_be_measured_is_null(tmp_path):
+    """Older logs do not say how long compiling took, and some programs have operations that cannot be counted."""
+    plant(tmp_path, Planted("pre", loss=3.0, result={"compile_seconds": None, "flops_per_step": None}))
+    (run,) = read_runs(tmp_path)
+    assert run.operations is None
