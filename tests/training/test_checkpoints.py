@@ -123,6 +123,20 @@ def test_saves_in_quick_succession_all_happen_and_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000020", "1000000"]
 
 
+@pytest.mark.parametrize(("numbers", "parts"), [(2**18, 0), (2**20, 8)])
+def test_replicas_share_the_writing_of_a_large_array_and_a_small_one_is_not_cut(numbers, parts, tmp_path, monkeypatch):
+    """A program is compiled for each piece. Here pieces of half a MiB are worth it, and of 128 KiB are not."""
+    cut, slice_in_dim = [], jax.lax.slice_in_dim
+    monkeypatch.setattr(jax.lax, "slice_in_dim", lambda *given, **keys: cut.append(1) or slice_in_dim(*given, **keys))
+    monkeypatch.setattr(checkpoints_module, "SMALLEST_PART", 2**19)
+    array = jax.device_put(np.arange(numbers, dtype=np.float32), NamedSharding(make_mesh(8, 1), P()))
+    with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
+        save(checkpoints, 1, {"array": array}, wait=True)
+        restored, _ = checkpoints.restore(abstract({"array": array}))
+    assert len(cut) == parts
+    np.testing.assert_array_equal(restored["array"], array)
+
+
 def test_saving_a_complete_step_again_changes_nothing(saved):
     directory, state = saved
     with Checkpoints(directory, keep=3) as checkpoints:
