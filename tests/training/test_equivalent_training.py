@@ -85,6 +85,7 @@ def test_a_model_with_a_norm_of_tokens_and_positions_trains_the_same(small_confi
             assert _largest_difference(found, expected) < 1e-9
 
 
+@pytest.mark.long
 def test_training_the_cheaper_parameters_themselves_is_another_trajectory(small_config):
     """So the equality above is not for want of sensitivity."""
     with jax.enable_x64(True):

@@ -38,7 +38,7 @@ def _beginning_with(config, name, path):
 DERF = {"norm": "derf", "norm_alpha": (0.8, 0.2, 0.2), "norm_shift": (0.1,), "learned_embedding_scale": True}
 
 
-@pytest.mark.parametrize("keys", [{}, DERF], ids=["rmsnorm", "derf"])
+@pytest.mark.parametrize("keys", [{}, pytest.param(DERF, marks=pytest.mark.long)], ids=["rmsnorm", "derf"])
 def test_it_trains_on_as_from_a_run(keys, config, tmp_path, random_params):
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **keys))
     params = random_params(config.model)
