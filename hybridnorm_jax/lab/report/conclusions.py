@@ -1,6 +1,6 @@
 """What can and what cannot be concluded from a comparison, in sentences that its numbers decide."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from hybridnorm_jax.lab.report.difference_tables import corrected
 from hybridnorm_jax.lab.report.formats import interval_text, loss_text, rate_text, signed_text
@@ -54,11 +54,10 @@ def _verdicts(compared: ComparedRuns, tested: dict[str, Difference]) -> Iterator
             listed = "; ".join(_with_interval(label, each) for label, each in mine.items())
             yield f"Told apart as {verdict} than {whose} {of_all}: {listed}."
     untold = {label: each for label, each in tested.items() if label not in told}
-    if not told:
-        yield f"No label is told apart from {whose} {of_all}."
     if untold:
+        begins = "Not told apart" if told else "No label is told apart"
         yield (
-            f"Not told apart from {whose}: {_names(untold)}. That does not mean that they are equal: with "
+            f"{begins} from {whose} {of_all}: {', '.join(untold)}. That does not mean that they are equal: with "
             f"{_limits(untold)}."
         )
 
@@ -73,7 +72,7 @@ def _limits(found: dict[str, Difference]) -> str:
     seeds = " to ".join(dict.fromkeys(str(count) for count in (counts[0], counts[-1])))
     told = sorted(told_difference(each.deviation, len(each.seeds)) for each in found.values())
     sizes = " to ".join(dict.fromkeys(loss_text(size) for size in (told[0], told[-1])))
-    return f"{seeds} seeds only a true difference of {sizes} nats would have been found with a probability of 80 %"
+    return f"{seeds} seeds only a true difference of {sizes} nats would have been found with a probability of 80 % (at 5 %, for one comparison)"
 
 
 def _divergences(compared: ComparedRuns) -> Iterator[str]:
@@ -84,7 +83,3 @@ def _divergences(compared: ComparedRuns) -> Iterator[str]:
             parts.append(f"{label} at {', '.join(map(rate_text, rates))}")
     if parts:
         yield f"Runs diverged of these labels at these learning rates: {'; '.join(parts)}."
-
-
-def _names(labels: Sequence[str]) -> str:
-    return ", ".join(labels)

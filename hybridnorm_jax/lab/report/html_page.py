@@ -74,7 +74,7 @@ code { font: 0.85rem/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospa
 }
 """.replace("DARK", " ".join(f"--c{light[1:]}: {dark};" for light, dark in DARK_COLORS.items()))
 # A cell with more characters is broken into lines. On a phone, a short one would be broken after every word.
-LONG = 40
+LONG = 32
 
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:

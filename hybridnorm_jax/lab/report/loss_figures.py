@@ -164,7 +164,9 @@ def rate_curves(groups: Mapping[tuple[str, float], RunGroup]) -> "Figure":
                 point_losses += group.losses.values()
         axis.plot(point_rates, point_losses, ".", markersize=3, color=style.color)
     axis.set_xscale("log")
-    axis.set_xticks(rates, [rate_text(rate) for rate in rates], minor=False)
+    # More names than that do not fit beside each other.
+    slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(rates) > 5 else {}
+    axis.set_xticks(rates, [rate_text(rate) for rate in rates], minor=False, **slanted)
     axis.set_xticks([], minor=True)
     axis.set_xlabel("peak learning rate")
     axis.set_ylabel(LOSS)

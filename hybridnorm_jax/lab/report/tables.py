@@ -170,9 +170,10 @@ def stability_table(compared: ComparedRuns) -> Table:
         groups = [groups_by_key.get((label, rate)) for rate in rates]
         rows.append([label, *(_stability_cell(group, ranked) for group in groups)])
     columns = [LABEL, *(Column(f"learning rate {rate_text(rate)}") for rate in rates)]
+    of_sweep = ", of the sweep's runs" if compared.sweep_seeds else ""
     caption = (
-        "Mean final loss by label and learning rate. The stronger the shade, the larger; a frame marks where a run "
-        "diverged"
+        f"Mean final loss by label and learning rate{of_sweep}. The stronger the shade, the larger; a frame marks "
+        "where a run diverged"
     )
     return Table("stability", caption, columns, rows)
 
