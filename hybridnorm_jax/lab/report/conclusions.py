@@ -72,7 +72,10 @@ def _limits(found: dict[str, Difference]) -> str:
     seeds = " to ".join(dict.fromkeys(str(count) for count in (counts[0], counts[-1])))
     told = sorted(told_difference(each.deviation, len(each.seeds)) for each in found.values())
     sizes = " to ".join(dict.fromkeys(loss_text(size) for size in (told[0], told[-1])))
-    return f"{seeds} seeds only a true difference of {sizes} nats would have been found with a probability of 80 % (at 5 %, for one comparison)"
+    return (
+        f"{seeds} seeds only a true difference of {sizes} nats would have been found with a probability of 80 % "
+        "(at 5 %, for one comparison)"
+    )
 
 
 def _divergences(compared: ComparedRuns) -> Iterator[str]:
