@@ -2,6 +2,7 @@
 
 from planted_faults.architecture_faults import ARCHITECTURES
 from planted_faults.claim_faults import CLAIMS
+from planted_faults.comparison_faults import COMPARISONS
 from planted_faults.fault import Fault
 from planted_faults.norm_faults import NORMS
 from planted_faults.sphere_faults import GROWING_AND_SPHERE
@@ -362,4 +363,5 @@ FAULTS = (
     + NORMS
     + GROWING_AND_SPHERE
     + CLAIMS
+    + COMPARISONS
 )
