@@ -25,6 +25,7 @@ WORK = {
     "plan": "planning.compilation.plan",
     "lab signal": "lab.signal_at_start.random_batch",
     "lab compare": "lab.compare.compare",
+    "lab plan": "lab.expected_time.expected",
     "lab report": "lab.report.write_report",
     "lab claims": "lab.claims.run.measured",
 }

@@ -231,8 +231,8 @@ ACCUMULATION = (
     Fault(
         name="every_step_has_the_same_dropout",
         file="training/step.py",
-        right="key = jax.random.fold_in(dropout_root, state.step)",
-        wrong="key = dropout_root",
+        right="key = jax.random.fold_in(jax.random.wrap_key_data(numbers.dropout_seed), state.step)",
+        wrong="key = jax.random.wrap_key_data(numbers.dropout_seed)",
         tests=("training/test_step.py::test_dropout_differs_between_steps_and_microbatches",),
     ),
     Fault(
