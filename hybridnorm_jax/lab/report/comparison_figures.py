@@ -105,10 +105,20 @@ def scaling_figure(families: Sequence[Family]) -> "Figure":
             ends = np.array([counts[0], counts[-1]])
             axis.plot(ends, family.line.intercept + family.line.slope * np.log2(ends), **style.line)
     axis.set_xscale("log", base=2)
-    axis.set_xticks(sorted({size.parameters for family in families for size in family.sizes}))
-    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_xticks(_apart(sorted({size.parameters for family in families for size in family.sizes})))
+    axis.xaxis.set_major_formatter(EngFormatter(places=1, sep=""))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlabel("parameters without embeddings")
     axis.set_ylabel(LOSS)
     legend_above(made)
     return made
+
+
+def _apart(counts: Sequence[int]) -> list[int]:
+    """The rising counts without those that lie so close to the one before that their ticks would overlap."""
+    kept: list[int] = []
+    for count in counts:
+        # Schemes of one width and depth differ a little, by their norms.
+        if not kept or count > 1.2 * kept[-1]:
+            kept.append(count)
+    return kept

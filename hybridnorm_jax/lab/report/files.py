@@ -11,7 +11,7 @@ from hybridnorm_jax.lab.report.blocks import Picture, Table
 from hybridnorm_jax.lab.report.html_page import to_html
 from hybridnorm_jax.lab.report.markdown_page import to_markdown
 from hybridnorm_jax.lab.report.sections import report_blocks
-from hybridnorm_jax.lab.report.statistics import ComparedRuns
+from hybridnorm_jax.lab.report.statistics import ComparedRuns, natural_order
 from hybridnorm_jax.lab.report.table_files import write_tables
 from hybridnorm_jax.lab.run_files import read_object
 from hybridnorm_jax.lab.runs import Run, read_runs
@@ -55,7 +55,7 @@ def _default_baseline(schemes: dict[str, str], made_by: dict[str, Any]) -> str:
     """The label to compare with where none is named, from label -> scheme."""
     meant = made_by.get("baseline", "pre")
     matching = [label for label, scheme in schemes.items() if meant in (label, scheme)]
-    return min(matching or schemes)
+    return min(matching or schemes, key=natural_order)
 
 
 def _named_baseline(schemes: dict[str, str], name: str) -> str:

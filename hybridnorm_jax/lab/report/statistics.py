@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -157,8 +158,8 @@ class ComparedRuns:
 
     @cached_property
     def labels(self) -> list[str]:
-        """The baseline first, the others in alphabetical order."""
-        return [self.baseline, *sorted({run.label for run in self.runs} - {self.baseline})]
+        """The baseline first, the others in the order of natural_order."""
+        return [self.baseline, *sorted({run.label for run in self.runs} - {self.baseline}, key=natural_order)]
 
     @cached_property
     def rates(self) -> list[float]:
@@ -256,6 +257,12 @@ class ComparedRuns:
     def ended_runs(self, label: str, rate: float | None = None) -> list[Run]:
         """The runs of a label that finished or diverged, at one learning rate or, with None, at all of them."""
         return [run for run in self.ended if run.label == label and (rate is None or run.rate == rate)]
+
+
+def natural_order(label: str) -> list[str | float]:
+    """What sorts labels by the alphabet and, where they differ in a number, by it: d_model=64 before d_model=128."""
+    # Every second part is a number, so that numbers and texts are never compared with each other.
+    return [float(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+(?:\.\d+)?)", label))]
 
 
 def _are_paired(one: Run, other: Run) -> bool:

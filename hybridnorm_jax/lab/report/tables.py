@@ -83,7 +83,7 @@ def best_losses_table(compared: ComparedRuns) -> Table:
             [
                 label,
                 shown(compared.best[label], rate_text),
-                _ended_text(group),
+                _finished_text(compared, label),
                 shown(group.mean if group else None, loss_text),
                 Cell(NONE) if found is None else Cell(range_text(found.interval), value=tuple(found.interval)),
                 *([shown(cost, ratio_text)] if shows_cost else []),
@@ -100,8 +100,12 @@ def best_losses_table(compared: ComparedRuns) -> Table:
     )
 
 
-def _ended_text(group: RunGroup | None) -> str:
-    return "0" if group is None else f"{len(group.losses)} of {len(group.seeds)}"
+def _finished_text(compared: ComparedRuns, label: str) -> str:
+    """How many runs finished at the best rate or, where there is none, of all runs of the label."""
+    group = compared.best_group(label)
+    if group is None:
+        return f"0 of {sum(run.label == label for run in compared.runs)}"
+    return f"{len(group.losses)} of {len(group.seeds)}"
 
 
 def final_losses_table(compared: ComparedRuns) -> Table:

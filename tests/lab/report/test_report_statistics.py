@@ -46,3 +46,15 @@ def test_smoothing_is_a_trailing_mean_of_what_is_finite():
     series = [Point(1, 2.0), Point(2, 4.0), Point(3, math.nan), Point(4, 6.0), Point(10, 1.0)]
     smooth = groups.smoothed(series, np.array([1, 2, 3, 4, 8, 10]), window=2)
     np.testing.assert_allclose(smooth, [2, 3, 4, 6, math.nan, 1])
+
+
+def test_labels_are_ordered_by_their_numbers():
+    labels = ["pre, d_model=128", "pre, d_model=64", "pre", "hybrid, clip=0.5", "hybrid, clip=0.25", "b2t"]
+    assert sorted(labels, key=statistics.natural_order) == [
+        "b2t",
+        "hybrid, clip=0.25",
+        "hybrid, clip=0.5",
+        "pre",
+        "pre, d_model=64",
+        "pre, d_model=128",
+    ]
