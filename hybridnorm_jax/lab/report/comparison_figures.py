@@ -32,7 +32,7 @@ def best_losses_figure(compared: ComparedRuns) -> "Figure":
     for row, label in enumerate(labels):
         group = compared.best_group(label)
         if group is None or not group.losses:
-            words = "diverged" if compared.ended_runs(label) else "not finished"
+            words = "diverged" if group is not None and group.diverged else "not finished"
             losses.annotate(words, (0.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=9)
             continue
         values = np.array(list(group.losses.values()))
