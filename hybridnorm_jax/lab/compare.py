@@ -34,6 +34,7 @@ from hybridnorm_jax.lab.run_files import DIVERGED, FINISHED, compile_seconds, re
 from hybridnorm_jax.lab.runs import check_addition
 from hybridnorm_jax.lab.sweep import Swept, sweep
 from hybridnorm_jax.mesh.processes import say
+from hybridnorm_jax.streams import duration
 from hybridnorm_jax.training.arithmetic import operations
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.hooks.skipped_steps import DivergedError
@@ -213,6 +214,8 @@ class _Trainer:
             "versions": {"jax": jax.__version__, "python": platform.python_version()},
         }
         _write(directory / "result.json", result)
+        label = "" if result["status"] == DIVERGED else "loss "
+        say(f"{label}{_cell(result)} in {duration(result['seconds'])}")
         return result
 
     def _operations_of(self, config: RunConfig) -> int | None:
@@ -263,7 +266,8 @@ class _Ended:
 
 def _train(config: RunConfig, directory: epath.Path, began: float, programs: SharedPrograms) -> _Ended:
     try:
-        final = train(config, began=began, hooks=[PairingRecord()], programs=programs)
+        # The first run of a structure says what all of them are.
+        final = train(config, began=began, hooks=[PairingRecord()], programs=programs, brief=programs.has(config))
     except DivergedError as error:
         say(f"diverged: {error}")
         return _Ended(step=error.step, diverged_at=error.step, scores={})
@@ -359,6 +363,7 @@ def table(asked: Comparison, runs: Sequence[Ended]) -> str:
 
 
 def _cell(result: dict[str, Any]) -> str:
+    """The loss of a run on its first validation set, or how else it ended."""
     if result["status"] == DIVERGED:
         return f"diverged {result['diverged_at']}"
     losses = [score["loss"] for score in result["scores"].values()]

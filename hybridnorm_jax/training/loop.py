@@ -46,6 +46,7 @@ def train(
     began: float | None = None,
     hooks: Iterable[Hook] = (),
     programs: SharedPrograms | None = None,
+    brief: bool = False,
 ) -> dict[str, perplexity.Score]:
     """Train, or go on training, the run that `config` describes; returns the final scores of its validation sets.
 
@@ -53,6 +54,7 @@ def train(
       began: time.perf_counter() when the process began, for its goodput; None: now.
       hooks: what else is to happen besides the steps. They are called after the built-in ones (hooks/built_in.py).
       programs: where this run finds compiled steps and leaves its own, for several runs in one process; None: nowhere.
+      brief: print progress only, and nothing of what is trained, its scores, its files and its time.
 
     Raises:
       UserError: anything the caller can mend, in one line; what was saved before stays as it is.
@@ -79,7 +81,8 @@ def train(
         # Up to here nothing was written, so that a start that is refused changes nothing.
         writer = stack.enter_context(contextlib.closing(_metrics_writer(config, directory, step)))
         write_config(directory, config)
-        say(start_report(config, program, data, directory, resumed=start.step))
+        if not brief:
+            say(start_report(config, program, data, directory, resumed=start.step))
         run = Run(
             config=config,
             program=program,
@@ -101,8 +104,10 @@ def train(
         try:
             _run_to_its_end(run)
         finally:
-            _say_time(run)
-    _say_results(run)
+            if not brief:
+                _say_time(run)
+    if not brief:
+        _say_results(run)
     return run.scores or {}
 
 

@@ -31,6 +31,10 @@ class SharedPrograms:
             jax.clear_caches()
         return checked_program(config)
 
+    def has(self, config: RunConfig) -> bool:
+        """Whether a run finds its compiled steps here."""
+        return self._newest is not None and self._newest.sharing(config) is not None
+
     def keep(self, program: Program) -> None:
         """Keep the program of a run that begins, with everything that it will have compiled."""
         self._newest = program
