@@ -54,6 +54,7 @@ def test_every_command_of_the_table_is_taken():
 def test_what_was_found_says_when_and_on_what():
     for claim in read_claims().values():
         assert bool(claim.date) == (claim.number != "not run yet"), claim.id
+        assert claim.cheap <= bool(claim.date), claim.id
 
 
 @pytest.mark.parametrize(
