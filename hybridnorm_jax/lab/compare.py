@@ -150,7 +150,7 @@ class _Trainer:
         self._asked, self._data = asked, data
         self._programs = SharedPrograms()
         self._operations: dict[str, int] = {}
-        self._first_of_seed: dict[int, epath.Path] = {}
+        self._first_of_seed: dict[int, RunConfig] = {}
 
     def sweep_and_train(self, contestant: Contestant) -> list[Ended]:
         """The runs of the search for the contestant's rate, and those of all seeds at that rate."""
@@ -186,8 +186,11 @@ class _Trainer:
             say(f"{result['status']} before")
         else:
             result = self._trained(config, number)
-        first = self._first_of_seed.setdefault(config.train.seed, directory)
-        check_paired([first, directory], precision=float(jnp.finfo(config.model.param_dtype).eps))
+        pair = self._first_of_seed.setdefault(config.train.seed, config), config
+        check_paired(
+            [epath.Path(each.run.dir) / each.run.name for each in pair],
+            precision=max(float(jnp.finfo(each.model.param_dtype).eps) for each in pair),
+        )
         return Ended(config, result)
 
     def _trained(self, config: RunConfig, number: int) -> dict[str, Any]:

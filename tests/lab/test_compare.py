@@ -411,3 +411,9 @@ def test_runs_of_one_structure_compile_once_and_only_once(arguments, tmp_path, m
     results = _results(tmp_path).values()
     assert len({result["flops_per_step"] for result in results}) == 1
     assert all((tmp_path / "lab" / name / "pairing.json").exists() for name in _results(tmp_path))
+
+
+def test_parameters_in_two_precisions_are_pairs(arguments, tmp_path):
+    variants = "variants=[model.param_dtype=float32,model.param_dtype=bfloat16]"
+    assert main(["lab", "compare", *arguments, variants, "schemes=[pre]", "seeds=[0]", "train.steps=2"]) == 0
+    assert len(_results(tmp_path)) == 2
