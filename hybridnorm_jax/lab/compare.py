@@ -84,7 +84,7 @@ def compare(asked: Comparison, only: int | None = None) -> list[Ended]:
     _check_validated(asked)
     asked = with_budget(asked)
     if is_local(asked.directory):
-        check_addition(Path(asked.directory), asked.configs, data)
+        check_addition(Path(asked.directory), asked.configs, data, asked.command)
     trainer = _Trainer(asked, data)
     with _gone_if_nothing_follows(file):
         _write(file, _described(asked, file))

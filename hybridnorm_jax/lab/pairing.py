@@ -110,8 +110,8 @@ def obstacle(one: dict[str, Any], other: dict[str, Any], *, precision: float) ->
     """Why two runs of one seed are no pair; None: they are one, as far as both recorded.
 
     Args:
-      precision: eps of the parameters' dtype, the coarser of the two. A recorded number is the quotient of two, each of which was rounded
-        twice: as it was drawn, and multiplied by the initializer's factor.
+      precision: eps of the parameters' dtype, the coarser of the two. A recorded number is the quotient of two, each
+        of which was rounded twice: as it was drawn, and multiplied by the initializer's factor.
     """
     for step in one["batches"].keys() & other["batches"].keys():
         if one["batches"][step] != other["batches"][step]:

@@ -130,7 +130,7 @@ def read_runs(directory: Path) -> list[Run]:
     return runs
 
 
-def check_addition(directory: Path, configs: Sequence[RunConfig], data: RunData, command: str = "") -> None:
+def check_addition(directory: Path, configs: Sequence[RunConfig], data: RunData, command: str) -> None:
     """Refuse to train runs beside others that read_runs would not compare them with.
 
     Args:

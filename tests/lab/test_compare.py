@@ -187,7 +187,7 @@ def test_runs_that_could_not_be_compared_with_those_beside_them_are_not_trained(
     keys = tuple(_without(arguments, "schemes", "seeds", "learning_rates", "run.dir", "run.name"))
     result = {"train_tokens": data.train_tokens, "data": data.files}
     plant(tmp_path / "lab", Planted("hybrid", loss=3.0, overrides=keys, result=result))
-    check_addition(tmp_path / "lab", asked.configs, data)
+    check_addition(tmp_path / "lab", asked.configs, data, asked.command)
 
     other_files = result | {"data": {"data.files": [{"name": "tokens.npy", "size": 4128, "digest": "aa"}]}}
     for other, wrong in (
@@ -413,7 +413,14 @@ def test_runs_of_one_structure_compile_once_and_only_once(arguments, tmp_path, m
     assert all((tmp_path / "lab" / name / "pairing.json").exists() for name in _results(tmp_path))
 
 
-def test_parameters_in_two_precisions_are_pairs(arguments, tmp_path):
-    variants = "variants=[model.param_dtype=float32,model.param_dtype=bfloat16]"
-    assert main(["lab", "compare", *arguments, variants, "schemes=[pre]", "seeds=[0]", "train.steps=2"]) == 0
-    assert len(_results(tmp_path)) == 2
+def test_another_protocol_in_the_directory_is_refused_before_training(arguments, trained, tmp_path, capsys):
+    assert main(["lab", "compare", *arguments, "schemes=[pre]", "seeds=[1]"]) == 0
+    trained[0].clear()
+    capsys.readouterr()
+    swept = [*_without(arguments, "learning_rates"), "sweep=[2e-3,4e-3]"]
+    assert main(["lab", "compare", *swept]) == 2
+    told = capsys.readouterr().err
+    assert "sweep" in told
+    assert told.endswith("choose another run.name\n")
+    assert told.count("\n") == 1
+    assert trained[0] == []
