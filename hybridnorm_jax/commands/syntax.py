@@ -28,7 +28,17 @@ class Syntax:
     takes_run_keys: bool = False
 
 
-_OF_A_COMPARISON = ("schemes", "variants", "seeds", "learning_rates", "sweep", "sweep_seeds", "tokens", "flops")
+_OF_A_COMPARISON = (
+    "schemes",
+    "variants",
+    "seeds",
+    "learning_rates",
+    "sweep",
+    "sweep_seeds",
+    "tokens",
+    "flops",
+    "together",
+)
 SYNTAX = {
     "train": Syntax(options=("--dry-run",), takes_run_keys=True),
     "eval": Syntax(options=("--tasks", "--limit", "--json"), takes_run_keys=True),

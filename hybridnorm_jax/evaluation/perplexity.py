@@ -63,14 +63,41 @@ def evaluate(
     Raises:
       UserError: no target has a weight.
     """
-    nll = weight = 0.0
+    (score,) = evaluate_models(
+        eval_step, batches, models=1, bytes_per_token=bytes_per_token, words_per_token=words_per_token
+    )
+    return score
+
+
+def evaluate_models(
+    eval_step: EvalStep,
+    batches: Iterable[Batch],
+    *,
+    models: int,
+    bytes_per_token: float | None = None,
+    words_per_token: float | None = None,
+) -> list[Score]:
+    """As `evaluate`, of several models at once.
+
+    Args:
+      eval_step: the loss sums of a batch, with a number for each model.
+      models: how many there are.
+    """
+    nll, weight = np.zeros(models), np.zeros(models)
     for sums in _one_batch_late(eval_step, batches):
-        nll += float(sums.nll)
-        weight += float(sums.weight)
-    if not weight:
+        nll += np.asarray(sums.nll, np.float64)
+        weight += np.asarray(sums.weight, np.float64)
+    if not weight.all():
         raise UserError(
             "validation: no target has a weight; with data.segment_ids=true every document is one token long"
         )
+    return [
+        _score(float(of_model), float(of_targets), bytes_per_token, words_per_token)
+        for of_model, of_targets in zip(nll, weight, strict=True)
+    ]
+
+
+def _score(nll: float, weight: float, bytes_per_token: float | None, words_per_token: float | None) -> Score:
     loss = nll / weight
     return Score(
         loss=loss,
@@ -118,7 +145,36 @@ def evaluate_sets(
       stride: see data.Windows; None: sequences do not overlap.
       progress: whether a terminal shows a progress bar.
     """
-    scores = {}
+    (scores,) = evaluate_sets_of_models(
+        eval_step,
+        sets,
+        models=1,
+        batch_size=batch_size,
+        share=share,
+        sequences=sequences,
+        stride=stride,
+        progress=progress,
+    )
+    return scores
+
+
+def evaluate_sets_of_models(
+    eval_step: EvalStep,
+    sets: Mapping[str, Windows],
+    *,
+    models: int,
+    batch_size: int,
+    share: BatchShare = WHOLE_BATCH,
+    sequences: int | None = None,
+    stride: int | None = None,
+    progress: bool = True,
+) -> list[dict[str, Score]]:
+    """As `evaluate_sets`, of several models at once.
+
+    Args:
+      eval_step, models: as in evaluate_models.
+    """
+    scores: list[dict[str, Score]] = [{} for _ in range(models)]
     for name, windows in sets.items():
         scored = windows if stride is None else windows.with_stride(stride)
         if sequences is not None:
@@ -132,9 +188,15 @@ def evaluate_sets(
             disable=not (progress and can_redraw(sys.stderr)),
             dynamic_ncols=True,
         )
-        scores[name] = evaluate(
-            eval_step, shown, bytes_per_token=windows.bytes_per_token, words_per_token=windows.words_per_token
+        of_set = evaluate_models(
+            eval_step,
+            shown,
+            models=models,
+            bytes_per_token=windows.bytes_per_token,
+            words_per_token=windows.words_per_token,
         )
+        for of_model, score in zip(scores, of_set, strict=True):
+            of_model[name] = score
     return scores
 
 

@@ -62,6 +62,14 @@ class CompareOptions:
         at_most=1e30,
     )
 
+    together: int = key(
+        1,
+        "how many runs of a scheme are trained at once, for a GPU or TPU that a small model leaves mostly idle; on a "
+        "CPU this takes longer than one by one",
+        at_least=1,
+        at_most=1024,
+    )
+
     def __post_init__(self) -> None:
         check_fields("", self)
         for name, values in dataclasses.asdict(self).items():

@@ -11,8 +11,9 @@ import numpy as np
 
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data import Data, open_data
-from hybridnorm_jax.lab.compare import hardware, with_budget
+from hybridnorm_jax.lab.compare import with_budget
 from hybridnorm_jax.lab.compare_options import Comparison, Contestant, run_config
+from hybridnorm_jax.lab.run_results import hardware
 from hybridnorm_jax.lab.sweep import MOST_EXTENSIONS
 from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.streams import duration
@@ -83,6 +84,8 @@ def table(asked: Comparison, measured: list[Expected]) -> str:
     lines.append(f"\nIn all {duration(sum(each.total for each in measured))} on {hardware()}, as busy as they are now.")
     compiling = sum(each.compilation for each in measured) / sum(each.total for each in measured)
     lines.append(f"Of that {100 * compiling:.0f} % is compilation, less where programs are kept from before.")
+    if asked.options.together > 1:
+        lines.append(f"This is for one run at a time; what together={asked.options.together} saves was not measured.")
     if asked.options.sweep:
         lines.append(
             f"A sweep whose best rate lies at the edge of its grid takes up to {MOST_EXTENSIONS} rates more for that "

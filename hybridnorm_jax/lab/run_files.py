@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from etils import epath
 
 from hybridnorm_jax.errors import UserError, first_line
 from hybridnorm_jax.training.metrics_file import STEP_SECONDS, Record, read_records
+from hybridnorm_jax.whole_files import write_whole
 
 FINISHED, DIVERGED, UNFINISHED = "finished", "diverged", "unfinished"
 
@@ -46,6 +48,14 @@ def read_object(file: Path | epath.Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{file}: must hold a JSON object")
     return value
+
+
+def write_object(file: epath.Path, value: dict[str, Any]) -> None:
+    """A JSON file, whole or not at all, by one process of all."""
+    if jax.process_index() == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Jobs of one comparison write comparison.json at the same time.
+        write_whole(file, json.dumps(value, indent=2) + "\n", concurrent=True)
 
 
 def read_result(file: Path | epath.Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from hybridnorm_jax.config.run_config import LARGEST_RATE, SMALLEST
 from hybridnorm_jax.lab.groups import RunGroup, best_rate
@@ -33,7 +33,7 @@ class Swept:
         return "largest" if self.best == self.tried[-1] else None
 
 
-def sweep(grid: Iterable[float], group_at: Callable[[float], RunGroup]) -> Swept:
+def sweep(grid: Iterable[float], groups_at: Callable[[Sequence[float]], Sequence[RunGroup]]) -> Swept:
     """Search the best rate by the mean loss of the runs at each.
 
     The whole grid is tried. As long as the best is its smallest or largest rate, and at most twice, one more is tried
@@ -41,18 +41,23 @@ def sweep(grid: Iterable[float], group_at: Callable[[float], RunGroup]) -> Swept
     by ratio: in a grid in factors of 2 they are sqrt(2) away.
 
     Args:
-      group_at: trains the runs at a rate, or finds them trained.
+      groups_at: trains the runs at some rates, or finds them trained; returns those of each rate. It is asked for the
+        whole grid, then for each rate beyond it, then for the two in between.
     """
-    groups = {rate: group_at(rate) for rate in sorted(grid)}
+    groups: dict[float, RunGroup] = {}
+
+    def try_rates(rates: Sequence[float]) -> None:
+        groups.update(zip(rates, groups_at(rates), strict=True))
+
+    try_rates(sorted(grid))
     for _ in range(MOST_EXTENSIONS):
         beyond = _beyond(groups)
         if beyond is None:
             break
-        groups[beyond] = group_at(beyond)
+        try_rates([beyond])
     best = best_of(groups)
     if best is not None:
-        for rate in _between(sorted(groups), best):
-            groups[rate] = group_at(rate)
+        try_rates(_between(sorted(groups), best))
     return Swept(best=best_of(groups), tried=tuple(sorted(groups)))
 
 

@@ -70,7 +70,7 @@ def train(
         with signals.interruptible():
             lock = stack.enter_context(RunLock(run_directory(config)))
             directory, config = open_run_directory(config)
-            program, data, task_model = _prepare(config, SharedPrograms() if programs is None else programs)
+            program, data, task_model = prepare(config, SharedPrograms() if programs is None else programs)
             # JAX's coordination service, which starts with the devices, has a handler of its own for SIGTERM.
             signals.install()
         checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep))
@@ -203,10 +203,19 @@ def _next_batch(run: Run) -> Batch:
     return batch
 
 
-def _prepare(config: RunConfig, programs: SharedPrograms) -> tuple[Program, Data, TaskModel | None]:
-    """What needs no run directory: the program, checked; the data, tokenized where they are not yet; eval.tasks."""
+def prepare(
+    config: RunConfig, programs: SharedPrograms, *, together: int = 1
+) -> tuple[Program, Data, TaskModel | None]:
+    """What needs no run directory: the program, checked; the data, tokenized where they are not yet; eval.tasks.
+
+    Args:
+      together: how many such runs are trained at once.
+
+    Raises:
+      UserError: one of these cannot be had, or has no room in the device's memory.
+    """
     program = programs.program(config)
-    check_room(least_bytes(config, program.abstract_state), room_of(program.mesh.devices.flat[0]))
+    check_room(least_bytes(config, program.abstract_state, runs=together), room_of(program.mesh.devices.flat[0]))
     data = open_data(
         config.data,
         seq_len=config.train.seq_len,

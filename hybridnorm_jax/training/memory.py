@@ -94,25 +94,29 @@ class LeastBytes:
     Attributes:
       state: parameters and optimizer state.
       activations: the input of every block, which each policy of model.remat keeps, and the logits of one chunk.
+      runs: how many runs these are of, which are trained at once.
     """
 
     state: int
     activations: int
+    runs: int = 1
 
 
-def least_bytes(config: RunConfig, abstract_state: Any) -> LeastBytes:
+def least_bytes(config: RunConfig, abstract_state: Any, *, runs: int = 1) -> LeastBytes:
     """Of a run, from shapes alone; the activations as if they were split over all devices, as no mesh splits more.
 
     Args:
-      abstract_state: abstract arrays with shardings.
+      abstract_state: abstract arrays with shardings, of one run.
+      runs: how many are trained at once.
     """
     model, train = config.model, config.train
     streams = train.seq_len * model.d_model * model.num_layers
     logits = (train.loss_chunk or train.seq_len) * model.vocab_size
     numbers = config.microbatch_size * (streams + logits)
     return LeastBytes(
-        state=bytes_per_device(abstract_state),
-        activations=numbers * jax.numpy.dtype(model.dtype).itemsize // jax.device_count(),
+        state=runs * bytes_per_device(abstract_state),
+        activations=runs * numbers * jax.numpy.dtype(model.dtype).itemsize // jax.device_count(),
+        runs=runs,
     )
 
 
@@ -124,7 +128,10 @@ def check_room(least: LeastBytes, room: int | None) -> None:
     if room is None or least.state + least.activations <= room:
         return
     state, activations, there = (f"{size / 2**30:,.1f} GiB" for size in (least.state, least.activations, room))
+    step, right = "a step", "lower"
+    if least.runs > 1:
+        step, right = f"a step of {least.runs} runs", "lower together,"
     raise UserError(
-        f"a step needs at least {state} of parameters and optimizer state and {activations} of activations on each "
-        f"device, which has {there}; lower one of {SIZES}, raise train.grad_accumulation, or use more devices"
+        f"{step} needs at least {state} of parameters and optimizer state and {activations} of activations on each "
+        f"device, which has {there}; {right} one of {SIZES}, raise train.grad_accumulation, or use more devices"
     )

@@ -31,6 +31,7 @@ from hybridnorm_jax.model.config_feed_forward import CLAMPED
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.encoder_config import EncoderConfig
 from hybridnorm_jax.model.loss import LossSums
+from hybridnorm_jax.training.grouped_steps import GroupedSteps, PureSteps
 from hybridnorm_jax.training.layer_measures import Measures, make_watch
 from hybridnorm_jax.training.optimizer import StepNumbers, learning_rate, make_optimizer, step_numbers
 from hybridnorm_jax.training.state import TrainState, abstract_state, make_fresh_state, make_initializer
@@ -98,6 +99,7 @@ class Program:
       model: what the loss computes; `conversion` makes its parameters of the state's, None where they are the same.
       abstract_state: shapes, dtypes and shardings of the training state.
       compiler_options: what XLA is told about the training step.
+      grouped: the steps of several runs that share these, for lab/together.py; nothing of them is compiled before use.
 
     Raises:
       ConfigError: the mesh does not fit the devices or the experts, or the attention backend or the dispatch of the
@@ -128,17 +130,22 @@ class Program:
         self.conversion = _conversion(model, config.train)
         self.model = Decoder(model if self.conversion is None else self.conversion.config)
         self._optimizer_of = partial(make_optimizer, config.optimizer, unit_matrices=config.model.scheme_rule.sphere)
-        optimizer = self._optimizer_of(self._numbers)
+        optimizer = self._optimizer_of(self.numbers)
         initialize = make_initializer(config.model, optimizer, spike_window=config.train.spike_window)
         self.abstract_state = abstract_state(initialize, self.mesh, self.rules)
         self.compiler_options = step_options(self.platform)
         self._fresh_state = make_fresh_state(initialize, self.abstract_state)
-        self._train_step = self._jit_train_step()
-        self._eval_step = self._jit_eval_step()
-        self._watch = self._jit_watch()
+        pure = PureSteps(train=self._pure_train_step(), evaluate=self._pure_eval_step(), watch=self._pure_watch())
+        self._train_step = self._jit_train_step(pure.train)
+        self._eval_step = jax.jit(pure.evaluate)
+        self._watch = jax.jit(pure.watch, out_shardings=self._whole)
+        self.grouped = GroupedSteps(
+            pure, self.abstract_state, mesh=self.mesh, rules=self.rules, compiler_options=self.compiler_options
+        )
 
     @cached_property
-    def _numbers(self) -> StepNumbers:
+    def numbers(self) -> StepNumbers:
+        """What the compiled training step takes as arguments."""
         train = self.config.train
         return step_numbers(
             self.config.optimizer, steps=train.steps, tokens_per_step=self.config.tokens_per_step, seed=train.seed
@@ -150,7 +157,7 @@ class Program:
             return None
         other = copy.copy(self)
         other.config = config
-        other.__dict__.pop("_numbers", None)
+        other.__dict__.pop("numbers", None)
         return other
 
     @property
@@ -210,8 +217,8 @@ class Program:
             features=model.score_features(self.config.train.seq_len),
         )
 
-    def _jit_train_step(self) -> Callable:
-        """(state, batch, numbers) -> (state, metrics, measured invariants); the state's memory is used again."""
+    def _pure_train_step(self) -> Callable:
+        """(state, batch, numbers) -> (state, metrics, measured invariants)."""
         train = self.config.train
         options = StepOptions(
             chunk=train.loss_chunk,
@@ -221,7 +228,7 @@ class Program:
             balance_bias_rate=self.config.optimizer.balance_bias_rate,
             skip_spikes_sigma=train.skip_spikes_sigma,
         )
-        step = make_train_step(
+        return make_train_step(
             self.model,
             self._optimizer_of,
             partial(learning_rate, self.config.optimizer.schedule),
@@ -229,6 +236,9 @@ class Program:
             convert=self._convert,
             measure=_measure(self.config) if train.check_invariants else None,
         )
+
+    def _jit_train_step(self, step: Callable) -> Callable:
+        """The step, compiled; the state's memory is used again."""
         places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         return jax.jit(
             step,
@@ -237,13 +247,13 @@ class Program:
             compiler_options=self.compiler_options,
         )
 
-    def _jit_eval_step(self) -> Callable:
+    def _pure_eval_step(self) -> Callable:
         """(parameters, batch, step) -> loss sums."""
-        return jax.jit(make_eval_step(self.model, chunk=self.config.train.loss_chunk, convert=self._convert))
+        return make_eval_step(self.model, chunk=self.config.train.loss_chunk, convert=self._convert)
 
-    def _jit_watch(self) -> Callable:
+    def _pure_watch(self) -> Callable:
         """(state, batch, numbers) -> measures of every layer."""
-        watch = make_watch(
+        return make_watch(
             self.model,
             self._optimizer_of,
             shares=batch_parts(self.mesh, self.rules),
@@ -251,7 +261,6 @@ class Program:
             chunk=self.config.train.loss_chunk,
             convert=self._convert,
         )
-        return jax.jit(watch, out_shardings=self._whole)
 
     @property
     def share(self) -> BatchShare:
@@ -285,7 +294,7 @@ class Program:
           InvariantError: with train.check_invariants, the first invariant that does not hold.
         """
         with use_mesh(self.mesh, self.rules), readable_refusals():
-            state, metrics, measured = self._train_step(state, self.put(batch, leading=1), self._numbers)
+            state, metrics, measured = self._train_step(state, self.put(batch, leading=1), self.numbers)
         if measured is not None:
             assert_measured(state.step, measured, tolerances(self.config.model, self.platform))
         return state, metrics
@@ -293,7 +302,7 @@ class Program:
     def watch(self, state: TrainState, batch: Batch) -> Measures:
         """Measures of every layer for a batch as train_step takes it, before that step; `state` stays."""
         with use_mesh(self.mesh, self.rules):
-            return self._watch(state, self.put(batch, leading=1), self._numbers)
+            return self._watch(state, self.put(batch, leading=1), self.numbers)
 
     def lower_train_step(self) -> jax.stages.Lowered:
         """The train step lowered for this mesh, from shapes alone."""
@@ -310,7 +319,7 @@ class Program:
         place = batch_sharding(self.mesh, 1, self.rules)
         batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
         with use_mesh(self.mesh, self.rules):
-            return self._train_step.trace(self.abstract_state, batch, self._numbers)
+            return self._train_step.trace(self.abstract_state, batch, self.numbers)
 
     def eval_step(self, params: Any, batch: Batch, *, step: jax.Array | None = None) -> LossSums:
         """Loss sums of one batch; `batch` is this process's (sequences, positions) in NumPy.

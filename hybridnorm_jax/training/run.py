@@ -72,6 +72,7 @@ class Run:
       files: the identities of the files that it trains on, as run_identity.data_files gives them.
       trained_before: what other runs trained the parameters on that it began with.
       task_model: scores eval.tasks; None: there are none.
+      together: how many runs a step trains at once (lab/together.py).
 
     Changed by every step:
       step: how many steps were made. While a hook's before_step and before_update run, the step to come is step + 1.
@@ -101,6 +102,7 @@ class Run:
     files: Sequence[dict[str, Any]] = ()
     trained_before: Sequence[Trained] = ()
     task_model: TaskModel | None = None
+    together: int = 1
     step: int = dataclasses.field(init=False)
     late: LateMetrics | None = None
     numbers: Numbers | None = None
@@ -117,6 +119,11 @@ class Run:
     def steps(self) -> int:
         """How many steps the whole run has."""
         return self.config.train.steps
+
+    @property
+    def named(self) -> str:
+        """What lines about this run begin with, where several are trained at once."""
+        return "" if self.together == 1 else f"{self.config.run.name}: "
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -172,7 +179,7 @@ class Run:
         self.numbers = numbers
         self.series.add(numbers.metrics)
         if numbers.skipped and seconds is not None:
-            self.ledger.move(seconds, source="steps", target="skipped")
+            self.ledger.move(seconds / self.together, source="steps", target="skipped")
         self._is_reading = True
         try:
             for hook in self.due(numbers.step):

@@ -15,8 +15,9 @@ from planted_runs import Planted, plant
 from hybridnorm_jax.commands.main import main
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.evaluation.perplexity import Score
-from hybridnorm_jax.lab import compare, compare_options
+from hybridnorm_jax.lab import compare, compare_options, trainer
 from hybridnorm_jax.lab.run_data import read_data
+from hybridnorm_jax.lab.run_files import write_object
 from hybridnorm_jax.lab.runs import check_addition
 from hybridnorm_jax.training.program import Program
 
@@ -214,7 +215,7 @@ def test_a_finite_run_may_have_diverged(losses, arguments, tmp_path, monkeypatch
         (directory / "metrics.jsonl").write_text("\n".join(lines))
         return {"held": Score(float("nan") if config.train.seed else losses[-1], 1.0, None, 8)}
 
-    monkeypatch.setattr(compare, "train", train)
+    monkeypatch.setattr(trainer, "train", train)
     assert main(["lab", "compare", *arguments]) == 0
     results = _results(tmp_path)
     assert results["pre-lr0.001-seed1"]["status"] == "diverged"  # a final loss that is not finite
@@ -227,7 +228,7 @@ def test_a_finite_run_may_have_diverged(losses, arguments, tmp_path, monkeypatch
 def test_jobs_that_write_at_once_do_not_disturb_each_other(tmp_path):
     file = epath.Path(tmp_path) / "comparison.json"
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: [compare._write(file, {"a": 1}) for _ in range(30)], range(4)))
+        list(pool.map(lambda _: [write_object(file, {"a": 1}) for _ in range(30)], range(4)))
     assert [path.name for path in tmp_path.iterdir()] == ["comparison.json"]
 
 
@@ -356,7 +357,7 @@ def test_a_sweep_has_seeds_of_its_own_and_the_others_get_the_best_rate(arguments
         distance = abs(np.log2(config.optimizer.learning_rate / 2e-3))
         return {"held": Score(2.0 + distance + 0.001 * config.train.seed, 1.0, None, 8)}
 
-    monkeypatch.setattr(compare, "train", train)
+    monkeypatch.setattr(trainer, "train", train)
     swept = [*_without(arguments, "learning_rates"), "sweep=[1e-3,4e-3,2e-3]", "schemes=[post]"]
     assert main(["lab", "compare", *swept]) == 0
     assert [(config.optimizer.learning_rate, config.train.seed) for config in trained] == [
@@ -395,14 +396,14 @@ def test_a_budget_decides_the_steps(arguments):
 
 
 def test_runs_of_one_structure_compile_once_and_only_once(arguments, tmp_path, monkeypatch):
-    built, original = [], compare.SharedPrograms.program
+    built, original = [], trainer.SharedPrograms.program
 
     def program(self, config):
         found = original(self, config)
         built.append(found)
         return found
 
-    monkeypatch.setattr(compare.SharedPrograms, "program", program)
+    monkeypatch.setattr(trainer.SharedPrograms, "program", program)
     monkeypatch.setattr(jax, "clear_caches", lambda: None)
     assert main(["lab", "compare", *arguments, "learning_rates=[1e-3,2e-3]", "schemes=[post]"]) == 0
     assert len(built) == 4

@@ -14,11 +14,11 @@ def _bowl(best):
     """Losses by rate that are lowest at `best`; what was asked is noted."""
     asked = []
 
-    def group_at(rate):
-        asked.append(rate)
-        return RunGroup(losses={100: math.log(rate / best) ** 2}, diverged={}, unfinished=())
+    def groups_at(rates):
+        asked.extend(rates)
+        return [RunGroup(losses={100: math.log(rate / best) ** 2}, diverged={}, unfinished=()) for rate in rates]
 
-    return asked, group_at
+    return asked, groups_at
 
 
 @pytest.mark.parametrize(
@@ -35,14 +35,14 @@ def _bowl(best):
     ],
 )
 def test_the_best_rate_is_found(optimum, best, tried, edge):
-    asked, group_at = _bowl(optimum)
-    found = sweep(reversed(GRID), group_at)
+    asked, groups_at = _bowl(optimum)
+    found = sweep(reversed(GRID), groups_at)
     assert (found.best, set(found.tried), found.edge) == (best, tried, edge)
     assert sorted(asked) == sorted(tried)  # nothing is trained twice
 
 
 def test_a_scheme_that_diverges_everywhere_is_tried_below_and_has_no_best():
-    found = sweep(GRID, lambda rate: RunGroup(losses={}, diverged={100: 3}, unfinished=()))
+    found = sweep(GRID, lambda rates: [RunGroup(losses={}, diverged={100: 3}, unfinished=())] * len(rates))
     assert found.best is None
     assert found.tried == (2.5e-4, 5e-4, *GRID)
 
@@ -52,7 +52,7 @@ def test_a_rate_at_which_a_seed_diverged_is_not_best():
         survivors = {0: -rate} if rate > 2e-3 else {0: -rate, 1: -rate}
         return RunGroup(losses=survivors, diverged={1: 5} if rate > 2e-3 else {}, unfinished=())
 
-    assert sweep(GRID, group_at).best == 2e-3
+    assert sweep(GRID, lambda rates: [group_at(rate) for rate in rates]).best == 2e-3
 
 
 def test_rates_have_three_digits():

@@ -13,7 +13,7 @@ COMPARISONS = (
     Fault(
         name="a_shared_step_keeps_the_numbers_of_the_first_run",
         file="training/program.py",
-        right='        other.__dict__.pop("_numbers", None)\n',
+        right='        other.__dict__.pop("numbers", None)\n',
         wrong="",
         tests=("training/test_shared_programs.py::test_numbers_are_arguments_of_one_compiled_step",),
     ),
@@ -33,9 +33,9 @@ COMPARISONS = (
     ),
     Fault(
         name="a_rate_is_chosen_with_the_seeds_that_are_compared",
-        file="lab/compare.py",
-        right="for seed in asked.options.sweep_seeds",
-        wrong="for seed in asked.options.seeds",
+        file="lab/trainer.py",
+        right='trained(rates, asked.options.sweep_seeds, "sweep")',
+        wrong='trained(rates, asked.options.seeds, "sweep")',
         tests=("lab/test_compare.py::test_a_sweep_has_seeds_of_its_own_and_the_others_get_the_best_rate",),
     ),
     Fault(

@@ -7,6 +7,7 @@ from planted_faults.fault import Fault
 from planted_faults.norm_faults import NORMS
 from planted_faults.sphere_faults import GROWING_AND_SPHERE
 from planted_faults.task_faults import TASKS
+from planted_faults.together_faults import TOGETHER
 
 MODEL = (
     Fault(
@@ -364,4 +365,5 @@ FAULTS = (
     + GROWING_AND_SPHERE
     + CLAIMS
     + COMPARISONS
+    + TOGETHER
 )

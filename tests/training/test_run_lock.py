@@ -59,7 +59,7 @@ def test_training_a_held_directory_is_refused_before_anything_is_written(directo
         data=dataclasses.replace(default.data, source="tokens", files=files, validation_fraction=0.0),
         train=TrainSection(2, 8, 8),
     )
-    monkeypatch.setattr(loop, "_prepare", lambda *_: pytest.fail("data must not be read"))
+    monkeypatch.setattr(loop, "prepare", lambda *_: pytest.fail("data must not be read"))
     with RunLock(directory):
         with pytest.raises(UserError, match="in use by process"):
             loop.train(config)

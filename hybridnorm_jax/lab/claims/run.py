@@ -15,7 +15,7 @@ from hybridnorm_jax.config.yaml_files import take
 from hybridnorm_jax.config_fields import check, check_fields, key
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.lab.claims.claim import COMMAND, PaperClaim, find_claims
-from hybridnorm_jax.lab.compare import hardware
+from hybridnorm_jax.lab.run_results import hardware
 from hybridnorm_jax.whole_files import expanded, write_whole
 
 FILE = "claims.json"

@@ -1,5 +1,6 @@
 """Scores of the validation sets and of eval.tasks, now and then and at the end."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -17,10 +18,15 @@ from hybridnorm_jax.training.step import Batch
 
 
 class Evaluation(Hook):
-    """Scores the validation sets, and tasks, after every `every`-th step and the last; sets run.scores, task_scores."""
+    """Scores the validation sets, and tasks, after every `every`-th step and the last; sets run.scores, task_scores.
 
-    def __init__(self, *, every: int):
+    Args:
+      score: run -> the scores of its validation sets, where others than the run's own program compute them.
+    """
+
+    def __init__(self, *, every: int, score: Callable[[Run], dict[str, perplexity.Score]] | None = None):
         self.every = every
+        self._scores_of = self._computed if score is None else score
         self._compiled = False
 
     def start(self, run: Run) -> None:
@@ -66,30 +72,33 @@ class Evaluation(Hook):
             return
         if losses:
             shown = ", ".join(f"{name} {score.loss:.4f}" for name, score in run.scores.items())
-            say_above_bar(f"step {run.step}: evaluation loss {shown} nats per token")
+            say_above_bar(f"{run.named}step {run.step}: evaluation loss {shown} nats per token")
         if tasks:
             shown = ", ".join(f"{name.removeprefix('eval/task/')} {value:.4f}" for name, value in tasks.items())
-            say_above_bar(f"step {run.step}: tasks {shown}")
+            say_above_bar(f"{run.named}step {run.step}: tasks {shown}")
 
     def _score(self, run: Run) -> None:
-        def eval_step(batch: Batch) -> LossSums:
-            return self._eval_step(run, batch)
-
         with run.ledger.phase("evaluation"):
-            run.scores = perplexity.evaluate_sets(
-                eval_step,
-                run.data.validation,
-                batch_size=run.program.eval_batch_size,
-                share=run.program.share,
-                sequences=run.program.eval_sequences,
-                stride=run.config.eval.stride,
-                progress=jax.process_index() == 0,
-            )
+            run.scores = self._scores_of(run)
             if run.task_model is not None:
                 run.task_scores = run.task_model.scores(
                     run.state.params, step=run.step, before_batch=partial(_still_alive, run)
                 )
         run.clock.restart()
+
+    def _computed(self, run: Run) -> dict[str, perplexity.Score]:
+        def eval_step(batch: Batch) -> LossSums:
+            return self._eval_step(run, batch)
+
+        return perplexity.evaluate_sets(
+            eval_step,
+            run.data.validation,
+            batch_size=run.program.eval_batch_size,
+            share=run.program.share,
+            sequences=run.program.eval_sequences,
+            stride=run.config.eval.stride,
+            progress=jax.process_index() == 0,
+        )
 
     def _eval_step(self, run: Run, batch: Batch) -> LossSums:
         _still_alive(run)

@@ -1,5 +1,7 @@
 """Measures of every layer, now and then."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from hybridnorm_jax.training.hooks.hook import Hook
@@ -9,10 +11,15 @@ from hybridnorm_jax.training.step import Batch
 
 
 class LayerWatch(Hook):
-    """Writes a line with the measures of every layer (layer_measures.py): of the first step and every `every`-th."""
+    """Writes a line with the measures of every layer (layer_measures.py): of the first step and every `every`-th.
 
-    def __init__(self, *, every: int | None):
+    Args:
+      measure: (run, batch) -> the measures before a step, where others than the run's own program take them.
+    """
+
+    def __init__(self, *, every: int | None, measure: Callable[[Run, Batch], Measures] | None = None):
         self.every = every
+        self._measure = _measured if measure is None else measure
         self._measures: dict[int, Measures] = {}  # by step, on the device
         self._compiled = False
 
@@ -25,7 +32,7 @@ class LayerWatch(Hook):
         run.read_late()
         run.clock.leave_out(run.step + 1)
         with run.ledger.phase("steps" if self._compiled else "compilation"):
-            self._measures[run.step + 1] = run.program.watch(run.state, batch)
+            self._measures[run.step + 1] = self._measure(run, batch)
         self._compiled = True
 
     def after_step(self, run: Run) -> None:
@@ -38,3 +45,7 @@ class LayerWatch(Hook):
         measures = self._measures.pop(numbers.step)
         layers = {f"watch/{name}": np.asarray(values) for name, values in measures.items()}
         run.writer.write(numbers.step, layers, by_layer=True)
+
+
+def _measured(run: Run, batch: Batch) -> Measures:
+    return run.program.watch(run.state, batch)

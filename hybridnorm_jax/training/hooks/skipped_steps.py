@@ -43,7 +43,7 @@ class SkippedSteps(Hook):
         is_spike = numbers.metrics["skipped_spikes"] > self._spikes
         self._spikes = int(numbers.metrics["skipped_spikes"])
         reason = f"loss {numbers.metrics['loss']:.4f} is a spike" if is_spike else _not_finite(numbers)
-        say_above_bar(f"step {numbers.step}: skipped, {reason}", file=sys.stderr)
+        say_above_bar(f"{run.named}step {numbers.step}: skipped, {reason}", file=sys.stderr)
         if numbers.metrics["skipped_in_a_row"] >= self._most_in_a_row:
             raise _diverged(run, numbers, reason)
 
