@@ -160,9 +160,9 @@ LOSS = (
     Fault(
         name="perplexity_is_the_mean_of_batches",
         file="evaluation/perplexity.py",
-        right="""        nll += float(sums.nll)
-        weight += float(sums.weight)""",
-        wrong="""        nll += float(sums.nll) / float(sums.weight)
+        right="""        nll += np.asarray(sums.nll, np.float64)
+        weight += np.asarray(sums.weight, np.float64)""",
+        wrong="""        nll += np.asarray(sums.nll, np.float64) / np.asarray(sums.weight, np.float64)
         weight += 1.0""",
         tests=("evaluation/test_perplexity.py",),
     ),

@@ -269,7 +269,7 @@ def test_too_many_in_a_row_stop_the_run_which_names_a_checkpoint_from_before_the
 def test_a_skipped_step_says_why(metrics, reason, capsys):
     hook = SkippedSteps(most_in_a_row=10)
     state = SimpleNamespace(anomalies=no_anomalies(4).replace(spikes=jnp.array(2)))
-    run = SimpleNamespace(state=state)
+    run = SimpleNamespace(state=state, named="")
     hook.start(run)
     hook.on_numbers(
         run, Numbers(7, {name: np.asarray(each) for name, each in (metrics | {"skipped_in_a_row": 1}).items()})
