@@ -57,6 +57,9 @@ seeds of its own, and then trains all seeds at that rate:
 
   hybridnorm lab compare 'schemes=[pre, span]' 'sweep=[1e-3, 2e-3, 4e-3]'
 
+With together=N it trains up to N runs of a scheme at once, on a GPU or TPU that
+a small model leaves mostly idle.
+
 --emit-jobs=slurm    train nothing; write a SLURM array of one job a combination
                      or, with a sweep, a scheme
 --emit-jobs=jobset   train nothing; write the same for GKE, as a JobSet

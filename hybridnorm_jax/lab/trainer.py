@@ -14,7 +14,15 @@ from hybridnorm_jax.lab.groups import RunGroup
 from hybridnorm_jax.lab.pairing import PairingRecord, check_paired
 from hybridnorm_jax.lab.run_data import RunData
 from hybridnorm_jax.lab.run_files import DIVERGED, write_object
-from hybridnorm_jax.lab.run_results import Ended, Outcome, check_ended_alike, earlier_result, group_of, result_of
+from hybridnorm_jax.lab.run_results import (
+    Ended,
+    Outcome,
+    check_ended_alike,
+    earlier_result,
+    group_of,
+    outcome_text,
+    result_of,
+)
 from hybridnorm_jax.lab.sweep import Swept, sweep
 from hybridnorm_jax.lab.together import train_together
 from hybridnorm_jax.mesh.processes import say
