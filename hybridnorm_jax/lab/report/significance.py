@@ -83,7 +83,8 @@ def bootstrap(differences: Differences, confidence: float = 0.95) -> Inference:
         Phi(z0 + (z0 + z) / (1 - a (z0 + z)))    for z = Phi^-1(alpha / 2) and Phi^-1(1 - alpha / 2).
 
     p is twice the smaller alpha / 2 at which an end is 0: the same equation solved for z. The resamples are drawn with
-    a fixed seed, so the same differences give the same interval. p is not below about 1 / RESAMPLES.
+    a fixed seed, so the same differences give the same interval. So many resamples cannot tell a p below 1 / RESAMPLES,
+    which is the smallest one returned.
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, equations 14.9 to 14.15 and section 15.4.
     """
     count, mean = len(differences), float(differences.mean())
@@ -100,7 +101,7 @@ def bootstrap(differences: Differences, confidence: float = 0.95) -> Inference:
     tail = (1 - confidence) / 2
     distance = _normal_score(means, 0.0) - bias
     side = float(stats.norm.cdf(distance / (1 + acceleration * distance) - bias))
-    return Inference(Interval(end(tail), end(1 - tail)), p=2 * min(side, 1 - side))
+    return Inference(Interval(end(tail), end(1 - tail)), p=max(1 / RESAMPLES, 2 * min(side, 1 - side)))
 
 
 def _normal_score(means: Float[np.ndarray, "resamples"], value: float) -> float:

@@ -35,6 +35,12 @@ def test_more_than_ten_seeds_get_the_bootstrap():
     assert significance.infer(differences[:10]) == significance.student(differences[:10])
 
 
+def test_resamples_cannot_tell_a_p_below_one_in_their_number():
+    # One far value bends the acceleration: the equation alone gives 1.6e-9, where Student's p is 0.07.
+    differences = np.array([0.01] * 10 + [0.2])
+    assert significance.infer(differences).p == 1 / significance.RESAMPLES
+
+
 @pytest.mark.parametrize("shift", [-0.7, -0.3, 0.2, 0.9])
 @pytest.mark.parametrize("count", [5, 15])
 def test_the_interval_leaves_zero_out_exactly_where_p_is_below_its_level(count, shift):
