@@ -101,9 +101,17 @@ def read_record(directory: epath.Path | Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     record = read_object(file)
+    mend = "remove the run, and train it again"
     if not all(isinstance(record.get(key), dict) for key in ("parameters", "batches")):
-        raise UserError(f"{file}: must hold the maps parameters and batches; remove the run, and train it again")
+        raise UserError(f"{file}: must hold the maps parameters and batches; {mend}")
+    if not all(_are_samples(numbers) for numbers in record["parameters"].values()):
+        raise UserError(f"{file}: parameters must map each matrix to at most {RECORDED} numbers; {mend}")
     return record
+
+
+def _are_samples(numbers: Any) -> bool:
+    is_list = isinstance(numbers, list) and len(numbers) <= RECORDED
+    return is_list and all(type(number) in (int, float) for number in numbers)
 
 
 def obstacle(one: dict[str, Any], other: dict[str, Any], *, precision: float) -> str | None:
@@ -118,7 +126,8 @@ def obstacle(one: dict[str, Any], other: dict[str, Any], *, precision: float) ->
             return f"they read other data in step {step}"
     ours, theirs = one["parameters"], other["parameters"]
     for name in sorted(ours.keys() & theirs.keys()):
-        if not np.allclose(ours[name], theirs[name], rtol=4 * precision, atol=0):
+        alike = len(ours[name]) == len(theirs[name])
+        if not alike or not np.allclose(ours[name], theirs[name], rtol=4 * precision, atol=0):
             return f"they begin with other numbers in {name}"
     return None
 

@@ -58,6 +58,22 @@ def write_object(file: epath.Path, value: dict[str, Any]) -> None:
         write_whole(file, json.dumps(value, indent=2) + "\n", concurrent=True)
 
 
+def read_comparison(file: Path | epath.Path) -> dict[str, Any]:
+    """A comparison.json; empty where there is no such file.
+
+    Raises:
+      UserError: a value is not what `hybridnorm lab compare` writes; the message names the file and the key.
+    """
+    if not file.exists():
+        return {}
+    comparison = read_object(file)
+    for key, kind, right in (("commands", str, "texts"), ("sweep_seeds", int, "integers")):
+        values = comparison.get(key, [])
+        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+            raise UserError(f"{file}: {key}: must be a list of {right}")
+    return comparison
+
+
 def read_result(file: Path | epath.Path) -> dict[str, Any]:
     """The result.json of a run.
 

@@ -11,7 +11,7 @@ from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.lab.compare_options import Comparison, Contestant, run_config
 from hybridnorm_jax.lab.groups import RunGroup
-from hybridnorm_jax.lab.pairing import PairingRecord, check_paired
+from hybridnorm_jax.lab.pairing import PairingRecord, check_paired, read_record
 from hybridnorm_jax.lab.run_data import RunData
 from hybridnorm_jax.lab.run_files import DIVERGED, write_object
 from hybridnorm_jax.lab.run_results import (
@@ -159,12 +159,13 @@ class Trainer:
         return self._paired(part.config, result)
 
     def _paired(self, config: RunConfig, result: dict[str, Any]) -> Ended:
-        """The run, compared with the first one of its seed."""
-        pair = self._first_of_seed.setdefault(config.train.seed, config), config
-        check_paired(
-            [run_directory(each) for each in pair],
-            precision=max(float(jnp.finfo(each.model.param_dtype).eps) for each in pair),
-        )
+        """The run, compared with the first one of its seed that recorded what it began with."""
+        if read_record(run_directory(config)) is not None:
+            pair = self._first_of_seed.setdefault(config.train.seed, config), config
+            check_paired(
+                [run_directory(each) for each in pair],
+                precision=max(float(jnp.finfo(each.model.param_dtype).eps) for each in pair),
+            )
         return Ended(config, result)
 
     def _operations_of(self, config: RunConfig) -> int | None:

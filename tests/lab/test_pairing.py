@@ -47,3 +47,7 @@ def test_a_directory_with_other_data_is_refused(tmp_path):
     (tmp_path / "a" / FILE).write_text("{}")
     with pytest.raises(UserError, match=r"pairing\.json: must hold the maps parameters and batches"):
         read_record(tmp_path / "a")
+    for damaged in ('"ab"', "[1, 2, 3, 4]", '["x"]', "null"):
+        (tmp_path / "a" / FILE).write_text(f'{{"batches": {{}}, "parameters": {{"head": {damaged}}}}}')
+        with pytest.raises(UserError, match=r"pairing\.json: parameters must map each matrix to at most 3 numbers"):
+            read_record(tmp_path / "a")

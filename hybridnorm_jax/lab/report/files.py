@@ -13,7 +13,7 @@ from hybridnorm_jax.lab.report.markdown_page import to_markdown
 from hybridnorm_jax.lab.report.sections import report_blocks
 from hybridnorm_jax.lab.report.statistics import ComparedRuns, natural_order
 from hybridnorm_jax.lab.report.table_files import write_tables
-from hybridnorm_jax.lab.run_files import read_object
+from hybridnorm_jax.lab.run_files import read_comparison
 from hybridnorm_jax.lab.runs import Run, read_runs
 
 TITLE = "Norm placements compared"
@@ -34,8 +34,7 @@ def write_report(directory: str | Path, baseline: str | None = None, *, speed: b
     """
     directory = Path(directory)
     runs = read_runs(directory)
-    file = directory / "comparison.json"
-    made_by = read_object(file) if file.exists() else {}
+    made_by = read_comparison(directory / "comparison.json")
     schemes = {run.label: run.scheme for run in runs}
     label = _default_baseline(schemes, made_by) if baseline is None else _named_baseline(schemes, baseline)
     compared = ComparedRuns(directory=directory, runs=runs, baseline=label, made_by=made_by, shows_speed=speed)

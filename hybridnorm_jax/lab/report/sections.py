@@ -84,9 +84,9 @@ def _layers(compared: ComparedRuns) -> Iterator[Block]:
 
 
 def _shown_rate(compared: ComparedRuns, label: str) -> float:
-    """The best learning rate of a label, or the smallest where no run of it finished."""
+    """The best learning rate of a label, or the smallest where no run that chooses it finished."""
     best = compared.best[label]
-    return compared.tried(label)[0] if best is None else best
+    return (compared.tried(label) or compared.compared_at(label))[0] if best is None else best
 
 
 def _shown_runs(compared: ComparedRuns, label: str, rate: float) -> list[Run]:

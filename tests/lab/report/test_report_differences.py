@@ -7,6 +7,7 @@ import pytest
 from parsed_pages import Parsed
 from planted_runs import Planted, plant
 
+from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.lab.report import significance, write_report
 
 MINUS = "\N{MINUS SIGN}"
@@ -62,6 +63,29 @@ def test_a_sweep_before_any_other_seed_compares_nothing(tmp_path):
         plant(tmp_path, Planted(scheme, seed=100, loss=3.0))
     _swept(tmp_path)
     assert "Nothing can be compared" in _page(tmp_path).text
+
+
+def test_a_label_without_a_run_of_the_sweep_has_no_best_rate(tmp_path):
+    """Its sweep's runs were removed, or made with other seeds."""
+    plant(tmp_path, Planted("pre", seed=100, loss=3.0))
+    for scheme in ("pre", "post"):
+        plant(tmp_path, Planted(scheme, seed=0, loss=3.0))
+    _swept(tmp_path)
+    assert "Nothing can be compared" in _page(tmp_path).text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"sweep_seeds": 5}, "sweep_seeds: must be a list of integers"),
+        ({"commands": "x"}, "commands: must be a list of t"),
+    ],
+)
+def test_a_damaged_description_is_refused_in_one_line(tmp_path, wrong, says):
+    plant(tmp_path, Planted("pre", loss=3.0))
+    _swept(tmp_path, **wrong)
+    with pytest.raises(UserError, match=rf"comparison\.json: {says}"):
+        write_report(tmp_path)
 
 
 def test_sweep_seeds_without_a_sweep_are_seeds(tmp_path):
