@@ -13,7 +13,7 @@ from hybridnorm_jax.config_fields import check
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.lab.compare_options import Comparison, check_budget, with_steps
 from hybridnorm_jax.lab.run_data import read_data
-from hybridnorm_jax.lab.run_files import read_object, write_object
+from hybridnorm_jax.lab.run_files import read_comparison, write_object
 from hybridnorm_jax.lab.run_results import Ended, outcome_text
 from hybridnorm_jax.lab.runs import check_addition
 from hybridnorm_jax.lab.together import check_can_be_together
@@ -51,10 +51,9 @@ def compare(asked: Comparison, only: int | None = None) -> list[Ended]:
     if init_from is not None and not is_huggingface(init_from):
         find_checkpoint(init_from)
     data = read_data(configs[0])
-    _check_validated(asked)
     asked = with_budget(asked)
     if is_local(asked.directory):
-        check_addition(Path(asked.directory), asked.configs, data, asked.command)
+        check_addition(Path(asked.directory), asked.configs, data, asked.command, asked.options.flops)
     trainer = Trainer(asked, data)
     with _gone_if_nothing_follows(file):
         write_object(file, _described(asked, file))
@@ -92,13 +91,6 @@ def with_budget(asked: Comparison) -> Comparison:
     return dataclasses.replace(asked, contestants=tuple(contestants))
 
 
-def _check_validated(asked: Comparison) -> None:
-    """Raise ConfigError for a sweep without anything to choose by."""
-    section = asked.configs[0].data
-    right = "needs a validation set to choose by: data.validation_fraction or data.validation"
-    check(not asked.options.sweep or bool(section.validation_fraction or section.validation), "sweep", "[...]", right)
-
-
 @contextlib.contextmanager
 def _gone_if_nothing_follows(file: epath.Path) -> Iterator[None]:
     """Remove the file of a comparison that is new, and whose first run was refused before it wrote anything."""
@@ -116,7 +108,7 @@ def _gone_if_nothing_follows(file: epath.Path) -> Iterator[None]:
 def _described(asked: Comparison, file: epath.Path) -> dict[str, Any]:
     """What comparison.json says. Commands that asked for other combinations before stay in it."""
     rates = [] if asked.options.sweep else sorted({config.optimizer.learning_rate for config in asked.configs})
-    before = read_object(file).get("commands", []) if file.exists() else []
+    before = read_comparison(file).get("commands", [])
     commands = list(dict.fromkeys([*before, asked.command]))
     return {"commands": commands, **dataclasses.asdict(asked.options), "learning_rates": rates}
 

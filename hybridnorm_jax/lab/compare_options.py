@@ -12,6 +12,7 @@ from hybridnorm_jax.config.run_config import LARGEST_RATE, LARGEST_SEED, SMALLES
 from hybridnorm_jax.config.yaml_files import take
 from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
 from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.lab.labels import measured_otherwise, settings
 from hybridnorm_jax.model.schemes import SCHEMES
 from hybridnorm_jax.whole_files import expanded
 
@@ -170,9 +171,9 @@ def comparison(arguments: Sequence[str]) -> Comparison:
     is_named = any(argument.startswith("run.name=") for argument in others)
     name = base.run.name if is_named else f"compare-{base.run.name}"
     contestants = [
-        _contestant(_variant(others, settings, lab_keys) if settings else base, scheme, settings, options.tokens)
+        _contestant(_variant(others, variant, lab_keys) if variant else base, scheme, variant, options.tokens)
         for scheme in options.schemes
-        for settings in [shlex.split(variant) for variant in options.variants] or [[]]
+        for variant in [_words(text) for text in options.variants] or [[]]
     ]
     asked = Comparison(
         directory=f"{expanded(base.run.dir)}/{name}",
@@ -180,10 +181,12 @@ def comparison(arguments: Sequence[str]) -> Comparison:
         options=options,
         contestants=tuple(contestants),
     )
+    _check_validated(asked)
     if options.flops is None:
         for contestant in contestants:
             check_budget(contestant.config)
-    asked.configs  # noqa: B018  # so that a rate or a name that cannot be is refused here
+    _check_comparable(contestants, may_differ=() if options.flops is None else (STEPS,))
+    _check_names(asked)
     return asked
 
 
@@ -204,6 +207,38 @@ def check_budget(config: RunConfig) -> None:
     warmup = warmup_steps(config.optimizer, config.tokens_per_step)
     right = f"must be more than the {warmup} steps of warm-up (optimizer.warmup_steps or warmup_tokens)"
     check(config.train.steps > warmup, STEPS, config.train.steps, right)
+
+
+def _check_validated(asked: Comparison) -> None:
+    """Raise ConfigError for a sweep without anything to choose by."""
+    section = asked.contestants[0].config.data
+    right = "needs a validation set to choose by: data.validation_fraction or data.validation"
+    has_set = bool(section.validation_fraction or section.validation)
+    check(not asked.options.sweep or has_set, "sweep", show(asked.options.sweep), right)
+
+
+def _check_comparable(contestants: Sequence[Contestant], may_differ: Sequence[str]) -> None:
+    """Raise ConfigError for contestants whose runs no report would compare: it would say so only after training."""
+    first = contestants[0]
+    for other in contestants[1:]:
+        different = measured_otherwise(first.config, other.config, may_differ)
+        seeds = [each.config.train.data_seed for each in (first, other)]
+        if seeds[0] != seeds[1]:
+            different.append(f"train.data_seed ({show(seeds[0])} and {show(seeds[1])})")
+        if different:
+            pair = f"{first.name} and {other.name}"
+            raise ConfigError(f"variants: {pair} differ in {different[0]}: such runs cannot be compared")
+    for one, other in itertools.combinations(contestants, 2):
+        if one.name == other.name or settings(one.config) == settings(other.config):
+            raise ConfigError(f"variants: {one.name} and {other.name} are the same runs; remove one of them")
+
+
+def _check_names(asked: Comparison) -> None:
+    """Raise ConfigError for runs of one name, or for a rate or a name that cannot be."""
+    names = [config.run.name for config in asked.configs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{twice}: two runs have this name; learning rates must differ in their first six digits")
 
 
 def with_steps(contestant: Contestant, steps: int) -> Contestant:
@@ -228,16 +263,24 @@ def run_config(contestant: Contestant, directory: str, *, rate: float, seed: int
     )
 
 
-def _variant(others: Sequence[str], settings: Sequence[str], lab_keys: Mapping[str, str]) -> RunConfig:
+def _words(variant: str) -> list[str]:
+    """The key=value of a variant."""
+    try:
+        return shlex.split(variant)
+    except ValueError as error:
+        raise ConfigError(f"variants={variant}: {error}") from error
+
+
+def _variant(others: Sequence[str], variant: Sequence[str], lab_keys: Mapping[str, str]) -> RunConfig:
     """The configuration with the settings of a variant."""
-    for setting in settings:
+    for setting in variant:
         check("=" in setting and "." in setting.partition("=")[0], "variants", setting, "must be key=value of a run")
-    refuse(settings, {**lab_keys, "run.name": "the comparison", "run.dir": "the comparison"})
-    return parse([*others, *settings], DEFAULT)
+    refuse(variant, {**lab_keys, "run.name": "the comparison", "run.dir": "the comparison"})
+    return parse([*others, *variant], DEFAULT)
 
 
-def _contestant(base: RunConfig, scheme: str, settings: Sequence[str], tokens: int | None) -> Contestant:
-    named = [setting.partition("=") for setting in settings]
+def _contestant(base: RunConfig, scheme: str, variant: Sequence[str], tokens: int | None) -> Contestant:
+    named = [setting.partition("=") for setting in variant]
     parts = [f"{name.rpartition('.')[2]}={value}" for name, _, value in named]
     contestant = Contestant(
         name="-".join([scheme, *parts]).replace("/", "_"),

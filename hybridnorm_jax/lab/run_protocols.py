@@ -8,15 +8,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.lab.compare_options import CompareOptions
 
 # Keys of `hybridnorm lab compare` that decide how long a run is and how its rate was chosen.
 KEYS = ("tokens", "flops", "sweep", "sweep_seeds")
-# Only named where there is a sweep: without one it changes nothing.
+# Only looked at where there is a sweep: without one it changes nothing.
 OF_A_SWEEP = "sweep_seeds"
 
 
 def protocol_of(command: str) -> dict[str, tuple[float, ...]]:
-    """The numbers that a command gives to each of KEYS; none where it does not name the key or sets it to null."""
+    """The numbers that a command gives to each of KEYS, in rising order: the order of a grid changes nothing.
+
+    None where it does not name the key or sets it to null, but a sweep has seeds in any case.
+    """
     found: dict[str, tuple[float, ...]] = dict.fromkeys(KEYS, ())
     for argument in _words(command):
         key, equals, text = argument.partition("=")
@@ -24,6 +28,8 @@ def protocol_of(command: str) -> dict[str, tuple[float, ...]]:
             found[key] = _numbers(text)
     if not found["sweep"]:
         found[OF_A_SWEEP] = ()
+    elif not found[OF_A_SWEEP]:
+        found[OF_A_SWEEP] = tuple(map(float, CompareOptions().sweep_seeds))
     return found
 
 
@@ -42,7 +48,7 @@ def _numbers(text: str) -> tuple[float, ...]:
             numbers.append(float(part))
         except ValueError:
             continue
-    return tuple(numbers)
+    return tuple(sorted(numbers))
 
 
 def other_protocol(command: str, other: str) -> str | None:
@@ -55,9 +61,7 @@ def other_protocol(command: str, other: str) -> str | None:
         return None
     ours, theirs = protocol_of(command), protocol_of(other)
     for key in KEYS:
-        # Sweep seeds that are not named are the default ones, which only the command's own options know.
-        is_unnamed = key == OF_A_SWEEP and not (ours[key] and theirs[key])
-        if ours[key] != theirs[key] and not is_unnamed:
+        if ours[key] != theirs[key]:
             return f"{key} ({_text(ours[key])} and {_text(theirs[key])})"
     return None
 

@@ -118,9 +118,10 @@ def read_runs(directory: Path) -> list[Run]:
         hint = "this is a run itself; name the directory above it" if is_run else "empty"
         raise UserError(f"{directory}: {hint}: a run is a subdirectory with a config.yaml")
     runs = [_read_run(path) for path in found]
-    _check_comparable(directory, runs)
+    flops = _flops_budget(directory)
+    _check_comparable(directory, runs, flops)
     _check_imported(runs)
-    of_each = labels([run.config for run in runs], unnamed=_follow_from_budget(directory))
+    of_each = labels([run.config for run in runs], unnamed=_follow_from_budget(flops))
     runs = [dataclasses.replace(run, label=label) for run, label in zip(runs, of_each, strict=True)]
     runs.sort(key=_place)
     for one, other in itertools.pairwise(runs):
@@ -130,29 +131,33 @@ def read_runs(directory: Path) -> list[Run]:
     return runs
 
 
-def check_addition(directory: Path, configs: Sequence[RunConfig], data: RunData, command: str) -> None:
+def check_addition(
+    directory: Path, configs: Sequence[RunConfig], data: RunData, command: str, flops: float | None = None
+) -> None:
     """Refuse to train runs beside others that read_runs would not compare them with.
 
     Args:
       directory: of the runs; it need not be there yet.
-      configs: of those to train. Those among them that are there already are not looked at.
+      configs: of those to train. Of those among them that are there already only the protocol is looked at.
       data: theirs.
       command: that asks for them.
+      flops: their budget of operations, which comparison.json is to name; None: they have another.
 
     Raises:
       UserError: names two runs, and in what they differ.
     """
     asked = {config.run.name for config in configs}
-    others = []
+    found = []
     for file in sorted(directory.glob("*/config.yaml")):
         # A run that cannot be read is the report's to refuse: it may need a plugin that this comparison does not.
         with contextlib.suppress(UserError):
-            if file.parent.name not in asked:
-                others.append(_read_run(file.parent))
-    if not others:
-        return
+            found.append(_read_run(file.parent))
+    planned = [_planned(config, data, command) for config in configs]
     try:
-        _check_comparable(directory, [*(_planned(config, data, command) for config in configs), *others])
+        _check_protocols(directory, [*planned, *found], flops)
+        others = [run for run in found if run.name not in asked]
+        if others:
+            _check_comparable(directory, [*planned, *others], flops)
     except UserError as error:
         raise UserError(f"{error}; choose another run.name") from error
 
@@ -184,9 +189,9 @@ def _place(run: Run) -> tuple[str, float, int]:
     return run.label, run.rate, run.seed
 
 
-def _check_comparable(directory: Path, runs: Sequence[Run]) -> None:
-    _check_protocols(directory, runs)
-    may_differ = _follow_from_budget(directory)
+def _check_comparable(directory: Path, runs: Sequence[Run], flops: float | None) -> None:
+    _check_protocols(directory, runs, flops)
+    may_differ = _follow_from_budget(flops)
     first, *others = runs
     for other in others:
         differences = measured_otherwise(first.config, other.config, may_differ)
@@ -202,7 +207,7 @@ def _check_comparable(directory: Path, runs: Sequence[Run]) -> None:
             raise UserError(f"{directory}: {pair} differ in the plugin {plugin}: {right}")
 
 
-def _check_protocols(directory: Path, runs: Sequence[Run]) -> None:
+def _check_protocols(directory: Path, runs: Sequence[Run], flops: float | None) -> None:
     """Refuse runs with different budgets, or whose rates were chosen differently, as far as their commands say."""
     told = [run for run in runs if run.result.get("command")]
     for other in told[1:]:
@@ -211,21 +216,20 @@ def _check_protocols(directory: Path, runs: Sequence[Run]) -> None:
             pair = f"{told[0].name} and {other.name}"
             right = "runs of different protocols cannot be compared"
             raise UserError(f"{directory}: {pair} were asked for with different {difference}: {right}")
-    flops = _flops_budget(directory)
     if flops is not None:
         for run in runs:
             check_budget(str(run.directory), run.config.train.steps, run.result, flops)
 
 
-def _follow_from_budget(directory: Path) -> tuple[str, ...]:
+def _follow_from_budget(flops: float | None) -> tuple[str, ...]:
     """Keys that may differ and that no label names: the steps of runs whose budget is a number of operations."""
-    return () if _flops_budget(directory) is None else (STEPS,)
+    return () if flops is None else (STEPS,)
 
 
 def _flops_budget(directory: Path) -> float | None:
     """`flops` of comparison.json; None where the runs have another budget."""
     file = directory / "comparison.json"
-    flops = run_files.read_object(file).get("flops") if file.exists() else None
+    flops = run_files.read_comparison(file).get("flops")
     if flops is not None and (not isinstance(flops, int | float) or not flops > 0):
         raise UserError(f"{file}: flops: must be a number above 0, or null")
     return flops

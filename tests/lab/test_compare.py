@@ -1,6 +1,7 @@
 """A comparison trains what has no result yet, on one data order, and takes a divergence for a result."""
 
 import json
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -204,6 +205,27 @@ def test_runs_that_could_not_be_compared_with_those_beside_them_are_not_trained(
     assert trained[0] == []
 
 
+@pytest.mark.parametrize(
+    ("before", "wrong"),
+    [
+        ("hybridnorm lab compare 'sweep=[1e-3,2e-3]'", "sweep (none and 0.001, 0.002)"),
+        ("hybridnorm lab compare tokens=384", "tokens (none and 384)"),
+    ],
+)
+def test_a_second_protocol_in_one_directory_is_refused_before_it_trains(
+    before, wrong, arguments, trained, tmp_path, capsys
+):
+    """Also where a run of the first is one of those that are asked for now."""
+    keys = tuple(_without(arguments, "schemes", "seeds", "learning_rates", "run.dir", "run.name"))
+    for name in ("elsewhere", "pre-lr0.001-seed0"):
+        path = plant(tmp_path / "lab", Planted("pre", loss=3.0, overrides=keys, name=name, result={"command": before}))
+        assert main(["lab", "compare", *arguments]) == 2
+        told = capsys.readouterr().err
+        assert f"were asked for with different {wrong}: runs of different protocols cannot be compared" in told
+        shutil.rmtree(path)
+    assert trained[0] == []
+
+
 @pytest.mark.parametrize("losses", [[5.0, 4.0, 3.0, 2.0, 2.0, 2.0], [5.0, 4.0, 2.0, 3.0, 4.0, 5.0]])
 def test_a_finite_run_may_have_diverged(losses, arguments, tmp_path, monkeypatch, capsys):
     """Training is replaced: metrics.jsonl says what became of it."""
@@ -245,6 +267,13 @@ def test_jobs_that_write_at_once_do_not_disturb_each_other(tmp_path):
         ("variants=[model.scheme=pre]", "model.scheme=pre: schemes=[...] sets it here"),
         ("variants=[model.num_layer=2]", "model.num_layer"),
         ("variants=[model.num_layers=2,model.num_layers=2]", "one of them is named twice"),
+        ('variants=["model.num_layers=\'2"]', "variants=model.num_layers='2: No closing quotation"),
+        ('variants=[model.num_layers=2,"model.num_layers=2 "]', "pre-num_layers=2 and pre-num_layers=2 are the same"),
+        ("variants=[model.num_layers=1,model.d_model=16]", "pre-num_layers=1 and pre-d_model=16 are the same runs"),
+        ("variants=[train.steps=6,train.steps=7]", "pre-steps=7 differ in train.steps (6 and 7): such runs cannot be"),
+        ("variants=[train.seq_len=4,train.seq_len=8]", "pre-seq_len=8 differ in train.seq_len (4 and 8)"),
+        ("variants=[train.data_seed=1,train.data_seed=2]", "differ in train.data_seed (1 and 2)"),
+        ("learning_rates=[1e-3,1.0000001e-3]", "pre-lr0.001-seed0: two runs have this name"),
         ("flops=0", "flops=0"),
         ("optimizer.warmup_steps=6", "train.steps=6: must be more than the 6 steps of warm-up"),
         ("model.scheme=pre", "model.scheme=pre: schemes=[...] sets it here"),
@@ -335,6 +364,7 @@ def test_each_scheme_has_the_standard_deviation_of_its_own_initializer():
             ["sweep=[1e-3,2e-3]", "optimizer.learning_rate=1.0"],
             "optimizer.learning_rate=1.0: sweep=[...] sets it here",
         ),
+        (["sweep=[1e-3,2e-3]", "data.validation_fraction=0"], "sweep=[0.001, 0.002]: needs a validation set to choose"),
         (["tokens=640", "train.steps=3"], "train.steps=3: tokens=... sets it here"),
         (["tokens=10"], "tokens=10: must be at least the 64 tokens of a step"),
         (["tokens=640", "flops=1e9"], "flops=1000000000.0: cannot be set together with tokens"),
@@ -370,6 +400,28 @@ def test_a_sweep_has_seeds_of_its_own_and_the_others_get_the_best_rate(arguments
     assert f"{'post':20}{0.002:>14g}{'2.0000':>14}{'2.0010':>14}" in told
     described = json.loads((tmp_path / "lab/comparison.json").read_text())
     assert (described["sweep"], described["sweep_seeds"]) == ([1e-3, 4e-3, 2e-3], [100])
+
+
+def test_a_run_that_is_no_pair_of_the_first_one_of_its_seed_ends_the_comparison(
+    arguments, tmp_path, monkeypatch, capsys
+):
+    """Training is replaced: hybrid read other data than post; pre is older, and recorded nothing."""
+    trained = []
+
+    def train(config, **_):
+        scheme, directory = config.model.scheme, tmp_path / "lab" / config.run.name
+        trained.append(scheme)
+        directory.mkdir(exist_ok=True)
+        if scheme != "pre":
+            record = {"parameters": {}, "batches": {"1": "other" if scheme == "hybrid" else "same"}}
+            (directory / "pairing.json").write_text(json.dumps(record))
+        return {"held": Score(2.0, 1.0, None, 8)}
+
+    monkeypatch.setattr(trainer, "train", train)
+    assert main(["lab", "compare", *arguments, "seeds=[0]", "schemes=[pre,post,span,hybrid,peri]"]) == 2
+    assert trained == ["pre", "post", "span", "hybrid"]
+    wrong = "post-lr0.001-seed0 and .*hybrid-lr0.001-seed0 have the same seed, but they read other data in step 1: they"
+    assert re.search(wrong, capsys.readouterr().err)
 
 
 def test_variants_are_crossed_with_schemes_and_named(arguments):
