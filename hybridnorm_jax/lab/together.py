@@ -102,7 +102,9 @@ def train_together(configs: Sequence[RunConfig], *, began: float, programs: Shar
             with watchdog:
                 group.train()
         except RunStopped as stopped:
-            outcome = f"nothing was saved of the {len(runs)} runs that are trained together, which begin again"
+            outcome = (
+                f"the {len(runs)} runs that are trained together are saved after their last step only and begin again"
+            )
             raise RunStopped(stopped.exit_code, outcome) from None
         finally:
             if not is_known:

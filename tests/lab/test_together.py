@@ -181,7 +181,7 @@ def test_a_group_that_is_stopped_begins_again_and_one_that_ended_stays(files, pr
         assert main(["lab", "compare", *arguments]) == REQUEUE
     told = capsys.readouterr()
     (line,) = [line for line in told.err.splitlines() if "stopped by" in line]
-    assert "nothing was saved of the 3 runs that are trained together, which begin again" in line
+    assert "the 3 runs that are trained together are saved after their last step only and begin again" in line
     assert not list(tmp_path.glob("lab/*/result.json"))
 
     assert main(["lab", "compare", *arguments]) == 0
