@@ -137,7 +137,7 @@ def _method_sentence(compared: ComparedRuns) -> str:
     """How intervals and p-values are computed for the numbers of seeds that there are."""
     student = "The 95 % interval and p are Student's, with n - 1 degrees of freedom for n seeds."
     bootstrap = (
-        "The 95 % interval and p are those of a bootstrap (BCa, 9,999 resamples), because there are more than "
+        "The 95 % interval and p are those of a bootstrap of t (9,999 resamples), because there are more than "
         f"{MOST_FOR_STUDENT} seeds."
     )
     counts = [len(group.losses) for group in compared.groups.values()]
@@ -145,7 +145,7 @@ def _method_sentence(compared: ComparedRuns) -> str:
     if few and many:
         return (
             f"Up to {MOST_FOR_STUDENT} seeds the 95 % interval and p are Student's, with n - 1 degrees of freedom for "
-            "n seeds; above, those of a bootstrap (BCa, 9,999 resamples)."
+            "n seeds; above, those of a bootstrap of t (9,999 resamples)."
         )
     return bootstrap if many else student
 

@@ -133,7 +133,7 @@ def test_more_than_ten_seeds_are_bootstrapped(tmp_path):
     page = _page(tmp_path)
     low, high = significance.bootstrap(3.0 + differences - 3.0).interval
     assert page.table("Loss minus pre's, each")["post"][0]["95 % interval"] == f"+{low:.4f} to +{high:.4f}"
-    assert "those of a bootstrap (BCa, 9,999 resamples), because there are more than 10 seeds" in page.text
+    assert "those of a bootstrap of t (9,999 resamples), because there are more than 10 seeds" in page.text
 
 
 def test_seeds_with_another_order_of_the_data_are_not_paired(tmp_path):

@@ -22,23 +22,35 @@ def test_few_seeds_get_students_interval_and_test():
 
 
 def test_more_than_ten_seeds_get_the_bootstrap():
-    # Skewed, so that bias and acceleration matter: the plain percentiles are off by 0.05.
     differences = np.random.default_rng(1).exponential(1.0, 24) - 0.6
     found = significance.infer(differences)
-    theirs = stats.bootstrap((differences,), np.mean, n_resamples=99_999, method="BCa", rng=2).confidence_interval
-    # An end of the interval, a quantile of 9,999 resamples, is itself random: its standard deviation is
-    # sqrt(0.025 * 0.975 / 9999) / density = 0.0016 / 0.058 sd, here 0.006. Four of these.
-    np.testing.assert_allclose(found.interval, (theirs.low, theirs.high), atol=0.025)
+    resamples = np.random.default_rng(2).choice(differences, (99_999, 24))
+    low, high = np.quantile(stats.ttest_1samp(resamples, differences.mean(), axis=1).statistic, [0.025, 0.975])
+    error = stats.sem(differences)
+    expected = differences.mean() - np.array([high, low]) * error
+    # An end of the interval, a quantile of 9,999 values of t, is itself random: its standard deviation is
+    # sqrt(0.025 * 0.975 / 9999) / density = 0.0016 / 0.02 standard errors, where the tail is long. Four of these.
+    np.testing.assert_allclose(found.interval, expected, atol=4 * 0.08 * error)
     assert found == significance.infer(differences)
-    student = significance.student(differences).interval
-    assert found.interval.high - differences.mean() > student.high - differences.mean()
+    # Skewed to the right: the true mean may lie further above the sample's than Student's interval says.
+    assert found.interval.high > significance.student(differences).interval.high
     assert significance.infer(differences[:10]) == significance.student(differences[:10])
 
 
-def test_resamples_cannot_tell_a_p_below_one_in_their_number():
-    # One far value bends the acceleration: the equation alone gives 1.6e-9, where Student's p is 0.07.
-    differences = np.array([0.01] * 10 + [0.2])
-    assert significance.infer(differences).p == 1 / significance.RESAMPLES
+def test_eleven_seeds_find_nothing_where_nothing_is(monkeypatch):
+    monkeypatch.setattr(significance, "RESAMPLES", 999)
+    drawn = np.random.default_rng(0).normal(0, 1, size=(1000, 11))
+    found = np.mean([significance.infer(each).p < 0.05 for each in drawn])
+    # The standard deviation of a share of 1,000 about 5 % is 0.7 %: four of these. Corrected percentiles find 10 %.
+    assert 0.022 < found < 0.078
+
+
+def test_resamples_cannot_tell_a_p_below_two_in_their_number():
+    clear = 1 + 1e-3 * np.random.default_rng(0).normal(0, 1, 11)
+    assert significance.infer(clear).p == 2 / (significance.RESAMPLES + 1)
+    # One far value among equal ones: many resamples have no spread.
+    low, high = significance.infer(np.array([0.01] * 10 + [0.2])).interval
+    assert np.isfinite([low, high]).all()
 
 
 @pytest.mark.parametrize("shift", [-0.7, -0.3, 0.2, 0.9])
@@ -46,7 +58,7 @@ def test_resamples_cannot_tell_a_p_below_one_in_their_number():
 def test_the_interval_leaves_zero_out_exactly_where_p_is_below_its_level(count, shift):
     differences = np.random.default_rng(count).gamma(2.0, 1.0, count) - 2 + shift
     p = significance.infer(differences).p
-    # Of 9,999 resamples the quantile next to p is at most 1e-4 away in each tail, more where the acceleration bends it.
+    # Of 9,999 resamples the quantile next to p is at most 1e-4 away in each tail.
     for level, leaves_out in ((p * 1.05 + 1e-3, True), (p * 0.95 - 1e-3, False)):
         if 0 < level < 1:
             low, high = significance.infer(differences, 1 - level).interval
