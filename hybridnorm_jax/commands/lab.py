@@ -48,7 +48,8 @@ COMPARE_USAGE = """usage: hybridnorm lab compare [CONFIG ...] [key=value ...]
 
 Trains every combination, one after another. The same command again skips what
 has a result and resumes the rest. A run that diverges is a result. Everything
-goes to run.dir/compare-CONFIG, or to run.dir/run.name where run.name is given.
+goes to run.dir/compare-CONFIG (with a sweep compare-CONFIG-sweep), or to
+run.dir/run.name where run.name is given.
 
   hybridnorm lab compare 'schemes=[pre, span]' 'seeds=[0, 1]' train.steps=200
 
@@ -96,7 +97,7 @@ claims.json.
 
   hybridnorm lab claims theorem-2 lossless-rmsnorm
 
-Its only key is this.
+It takes one key:
 """
 
 

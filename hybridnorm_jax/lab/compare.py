@@ -40,7 +40,8 @@ def compare(asked: Comparison, only: int | None = None) -> list[Ended]:
       UserError, RunStopped: those of training.loop.train; the runs that finished before stay.
     """
     parts = asked.parts
-    check(only is None or 0 <= only < parts, "--only", only, f"must be in [0, {parts}), there are {parts} combinations")
+    things = "schemes, each with its search" if asked.options.sweep else "combinations"
+    check(only is None or 0 <= only < parts, "--only", only, f"must be in [0, {parts}), there are {parts} {things}")
     for contestant in asked.contestants:
         check_can_be_together(contestant.config, asked.options.together)
     file = epath.Path(asked.directory) / "comparison.json"
@@ -125,7 +126,8 @@ def table(asked: Comparison, runs: Sequence[Ended]) -> str:
             row = config.run.name.partition("-lr")[0], config.optimizer.learning_rate
             cells.setdefault(row, {})[config.train.seed] = outcome_text(result)
     headings = "".join(f"{f'seed {seed}':>14}" for seed in seeds)
-    lines = [f"{'scheme':20}{'learning rate':>14}{headings}"]
+    width = max(20, *(len(name) + 2 for name, _ in cells)) if cells else 20
+    lines = [f"{'scheme':{width}}{'learning rate':>14}{headings}"]
     for (name, rate), by_seed in cells.items():
-        lines.append(f"{name:20}{rate:>14g}" + "".join(f"{by_seed.get(seed, ''):>14}" for seed in seeds))
+        lines.append(f"{name:{width}}{rate:>14g}" + "".join(f"{by_seed.get(seed, ''):>14}" for seed in seeds))
     return "\n".join(lines)

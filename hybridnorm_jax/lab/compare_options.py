@@ -87,6 +87,14 @@ class CompareOptions:
         check(not both, "flops", self.flops, "cannot be set together with tokens")
 
     @property
+    def protocol_name(self) -> str:
+        """How a directory that is not named says how long the runs are and how their rates are chosen."""
+        budgets = [
+            f"-{name}={getattr(self, name):g}" for name in ("tokens", "flops") if getattr(self, name) is not None
+        ]
+        return "".join(["-sweep" if self.sweep else "", *budgets])
+
+    @property
     def keys_of_runs(self) -> dict[str, str]:
         """Key of a run that is set here -> what sets it."""
         keys = {"model.scheme": "schemes=[...]", "train.seed": "seeds=[...]"}
@@ -169,7 +177,8 @@ def comparison(arguments: Sequence[str]) -> Comparison:
     for scheme in options.schemes:
         check_choice("schemes", scheme, SCHEMES)
     is_named = any(argument.startswith("run.name=") for argument in others)
-    name = base.run.name if is_named else f"compare-{base.run.name}"
+    # Another protocol is another comparison, and needs a directory of its own.
+    name = base.run.name if is_named else f"compare-{base.run.name}{options.protocol_name}"
     contestants = [
         _contestant(_variant(others, variant, lab_keys) if variant else base, scheme, variant, options.tokens)
         for scheme in options.schemes

@@ -10,8 +10,9 @@ from typing import Any
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.lab.compare_options import CompareOptions
 
+SWEEP = "sweep"
 # Keys of `hybridnorm lab compare` that decide how long a run is and how its rate was chosen.
-KEYS = ("tokens", "flops", "sweep", "sweep_seeds")
+KEYS = ("tokens", "flops", SWEEP, "sweep_seeds")
 # Only looked at where there is a sweep: without one it changes nothing.
 OF_A_SWEEP = "sweep_seeds"
 
@@ -26,7 +27,7 @@ def protocol_of(command: str) -> dict[str, tuple[float, ...]]:
         key, equals, text = argument.partition("=")
         if equals and key in found:
             found[key] = _numbers(text)
-    if not found["sweep"]:
+    if not found[SWEEP]:
         found[OF_A_SWEEP] = ()
     elif not found[OF_A_SWEEP]:
         found[OF_A_SWEEP] = tuple(map(float, CompareOptions().sweep_seeds))
@@ -61,7 +62,8 @@ def other_protocol(command: str, other: str) -> str | None:
         return None
     ours, theirs = protocol_of(command), protocol_of(other)
     for key in KEYS:
-        if ours[key] != theirs[key]:
+        # A sweep may go on with a wider grid: each label's best rate is sought until it lies within its own.
+        if bool(ours[key]) != bool(theirs[key]) or (key != SWEEP and ours[key] != theirs[key]):
             return f"{key} ({_text(ours[key])} and {_text(theirs[key])})"
     return None
 

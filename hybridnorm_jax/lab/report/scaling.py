@@ -129,8 +129,9 @@ def _without_size(run: Run) -> tuple:
 
 def _family(name: str, sizes: Sequence[Size]) -> Family:
     counted = [size for size in sizes if size.losses]
-    x = np.array([math.log2(size.parameters) for size in counted for _ in size.losses])
-    y = np.array([loss for size in counted for loss in size.losses])
+    # Means, not runs: what keeps the points off a line is its shape, and more seeds do not make more sizes.
+    x = np.array([math.log2(size.parameters) for size in counted])
+    y = np.array([size.mean for size in counted], np.float64)
     line = fit(x, y) if len(set(x)) >= FEWEST_SIZES else None
     return Family(name=name, sizes=tuple(sorted(sizes, key=_parameters)), line=line)
 
@@ -168,13 +169,13 @@ def slopes_table(found: Sequence[Family]) -> Table | None:
     for family in found:
         if family.line is not None:
             sizes = len({size.parameters for size in family.sizes if size.losses})
-            points = sum(len(size.losses) for size in family.sizes)
+            runs = sum(len(size.losses) for size in family.sizes)
             slope, error = family.line.slope, family.line.slope_error
             rows.append(
                 [
                     family.name,
                     shown(sizes, str),
-                    shown(points, str),
+                    shown(runs, str),
                     shown(slope, signed_text),
                     shown(error, loss_text),
                     shown(family.line.intercept, loss_text),
@@ -184,7 +185,8 @@ def slopes_table(found: Sequence[Family]) -> Table | None:
         return None
     return Table(
         "slopes",
-        "Fitted lines: loss = a + b log2(parameters without embeddings), by least squares over all seeds",
+        "Fitted lines: loss = a + b log2(parameters without embeddings), by least squares of the mean "
+        "losses; the standard error has (sizes - 2) degrees of freedom",
         [Column("scheme"), *numbers("sizes", "runs", "b (nats per doubling)", "standard error of b", "a")],
         rows,
     )
