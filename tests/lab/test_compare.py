@@ -477,3 +477,16 @@ def test_another_protocol_in_the_directory_is_refused_before_training(arguments,
     assert told.endswith("choose another run.name\n")
     assert told.count("\n") == 1
     assert trained[0] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "directory"),
+    [
+        (["train.steps=90"], "compare-lab-steps=90"),
+        (["train.steps=90", "sweep=[1e-3,2e-3]"], "compare-lab-steps=90-sweep"),
+        (["tokens=1024000"], "compare-lab-tokens=1.024e+06"),
+        (["run.name=mine", "sweep=[1e-3,2e-3]"], "mine"),
+    ],
+)
+def test_another_protocol_has_another_directory(arguments, directory):
+    assert compare_options.comparison(arguments).directory.rpartition("/")[2] == directory
