@@ -73,12 +73,11 @@ USAGE = """usage: hybridnorm COMMAND [ARGUMENT ...]
 key=value sets one key, such as train.steps=20; `hybridnorm train --help` lists
 all. `hybridnorm COMMAND --help` says more; `hybridnorm --version` the version.
 
-Exit status:
-    0  done
-    2  an error that you can mend; one line says which
-   75  stopped by SIGTERM and saved: the same command goes on
-  130  the same by Ctrl-C; 129 the same by the end of the terminal
-   76  stalled (train.stall_exit=true)"""
+Exit status:  0  done
+              2  an error that you can mend; one line says which
+             75  stopped by SIGTERM and saved: the same command goes on
+            130  the same by Ctrl-C; 129 the same by the end of the terminal
+             76  stalled (train.stall_exit=true)"""
 
 
 def start(arguments: Sequence[str] | None = None) -> int:

@@ -128,7 +128,9 @@ def test_help_and_version_of_the_program(capsys):
     assert capsys.readouterr().out == f"hybridnorm {metadata.version('hybridnorm-jax')}\n"
 
 
-HELPS = [[name] for name in COMMANDS] + [["lab", name] for name in ("signal", "compare", "report")] + [[]]
+HELPS = (
+    [[name] for name in COMMANDS] + [["lab", name] for name in ("signal", "compare", "plan", "claims", "report")] + [[]]
+)
 
 
 @pytest.mark.parametrize("command", HELPS, ids=" ".join)
@@ -154,10 +156,14 @@ def test_every_help_has_at_most_80_columns_and_begins_with_the_usage(command, ca
         ),
         (
             "train schemes=[pre]",
-            "schemes=[pre]: a key of `hybridnorm lab signal` and `hybridnorm lab compare`, not of `hybridnorm train`; "
+            "schemes=[pre]: a key of `hybridnorm lab signal`, `hybridnorm lab compare` and `hybridnorm lab plan`, "
+            "not of `hybridnorm train`; "
             "it takes model.scheme=...",
         ),
-        ("train out=x", "out=x: a key of `hybridnorm lab signal`, not of `hybridnorm train`"),
+        (
+            "train out=x",
+            "out=x: a key of `hybridnorm lab signal` and `hybridnorm lab claims`, not of `hybridnorm train`",
+        ),
         (
             "train --json",
             "--json: an option of `hybridnorm eval`, `hybridnorm generate` and `hybridnorm plan`, not of "
@@ -170,12 +176,18 @@ def test_every_help_has_at_most_80_columns_and_begins_with_the_usage(command, ca
         ("train -x", "-x: no such option of `hybridnorm train`"),
         ("eval RUN --dry-run", "--dry-run: an option of `hybridnorm train`, not of `hybridnorm eval`"),
         ("eval RUN OTHER", "OTHER: eval takes one run directory, and then key=value only"),
-        ("eval RUN seeds=[1]", "seeds=[1]: a key of `hybridnorm lab compare`, not of `hybridnorm eval`"),
+        (
+            "eval RUN seeds=[1]",
+            "seeds=[1]: a key of `hybridnorm lab compare` and `hybridnorm lab plan`, not of",
+        ),
         ("plan 151m --dry-run", "--dry-run: an option of `hybridnorm train`, not of `hybridnorm plan`"),
         ("plan 151m --topology", "hybridnorm plan: argument --topology: expected one argument; --help says more"),
         ("plan", "plan: name a configuration, such as 151m; --help says more"),
         ("plan FOLDER/mine.yaml", "mine.yaml: has no line such as `# Topology: v5p:4x4x4`; give --topology"),
-        ("plan 151m schemes=[pre]", "schemes=[pre]: a key of `hybridnorm lab signal` and `hybridnorm lab compare`"),
+        (
+            "plan 151m schemes=[pre]",
+            "schemes=[pre]: a key of `hybridnorm lab signal`, `hybridnorm lab compare` and `hybridnorm lab plan`",
+        ),
         ("convert A", "hybridnorm convert: the following arguments are required: OUT_DIR, --form; --help says more"),
         ("convert A B --form pre", "hybridnorm convert: argument --form: invalid choice: 'pre'"),
         ("convert A B --form pre_rmsnorm --pad-to x", "hybridnorm convert: argument --pad-to: invalid int value: 'x'"),
