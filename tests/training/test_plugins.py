@@ -137,7 +137,16 @@ def test_an_edited_plugin_is_another_run_and_the_old_source_is_kept(trained, arg
 def compare(arguments, new_start):
     """Runs `hybridnorm lab compare` with the plugin, as a new process, for one seed; returns its status."""
     words = [word for word in arguments if not word.startswith(("run.name", "model.scheme"))]
-    lab = ["lab", "compare", "lab", *words, "run.name=lab", "schemes=[of_a_plugin]", "train.watch_every=null"]
+    lab = [
+        "lab",
+        "compare",
+        "lab",
+        *words,
+        "run.name=lab",
+        "schemes=[of_a_plugin]",
+        "train.watch_every=null",
+        "optimizer.warmup_steps=0",
+    ]
 
     def compare(seed=0):
         new_start()
