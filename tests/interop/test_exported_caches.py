@@ -55,7 +55,11 @@ def test_padding_on_the_left_changes_nothing(model_of, name):
     assert np.isfinite(padded).all()
     np.testing.assert_allclose(padded[1, -5:], logits_of(model, TOKENS[1:, :5])[0], rtol=0, atol=1e-5)
     other, _ = left_padded([TOKENS[0], TOKENS[1, :5]], pad=8)
-    np.testing.assert_array_equal(logits_of(model, other, attention_mask=mask)[1, -5:], padded[1, -5:])
+    # Other padding goes to other experts, whose products then have other numbers of rows: some CPUs sum those in
+    # another order. Without experts no bit may change.
+    tolerance = 1e-5 if model.config.num_experts else 0
+    unseen = logits_of(model, other, attention_mask=mask)[1, -5:]
+    np.testing.assert_allclose(unseen, padded[1, -5:], rtol=0, atol=tolerance)
     np.testing.assert_allclose(padded[0], logits_of(model)[0], rtol=0, atol=1e-5)
 
 
