@@ -174,10 +174,20 @@ def meant_for(file: Path) -> str:
     Raises:
       UserError: there is no such line, or the file cannot be read.
     """
-    line = re.search(r"^# Topology: (\S+)$", read_file(file), re.MULTILINE)
-    if line is None:
+    topology = topology_in(file)
+    if topology is None:
         raise UserError(f"{file.name}: has no line such as `# Topology: v5p:4x4x4`; give --topology")
-    return line[1]
+    return topology
+
+
+def topology_in(file: Path) -> str | None:
+    """The topology that a configuration's line `# Topology: ...` names; None: it has no such line.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    line = re.search(r"^# Topology: (\S+)$", read_file(file), re.MULTILINE)
+    return None if line is None else line[1]
 
 
 def _table(options: argparse.Namespace) -> int:
@@ -189,7 +199,9 @@ def _table(options: argparse.Namespace) -> int:
     if overrides or options.json:
         raise UserError("--table takes configurations as they are: no key=value or --json")
     file = Path(options.table)
-    files = named or [named_configurations.find(name) for name in named_configurations.names()]
+    # A configuration without a topology, such as study_gpu, says how another one is trained.
+    shipped = [named_configurations.find(name) for name in named_configurations.names()]
+    files = named or [each for each in shipped if topology_in(each) is not None]
     plan_table.read_table(file)  # what is wrong with it is said now, not after the first compilation
     worst = FITS
     for config in files:
