@@ -3,55 +3,24 @@
 import json
 import re
 import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 import pytest
-import yaml
 from etils import epath
 from planted_runs import Planted, plant
+from small_comparisons import without
 
 from hybridnorm_jax.commands.main import main
-from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.evaluation.perplexity import Score
-from hybridnorm_jax.lab import compare, compare_options, trainer
+from hybridnorm_jax.lab import compare_options, trainer
 from hybridnorm_jax.lab.run_data import read_data
 from hybridnorm_jax.lab.run_files import write_object
 from hybridnorm_jax.lab.runs import check_addition
 from hybridnorm_jax.training.program import Program
 
-SMALL = [
-    "model.d_model=16",
-    "model.num_heads=2",
-    "model.mlp_dim=16",
-    "model.num_layers=1",
-    "model.vocab_size=61",
-    "train.steps=6",
-    "train.batch_size=8",
-    "train.seq_len=8",
-    "train.log_every=2",
-    "train.max_bad_steps=2",
-    "train.watch_every=null",
-    "checkpoint.every=3",
-    "eval.every=100",
-    "eval.batches=1",
-    "optimizer.warmup_steps=0",
-]
-
-
 pytestmark = pytest.mark.usefixtures("shared_programs")
-
-
-@pytest.fixture
-def arguments(tmp_path):
-    """Two schemes and two seeds over random tokens."""
-    for seed, name in enumerate(("tokens", "held")):
-        np.save(tmp_path / f"{name}.npy", np.random.default_rng(seed).integers(0, 61, 2000).astype(np.uint16))
-    data = [f"data.files=[{tmp_path}/tokens.npy]", f"data.validation.held=[{tmp_path}/held.npy]"]
-    run = [f"run.dir={tmp_path}", "run.name=lab", "data.source=tokens", "data.validation_fraction=0"]
-    return ["schemes=[pre,post]", "seeds=[0,1]", "learning_rates=[1.0e-3]", *SMALL, *data, *run]
 
 
 class _KilledError(Exception):
@@ -78,10 +47,6 @@ def trained(monkeypatch):
     # What clears JAX's caches would take away what other tests compiled.
     monkeypatch.setattr(jax, "clear_caches", lambda: None)
     return steps, plan
-
-
-def _without(arguments, *keys):
-    return [argument for argument in arguments if argument.partition("=")[0] not in keys]
 
 
 def _results(tmp_path):
@@ -135,7 +100,7 @@ def test_a_comparison_goes_on_after_a_divergence_and_after_a_kill(arguments, tra
 
 
 def test_a_result_of_another_configuration_is_refused_and_left(arguments, trained, tmp_path, capsys):
-    one = [*_without(arguments, "schemes", "seeds"), "schemes=[pre]", "seeds=[0]"]
+    one = [*without(arguments, "schemes", "seeds"), "schemes=[pre]", "seeds=[0]"]
     assert main(["lab", "compare", *one]) == 0
     run = tmp_path / "lab/pre-lr0.001-seed0"
     config = (run / "config.yaml").read_text()
@@ -171,7 +136,7 @@ def test_a_comparison_whose_first_run_is_refused_leaves_nothing(arguments, tmp_p
 
 @pytest.mark.parametrize(("name", "key"), [("tokens", "data.files"), ("held", "data.validation.held")])
 def test_a_result_on_other_data_is_no_result_of_these(name, key, arguments, tmp_path, capsys):
-    one = [*_without(arguments, "schemes", "seeds"), "schemes=[pre]", "seeds=[0]"]
+    one = [*without(arguments, "schemes", "seeds"), "schemes=[pre]", "seeds=[0]"]
     assert main(["lab", "compare", *one]) == 0
     capsys.readouterr()
     np.save(tmp_path / f"{name}.npy", np.random.default_rng(9).integers(0, 61, 2000).astype(np.uint16))  # as large
@@ -186,7 +151,7 @@ def test_a_result_on_other_data_is_no_result_of_these(name, key, arguments, tmp_
 def test_runs_that_could_not_be_compared_with_those_beside_them_are_not_trained(arguments, trained, tmp_path, capsys):
     asked = compare_options.comparison(arguments)
     data = read_data(asked.configs[0])
-    keys = tuple(_without(arguments, "schemes", "seeds", "learning_rates", "run.dir", "run.name"))
+    keys = tuple(without(arguments, "schemes", "seeds", "learning_rates", "run.dir", "run.name"))
     result = {"train_tokens": data.train_tokens, "data": data.files}
     plant(tmp_path / "lab", Planted("hybrid", loss=3.0, overrides=keys, result=result))
     check_addition(tmp_path / "lab", asked.configs, data, asked.command)
@@ -216,7 +181,7 @@ def test_a_second_protocol_in_one_directory_is_refused_before_it_trains(
     before, wrong, arguments, trained, tmp_path, capsys
 ):
     """Also where a run of the first is one of those that are asked for now."""
-    keys = tuple(_without(arguments, "schemes", "seeds", "learning_rates", "run.dir", "run.name"))
+    keys = tuple(without(arguments, "schemes", "seeds", "learning_rates", "run.dir", "run.name"))
     for name in ("elsewhere", "pre-lr0.001-seed0"):
         path = plant(tmp_path / "lab", Planted("pre", loss=3.0, overrides=keys, name=name, result={"command": before}))
         assert main(["lab", "compare", *arguments]) == 2
@@ -299,84 +264,6 @@ def test_no_such_command(capsys):
     assert "comapre: no such command; did you mean 'compare'?" in capsys.readouterr().err
 
 
-def test_a_slurm_array_trains_each_combination_by_its_number(arguments, tmp_path, capsys):
-    assert main(["lab", "compare", *arguments, "--emit-jobs=slurm"]) == 0
-    file = tmp_path / "lab/jobs.sbatch"
-    assert f"Next: sbatch {file}" in capsys.readouterr().out
-    text = file.read_text()
-    assert "#SBATCH --array=0-3\n" in text
-    assert subprocess.run(["bash", "-n", file], check=False).returncode == 0
-    # The script itself, with programs of ours in the place of SLURM's and Python.
-    bin_dir = tmp_path / "bin"
-    bin_dir.mkdir()
-    for name, body in {
-        "srun": '"$@"; exit $?',
-        "python": f'printf "%s\\n" "$@" > {tmp_path}/asked; exit 75',
-        "scontrol": f'echo "$@" > {tmp_path}/requeued',
-    }.items():
-        (bin_dir / name).write_text(f"#!/bin/bash\n{body}\n")
-        (bin_dir / name).chmod(0o755)
-    slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "71"}
-    environment = {"PATH": f"{bin_dir}:/usr/bin:/bin", "PYTHON": str(bin_dir / "python"), **slurm}
-    assert subprocess.run(["bash", file], env=environment, check=False).returncode == 75
-    asked = (tmp_path / "asked").read_text().splitlines()
-    assert asked[:4] == ["-m", "hybridnorm_jax", "lab", "compare"]
-    assert asked[4:] == [*arguments, "distributed.initialize=false", "--only=3"]
-    assert (tmp_path / "requeued").read_text() == "requeue 71_3\n"
-
-
-def test_a_jobset_has_a_pod_for_each_combination(arguments, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(["lab", "compare", *arguments, "run.dir=gs://bucket/runs", "--emit-jobs=jobset"]) == 0
-    (job,) = yaml.safe_load((tmp_path / "jobs.yaml").read_text())["spec"]["replicatedJobs"]
-    spec = job["template"]["spec"]
-    assert (spec["completions"], spec["parallelism"], spec["completionMode"]) == (4, 4, "Indexed")
-    (script,) = spec["template"]["spec"]["containers"][0]["args"]
-    assert "'schemes=[pre,post]'" in script
-    assert '--only="$JOB_COMPLETION_INDEX"' in script
-    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
-
-
-def test_the_default_is_the_configurations_learning_rate(arguments):
-    asked = compare_options.comparison(_without(arguments, "learning_rates", "run.name"))
-    assert {config.optimizer.learning_rate for config in asked.configs} == {2e-3}
-    assert asked.directory.rpartition("/")[2].startswith("compare-lab-")
-    assert {config.train.data_seed for config in asked.configs} == {0}
-    kept = compare_options.comparison([*arguments, "train.data_seed=7"])
-    assert {config.train.data_seed for config in kept.configs} == {7}
-
-
-def test_each_scheme_has_the_standard_deviation_of_its_own_initializer():
-    """As if model.scheme had named it; a number that is set is for all."""
-    words = ["schemes=[pre,simple_norm]", "seeds=[0]", "run.name=lab", *SMALL]
-    configs = compare_options.comparison(words).configs
-    assert [config.model.init_std for config in configs] == pytest.approx([40**-0.5, 0.02])
-    given = compare_options.comparison([*words, "model.init_std=0.1"]).configs
-    assert [config.model.init_std for config in given] == [0.1, 0.1]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["sweep=[1e-3]"], "sweep=[0.001]: a grid needs at least two rates"),
-        (["sweep=[1e-3,2e-3]", "sweep_seeds=[1]"], "sweep_seeds=[1]: must have none of seeds, and has [1]"),
-        (
-            ["sweep=[1e-3,2e-3]", "optimizer.learning_rate=1.0"],
-            "optimizer.learning_rate=1.0: sweep=[...] sets it here",
-        ),
-        (["sweep=[1e-3,2e-3]", "data.validation_fraction=0"], "sweep=[0.001, 0.002]: needs a validation set to choose"),
-        (["tokens=640", "train.steps=3"], "train.steps=3: tokens=... sets it here"),
-        (["tokens=10"], "tokens=10: must be at least the 64 tokens of a step"),
-        (["tokens=640", "flops=1e9"], "flops=1000000000.0: cannot be set together with tokens"),
-    ],
-)
-def test_wrong_protocols_are_refused(arguments, message):
-    sizes = [each for each in SMALL if not each.startswith("train.steps")]
-    with pytest.raises(UserError) as refusal:
-        compare_options.comparison([*sizes, "seeds=[0,1]", *arguments])
-    assert message in str(refusal.value)
-
-
 def test_a_sweep_has_seeds_of_its_own_and_the_others_get_the_best_rate(arguments, tmp_path, monkeypatch, capsys):
     """Training is replaced: the loss is lowest at 2e-3. A second start trains nothing."""
     trained = []
@@ -388,7 +275,7 @@ def test_a_sweep_has_seeds_of_its_own_and_the_others_get_the_best_rate(arguments
         return {"held": Score(2.0 + distance + 0.001 * config.train.seed, 1.0, None, 8)}
 
     monkeypatch.setattr(trainer, "train", train)
-    swept = [*_without(arguments, "learning_rates"), "sweep=[1e-3,4e-3,2e-3]", "schemes=[post]"]
+    swept = [*without(arguments, "learning_rates"), "sweep=[1e-3,4e-3,2e-3]", "schemes=[post]"]
     assert main(["lab", "compare", *swept]) == 0
     assert [(config.optimizer.learning_rate, config.train.seed) for config in trained] == [
         *((rate, 100) for rate in (1e-3, 2e-3, 4e-3, 1.41e-3, 2.83e-3)),
@@ -424,29 +311,6 @@ def test_a_run_that_is_no_pair_of_the_first_one_of_its_seed_ends_the_comparison(
     assert re.search(wrong, capsys.readouterr().err)
 
 
-def test_variants_are_crossed_with_schemes_and_named(arguments):
-    variants = 'variants=[model.num_layers=2,"model.num_layers=3 optimizer.warmup_steps=1"]'
-    asked = compare_options.comparison([*arguments, variants, "seeds=[0]"])
-    assert {config.run.wandb_group for config in asked.configs} == {"lab"}
-    named = {config.run.name: (config.model.num_layers, config.optimizer.warmup_steps) for config in asked.configs}
-    assert named == {
-        f"{scheme}-{variant}-lr0.001-seed0": numbers
-        for scheme in ("pre", "post")
-        for variant, numbers in (("num_layers=2", (2, 0)), ("num_layers=3-warmup_steps=1", (3, 1)))
-    }
-
-
-def test_a_budget_decides_the_steps(arguments):
-    sizes = _without(arguments, "train.steps")
-    asked = compare_options.comparison([*sizes, "tokens=700"])
-    assert {config.train.steps for config in asked.configs} == {10}
-    operations = compare.step_operations(asked.configs[0])
-    asked = compare.with_budget(compare_options.comparison([*sizes, f"flops={4.2 * operations}"]))
-    assert asked.contestants[0].config.train.steps == 4
-    with pytest.raises(UserError, match=r"^train\.steps=1: must be more than the 2 steps of warm-up"):
-        compare.with_budget(compare_options.comparison([*sizes, "flops=1", "optimizer.warmup_steps=2"]))
-
-
 def test_runs_of_one_structure_compile_once_and_only_once(arguments, tmp_path, monkeypatch):
     built, original = [], trainer.SharedPrograms.program
 
@@ -464,29 +328,3 @@ def test_runs_of_one_structure_compile_once_and_only_once(arguments, tmp_path, m
     results = _results(tmp_path).values()
     assert len({result["flops_per_step"] for result in results}) == 1
     assert all((tmp_path / "lab" / name / "pairing.json").exists() for name in _results(tmp_path))
-
-
-def test_another_protocol_in_the_directory_is_refused_before_training(arguments, trained, tmp_path, capsys):
-    assert main(["lab", "compare", *arguments, "schemes=[pre]", "seeds=[1]"]) == 0
-    trained[0].clear()
-    capsys.readouterr()
-    swept = [*_without(arguments, "learning_rates"), "sweep=[2e-3,4e-3]"]
-    assert main(["lab", "compare", *swept]) == 2
-    told = capsys.readouterr().err
-    assert "sweep" in told
-    assert told.endswith("choose another run.name\n")
-    assert told.count("\n") == 1
-    assert trained[0] == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "directory"),
-    [
-        (["train.steps=90"], "compare-lab-steps=90"),
-        (["train.steps=90", "sweep=[1e-3,2e-3]"], "compare-lab-steps=90-sweep"),
-        (["tokens=1024000"], "compare-lab-tokens=1.024e+06"),
-        (["run.name=mine", "sweep=[1e-3,2e-3]"], "mine"),
-    ],
-)
-def test_another_protocol_has_another_directory(arguments, directory):
-    assert compare_options.comparison(arguments).directory.rpartition("/")[2] == directory

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from hybridnorm_jax.config.run_config import OptimizerSection, RunConfig, TrainSection
@@ -66,4 +65,3 @@ def test_a_step_costs_the_same_with_and_without_a_loop_over_its_layers(small_con
     scores = model.num_layers * 2 * 16 * model.num_heads * model.head_dim
     products = 3 * 2 * 8 * 16 * (matrices + scores)
     assert products < looped < 1.5 * products
-    assert np.isfinite(looped)
