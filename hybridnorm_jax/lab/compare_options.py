@@ -62,7 +62,6 @@ class CompareOptions:
         at_least=1,
         at_most=1e30,
     )
-
     together: int = key(
         1,
         "how many runs of a scheme are trained at once, for a GPU or TPU that a small model leaves mostly idle; on a "

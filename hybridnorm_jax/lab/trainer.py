@@ -57,7 +57,7 @@ class Trainer:
     def __init__(self, asked: Comparison, data: RunData):
         self._asked, self._data = asked, data
         self._programs = SharedPrograms()
-        self._operations: dict[str, int] = {}
+        self._operations: dict[str, int | None] = {}
         self._first_of_seed: dict[int, RunConfig] = {}
 
     def sweep_and_train(self, contestant: Contestant) -> list[Ended]:
@@ -174,8 +174,8 @@ class Trainer:
         if key not in self._operations:
             try:
                 self._operations[key] = step_operations(config)
-            except UserError:
-                return None
+            except UserError:  # a kernel in it, such as that of experts; the report then shows no costs
+                self._operations[key] = None
         return self._operations[key]
 
 

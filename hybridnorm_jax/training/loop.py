@@ -66,49 +66,56 @@ def train(
     ledger = TimeLedger(began)
     with contextlib.ExitStack() as stack:
         stack.enter_context(sturdy_streams())
-        signals = stack.enter_context(StopSignals())
-        with signals.interruptible():
-            lock = stack.enter_context(RunLock(run_directory(config)))
-            directory, config = open_run_directory(config)
-            program, data, task_model = prepare(config, SharedPrograms() if programs is None else programs)
-            # JAX's coordination service, which starts with the devices, has a handler of its own for SIGTERM.
-            signals.install()
-        checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep))
-        step = checkpoints.usable(allow_fallback=config.checkpoint.allow_fallback)
-        start = beginning(config, program, data, checkpoints, step)
-        if step is not None and start.step == config.train.steps:
-            _say_keys_of_scores(saved_config(checkpoints, step), config)
-        # Up to here nothing was written, so that a start that is refused changes nothing.
-        writer = stack.enter_context(contextlib.closing(_metrics_writer(config, directory, step)))
-        write_config(directory, config)
-        if not brief:
-            say(start_report(config, program, data, directory, resumed=start.step))
-        run = Run(
-            config=config,
-            program=program,
-            data=data,
-            directory=directory,
-            lock=lock,
-            checkpoints=checkpoints,
-            writer=writer,
-            signals=signals,
-            ledger=ledger,
-            hooks=[*built_in_hooks(config), *hooks],
-            first=start.step,
-            state=start.state,
-            iterator=start.iterator,
-            files=start.files,
-            trained_before=start.before,
-            task_model=task_model,
-        )
+        run = _begun(config, hooks, SharedPrograms() if programs is None else programs, ledger, stack)
+        if brief:
+            _run_to_its_end(run)
+            return run.scores or {}
+        say(start_report(run.config, run.program, run.data, run.directory, resumed=run.first))
         try:
             _run_to_its_end(run)
         finally:
-            if not brief:
-                _say_time(run)
-    if not brief:
-        _say_results(run)
+            _say_time(run)
+    _say_results(run)
     return run.scores or {}
+
+
+def _begun(
+    config: RunConfig, hooks: Sequence[Hook], programs: SharedPrograms, ledger: TimeLedger, stack: contextlib.ExitStack
+) -> Run:
+    """The run before its next step, with everything that it writes to; `stack` closes it."""
+    signals = stack.enter_context(StopSignals())
+    with signals.interruptible():
+        lock = stack.enter_context(RunLock(run_directory(config)))
+        directory, config = open_run_directory(config)
+        program, data, task_model = prepare(config, programs)
+        # JAX's coordination service, which starts with the devices, has a handler of its own for SIGTERM.
+        signals.install()
+    checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep))
+    step = checkpoints.usable(allow_fallback=config.checkpoint.allow_fallback)
+    start = beginning(config, program, data, checkpoints, step)
+    if step is not None and start.step == config.train.steps:
+        _say_keys_of_scores(saved_config(checkpoints, step), config)
+    # Up to here nothing was written, so that a start that is refused changes nothing.
+    writer = stack.enter_context(contextlib.closing(_metrics_writer(config, directory, step)))
+    write_config(directory, config)
+    return Run(
+        config=config,
+        program=program,
+        data=data,
+        directory=directory,
+        lock=lock,
+        checkpoints=checkpoints,
+        writer=writer,
+        signals=signals,
+        ledger=ledger,
+        hooks=[*built_in_hooks(config), *hooks],
+        first=start.step,
+        state=start.state,
+        iterator=start.iterator,
+        files=start.files,
+        trained_before=start.before,
+        task_model=task_model,
+    )
 
 
 def _say_keys_of_scores(saved: RunConfig, config: RunConfig) -> None:
