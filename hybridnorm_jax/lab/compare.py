@@ -123,7 +123,7 @@ def table(asked: Comparison, runs: Sequence[Ended]) -> str:
     cells: dict[tuple[str, float], dict[int, str]] = {}
     for config, result in runs:
         if config.train.seed in seeds:
-            row = config.run.name.partition("-lr")[0], config.optimizer.learning_rate
+            row = config.run.name.rpartition("-lr")[0], config.optimizer.learning_rate
             cells.setdefault(row, {})[config.train.seed] = outcome_text(result)
     headings = "".join(f"{f'seed {seed}':>14}" for seed in seeds)
     width = max(20, *(len(name) + 2 for name, _ in cells)) if cells else 20

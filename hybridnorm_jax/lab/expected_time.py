@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data import Data, open_data
+from hybridnorm_jax.data.pipeline import validation_batches
+from hybridnorm_jax.data.windows import Windows
 from hybridnorm_jax.lab.compare import with_budget
 from hybridnorm_jax.lab.compare_options import Comparison, Contestant, run_config
 from hybridnorm_jax.lab.run_results import hardware
@@ -18,6 +19,7 @@ from hybridnorm_jax.lab.sweep import MOST_EXTENSIONS
 from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.streams import duration
 from hybridnorm_jax.training.program import Program
+from hybridnorm_jax.training.resume import training_batches
 from hybridnorm_jax.training.shared_programs import SharedPrograms
 
 # Measured calls of each program, after the one that compiles it; the median counts.
@@ -99,16 +101,18 @@ def _measured(asked: Comparison, contestant: Contestant, data: Data, programs: S
     config = run_config(contestant, asked.directory, rate=rates[0], seed=seeds[0])
     program = programs.program(config)
     programs.keep(program)
-    train, evaluation = config.train, config.eval
-    sets = data.validation.values()
-    batches = sum(_batches(program, len(windows), evaluation.stride, train.seq_len) for windows in sets)
+    train = config.train
     state = program.fresh_state()
-    batch = _batch(config, program, (train.grad_accumulation, config.microbatch_size))
+    batch = next(training_batches(config, program, data))
     watch_seconds = compiling = 0.0
     if train.watch_every is not None:
         watch_seconds, compiling = _timed(lambda: program.watch(state, batch))
-    held = _batch(config, program, (program.eval_batch_size,))
-    eval_seconds, compiling_eval = _timed(lambda: program.eval_step(state.params, held, step=state.step))
+    evaluation_seconds = compiling_evaluation = 0.0
+    sets = [_scored(windows, config.eval.stride) for windows in data.validation.values()]
+    if sets:
+        held = next(validation_batches(sets[0], batch_size=program.eval_batch_size, share=program.share))
+        of_batch, compiling_evaluation = _timed(lambda: program.eval_step(state.params, held, step=state.step))
+        evaluation_seconds = of_batch * sum(_batches(program, len(windows)) for windows in sets)
 
     def step() -> Any:
         nonlocal state
@@ -122,11 +126,11 @@ def _measured(asked: Comparison, contestant: Contestant, data: Data, programs: S
         runs=swept + len(seeds) if asked.options.sweep else len(rates) * len(seeds),
         steps=train.steps,
         step=step_seconds,
-        evaluation=batches * eval_seconds,
+        evaluation=evaluation_seconds,
         watch=watch_seconds,
-        evaluations=math.ceil(train.steps / evaluation.every),
+        evaluations=math.ceil(train.steps / config.eval.every),
         watches=0 if train.watch_every is None else 1 + train.steps // train.watch_every,
-        compilation=compiling + compiling_eval + compiling_step,
+        compilation=compiling + compiling_evaluation + compiling_step,
     )
 
 
@@ -141,21 +145,12 @@ def _timed(call: Callable[[], Any]) -> tuple[float, float]:
     return median, max(0.0, seconds[0] - median)
 
 
-def _batch(config: RunConfig, program: Program, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Random tokens, as this process reads them: (..., sequences, positions)."""
-    *leading, sequences = shape
-    shape = (*leading, sequences // program.share.count, config.train.seq_len)
-    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32)
-    batch = {"tokens": tokens, "targets": tokens, "weights": np.ones(shape, np.float32)}
-    if config.data.segment_ids:
-        positions = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
-        batch |= {"segment_ids": np.zeros(shape, np.int32), "positions": positions}
-    return batch
+def _scored(windows: Windows, stride: int | None) -> Windows:
+    """The sequences of a validation set."""
+    return windows if stride is None else windows.with_stride(stride)
 
 
-def _batches(program: Program, windows: int, stride: int | None, seq_len: int) -> int:
-    """Batches of one validation set with so many windows that do not overlap."""
-    sequences = windows if stride is None else windows * seq_len // stride
-    if program.eval_sequences is not None:
-        sequences = min(sequences, program.eval_sequences)
-    return math.ceil(sequences / program.eval_batch_size)
+def _batches(program: Program, sequences: int) -> int:
+    """Batches of one validation set with so many sequences."""
+    scored = sequences if program.eval_sequences is None else min(sequences, program.eval_sequences)
+    return math.ceil(scored / program.eval_batch_size)

@@ -119,6 +119,7 @@ def read_runs(directory: Path) -> list[Run]:
         raise UserError(f"{directory}: {hint}: a run is a subdirectory with a config.yaml")
     runs = [_read_run(path) for path in found]
     flops = _flops_budget(directory)
+    _check_protocols(directory, runs, flops)
     _check_comparable(directory, runs, flops)
     _check_imported(runs)
     of_each = labels([run.config for run in runs], unnamed=_follow_from_budget(flops))
@@ -190,7 +191,6 @@ def _place(run: Run) -> tuple[str, float, int]:
 
 
 def _check_comparable(directory: Path, runs: Sequence[Run], flops: float | None) -> None:
-    _check_protocols(directory, runs, flops)
     may_differ = _follow_from_budget(flops)
     first, *others = runs
     for other in others:

@@ -33,7 +33,7 @@ from hybridnorm_jax.model.encoder_config import EncoderConfig
 from hybridnorm_jax.model.loss import LossSums
 from hybridnorm_jax.training.grouped_steps import GroupedSteps, PureSteps
 from hybridnorm_jax.training.layer_measures import Measures, make_watch
-from hybridnorm_jax.training.optimizer import StepNumbers, learning_rate, make_optimizer, step_numbers
+from hybridnorm_jax.training.optimizer import StepNumbers, make_optimizer, step_numbers
 from hybridnorm_jax.training.state import TrainState, abstract_state, make_fresh_state, make_initializer
 from hybridnorm_jax.training.step import (
     Batch,
@@ -221,6 +221,7 @@ class Program:
         """(state, batch, numbers) -> (state, metrics, measured invariants)."""
         train = self.config.train
         options = StepOptions(
+            schedule=self.config.optimizer.schedule,
             chunk=train.loss_chunk,
             z_loss=train.z_loss,
             balance_loss=train.balance_loss,
@@ -231,7 +232,6 @@ class Program:
         return make_train_step(
             self.model,
             self._optimizer_of,
-            partial(learning_rate, self.config.optimizer.schedule),
             options,
             convert=self._convert,
             measure=_measure(self.config) if train.check_invariants else None,

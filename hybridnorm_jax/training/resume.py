@@ -78,7 +78,7 @@ def beginning(config: RunConfig, program: Program, data: Data, checkpoints: Chec
         state = dataclasses.replace(program.fresh_state(), params=params)
     else:
         state = program.fresh_state()
-    return Beginning(state, _iterator(config, program, data), step=0, files=now.files, before=before)
+    return Beginning(state, training_batches(config, program, data), step=0, files=now.files, before=before)
 
 
 def _go_on(
@@ -96,7 +96,7 @@ def _go_on(
     _check_same_data(data, data_state, now.files, where=where)
     before = trained_before(data_state)
     check_validation(before, config.data, now, where=f"init_from={config.init_from}")
-    iterator = _iterator(config, program, data)
+    iterator = training_batches(config, program, data)
     iterator.set_state(data_state["iterator"])
     return Beginning(state, iterator, step, now.files, before)
 
@@ -112,7 +112,7 @@ def restore(program: Program, checkpoints: Checkpoints, step: int) -> tuple[Trai
     return dataclasses.replace(state, anomalies=fresh), data_state
 
 
-def _iterator(config: RunConfig, program: Program, data: Data) -> Any:
+def training_batches(config: RunConfig, program: Program, data: Data) -> Any:
     """The batches of the whole run, from the first on."""
     return train_iterator(
         data.train,

@@ -20,12 +20,11 @@ from hybridnorm_jax.model.moe import RouterStatistics
 from hybridnorm_jax.model.watched_streams import DEFECT, ROUTER
 from hybridnorm_jax.training import router_balance
 from hybridnorm_jax.training.anomalies import all_finite, anomaly_metrics, judge, keep_where
-from hybridnorm_jax.training.optimizer import StepNumbers
+from hybridnorm_jax.training.optimizer import StepNumbers, learning_rate
 from hybridnorm_jax.training.state import TrainState
 
 Convert = Callable[[Any], Any]
 OptimizerOf = Callable[[StepNumbers], optax.GradientTransformation]
-RateOf = Callable[[StepNumbers, Array], Array]
 Measure = Callable[[Any, dict[str, Array]], Measured]
 # Names in the compiled program, by which planning/model_parts.py tells what belongs to what.
 LOSS_SCOPE, OPTIMIZER_SCOPE = "loss", "optimizer"
@@ -37,6 +36,7 @@ class StepOptions:
     """What a training step does besides following the gradient of the mean loss.
 
     Attributes:
+      schedule: of the learning rate, see optimizer.learning_rate.
       chunk: positions whose logits are held at a time; None: all.
       z_loss: weight of log(Z)^2 of every target.
       balance_loss, router_z_loss: weights of the routers' losses, summed over the layers.
@@ -44,6 +44,7 @@ class StepOptions:
       skip_spikes_sigma: see anomalies.judge; None: only what is not finite is skipped.
     """
 
+    schedule: str
     chunk: int | None = None
     z_loss: float = 0.0
     balance_loss: float = 0.0
@@ -133,7 +134,6 @@ def document_inputs(batch: Batch) -> Batch:
 def make_train_step(
     model: Decoder,
     optimizer_of: OptimizerOf,
-    rate_of: RateOf,
     options: StepOptions,
     *,
     convert: Convert | None = None,
@@ -158,7 +158,6 @@ def make_train_step(
 
     Args:
       optimizer_of: numbers -> the optimizer.
-      rate_of: (numbers, step) -> the learning rate, for the metrics.
       convert: the state's parameters -> those of `model`, for a model that is trained as another form of itself.
       measure: (the state's parameters, one sequence) -> invariants to return; None: the last result is None.
     """
@@ -178,7 +177,7 @@ def make_train_step(
         if model.config.balance_bias:
             params = router_balance.move_balance_biases(params, present(routers).fraction, options.balance_bias_rate)
         metrics = _loss_metrics(totals.loss, weight, routers, options)
-        metrics |= {"grad_norm": grad_norm, "learning_rate": rate_of(numbers, state.step)}
+        metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate(options.schedule, numbers, state.step)}
         with jax.named_scope(OPTIMIZER_SCOPE):
             skip, anomalies = judge(
                 state.anomalies,

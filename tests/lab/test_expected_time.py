@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from hybridnorm_jax.commands.main import main
+from hybridnorm_jax.lab import expected_time
 from hybridnorm_jax.lab.compare_options import comparison
 from hybridnorm_jax.lab.expected_time import Expected, expected
 
@@ -43,3 +44,18 @@ def test_what_is_measured_is_what_a_run_does(arguments):
     for each in (pre, post):
         assert (each.runs, each.steps, each.evaluations, each.watches) == (4, 6, 2, 3)
         assert min(each.step, each.evaluation, each.watch) > 0
+
+
+def test_without_a_validation_set_nothing_is_evaluated(arguments):
+    without = [*arguments, "data.validation_fraction=0", "schemes=[pre]", "train.watch_every=null"]
+    (found,) = expected(comparison(without))
+    assert (found.evaluation, found.watch, found.watches) == (0, 0, 0)
+
+
+def test_windows_that_overlap_are_more_batches(arguments, monkeypatch):
+    """A step forward of half a window doubles what is evaluated; a call is given the time of one second."""
+    monkeypatch.setattr(expected_time, "_timed", lambda call: (1.0, 0.0))
+    whole = [*arguments, "schemes=[pre]", "eval.batches=null", "eval.batch_size=8"]
+    (once,), (twice,) = expected(comparison(whole)), expected(comparison([*whole, "eval.stride=4"]))
+    assert twice.evaluation == pytest.approx(2 * once.evaluation, abs=1)
+    assert once.evaluation > 5

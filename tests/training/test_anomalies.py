@@ -103,7 +103,7 @@ def test_an_update_that_is_not_finite_is_not_made(small_config):
     config = _config(small_config)
     program = Program(config, _one_device())
     optimizer = optax.chain(optax.scale(1e38), optax.scale(1e38))
-    step = make_train_step(program.model, lambda numbers: optimizer, lambda numbers, step: 1.0, StepOptions())
+    step = make_train_step(program.model, lambda numbers: optimizer, StepOptions(schedule="constant"))
     fresh = program.fresh_state()
     state = dataclasses.replace(fresh, opt_state=optimizer.init(fresh.params))
     after, metrics, _ = jax.jit(step)(state, _batch(), _numbers(config))
