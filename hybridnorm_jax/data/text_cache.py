@@ -1,6 +1,6 @@
 """The cache of tokenized text: one directory per fingerprint of everything that decides its content.
 
-    <data.cache_dir>/<fingerprint>/train.npy validation.npy meta.json
+    <data.cache_dir>/<fingerprint>/train.npy train.ends.npy validation.npy validation.ends.npy meta.json
 
 A directory is written under another name and renamed when it is whole. So one with its final name is complete, unless
 somebody damaged it later. Where two processes write the same one, the second keeps what the first has written.
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from hybridnorm_jax.data.blocks import held_out
 from hybridnorm_jax.data.cache_directory import cache_root
+from hybridnorm_jax.data.document_ends import DTYPE, ends_path, open_document_ends
 from hybridnorm_jax.data.sources import Corpus, Document
 from hybridnorm_jax.data.token_files import open_token_file
 from hybridnorm_jax.data.tokenizers import LongTokens, Tokenizer
@@ -35,7 +36,7 @@ from hybridnorm_jax.streams import can_redraw
 from hybridnorm_jax.whole_files import is_local
 
 # Part of every fingerprint: raise it when the same inputs give other files than before.
-FORMAT = 4
+FORMAT = 5
 SPLITS = ("train", "validation")
 BATCH_CHARACTERS = 1 << 19
 # A longer text is tokenized in pieces.
@@ -82,7 +83,8 @@ class TextCache:
             return TokenStream((), vocab_size)
         path = self.directory / f"{split}.npy"
         array = open_token_file(epath.Path(path), "uint16")
-        return TokenStream((Extent(array, str(path), 0, len(array)),), vocab_size)
+        ends = open_document_ends(path, len(array))
+        return TokenStream((Extent(array, str(path), 0, len(array), ends=ends),), vocab_size)
 
 
 def open_text_cache(
@@ -250,7 +252,7 @@ def _write(
                     files.set_postfix_str(f"{sum(writer.tokens for writer in writers.values()):,} tokens")
         texts.finish()
     return {
-        "file_sizes": {writer.path.name: writer.path.stat().st_size for writer in writers.values()},
+        "file_sizes": {path.name: path.stat().st_size for writer in writers.values() for path in writer.paths},
         "documents": documents,
         "max_id": max(writer.max_id for writer in writers.values()),
         "splits": {split: dataclasses.asdict(writer.counts) for split, writer in writers.items()},
@@ -323,18 +325,13 @@ def _parts(text: str) -> Iterator[str]:
         yield text[start : start + LONG_CHARACTERS]
 
 
-class _TokenWriter:
+class _NumbersFile:
     """A 1-D .npy file that grows."""
 
-    def __init__(self, path: pathlib.Path, dtype: np.dtype, separator_id: int):
+    def __init__(self, path: pathlib.Path, dtype: np.dtype):
         self.path = path
-        self._dtype = dtype
-        self._separator = np.array([separator_id], dtype)
-        self.pieces = 0
-        self.tokens = 0
-        self.bytes = 0
-        self.words = 0
-        self.max_id = 0
+        self.dtype = dtype
+        self.count = 0
 
     def __enter__(self) -> Self:
         self._stream = open(self.path, "wb")
@@ -351,23 +348,55 @@ class _TokenWriter:
                 os.fsync(self._stream.fileno())
 
     def _write_header(self) -> None:
-        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.tokens,)}
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.count,)}
         np.lib.format.write_array_header_1_0(self._stream, header)
+
+    def write(self, numbers: np.ndarray) -> None:
+        """Append numbers of the file's dtype."""
+        self._stream.write(numbers.data)
+        self.count += len(numbers)
+
+
+class _TokenWriter:
+    """The tokens of a split, and the index of their document ends."""
+
+    def __init__(self, path: pathlib.Path, dtype: np.dtype, separator_id: int):
+        self._tokens = _NumbersFile(path, dtype)
+        self._ends = _NumbersFile(ends_path(path), DTYPE)
+        self._separator = np.array([separator_id], dtype)
+        self.paths = (path, ends_path(path))
+        self.bytes = 0
+        self.words = 0
+        self.max_id = 0
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._tokens)
+            stack.enter_context(self._ends)
+            self._files = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._files.__exit__(*error)
+
+    @property
+    def tokens(self) -> int:
+        """How many were written."""
+        return self._tokens.count
 
     def write(self, pieces: list[np.ndarray]) -> None:
         """Append ids."""
         for ids in pieces:
-            part = ids.astype(self._dtype)
-            self._stream.write(part.data)
-            self.tokens += len(part)
+            part = ids.astype(self._tokens.dtype)
+            self._tokens.write(part)
             self.max_id = max(self.max_id, int(part.max(initial=0)))
 
     def end(self) -> None:
         """End a document, or what of one is in this split: append the separator."""
         self.write([self._separator])
-        self.pieces += 1
+        self._ends.write(np.array([self.tokens], DTYPE))
 
     @property
     def counts(self) -> SplitCounts:
         """What was written so far."""
-        return SplitCounts(self.pieces, self.tokens, self.bytes, self.words)
+        return SplitCounts(self._ends.count, self.tokens, self.bytes, self.words)

@@ -24,6 +24,7 @@ class Extent:
       array, start, stop: where they are.
       name: the file, for messages.
       is_raw: whether data.token_dtype alone says which numbers the file holds, for messages.
+      ends: where the documents of the whole array end, as document_ends.py says; None: unknown.
     """
 
     array: Tokens
@@ -31,6 +32,7 @@ class Extent:
     start: int
     stop: int
     is_raw: bool = False
+    ends: np.ndarray | None = None
 
 
 class TokenStream:

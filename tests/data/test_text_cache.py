@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from hybridnorm_jax.data import DataError
+from hybridnorm_jax.data.document_ends import open_document_ends
 from hybridnorm_jax.data.sources import text_corpus
 from hybridnorm_jax.data.text_cache import open_text_cache
 from hybridnorm_jax.data.tokenizers import ByteTokenizer
@@ -66,6 +67,20 @@ def test_every_document_is_in_exactly_one_split(files, root):
     assert sorted(train + validation) == sorted(WORDS)
     assert 5 < len(validation) < 35
     assert train == sorted(train, key=WORDS.index)  # in the order of the files
+
+
+@pytest.mark.parametrize("batch", [100, 1 << 19])
+def test_the_index_of_document_ends_is_where_the_separators_are(files, root, monkeypatch, batch):
+    monkeypatch.setattr("hybridnorm_jax.data.text_cache.BATCH_CHARACTERS", batch)
+    cache, _ = build(files, root)
+    for split in ("train", "validation"):
+        tokens = np.load(cache.directory / f"{split}.npy")
+        ends = np.load(cache.directory / f"{split}.ends.npy")
+        assert ends.dtype == np.uint64
+        np.testing.assert_array_equal(ends, np.flatnonzero(tokens == 256) + 1)
+        np.testing.assert_array_equal(open_document_ends(cache.directory / f"{split}.npy", len(tokens)), ends)
+        with pytest.raises(DataError, match=rf"{split}\.ends\.npy: no index"):
+            open_document_ends(cache.directory / f"{split}.npy", len(tokens) + 1)
 
 
 def test_a_larger_fraction_only_adds_to_the_held_out_documents(files, root):
