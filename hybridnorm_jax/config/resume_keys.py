@@ -5,7 +5,8 @@ import math
 
 from hybridnorm_jax.config.key_lookup import flatten
 from hybridnorm_jax.config.key_values import show
-from hybridnorm_jax.config.run_config import OptimizerSection, RunConfig
+from hybridnorm_jax.config.optimizer_section import OptimizerSection
+from hybridnorm_jax.config.run_config import RunConfig
 
 # Keys that may change between two stretches of one run: they decide where it runs and what is reported, not
 # which parameters it arrives at.

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.key_values import show
+from hybridnorm_jax.config.limits import LARGEST_RATE, LARGEST_SEED, SMALLEST
 from hybridnorm_jax.config.resume_keys import warmup_steps
-from hybridnorm_jax.config.run_config import LARGEST_RATE, LARGEST_SEED, SMALLEST, RunConfig
+from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import take
 from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
 from hybridnorm_jax.errors import ConfigError

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from hybridnorm_jax.config.run_config import LARGEST_RATE, SMALLEST
+from hybridnorm_jax.config.limits import LARGEST_RATE, SMALLEST
 from hybridnorm_jax.lab.groups import RunGroup, best_rate
 
 # How often the grid grows where its best rate lies at its edge.

@@ -12,7 +12,7 @@ from hybridnorm_jax.mesh.device_mesh import use_mesh
 from hybridnorm_jax.mesh.sharding_rules import Rules
 from hybridnorm_jax.model.loss import LossSums
 from hybridnorm_jax.training.layer_measures import Measures
-from hybridnorm_jax.training.optimizer import StepNumbers
+from hybridnorm_jax.training.optimizers.schedules import StepNumbers
 from hybridnorm_jax.training.state import TrainState
 from hybridnorm_jax.training.step import Batch
 from hybridnorm_jax.training.xla_options import readable_refusals

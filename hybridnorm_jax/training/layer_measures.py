@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.signal_measures import PROBE, SIGNAL
-from hybridnorm_jax.training.optimizer import StepNumbers
+from hybridnorm_jax.training.optimizers.schedules import StepNumbers
 from hybridnorm_jax.training.state import TrainState
 from hybridnorm_jax.training.step import Batch, Convert, batch_loss
 

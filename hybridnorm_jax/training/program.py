@@ -33,7 +33,8 @@ from hybridnorm_jax.model.encoder_config import EncoderConfig
 from hybridnorm_jax.model.loss import LossSums
 from hybridnorm_jax.training.grouped_steps import GroupedSteps, PureSteps
 from hybridnorm_jax.training.layer_measures import Measures, make_watch
-from hybridnorm_jax.training.optimizer import StepNumbers, make_optimizer, step_numbers
+from hybridnorm_jax.training.optimizers.schedules import StepNumbers, step_numbers
+from hybridnorm_jax.training.optimizers.table import make_optimizer
 from hybridnorm_jax.training.state import TrainState, abstract_state, make_fresh_state, make_initializer
 from hybridnorm_jax.training.step import (
     Batch,

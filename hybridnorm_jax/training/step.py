@@ -20,7 +20,7 @@ from hybridnorm_jax.model.moe import RouterStatistics
 from hybridnorm_jax.model.watched_streams import DEFECT, ROUTER
 from hybridnorm_jax.training import router_balance
 from hybridnorm_jax.training.anomalies import all_finite, anomaly_metrics, judge, keep_where
-from hybridnorm_jax.training.optimizer import StepNumbers, learning_rate
+from hybridnorm_jax.training.optimizers.schedules import StepNumbers, learning_rate
 from hybridnorm_jax.training.state import TrainState
 
 Convert = Callable[[Any], Any]
@@ -36,7 +36,7 @@ class StepOptions:
     """What a training step does besides following the gradient of the mean loss.
 
     Attributes:
-      schedule: of the learning rate, see optimizer.learning_rate.
+      schedule: of the learning rate, see schedules.learning_rate.
       chunk: positions whose logits are held at a time; None: all.
       z_loss: weight of log(Z)^2 of every target.
       balance_loss, router_z_loss: weights of the routers' losses, summed over the layers.

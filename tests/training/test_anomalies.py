@@ -19,7 +19,7 @@ from hybridnorm_jax.training import loop, resume
 from hybridnorm_jax.training.anomalies import judge, no_anomalies
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.hooks.skipped_steps import SkippedSteps
-from hybridnorm_jax.training.optimizer import step_numbers
+from hybridnorm_jax.training.optimizers.schedules import step_numbers
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.run import Numbers
 from hybridnorm_jax.training.step import StepOptions, make_train_step

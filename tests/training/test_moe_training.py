@@ -17,7 +17,7 @@ from hybridnorm_jax.model.moe import RouterStatistics
 from hybridnorm_jax.model.watched_streams import ROUTER
 from hybridnorm_jax.training import loop
 from hybridnorm_jax.training import router_balance as routing
-from hybridnorm_jax.training.optimizer import decay_mask
+from hybridnorm_jax.training.optimizers.decay import decay_mask
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.throughput import model_flops_per_token
 from tests.schemes import keys_of

@@ -17,7 +17,8 @@ from hybridnorm_jax.mesh.device_mesh import make_mesh
 from hybridnorm_jax.mesh.parameter_axes import logical_axes
 from hybridnorm_jax.mesh.shardings import partition_spec, undivided
 from hybridnorm_jax.training.loop import train
-from hybridnorm_jax.training.optimizer import decay_mask, learning_rate, step_numbers
+from hybridnorm_jax.training.optimizers.decay import decay_mask
+from hybridnorm_jax.training.optimizers.schedules import learning_rate, step_numbers
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.step import batch_loss
 from tests.schemes import keys_of

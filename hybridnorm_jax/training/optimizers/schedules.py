@@ -1,18 +1,15 @@
-"""AdamW as the papers train with it, and its learning-rate schedules."""
+"""Learning-rate schedules, computed from numbers that the compiled step takes as arguments."""
 
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, UInt32
 
+from hybridnorm_jax.config.optimizer_section import OptimizerSection
 from hybridnorm_jax.config.resume_keys import warmup_steps, wsd_decay_steps
-from hybridnorm_jax.config.run_config import OptimizerSection
-from hybridnorm_jax.training.unit_matrices import keep_unit_matrices
 
 
 class StepNumbers(NamedTuple):
@@ -81,51 +78,3 @@ def learning_rate(schedule: str, numbers: StepNumbers, count: Int[ArrayLike, ""]
             share = jnp.ones_like(fallen)
     rate = numbers.final + (numbers.peak - numbers.final) * share
     return jnp.where(made < numbers.warmup, numbers.peak * made / jnp.maximum(numbers.warmup, 1), rate)
-
-
-def decay_mask(config: OptimizerSection, params: Any) -> Any:
-    """Which parameters decay, by name. What no line names never does, so that a new learned number has to be entered.
-
-        kernel                                          always
-        embedding                                       decay_embeddings
-        bias, sinks, the scale and matrices of a norm   decay_norms_and_biases
-
-    Never: other learned scales (of a branch, a residual, heads, the embedding), because decay draws them to 0, where
-    they switch off what they multiply; alpha, shift and other numbers and vectors of a norm, for the same reason; and
-    the biases that balance experts, which no gradient holds against it.
-
-    Args:
-      params: of a model, nested dicts; in what its runs hold, the layers are the first axis.
-    """
-
-    def decays(path: tuple[Any, ...], leaf: Any) -> bool:
-        *modules, name = (part.key for part in path)
-        if name == "kernel":
-            return True
-        if name == "embedding":
-            return config.decay_embeddings
-        of_norm = bool(modules) and (modules[-1] == "norm" or modules[-1].endswith("_norm"))
-        is_stacked = bool(modules) and modules[0].startswith("run_")
-        is_matrix = np.ndim(leaf) - is_stacked > 1
-        in_group = name in ("bias", "sinks") or (of_norm and (name == "scale" or is_matrix))
-        return in_group and config.decay_norms_and_biases
-
-    return jax.tree.map_with_path(decays, params)
-
-
-def make_optimizer(
-    config: OptimizerSection, numbers: StepNumbers, *, unit_matrices: bool = False
-) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW with decoupled decay: p <- p - rate * (adam(g) + weight_decay * p).
-
-    Args:
-      numbers: of the run, which may be traced: rate and decay are theirs, everything else is the configuration's.
-      unit_matrices: nothing decays, and after each update matrices are normalized as nGPT's are (unit_matrices.py).
-    """
-    clip = [] if config.clip is None else [optax.clip_by_global_norm(config.clip)]
-    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
-    rate = optax.scale_by_learning_rate(partial(learning_rate, config.schedule, numbers))
-    if unit_matrices:
-        return optax.chain(*clip, adam, rate, keep_unit_matrices())
-    decay = optax.add_decayed_weights(numbers.weight_decay, mask=lambda params: decay_mask(config, params))
-    return optax.chain(*clip, adam, decay, rate)

@@ -1,0 +1,5 @@
+"""Optimizers and their learning-rate schedules.
+
+table.py makes the optimizer of a run from its configuration; decay.py says what decays, schedules.py how large the
+steps are. What a step does with an optimizer is in training/step.py.
+"""

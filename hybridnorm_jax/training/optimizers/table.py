@@ -1,0 +1,28 @@
+"""The optimizer of a run, made from its configuration."""
+
+from functools import partial
+
+import optax
+
+from hybridnorm_jax.config.optimizer_section import OptimizerSection
+from hybridnorm_jax.training.optimizers.decay import decay_mask
+from hybridnorm_jax.training.optimizers.schedules import StepNumbers, learning_rate
+from hybridnorm_jax.training.unit_matrices import keep_unit_matrices
+
+
+def make_optimizer(
+    config: OptimizerSection, numbers: StepNumbers, *, unit_matrices: bool = False
+) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW with decoupled decay: p <- p - rate * (adam(g) + weight_decay * p).
+
+    Args:
+      numbers: of the run, which may be traced: rate and decay are theirs, everything else is the configuration's.
+      unit_matrices: nothing decays, and after each update matrices are normalized as nGPT's are (unit_matrices.py).
+    """
+    clip = [] if config.clip is None else [optax.clip_by_global_norm(config.clip)]
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    rate = optax.scale_by_learning_rate(partial(learning_rate, config.schedule, numbers))
+    if unit_matrices:
+        return optax.chain(*clip, adam, rate, keep_unit_matrices())
+    decay = optax.add_decayed_weights(numbers.weight_decay, mask=lambda params: decay_mask(config, params))
+    return optax.chain(*clip, adam, decay, rate)
