@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hybridnorm_jax.config.run_config import DataSection
-from hybridnorm_jax.data import DataError, blocks, dataset, open_data, sources, text_cache
+from hybridnorm_jax.data import DataError, blocks, open_data, opened_source, sources, text_cache
 from hybridnorm_jax.errors import UserError
 
 TEXTS = [f"This is text {number}. " * (number % 5 + 1) for number in range(50)]
@@ -188,7 +188,7 @@ def test_some_ids_of_token_files_are_checked_before_training(tokens):
 
 
 def test_all_ids_of_token_files_are_checked_when_a_window_is_read(tokens, monkeypatch):
-    monkeypatch.setattr(dataset, "_check_sample", lambda stream: None)
+    monkeypatch.setattr(opened_source, "_check_sample", lambda stream: None)
     data = open_quietly(tokens(validation_fraction=0.0), vocab_size=450)
     data.train[0]
     with pytest.raises(DataError, match=OUTSIDE):

@@ -1,0 +1,245 @@
+"""One source of data, opened: its tokens to train on and to hold out, and what is known of its files.
+
+A source is what `source`, `files` and the other keys of one data section say. A run reads one, or several in a mixture;
+dataset.py puts them together. A validation set of data.validation is opened here too.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.data.identity import FileIdentity, identities, relative_names
+from hybridnorm_jax.data.sources import Corpus, find_files, pattern_root, stdlib_corpus, text_corpus
+from hybridnorm_jax.data.text_cache import TextCache, open_text_cache
+from hybridnorm_jax.data.token_files import OpenFiles, TokenFile, is_split_by_hash, open_token_file, split_extents
+from hybridnorm_jax.data.tokenizers import Tokenizer, load_tokenizer
+from hybridnorm_jax.data.windows import Extent, TokenStream
+from hybridnorm_jax.errors import DataError
+
+# Token files do not know the length of their text: it is measured on up to this many stretches of this many tokens.
+SAMPLES = 16
+SAMPLE_TOKENS = 16384
+# Of so many stretches of this many tokens the ids are looked at before anything is compiled.
+CHECKED_TOKENS = 1024
+# More paths than these are counted, not listed.
+SHOWN_FILES = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Tokens of one purpose, and how many bytes and words of text each stands for; None where that is unknown."""
+
+    stream: TokenStream
+    bytes_per_token: float | None
+    words_per_token: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedSource:
+    """One source, before it is cut into windows.
+
+    Attributes:
+      train, held_out: its two parts; the second is empty where nothing is held out.
+      separator_id: the id that ends a document, if there is one.
+      description: one line for people.
+      files: the identity of every file, in the order they are read.
+      is_split_by_hash: as in dataset.Data.
+    """
+
+    train: Split
+    held_out: Split
+    separator_id: int | None
+    description: str
+    files: tuple[FileIdentity, ...]
+    is_split_by_hash: bool
+
+
+class SourceOpener:
+    """Opens the sources and the validation sets of one run, which share a tokenizer and the list of open files.
+
+    Attributes:
+      tokenizer: None where all sources are token files and data.tokenizer names no file.
+    """
+
+    def __init__(self, data: DataSection, *, vocab_size: int, progress: bool):
+        """Load the tokenizer.
+
+        Raises:
+          DataError: it cannot be read; data.separator_id is missing or no id.
+        """
+        self._data = data
+        self._vocab_size = vocab_size
+        self._progress = progress
+        self._descriptors = OpenFiles()
+        if data.source == "tokens":
+            _check_separator_id(data, vocab_size)
+        needed = data.source != "tokens" or data.has_tokenizer_file
+        self.tokenizer: Tokenizer | None = load_tokenizer(data) if needed else None
+
+    def source(self, section: DataSection, *, key: str) -> OpenedSource:
+        """The source that a data section names, where needed tokenized first.
+
+        Args:
+          section: its source, files and what else decides which tokens are read.
+          key: names its files in messages.
+
+        Raises:
+          DataError: something cannot be read; ids do not fit the vocabulary (in token files this shows only once they
+            are read).
+        """
+        return self._token_source(section, key) if section.source == "tokens" else self._text_source(section, key)
+
+    def validation_set(self, section: DataSection, patterns: Sequence[str], *, key: str) -> Split:
+        """All tokens of the files of a validation set, read as the section's source is: text, or token ids."""
+        if section.source == "tokens":
+            paths = find_files(key, patterns)
+            return self._tokens(split_extents(self._opened(paths, section), relative_names(paths), 1.0).held_out)
+        corpus = text_corpus(key, patterns, section.text_field)
+        return self._text_split(self._cached(corpus, fraction=1.0), "validation")
+
+    def _text_source(self, section: DataSection, key: str) -> OpenedSource:
+        stdlib = section.source == "stdlib"
+        corpus = stdlib_corpus() if stdlib else text_corpus(key, section.files, section.text_field)
+        cache = self._cached(corpus, section.validation_fraction)
+        train, held_out = cache.splits["train"], cache.splits["validation"]
+        share = _share(held_out.tokens, train.tokens, section.validation_fraction)
+        description = (
+            f"{corpus.name}: {_documents(cache.documents, train.pieces + held_out.pieces)}, {train.tokens:,} tokens "
+            f"and {held_out.tokens:,} held out{share}, tokenizer {self._known_tokenizer.name}, "
+            f"cached in {cache.directory}"
+        )
+        return OpenedSource(
+            train=self._text_split(cache, "train"),
+            held_out=self._text_split(cache, "validation"),
+            separator_id=self._known_tokenizer.separator_id,
+            description=description,
+            files=corpus.identities,
+            is_split_by_hash=cache.is_split_by_hash,
+        )
+
+    @property
+    def _known_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise AssertionError("text is read with a tokenizer")
+        return self.tokenizer
+
+    def _cached(self, corpus: Corpus, fraction: float) -> TextCache:
+        tokenizer = self._known_tokenizer
+        cache = open_text_cache(
+            corpus, tokenizer, fraction=fraction, cache_dir=self._data.cache_dir, progress=self._progress
+        )
+        if cache.max_id >= self._vocab_size:
+            right = f"set model.vocab_size to at least {tokenizer.vocab_size}"
+            wrong = f"its largest id {cache.max_id} does not fit model.vocab_size={self._vocab_size}"
+            raise DataError(f"data.tokenizer={tokenizer.name}: {wrong}; {right}")
+        return cache
+
+    def _text_split(self, cache: TextCache, name: str) -> Split:
+        counts = cache.splits[name]
+        stream = cache.stream(name, self._vocab_size)
+        if not counts.tokens:
+            return Split(stream, None, None)
+        return Split(stream, counts.bytes / counts.tokens, counts.words / counts.tokens)
+
+    def _token_source(self, section: DataSection, key: str) -> OpenedSource:
+        paths = find_files(key, section.files)
+        root = pattern_root(section.files)
+        files = identities(paths, root)
+        fraction = section.validation_fraction
+        if fraction:
+            _check_no_copies(files, key)
+        arrays, names = self._opened(paths, section), relative_names(paths, root)
+        own = split_extents(arrays, names, fraction)
+        train, held_out = self._tokens(own.train), self._tokens(own.held_out)
+        named = ", ".join(section.files) if len(section.files) <= SHOWN_FILES else f"{len(section.files)} paths"
+        share = _share(len(held_out.stream), len(train.stream), fraction)
+        description = (
+            f"token files {named}: {len(train.stream):,} tokens and {len(held_out.stream):,} held out{share}, "
+            f"tokenizer {self.tokenizer.name if self.tokenizer else 'unknown'}"
+        )
+        return OpenedSource(
+            train=train,
+            held_out=held_out,
+            separator_id=section.separator_id,
+            description=description,
+            files=files,
+            is_split_by_hash=is_split_by_hash(arrays, names, fraction),
+        )
+
+    def _opened(self, paths: tuple[epath.Path, ...], section: DataSection) -> dict[epath.Path, TokenFile]:
+        return {path: open_token_file(path, section.token_dtype, self._descriptors) for path in paths}
+
+    def _tokens(self, parts: tuple[Extent, ...]) -> Split:
+        stream = TokenStream(parts, self._vocab_size)
+        _check_sample(stream)
+        separator = self._data.separator_id
+        if separator is None and self.tokenizer is not None:
+            separator = self.tokenizer.separator_id
+        return Split(stream, *_measure_text_per_token(stream, self.tokenizer, separator))
+
+
+def _check_separator_id(data: DataSection, vocab_size: int) -> None:
+    if data.segment_ids and data.separator_id is None:
+        right = "the id that ends a document must be given"
+        raise DataError(f"data.separator_id=null: data.segment_ids=true with data.source=tokens: {right}")
+    if data.separator_id is not None and not 0 <= data.separator_id < vocab_size:
+        right = f"must be an id of the vocabulary, from 0 to model.vocab_size-1={vocab_size - 1}"
+        raise DataError(f"data.separator_id={data.separator_id}: {right}")
+
+
+def _check_no_copies(files: Sequence[FileIdentity], key: str) -> None:
+    """Refuse a token file that is there twice: what one of the two holds out, the other would be trained on."""
+    by_content: dict[tuple[int, str], str] = {}
+    for file in files:
+        before = by_content.setdefault((file.size, file.digest), file.name)
+        if before != file.name:
+            wrong = f"{file.name} has the content of {before}, so parts of it would be held out and trained on"
+            right = "leave one out, or set data.validation_fraction=0 and name files in data.validation"
+            raise DataError(f"{key}: {wrong}; {right}")
+
+
+def _check_sample(stream: TokenStream) -> None:
+    """Raise DataError where ids of some stretches are outside the vocabulary; others show once they are read."""
+    for start in np.linspace(0, max(len(stream) - CHECKED_TOKENS, 0), SAMPLES, dtype=np.int64).tolist():
+        if len(stream):
+            stream.read(start, min(start + CHECKED_TOKENS, len(stream)))
+
+
+def _documents(count: int, pieces: int) -> str:
+    """How many documents there are, and how many pieces where some are held out in parts."""
+    number = "1 document" if count == 1 else f"{count:,} documents"
+    return number if pieces == count else f"{number} in {pieces:,} pieces"
+
+
+def _share(held_out: int, train: int, asked: float) -> str:
+    """The held-out share for people, and that it is far from what was asked for, as with a few large documents."""
+    if not held_out:
+        return ""
+    share = held_out / (held_out + train)
+    far = "" if asked / 2 <= share <= asked * 2 else f" where data.validation_fraction asks for {asked:.2%}"
+    return f" ({share:.2%}{far})"
+
+
+def _measure_text_per_token(
+    stream: TokenStream, tokenizer: Tokenizer | None, separator: int | None
+) -> tuple[float | None, float | None]:
+    """(bytes, words) of decoded text per token: exact for a short stream, of stretches spread over a long one."""
+    if tokenizer is None or not len(stream):
+        return None, None
+    starts, length = [0], len(stream)
+    if len(stream) > SAMPLES * SAMPLE_TOKENS:
+        length = SAMPLE_TOKENS
+        starts = np.linspace(0, len(stream) - length, SAMPLES, dtype=np.int64).tolist()
+    num_bytes = num_words = 0
+    for start in starts:
+        ids = stream.read(start, start + length)
+        # The last word of a document and the first of the next are two, and nothing may stand between them.
+        ends = [] if separator is None else np.flatnonzero(ids == separator) + 1
+        for document in np.split(ids, ends):
+            text = tokenizer.decode(document)
+            num_bytes += len(text.encode())
+            num_words += len(text.split())
+    return num_bytes / (len(starts) * length), num_words / (len(starts) * length)
