@@ -1,10 +1,13 @@
 """Where tokenized text is kept, also where there is no home directory, or none that can be written to."""
 
+import contextlib
+import errno
 import os
 import pathlib
 import stat
 import sys
 import tempfile
+from collections.abc import Iterator
 
 from hybridnorm_jax.config.run_config import DataSection
 from hybridnorm_jax.errors import DataError
@@ -32,6 +35,17 @@ def cache_root(cache_dir: str, wanted: str) -> pathlib.Path:
     if cache_dir == DEFAULT and not _is_usable(root, wanted):
         return _temporary_root("it cannot be written to")
     return root
+
+
+@contextlib.contextmanager
+def refusals_of_cache(root: pathlib.Path) -> Iterator[None]:
+    """Within the block, a cache that cannot be written or read is a DataError that names data.cache_dir."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "no space left" if full else f"cannot be used ({error.strerror or error})"
+        raise DataError(f"data.cache_dir={root}: {reason}; name another directory, or make room there") from error
 
 
 def _is_usable(root: pathlib.Path, wanted: str) -> bool:

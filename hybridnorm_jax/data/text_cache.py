@@ -8,13 +8,11 @@ somebody damaged it later. Where two processes write the same one, the second ke
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
 import pathlib
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,11 +23,12 @@ from etils import epath
 from tqdm import tqdm
 
 from hybridnorm_jax.data.blocks import held_out
-from hybridnorm_jax.data.cache_directory import cache_root
+from hybridnorm_jax.data.cache_directory import cache_root, refusals_of_cache
 from hybridnorm_jax.data.document_ends import DTYPE, ends_path, open_document_ends
 from hybridnorm_jax.data.sources import Corpus, Document
 from hybridnorm_jax.data.token_files import open_token_file
 from hybridnorm_jax.data.tokenizers import LongTokens, Tokenizer
+from hybridnorm_jax.data.whole_directories import whole_directory
 from hybridnorm_jax.data.windows import Extent, TokenStream
 from hybridnorm_jax.errors import DataError
 from hybridnorm_jax.streams import can_redraw
@@ -41,7 +40,6 @@ SPLITS = ("train", "validation")
 BATCH_CHARACTERS = 1 << 19
 # A longer text is tokenized in pieces.
 LONG_CHARACTERS = 1 << 18
-PARTIAL = ".partial"
 # Where no bar is shown, a line says what takes longer than this.
 QUIET_SECONDS = 3.0
 
@@ -111,7 +109,7 @@ def open_text_cache(
     fingerprint = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]
     root = cache_root(cache_dir, fingerprint)
     directory = root / fingerprint
-    try:
+    with refusals_of_cache(root):
         cache = _open(directory)
         if cache is None:
             if directory.exists():
@@ -119,10 +117,6 @@ def open_text_cache(
                 shutil.rmtree(directory)
             _build(directory, corpus, tokenizer, inputs, progress)
             cache = _open(directory)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "no space left" if full else f"cannot be used ({error.strerror or error})"
-        raise DataError(f"data.cache_dir={root}: {reason}; name another directory, or make room there") from error
     return cache
 
 
@@ -140,44 +134,9 @@ def _open(directory: pathlib.Path) -> TextCache | None:
 
 
 def _build(directory: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer, inputs: dict, progress: bool) -> None:
-    """Tokenize into a directory of our own, which becomes `directory` when it is whole."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(directory.parent)
-    partial = directory.with_name(f"{directory.name}.{socket.gethostname()}.{os.getpid()}{PARTIAL}")
-    try:
-        partial.mkdir()
+    with whole_directory(directory, is_whole=lambda: _open(directory) is not None) as partial:
         meta = {"inputs": inputs, **_tokenize(partial, corpus, tokenizer, inputs["fraction"], progress)}
         (partial / "meta.json").write_text(json.dumps(meta, indent=1))
-        _publish(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _remove_abandoned(root: pathlib.Path) -> None:
-    """Remove what ended processes of this machine, and earlier ones with our own id, left unfinished."""
-    for path in root.glob(f"*{PARTIAL}"):
-        host, _, process = path.name.removesuffix(PARTIAL).partition(".")[2].rpartition(".")
-        if host == socket.gethostname() and (int(process) == os.getpid() or not _alive(int(process))):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _publish(partial: pathlib.Path, directory: pathlib.Path) -> None:
-    try:
-        os.rename(partial, directory)
-    except OSError as error:
-        # Another process was faster; its files are those we have written.
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or _open(directory) is None:
-            raise
 
 
 def _tokenize(partial: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer, fraction: float, progress: bool) -> dict:
