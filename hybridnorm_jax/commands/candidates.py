@@ -11,11 +11,12 @@ from pathlib import Path
 from hybridnorm_jax.commands.main import COMMANDS
 from hybridnorm_jax.commands.syntax import SYNTAX
 from hybridnorm_jax.config import named_configurations
+from hybridnorm_jax.config.data_section import SOURCES, TOKEN_DTYPES
 from hybridnorm_jax.config.key_lookup import FIELDS, SECTIONS
 from hybridnorm_jax.config.key_values import read_hint
 from hybridnorm_jax.config.optimizer_section import SCHEDULES
 from hybridnorm_jax.config.plugins import KEY as PLUGINS
-from hybridnorm_jax.config.run_config import EQUIVALENT_FORMS, SOURCES, TOKEN_DTYPES, RunSection
+from hybridnorm_jax.config.run_config import EQUIVALENT_FORMS, RunSection
 from hybridnorm_jax.evaluation.paper_tasks import PAPER, PAPER_TASKS
 from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS, EXPERT_DISPATCHES
 from hybridnorm_jax.lab.claims.claim import read_claims

@@ -9,9 +9,9 @@ from pathlib import Path
 from hybridnorm_jax.commands.program import ArgumentParser, again, check_outside, in_float64
 from hybridnorm_jax.commands.saved_model import SavedModel, read_directory
 from hybridnorm_jax.commands.syntax import check_syntax
+from hybridnorm_jax.config.data_section import UNKNOWN_TOKENIZER
 from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.config.plugins import as_arguments, import_plugins
-from hybridnorm_jax.config.run_config import UNKNOWN_TOKENIZER
 from hybridnorm_jax.config.yaml_files import named_plugins
 from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.model.config import ModelConfig

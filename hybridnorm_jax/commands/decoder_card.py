@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hybridnorm_jax.commands.model_card import Card, plain
-from hybridnorm_jax.config.run_config import DataSection, RunConfig
+from hybridnorm_jax.config.data_section import DataSection
+from hybridnorm_jax.config.run_config import RunConfig
 
 # The whole configuration of the run, beside the weights.
 TRAINING_CONFIG = "training_config.yaml"

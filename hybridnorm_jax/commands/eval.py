@@ -15,8 +15,9 @@ from hybridnorm_jax.commands.program import ArgumentParser, wants_help
 from hybridnorm_jax.commands.program_cache import keep_programs
 from hybridnorm_jax.commands.scored_run import open_run
 from hybridnorm_jax.commands.syntax import check_syntax
+from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.config.resume_keys import differences
-from hybridnorm_jax.config.run_config import DataSection, RunConfig
+from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import gather
 from hybridnorm_jax.data import Data, DataError, open_data
 from hybridnorm_jax.data.sources import find_files

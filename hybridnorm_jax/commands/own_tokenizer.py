@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data import Tokenizer, load_tokenizer
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.training.trained_before import Trained, check_tokenizer_alone

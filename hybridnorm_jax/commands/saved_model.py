@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hybridnorm_jax.config.run_config import UNKNOWN_TOKENIZER, DataSection, RunConfig, TrainSection
+from hybridnorm_jax.config.data_section import UNKNOWN_TOKENIZER, DataSection
+from hybridnorm_jax.config.run_config import RunConfig, TrainSection
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.interop.checkpoint_files import PICKLE, PICKLES, find_file, foreign_weights
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.config.limits import (
     LARGEST_SEED,
     LARGEST_WEIGHT,
@@ -18,10 +19,6 @@ from hybridnorm_jax.mesh.cluster import DistributedSection
 from hybridnorm_jax.mesh.sharding_rules import MESH_AXES, resolve_rules
 from hybridnorm_jax.model.config import ModelConfig
 
-SOURCES = ("stdlib", "text", "tokens")
-# data.tokenizer of a model that came without one.
-UNKNOWN_TOKENIZER = "unknown"
-TOKEN_DTYPES = ("uint16", "uint32")
 EQUIVALENT_FORMS = ("none", "pre_rmsnorm", "pre_crmsnorm")
 
 
@@ -49,55 +46,6 @@ class RunSection:
         short = len(self.name.encode(errors="surrogatepass")) <= LONGEST_NAME
         check(short, "run.name", self.name, f"must be a directory name of at most {LONGEST_NAME} bytes")
         check(bool(self.dir), "run.dir", self.dir, "must not be empty")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataSection:
-    """What is read, how it becomes tokens, and what is held out."""
-
-    source: str = key(
-        "stdlib", "stdlib (this Python's own sources) | text (.txt, .jsonl, .gz, .zst) | tokens (.npy, .bin)"
-    )
-    files: tuple[str, ...] = key((), "paths or glob patterns, for text and tokens")
-    tokenizer: str = key(
-        "bytes", "bytes, or the path of a Hugging Face tokenizer.json; unknown: of a model that came without one"
-    )
-    separator: str = key("", "token that ends a document, such as <|endoftext|>; empty: found in tokenizer.json")
-    token_dtype: str = key("uint16", "dtype of raw .bin token files: uint16 | uint32 (.npy files carry their own)")
-    separator_id: int | None = key(
-        None, "id that ends a document in token files, for segment ids; null: unknown", at_least=0, at_most=2**32 - 1
-    )
-    text_field: str = key("text", "field of .jsonl records that holds the text")
-    validation_fraction: float = key(
-        0.02, "share of documents held out, chosen by a hash of each one's identity", at_least=0, below=1
-    )
-    validation: dict[str, tuple[str, ...]] = key({}, "further validation sets: name -> files, as data.files")
-    segment_ids: bool = key(False, "documents do not attend to each other, and positions restart in each")
-    cache_dir: str = key("~/.cache/hybridnorm_jax", "where tokenized text is kept")
-    read_threads: int = key(2, "threads that read windows ahead", at_least=1, at_most=1024)
-
-    def __post_init__(self) -> None:
-        check_fields("data", self)
-        check_choice("data.source", self.source, SOURCES)
-        check_choice("data.token_dtype", self.token_dtype, TOKEN_DTYPES)
-        needs = self.source == "stdlib" or bool(self.files)
-        check(needs, "data.files", list(self.files), f"data.source={self.source} needs at least one file")
-        only = self.source != "stdlib" or not self.files
-        check(only, "data.files", list(self.files), "data.source=stdlib reads no files; use data.source=text")
-        only = self.separator_id is None or self.source == "tokens"
-        check(only, "data.separator_id", self.separator_id, "only for data.source=tokens; text has data.separator")
-        for name in self.validation:
-            check(bool(name.strip()), "data.validation", self.validation, "a validation set needs a name")
-
-    @property
-    def has_tokenizer_file(self) -> bool:
-        """Whether the tokenizer is a file."""
-        return self.tokenizer not in ("bytes", UNKNOWN_TOKENIZER)
-
-    @property
-    def knows_tokenizer(self) -> bool:
-        """Whether this says which tokenizer is the model's: whoever reads token files need not name theirs."""
-        return self.tokenizer != UNKNOWN_TOKENIZER and (self.source != "tokens" or self.has_tokenizer_file)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data.identity import FileIdentity
 from hybridnorm_jax.data.opened_source import OpenedSource, SourceOpener, Split
 from hybridnorm_jax.data.sources import find_files

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data.identity import FileIdentity, identities, relative_names
 from hybridnorm_jax.data.sources import Corpus, find_files, pattern_root, stdlib_corpus, text_corpus
 from hybridnorm_jax.data.text_cache import TextCache, open_text_cache

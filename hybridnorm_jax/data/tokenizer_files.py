@@ -5,7 +5,7 @@ from typing import Any
 
 from etils import epath
 
-from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data.tokenizers import ByteTokenizer, Tokenizer, read_tokenizer_file
 from hybridnorm_jax.whole_files import expanded
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from etils import epath
 
-from hybridnorm_jax.config.run_config import UNKNOWN_TOKENIZER, DataSection
+from hybridnorm_jax.config.data_section import UNKNOWN_TOKENIZER, DataSection
 from hybridnorm_jax.data import token_pieces
 from hybridnorm_jax.data.identity import regular_file_size
 from hybridnorm_jax.errors import DataError, MissingExtraError

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from etils import epath
 
-from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data import DataError
 from hybridnorm_jax.data.identity import file_identity
 from hybridnorm_jax.data.sources import find_files, stdlib_corpus

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from hybridnorm_jax.config import plugins
+from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.config.resume_keys import differences, resume_differences
-from hybridnorm_jax.config.run_config import DataSection, RunConfig
+from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import from_yaml, read_file
 from hybridnorm_jax.data.identity import FileIdentity, file_identity
 from hybridnorm_jax.errors import ConfigError

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data import Data, DataError
 from hybridnorm_jax.data.identity import identities
 from hybridnorm_jax.data.sources import find_files, holds_whole_files_out

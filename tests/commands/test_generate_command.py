@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import hybridnorm_jax as hn
 from hybridnorm_jax.commands import saved_model
 from hybridnorm_jax.commands.main import main
-from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data import load_tokenizer
 from hybridnorm_jax.generation import text
 from hybridnorm_jax.generation.text import write_text

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridnorm_jax.config.arguments import is_override, parse
+from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.config.key_help import key_table
 from hybridnorm_jax.config.key_lookup import FIELDS
 from hybridnorm_jax.config.resume_keys import differences
-from hybridnorm_jax.config.run_config import DataSection, OptimizerSection, RunConfig, RunSection
+from hybridnorm_jax.config.run_config import OptimizerSection, RunConfig, RunSection
 from hybridnorm_jax.config.yaml_files import from_yaml, to_yaml
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.model.config import ModelConfig

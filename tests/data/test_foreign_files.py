@@ -9,7 +9,7 @@ import zstandard
 from etils import epath
 from foreign_files import FOREIGN, PACKED, POINTER, TEXT, tar
 
-from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data import DataError, load_tokenizer, open_data
 from hybridnorm_jax.data.sources import text_corpus
 from hybridnorm_jax.data.token_files import open_token_file

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data import identity, known_digests, open_data
 from hybridnorm_jax.data.identity import identities
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data.tokenizer_files import TOKENIZER, byte_tokenizer_json, tokenizer_files
 from hybridnorm_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data import DataError, load_tokenizer
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data import load_tokenizer
 from hybridnorm_jax.data.tokenizers import ByteTokenizer
 from hybridnorm_jax.errors import UserError

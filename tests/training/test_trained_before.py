@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hybridnorm_jax.commands.main import main
-from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data.sources import text_corpus
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.training.checkpoints import Checkpoints
