@@ -103,24 +103,27 @@ def fault(value: Any, field: dataclasses.Field) -> str | None:
     limits: Range | None = field.metadata["range"]
     if isinstance(value, (tuple, list, dict)) and len(value) > MOST_ITEMS:
         return f"{len(value):,} items; must be at most {MOST_ITEMS:,}"
+    texts = _names(value)
     for item in _items(value):
         if isinstance(item, str):
             if limits is not None:
                 return "must be a number"
-            problem = _fault_of_text(item)
-            if problem is not None:
-                return problem
+            texts.append(item)
         elif limits is not None and not (isinstance(item, numbers.Real) and not isinstance(item, bool)):
             return "must be a number"
         elif limits is not None and not limits.holds(item):
             return f"must be {limits}"
-    return None
+    return next((problem for problem in map(_fault_of_text, texts) if problem is not None), None)
+
+
+def _names(value: Any) -> list[str]:
+    """The names in a map; of anything else none."""
+    return list(value) if isinstance(value, dict) else []
 
 
 def _items(value: Any) -> Iterator[Any]:
-    """The values in lists and maps, names of maps included; of any other value itself; of None nothing."""
+    """The values in lists and maps, without the names of maps; of any other value itself; of None nothing."""
     if isinstance(value, dict):
-        yield from value
         for each in value.values():
             yield from _items(each)
     elif isinstance(value, (tuple, list)):

@@ -14,7 +14,7 @@ from hybridnorm_jax.config import named_configurations
 from hybridnorm_jax.config.data_section import SOURCES, TOKEN_DTYPES
 from hybridnorm_jax.config.key_lookup import FIELDS, SECTIONS
 from hybridnorm_jax.config.key_values import read_hint
-from hybridnorm_jax.config.optimizer_section import SCHEDULES
+from hybridnorm_jax.config.optimizer_section import FALLS, SCHEDULES
 from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.config.run_config import EQUIVALENT_FORMS, RunSection
 from hybridnorm_jax.evaluation.paper_tasks import PAPER, PAPER_TASKS
@@ -48,6 +48,7 @@ CHOICES = {
     "data.token_dtype": TOKEN_DTYPES,
     "train.equivalent_form": EQUIVALENT_FORMS,
     "optimizer.schedule": SCHEDULES,
+    "optimizer.wsd_decay": FALLS,
     "distributed.initialize": AUTO_OR_BOOL,
     "baseline": SCHEMES,
 }

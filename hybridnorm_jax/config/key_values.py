@@ -44,6 +44,7 @@ TYPE_WORDS = {
     tuple[int, ...]: TypeWords("list", "a list of integers, such as [1, 2]"),
     tuple[float, ...]: TypeWords("list", "a list of numbers, such as [1.0e-3, 3.0e-3]"),
     dict[str, tuple[str, ...]]: TypeWords("map", "a map of lists, such as {name: [a, b]}"),
+    dict[str, float]: TypeWords("map", "a map of numbers, such as {name: 0.5}"),
 }
 
 

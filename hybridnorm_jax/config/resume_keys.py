@@ -46,6 +46,8 @@ SAME_MEANING = {
     "model.ramp_steps",
 }
 STEPS = "train.steps"
+# Schedules whose learning rates do not depend on the number of steps in all.
+ENDLESS_SCHEDULES = ("inverse_sqrt", "piecewise", "constant")
 # What is scored. A run that has ended is scored by other ones when it is started again, and keeps its own.
 SCORED = ("data.validation", "eval.batches")
 # Where the data are. A checkpoint holds the identities of the files, which are compared instead (run_identity.py).
@@ -102,7 +104,7 @@ def resume_differences(saved: RunConfig, asked: RunConfig, step: int) -> list[st
 def last_step_at_any_length(config: OptimizerSection, steps: int, tokens_per_step: int) -> float:
     """The last update whose learning rate does not depend on the number of steps in all; infinity: none does."""
     warmup = warmup_steps(config, tokens_per_step)
-    if config.schedule == "constant":
+    if config.schedule in ENDLESS_SCHEDULES:
         return math.inf
     if config.schedule == "wsd":
         return max(warmup, steps - wsd_decay_steps(config, steps, warmup))
@@ -145,7 +147,8 @@ def _obstacle_of_steps(saved: RunConfig, asked: RunConfig, step: int) -> str | N
     wsd = "wsd before its decay"
     if schedule == "wsd":
         wsd += f", that is up to step {last}"
+    endless = f"the schedules {', '.join(ENDLESS_SCHEDULES[:-1])} and {ENDLESS_SCHEDULES[-1]}"
     return (
         f"optimizer.schedule={schedule} has set the learning rates of the {step} steps made by it; "
-        f"only optimizer.schedule=constant, and {wsd}, can be trained longer"
+        f"only {endless}, and {wsd}, can be trained longer"
     )

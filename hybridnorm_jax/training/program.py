@@ -62,6 +62,7 @@ _NOT_COMPILED = (
     "optimizer.warmup_steps",
     "optimizer.warmup_tokens",
     "optimizer.wsd_decay_fraction",
+    "optimizer.piecewise",
     "optimizer.weight_decay",
     "train.steps",
     "train.seed",
@@ -79,15 +80,19 @@ _NOT_COMPILED = (
 )
 _SECTIONS_NOT_COMPILED = ("run.", "data.", "checkpoint.", "eval.", "distributed.")
 _SEGMENTS = "data.segment_ids"
+# Maps whose numbers are arguments of the step, but how many there are is not.
+_COUNTED = ("optimizer.piecewise",)
 
 
 def compiled_values(config: RunConfig) -> dict[str, Any]:
     """Dotted key -> value, for the keys that decide which steps are compiled."""
-    return {
+    values = dict(flatten(dataclasses.asdict(config)))
+    compiled = {
         path: value
-        for path, value in flatten(dataclasses.asdict(config))
+        for path, value in values.items()
         if path == _SEGMENTS or (path not in _NOT_COMPILED and not path.startswith(_SECTIONS_NOT_COMPILED))
     }
+    return compiled | {f"numbers of {path}": len(values[path]) for path in _COUNTED}
 
 
 class Program:
@@ -223,6 +228,7 @@ class Program:
         train = self.config.train
         options = StepOptions(
             schedule=self.config.optimizer.schedule,
+            wsd_decay=self.config.optimizer.wsd_decay,
             chunk=train.loss_chunk,
             z_loss=train.z_loss,
             balance_loss=train.balance_loss,

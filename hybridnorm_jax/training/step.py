@@ -36,7 +36,7 @@ class StepOptions:
     """What a training step does besides following the gradient of the mean loss.
 
     Attributes:
-      schedule: of the learning rate, see schedules.learning_rate.
+      schedule, wsd_decay: of the learning rate, see schedules.learning_rate.
       chunk: positions whose logits are held at a time; None: all.
       z_loss: weight of log(Z)^2 of every target.
       balance_loss, router_z_loss: weights of the routers' losses, summed over the layers.
@@ -45,6 +45,7 @@ class StepOptions:
     """
 
     schedule: str
+    wsd_decay: str = "linear"
     chunk: int | None = None
     z_loss: float = 0.0
     balance_loss: float = 0.0
@@ -177,7 +178,8 @@ def make_train_step(
         if model.config.balance_bias:
             params = router_balance.move_balance_biases(params, present(routers).fraction, options.balance_bias_rate)
         metrics = _loss_metrics(totals.loss, weight, routers, options)
-        metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate(options.schedule, numbers, state.step)}
+        rate = learning_rate(options.schedule, numbers, state.step, wsd_decay=options.wsd_decay)
+        metrics |= {"grad_norm": grad_norm, "learning_rate": rate}
         with jax.named_scope(OPTIMIZER_SCOPE):
             skip, anomalies = judge(
                 state.anomalies,

@@ -21,7 +21,7 @@ def make_optimizer(
     """
     clip = [] if config.clip is None else [optax.clip_by_global_norm(config.clip)]
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
-    rate = optax.scale_by_learning_rate(partial(learning_rate, config.schedule, numbers))
+    rate = optax.scale_by_learning_rate(partial(learning_rate, config.schedule, numbers, wsd_decay=config.wsd_decay))
     if unit_matrices:
         return optax.chain(*clip, adam, rate, keep_unit_matrices())
     decay = optax.add_decayed_weights(numbers.weight_decay, mask=lambda params: decay_mask(config, params))
