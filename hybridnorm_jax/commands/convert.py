@@ -9,6 +9,7 @@ from pathlib import Path
 from hybridnorm_jax.commands.program import ArgumentParser, again, check_outside, in_float64
 from hybridnorm_jax.commands.saved_model import SavedModel, read_directory
 from hybridnorm_jax.commands.syntax import check_syntax
+from hybridnorm_jax.commands.which_parameters import add_option
 from hybridnorm_jax.config.data_section import UNKNOWN_TOKENIZER
 from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.config.plugins import as_arguments, import_plugins
@@ -89,6 +90,7 @@ def _parser() -> ArgumentParser:
         default=[],
         help="read config.json as if it did not hold KEY; may be repeated",
     )
+    add_option(parser)
     return parser
 
 
@@ -108,7 +110,7 @@ def convert(options: argparse.Namespace) -> None:
     import_plugins(options.plugins)
     keep_programs()
     # As wide as it is computed with: files of several dtypes lose nothing.
-    source = read_directory(options.checkpoint, options.ignore_key, dtype="float64")
+    source = read_directory(options.checkpoint, options.ignore_key, dtype="float64", plain=options.plain)
     model = source.config.model
     if options.pad_to > max(LARGEST_PAD, model.d_model):
         right = f"must be at most {max(LARGEST_PAD, model.d_model)} for a model of width {model.d_model}"

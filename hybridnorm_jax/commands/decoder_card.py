@@ -1,11 +1,10 @@
 """The README.md of an exported decoder: how text is written with it, what it was trained on, how good it is."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from hybridnorm_jax.commands.model_card import Card, plain
 from hybridnorm_jax.config.data_section import DataSection
-from hybridnorm_jax.config.run_config import RunConfig
 
 # The whole configuration of the run, beside the weights.
 TRAINING_CONFIG = "training_config.yaml"
@@ -48,21 +47,25 @@ def _training(source: Any) -> Iterator[str]:
     if not source.knows_training:
         yield UNKNOWN_TRAINING.format(step=source.step)
         return
-    yield "\n".join(_lines_of_training(source.config, source.step, source.records))
+    yield "\n".join(_lines_of_training(source))
     if source.is_trained_run:
         yield REPEATED
     yield "Data:"
     yield "\n".join(_data(source.config.data))
 
 
-def _lines_of_training(config: RunConfig, step: int, records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Lines of a list: how long it was trained, and the newest losses."""
+def _lines_of_training(source: Any) -> Iterator[str]:
+    """Lines of a list: how long it was trained, whether the weights are averaged, and the newest losses."""
+    config, step, records = source.config, source.step, source.records
     train = config.train
     if records:
         tokens = step * train.batch_size * train.seq_len
         yield f"- {step:,} steps of {train.batch_size} x {train.seq_len} tokens: {tokens:,} tokens"
     else:
         yield f"- checkpoint of step {step:,}, which came without a record of its training"
+    if source.which.has_average:
+        average = f"the average of the parameters over the steps, `optimizer.ema_decay={config.optimizer.ema_decay:g}`"
+        yield f"- these weights are {'those of the last step, not ' if source.which.plain else ''}{average}"
     newest: dict[str, Any] = {}
     for record in records:
         newest |= {name: (record["step"], value) for name, value in record.items() if name.endswith("/loss")}

@@ -15,6 +15,7 @@ from hybridnorm_jax.commands.program import ArgumentParser, wants_help
 from hybridnorm_jax.commands.program_cache import keep_programs
 from hybridnorm_jax.commands.scored_run import open_run
 from hybridnorm_jax.commands.syntax import check_syntax
+from hybridnorm_jax.commands.which_parameters import WhichParameters, add_option
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.config.resume_keys import differences
 from hybridnorm_jax.config.run_config import RunConfig
@@ -40,29 +41,31 @@ from hybridnorm_jax.training.trained_before import (
 
 @dataclasses.dataclass(frozen=True)
 class RunScores:
-    """The scores of every validation set, which checkpoint they are of, and what is said where a part was scored."""
+    """The scores of every validation set, what they are of, and what is said where a part was scored."""
 
     checkpoint: str
     step: int
+    which: WhichParameters
     scores: Mapping[str, Score]
     part: str = ""
 
 
-def evaluate_run(path: str, overrides: Sequence[str] = (), *, progress: bool = True) -> RunScores:
+def evaluate_run(path: str, overrides: Sequence[str] = (), *, progress: bool = True, plain: bool = False) -> RunScores:
     """Score a run's newest checkpoint, or the one that `path` names, on whatever devices there are.
 
     Args:
       path: a run's directory, or one checkpoint's such as runs/quickstart/checkpoints/000500.
       overrides: key=value, on the configuration saved with the checkpoint; with checkpoint.allow_fallback=true the
         checkpoint before a damaged newest one is scored, never one before the one that `path` names.
+      plain: of a run that averages its parameters score those of the last step.
 
     Raises:
       UserError: no checkpoint there, or an override that makes another model of it.
     """
-    with open_run(path, overrides) as run:
+    with open_run(path, overrides, plain=plain) as run:
         program = run.program
         data = _open_data(run.saved, run.config, run.data_state, where=run.where, progress=progress)
-        params = run.params()
+        params, which = run.params(), run.which()
     scores = evaluate_sets(
         lambda batch: program.eval_step(params, batch),
         data.validation,
@@ -74,7 +77,7 @@ def evaluate_run(path: str, overrides: Sequence[str] = (), *, progress: bool = T
     )
     limit = program.eval_sequences
     part = "" if limit is None else f"; at most the first {limit:,} sequences of each set"
-    return RunScores(run.name, run.step, scores, part)
+    return RunScores(run.name, run.step, which, scores, part)
 
 
 def _open_data(
@@ -150,11 +153,11 @@ def _files_here(saved: DataSection, asked: DataSection, *, is_same_data: bool) -
 
 
 # Keys of training for which this command has options: a saved run's tasks are not run, because it may be a stranger's.
-OF_TRAINING = {"eval.tasks": "--tasks", "eval.task_limit": "--limit"}
+OF_TRAINING = {"eval.tasks": "--tasks", "eval.task_limit": "--limit", "eval.plain": "--plain"}
 
-USAGE = """usage: hybridnorm eval RUN_DIR [key=value ...] [--json]
+USAGE = """usage: hybridnorm eval RUN_DIR [key=value ...] [--plain] [--json]
        hybridnorm eval RUN_DIR --tasks TASK[,TASK ...] [--limit N]
-                               [key=value ...] [--json]
+                               [key=value ...] [--plain] [--json]
 
 Prints the loss (nats per token), the perplexity and the bits per byte of every
 validation set of a run, from its newest checkpoint. RUN_DIR/checkpoints/STEP
@@ -185,11 +188,13 @@ eval. A TASK is one of
                             they name are run
 
 --limit N scores the first N documents of each task.
+--plain scores the parameters of the last step, of a run that averages its
+parameters (optimizer.ema_decay); otherwise the averaged ones are scored.
 --json prints one JSON object and nothing else on standard output."""
 
 
 def run(arguments: Sequence[str], processes: Processes) -> None:
-    """`hybridnorm eval RUN_DIR [key=value ...] [--tasks TASKS] [--limit N] [--json]`."""
+    """`hybridnorm eval RUN_DIR [key=value ...] [--tasks TASKS] [--limit N] [--plain] [--json]`."""
     check_syntax("eval", arguments)
     if wants_help(arguments):
         print(USAGE)
@@ -209,9 +214,11 @@ def run(arguments: Sequence[str], processes: Processes) -> None:
     with processes.running(_distributed(overrides)):
         keep_programs(speaks=processes.number == 0)
         if asked is not None:
-            text = eval_tasks.scores_of_run(directory, overrides, asked, as_json=options.json)
+            text = eval_tasks.scores_of_run(directory, overrides, asked, as_json=options.json, plain=options.plain)
         else:
-            text = _validation(directory, overrides, as_json=options.json, progress=processes.number == 0)
+            progress = processes.number == 0 and not options.json
+            result = evaluate_run(directory, overrides, progress=progress, plain=options.plain)
+            text = _as_json(result) if options.json else _as_text(result)
     if processes.number == 0:
         print(text)
 
@@ -222,16 +229,20 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--tasks")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--json", action="store_true")
+    add_option(parser)
     return parser
 
 
-def _validation(directory: str, overrides: Sequence[str], *, as_json: bool, progress: bool) -> str:
+def _as_text(result: RunScores) -> str:
     """What is printed of the validation sets."""
-    result = evaluate_run(directory, overrides, progress=progress and not as_json)
-    if not as_json:
-        return f"{result.checkpoint}: loss in nats per token{result.part}\n{table(result.scores)}"
-    sets = {name: score.as_json() for name, score in result.scores.items()}
-    return json.dumps({"checkpoint": result.checkpoint, "step": result.step, "sets": sets}, indent=2)
+    of = f"{result.checkpoint}{result.which.said}"
+    return f"{of}: loss in nats per token{result.part}\n{table(result.scores)}"
+
+
+def _as_json(result: RunScores) -> str:
+    """The same for programs."""
+    of = {"checkpoint": result.checkpoint, "step": result.step, "parameters": result.which.name}
+    return json.dumps(of | {"sets": {name: score.as_json() for name, score in result.scores.items()}}, indent=2)
 
 
 def _distributed(overrides: Sequence[str]) -> DistributedSection:

@@ -36,23 +36,23 @@ def asked_tasks(tasks: str | None, limit: int | None) -> AskedTasks | None:
     return AskedTasks(tuple(name.strip() for name in tasks.split(",") if name.strip()), limit)
 
 
-def scores_of_run(path: str, overrides: Sequence[str], asked: AskedTasks, *, as_json: bool) -> str:
+def scores_of_run(path: str, overrides: Sequence[str], asked: AskedTasks, *, as_json: bool, plain: bool) -> str:
     """The scores of a run as they are printed; arguments as those of commands.eval.evaluate_run.
 
     Raises:
       UserError: see open_run and TaskModel; or the tokenizer is another than that of the run.
     """
     check_lm_eval(OPTION)
-    with open_run(path, overrides) as run:
+    with open_run(path, overrides, plain=plain) as run:
         known, size = trained_on(run.data_state, run.saved.data), run.config.model.vocab_size
         tokenizer = own_tokenizer(run.config.data, known, vocab_size=size, where=run.where)
         model = TaskModel(run.program, tokenizer, asked.names, key=OPTION, limit=asked.limit)
-        params = run.params()
+        params, which = run.params(), run.which()
     scores = model.scores(params)
     if not as_json:
         part = "" if asked.limit is None else f"; at most the first {asked.limit:,} documents of each task"
-        return f"{run.name}: tasks{part}\n{table(scores)}"
-    result = {"checkpoint": run.name, "step": run.step, "limit": asked.limit}
+        return f"{run.name}{which.said}: tasks{part}\n{table(scores)}"
+    result = {"checkpoint": run.name, "step": run.step, "parameters": which.name, "limit": asked.limit}
     result["tasks"] = {name: score.as_json() for name, score in scores.items()}
     if (average := paper_average(scores)) is not None:
         result["mean_of_hybridnorm"] = average

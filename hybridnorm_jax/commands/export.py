@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hybridnorm_jax.commands.program import ArgumentParser, check_outside, in_float64
 from hybridnorm_jax.commands.syntax import check_syntax
+from hybridnorm_jax.commands.which_parameters import WhichParameters, add_option
 from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.config.plugins import import_plugins
 from hybridnorm_jax.config.run_config import RunConfig
@@ -58,6 +59,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="the tokenizer.json of the run, where it is not at its old place any more"
     )
+    add_option(parser)
     parser.add_argument(
         "--license",
         metavar="ID",
@@ -78,7 +80,7 @@ def export(options: argparse.Namespace) -> None:
     with in_float64():  # parameters in float64 stay so
         source = _read(options)
         written = _write(options, source)
-    print(f"{options.out}: {written}, step {source.step} of {options.run}")
+    print(f"{options.out}: {written}, step {source.step} of {options.run}{source.which.said}")
     if options.format == "hf":
         _say_how_to_load(options.out, source.config.model, written)
 
@@ -106,6 +108,7 @@ class Source:
       config: of its run; data.tokenizer names the file that is there now.
       params: NumPy arrays.
       step: of the checkpoint.
+      which: whether they are averaged.
       tokenizer: of the run, None where it is not known.
       trained_on: what its parameters were trained on, as far as it says so.
       records: what the run recorded up to this step.
@@ -115,6 +118,7 @@ class Source:
     config: RunConfig
     params: Any
     step: int
+    which: WhichParameters
     tokenizer: Any
     trained_on: Sequence[Any]
     records: Sequence[Mapping[str, Any]]
@@ -141,6 +145,7 @@ def _read(options: argparse.Namespace) -> Source:
     with Checkpoints(directory, keep=1) as checkpoints:
         config = saved_config(checkpoints, step)
         data_state = checkpoints.read_data_state(step)
+        which = WhichParameters(checkpoints.has_average(step), options.plain)
     known, data, is_named = trained_on(data_state, config.data), config.data, options.tokenizer is not None
     if is_named:
         data = dataclasses.replace(data, tokenizer=options.tokenizer)
@@ -155,13 +160,14 @@ def _read(options: argparse.Namespace) -> Source:
         tokenizer = own_tokenizer(data, known, vocab_size=size, where=options.run, is_named=is_named)
     # Whoever exports does not compute: the accelerators stay free, and no array is copied.
     place = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    config, params = load_run(checkpoint, shardings=place)
+    config, params = load_run(checkpoint, shardings=place, plain=options.plain)
     config = dataclasses.replace(config, data=data)
     records = [record for record in read_records(directory.parent) if record["step"] <= step]
     return Source(
         config=config,
         params=jax.tree.map(np.asarray, params),
         step=step,
+        which=which,
         tokenizer=tokenizer,
         trained_on=known,
         records=records,

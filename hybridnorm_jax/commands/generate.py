@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from hybridnorm_jax.commands.program import ArgumentParser
 from hybridnorm_jax.commands.syntax import HELP, SYNTAX, check_syntax
+from hybridnorm_jax.commands.which_parameters import add_option
 from hybridnorm_jax.config.key_help import meaning
 from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.config.plugins import import_plugins
@@ -106,6 +107,7 @@ def _parser() -> ArgumentParser:
         metavar="FILE",
         help="the model's tokenizer.json, or bytes; needed where the model brings none",
     )
+    add_option(parser)
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each prompt")
     return parser
 
@@ -193,7 +195,7 @@ def generate(options: argparse.Namespace, sampling: Sampling) -> None:
     prompts = _prompts(options)
     import_plugins(options.plugins)
     keep_programs()
-    source = read_directory(options.model)
+    source = read_directory(options.model, plain=options.plain)
     check_decoder(source.config.model, options.model, "generate text")
     tokenizer = _tokenizer(source, options.tokenizer)
     # Once for all prompts: those of a Hugging Face directory are not on a device yet.

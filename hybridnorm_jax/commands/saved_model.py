@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hybridnorm_jax.commands.which_parameters import WhichParameters
 from hybridnorm_jax.config.data_section import UNKNOWN_TOKENIZER, DataSection
 from hybridnorm_jax.config.run_config import RunConfig, TrainSection
 from hybridnorm_jax.errors import UserError
@@ -38,12 +39,15 @@ class SavedModel:
     trained_on: Sequence[Any] = ()
 
 
-def read_directory(path: str, ignore_keys: Sequence[str] = (), *, dtype: str | None = None) -> SavedModel:
+def read_directory(
+    path: str, ignore_keys: Sequence[str] = (), *, dtype: str | None = None, plain: bool = False
+) -> SavedModel:
     """A Hugging Face directory (it has a config.json), a run's directory, or one checkpoint of a run, also as RUN@STEP.
 
     Args:
       ignore_keys: of config.json, see load_huggingface.
       dtype: of a Hugging Face directory's parameters, see load_huggingface. Those of a run are as they were saved.
+      plain: of a run that averages its parameters, those of the last step.
 
     Raises:
       UserError: none of them, or damaged.
@@ -69,10 +73,11 @@ def read_directory(path: str, ignore_keys: Sequence[str] = (), *, dtype: str | N
     from hybridnorm_jax.training.trained_before import trained_on
 
     checkpoint, step = newest_checkpoint(path)
-    config, params = load_run(checkpoint)
+    config, params = load_run(checkpoint, plain=plain)
     with Checkpoints(Path(checkpoint).parent, keep=1) as checkpoints:
         known = trained_on(checkpoints.read_data_state(step), config.data)
-    return SavedModel(path, f"run, step {step}", config, params, step, trained_on=known)
+        which = WhichParameters(checkpoints.has_average(step), plain)
+    return SavedModel(path, f"run, step {step}{which.said}", config, params, step, trained_on=known)
 
 
 def _read_huggingface(path: Path, ignore_keys: Sequence[str], dtype: str | None) -> SavedModel:

@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 
+from hybridnorm_jax.commands.which_parameters import WhichParameters
 from hybridnorm_jax.config.resume_keys import differences
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import from_yaml, named_plugins
@@ -46,6 +47,7 @@ class ScoredRun:
       data_state: what it says of its data.
       program: of `config`, on these devices.
       checkpoints: where the parameters are read from.
+      plain: score parameters that are not averaged, even where there are averaged ones.
     """
 
     directory: epath.Path
@@ -55,6 +57,7 @@ class ScoredRun:
     data_state: Mapping[str, Any]
     program: Program
     checkpoints: Checkpoints
+    plain: bool
 
     @property
     def name(self) -> str:
@@ -66,13 +69,17 @@ class ScoredRun:
         """The directory of the run, for messages."""
         return str(self.directory.parent)
 
+    def which(self) -> WhichParameters:
+        """Which parameters `params` gives."""
+        return WhichParameters(has_average=self.checkpoints.has_average(self.step), plain=self.plain)
+
     def params(self) -> Any:
         """The parameters, on the program's mesh."""
-        return self.checkpoints.restore_params(self.program.abstract_state.params, self.step)
+        return self.checkpoints.restore_params(self.program.abstract_state.params, self.step, plain=self.plain)
 
 
 @contextlib.contextmanager
-def open_run(path: str, overrides: Sequence[str]) -> Iterator[ScoredRun]:
+def open_run(path: str, overrides: Sequence[str], *, plain: bool) -> Iterator[ScoredRun]:
     """A run's newest checkpoint, or the one that `path` names; arguments as those of commands.eval.evaluate_run.
 
     Raises:
@@ -92,7 +99,7 @@ def open_run(path: str, overrides: Sequence[str]) -> Iterator[ScoredRun]:
             if line.startswith(own) and not line.startswith(SAME_FUNCTION):
                 raise ConfigError(f"{line}: {directory.parent} holds that model and no other")
         config = config.at_step(step)
-        yield ScoredRun(directory, step, saved, config, data_state, Program(config), checkpoints)
+        yield ScoredRun(directory, step, saved, config, data_state, Program(config), checkpoints, plain)
 
 
 def _allows_fallback(overrides: Sequence[str]) -> bool:

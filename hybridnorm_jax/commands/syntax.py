@@ -41,7 +41,7 @@ _OF_A_COMPARISON = (
 )
 SYNTAX = {
     "train": Syntax(options=("--dry-run",), takes_run_keys=True),
-    "eval": Syntax(options=("--tasks", "--limit", "--json"), takes_run_keys=True),
+    "eval": Syntax(options=("--tasks", "--limit", "--plain", "--json"), takes_run_keys=True),
     "generate": Syntax(
         options=(
             "--prompt",
@@ -55,12 +55,13 @@ SYNTAX = {
             "--seed",
             "--stop",
             "--tokenizer",
+            "--plain",
             "--json",
         ),
         keys=(PLUGINS,),
     ),
-    "convert": Syntax(options=("--form", "--pad-to", "--dtype", "--text", "--ignore-key"), keys=(PLUGINS,)),
-    "export": Syntax(options=("--format", "--dtype", "--tokenizer", "--license"), keys=(PLUGINS,)),
+    "convert": Syntax(options=("--form", "--pad-to", "--dtype", "--text", "--ignore-key", "--plain"), keys=(PLUGINS,)),
+    "export": Syntax(options=("--format", "--dtype", "--tokenizer", "--plain", "--license"), keys=(PLUGINS,)),
     "plan": Syntax(
         options=("--topology", "--json", "--table", "--compare", "--search", "--jobs", "--most"), takes_run_keys=True
     ),

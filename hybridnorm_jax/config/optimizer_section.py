@@ -48,6 +48,13 @@ class OptimizerSection:
     clip: float | None = key(
         1.0, "largest global norm of the gradient; null: no clipping", at_least=SMALLEST, at_most=1e9
     )
+    ema_decay: float | None = key(
+        None,
+        "average the parameters over the steps, a step this much less than the one after it; the average is what is "
+        "evaluated and exported; null: no average",
+        above=0,
+        below=1,
+    )
 
     def __post_init__(self) -> None:
         check_fields("optimizer", self)

@@ -208,6 +208,9 @@ class EvalSection:
     tasks: tuple[str, ...] = key(
         (), "tasks of the LM Evaluation Harness to score as well: names, hybridnorm, task files; needs the extra `eval`"
     )
+    plain: bool = key(
+        False, "optimizer.ema_decay: also score the validation sets with the parameters that are not averaged"
+    )
     task_limit: int | None = key(None, "documents of each task, its first; null: all", at_least=1, at_most=MOST_STEPS)
 
     def __post_init__(self) -> None:
@@ -236,11 +239,15 @@ class RunConfig:
         False,
         "init_from: also take the optimizer state, step and position in the data, as a branch of that run",
     )
+    init_plain: bool = key(
+        False, "init_from: take the parameters of the last step where that run also has averaged ones"
+    )
 
     def __post_init__(self) -> None:
         check_fields("", self)
         needs = not self.init_optimizer or self.init_from is not None
         check(needs, "init_optimizer", "true", "needs init_from=RUN@STEP, the checkpoint to branch from")
+        self._check_average()
         for name, size in (("train.batch_size", self.train.batch_size), ("eval.batch_size", self.eval.batch_size or 1)):
             tokens = size * self.train.seq_len
             right = (
@@ -273,6 +280,15 @@ class RunConfig:
         elif self.train.check_invariants and model.norm != "crmsnorm":
             right = "there are invariants of Pre-LN models and of model.norm=crmsnorm only"
             check(obstacle is None, "train.check_invariants", "true", f"{obstacle}; {right}")
+
+    def _check_average(self) -> None:
+        decay = self.optimizer.ema_decay
+        needs = not self.init_plain or (self.init_from is not None and not self.init_optimizer)
+        right = "needs init_from without init_optimizer: a branch takes all that the run has"
+        check(needs, "init_plain", "true", right)
+        check(not self.eval.plain or decay is not None, "eval.plain", "true", "needs optimizer.ema_decay")
+        right = f"model.scheme={self.model.scheme} keeps its matrices at unit length, and averages of them have another"
+        check(decay is None or not self.model.scheme_rule.sphere, "optimizer.ema_decay", decay, right)
 
     def at_step(self, step: int) -> "RunConfig":
         """This configuration with its model as it is after so many steps; see ModelConfig.at_step."""

@@ -4,6 +4,7 @@ step_directories.py says how a step lies in its directory, and when it is comple
 """
 
 import contextlib
+import dataclasses
 import errno
 import json
 import sys
@@ -35,6 +36,8 @@ from hybridnorm_jax.training.step_directories import (
 )
 
 STATE = "state"
+# The part of a state that holds averaged parameters (parameter_average.Average), where the run averages them.
+AVERAGE = "average"
 # Orbax lets every replica of an array write a part of it, and compiles a slice for each shape and each replica. That is
 # worth it for large parts alone; of a small model the slices took longer to compile than all of it to write.
 SMALLEST_PART = 2**20  # bytes
@@ -210,7 +213,8 @@ class Checkpoints:
                     self._delete_leftovers()
                     path = self._path(step)
                     with _saving_context():
-                        pending = ocp.save_checkpointables_async(path, {STATE: state}, custom_metadata=metadata)
+                        saved = {STATE: _present_parts(state)}
+                        pending = ocp.save_checkpointables_async(path, saved, custom_metadata=metadata)
                     self._running = self._thread.submit(self._finish, step, last_made, pending, quiet.pop_all())
             if wait:
                 self.wait()
@@ -236,12 +240,13 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
+    def restore(self, abstract_state: Any, step: int | None = None, *, without: str | None = None) -> tuple[Any, dict]:
         """(state, data_state) of `step`, bit for bit; None: of the newest. Verified first, once by one object.
 
         Args:
           abstract_state: the state's pytree with a jax.ShapeDtypeStruct, sharding included, for every array. The
             shardings are those of the current mesh, whatever the checkpoint was saved from.
+          without: the part of the saved state that is left out, and which abstract_state does not have.
 
         Raises:
           CheckpointError: no such checkpoint, one of another model, or a damaged one.
@@ -250,20 +255,32 @@ class Checkpoints:
         if list(saved.leaves) == ["params"]:
             right = "start a new run from it: init_from=THIS_RUN run.name=ANOTHER, without init_optimizer"
             raise CheckpointError(f"{self._path(saved.step)}: holds parameters alone, no optimizer state; {right}")
-        self._check_same_leaves(saved.step, saved.leaves, abstract_state)
+        leaves = {name: part for name, part in saved.leaves.items() if name != without}
+        self._check_same_leaves(saved.step, leaves, abstract_state)
         return self._load(saved.step, abstract_state), saved.custom["data_state"]
 
     def fields(self, step: int) -> set[str]:
         """The names of the parts of the state that was saved as `step`. Verified first, as `restore` does."""
         return set(self._saved(step).leaves)
 
-    def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:
-        """The state's "params" alone, as `restore`; nothing else is loaded.
+    def has_average(self, step: int) -> bool:
+        """Whether averaged parameters were saved with `step` (optimizer.ema_decay). Verified first."""
+        return AVERAGE in self.fields(step)
+
+    def restore_params(self, abstract_params: Any, step: int | None = None, *, plain: bool = False) -> Any:
+        """The parameters alone, as `restore`: the averaged ones, where the step has them. Nothing else is loaded.
 
         Every file is verified nevertheless: parameters and optimizer state share Orbax's data files.
+
+        Args:
+          plain: those of the last training step in any case.
         """
         saved = self._saved(step)
-        self._check_same_leaves(saved.step, {"params": saved.leaves["params"]}, {"params": abstract_params})
+        averaged = AVERAGE in saved.leaves and not plain
+        of_state = saved.leaves[AVERAGE] if averaged else saved.leaves
+        self._check_same_leaves(saved.step, {"params": of_state["params"]}, {"params": abstract_params})
+        if averaged:
+            return self._load(saved.step, {AVERAGE: {"params": abstract_params}})[AVERAGE]["params"]
         return self._load(saved.step, {"params": abstract_params})["params"]
 
     def read_config(self, step: int | None = None) -> str:
@@ -425,6 +442,14 @@ class Checkpoints:
             path, has, wanted = difference
             message = f"a checkpoint of another model: {path} is {has} there, but this model has {wanted}"
             raise CheckpointError(f"{self._path(step)}: {message}")
+
+
+def _present_parts(state: Any) -> Any:
+    """A state without the fields that are None: Orbax would enter them, and other programs' readers would see them."""
+    if not dataclasses.is_dataclass(state):
+        return state
+    parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def _reason(error: BaseException) -> str:

@@ -65,7 +65,10 @@ def _batch_rows(program: Program) -> list[tuple[str, str]]:
 def _state_rows(program: Program) -> list[tuple[str, str]]:
     state = program.abstract_state
     held = f"{elements_per_device(state.params):,} parameters, {_size(bytes_per_device(state.params))}"
-    return [("", f"{held}; optimizer state {_size(bytes_per_device(state.opt_state))}")]
+    rows = [("", f"{held}; optimizer state {_size(bytes_per_device(state.opt_state))}")]
+    if state.average is not None:
+        rows.append(("", f"average of the parameters {_size(bytes_per_device(state.average))}"))
+    return rows
 
 
 def _limit(program: Program) -> int | None:

@@ -98,7 +98,7 @@ class GroupedSteps:
     def evaluate(self, states: TrainState, batch: Batch) -> LossSums:
         """Loss sums of one batch, a number for each run."""
         with use_mesh(self._mesh, self._rules):
-            return self._evaluate(states.params, batch, states.step)
+            return self._evaluate(states.params_in_use, batch, states.step)
 
 
 def _with_runs_in_front(place: NamedSharding) -> NamedSharding:

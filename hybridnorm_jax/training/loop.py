@@ -260,12 +260,16 @@ def _say_results(run: Run) -> None:
     if run.scores:
         limit = run.config.eval.batches
         part = "" if limit is None else f"; the first {count_text(limit, 'batch')} of each set"
-        results = f"Evaluation after step {run.steps:,}: loss in nats per token{part}\n{perplexity.table(run.scores)}"
+        averaged = "" if run.config.optimizer.ema_decay is None else " of the averaged parameters"
+        results = f"Evaluation{averaged} after step {run.steps:,}: loss in nats per token{part}"
+        results = f"{results}\n{perplexity.table(run.scores)}"
+        if run.plain_scores:
+            results += f"\n\nThe same of the parameters that are not averaged\n{perplexity.table(run.plain_scores)}"
     say(f"\n{results}")
     if run.task_scores:
         say(f"\nTasks after step {run.steps:,}\n{tasks.table(run.task_scores)}")
     if run.config.train.sample_tokens:
-        say("\n" + text_sample(run.config.at_step(run.step), run.data, run.state.params))
+        say("\n" + text_sample(run.config.at_step(run.step), run.data, run.state.params_in_use))
     say(f"\nFiles of the run: {run.directory}\n{_files(run)}")
 
 

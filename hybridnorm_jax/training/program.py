@@ -77,6 +77,7 @@ _NOT_COMPILED = (
     "train.sample_prompt",
     "init_from",
     "init_optimizer",
+    "init_plain",
 )
 _SECTIONS_NOT_COMPILED = ("run.", "data.", "checkpoint.", "eval.", "distributed.")
 _SEGMENTS = "data.segment_ids"
@@ -137,7 +138,12 @@ class Program:
         self.model = Decoder(model if self.conversion is None else self.conversion.config)
         self._optimizer_of = partial(make_optimizer, config.optimizer, unit_matrices=config.model.scheme_rule.sphere)
         optimizer = self._optimizer_of(self.numbers)
-        initialize = make_initializer(config.model, optimizer, spike_window=config.train.spike_window)
+        initialize = make_initializer(
+            config.model,
+            optimizer,
+            spike_window=config.train.spike_window,
+            has_average=config.optimizer.ema_decay is not None,
+        )
         self.abstract_state = abstract_state(initialize, self.mesh, self.rules)
         self.compiler_options = step_options(self.platform)
         self._fresh_state = make_fresh_state(initialize, self.abstract_state)
@@ -235,6 +241,7 @@ class Program:
             router_z_loss=train.router_z_loss,
             balance_bias_rate=self.config.optimizer.balance_bias_rate,
             skip_spikes_sigma=train.skip_spikes_sigma,
+            ema_decay=self.config.optimizer.ema_decay,
         )
         return make_train_step(
             self.model,

@@ -13,8 +13,9 @@ from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.data import Data, train_iterator
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.training.anomalies import no_anomalies
-from hybridnorm_jax.training.checkpoints import Checkpoints
+from hybridnorm_jax.training.checkpoints import AVERAGE, Checkpoints
 from hybridnorm_jax.training.huggingface_beginning import huggingface_params, is_huggingface
+from hybridnorm_jax.training.parameter_average import begun_like
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.run_directory import saved_config
 from hybridnorm_jax.training.run_identity import check_same_files
@@ -64,7 +65,7 @@ def beginning(config: RunConfig, program: Program, data: Data, checkpoints: Chec
         return _go_on(config, program, data, checkpoints, step, where=f"step {step}")
     now, before = training_data(config.data, data), []
     if config.init_from is not None and is_huggingface(config.init_from):
-        state = dataclasses.replace(program.fresh_state(), params=huggingface_params(config, program))
+        state = program.fresh_state().starting_with(huggingface_params(config, program))
     elif config.init_from is not None:
         with _source(config) as source:
             if config.init_optimizer:
@@ -74,8 +75,10 @@ def beginning(config: RunConfig, program: Program, data: Data, checkpoints: Chec
             data_state = source.checkpoints.read_data_state(source.step)
             where = f"init_from={config.init_from}"
             before = check_beginning(data_state, source.config.data, config.data, now, where=where)
-            params = source.checkpoints.restore_params(program.abstract_state.params, source.step)
-        state = dataclasses.replace(program.fresh_state(), params=params)
+            params = source.checkpoints.restore_params(
+                program.abstract_state.params, source.step, plain=config.init_plain
+            )
+        state = program.fresh_state().starting_with(params)
     else:
         state = program.fresh_state()
     return Beginning(state, training_batches(config, program, data), step=0, files=now.files, before=before)
@@ -102,14 +105,22 @@ def _go_on(
 
 
 def restore(program: Program, checkpoints: Checkpoints, step: int) -> tuple[TrainState, dict]:
-    """(state, data state) of a step; where a version that skipped no steps saved it, none has been skipped."""
-    abstract = program.abstract_state
-    if "anomalies" in checkpoints.fields(step):
-        return checkpoints.restore(abstract, step)
-    state, data_state = checkpoints.restore(dataclasses.replace(abstract, anomalies=None), step)
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract.anomalies)
-    fresh = jax.jit(no_anomalies, static_argnums=0, out_shardings=places)(program.config.train.spike_window)
-    return dataclasses.replace(state, anomalies=fresh), data_state
+    """(state, data state) of a step; where a version that skipped no steps saved it, none has been skipped.
+
+    Where the program averages the parameters and the checkpoint has no average, as that of a run that is branched from
+    may, the average begins with its parameters. One that the program has no use for is left where it is.
+    """
+    abstract, fields = program.abstract_state, checkpoints.fields(step)
+    absent = {name: None for name in ("anomalies", AVERAGE) if name not in fields}
+    left_out = AVERAGE if abstract.average is None else None
+    state, data_state = checkpoints.restore(dataclasses.replace(abstract, **absent), step, without=left_out)
+    if "anomalies" in absent:
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract.anomalies)
+        fresh = jax.jit(no_anomalies, static_argnums=0, out_shardings=places)(program.config.train.spike_window)
+        state = dataclasses.replace(state, anomalies=fresh)
+    if AVERAGE in absent and abstract.average is not None:
+        state = dataclasses.replace(state, average=begun_like(abstract.average, state.params))
+    return state, data_state
 
 
 def training_batches(config: RunConfig, program: Program, data: Data) -> Any:

@@ -83,6 +83,7 @@ class Run:
       clock: the times of single steps. A hook that does other work in a step tells it so (hook.py).
       series: losses and gradient norms of all steps.
       scores: of the newest evaluation, by validation set; None: there was none.
+      plain_scores: with eval.plain, as `scores`, of the parameters that are not averaged.
       task_scores: the same of eval.tasks.
     """
 
@@ -109,6 +110,7 @@ class Run:
     clock: StepClock = dataclasses.field(default_factory=StepClock)
     series: Series = dataclasses.field(default_factory=Series)
     scores: dict[str, Score] | None = None
+    plain_scores: dict[str, Score] = dataclasses.field(default_factory=dict)
     task_scores: dict[str, TaskScore] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

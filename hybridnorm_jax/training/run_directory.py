@@ -78,6 +78,7 @@ def load_run(
     mesh: Mesh | None = None,
     shardings: Any = None,
     allow_fallback: bool = False,
+    plain: bool = False,
     plugins: Sequence[str] = (),
 ) -> tuple[RunConfig, Any]:
     """(configuration, parameters) of a run's newest checkpoint, or of the one named, saved from any devices.
@@ -94,6 +95,8 @@ def load_run(
       mesh: the parameters lie on it as the run's mesh.rules say. Its axes are those of hn.make_mesh.
       shardings: instead of a mesh, one jax.sharding.Sharding for all parameters, or a tree of them like the parameters.
         Without either, the parameters lie on this process's first device.
+      plain: where the run averages its parameters (optimizer.ema_decay), read those of the last step, which are not
+        averaged.
       allow_fallback: where a run's newest checkpoint is damaged, use the one before it, and say so. Never of one named.
       plugins: Python files or modules to import first, as run.plugins. A run that was trained with plugins needs them;
         those that its own configuration names are never imported, because the run may be a stranger's.
@@ -108,7 +111,7 @@ def load_run(
         config = saved_config(checkpoints, step, import_these=plugins).at_step(step)
         shapes = abstract_params(config.model)
         places = _places(shapes, config, mesh, shardings)
-        return config, checkpoints.restore_params(jax.tree.map(_abstract, shapes, places), step)
+        return config, checkpoints.restore_params(jax.tree.map(_abstract, shapes, places), step, plain=plain)
 
 
 def saved_config(checkpoints: Checkpoints, step: int | None, *, import_these: Sequence[str] = ()) -> RunConfig:

@@ -71,6 +71,8 @@ def run_rows(config: RunConfig, program: Program, run: str, data: str) -> list[t
     rows.append(("scheme", _scheme(config)))
     if program.conversion is not None:
         rows.append(("form", _form(program)))
+    if config.optimizer.ema_decay is not None:
+        rows.append(("average", _average(config.optimizer.ema_decay)))
     rows += [
         ("attention", f"{program.backend}{_choice(model.attention, program.backend, 'model.attention')}"),
         ("remat", f"{program.remat}{_choice(model.remat, program.remat, 'model.remat')}"),
@@ -136,6 +138,12 @@ def _experts(program: Program, total: int) -> str:
     asked = _choice(model.expert_dispatch, program.dispatch, "model.expert_dispatch")
     each = f"{model.num_experts}, {model.experts_per_token} per token{shared}, width {model.mlp_dim}"
     return f"{each}; {active:,} parameters active; dispatch {program.dispatch}{asked}"
+
+
+def _average(decay: float) -> str:
+    """That parameters are averaged, and over how many steps."""
+    about = f"optimizer.ema_decay={decay:g}, about the newest {count_text(round(1 / (1 - decay)), 'step')}"
+    return f"of the parameters, {about}; it is what is evaluated and exported"
 
 
 def _form(program: Program) -> str:

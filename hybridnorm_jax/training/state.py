@@ -16,17 +16,32 @@ from hybridnorm_jax.mesh.shardings import tree_shardings
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.training.anomalies import Anomalies, no_anomalies
+from hybridnorm_jax.training.parameter_average import Average, begun_average, begun_like
 from hybridnorm_jax.training.xla_options import initial_state_options
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Number of steps, parameters, optimizer state and what is remembered of skipped steps; all on one mesh."""
+    """Number of steps, parameters, optimizer state and what is remembered of skipped steps; all on one mesh.
+
+    And the average of the parameters, where the run has one (optimizer.ema_decay); otherwise None.
+    """
 
     step: Int[Array, ""]
     params: Any
     opt_state: optax.OptState
     anomalies: Anomalies
+    average: Average | None = None
+
+    @property
+    def params_in_use(self) -> Any:
+        """What is evaluated, writes text and is exported: the average where there is one, otherwise the parameters."""
+        return self.params if self.average is None else self.average.params
+
+    def starting_with(self, params: Any) -> "TrainState":
+        """This state with other parameters, with which its average begins, too."""
+        average = None if self.average is None else begun_like(self.average, params)
+        return self.replace(params=params, average=average)  # type: ignore[attr-defined]  # flax.struct adds it
 
 
 Initializer = Callable[[Array], TrainState]
@@ -39,16 +54,20 @@ def init_params(config: ModelConfig, key: Array) -> Any:
     return Decoder(plain).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
-def make_initializer(config: ModelConfig, optimizer: optax.GradientTransformation, *, spike_window: int) -> Initializer:
+def make_initializer(
+    config: ModelConfig, optimizer: optax.GradientTransformation, *, spike_window: int, has_average: bool = False
+) -> Initializer:
     """key -> the state before the first step, not sharded.
 
     Args:
       spike_window: how many losses are remembered, see anomalies.judge.
+      has_average: whether the state holds the average of the parameters.
     """
 
     def initialize(key):
         params = init_params(config, key)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), no_anomalies(spike_window))
+        average = begun_average(params) if has_average else None
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), no_anomalies(spike_window), average)
 
     return initialize
 

@@ -21,6 +21,7 @@ from hybridnorm_jax.model.watched_streams import DEFECT, ROUTER
 from hybridnorm_jax.training import router_balance
 from hybridnorm_jax.training.anomalies import all_finite, anomaly_metrics, judge, keep_where
 from hybridnorm_jax.training.optimizers.schedules import StepNumbers, learning_rate
+from hybridnorm_jax.training.parameter_average import with_parameters
 from hybridnorm_jax.training.state import TrainState
 
 Convert = Callable[[Any], Any]
@@ -42,6 +43,7 @@ class StepOptions:
       balance_loss, router_z_loss: weights of the routers' losses, summed over the layers.
       balance_bias_rate: see router_balance.move_balance_biases; for model.balance_bias.
       skip_spikes_sigma: see anomalies.judge; None: only what is not finite is skipped.
+      ema_decay: see parameter_average.with_parameters; None: the state holds no average.
     """
 
     schedule: str
@@ -52,6 +54,7 @@ class StepOptions:
     router_z_loss: float = 0.0
     balance_bias_rate: float = 0.0
     skip_spikes_sigma: float | None = None
+    ema_decay: float | None = None
 
 
 class Totals(NamedTuple):
@@ -188,10 +191,15 @@ def make_train_step(
                 update_is_finite=all_finite(params),
                 sigma=options.skip_spikes_sigma,
             )
-            before, after = (state.params, state.opt_state), (params, opt_state)
-            params, opt_state = keep_where(skip, before, after)
+            average = state.average
+            if average is not None:
+                average = with_parameters(average, params, decay=present(options.ema_decay))
+            params, opt_state, average = keep_where(
+                skip, (state.params, state.opt_state, state.average), (params, opt_state, average)
+            )
         measured = None if measure is None else _measured(measure, state.params, batch, sown)
-        return TrainState(state.step + 1, params, opt_state, anomalies), metrics | anomaly_metrics(anomalies), measured
+        after = TrainState(state.step + 1, params, opt_state, anomalies, average)
+        return after, metrics | anomaly_metrics(anomalies), measured
 
     return train_step
 

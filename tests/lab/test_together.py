@@ -70,8 +70,9 @@ def programs():
 
 
 def _configs(files, directory):
-    """Three runs: two seeds at one rate, and one of them at another rate."""
-    asked = comparison([*SMALL, *files, f"run.dir={directory}", "run.name=lab", "seeds=[0,1]"])
+    """Three runs: two seeds at one rate, and one of them at another rate; all average their parameters."""
+    keys = [f"run.dir={directory}", "run.name=lab", "seeds=[0,1]", "optimizer.ema_decay=0.5"]
+    asked = comparison([*SMALL, *files, *keys])
     (contestant,) = asked.contestants
     runs = ((1e-3, 0), (1e-3, 1), (8e-3, 0))
     return [trainer.run_config(contestant, asked.directory, rate=rate, seed=seed) for rate, seed in runs]
@@ -116,10 +117,11 @@ def test_losses_gradients_scores_and_parameters_are_those_of_single_runs(alone, 
             np.testing.assert_allclose(found, expected, rtol=ALIKE)
         assert outcome["held"].tokens == scores["held"].tokens
         assert outcome["held"].loss == pytest.approx(scores["held"].loss, rel=ALIKE)
-        config, params = hn.load_run(_directory(of_group))
-        assert config == of_group
-        expected = hn.load_run(_directory(one))[1]
-        jax.tree.map(_assert_alike, params, expected)
+        for plain in (False, True):
+            config, params = hn.load_run(_directory(of_group), plain=plain)
+            assert config == of_group
+            expected = hn.load_run(_directory(one), plain=plain)[1]
+            jax.tree.map(_assert_alike, params, expected)
         ends.append(outcome["held"].loss)
     # Otherwise the comparison could not tell the runs from one another.
     assert min(abs(first / second - 1) for first in ends for second in ends if first != second) > 100 * ALIKE
@@ -240,6 +242,7 @@ def test_a_sweep_asks_for_all_rates_of_its_grid_at_once(files, tmp_path, monkeyp
         ("together=0", "together=0: must be at least 1"),
         ("init_from=runs/other", "init_from=runs/other: not with together=2; leave one of the two out"),
         ("eval.tasks=[arc_easy]", "eval.tasks=[...]: not with together=2"),
+        ("eval.plain=true optimizer.ema_decay=0.9", "eval.plain=true: not with together=2"),
         ("train.profile=true", "train.profile=true: not with together=2"),
         ("run.wandb=true", "run.wandb=true: not with together=2"),
         ("train.sample_tokens=3", "train.sample_tokens=3: not with together=2"),
@@ -247,7 +250,7 @@ def test_a_sweep_asks_for_all_rates_of_its_grid_at_once(files, tmp_path, monkeyp
     ],
 )
 def test_what_cannot_be_done_at_once_is_refused(argument, message, files, tmp_path, capsys):
-    arguments = [*SMALL, *files, f"run.dir={tmp_path}", "together=2", argument]
+    arguments = [*SMALL, *files, f"run.dir={tmp_path}", "together=2", *argument.split()]
     assert main(["lab", "compare", *arguments]) == 2
     told = capsys.readouterr().err
     assert message in told

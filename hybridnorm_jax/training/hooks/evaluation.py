@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,9 +17,15 @@ from hybridnorm_jax.training.metrics_file import read_records
 from hybridnorm_jax.training.run import Run
 from hybridnorm_jax.training.step import Batch
 
+# In a line of metrics: the scores beside it are of averaged parameters, and this was optimizer.ema_decay.
+AVERAGED = "eval/ema_decay"
+
 
 class Evaluation(Hook):
     """Scores the validation sets, and tasks, after every `every`-th step and the last; sets run.scores, task_scores.
+
+    Where the run averages its parameters, the average is scored. With eval.plain the sets are scored once more, with
+    the parameters that are not averaged (run.plain_scores).
 
     Args:
       score: run -> the scores of its validation sets, where others than the run's own program compute them.
@@ -60,6 +67,7 @@ class Evaluation(Hook):
         """Score and record."""
         self._score(run)
         losses = {f"eval/{name}/loss": score.loss for name, score in run.scores.items()}
+        losses |= {f"eval_plain/{name}/loss": score.loss for name, score in run.plain_scores.items()}
         tasks = {
             f"eval/task/{name}/{metric}": value
             for name, score in run.task_scores.items()
@@ -67,12 +75,18 @@ class Evaluation(Hook):
         }
         if not losses and not tasks:
             return
-        run.writer.write(run.step, losses | tasks)
+        decay = run.config.optimizer.ema_decay
+        averaged = {} if decay is None else {AVERAGED: decay}
+        run.writer.write(run.step, losses | tasks | averaged)
         if run.step == run.steps:
             return
         if losses:
             shown = ", ".join(f"{name} {score.loss:.4f}" for name, score in run.scores.items())
-            say_above_bar(f"{run.named}step {run.step}: evaluation loss {shown} nats per token")
+            of_which = "" if decay is None else " of the averaged parameters"
+            say_above_bar(f"{run.named}step {run.step}: evaluation loss{of_which} {shown} nats per token")
+        if run.plain_scores:
+            shown = ", ".join(f"{name} {score.loss:.4f}" for name, score in run.plain_scores.items())
+            say_above_bar(f"{run.named}step {run.step}: without averaging {shown} nats per token")
         if tasks:
             shown = ", ".join(f"{name.removeprefix('eval/task/')} {value:.4f}" for name, value in tasks.items())
             say_above_bar(f"{run.named}step {run.step}: tasks {shown}")
@@ -80,15 +94,19 @@ class Evaluation(Hook):
     def _score(self, run: Run) -> None:
         with run.ledger.phase("evaluation"):
             run.scores = self._scores_of(run)
+            if run.config.eval.plain:
+                run.plain_scores = self._computed(run, plain=True)
             if run.task_model is not None:
                 run.task_scores = run.task_model.scores(
-                    run.state.params, step=run.step, before_batch=partial(_still_alive, run)
+                    run.state.params_in_use, step=run.step, before_batch=partial(_still_alive, run)
                 )
         run.clock.restart()
 
-    def _computed(self, run: Run) -> dict[str, perplexity.Score]:
+    def _computed(self, run: Run, *, plain: bool = False) -> dict[str, perplexity.Score]:
+        params = run.state.params if plain else run.state.params_in_use
+
         def eval_step(batch: Batch) -> LossSums:
-            return self._eval_step(run, batch)
+            return self._eval_step(run, params, batch)
 
         return perplexity.evaluate_sets(
             eval_step,
@@ -100,10 +118,10 @@ class Evaluation(Hook):
             progress=jax.process_index() == 0,
         )
 
-    def _eval_step(self, run: Run, batch: Batch) -> LossSums:
+    def _eval_step(self, run: Run, params: Any, batch: Batch) -> LossSums:
         _still_alive(run)
         with run.ledger.phase("evaluation" if self._compiled else "compilation"):
-            sums = run.program.eval_step(run.state.params, batch, step=run.state.step)
+            sums = run.program.eval_step(params, batch, step=run.state.step)
         self._compiled = True
         return sums
 
