@@ -96,7 +96,9 @@ def _gib(number: float) -> str:
 
 
 def _memory_rows(plan: Plan) -> list[Row]:
-    rows = [Row("memory", f"per device: {_gib(plan.state_bytes)} of parameters and optimizer state by their shapes")]
+    averaged = "" if plan.config.optimizer.ema_decay is None else ", their average"
+    state = f"{_gib(plan.state_bytes)} of parameters{averaged} and optimizer state by their shapes"
+    rows = [Row("memory", f"per device: {state}")]
     memory = plan.memory
     if memory is not None:
         stated = "the sum of all these, as the compiler states no other"
