@@ -45,6 +45,19 @@ class OptimizerSection:
     decay_norms_and_biases: bool = key(
         True, "biases and the scales of norms decay too; learned scales of branches, heads and the like never do"
     )
+    rate_factors: dict[str, float] = key(
+        {},
+        "groups of parameters with a learning rate of their own: pattern of their paths -> factor, such as "
+        "{'*/router/kernel': 0.1}; the last pattern that fits counts",
+        at_least=0,
+        at_most=LARGEST_RATE,
+    )
+    weight_decays: dict[str, float] = key(
+        {},
+        "groups with a weight decay of their own, which the two keys above do not decide: pattern -> weight decay",
+        at_least=0,
+        at_most=LARGEST_RATE,
+    )
     clip: float | None = key(
         1.0, "largest global norm of the gradient; null: no clipping", at_least=SMALLEST, at_most=1e9
     )

@@ -266,6 +266,9 @@ class RunConfig:
         right = f"must be at most train.seq_len={self.train.seq_len}"
         check(stride is None or stride <= self.train.seq_len, "eval.stride", stride, right)
         self._check_forms()
+        own = self.optimizer.weight_decays
+        right = f"model.scheme={self.model.scheme} keeps its matrices at unit length, and nothing decays"
+        check(not own or not self.model.scheme_rule.sphere, "optimizer.weight_decays", own, right)
 
     def _check_forms(self) -> None:
         model, form = self.model, self.train.equivalent_form

@@ -63,6 +63,8 @@ _NOT_COMPILED = (
     "optimizer.warmup_tokens",
     "optimizer.wsd_decay_fraction",
     "optimizer.piecewise",
+    "optimizer.rate_factors",
+    "optimizer.weight_decays",
     "optimizer.weight_decay",
     "train.steps",
     "train.seed",
@@ -81,8 +83,8 @@ _NOT_COMPILED = (
 )
 _SECTIONS_NOT_COMPILED = ("run.", "data.", "checkpoint.", "eval.", "distributed.")
 _SEGMENTS = "data.segment_ids"
-# Maps whose numbers are arguments of the step, but how many there are is not.
-_COUNTED = ("optimizer.piecewise",)
+# Maps of numbers that are arguments of the step -> what of them is compiled: how many there are, or their names.
+_COMPILED_OF_MAPS = {"optimizer.piecewise": len, "optimizer.rate_factors": list, "optimizer.weight_decays": list}
 
 
 def compiled_values(config: RunConfig) -> dict[str, Any]:
@@ -93,7 +95,7 @@ def compiled_values(config: RunConfig) -> dict[str, Any]:
         for path, value in values.items()
         if path == _SEGMENTS or (path not in _NOT_COMPILED and not path.startswith(_SECTIONS_NOT_COMPILED))
     }
-    return compiled | {f"numbers of {path}": len(values[path]) for path in _COUNTED}
+    return compiled | {path: compiled_of(values[path]) for path, compiled_of in _COMPILED_OF_MAPS.items()}
 
 
 class Program:

@@ -1,11 +1,14 @@
-"""Which parameters decay."""
+"""Which parameters decay, and how much."""
 
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from hybridnorm_jax.config.optimizer_section import OptimizerSection
+from hybridnorm_jax.training.optimizers.groups import check_patterns, own_number
+from hybridnorm_jax.training.optimizers.schedules import StepNumbers
 
 
 def decay_mask(config: OptimizerSection, params: Any) -> Any:
@@ -36,3 +39,31 @@ def decay_mask(config: OptimizerSection, params: Any) -> Any:
         return in_group and config.decay_norms_and_biases
 
     return jax.tree.map_with_path(decays, params)
+
+
+def decayed(config: OptimizerSection, numbers: StepNumbers) -> optax.GradientTransformation:
+    """Adds weight_decay * parameter to the direction of every parameter that decays.
+
+    Those that optimizer.weight_decays names have their own weight decay; of the others decay_mask says which decay.
+    """
+    patterns = config.weight_decays
+    if not patterns:
+        return optax.add_decayed_weights(numbers.weight_decay, mask=lambda params: decay_mask(config, params))
+
+    def own(path: tuple[Any, ...]) -> Any:
+        return own_number(path, patterns, numbers.weight_decays)
+
+    def mask(params: Any) -> Any:
+        check_patterns("optimizer.weight_decays", patterns, params)
+        in_general = decay_mask(config, params)
+        return jax.tree.map_with_path(lambda path, decays: decays or own(path) is not None, in_general)
+
+    def update(directions: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
+        def moved(path: tuple[Any, ...], direction: Any, parameter: Any) -> Any:
+            number = own(path)
+            return direction + (numbers.weight_decay if number is None else number) * parameter
+
+        return jax.tree.map_with_path(moved, directions, params), state
+
+    # The state is that of optax.add_decayed_weights, so that a branch of a run may have other groups.
+    return optax.masked(optax.GradientTransformation(lambda params: optax.EmptyState(), update), mask)

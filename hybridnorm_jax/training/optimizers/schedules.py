@@ -37,6 +37,7 @@ class StepNumbers(NamedTuple):
       weight_decay: decoupled, times the learning rate.
       dropout_seed: the numbers of a jax.random key (random.key_data), from which dropout is drawn.
       pieces: of the schedule `piecewise`; None: of another schedule.
+      rate_factors, weight_decays: of the groups of parameters that have their own, in the order of their patterns.
     """
 
     peak: float
@@ -47,6 +48,8 @@ class StepNumbers(NamedTuple):
     weight_decay: float
     dropout_seed: UInt32[np.ndarray, "words"]
     pieces: Pieces | None = None
+    rate_factors: tuple[float, ...] = ()
+    weight_decays: tuple[float, ...] = ()
 
 
 def step_numbers(config: OptimizerSection, *, steps: int, tokens_per_step: int, seed: int) -> StepNumbers:
@@ -68,6 +71,8 @@ def step_numbers(config: OptimizerSection, *, steps: int, tokens_per_step: int, 
         weight_decay=config.weight_decay,
         dropout_seed=np.asarray(jax.random.key_data(jax.random.key(seed))),
         pieces=_pieces(config),
+        rate_factors=tuple(config.rate_factors.values()),
+        weight_decays=tuple(config.weight_decays.values()),
     )
 
 

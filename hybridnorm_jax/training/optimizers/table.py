@@ -1,12 +1,11 @@
-"""The optimizer of a run, made from its configuration."""
-
-from functools import partial
+"""The table of optimizers, and the optimizer of a run, made from its configuration."""
 
 import optax
 
 from hybridnorm_jax.config.optimizer_section import OptimizerSection
-from hybridnorm_jax.training.optimizers.decay import decay_mask
-from hybridnorm_jax.training.optimizers.schedules import StepNumbers, learning_rate
+from hybridnorm_jax.training.optimizers.decay import decayed
+from hybridnorm_jax.training.optimizers.rates import rated
+from hybridnorm_jax.training.optimizers.schedules import StepNumbers
 from hybridnorm_jax.training.unit_matrices import keep_unit_matrices
 
 
@@ -21,8 +20,7 @@ def make_optimizer(
     """
     clip = [] if config.clip is None else [optax.clip_by_global_norm(config.clip)]
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
-    rate = optax.scale_by_learning_rate(partial(learning_rate, config.schedule, numbers, wsd_decay=config.wsd_decay))
+    decay, rate = decayed(config, numbers), rated(config, numbers)
     if unit_matrices:
         return optax.chain(*clip, adam, rate, keep_unit_matrices())
-    decay = optax.add_decayed_weights(numbers.weight_decay, mask=lambda params: decay_mask(config, params))
     return optax.chain(*clip, adam, decay, rate)

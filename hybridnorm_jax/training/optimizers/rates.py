@@ -1,0 +1,33 @@
+"""The last step of every optimizer: a direction becomes an update by the learning rate of each parameter."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import optax
+
+from hybridnorm_jax.config.optimizer_section import OptimizerSection
+from hybridnorm_jax.training.optimizers.groups import check_patterns, own_number
+from hybridnorm_jax.training.optimizers.schedules import StepNumbers, learning_rate
+
+
+def rated(config: OptimizerSection, numbers: StepNumbers) -> optax.GradientTransformation:
+    """Multiplies every direction by -(learning rate) and by the factor of its parameter."""
+    schedule = partial(learning_rate, config.schedule, numbers, wsd_decay=config.wsd_decay)
+    rate = optax.scale_by_learning_rate(schedule)
+    patterns = config.rate_factors
+    if not patterns:
+        return rate
+
+    def init(params: Any) -> optax.OptState:
+        check_patterns("optimizer.rate_factors", patterns, params)
+        return rate.init(params)
+
+    def update(directions: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
+        def scaled(path: tuple[Any, ...], direction: Any) -> Any:
+            factor = own_number(path, patterns, numbers.rate_factors)
+            return direction if factor is None else factor * direction
+
+        return rate.update(jax.tree.map_with_path(scaled, directions), state, params)
+
+    return optax.GradientTransformation(init, update)
