@@ -4,6 +4,8 @@ import dataclasses
 
 from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
 
+# How documents become rows: data.packing.
+PACKINGS = ("windows", "documents", "padded")
 SOURCES = ("stdlib", "text", "tokens")
 # data.tokenizer of a model that came without one.
 UNKNOWN_TOKENIZER = "unknown"
@@ -31,6 +33,11 @@ class DataSection:
         0.02, "share of documents held out, chosen by a hash of each one's identity", at_least=0, below=1
     )
     validation: dict[str, tuple[str, ...]] = key({}, "further validation sets: name -> files, as data.files")
+    packing: str = key(
+        "windows",
+        "windows (a row runs across documents) | documents (a row holds whole ones, packed, kept apart as by "
+        "data.segment_ids) | padded (one document a row)",
+    )
     segment_ids: bool = key(False, "documents do not attend to each other, and positions restart in each")
     cache_dir: str = key("~/.cache/hybridnorm_jax", "where tokenized text is kept")
     read_threads: int = key(2, "threads that read windows ahead", at_least=1, at_most=1024)
@@ -39,6 +46,7 @@ class DataSection:
         check_fields("data", self)
         check_choice("data.source", self.source, SOURCES)
         check_choice("data.token_dtype", self.token_dtype, TOKEN_DTYPES)
+        check_choice("data.packing", self.packing, PACKINGS)
         needs = self.source == "stdlib" or bool(self.files)
         check(needs, "data.files", list(self.files), f"data.source={self.source} needs at least one file")
         only = self.source != "stdlib" or not self.files
@@ -47,6 +55,11 @@ class DataSection:
         check(only, "data.separator_id", self.separator_id, "only for data.source=tokens; text has data.separator")
         for name in self.validation:
             check(bool(name.strip()), "data.validation", self.validation, "a validation set needs a name")
+
+    @property
+    def keeps_documents_apart(self) -> bool:
+        """Whether a row says which document a token belongs to, so that none attends to another."""
+        return self.segment_ids or self.packing == "documents"
 
     @property
     def has_tokenizer_file(self) -> bool:

@@ -305,5 +305,5 @@ class RunConfig:
 
     @property
     def tokens_per_step(self) -> int:
-        """Target tokens of one optimizer step, over all devices."""
+        """Positions of one optimizer step, over all devices; those that hold padding count too."""
         return self.train.batch_size * self.train.seq_len

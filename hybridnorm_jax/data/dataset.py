@@ -1,13 +1,13 @@
-"""From the configuration's `data` section to training and validation windows."""
+"""From the configuration's `data` section to training and validation rows."""
 
 import dataclasses
 
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data.identity import FileIdentity
 from hybridnorm_jax.data.opened_source import OpenedSource, SourceOpener, Split
+from hybridnorm_jax.data.rows import Rows, make_rows
 from hybridnorm_jax.data.sources import find_files
 from hybridnorm_jax.data.tokenizers import Tokenizer
-from hybridnorm_jax.data.windows import Windows
 from hybridnorm_jax.errors import DataError
 
 HELD_OUT = "validation"
@@ -18,8 +18,8 @@ class Data:
     """What a run reads.
 
     Attributes:
-      train: the training windows.
-      validation: name -> windows; "validation" is the held-out split, the others are data.validation's sets.
+      train: the training rows.
+      validation: name -> rows; "validation" is the held-out split, the others are data.validation's sets.
       tokenizer: None where token files are read and data.tokenizer names no file.
       description: one line for people.
       files: the identity of every file of data.files, or of the standard library, in the order they are read.
@@ -28,8 +28,8 @@ class Data:
         is depends on all the others.
     """
 
-    train: Windows
-    validation: dict[str, Windows]
+    train: Rows
+    validation: dict[str, Rows]
     tokenizer: Tokenizer | None
     description: str
     files: tuple[FileIdentity, ...] = ()
@@ -56,22 +56,33 @@ def open_data(data: DataSection, *, seq_len: int, vocab_size: int, progress: boo
     }
     _check_lengths(data, seq_len, own, sets)
 
-    def windows(split: Split, *, tail: bool) -> Windows:
-        return Windows(
+    def rows(split: Split, key: str, *, training: bool = False) -> Rows:
+        made = make_rows(
             split.stream,
+            data,
             seq_len=seq_len,
-            tail=tail,
-            separator_id=own.separator_id if data.segment_ids else None,
+            separator_id=own.separator_id,
+            training=training,
             bytes_per_token=split.bytes_per_token,
             words_per_token=split.words_per_token,
+            progress=progress,
         )
+        if not len(made):
+            right = "data.packing=windows, in which a target may be of the document after its input"
+            raise DataError(f"{key}: no document has two tokens, so none has a target; {right}")
+        return made
 
-    held_out = {HELD_OUT: own.held_out} if data.validation_fraction else {}
+    train = rows(own.train, "data.files", training=True)
+    validation = {name: rows(split, f"data.validation.{name}") for name, split in sets.items()}
+    if data.validation_fraction:
+        held_out = rows(own.held_out, f"data.validation_fraction={data.validation_fraction}")
+        validation = {HELD_OUT: held_out, **validation}
+    packed = "" if data.packing == "windows" else f", in {len(train):,} rows with {train.padding:.3%} padding"
     return Data(
-        train=windows(own.train, tail=False),
-        validation={name: windows(split, tail=True) for name, split in (held_out | sets).items()},
+        train=train,
+        validation=validation,
         tokenizer=opener.tokenizer,
-        description=own.description,
+        description=own.description + packed,
         files=own.files,
         is_split_by_hash=own.is_split_by_hash,
     )
@@ -88,7 +99,7 @@ def _check_lengths(data: DataSection, seq_len: int, own: OpenedSource, sets: dic
         if len(split.stream) < 2:
             raise DataError(f"data.validation.{name}: one token is too few to predict any; give more data")
     train = len(own.train.stream)
-    if train < seq_len + 1:
+    if data.packing == "windows" and train < seq_len + 1:
         fraction = ", or lower data.validation_fraction" if data.validation_fraction else ""
         right = f"lower train.seq_len, or give more data{fraction}"
         wrong = f"a window needs {seq_len + 1} tokens, but there are {train} to train on"

@@ -182,9 +182,10 @@ class SourceOpener:
 
 
 def _check_separator_id(data: DataSection, vocab_size: int) -> None:
-    if data.segment_ids and data.separator_id is None:
+    if (data.segment_ids or data.packing != "windows") and data.separator_id is None:
+        asks = "data.segment_ids=true" if data.segment_ids else f"data.packing={data.packing}"
         right = "the id that ends a document must be given"
-        raise DataError(f"data.separator_id=null: data.segment_ids=true with data.source=tokens: {right}")
+        raise DataError(f"data.separator_id=null: {asks} with data.source=tokens: {right}")
     if data.separator_id is not None and not 0 <= data.separator_id < vocab_size:
         right = f"must be an id of the vocabulary, from 0 to model.vocab_size-1={vocab_size - 1}"
         raise DataError(f"data.separator_id={data.separator_id}: {right}")

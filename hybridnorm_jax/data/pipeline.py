@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from hybridnorm_jax.data.windows import Windows
+from hybridnorm_jax.data.rows import Rows
 from hybridnorm_jax.errors import DataError
 from hybridnorm_jax.mesh.batch_shares import WHOLE_BATCH, BatchShare
 
@@ -15,7 +15,7 @@ Batch = dict[str, np.ndarray]
 
 
 def train_iterator(
-    windows: Windows,
+    windows: Rows,
     *,
     batch_size: int,
     accumulation: int = 1,
@@ -25,7 +25,7 @@ def train_iterator(
 ) -> grain.DatasetIterator:
     """Endless batches of this process, arrays (accumulation, local microbatch, seq_len).
 
-    The global order is a function of the seed alone. Each epoch is another permutation of all windows, computed from
+    The global order is a function of the seed alone. Each epoch is another permutation of all rows, computed from
     the index, so that nothing is stored. Step s takes rows s B to s B + B - 1 of the epochs' concatenation, B =
     `batch_size`. Microbatch a is the step's a-th stretch of B / accumulation rows, of which this process reads only its
     share.
@@ -61,13 +61,13 @@ def train_iterator(
 
 
 def validation_batches(
-    windows: Windows,
+    windows: Rows,
     *,
     batch_size: int,
     batches: int | None = None,
     share: BatchShare = WHOLE_BATCH,
 ) -> Iterator[Batch]:
-    """All windows once, in order (at most `batches` batches), arrays (local batch, seq_len) of this process.
+    """All rows once, in order (at most `batches` batches), arrays (local batch, seq_len) of this process.
 
     The last batch is filled up with rows of zeros, which have weight 0: every process gets the same number of
     batches.

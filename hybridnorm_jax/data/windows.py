@@ -1,11 +1,16 @@
 """Fixed windows over one long stream of tokens."""
 
 import dataclasses
+import os
+from collections.abc import Iterator
 from typing import Protocol, Self
 
 import numpy as np
 
 from hybridnorm_jax.errors import DataError
+
+# Separators are looked for in so many tokens at a time.
+SCANNED = 1 << 22
 
 
 class Tokens(Protocol):
@@ -70,6 +75,53 @@ class TokenStream:
         begins[self._ends[first:last] - start] = True
         return begins
 
+    def document_ends(self, separator_id: int | None) -> Iterator[np.ndarray]:
+        """The place behind the last token of every document, as int64, ascending, in parts.
+
+        An extent's index says where its documents end; without one, separators do. The end of an extent ends a
+        document too.
+
+        Args:
+          separator_id: belongs to the document that it ends; None: only indexes and the ends of extents end documents.
+
+        Raises:
+          DataError: a token outside the vocabulary, where separators are looked for.
+        """
+        before = 0
+        for extent in self._extents:
+            for start in range(extent.start, extent.stop, SCANNED):
+                stop = min(start + SCANNED, extent.stop)
+                ends = self._ends_within(extent, start, stop, separator_id)
+                if stop == extent.stop and (not len(ends) or ends[-1] != stop):
+                    ends = np.append(ends, stop)
+                yield ends - extent.start + before
+            before += extent.stop - extent.start
+
+    def _ends_within(self, extent: Extent, start: int, stop: int, separator_id: int | None) -> np.ndarray:
+        """Those of the extent's documents that end in (start, stop], as places of its array."""
+        if extent.ends is not None:
+            # Numbers of another type than the index would be compared as floats, all of it after a conversion.
+            first, last = np.searchsorted(extent.ends, np.array([start, stop], extent.ends.dtype), side="right")
+            return np.array(extent.ends[first:last], np.int64)
+        if separator_id is None:
+            return np.empty(0, np.int64)
+        tokens = self._checked(extent, start, extent.array[start:stop])
+        return start + 1 + np.flatnonzero(tokens == separator_id)
+
+    def marks(self) -> list[list[int | str]] | None:
+        """What changes when the tokens may be others: of every extent its place in its file, and that file's state.
+
+        None: it is not known, as of a file in a bucket.
+        """
+        states: dict[str, list[int]] = {}
+        try:
+            for name in {extent.name for extent in self._extents}:
+                state = os.stat(name)
+                states[name] = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev]
+        except OSError:
+            return None
+        return [[extent.name, extent.start, extent.stop, *states[extent.name]] for extent in self._extents]
+
     def _checked(self, extent: Extent, first: int, tokens: np.ndarray) -> np.ndarray:
         wrong = (tokens < 0) | (tokens >= self._vocab_size)
         if wrong.any():
@@ -103,9 +155,12 @@ class Windows:
 
     Attributes:
       num_tokens: tokens of the stream, separators included.
+      padding: the share of positions that hold no token, where there is no tail.
       bytes_per_token: bytes of text per token of the stream; None where unknown.
       words_per_token: words, which whitespace separates, per token of the stream; None where unknown.
     """
+
+    padding = 0.0
 
     def __init__(
         self,
@@ -145,6 +200,10 @@ class Windows:
             words_per_token=self.words_per_token,
             stride=stride,
         )
+
+    def beginning(self, count: int) -> np.ndarray:
+        """The first `count` tokens, fewer where there are not so many."""
+        return self._stream.read(0, min(count, self.num_tokens))
 
     def __len__(self) -> int:
         return self._num_rows

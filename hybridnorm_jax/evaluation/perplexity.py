@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hybridnorm_jax.data import Windows, validation_batches
+from hybridnorm_jax.data import Rows, validation_batches
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.mesh.batch_shares import WHOLE_BATCH, BatchShare
 from hybridnorm_jax.model.loss import LossSums
@@ -126,7 +126,7 @@ def _one_batch_late(eval_step: EvalStep, batches: Iterable[Batch]) -> Iterator[L
 
 def evaluate_sets(
     eval_step: EvalStep,
-    sets: Mapping[str, Windows],
+    sets: Mapping[str, Rows],
     *,
     batch_size: int,
     share: BatchShare = WHOLE_BATCH,
@@ -142,7 +142,7 @@ def evaluate_sets(
       share: the stretch of every batch that this process reads.
       sequences: how many of each set, its first; None: all. What is left of the last batch is filled up with sequences
         of weight 0, so the score does not depend on batch_size.
-      stride: see data.Windows; None: sequences do not overlap.
+      stride: see Rows.with_stride; None: sequences do not overlap.
       progress: whether a terminal shows a progress bar.
     """
     (scores,) = evaluate_sets_of_models(
@@ -160,7 +160,7 @@ def evaluate_sets(
 
 def evaluate_sets_of_models(
     eval_step: EvalStep,
-    sets: Mapping[str, Windows],
+    sets: Mapping[str, Rows],
     *,
     models: int,
     batch_size: int,
@@ -203,7 +203,7 @@ def evaluate_sets_of_models(
 class _First:
     """The first rows of a set."""
 
-    def __init__(self, windows: Windows, count: int):
+    def __init__(self, windows: Rows, count: int):
         self._windows, self._count = windows, min(count, len(windows))
 
     def __len__(self) -> int:

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Int
 
 from hybridnorm_jax.config.run_config import LARGEST_SEED, RunConfig
-from hybridnorm_jax.data import Data, Tokenizer, Windows
+from hybridnorm_jax.data import Data, Rows, Tokenizer
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.generation.generate import generate
 from hybridnorm_jax.generation.sampling import Sampling
@@ -134,10 +134,9 @@ def _own_prompt(text: str, tokenizer: Tokenizer) -> Prompt:
     return Prompt(begin_document(tokenizer.encode(text), tokenizer), text, source)
 
 
-def _first_line(windows: Windows, tokenizer: Tokenizer, window: int, source: str) -> Prompt:
+def _first_line(windows: Rows, tokenizer: Tokenizer, window: int, source: str) -> Prompt:
     """The first line of a set's first document, as far as it and the separator fit the window."""
-    row = windows[0]
-    ids = row["tokens"][: min(len(row["tokens"]), windows.num_tokens, MOST_TOKENS, max(window - 1, 1))]
+    ids = windows.beginning(min(MOST_TOKENS, max(window - 1, 1)))
     ends = np.flatnonzero(ids == tokenizer.separator_id) if tokenizer.separator_id is not None else []
     # A set of token files may begin with the end of a document.
     after = next((end for end in ends if tokenizer.decode(ids[:end]).strip()), None)

@@ -121,7 +121,7 @@ def _obstacle(limits: _Limits, platform: str | None, dtype: Any, head_dim: int, 
     if jnp.dtype(dtype).name not in limits.dtypes:
         return f"needs model.dtype {' or '.join(limits.dtypes)}, not {jnp.dtype(dtype).name}"
     if segment_ids and not limits.segment_ids:
-        return "has no segment ids, data.segment_ids=true needs them"
+        return "has no segment ids, which data.segment_ids=true and data.packing=documents need"
     if head_dim % limits.head_dim_step or head_dim > limits.head_dim_max:
         multiple = f"a multiple of {limits.head_dim_step} up to {limits.head_dim_max}"
         return f"needs model.head_dim {multiple}, not {head_dim}"

@@ -9,9 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridnorm_jax.data import Data, open_data
+from hybridnorm_jax.data import Data, Rows, open_data
 from hybridnorm_jax.data.pipeline import validation_batches
-from hybridnorm_jax.data.windows import Windows
 from hybridnorm_jax.lab.compare import with_budget
 from hybridnorm_jax.lab.compare_options import Comparison, Contestant, run_config
 from hybridnorm_jax.lab.run_results import hardware
@@ -145,7 +144,7 @@ def _timed(call: Callable[[], Any]) -> tuple[float, float]:
     return median, max(0.0, seconds[0] - median)
 
 
-def _scored(windows: Windows, stride: int | None) -> Windows:
+def _scored(windows: Rows, stride: int | None) -> Rows:
     """The sequences of a validation set."""
     return windows if stride is None else windows.with_stride(stride)
 

@@ -70,6 +70,7 @@ def _setting_rows(plan: Plan) -> list[Row]:
         devices += f", {topology.slices} {topology.groups}"
     train = config.train
     batch = f"{train.grad_accumulation} x {plan.microbatch} sequences of {train.seq_len} per device"
+    padding = "" if config.data.packing == "windows" else ", padding included"
     backends = f"attention {plan.attention}"
     if plan.dispatch:
         backends += f", experts {plan.dispatch}"
@@ -78,7 +79,7 @@ def _setting_rows(plan: Plan) -> list[Row]:
     return [
         Row("topology", devices),
         Row("mesh", mesh_text(plan)),
-        Row("batch", f"{batch}; {config.tokens_per_step:,} tokens a step"),
+        Row("batch", f"{batch}; {config.tokens_per_step:,} tokens a step{padding}"),
         Row("parameters", f"{plan.parameters:,}, {plan.parameters_per_device:,} per device"),
         Row("computed by", backends),
         Row("remat", f"{plan.remat}{'' if plan.remat == config.model.remat else ', chosen by model.remat=auto'}"),

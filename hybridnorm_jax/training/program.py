@@ -93,8 +93,9 @@ def compiled_values(config: RunConfig) -> dict[str, Any]:
     compiled = {
         path: value
         for path, value in values.items()
-        if path == _SEGMENTS or (path not in _NOT_COMPILED and not path.startswith(_SECTIONS_NOT_COMPILED))
+        if path not in _NOT_COMPILED and not path.startswith(_SECTIONS_NOT_COMPILED)
     }
+    compiled[_SEGMENTS] = config.data.keeps_documents_apart
     return compiled | {path: compiled_of(values[path]) for path, compiled_of in _COMPILED_OF_MAPS.items()}
 
 
@@ -226,7 +227,7 @@ class Program:
             platform=self.platform,
             dtype=model.dtype,
             head_dim=model.head_dim,
-            segment_ids=self.config.data.segment_ids,
+            segment_ids=self.config.data.keeps_documents_apart,
             capability=capability_of(self.mesh.devices.flat[0]),
             features=model.score_features(self.config.train.seq_len),
         )
@@ -330,7 +331,7 @@ class Program:
         train = self.config.train
         shape = (train.grad_accumulation, self.config.microbatch_size, train.seq_len)
         dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
-        if self.config.data.segment_ids:
+        if self.config.data.keeps_documents_apart:
             dtypes |= {"segment_ids": np.int32, "positions": np.int32}
         place = batch_sharding(self.mesh, 1, self.rules)
         batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}

@@ -114,7 +114,8 @@ def _step(config: RunConfig) -> str:
 def _plan_rows(config: RunConfig, data: Data) -> list[tuple[str, str]]:
     """How much is trained on, and how often the run writes something."""
     tokens = config.train.steps * config.tokens_per_step
-    passes = tokens / data.train.num_tokens
+    padding = round(tokens * data.train.padding)
+    passes = (tokens - padding) / data.train.num_tokens
     passes_text = f"{passes:,.2f} passes" if passes >= 0.005 else "less than 0.01 passes"
     every = {
         "metrics": config.train.log_every,
@@ -123,9 +124,13 @@ def _plan_rows(config: RunConfig, data: Data) -> list[tuple[str, str]]:
     }
     often = ", ".join(f"{what} every {count_text(steps, 'step')}" for what, steps in every.items())
     return [
-        ("training", f"{tokens:,} tokens, {passes_text} over the training data"),
+        ("training", f"{_tokens_text(tokens, padding)}, {passes_text} over the training data"),
         ("writes", often),
     ]
+
+
+def _tokens_text(positions: int, padding: int) -> str:
+    return f"{positions:,} tokens" if not padding else f"{positions - padding:,} tokens and {padding:,} of padding"
 
 
 def _experts(program: Program, total: int) -> str:

@@ -27,8 +27,10 @@ def draw(batch, seq, heads, kv_heads, head_dim, dtype=np.float32, seed=0):
 
 
 def documents(batch, seq, seed=0):
-    """Segment ids of three documents of random lengths."""
-    return jnp.asarray(np.sort(np.random.default_rng(seed).integers(0, 3, (batch, seq)), axis=1))
+    """Segment ids of three documents of random lengths, and behind them of padding, as in a packed row."""
+    ids = np.sort(np.random.default_rng(seed).integers(1, 4, (batch, seq)), axis=1)
+    ids[:, seq - seq // 8 :] = 0
+    return jnp.asarray(ids)
 
 
 def textbook(query, key, value, segment_ids=None):

@@ -40,7 +40,10 @@ def draw(batch, seq, heads, kv_heads, head_dim, seed=0):
 
 
 def documents(batch, seq, seed=0):
-    return np.sort(np.random.default_rng(seed).integers(0, 3, (batch, seq)), axis=1).astype(np.int32)
+    """Segment ids of three documents of random lengths, and behind them of padding, as in a packed row."""
+    ids = np.sort(np.random.default_rng(seed).integers(1, 4, (batch, seq)), axis=1).astype(np.int32)
+    ids[:, seq - seq // 8 :] = 0
+    return ids
 
 
 def norm(head_dim, function, *, bias=False, seed=0):
