@@ -58,6 +58,10 @@ GZIP = _format("a file packed with gzip", Kind.PACKED, rb"\x1f\x8b\x08[\x00-\x1f
 ZSTANDARD = _format("a file packed with zstd", Kind.PACKED, rb"(?:\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18)")
 BZIP2 = _format("a file packed with bzip2", Kind.PACKED, rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)")
 XZ = _format("a file packed with xz", Kind.PACKED, rb"\xfd7zXZ\x00")
+TAR = _format("a tar archive", Kind.ARCHIVE, rb".{257}ustar")
+PARQUET = _format("a Parquet file", Kind.TABLE, rb"PAR1", may_begin_text=True)
+ARROW_FILE = _format("an Arrow file", Kind.TABLE, rb"ARROW1", may_begin_text=True)
+ARROW_STREAM = _format("an Arrow stream", Kind.TABLE, rb"\xff{4}.{2}\x00\x00\x10\x00\x00\x00")
 ZIP = _format("a zip archive", Kind.ARCHIVE, rb"PK(?:\x03\x04|\x05\x06|\x07\x08)")
 FORMATS = (
     GZIP,
@@ -74,14 +78,14 @@ FORMATS = (
     ),
     _format("a file packed with lzip", Kind.PACKED, rb"LZIP\x01"),
     _format("a file packed with Snappy", Kind.PACKED, rb"\xff\x06\x00\x00sNaPpY"),
-    _format("a tar archive", Kind.ARCHIVE, rb".{257}ustar"),
+    TAR,
     ZIP,
     _format("a 7z archive", Kind.ARCHIVE, rb"7z\xbc\xaf\x27\x1c"),
     _format("a RAR archive", Kind.ARCHIVE, rb"Rar!\x1a\x07"),
     _format("a NumPy array", Kind.ARRAY, rb"\x93NUMPY"),
-    _format("a Parquet file", Kind.TABLE, rb"PAR1", may_begin_text=True),
-    _format("an Arrow file", Kind.TABLE, rb"ARROW1", may_begin_text=True),
-    _format("an Arrow stream", Kind.TABLE, rb"\xff{4}.{2}\x00\x00\x10\x00\x00\x00"),
+    PARQUET,
+    ARROW_FILE,
+    ARROW_STREAM,
     _format("an HDF5 file", Kind.TABLE, rb"\x89HDF"),
     _format("an SQLite database", Kind.TABLE, rb"SQLite format 3\x00"),
     _format("an Avro file", Kind.TABLE, rb"Obj\x01"),

@@ -1,8 +1,13 @@
-"""What a data file's name says: whether it holds text or tokens, and whether its text is records of JSON."""
+"""What a data file's name says: whether it holds text or tokens, and in which format."""
 
 PACKED_SUFFIXES = (".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz")
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json")
-TEXT_SUFFIXES = (*RECORD_SUFFIXES, ".txt", ".text", ".md")
+TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")
+# Tar archives whose name says in one word how they are packed.
+PACKED_TAR_SUFFIXES = (".tgz", ".tbz2", ".txz", ".tzst")
+TAR_SUFFIXES = (".tar", *PACKED_TAR_SUFFIXES)
+PLAIN_SUFFIXES = (".txt", ".text", ".md")
+TEXT_SUFFIXES = (*RECORD_SUFFIXES, *TABLE_SUFFIXES, *TAR_SUFFIXES, *PLAIN_SUFFIXES)
 TOKEN_SUFFIXES = (".npy", ".bin")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from hybridnorm_jax.config.record_filter import parse_conditions
 from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
 
 # How documents become rows: data.packing.
@@ -17,7 +18,7 @@ class DataSection:
     """What is read, how it becomes tokens, and what is held out."""
 
     source: str = key(
-        "stdlib", "stdlib (this Python's own sources) | text (.txt, .jsonl, .gz, .zst) | tokens (.npy, .bin)"
+        "stdlib", "stdlib (this Python's own sources) | text (.txt, .jsonl, .parquet, .tar, ...) | tokens (.npy, .bin)"
     )
     files: tuple[str, ...] = key((), "paths or glob patterns, for text and tokens")
     tokenizer: str = key(
@@ -28,7 +29,8 @@ class DataSection:
     separator_id: int | None = key(
         None, "id that ends a document in token files, for segment ids; null: unknown", at_least=0, at_most=2**32 - 1
     )
-    text_field: str = key("text", "field of .jsonl records that holds the text")
+    text_field: str = key("text", "field of records (.jsonl, .parquet, .arrow, .tar) that holds the text")
+    filter: tuple[str, ...] = key((), "only records that meet every condition, such as 'language == en' (docs/data.md)")
     validation_fraction: float = key(
         0.02, "share of documents held out, chosen by a hash of each one's identity", at_least=0, below=1
     )
@@ -53,6 +55,9 @@ class DataSection:
         check(only, "data.files", list(self.files), "data.source=stdlib reads no files; use data.source=text")
         only = self.separator_id is None or self.source == "tokens"
         check(only, "data.separator_id", self.separator_id, "only for data.source=tokens; text has data.separator")
+        only = not self.filter or self.source == "text"
+        check(only, "data.filter", list(self.filter), "only for data.source=text, whose records have fields")
+        parse_conditions(self.filter)
         for name in self.validation:
             check(bool(name.strip()), "data.validation", self.validation, "a validation set needs a name")
 

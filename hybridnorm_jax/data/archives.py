@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import zstandard
-from etils import epath
 
 from hybridnorm_jax.config.data_file_names import PACKED_SUFFIXES
 from hybridnorm_jax.data.identity import regular_file_size
+from hybridnorm_jax.data.places.remote_file import Place, readable
 from hybridnorm_jax.errors import DataError
-from hybridnorm_jax.file_formats import BZIP2, GZIP, XZ, ZSTANDARD, Format, format_of, pointer_of_git_lfs
+from hybridnorm_jax.file_formats import BZIP2, GZIP, START_BYTES, XZ, ZSTANDARD, Format, format_of, pointer_of_git_lfs
 
 CHUNK_BYTES = 1 << 20
 # A packed file may unpack to this many bytes for each of its own, on top of a number that every file may have. Text
@@ -79,7 +79,7 @@ def plain_name(name: str) -> str:
     return name.removesuffix(next(ends, ""))
 
 
-def chunks(path: epath.Path) -> Iterator[bytes]:
+def chunks(path: Place) -> Iterator[bytes]:
     """A file's content, unpacked, in pieces of about CHUNK_BYTES.
 
     Raises:
@@ -88,7 +88,7 @@ def chunks(path: epath.Path) -> Iterator[bytes]:
     """
     size = regular_file_size(path)
     try:
-        with path.open("rb") as stream:
+        with open(readable(path), "rb") as stream:
             start = stream.read(CHUNK_BYTES)
             packing = _packing(path, start)
             raw = _raw_chunks(stream, start)
@@ -106,7 +106,14 @@ def chunks(path: epath.Path) -> Iterator[bytes]:
         raise DataError(f"{path}: {kind} ({error.strerror or error})") from error
 
 
-def _packing(path: epath.Path, start: bytes) -> _Packing | None:
+def is_packed(path: Place) -> bool:
+    """Whether a regular file is packed, by its first bytes."""
+    with open(readable(path), "rb") as stream:
+        found = format_of(stream.read(START_BYTES))
+    return any(found == packing.format for packing in PACKINGS)
+
+
+def _packing(path: Place, start: bytes) -> _Packing | None:
     """How a file with this start is packed: its content says so, and its name must not say otherwise."""
     if pointer := pointer_of_git_lfs(path, start):
         raise DataError(f"{path}: {pointer}")
@@ -159,7 +166,7 @@ def _one_piece(current: Any, piece: bytes) -> Iterator[bytes]:
         piece = current.unconsumed_tail
 
 
-def _bounded(path: epath.Path, unpacked: Iterator[bytes], size: int) -> Iterator[bytes]:
+def _bounded(path: Place, unpacked: Iterator[bytes], size: int) -> Iterator[bytes]:
     """What is unpacked, as long as it is not far more than text of `size` packed bytes could be."""
     most = ALWAYS_ALLOWED + MOST_TIMES * size
     total = 0

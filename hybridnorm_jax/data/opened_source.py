@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from hybridnorm_jax.config.data_section import DataSection
+from hybridnorm_jax.config.record_filter import parse_conditions
 from hybridnorm_jax.data.identity import FileIdentity, identities, relative_names
 from hybridnorm_jax.data.sources import Corpus, find_files, pattern_root, stdlib_corpus, text_corpus
 from hybridnorm_jax.data.text_cache import TextCache, open_text_cache
@@ -97,12 +98,14 @@ class SourceOpener:
         if section.source == "tokens":
             paths = find_files(key, patterns)
             return self._tokens(split_extents(self._opened(paths, section), relative_names(paths), 1.0).held_out)
-        corpus = text_corpus(key, patterns, section.text_field)
+        corpus = text_corpus(key, patterns, section.text_field, parse_conditions(section.filter))
         return self._text_split(self._cached(corpus, fraction=1.0), "validation")
 
     def _text_source(self, section: DataSection, key: str) -> OpenedSource:
-        stdlib = section.source == "stdlib"
-        corpus = stdlib_corpus() if stdlib else text_corpus(key, section.files, section.text_field)
+        if section.source == "stdlib":
+            corpus = stdlib_corpus()
+        else:
+            corpus = text_corpus(key, section.files, section.text_field, parse_conditions(section.filter))
         cache = self._cached(corpus, section.validation_fraction)
         train, held_out = cache.splits["train"], cache.splits["validation"]
         share = _share(held_out.tokens, train.tokens, section.validation_fraction)

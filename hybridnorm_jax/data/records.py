@@ -168,27 +168,17 @@ class _Buffer:
                 raise DataError(f"{place}: not JSON: the file ends inside it; the file is truncated")
 
 
-def record_text(content: str, place: str, text_field: str) -> str:
-    """The text of one record.
+def record_fields(content: str, place: str, text_field: str) -> dict[str, object]:
+    """The fields of one record.
 
     Raises:
-      DataError: no JSON object, or one without text in the field; the message names `place`.
+      DataError: no JSON object; the message names `place`, and the field that is wanted.
     """
     record = _parsed(content, place)
-    field = f"field {text_field!r} (data.text_field)"
     if not isinstance(record, dict):
-        raise DataError(f"{place}: the record is {kind_of(record)}, but must be an object with the {field}")
-    if text_field not in record:
-        raise DataError(f"{place}: the record has no {field}; it has: {_short(', '.join(record)) or 'none'}")
-    text = record[text_field]
-    if not isinstance(text, str):
-        raise DataError(f"{place}: {field} must hold a string, not {kind_of(text)}")
-    return text
-
-
-def _short(names: str) -> str:
-    plain = names.encode("unicode_escape").decode()
-    return plain if len(plain) <= 200 else f"{plain[:200]}..."
+        field = f"the field {text_field!r} (data.text_field)"
+        raise DataError(f"{place}: the record is {kind_of(record)}, but must be an object with {field}")
+    return record
 
 
 def _parsed(content: str, place: str) -> object:

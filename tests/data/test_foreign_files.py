@@ -1,11 +1,9 @@
 """What is said where a file of another format is given as text or as token ids."""
 
-import bz2
 import gzip
 
 import numpy as np
 import pytest
-import zstandard
 from etils import epath
 from foreign_files import FOREIGN, PACKED, POINTER, TEXT, tar
 
@@ -31,6 +29,8 @@ def refused(read, *arguments) -> str:
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_another_format_is_no_text(tmp_path, kind, name):
     content, words = FOREIGN[kind]
+    if name == "a.tar" and kind == "tar":
+        pytest.skip("it is what its name says, and read")
     (tmp_path / name).write_bytes(content)
     message = refused(texts, tmp_path / name)
     assert f"{tmp_path / name}: " in message
@@ -39,20 +39,12 @@ def test_another_format_is_no_text(tmp_path, kind, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "pack"),
-    [
-        ("t.tar", bytes),
-        ("t.tar.gz", gzip.compress),
-        ("t.tgz", gzip.compress),
-        ("t.tar.zst", zstandard.compress),
-        ("t.tar.bz2", bz2.compress),
-        ("j.jsonl.gz", gzip.compress),
-    ],
+    ("name", "pack"), [("t.txt", bytes), ("t.txt.gz", gzip.compress), ("j.jsonl.gz", gzip.compress)]
 )
-def test_a_tar_archive_is_not_trained_on(tmp_path, name, pack):
+def test_a_tar_archive_that_is_called_text_is_not_trained_on(tmp_path, name, pack):
     path = tmp_path / name
     path.write_bytes(pack(tar()))
-    right = f"{path}: a tar archive; unpack it, and name its files"
+    right = f"{path}: a tar archive; give it a name that ends in .tar, and it is read as what it is"
     assert refused(texts, path) == right
     (tmp_path / "good.txt").write_bytes(TEXT)
     section = DataSection(

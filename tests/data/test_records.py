@@ -45,8 +45,8 @@ def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path, content):
 def test_one_array_of_records_is_read_record_by_record(size, indent):
     content = json.dumps(RECORDS, indent=indent).encode()
     chunks = [content[start : start + size] for start in range(0, len(content), size)]
-    read = [records.record_text(one.json.decode(), one.place, "text") for one in records.records("a.json", chunks)]
-    assert read == EXPECTED
+    read = [records.record_fields(one.json.decode(), one.place, "text") for one in records.records("a.json", chunks)]
+    assert [fields["text"] for fields in read] == EXPECTED
 
 
 @pytest.mark.parametrize(
