@@ -14,8 +14,9 @@ from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.config.record_filter import parse_conditions
 from hybridnorm_jax.data.identity import FileIdentity, identities, relative_names
 from hybridnorm_jax.data.sources import Corpus, find_files, pattern_root, stdlib_corpus, text_corpus
-from hybridnorm_jax.data.text_cache import TextCache, open_text_cache
+from hybridnorm_jax.data.text_cache import open_text_cache
 from hybridnorm_jax.data.token_files import OpenFiles, TokenFile, is_split_by_hash, open_token_file, split_extents
+from hybridnorm_jax.data.tokenized_directory import TokenizedDirectory
 from hybridnorm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from hybridnorm_jax.data.windows import Extent, TokenStream
 from hybridnorm_jax.errors import DataError
@@ -107,12 +108,13 @@ class SourceOpener:
         else:
             corpus = text_corpus(key, section.files, section.text_field, parse_conditions(section.filter))
         cache = self._cached(corpus, section.validation_fraction)
-        train, held_out = cache.splits["train"], cache.splits["validation"]
+        found = cache.manifest
+        train, held_out = found.splits["train"], found.splits["validation"]
         share = _share(held_out.tokens, train.tokens, section.validation_fraction)
         description = (
-            f"{corpus.name}: {_documents(cache.documents, train.pieces + held_out.pieces)}, {train.tokens:,} tokens "
+            f"{corpus.name}: {_documents(found.documents, train.pieces + held_out.pieces)}, {train.tokens:,} tokens "
             f"and {held_out.tokens:,} held out{share}, tokenizer {self._known_tokenizer.name}, "
-            f"cached in {cache.directory}"
+            f"cached in {cache.path}"
         )
         return OpenedSource(
             train=self._text_split(cache, "train"),
@@ -120,7 +122,7 @@ class SourceOpener:
             separator_id=self._known_tokenizer.separator_id,
             description=description,
             files=corpus.identities,
-            is_split_by_hash=cache.is_split_by_hash,
+            is_split_by_hash=found.is_split_by_hash,
         )
 
     @property
@@ -129,20 +131,20 @@ class SourceOpener:
             raise AssertionError("text is read with a tokenizer")
         return self.tokenizer
 
-    def _cached(self, corpus: Corpus, fraction: float) -> TextCache:
+    def _cached(self, corpus: Corpus, fraction: float) -> TokenizedDirectory:
         tokenizer = self._known_tokenizer
         cache = open_text_cache(
             corpus, tokenizer, fraction=fraction, cache_dir=self._data.cache_dir, progress=self._progress
         )
-        if cache.max_id >= self._vocab_size:
+        if cache.manifest.max_id >= self._vocab_size:
             right = f"set model.vocab_size to at least {tokenizer.vocab_size}"
-            wrong = f"its largest id {cache.max_id} does not fit model.vocab_size={self._vocab_size}"
+            wrong = f"its largest id {cache.manifest.max_id} does not fit model.vocab_size={self._vocab_size}"
             raise DataError(f"data.tokenizer={tokenizer.name}: {wrong}; {right}")
         return cache
 
-    def _text_split(self, cache: TextCache, name: str) -> Split:
-        counts = cache.splits[name]
-        stream = cache.stream(name, self._vocab_size)
+    def _text_split(self, cache: TokenizedDirectory, name: str) -> Split:
+        counts = cache.manifest.splits[name]
+        stream = cache.stream([name], self._vocab_size)
         if not counts.tokens:
             return Split(stream, None, None)
         return Split(stream, counts.bytes / counts.tokens, counts.words / counts.tokens)

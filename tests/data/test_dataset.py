@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hybridnorm_jax.config.data_section import DataSection
-from hybridnorm_jax.data import DataError, blocks, open_data, opened_source, text_cache, text_files
+from hybridnorm_jax.data import DataError, blocks, open_data, opened_source, text_files, tokenizing
 from hybridnorm_jax.errors import UserError
 
 TEXTS = [f"This is text {number}. " * (number % 5 + 1) for number in range(50)]
@@ -320,7 +320,7 @@ def test_a_text_of_two_lines_is_refused(tmp_path):
 
 def test_a_long_text_is_one_document_whatever_its_length(tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "WHOLE_BYTES", 3000)
-    monkeypatch.setattr(text_cache, "LONG_CHARACTERS", 2000)
+    monkeypatch.setattr(tokenizing, "LONG_CHARACTERS", 2000)
     text = "".join(f"Line {number} grün\n" for number in range(2000))
     (tmp_path / "a.txt").write_text(text)
     section = DataSection(

@@ -54,7 +54,7 @@ def build(files, root, tokenizer=None, text_field="text", fraction=0.3):
 
 
 def documents(cache, split):
-    stream = cache.stream(split, 257)
+    stream = cache.stream([split], 257)
     ids = stream.read(0, len(stream)) if len(stream) else np.zeros(0, np.int32)
     assert not len(ids) or ids[-1] == 256
     pieces = np.split(ids, np.flatnonzero(ids == 256) + 1)[:-1]
@@ -71,16 +71,16 @@ def test_every_document_is_in_exactly_one_split(files, root):
 
 @pytest.mark.parametrize("batch", [100, 1 << 19])
 def test_the_index_of_document_ends_is_where_the_separators_are(files, root, monkeypatch, batch):
-    monkeypatch.setattr("hybridnorm_jax.data.text_cache.BATCH_CHARACTERS", batch)
+    monkeypatch.setattr("hybridnorm_jax.data.token_workers.BATCH_CHARACTERS", batch)
     cache, _ = build(files, root)
     for split in ("train", "validation"):
-        tokens = np.load(cache.directory / f"{split}.npy")
-        ends = np.load(cache.directory / f"{split}.ends.npy")
+        tokens = np.load(cache.path / f"{split}-00000.npy")
+        ends = np.load(cache.path / f"{split}-00000.ends.npy")
         assert ends.dtype == np.uint64
         np.testing.assert_array_equal(ends, np.flatnonzero(tokens == 256) + 1)
-        np.testing.assert_array_equal(open_document_ends(cache.directory / f"{split}.npy", len(tokens)), ends)
-        with pytest.raises(DataError, match=rf"{split}\.ends\.npy: no index"):
-            open_document_ends(cache.directory / f"{split}.npy", len(tokens) + 1)
+        np.testing.assert_array_equal(open_document_ends(cache.path / f"{split}-00000.npy", len(tokens)), ends)
+        with pytest.raises(DataError, match=rf"{split}-00000\.ends\.npy: no index"):
+            open_document_ends(cache.path / f"{split}-00000.npy", len(tokens) + 1)
 
 
 def test_a_larger_fraction_only_adds_to_the_held_out_documents(files, root):
@@ -92,13 +92,13 @@ def test_a_larger_fraction_only_adds_to_the_held_out_documents(files, root):
 
 def test_the_counts_are_those_of_the_text(files, root):
     cache, _ = build(files, root)
-    for split, counts in cache.splits.items():
+    for split, counts in cache.manifest.splits.items():
         texts = documents(cache, split)
         assert counts.pieces == len(texts)
         assert counts.bytes == sum(len(text.encode()) for text in texts)
-        assert counts.tokens == counts.bytes + counts.pieces == len(cache.stream(split, 257))
-    assert cache.documents == len(WORDS)
-    assert cache.max_id == 256
+        assert counts.tokens == counts.bytes + counts.pieces == len(cache.stream([split], 257))
+    assert cache.manifest.documents == len(WORDS)
+    assert cache.manifest.max_id == 256
 
 
 def test_a_large_vocabulary_is_stored_in_more_bits(files, root):
@@ -110,12 +110,12 @@ def test_a_large_vocabulary_is_stored_in_more_bits(files, root):
             return [ids.astype(np.int32) + 70_000 for ids in super().encode_batch(texts)]
 
     cache, _ = build(files, root, Shifted())
-    stream = cache.stream("train", 100_001)
-    assert np.load(cache.directory / "train.npy", mmap_mode="r").dtype == np.uint32
-    assert cache.max_id == 100_000
+    stream = cache.stream(["train"], 100_001)
+    assert np.load(cache.path / "train-00000.npy", mmap_mode="r").dtype == np.uint32
+    assert cache.manifest.max_id == 100_000
     assert stream.read(0, 8).tolist() == [70_000 + byte for byte in b"document"]
     small, _ = build(files, root)
-    assert np.load(small.directory / "train.npy", mmap_mode="r").dtype == np.uint16
+    assert np.load(small.path / "train-00000.npy", mmap_mode="r").dtype == np.uint16
 
 
 def test_nothing_is_tokenized_twice(files, root):
@@ -159,31 +159,31 @@ def test_other_settings_get_another_cache_and_leave_the_first(files, root):
 
 
 def damage_missing(directory):
-    (directory / "train.npy").unlink()
+    (directory / "train-00000.npy").unlink()
 
 
 def damage_cut(directory):
-    os.truncate(directory / "validation.npy", 140)
+    os.truncate(directory / "validation-00000.npy", 140)
 
 
 def damage_meta(directory):
-    (directory / "meta.json").write_text('{"file_sizes"')
+    (directory / "manifest.json").write_text('{"splits"')
 
 
 def damage_no_meta(directory):
-    (directory / "meta.json").unlink()
+    (directory / "manifest.json").unlink()
 
 
 @pytest.mark.parametrize("damage", [damage_missing, damage_cut, damage_meta, damage_no_meta])
 def test_a_damaged_cache_is_rebuilt_and_said_so(files, root, capsys, damage):
     cache, _ = build(files, root)
     expected = documents(cache, "train")
-    damage(cache.directory)
+    damage(cache.path)
     capsys.readouterr()
     again, tokenized = build(files, root)
     assert tokenized == len(WORDS)
     assert documents(again, "train") == expected
-    assert capsys.readouterr().err.count(f"{cache.directory}: damaged cache") == 1
+    assert capsys.readouterr().err.count(f"{cache.path}: damaged cache") == 1
     assert build(files, root)[1] == 0
 
 
@@ -191,17 +191,17 @@ def test_what_a_dead_process_left_is_removed_and_a_living_ones_kept(files, root)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     cache, _ = build(files, root)
-    shutil.rmtree(cache.directory)
+    shutil.rmtree(cache.path)
     host = socket.gethostname()
     names = {
-        f"{cache.directory.name}.{host}.{dead.pid}.partial": False,
-        f"{cache.directory.name}.{host}.{os.getpid()}.partial": False,
-        f"{cache.directory.name}.{host}.{os.getppid()}.partial": True,
-        f"{cache.directory.name}.another.{host}.{dead.pid}.partial": True,
+        f"{cache.path.name}.{host}.{dead.pid}.partial": False,
+        f"{cache.path.name}.{host}.{os.getpid()}.partial": False,
+        f"{cache.path.name}.{host}.{os.getppid()}.partial": True,
+        f"{cache.path.name}.another.{host}.{dead.pid}.partial": True,
     }
     for name in names:
         (root / name).mkdir()
-        (root / name / "train.npy").write_bytes(b"half of it")
+        (root / name / "train-00000.npy").write_bytes(b"half of it")
     again, tokenized = build(files, root)
     assert tokenized == len(WORDS)
     assert sorted(documents(again, "train") + documents(again, "validation")) == sorted(WORDS)
@@ -218,8 +218,8 @@ def test_of_two_writers_the_second_keeps_the_firsts(files, root, monkeypatch):
 
     monkeypatch.setattr(os, "rename", rename_late)
     cache, _ = build(files, root)
-    assert (cache.directory / "first").exists()
-    assert list(root.iterdir()) == [cache.directory]
+    assert (cache.path / "first").exists()
+    assert list(root.iterdir()) == [cache.path]
     assert sorted(documents(cache, "train") + documents(cache, "validation")) == sorted(WORDS)
 
 
@@ -228,7 +228,7 @@ def test_bad_text_leaves_nothing_and_loses_nothing(files, root):
     (files.parent / "3.jsonl").write_text("no json")
     with pytest.raises(DataError, match=r"3\.jsonl:1"):
         build(files, root)
-    assert list(root.iterdir()) == [first.directory]
+    assert list(root.iterdir()) == [first.path]
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(files, root, monkeypatch):
@@ -251,8 +251,8 @@ def test_a_directory_that_cannot_be_made_is_named(files, tmp_path):
 
 
 def test_a_progress_bar_counts_files_and_tokens(files, root, capsys, monkeypatch):
-    monkeypatch.setattr("hybridnorm_jax.data.text_cache.can_redraw", lambda stream: True)
-    monkeypatch.setattr("hybridnorm_jax.data.text_cache.BATCH_CHARACTERS", 100)
+    monkeypatch.setattr("hybridnorm_jax.data.tokenizing_display.can_redraw", lambda stream: True)
+    monkeypatch.setattr("hybridnorm_jax.data.token_workers.BATCH_CHARACTERS", 100)
     corpus = text_corpus("data.files", [str(files)], "text")
     open_text_cache(corpus, ByteTokenizer(), fraction=0.3, cache_dir=str(root), progress=True)
     shown = capsys.readouterr().err
@@ -263,6 +263,6 @@ def test_a_progress_bar_counts_files_and_tokens(files, root, capsys, monkeypatch
     monkeypatch.undo()  # standard error is no terminal here
     open_text_cache(corpus, ByteTokenizer(), fraction=0.2, cache_dir=str(root), progress=True)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("hybridnorm_jax.data.text_cache.QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("hybridnorm_jax.data.tokenizing_display.QUIET_SECONDS", 0.0)
     open_text_cache(corpus, ByteTokenizer(), fraction=0.4, cache_dir=str(root), progress=True)
     assert capsys.readouterr().err == "tokenizing 3 text files\n"
