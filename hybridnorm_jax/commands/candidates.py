@@ -81,10 +81,13 @@ VALUES_OF_OPTIONS = {
     "--seed": (),
     "--stop": (),
     "--limit": (),
+    "--processes": (),
+    "--shard-tokens": (),
+    "--vocab-size": (),
 }
 # Where a command takes fewer of them.
 VALUES_OF_COMMANDS = {("convert", "--dtype"): ("float32", "float64")}
-PATH_OPTIONS = ("--text", "--table", "--file", "--tokenizer")
+PATH_OPTIONS = ("--text", "--table", "--file", "--tokenizer", "--out")
 TASKS_OPTION = "--tasks"
 OPTIONS_WITH_EQUALS = {"--emit-jobs": ("slurm", "jobset"), "--only": ()}
 
@@ -97,12 +100,17 @@ def candidates(arguments: Sequence[str]) -> list[str]:
     before, typed = arguments[:-1], arguments[-1]
     if not before:
         found = _whole([*COMMANDS, "--help", "--version"])
-    elif list(before) == ["lab"]:
-        found = _whole([command.removeprefix("lab ") for command in SYNTAX if command.startswith("lab ")])
+    elif len(before) == 1 and (actions := _actions(before[0])):
+        found = _whole(actions)
     else:
-        length = 2 if before[0] == "lab" else 1
+        length = 2 if _actions(before[0]) else 1
         found = _of_command(" ".join(before[:length]), before[length:], typed)
     return [candidate for candidate in dict.fromkeys(found) if candidate.startswith(typed)]
+
+
+def _actions(command: str) -> list[str]:
+    """What may follow a command that has several, such as `lab`."""
+    return [name.removeprefix(f"{command} ") for name in SYNTAX if name.startswith(f"{command} ")]
 
 
 def _of_command(command: str, given: Sequence[str], typed: str) -> list[str]:
@@ -140,6 +148,8 @@ def _options(command: str) -> list[str]:
 def _positionals(command: str, given: Sequence[str], typed: str) -> list[str]:
     if command in ("train", "plan", "lab signal", "lab compare"):
         return [*_whole(named_configurations.names()), *_files(typed, named_configurations.SUFFIXES)]
+    if command in ("tokenize", "tokenizer train"):
+        return _files(typed)
     if command in ("convert", "export"):
         return _directories(typed)
     if command == "schemes":

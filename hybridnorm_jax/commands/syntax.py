@@ -39,6 +39,8 @@ _OF_A_COMPARISON = (
     "flops",
     "together",
 )
+# Keys of a run that say how text is read.
+_OF_TEXT = ("data.text_field", "data.filter", "data.separator", "data.validation_fraction")
 SYNTAX = {
     "train": Syntax(options=("--dry-run",), takes_run_keys=True),
     "eval": Syntax(options=("--tasks", "--limit", "--plain", "--json"), takes_run_keys=True),
@@ -73,6 +75,11 @@ SYNTAX = {
     "lab plan": Syntax(keys=_OF_A_COMPARISON, takes_run_keys=True),
     "lab report": Syntax(options=("--speed",), keys=("baseline", PLUGINS)),
     "lab claims": Syntax(keys=("out",)),
+    "tokenize": Syntax(
+        options=("--tokenizer", "--out", "--processes", "--shard-tokens", "--drop-duplicates"), keys=_OF_TEXT
+    ),
+    "tokenizer": Syntax(),
+    "tokenizer train": Syntax(options=("--vocab-size", "--out"), keys=_OF_TEXT),
     "schemes": Syntax(),
     "completion": Syntax(),
 }

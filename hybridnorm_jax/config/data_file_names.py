@@ -1,4 +1,9 @@
-"""What a data file's name says: whether it holds text or tokens, and in which format."""
+"""What a data file's name says: whether it holds text or tokens, and in which format.
+
+The one thing that is looked for on disk is a directory of tokenized text, whose name says nothing.
+"""
+
+import os
 
 PACKED_SUFFIXES = (".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz")
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -9,13 +14,22 @@ TAR_SUFFIXES = (".tar", *PACKED_TAR_SUFFIXES)
 PLAIN_SUFFIXES = (".txt", ".text", ".md")
 TEXT_SUFFIXES = (*RECORD_SUFFIXES, *TABLE_SUFFIXES, *TAR_SUFFIXES, *PLAIN_SUFFIXES)
 TOKEN_SUFFIXES = (".npy", ".bin")
+# One of them is in every directory of tokenized text: in a whole one, and in one that was begun.
+MANIFEST, UNFINISHED = "manifest.json", "unfinished.sqlite"
 
 
 def source_of(name: str) -> str | None:
     """The data.source that reads a file of this name, in whatever case: text, tokens, or None where none is known."""
+    if is_tokenized(os.path.expanduser(name)):
+        return "tokens"
     name = name.lower()
     if name.endswith(TOKEN_SUFFIXES):
         return "tokens"
     for suffix in PACKED_SUFFIXES:
         name = name.removesuffix(suffix)
     return "text" if name.endswith(TEXT_SUFFIXES) else None
+
+
+def is_tokenized(directory: str | os.PathLike[str]) -> bool:
+    """Whether this is a directory that `hybridnorm tokenize` has written, or begun."""
+    return any(os.path.isfile(os.path.join(directory, name)) for name in (MANIFEST, UNFINISHED))

@@ -12,12 +12,13 @@ from etils import epath
 
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.config.record_filter import parse_conditions
+from hybridnorm_jax.data import tokenized_source
 from hybridnorm_jax.data.identity import FileIdentity, identities, relative_names
-from hybridnorm_jax.data.sources import Corpus, find_files, pattern_root, stdlib_corpus, text_corpus
+from hybridnorm_jax.data.sources import Corpus, find_files, pattern_root, section_corpus, text_corpus
 from hybridnorm_jax.data.text_cache import open_text_cache
 from hybridnorm_jax.data.token_files import OpenFiles, TokenFile, is_split_by_hash, open_token_file, split_extents
 from hybridnorm_jax.data.tokenized_directory import TokenizedDirectory
-from hybridnorm_jax.data.tokenizers import Tokenizer, load_tokenizer
+from hybridnorm_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from hybridnorm_jax.data.windows import Extent, TokenStream
 from hybridnorm_jax.errors import DataError
 
@@ -77,7 +78,7 @@ class SourceOpener:
         self._progress = progress
         self._descriptors = OpenFiles()
         if data.source == "tokens":
-            _check_separator_id(data, vocab_size)
+            _check_is_id(data.separator_id, vocab_size)
         needed = data.source != "tokens" or data.has_tokenizer_file
         self.tokenizer: Tokenizer | None = load_tokenizer(data) if needed else None
 
@@ -97,16 +98,17 @@ class SourceOpener:
     def validation_set(self, section: DataSection, patterns: Sequence[str], *, key: str) -> Split:
         """All tokens of the files of a validation set, read as the section's source is: text, or token ids."""
         if section.source == "tokens":
+            directories = tokenized_source.directories_of(key, patterns)
+            if directories:
+                self._separator_of(directories, section)
+                return self._directories_split(directories, tokenized_source.BOTH)
             paths = find_files(key, patterns)
             return self._tokens(split_extents(self._opened(paths, section), relative_names(paths), 1.0).held_out)
         corpus = text_corpus(key, patterns, section.text_field, parse_conditions(section.filter))
         return self._text_split(self._cached(corpus, fraction=1.0), "validation")
 
     def _text_source(self, section: DataSection, key: str) -> OpenedSource:
-        if section.source == "stdlib":
-            corpus = stdlib_corpus()
-        else:
-            corpus = text_corpus(key, section.files, section.text_field, parse_conditions(section.filter))
+        corpus = section_corpus(section, key)
         cache = self._cached(corpus, section.validation_fraction)
         found = cache.manifest
         train, held_out = found.splits["train"], found.splits["validation"]
@@ -150,6 +152,10 @@ class SourceOpener:
         return Split(stream, counts.bytes / counts.tokens, counts.words / counts.tokens)
 
     def _token_source(self, section: DataSection, key: str) -> OpenedSource:
+        directories = tokenized_source.directories_of(key, section.files)
+        if directories:
+            return self._directories_source(directories, section, key)
+        _check_separator_id(self._data)
         paths = find_files(key, section.files)
         root = pattern_root(section.files)
         files = identities(paths, root)
@@ -174,6 +180,43 @@ class SourceOpener:
             is_split_by_hash=is_split_by_hash(arrays, names, fraction),
         )
 
+    def _directories_source(
+        self, directories: Sequence[TokenizedDirectory], section: DataSection, key: str
+    ) -> OpenedSource:
+        separator_id = self._separator_of(directories, section)
+        own, held = tokenized_source.splits_of(directories, section.validation_fraction)
+        train, held_out = self._directories_split(directories, own), self._directories_split(directories, held)
+        files = identities(find_files(key, section.files), pattern_root(section.files))
+        if held:
+            _check_no_copies(files, key)
+        share = _share(len(held_out.stream), len(train.stream), section.validation_fraction)
+        documents = sum(directory.manifest.documents for directory in directories)
+        names = ", ".join(str(directory.path) for directory in directories[:SHOWN_FILES])
+        return OpenedSource(
+            train=train,
+            held_out=held_out,
+            separator_id=separator_id,
+            description=(
+                f"tokenized text {names}: {documents:,} documents, {len(train.stream):,} tokens and "
+                f"{len(held_out.stream):,} held out{share}, tokenizer {directories[0].manifest.tokenizer.name}"
+            ),
+            files=files,
+            is_split_by_hash=all(directory.manifest.is_split_by_hash for directory in directories),
+        )
+
+    def _separator_of(self, directories: Sequence[TokenizedDirectory], section: DataSection) -> int:
+        made_by = directories[0].manifest.tokenizer.fingerprint
+        if self.tokenizer is None and self._data.tokenizer == made_by == ByteTokenizer.fingerprint:
+            self.tokenizer = ByteTokenizer()
+        return tokenized_source.check_belongs(
+            directories, self.tokenizer, separator_id=section.separator_id, vocab_size=self._vocab_size
+        )
+
+    def _directories_split(self, directories: Sequence[TokenizedDirectory], splits: Sequence[str]) -> Split:
+        part = tokenized_source.part(directories, splits, vocab_size=self._vocab_size, files=self._descriptors)
+        count = len(part.stream)
+        return Split(part.stream, part.bytes / count, part.words / count) if count else Split(part.stream, None, None)
+
     def _opened(self, paths: tuple[epath.Path, ...], section: DataSection) -> dict[epath.Path, TokenFile]:
         return {path: open_token_file(path, section.token_dtype, self._descriptors) for path in paths}
 
@@ -186,14 +229,17 @@ class SourceOpener:
         return Split(stream, *_measure_text_per_token(stream, self.tokenizer, separator))
 
 
-def _check_separator_id(data: DataSection, vocab_size: int) -> None:
+def _check_separator_id(data: DataSection) -> None:
     if (data.segment_ids or data.packing != "windows") and data.separator_id is None:
         asks = "data.segment_ids=true" if data.segment_ids else f"data.packing={data.packing}"
         right = "the id that ends a document must be given"
         raise DataError(f"data.separator_id=null: {asks} with data.source=tokens: {right}")
-    if data.separator_id is not None and not 0 <= data.separator_id < vocab_size:
+
+
+def _check_is_id(separator_id: int | None, vocab_size: int) -> None:
+    if separator_id is not None and not 0 <= separator_id < vocab_size:
         right = f"must be an id of the vocabulary, from 0 to model.vocab_size-1={vocab_size - 1}"
-        raise DataError(f"data.separator_id={data.separator_id}: {right}")
+        raise DataError(f"data.separator_id={separator_id}: {right}")
 
 
 def _check_no_copies(files: Sequence[FileIdentity], key: str) -> None:

@@ -20,7 +20,8 @@ from collections.abc import Iterable, Iterator
 
 from etils import epath
 
-from hybridnorm_jax.config.record_filter import Condition
+from hybridnorm_jax.config.data_section import DataSection
+from hybridnorm_jax.config.record_filter import Condition, parse_conditions
 from hybridnorm_jax.data.archives import chunks
 from hybridnorm_jax.data.identity import FileIdentity, identities
 from hybridnorm_jax.data.places.patterns import find_files, pattern_root
@@ -163,6 +164,13 @@ def text_corpus(key: str, patterns: Iterable[str], text_field: str, conditions: 
     files = tuple(TextFile(path) for path in find_files(key, patterns))
     name = "1 text file" if len(files) == 1 else f"{len(files)} text files"
     return Corpus(name, files, text_field, pattern_root(patterns), conditions)
+
+
+def section_corpus(section: DataSection, key: str) -> Corpus:
+    """The documents that a data section of text names; `key` names its files in messages."""
+    if section.source == "stdlib":
+        return stdlib_corpus()
+    return text_corpus(key, section.files, section.text_field, parse_conditions(section.filter))
 
 
 def stdlib_corpus() -> Corpus:

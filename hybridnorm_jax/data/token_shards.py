@@ -17,6 +17,7 @@ import numpy as np
 
 from hybridnorm_jax.data.document_ends import DTYPE, ends_path
 from hybridnorm_jax.data.identity import file_identity
+from hybridnorm_jax.errors import DataError
 
 # Tokens of a shard: 256 MiB of uint16, or 512 MiB of uint32.
 SHARD_TOKENS = 1 << 27
@@ -72,8 +73,14 @@ class _NumbersFile:
     """A 1-D .npy file that grows."""
 
     def __init__(self, path: pathlib.Path, dtype: np.dtype, count: int):
-        """Open a file that holds `count` numbers and is cut after them; with none it is made anew."""
+        """Open a file that holds `count` numbers and is cut after them; with none it is made anew.
+
+        Raises:
+          DataError: it holds fewer.
+        """
         self._dtype = dtype
+        if count and path.stat().st_size < count * dtype.itemsize:
+            raise DataError(f"{path}: is shorter than it was written; remove {path.parent} and begin again")
         self._stream = open(path, "r+b" if count else "wb")  # noqa: SIM115 - it stays open while it grows
         # NumPy leaves room in the header for the number to grow.
         self._write_header(count)

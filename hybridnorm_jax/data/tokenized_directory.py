@@ -18,17 +18,16 @@ from typing import Any, Self
 
 from etils import epath
 
+from hybridnorm_jax.config.data_file_names import MANIFEST, UNFINISHED
 from hybridnorm_jax.data.document_ends import open_document_ends
 from hybridnorm_jax.data.identity import FileIdentity, identities
 from hybridnorm_jax.data.token_files import OpenFiles, open_token_file
 from hybridnorm_jax.data.token_shards import FileRecord, ShardRecord, SplitState
 from hybridnorm_jax.data.tokenizers import Tokenizer
-from hybridnorm_jax.data.tokenizing_progress import NAME as UNFINISHED
 from hybridnorm_jax.data.windows import Extent, TokenStream
 from hybridnorm_jax.errors import DataError
 from hybridnorm_jax.whole_files import write_whole
 
-NAME = "manifest.json"
 FORMAT = 1
 
 
@@ -100,7 +99,7 @@ class Manifest:
 
     def write(self, directory: pathlib.Path) -> None:
         """Write it as the file that makes the directory a whole one."""
-        write_whole(directory / NAME, json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=1))
+        write_whole(directory / MANIFEST, json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=1))
 
     @classmethod
     def read(cls, directory: str | os.PathLike[str]) -> Self:
@@ -110,7 +109,7 @@ class Manifest:
           FileNotFoundError: there is none.
           ValueError: it is damaged, or of a format that is not known.
         """
-        content = json.loads((pathlib.Path(directory) / NAME).read_text(encoding="utf-8"))
+        content = json.loads((pathlib.Path(directory) / MANIFEST).read_text(encoding="utf-8"))
         try:
             if content.pop("format") != FORMAT:
                 raise ValueError("of another version of this program")
@@ -155,11 +154,6 @@ def _extent(path: pathlib.Path, files: OpenFiles) -> Extent:
     return Extent(array, os.fspath(path), 0, len(array), ends=open_document_ends(path, len(array)))
 
 
-def is_tokenized(directory: str | os.PathLike[str]) -> bool:
-    """Whether this is a directory that `hybridnorm tokenize` has written, or begun."""
-    return any((pathlib.Path(directory) / name).is_file() for name in (NAME, UNFINISHED))
-
-
 def open_tokenized(directory: str | os.PathLike[str]) -> TokenizedDirectory:
     """A directory that `hybridnorm tokenize` has written, after a look at the sizes and sampled content of its files.
 
@@ -173,19 +167,25 @@ def open_tokenized(directory: str | os.PathLike[str]) -> TokenizedDirectory:
         if (path / UNFINISHED).is_file():
             right = "`hybridnorm tokenize` with the same arguments goes on"
             raise DataError(f"{path}: is not whole: it was stopped while it was written; {right}") from error
-        raise DataError(f"{path}: no directory of tokens: it has no {NAME}") from error
+        raise DataError(f"{path}: no directory of tokens: it has no {MANIFEST}") from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{path / NAME}: cannot be read ({error}); make the directory again") from error
+        raise DataError(f"{path / MANIFEST}: cannot be read ({error}); make the directory again") from error
     _check_files(path, manifest.files)
     return TokenizedDirectory(path, manifest)
+
+
+def shards_of(directory: str | os.PathLike[str]) -> list[epath.Path]:
+    """The files of tokens of a directory, those of "train" first, after a look at all of its files."""
+    opened = open_tokenized(directory)
+    return [epath.Path(opened.path / one.file.name) for shards in opened.manifest.shards.values() for one in shards]
 
 
 def _check_files(path: pathlib.Path, files: Sequence[FileRecord]) -> None:
     paths = [path / file.name for file in files]
     for one in paths:
         if not one.is_file():
-            raise DataError(f"{one}: is missing, but {path / NAME} names it; copy the whole directory again")
+            raise DataError(f"{one}: is missing, but {path / MANIFEST} names it; copy the whole directory again")
     for found, file in zip(identities(paths, path), files, strict=True):
         if found != FileIdentity(file.name, file.size, file.digest):
-            wrong = f"is not the file that {path / NAME} names: it has changed, or was not copied whole"
+            wrong = f"is not the file that {path / MANIFEST} names: it has changed, or was not copied whole"
             raise DataError(f"{path / file.name}: {wrong}; make or copy the directory again")

@@ -78,7 +78,10 @@ def write_tokens(directory: pathlib.Path, job: Job, workers: Workers, *, shown: 
     """
     with Progress(directory) as progress:
         inputs = json.loads(json.dumps(job.inputs()))
-        state = progress.load() or _new_state(inputs, {})
+        state = progress.load()
+        if state is None:
+            state = _new_state(inputs, {})
+            progress.save(state)
         check_same_inputs(directory, state["inputs"], inputs)
         while True:
             one_pass = _Pass(directory, job, workers, progress, state)

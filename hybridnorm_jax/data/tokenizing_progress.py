@@ -12,9 +12,9 @@ import sqlite3
 from collections.abc import Sequence
 from typing import Any, Self
 
+from hybridnorm_jax.config.data_file_names import UNFINISHED
 from hybridnorm_jax.errors import DataError
 
-NAME = "unfinished.sqlite"
 # Of a SHA-256: two different ones of 10^12 documents have the same first half with a chance of 10^-15.
 DIGEST_BYTES = 16
 CACHE_KIB = 64 << 10
@@ -30,7 +30,7 @@ class Progress:
           DataError: another process is writing there; or the file is damaged.
           OSError: it cannot be written.
         """
-        self.path = directory / NAME
+        self.path = directory / UNFINISHED
         # The digests that were seen since the last `save`, which is not to be told of those beyond the position.
         self._pending: set[bytes] = set()
         try:
@@ -93,5 +93,5 @@ class Progress:
     def remove(self) -> None:
         """The directory is whole: nothing of this is needed any more."""
         self._database.close()
-        for path in self.path.parent.glob(f"{NAME}*"):
+        for path in self.path.parent.glob(f"{UNFINISHED}*"):
             path.unlink()

@@ -117,7 +117,7 @@ def test_help_names_every_key_with_the_files_values(capsys):
 def test_help_and_version_of_the_program(capsys):
     assert main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 24
+    assert len(lines) <= 28
     for name in COMMANDS:
         assert [line for line in lines if line.startswith(f"  {name} ")]
     text = " ".join(lines)

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator
 
 from etils import epath
 
+from hybridnorm_jax.config.data_file_names import is_tokenized
 from hybridnorm_jax.data.places.remote_file import Place
+from hybridnorm_jax.data.tokenized_directory import shards_of
 from hybridnorm_jax.errors import DataError, first_line
 from hybridnorm_jax.whole_files import expanded, is_local
 
@@ -25,7 +27,7 @@ def find_files(key: str, patterns: Iterable[str]) -> tuple[Place, ...]:
     """The files that paths and glob patterns name, each once, those of one pattern sorted.
 
     A pattern `@FILE` stands for the paths and patterns in a file. A directory that `datasets` has saved stands for its
-    shards, in the order that it states.
+    shards, in the order that it states, and so does a directory of tokenized text (tokenized_directory.py).
 
     Raises:
       DataError: another directory, or a name without a file; the message names `key`.
@@ -42,6 +44,8 @@ def _matches(key: str, pattern: str) -> list[epath.Path]:
     if _is_directory(path):
         if _is_dataset(path):
             return _shards(key, path)
+        if is_tokenized(path):
+            return shards_of(path)
         raise DataError(f"{key}: {pattern} is a directory; name its files, such as {path / '*.txt'}")
     matches = [path] if _exists(path) else _glob(os.fspath(path))
     if not matches:
