@@ -135,7 +135,7 @@ def test_the_words_of_a_key_are_those_that_it_takes():
 
 def test_every_option_has_its_values_named():
     options = {option for syntax in SYNTAX.values() for option in syntax.options}
-    alone = {"--dry-run", "--json", "--plain", "--speed", "--search"}
+    alone = {"--dry-run", "--json", "--plain", "--speed", "--search", "--drop-duplicates"}
     assert options == {*alone, *VALUES_OF_OPTIONS, *PATH_OPTIONS, *OPTIONS_WITH_EQUALS, TASKS_OPTION}
 
 
