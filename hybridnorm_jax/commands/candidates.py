@@ -11,7 +11,7 @@ from pathlib import Path
 from hybridnorm_jax.commands.main import COMMANDS
 from hybridnorm_jax.commands.syntax import SYNTAX
 from hybridnorm_jax.config import named_configurations
-from hybridnorm_jax.config.data_section import SOURCES, TOKEN_DTYPES
+from hybridnorm_jax.config.data_section import PACKINGS, SOURCES, TOKEN_DTYPES
 from hybridnorm_jax.config.key_lookup import FIELDS, SECTIONS
 from hybridnorm_jax.config.key_values import read_hint
 from hybridnorm_jax.config.optimizer_section import FALLS, SCHEDULES
@@ -46,6 +46,7 @@ CHOICES = {
     "model.remat": (*model.REMAT_POLICIES, model.AUTO_REMAT),
     "data.source": SOURCES,
     "data.token_dtype": TOKEN_DTYPES,
+    "data.packing": PACKINGS,
     "train.equivalent_form": EQUIVALENT_FORMS,
     "optimizer.schedule": SCHEDULES,
     "optimizer.wsd_decay": FALLS,

@@ -19,7 +19,7 @@ from hybridnorm_jax.streams import sturdy_streams
 from hybridnorm_jax.whole_files import expanded, is_local
 
 USAGE = """hybridnorm tokenize FILE [FILE ...] --tokenizer T --out DIR [OPTION ...]
-                           [data.text_field=NAME] [data.filter=[CONDITION]]
+                           [data.text_field=NAME] [data.filter=[...]]
                            [data.separator=TOKEN]
                            [data.validation_fraction=SHARE]"""
 DESCRIPTION = """Writes text as tokens to DIR, with several processes at once. Runs read it:

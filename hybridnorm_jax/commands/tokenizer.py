@@ -17,7 +17,7 @@ USAGE = """usage: hybridnorm tokenizer train FILE [FILE ...] --vocab-size N --ou
 Learns a vocabulary of byte pairs from text.
 `hybridnorm tokenizer train --help` says more."""
 TRAIN_USAGE = """hybridnorm tokenizer train FILE [FILE ...] --vocab-size N --out FILE
-                                  [data.text_field=NAME] [data.filter=[CONDITION]]
+                                  [data.text_field=NAME] [data.filter=[...]]
                                   [data.separator=TOKEN]
                                   [data.validation_fraction=SHARE]"""
 DESCRIPTION = f"""Writes a tokenizer.json: byte-level byte-pair encoding (BPE), as GPT-2 has it.
