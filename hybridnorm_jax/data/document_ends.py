@@ -7,10 +7,14 @@
 tokens [ends[i - 1], ends[i]), the first one from 0 on, and the last end is the number of tokens. A separator belongs to
 the document that it ends. A document that is held out in blocks counts as several: what lies between two of its
 held-out blocks is one, as in the tokens, where a separator ends each of them.
+
+Megatron's files have an index of their own, which says the same (megatron_index.py).
 """
 
+import functools
 import os
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -18,6 +22,39 @@ from hybridnorm_jax.errors import DataError
 
 DTYPE = np.dtype("<u8")
 SUFFIX = ".ends.npy"
+# Indexes that are in memory at once: those of the files that were read last.
+MOST_LOADED = 64
+
+
+class DocumentEnds:
+    """The ends of the documents of one file: an array that is read from the disk when it is asked for.
+
+    A run may have thousands of files, and needs their indexes only where documents matter.
+    """
+
+    dtype = DTYPE
+
+    def __init__(self, read: Callable[..., np.ndarray], *arguments: str | int):
+        """Say who reads it.
+
+        Args:
+          read: a function of a module; of the `arguments`, which say of which file.
+        """
+        self._read, self._arguments = read, arguments
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(_loaded(self._read, *self._arguments), dtype)
+
+    def __len__(self) -> int:
+        return len(np.asarray(self))
+
+    def __getitem__(self, places: slice) -> np.ndarray:
+        return np.asarray(self)[places]
+
+
+@functools.lru_cache(maxsize=MOST_LOADED)
+def _loaded(read: Callable[..., np.ndarray], *arguments: str | int) -> np.ndarray:
+    return read(*arguments)
 
 
 def ends_path(tokens: str | os.PathLike[str]) -> pathlib.Path:
@@ -26,17 +63,20 @@ def ends_path(tokens: str | os.PathLike[str]) -> pathlib.Path:
     return path.with_name(path.name.removesuffix(".npy") + SUFFIX)
 
 
-def open_document_ends(tokens: str | os.PathLike[str], count: int) -> np.ndarray:
-    """The ends of the documents of a file with `count` tokens, mapped into memory and read when they are asked for.
+def document_ends(tokens: str | os.PathLike[str], count: int) -> DocumentEnds | None:
+    """The ends of the documents of a .npy file with `count` tokens; None where it has no index.
 
-    Raises:
-      DataError: there is no index, it is none, or it is that of another number of tokens.
+    Reading them raises DataError where the index is none, or is that of other tokens.
     """
+    return DocumentEnds(_read, os.fspath(tokens), count) if ends_path(tokens).is_file() else None
+
+
+def _read(tokens: str, count: int) -> np.ndarray:
     path = ends_path(tokens)
     try:
-        ends = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
+        ends = np.load(path)
+    except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path}: the index of document ends of {tokens} cannot be read ({error})") from error
-    if ends.ndim != 1 or ends.dtype != DTYPE or not len(ends) or ends[-1] != count:
+    if ends.ndim != 1 or ends.dtype != DTYPE or not len(ends) or ends[-1] != count or (np.diff(ends) <= 0).any():
         raise DataError(f"{path}: no index of the document ends of {tokens}, which has {count:,} tokens")
     return ends

@@ -48,6 +48,9 @@ class _Descriptor:
 class TokenFile:
     """The tokens of one file, read when they are asked for: `file[start:stop]` is a 1-D array of the file's dtype.
 
+    Attributes:
+      ends: where its documents end, if an index beside it says so.
+
     Raises:
       DataError: on reading, if the file has another size than when it was opened before, ends too early, or cannot be
         read.
@@ -60,6 +63,7 @@ class TokenFile:
         self._files = files
         self.dtype = layout.dtype
         self.is_raw = layout.is_raw
+        self.ends = layout.ends
 
     def __len__(self) -> int:
         return self._layout.count
@@ -151,8 +155,9 @@ def split_extents(arrays: Mapping[epath.Path, TokenFile], names: tuple[str, ...]
         first, *others = neighbours
         stop = others[-1].stop if others else first.stop
         array = arrays[path]
-        is_raw = isinstance(array, TokenFile) and array.is_raw
-        sides[side].append(Extent(array, name=os.fspath(path), start=first.start, stop=stop, is_raw=is_raw))
+        is_raw, ends = (array.is_raw, array.ends) if isinstance(array, TokenFile) else (False, None)
+        extent = Extent(array, name=os.fspath(path), start=first.start, stop=stop, is_raw=is_raw, ends=ends)
+        sides[side].append(extent)
     return SplitExtents(train=tuple(sides[False]), held_out=tuple(sides[True]))
 
 

@@ -10,7 +10,10 @@ import numpy as np
 from etils import epath
 
 from hybridnorm_jax.config.data_file_names import PACKED_SUFFIXES
+from hybridnorm_jax.data import megatron_index
+from hybridnorm_jax.data.document_ends import DocumentEnds, document_ends
 from hybridnorm_jax.data.identity import regular_file_size
+from hybridnorm_jax.data.megatron_index import read_megatron_index
 from hybridnorm_jax.data.token_numbers import other_numbers
 from hybridnorm_jax.errors import DataError
 from hybridnorm_jax.file_formats import START_BYTES, ZIP, Kind, encoding_of_text, format_of, pointer_of_git_lfs
@@ -21,10 +24,6 @@ NUMPY_MAGIC = b"\x93NUMPY"
 LLMC_HEADER_BYTES = 1024
 LLMC_DTYPES = {(20240520, 1): "<u2", (20240801, 7): "<u4"}
 LLMC_OTHERS = {20240326: "a model", 20240327: "states for a test", 20240328: "a tokenizer", 20240522: "an evaluation"}
-MEGATRON_MAGICS = (b"MMIDIDX\x00\x00", b"TNTIDX\x00\x00")
-MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
-# What raw numbers of one dtype are when they are read as another; int32 without negative numbers is uint32.
-RAW_NAMES = {"int32": "uint32"}
 # Names that promise packed content, also where that is not known by its first bytes.
 PACKED = (*PACKED_SUFFIXES, ".tgz", ".tar", ".zip", ".7z", ".rar", ".lz4", ".lzma", ".lz", ".z", ".br")
 # Text: both bytes of a random 16-bit id are UTF-8 without control characters with a chance of 0.31 at most (ids below
@@ -46,19 +45,25 @@ RIGHT = {
 
 
 class Layout(NamedTuple):
-    """What a file holds: `count` tokens from byte `offset` on; `is_raw`: data.token_dtype alone says of what dtype."""
+    """What a file holds: `count` tokens from byte `offset` on.
+
+    Attributes:
+      is_raw: whether data.token_dtype alone says of what dtype they are.
+      ends: where its documents end, if an index beside it says so.
+    """
 
     dtype: np.dtype
     count: int
     offset: int
     is_raw: bool = False
+    ends: DocumentEnds | None = None
 
 
 def read_layout(path: epath.Path, raw_dtype: str) -> Layout:
     """The layout of a file of tokens.
 
-    A file that begins with NumPy's magic number or with llm.c's header carries its dtype. Any other, whatever it is
-    called, is raw `raw_dtype`: OLMo publishes raw tokens as .npy.
+    A file that begins with NumPy's magic number or with llm.c's header carries its dtype, and Megatron's index beside a
+    .bin file says it. Any other, whatever it is called, is raw `raw_dtype`: OLMo publishes raw tokens as .npy.
 
     Raises:
       DataError: the file cannot be read, is something else, holds no tokens, or its size is not what its header or
@@ -85,7 +90,8 @@ def _layout(stream: BinaryIO, path: epath.Path, size: int, raw_dtype: np.dtype) 
     layout = _llmc_layout(path, start)
     if layout is not None:
         return _exactly(path, size, layout, "its llm.c header")
-    _check_megatron(path, raw_dtype)
+    if index := read_megatron_index(path):
+        return Layout(index.dtype, index.count, offset=0, ends=index.ends)
     count, rest = divmod(size, raw_dtype.itemsize)
     if rest:
         right = f"no whole number of {raw_dtype} tokens; the file is truncated or data.token_dtype is another"
@@ -124,7 +130,8 @@ def _numpy_layout(stream: BinaryIO, path: epath.Path, size: int) -> Layout:
     if len(shape) != 1 or dtype.kind not in "iu":
         known = "a 1-D array of integers, such as np.save(FILE, np.array(ids, dtype=np.uint16))"
         raise DataError(f"{path}: holds {dtype} of shape {shape}, but tokens must be {known}")
-    return _exactly(path, size, Layout(dtype, count=shape[0], offset=stream.tell()), "its header")
+    layout = Layout(dtype, count=shape[0], offset=stream.tell(), ends=document_ends(path, shape[0]))
+    return _exactly(path, size, layout, "its header")
 
 
 def _exactly(path: epath.Path, size: int, layout: Layout, header: str) -> Layout:
@@ -143,7 +150,7 @@ def _exactly(path: epath.Path, size: int, layout: Layout, header: str) -> Layout
 
 def _refuse_others(path: epath.Path, start: bytes) -> None:
     """Raise DataError for what is no raw token file by its first bytes or its name."""
-    if start.startswith(MEGATRON_MAGICS):
+    if start.startswith((megatron_index.MAGIC, megatron_index.OLD_MAGIC)):
         raise DataError(f"{path}: the index of Megatron's tokens, not the tokens; name its .bin file only")
     if pointer := pointer_of_git_lfs(path, start):
         raise DataError(f"{path}: {pointer}")
@@ -161,31 +168,6 @@ def _refuse_others(path: epath.Path, start: bytes) -> None:
     if encoding:
         converted = "" if encoding == "UTF-8" else f"convert it (iconv -f {encoding} -t UTF-8), and "
         raise DataError(f"{path}: is text in {encoding}, not token ids; {converted}set data.source=text")
-
-
-def _check_megatron(path: epath.Path, raw_dtype: np.dtype) -> None:
-    """Raise DataError if Megatron's index beside the file says that its numbers are others than `raw_dtype`."""
-    index = path.with_suffix(".idx")
-    if path.suffix != ".bin" or not index.is_file():
-        return
-    regular_file_size(index)
-    start = _first_bytes(index, 34)
-    magic = MEGATRON_MAGICS[0]
-    # After the magic number: version (uint64), code of the dtype (uint8).
-    if not start.startswith(magic) or len(start) < len(magic) + 9:
-        return
-    dtype = MEGATRON_DTYPES.get(start[len(magic) + 8], "unknown")
-    needed = RAW_NAMES.get(dtype, dtype)
-    if needed == raw_dtype.name:
-        return
-    readable = needed in ("uint16", "uint32")
-    right = f"set data.token_dtype={needed}" if readable else "write them as uint16 or uint32"
-    raise DataError(f"{path}: {index.name} beside it says that its tokens are {dtype}, not {raw_dtype}; {right}")
-
-
-def _first_bytes(path: epath.Path, count: int) -> bytes:
-    with open(path, "rb") as stream:
-        return stream.read(count)
 
 
 def _check_raw_dtype(stream: BinaryIO, path: epath.Path, size: int, dtype: np.dtype) -> None:

@@ -19,7 +19,6 @@ from typing import Any, Self
 from etils import epath
 
 from hybridnorm_jax.config.data_file_names import MANIFEST, UNFINISHED
-from hybridnorm_jax.data.document_ends import open_document_ends
 from hybridnorm_jax.data.identity import FileIdentity, identities
 from hybridnorm_jax.data.token_files import OpenFiles, open_token_file
 from hybridnorm_jax.data.token_shards import FileRecord, ShardRecord, SplitState
@@ -151,7 +150,7 @@ class TokenizedDirectory:
 
 def _extent(path: pathlib.Path, files: OpenFiles) -> Extent:
     array = open_token_file(epath.Path(path), "uint16", files)
-    return Extent(array, os.fspath(path), 0, len(array), ends=open_document_ends(path, len(array)))
+    return Extent(array, os.fspath(path), 0, len(array), ends=array.ends)
 
 
 def open_tokenized(directory: str | os.PathLike[str]) -> TokenizedDirectory:

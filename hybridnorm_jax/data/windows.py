@@ -7,6 +7,7 @@ from typing import Protocol, Self
 
 import numpy as np
 
+from hybridnorm_jax.data.document_ends import DocumentEnds
 from hybridnorm_jax.errors import DataError
 
 # Separators are looked for in so many tokens at a time.
@@ -37,7 +38,7 @@ class Extent:
     start: int
     stop: int
     is_raw: bool = False
-    ends: np.ndarray | None = None
+    ends: DocumentEnds | np.ndarray | None = None
 
 
 class TokenStream:

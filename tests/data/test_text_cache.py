@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hybridnorm_jax.data import DataError
-from hybridnorm_jax.data.document_ends import open_document_ends
+from hybridnorm_jax.data.document_ends import document_ends
 from hybridnorm_jax.data.sources import text_corpus
 from hybridnorm_jax.data.text_cache import open_text_cache
 from hybridnorm_jax.data.tokenizers import ByteTokenizer
@@ -78,9 +78,10 @@ def test_the_index_of_document_ends_is_where_the_separators_are(files, root, mon
         ends = np.load(cache.path / f"{split}-00000.ends.npy")
         assert ends.dtype == np.uint64
         np.testing.assert_array_equal(ends, np.flatnonzero(tokens == 256) + 1)
-        np.testing.assert_array_equal(open_document_ends(cache.path / f"{split}-00000.npy", len(tokens)), ends)
+        path = cache.path / f"{split}-00000.npy"
+        np.testing.assert_array_equal(document_ends(path, len(tokens)), ends)
         with pytest.raises(DataError, match=rf"{split}-00000\.ends\.npy: no index"):
-            open_document_ends(cache.path / f"{split}-00000.npy", len(tokens) + 1)
+            np.asarray(document_ends(path, len(tokens) + 1))
 
 
 def test_a_larger_fraction_only_adds_to_the_held_out_documents(files, root):

@@ -228,19 +228,6 @@ def test_raw_numbers_of_the_right_width_are_read(tmp_path, ids, dtype):
     np.testing.assert_array_equal(open_token_file(path, dtype)[:], ids)
 
 
-@pytest.mark.parametrize(("code", "right"), [(4, "data.token_dtype=uint32"), (5, "write them"), (8, None)])
-def test_megatrons_index_says_which_numbers_its_file_holds(tmp_path, code, right):
-    index = write(tmp_path, "a.idx", b"MMIDIDX\x00\x00" + (1).to_bytes(8, "little") + bytes([code]) + bytes(40))
-    path = write(tmp_path, "a.bin", (IDS % 500).astype("<u2").tobytes())
-    if right is None:
-        assert len(open_token_file(path, "uint16")) == len(IDS)
-    else:
-        with pytest.raises(DataError, match=right):
-            open_token_file(path, "uint16")
-    with pytest.raises(DataError, match=r"name its \.bin file only"):
-        open_token_file(index, "uint16")
-
-
 def test_few_files_are_open_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(token_files, "MOST_OPEN", 3)
     files = OpenFiles()

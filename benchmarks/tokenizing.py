@@ -1,0 +1,80 @@
+"""How fast `hybridnorm tokenize` is beside the library `tokenizers` alone, with the same number of threads.
+
+    python benchmarks/tokenizing.py --tokenizer tokenizer.json [--megabytes 40] [--rounds 3] [--processes 2]
+
+The text is the standard library of this Python, repeated, as JSON lines. Each round measures both, one after the other,
+in one process, so that what else the machine does disturbs both alike. The library's part is `encode_batch_fast` of
+512 documents at once, which it spreads over its threads, with the texts in memory and the ids thrown away; ours reads
+the file, tokenizes, and writes tokens, index and manifest. The start of the processes is counted.
+"""
+
+import argparse
+import itertools
+import json
+import pathlib
+import statistics
+import tempfile
+import time
+
+import tokenizers
+
+from hybridnorm_jax.config.data_section import DataSection
+from hybridnorm_jax.data.sources import stdlib_corpus, text_corpus
+from hybridnorm_jax.data.token_workers import Processes
+from hybridnorm_jax.data.tokenizers import load_tokenizer
+from hybridnorm_jax.data.tokenizing import Job, write_tokens
+
+TOGETHER = 512
+
+
+def main() -> None:
+    """Measure, and print megabytes a second and their ratio."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--megabytes", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    ratios = []
+    with tempfile.TemporaryDirectory() as folder:
+        texts = _texts(options.megabytes * 1_000_000)
+        file = pathlib.Path(folder, "text.jsonl")
+        file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+        megabytes = sum(len(text.encode()) for text in texts) / 1e6
+        for number in range(options.rounds):
+            library = megabytes / _seconds_of_library(options.tokenizer, texts)
+            ours = megabytes / _seconds_of_ours(options, file, pathlib.Path(folder, str(number)))
+            ratios.append(ours / library)
+            print(f"library {library:.2f} MB/s, ours {ours:.2f} MB/s, ratio {ratios[-1]:.2f}", flush=True)
+    print(f"median ratio {statistics.median(ratios):.2f}, {options.processes} processes, {megabytes:.0f} MB of text")
+
+
+def _texts(size: int) -> list[str]:
+    corpus, texts = stdlib_corpus(), []
+    for file in itertools.cycle(corpus.files):
+        for document in corpus.documents(file):
+            texts.append(document.text)
+            size -= document.num_bytes
+        if size <= 0:
+            return texts
+
+
+def _seconds_of_library(path: str, texts: list[str]) -> float:
+    tokenizer = tokenizers.Tokenizer.from_file(path)
+    began = time.perf_counter()
+    for start in range(0, len(texts), TOGETHER):
+        tokenizer.encode_batch_fast(texts[start : start + TOGETHER], add_special_tokens=False)
+    return time.perf_counter() - began
+
+
+def _seconds_of_ours(options: argparse.Namespace, file: pathlib.Path, out: pathlib.Path) -> float:
+    tokenizer = load_tokenizer(DataSection(tokenizer=options.tokenizer))
+    began = time.perf_counter()
+    out.mkdir()
+    with Processes(tokenizer, "", options.processes) as processes:
+        write_tokens(out, Job(text_corpus("FILE", [str(file)], "text"), tokenizer, 0.02), processes, shown=False)
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()
