@@ -14,6 +14,9 @@ from .interop.authors.reading import params_from_authors as params_from_authors
 from .interop.huggingface import load_huggingface as load_huggingface
 from .interop.huggingface import save_huggingface as save_huggingface
 from .interop.olmo_checkpoints import params_from_olmo as params_from_olmo
+from .loggers.logger import LoggedRun as LoggedRun
+from .loggers.logger import Logger as Logger
+from .loggers.logger_kinds import logger_kind as logger_kind
 from .mesh.device_mesh import make_mesh as make_mesh
 from .mesh.device_mesh import use_mesh as use_mesh
 from .mesh.shardings import tree_shardings as tree_shardings

@@ -18,7 +18,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "hybridnorm_jax"
 # What the extras bring, by the names under which it is imported.
-OF_EXTRAS = ("gcsfs", "libtpu", "matplotlib", "safetensors", "tokenizers", "torch", "transformers", "wandb")
+OF_EXTRAS = ("gcsfs", "libtpu", "matplotlib", "mlflow", "safetensors", "tokenizers", "torch", "transformers", "wandb")
 TINY = [
     *("model.d_model=16", "model.num_layers=1", "model.num_heads=2", "model.mlp_dim=16", "train.batch_size=8"),
     *("train.seq_len=8", "train.steps=1", "train.sample_tokens=0", "eval.batches=1"),
@@ -83,7 +83,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         (metadata,) = (name for name in names if name.endswith("/METADATA"))
         text = archive.read(metadata).decode()
     extras = set(re.findall(r"^Provides-Extra: (\S+)$", text, re.MULTILINE))
-    assert extras == {"tpu", "gpu", "plan-gpu", "lab", "hf", "wandb", "peers", "eval", "dev", "docs"}
+    assert extras == {"tpu", "gpu", "plan-gpu", "lab", "hf", "mlflow", "wandb", "peers", "eval", "dev", "docs"}
 
 
 def test_a_wheel_from_the_source_distribution_holds_the_same_files(source, wheel, tmp_path):

@@ -15,6 +15,7 @@ from hybridnorm_jax.config.limits import (
 )
 from hybridnorm_jax.config.optimizer_section import OptimizerSection
 from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
+from hybridnorm_jax.loggers.logger_kinds import LOGGERS
 from hybridnorm_jax.mesh.cluster import DistributedSection
 from hybridnorm_jax.mesh.sharding_rules import MESH_AXES, resolve_rules
 from hybridnorm_jax.model.config import ModelConfig
@@ -31,9 +32,19 @@ class RunSection:
     )
     dir: str = key("runs", "directory of all runs; may be gs://")
     plugins: tuple[str, ...] = key((), "Python files or modules imported first, such as one that adds a scheme")
-    wandb: bool = key(False, "also log to Weights & Biases; needs the extra `wandb`")
-    wandb_project: str = key("hybridnorm_jax", "project in Weights & Biases")
-    wandb_group: str = key("", "group in Weights & Biases; a comparison of the lab sets its name; empty: none")
+    loggers: tuple[str, ...] = key(
+        ("tensorboard",),
+        "where the numbers go besides metrics.jsonl: tensorboard | csv | wandb | mlflow, and those of plugins; the "
+        "extras `wandb` and `mlflow` bring what these need",
+    )
+    project: str = key("hybridnorm_jax", "project in Weights & Biases, experiment in MLflow")
+    group: str = key("", "group in Weights & Biases and MLflow; a comparison of the lab sets its name; empty: none")
+    tags: tuple[str, ...] = key((), "tags in Weights & Biases and MLflow")
+    mlflow_uri: str = key(
+        "",
+        "MLflow's server (http://HOST:PORT), database (sqlite:///FILE) or folder; empty: MLFLOW_TRACKING_URI, or "
+        "run.dir/mlflow.db",
+    )
 
     def __post_init__(self) -> None:
         check_fields("run", self)
@@ -46,6 +57,13 @@ class RunSection:
         short = len(self.name.encode(errors="surrogatepass")) <= LONGEST_NAME
         check(short, "run.name", self.name, f"must be a directory name of at most {LONGEST_NAME} bytes")
         check(bool(self.dir), "run.dir", self.dir, "must not be empty")
+        check(bool(self.project), "run.project", self.project, "must not be empty")
+        for name in self.loggers:
+            check_choice("run.loggers", name, LOGGERS)
+            check(self.loggers.count(name) == 1, "run.loggers", list(self.loggers), f"names {name} twice")
+        # It would be shown to everyone who sees the run.
+        right = "must not hold a password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        check("@" not in self.mlflow_uri.partition("://")[2].partition("/")[0], "run.mlflow_uri", "...", right)
 
 
 @dataclasses.dataclass(frozen=True)

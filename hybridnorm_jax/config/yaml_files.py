@@ -14,6 +14,7 @@ import yaml
 
 from hybridnorm_jax.config.key_lookup import ENCODER_FIELDS, FIELDS, SECTIONS, nearest_key
 from hybridnorm_jax.config.key_values import BOOLS, INTEGER, NUMBER, read_hint, typed
+from hybridnorm_jax.config.old_keys import LOGGERS_KEY, RENAMED, SWITCH, WANDB_SWITCH, switched
 from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.config.plugins import check_started_with_plugins, import_plugins
 from hybridnorm_jax.config.run_config import RunConfig
@@ -116,7 +117,7 @@ def gather(
             _put(settings, path, node, f"{file}: {shortened(path)}{_shown(node)}", known)
     for override in overrides:
         path, _, text = override.partition("=")
-        field = FIELDS.get(path)
+        field = FIELDS.get(RENAMED.get(path, path))
         _put(settings, path, _argument(override, text, field), shortened(override), FIELDS)
     return settings
 
@@ -179,6 +180,10 @@ def build(settings: dict[str, Any]) -> RunConfig:
 
 def _put(settings: dict[str, Any], path: str, node: Node, where: str, known: Mapping[str, dataclasses.Field]) -> None:
     """Set one key to a value of its type; the entries of a map are added to those already there."""
+    path = RENAMED.get(path, path)
+    if path == WANDB_SWITCH:
+        settings[LOGGERS_KEY] = switched(settings.get(LOGGERS_KEY), has_wandb=typed(node, SWITCH, where))
+        return
     if path in SECTIONS:
         raise ConfigError(f"{where}: {path} is a section, not a key; --help lists its keys")
     key = path if path in known else next((key for key in known if path.startswith(f"{key}.")), None)

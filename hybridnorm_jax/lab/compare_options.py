@@ -263,10 +263,10 @@ def run_config(contestant: Contestant, directory: str, *, rate: float, seed: int
     base = contestant.config
     data_seed = 0 if base.train.data_seed is None else base.train.data_seed
     name = f"{contestant.name}-lr{rate:g}-seed{seed}"
-    group = base.run.wandb_group or directory.rpartition("/")[2]
+    group = base.run.group or directory.rpartition("/")[2]
     return dataclasses.replace(
         base,
-        run=dataclasses.replace(base.run, dir=directory, name=name, wandb_group=group),
+        run=dataclasses.replace(base.run, dir=directory, name=name, group=group),
         optimizer=dataclasses.replace(base.optimizer, learning_rate=rate),
         train=dataclasses.replace(base.train, seed=seed, data_seed=data_seed),
     )

@@ -16,6 +16,7 @@ from hybridnorm_jax.evaluation import perplexity
 from hybridnorm_jax.evaluation.perplexity import Score
 from hybridnorm_jax.lab.pairing import PairingRecord
 from hybridnorm_jax.lab.run_results import Outcome
+from hybridnorm_jax.loggers.logger_kinds import WANDB, run_loggers
 from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.model.config import AUTO_REMAT
 from hybridnorm_jax.model.loss import LossSums
@@ -62,7 +63,7 @@ def check_can_be_together(config: RunConfig, together: int) -> None:
     check(not config.eval.plain, "eval.plain", "true", right)
     check(not train.profile, "train.profile", "true", right)
     check(not train.check_invariants, "train.check_invariants", "true", right)
-    check(not config.run.wandb, "run.wandb", "true", right)
+    check(WANDB not in config.run.loggers, "run.loggers", WANDB, right)
     check(not train.sample_tokens, "train.sample_tokens", train.sample_tokens, right)
     named = f"needs a policy that is named with together={together}: it is chosen for a single run"
     check(config.model.remat != AUTO_REMAT, "model.remat", AUTO_REMAT, named)
@@ -118,6 +119,7 @@ def _begun(
 ) -> list[Run]:
     """The runs before their first step, with everything that they write to; `stack` closes it."""
     signals = stack.enter_context(StopSignals())
+    loggers = [run_loggers(config.run.loggers) for config in configs]
     with signals.interruptible():
         locks = [stack.enter_context(RunLock(run_directory(config))) for config in configs]
         directories = [open_run_directory(config)[0] for config in configs]
@@ -129,7 +131,7 @@ def _begun(
     ]
     start = beginning(configs[0], program, data, saved[0], None)
     runs = []
-    for config, directory, lock, checkpoints in zip(configs, directories, locks, saved, strict=True):
+    for config, directory, lock, checkpoints, of_each in zip(configs, directories, locks, saved, loggers, strict=True):
         of_run = present(program.sharing(config))
         run = Run(
             config=config,
@@ -138,7 +140,7 @@ def _begun(
             directory=directory,
             lock=lock,
             checkpoints=checkpoints,
-            writer=stack.enter_context(contextlib.closing(MetricsWriter(directory, resume_step=None, wandb=None))),
+            writer=stack.enter_context(MetricsWriter(directory, resume_step=None, loggers=of_each, config=config)),
             signals=signals,
             ledger=ledger,
             hooks=(),

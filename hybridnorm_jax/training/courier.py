@@ -1,20 +1,23 @@
 """A thread that writes, so that a disk or a service that never answers cannot hold the training for ever."""
 
 import collections
+import dataclasses
 import queue
 import threading
 import time
 from collections.abc import Callable
 from concurrent import futures
-from typing import Any, NamedTuple
+from typing import Any
 
 
-class _Job(NamedTuple):
-    """Something to do, since when it waits, and what becomes of it."""
+@dataclasses.dataclass
+class _Job:
+    """Something to do, since when it waits, since when it is done (None: not yet), and what becomes of it."""
 
     action: Callable[[], Any]
-    since: float
-    outcome: futures.Future
+    given: float
+    began: float | None = None
+    outcome: futures.Future = dataclasses.field(default_factory=futures.Future)
 
 
 class Courier:
@@ -23,13 +26,16 @@ class Courier:
     The thread is a daemon: one that hangs does not keep the process from ending.
 
     Args:
-      seconds: how long anything may take, from the moment that it is given.
+      seconds: how long anything may take, once all that was given before is done.
+      wait_seconds: how long anything may wait for that; None: as `seconds`.
     """
 
-    def __init__(self, name: str, *, seconds: float):
+    def __init__(self, name: str, *, seconds: float, wait_seconds: float | None = None):
         self._seconds = seconds
+        self._wait_seconds = seconds if wait_seconds is None else wait_seconds
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._sent: collections.deque[_Job] = collections.deque()
+        self._is_abandoned = False
         threading.Thread(target=self._work, name=name, daemon=True).start()
 
     def send(self, action: Callable[[], Any]) -> None:
@@ -46,17 +52,23 @@ class Courier:
         """What `action` returns or raises; TimeoutError if it takes too long."""
         return self._wait(self._give(action))
 
-    def finish(self) -> None:
-        """Wait for all that was sent, no longer than the last of it may take; raises as `send` does."""
+    def finish(self, *, within: float) -> None:
+        """Wait for all that was sent, and no longer than `within` seconds; raises as `send` does."""
+        until = time.monotonic() + within
         while self._sent:
-            self._wait(self._sent.popleft())
+            self._wait(self._sent.popleft(), until=until)
 
     def close(self) -> None:
         """Let the thread end once nothing is left to do; does not wait."""
         self._queue.put(None)
 
+    def abandon(self) -> None:
+        """Let the thread end, if it ever does, once it has done what it is doing."""
+        self._is_abandoned = True
+        self._queue.put(None)
+
     def _give(self, action: Callable[[], Any]) -> _Job:
-        job = _Job(action, time.monotonic(), futures.Future())
+        job = _Job(action, time.monotonic())
         self._queue.put(job)
         return job
 
@@ -65,22 +77,29 @@ class Courier:
             self._wait(self._sent.popleft())
 
     def _left(self, job: _Job) -> float:
-        return job.since + self._seconds - time.monotonic()
+        """For how many seconds the job may go on, or wait."""
+        until = job.given + self._wait_seconds if job.began is None else job.began + self._seconds
+        return until - time.monotonic()
 
-    def _wait(self, job: _Job) -> Any:
-        try:
-            return job.outcome.result(max(self._left(job), 0))
-        except futures.TimeoutError:
-            if job.outcome.done():
-                raise
-            raise TimeoutError(f"no answer within {self._seconds:g} seconds") from None
+    def _wait(self, job: _Job, *, until: float | None = None) -> Any:
+        """What becomes of the job; TimeoutError where it takes too long, or is not done at the time `until`."""
+        while not job.outcome.done():
+            left = self._left(job)
+            if until is not None:
+                left = min(left, until - time.monotonic())
+            if left <= 0:
+                raise TimeoutError(f"no answer within {self._seconds:g} seconds")
+            # The job may begin meanwhile, and then has other limits.
+            futures.wait([job.outcome], timeout=left)
+        return job.outcome.result()
 
     def _work(self) -> None:
         failed: BaseException | None = None
-        while (job := self._queue.get()) is not None:
+        while (job := self._queue.get()) is not None and not self._is_abandoned:
             if failed is not None:
                 job.outcome.set_exception(failed)
                 continue
+            job.began = time.monotonic()
             try:
                 job.outcome.set_result(job.action())
             except BaseException as error:

@@ -1,12 +1,10 @@
 """A pretraining run from configuration to final evaluation: how it is prepared, and the loop over its steps."""
 
 import contextlib
-import dataclasses
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
-from etils import epath
 
 from hybridnorm_jax.config.resume_keys import scored_differences
 from hybridnorm_jax.config.run_config import RunConfig
@@ -15,6 +13,8 @@ from hybridnorm_jax.errors import RunStopped, first_line
 from hybridnorm_jax.evaluation import perplexity, tasks
 from hybridnorm_jax.evaluation.held_out import check_sets, training_files
 from hybridnorm_jax.generation.text_sample import check_prompt, text_sample
+from hybridnorm_jax.loggers.logger import Logger
+from hybridnorm_jax.loggers.logger_kinds import run_loggers
 from hybridnorm_jax.mesh.device_room import room_of
 from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.streams import sturdy_streams
@@ -23,7 +23,7 @@ from hybridnorm_jax.training.hooks.built_in import built_in_hooks
 from hybridnorm_jax.training.hooks.hook import Hook, check_hook
 from hybridnorm_jax.training.memory import check_room, least_bytes
 from hybridnorm_jax.training.metrics_file import read_records
-from hybridnorm_jax.training.metrics_writer import MetricsWriter, WandbRun
+from hybridnorm_jax.training.metrics_writer import MetricsWriter
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.remat_choice import with_chosen_remat
 from hybridnorm_jax.training.resume import beginning
@@ -45,6 +45,7 @@ def train(
     *,
     began: float | None = None,
     hooks: Iterable[Hook] = (),
+    loggers: Iterable[Logger] = (),
     programs: SharedPrograms | None = None,
     brief: bool = False,
 ) -> dict[str, perplexity.Score]:
@@ -53,6 +54,7 @@ def train(
     Args:
       began: time.perf_counter() when the process began, for its goodput; None: now.
       hooks: what else is to happen besides the steps. They are called after the built-in ones (hooks/built_in.py).
+      loggers: where else the numbers of the run go, besides metrics.jsonl and what run.loggers names.
       programs: where this run finds compiled steps and leaves its own, for several runs in one process; None: nowhere.
       brief: print progress only, and nothing of what is trained, its scores, its files and its time.
 
@@ -63,10 +65,12 @@ def train(
     hooks = tuple(hooks)
     for hook in hooks:
         check_hook(hook)
+    named = run_loggers(config.run.loggers, loggers) if jax.process_index() == 0 else {}
     ledger = TimeLedger(began)
     with contextlib.ExitStack() as stack:
         stack.enter_context(sturdy_streams())
-        run = _begun(config, hooks, SharedPrograms() if programs is None else programs, ledger, stack)
+        programs = SharedPrograms() if programs is None else programs
+        run = _begun(config, hooks, named, programs, ledger, stack)
         if brief:
             _run_to_its_end(run)
             return run.scores or {}
@@ -80,7 +84,12 @@ def train(
 
 
 def _begun(
-    config: RunConfig, hooks: Sequence[Hook], programs: SharedPrograms, ledger: TimeLedger, stack: contextlib.ExitStack
+    config: RunConfig,
+    hooks: Sequence[Hook],
+    loggers: Mapping[str, Logger],
+    programs: SharedPrograms,
+    ledger: TimeLedger,
+    stack: contextlib.ExitStack,
 ) -> Run:
     """The run before its next step, with everything that it writes to; `stack` closes it."""
     signals = stack.enter_context(StopSignals())
@@ -96,7 +105,9 @@ def _begun(
     if step is not None and start.step == config.train.steps:
         _say_keys_of_scores(saved_config(checkpoints, step), config)
     # Up to here nothing was written, so that a start that is refused changes nothing.
-    writer = stack.enter_context(contextlib.closing(_metrics_writer(config, directory, step)))
+    enabled = jax.process_index() == 0
+    writer = MetricsWriter(directory, resume_step=step, loggers=loggers, config=config, enabled=enabled)
+    stack.enter_context(writer)
     write_config(directory, config)
     return Run(
         config=config,
@@ -239,21 +250,6 @@ def prepare(
     return program, data, TaskModel(program, data.tokenizer, config.eval.tasks, key="eval.tasks", limit=limit)
 
 
-def _metrics_writer(config: RunConfig, directory: epath.Path, resume_step: int | None) -> MetricsWriter:
-    shown = WandbRun(
-        project=config.run.wandb_project,
-        name=config.run.name,
-        config=dataclasses.asdict(config),
-        group=config.run.wandb_group or None,
-    )
-    return MetricsWriter(
-        directory,
-        resume_step=resume_step,
-        wandb=shown if config.run.wandb else None,
-        enabled=jax.process_index() == 0,
-    )
-
-
 def _say_results(run: Run) -> None:
     """Print the final scores, a sample of text if one is asked for, and where the files of the run are."""
     results = "There is no validation set: data.validation_fraction=0, data.validation={}"
@@ -277,7 +273,7 @@ def _files(run: Run) -> str:
     """What lies in the run directory, a line each."""
     rows = [
         ("config.yaml", "the whole configuration"),
-        ("metrics.jsonl", "losses, speed and evaluations (tensorboard/ has them too)"),
+        ("metrics.jsonl", "losses, speed and evaluations"),
         ("checkpoints/", f"the state after a step; the newest is {run.steps:06d}"),
     ]
     return "\n".join(f"  {name:<14} {what}" for name, what in rows)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from hybridnorm_jax.training.append_only import AppendOnlyFile, existing_parts, read_parts
+from hybridnorm_jax.append_only import AppendOnlyFile, existing_parts, read_parts
 
 NAME = "metrics.jsonl"
 ROLLBACK = "resumed_from"
@@ -23,6 +23,9 @@ ROLLBACK = "resumed_from"
 NUMBER_KEYS = ("train/loss", "train/grad_norm", "tokens_per_second")
 STEP_SECONDS = "time/step_seconds"
 SERIES_KEYS = ("train/losses", "train/grad_norms", STEP_SECONDS)
+
+# Values by layer, whose lists are single values to loggers.
+BY_LAYER = "watch/"
 
 Record = dict[str, Any]
 
@@ -32,16 +35,21 @@ class Metrics(NamedTuple):
 
     Attributes:
       records: the lines about steps, without those that a later rollback supersedes; "step" is an integer.
-      superseded: how many of those there are.
+      superseded_records: those.
       unreadable: "FILE, line NUMBER" of each line that is neither a record nor a rollback. The line that a killed
         process did not complete is not among them.
       is_torn: whether the file ends with such a line.
     """
 
     records: list[Record]
-    superseded: int
+    superseded_records: list[Record]
     unreadable: list[str]
     is_torn: bool
+
+    @property
+    def superseded(self) -> int:
+        """How many lines are superseded."""
+        return len(self.superseded_records)
 
 
 _said: set[str] = set()
@@ -63,7 +71,7 @@ def read_metrics(directory: epath.PathLike) -> Metrics:
     """All that the metrics.jsonl of a run's directory says."""
     parts = existing_parts(epath.Path(directory) / NAME)
     records: list[Record] = []
-    superseded = 0
+    superseded: list[Record] = []
     unreadable: list[str] = []
     was_readable, is_torn = True, False
     for part, content in zip(parts, read_parts(parts), strict=True):
@@ -79,7 +87,7 @@ def read_metrics(directory: epath.PathLike) -> Metrics:
                 if not was_readable:  # torn by the kill after which the run went on
                     unreadable.pop()
                 kept = [record for record in records if record["step"] <= value[ROLLBACK]]
-                superseded += len(records) - len(kept)
+                superseded += [record for record in records if record["step"] > value[ROLLBACK]]
                 records = kept
             else:
                 records.append(value)
@@ -95,6 +103,7 @@ class MetricsFile:
       resume_step: what was recorded of later steps is superseded. 0: of all steps.
 
     Attributes:
+      before: what it said, as of then: what is superseded now is among its superseded_records.
       superseded: how many lines that was.
 
     Raises:
@@ -103,11 +112,14 @@ class MetricsFile:
 
     def __init__(self, directory: epath.Path, *, resume_step: int):
         self.path = directory / NAME
-        before = read_metrics(directory)
-        self.superseded = sum(record["step"] > resume_step for record in before.records)
+        found = read_metrics(directory)
+        kept = [record for record in found.records if record["step"] <= resume_step]
+        gone = [record for record in found.records if record["step"] > resume_step]
+        self.superseded = len(gone)
+        self.before = found._replace(records=kept, superseded_records=found.superseded_records + gone)
         self._file = AppendOnlyFile(self.path)
         self._file.open()
-        if before.is_torn or self.superseded:
+        if found.is_torn or gone:
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             self.append({ROLLBACK: resume_step, "time": now})
 
@@ -118,6 +130,17 @@ class MetricsFile:
     def close(self) -> None:
         """Release the file."""
         self._file.close()
+
+
+def single_values(record: Record) -> dict[str, float]:
+    """The numbers of a record, without its step and what is null; those of each layer as watch/NAME/000 and so on."""
+    single = {}
+    for name, value in record.items():
+        if isinstance(value, list) and name.startswith(BY_LAYER):
+            single |= {f"{name}/{number:03d}": part for number, part in enumerate(value)}
+        elif name != "step":
+            single[name] = value
+    return {name: float(value) for name, value in single.items() if value is not None and _is_number_or_null(value)}
 
 
 def _parse(line: str) -> Record | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 from etils import epath
 
-from hybridnorm_jax.training.append_only import AppendOnlyFile
+from hybridnorm_jax.append_only import AppendOnlyFile
 from hybridnorm_jax.training.time_ledger import TimeLedger
 
 # The exit status of a process that train.stall_exit=true ends.

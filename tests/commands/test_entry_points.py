@@ -63,7 +63,7 @@ def _one_line(capsys):
             "train.seq_len=8: must be at most model.max_positions=4",
         ),
         (["missing.yaml"], "missing.yaml: cannot be read"),
-        (["run.wandb=true"], "run.wandb=true: needs the extra `wandb`: pip install 'hybridnorm-jax[wandb]'"),
+        (["run.wandb=true"], "run.loggers=wandb: needs the extra `wandb`: pip install 'hybridnorm-jax[wandb]'"),
         (["init_from=/nowhere"], "/nowhere: no such directory"),
         (["run.dir=/proc/nope"], "/proc/nope"),
         (["run.name=.."], "run.name=..: must be a plain directory name"),
@@ -248,7 +248,8 @@ def test_a_named_configuration_is_found_from_any_folder_and_a_path_stays_a_path(
 
 
 WITHOUT_EXTRA = [
-    (["run.wandb=true"], "wandb", "run.wandb=true", "wandb"),
+    (["run.wandb=true"], "wandb", "run.loggers=wandb", "wandb"),
+    (["run.loggers=[csv, mlflow]"], "mlflow", "run.loggers=mlflow", "mlflow"),
     (["run.dir=gs://bucket/runs"], "gcsfs", "run.dir=gs://bucket/runs", "tpu"),
     (["data.source=text", "data.files=[gs://bucket/a.txt]"], "gcsfs", "a path that starts with gs://", "tpu"),
     (["data.tokenizer=TOKENIZER"], "tokenizers", "data.tokenizer=TOKENIZER", "hf"),

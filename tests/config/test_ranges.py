@@ -168,17 +168,17 @@ def test_only_true_and_false_are_bools(word):
 )
 def test_a_text_is_what_is_typed(text, tmp_path):
     if text == "null ":
-        assert "run.wandb_project" in error_of(parse, [f"run.wandb_project={text}"])
+        assert "run.project" in error_of(parse, [f"run.project={text}"])
         return
-    config = parse([f"run.wandb_project={text}"])
-    assert config.run.wandb_project == text
+    config = parse([f"run.project={text}"])
+    assert config.run.project == text
     assert from_yaml(to_yaml(config)) == config
 
 
 def test_a_text_in_a_file_needs_no_quotes_to_stay_a_text():
-    assert from_yaml("run: {wandb_project: no}").run.wandb_project == "no"
-    assert from_yaml("run: {wandb_project: 007}").run.wandb_project == "007"
-    assert from_yaml("run: {wandb_project: 'null'}").run.wandb_project == "null"
+    assert from_yaml("run: {wandb_project: no}").run.project == "no"
+    assert from_yaml("run: {wandb_project: 007}").run.project == "007"
+    assert from_yaml("run: {wandb_project: 'null'}").run.project == "null"
     assert "expected text" in error_of(from_yaml, "run: {wandb_project: ~}")
 
 

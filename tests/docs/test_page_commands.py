@@ -11,6 +11,7 @@ from pages import PAGES, REPOSITORY, commands, inline_code, name
 from hybridnorm_jax.commands import main as program
 from hybridnorm_jax.config import resume_keys
 from hybridnorm_jax.config.arguments import parse
+from hybridnorm_jax.config.old_keys import RENAMED, WANDB_SWITCH
 from hybridnorm_jax.config.yaml_files import FIELDS, SECTIONS, gather
 
 # test_clusters_page.py runs those of its page in a shell.
@@ -155,7 +156,7 @@ def test_commands_within_a_sentence_exist(page):
             assert words[1] in TARGETS, code
         key = re.fullmatch(r"([a-z_]+)\.([a-z_]+)(?:=.*)?", code)
         if key and key[1] in SECTIONS and key[2] not in FILE_ENDINGS:
-            assert f"{key[1]}.{key[2]}" in FIELDS, code
+            assert f"{key[1]}.{key[2]}" in {*FIELDS, *RENAMED, WANDB_SWITCH}, code
 
 
 def test_the_keys_that_may_change_on_resume_are_those_of_the_code():

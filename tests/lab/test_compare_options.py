@@ -50,7 +50,7 @@ def test_wrong_protocols_are_refused(arguments, message):
 def test_variants_are_crossed_with_schemes_and_named(arguments):
     variants = 'variants=[model.num_layers=2,"model.num_layers=3 optimizer.warmup_steps=1"]'
     asked = compare_options.comparison([*arguments, variants, "seeds=[0]"])
-    assert {config.run.wandb_group for config in asked.configs} == {"lab"}
+    assert {config.run.group for config in asked.configs} == {"lab"}
     named = {config.run.name: (config.model.num_layers, config.optimizer.warmup_steps) for config in asked.configs}
     assert named == {
         f"{scheme}-{variant}-lr0.001-seed0": numbers

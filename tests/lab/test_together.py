@@ -244,7 +244,7 @@ def test_a_sweep_asks_for_all_rates_of_its_grid_at_once(files, tmp_path, monkeyp
         ("eval.tasks=[arc_easy]", "eval.tasks=[...]: not with together=2"),
         ("eval.plain=true optimizer.ema_decay=0.9", "eval.plain=true: not with together=2"),
         ("train.profile=true", "train.profile=true: not with together=2"),
-        ("run.wandb=true", "run.wandb=true: not with together=2"),
+        ("run.wandb=true", "run.loggers=wandb: not with together=2"),
         ("train.sample_tokens=3", "train.sample_tokens=3: not with together=2"),
         ("model.remat=auto", "model.remat=auto: needs a policy that is named with together=2"),
     ],

@@ -171,7 +171,7 @@ def test_hooks_are_called_in_the_order_of_the_list_and_closed_in_reverse(config,
                 raise KeyError("planted")
 
     built_in = [
-        (MetricsWriter, "write", lambda self, step, values, **_: ("write", step)),
+        (MetricsWriter, "write", lambda self, step, values: ("write", step)),
         (Checkpoints, "save", lambda self, step, *_, **__: ("save", step)),
         (Program, "eval_step", lambda self, *_, step: ("eval_step",)),
     ]

@@ -4,10 +4,8 @@ import errno
 import json
 import math
 import struct
-import sys
 import threading
 import time
-import types
 
 import jax
 import numpy as np
@@ -18,15 +16,23 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 from tensorboardX.proto.event_pb2 import Event
 
-from hybridnorm_jax.errors import MissingExtraError, UserError
-from hybridnorm_jax.training import append_only, metrics_file, metrics_writer
+from hybridnorm_jax import append_only
+from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.loggers.logger import Logger
+from hybridnorm_jax.loggers.logger_kinds import run_loggers
+from hybridnorm_jax.training import metrics_file, metrics_writer
 from hybridnorm_jax.training.metrics_file import read_metrics, read_records
-from hybridnorm_jax.training.metrics_writer import MetricsWriter, WandbRun
+from hybridnorm_jax.training.metrics_writer import MetricsWriter
 
 
-def open_writer(run_dir, *, resume_step=None, wandb=False, enabled=True):
-    shown = WandbRun("project", "name", {"train": {"steps": 3}}, group="lab") if wandb else None
-    return MetricsWriter(run_dir, resume_step=resume_step, wandb=shown, enabled=enabled)
+def open_writer(run_dir, *, resume_step=None, loggers=None, enabled=True):
+    loggers = run_loggers(["tensorboard"]) if loggers is None else loggers
+    return MetricsWriter(run_dir, resume_step=resume_step, loggers=loggers, config=RunConfig(), enabled=enabled)
+
+
+def close(writer):
+    writer.__exit__(None, None, None)
 
 
 def entries(run_dir):
@@ -50,14 +56,14 @@ def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
     writer.write(10, {"train/loss": 2.5, "mfu": None})
     assert entries(tmp_path) == [{"step": 10, "train/loss": 2.5, "mfu": None}]
     assert (tmp_path / "metrics.jsonl").read_text().startswith('{"step": 10,')
-    writer.close()
+    close(writer)
 
 
 def test_values_that_json_does_not_have_become_null(tmp_path):
     writer = open_writer(tmp_path)
     values = {"nan": math.nan, "inf": -math.inf, "device": jax.numpy.float32(1.5), "numpy": np.float32(0.5)}
     writer.write(1, values)
-    writer.close()
+    close(writer)
 
     def refuse(word):
         raise AssertionError(f"{word} is not JSON")
@@ -70,7 +76,7 @@ def test_values_that_json_does_not_have_become_null(tmp_path):
 def test_tensorboard_gets_what_is_not_null(tmp_path):
     writer = open_writer(tmp_path)
     writer.write(4, {"train/loss": 2.0, "mfu": None, "bad": math.nan})
-    writer.close()
+    close(writer)
     found = [
         (value.tag, event.step, value.simple_value)
         for event in tensorboard_events(tmp_path)
@@ -82,9 +88,9 @@ def test_tensorboard_gets_what_is_not_null(tmp_path):
 def test_tensorboard_gets_the_values_of_each_layer(tmp_path):
     writer = open_writer(tmp_path)
     layers = {"watch/rms": np.array([1.0, math.nan, 3.0]), "watch/head": np.array(2.0)}
-    writer.write(1, layers, by_layer=True)
+    writer.write(1, layers)
     writer.write(2, {"train/losses": np.array([4.0, 5.0])})
-    writer.close()
+    close(writer)
     found = {value.tag: value.simple_value for event in tensorboard_events(tmp_path) for value in event.summary.value}
     assert found == {"watch/rms/000": 1, "watch/rms/002": 3, "watch/head": 2}
     assert entries(tmp_path)[0] == {"step": 1, "watch/rms": [1, None, 3], "watch/head": 2}
@@ -94,14 +100,14 @@ def test_resuming_supersedes_later_steps_and_takes_nothing_out(tmp_path, capsys)
     writer = open_writer(tmp_path)
     for step in (1, 2, 3, 4):
         writer.write(step, {"train/loss": float(step)})
-    writer.close()
+    close(writer)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "train/lo')
     before = (tmp_path / "metrics.jsonl").read_text()
     writer = open_writer(tmp_path, resume_step=2)
     assert [record["step"] for record in read_records(tmp_path)] == [1, 2]
     writer.write(3, {"train/loss": 30.0})
-    writer.close()
+    close(writer)
     assert [record["train/loss"] for record in read_records(tmp_path)] == [1.0, 2.0, 30.0]
     text = (tmp_path / "metrics.jsonl").read_text()
     assert text.startswith(before + '\n{"resumed_from": 2, "time": "')
@@ -109,16 +115,16 @@ def test_resuming_supersedes_later_steps_and_takes_nothing_out(tmp_path, capsys)
     assert capsys.readouterr().err == ""  # a kill explains the incomplete line
     # TensorBoard hides what earlier event files hold of these steps and later ones.
     assert sorted(event.step for event in tensorboard_events(tmp_path) if event.HasField("session_log")) == [0, 3]
-    open_writer(tmp_path, resume_step=3).close()
+    close(open_writer(tmp_path, resume_step=3))
     assert (tmp_path / "metrics.jsonl").read_text() == text  # nothing was superseded, so there is nothing to say
 
 
 def test_beginning_again_keeps_the_lines_and_says_so(tmp_path, capsys):
     writer = open_writer(tmp_path)
     writer.write(1, {"train/loss": 1.0})
-    writer.close()
+    close(writer)
     before = (tmp_path / "metrics.jsonl").read_text()
-    open_writer(tmp_path).close()
+    close(open_writer(tmp_path))
     assert (tmp_path / "metrics.jsonl").read_text().startswith(before + '{"resumed_from": 0')
     assert read_records(tmp_path) == []
     line = f"{tmp_path}: no checkpoint, the run begins again; metrics.jsonl keeps its 1 lines\n"
@@ -147,7 +153,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_hangs_nowhere(tmp_path, monkey
     writer = open_writer(tmp_path)
     for step in range(30):
         writer.write(step, {"train/loss": 1.0})
-    writer.close()
+    close(writer)
     assert len(read_records(tmp_path)) == 30
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"TensorBoard: {tmp_path}/tensorboard/events.out.tfevents.")
@@ -158,7 +164,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_hangs_nowhere(tmp_path, monkey
     with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written: No space left on device"):
         writer.write(30, {"train/loss": 1.0})
     with pytest.raises(UserError, match="No space left"):
-        writer.close()
+        close(writer)
     assert time.monotonic() - began < 10
 
 
@@ -174,17 +180,21 @@ class FullDisk(append_only._LocalFile):
 
 
 def test_what_never_answers_is_given_up(tmp_path, monkeypatch, capsys):
-    """Weights & Biases and metrics.jsonl hang; neither holds the caller."""
+    """A logger and metrics.jsonl hang; neither holds the caller."""
     answer = threading.Event()
-    monkeypatch.setattr(metrics_writer, "COPY_SECONDS", 0.2)
-    start_wandb(monkeypatch, log=lambda values: answer.wait(60))
-    writer = open_writer(tmp_path, wandb=True)
+
+    class Hangs(Logger):
+        def write(self, step, values):
+            answer.wait(60)
+
+    monkeypatch.setattr(metrics_writer, "LOGGER_SECONDS", 0.2)
+    writer = open_writer(tmp_path, loggers={"A service": Hangs()})
     began = time.monotonic()
     for step in (1, 2):
         writer.write(step, {"train/loss": 1.0})
-    writer.close()
+    close(writer)
     assert time.monotonic() - began < 10
-    line = "Weights & Biases: no answer within 0.2 seconds; the run goes on without it, metrics.jsonl has every number"
+    line = "A service: no answer within 0.2 seconds; the run goes on without it, metrics.jsonl has every number"
     assert capsys.readouterr().err.splitlines() == [line]
 
     monkeypatch.setattr(metrics_writer, "RECORD_SECONDS", 0.2)
@@ -206,10 +216,10 @@ def test_a_run_directory_that_is_removed_is_noticed(tmp_path):
 def test_an_event_file_never_replaces_another_one_whatever_the_clock_says(tmp_path, monkeypatch):
     names = []
     for now in (5000.0, 5000.0, 10.0):
-        monkeypatch.setattr("hybridnorm_jax.training.tensorboard_events.time.time", lambda now=now: now)
+        monkeypatch.setattr("hybridnorm_jax.loggers.tensorboard.time.time", lambda now=now: now)
         writer = open_writer(tmp_path)
         writer.write(1, {"train/loss": 1.0})
-        writer.close()
+        close(writer)
         names.append({path.name for path in (tmp_path / "tensorboard").iterdir()})
     first, second, third = names
     assert max(first) < max(second) < max(third)
@@ -217,9 +227,9 @@ def test_an_event_file_never_replaces_another_one_whatever_the_clock_says(tmp_pa
 
 
 def test_other_processes_write_nothing(tmp_path):
-    writer = open_writer(tmp_path, wandb=True, enabled=False)
+    writer = open_writer(tmp_path, enabled=False)
     writer.write(1, {"train/loss": 1.0})
-    writer.close()
+    close(writer)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -259,11 +269,11 @@ def test_a_bucket_has_every_line_at_once_and_nothing_is_written_over(bucket):
     for step in (1, 2, 3):
         writer.write(step, {"train/loss": float(step)})
         assert len(read_records(bucket)) == step
-    writer.close()
+    close(writer)
     first = (bucket / "metrics.jsonl.000001").read_text()
     writer = open_writer(bucket, resume_step=2)
     writer.write(3, {"train/loss": 0.0})
-    writer.close()
+    close(writer)
     assert [record["train/loss"] for record in read_records(bucket)] == [1.0, 2.0, 0.0]
     assert (bucket / "metrics.jsonl.000001").read_text() == first
     assert len([path for path in (bucket / "tensorboard").iterdir() if "tfevents" in path.name]) == 2
@@ -288,65 +298,5 @@ def test_a_bucket_that_was_copied_to_a_disk_is_gone_on_with(bucket, tmp_path):
     (tmp_path / "metrics.jsonl.000001").write_bytes((bucket / "metrics.jsonl.000001").read_bytes())
     writer = open_writer(tmp_path, resume_step=1)
     writer.write(2, {"train/loss": 1.0})
-    writer.close()
+    close(writer)
     assert [record["step"] for record in read_records(tmp_path)] == [1, 2]
-
-
-def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(MissingExtraError, match=r"run.wandb=true: .*pip install 'hybridnorm-jax\[wandb\]'"):
-        open_writer(tmp_path, wandb=True)
-
-
-def start_wandb(monkeypatch, **methods):
-    """A stand-in for wandb, whose run has these methods; returns what init is called with."""
-    started = []
-    run = {"log": lambda values: None, "finish": lambda: None, "define_metric": lambda *args, **keys: None} | methods
-    run |= {"url": "https://wandb.example/run", "offline": False}
-    fake = types.ModuleType("wandb")
-    fake.Settings = dict
-    fake.init = lambda **keys: started.append(keys) or types.SimpleNamespace(**run)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    return started
-
-
-def test_wandb_gets_the_step_and_goes_on_in_the_same_run(tmp_path, monkeypatch, capsys):
-    logged = []
-    started = start_wandb(monkeypatch, log=logged.append)
-    for resume_step in (None, 5, None):
-        writer = open_writer(tmp_path, resume_step=resume_step, wandb=True)
-        writer.write(7, {"train/loss": 1.0, "mfu": None})
-        writer.close()
-    assert logged == 3 * [{"step": 7, "train/loss": 1.0}]
-    first, resumed, anew = (keys["id"] for keys in started)
-    assert first == resumed != anew
-    assert (started[0]["project"], started[0]["group"]) == ("project", "lab")
-    assert started[0]["config"] == {"train": {"steps": 3}}
-    assert started[0]["settings"] == {"init_timeout": 60}
-    assert capsys.readouterr().out == 3 * "Weights & Biases: https://wandb.example/run\n"
-
-
-def test_wandb_without_a_key_ends_in_one_line_and_writes_nothing(tmp_path, monkeypatch):
-    def refuse(**keys):
-        (tmp_path / "wandb/run-1").mkdir(parents=True)
-        raise RuntimeError("1 validation error for Settings\nmode\n  Input should be 'online' or 'offline'")
-
-    start_wandb(monkeypatch)
-    monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
-    with pytest.raises(UserError, match=r"^run\.wandb=true: .* mode Input should be 'online' or 'offline'\); log in"):
-        open_writer(tmp_path, wandb=True)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_wandb_that_fails_on_the_way_stops_nothing(tmp_path, monkeypatch, capsys):
-    def fail(values):
-        raise ConnectionError("network unreachable")
-
-    start_wandb(monkeypatch, log=fail)
-    writer = open_writer(tmp_path, wandb=True)
-    for step in (1, 2, 3):
-        writer.write(step, {"train/loss": 1.0})
-    writer.close()
-    assert len(read_records(tmp_path)) == 3
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("Weights & Biases: network unreachable; the run goes on without it")

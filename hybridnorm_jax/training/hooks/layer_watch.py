@@ -44,7 +44,7 @@ class LayerWatch(Hook):
         """Write the measures once their step is done."""
         measures = self._measures.pop(numbers.step)
         layers = {f"watch/{name}": np.asarray(values) for name, values in measures.items()}
-        run.writer.write(numbers.step, layers, by_layer=True)
+        run.writer.write(numbers.step, layers)
 
 
 def _measured(run: Run, batch: Batch) -> Measures:

@@ -9,18 +9,43 @@ import secrets
 import socket
 import struct
 import time
+from collections.abc import Mapping
 
 from etils import epath
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import scalar
 
-from hybridnorm_jax.training.append_only import AppendOnlyFile
+from hybridnorm_jax.append_only import AppendOnlyFile
+from hybridnorm_jax.loggers.logger import LoggedRun, Logger
 from hybridnorm_jax.whole_files import is_local
 
 # Bytes are uploaded several times over (append_only.py), so not for every step.
 UPLOAD_SECONDS = 60
 STAMP = re.compile(r"\.tfevents\.(\d+)\.")
+
+
+class TensorBoard(Logger):
+    """Writes event files to <run>/tensorboard, a new one whenever the run goes on.
+
+    TensorBoard hides the values of superseded steps. A directory without event files gets those of the whole history.
+    """
+
+    def start(self, run: LoggedRun) -> Mapping[str, int]:
+        """Begin a file, which is made by the first `write`."""
+        directory = run.directory / "tensorboard"
+        is_new = not directory.exists() or not any(STAMP.search(path.name) for path in directory.iterdir())
+        resume_step = None if is_new else run.resume_step
+        self._events = EventFile(directory, first=0 if resume_step is None else resume_step + 1)
+        return {} if is_new else run.last_steps
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add the values to the file."""
+        self._events.write(step, values)
+
+    def close(self, how: str) -> None:
+        """Write what is held back, and release the file."""
+        self._events.close()
 
 
 class EventFile:
@@ -41,7 +66,7 @@ class EventFile:
         self._pause = 0.0 if is_local(directory) else UPLOAD_SECONDS
         self._next = time.monotonic()
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add the values of one step. They are in the file when this returns; on gs:// within a minute or so."""
         self._held += b"".join(_record(Event(step=step, summary=scalar(name, value))) for name, value in values.items())
         if time.monotonic() >= self._next:
@@ -50,7 +75,8 @@ class EventFile:
     def close(self) -> None:
         """Write what is held back, and release the file."""
         self._flush()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _flush(self) -> None:
         if self._file is None:

@@ -1,0 +1,17 @@
+"""Keys of earlier versions. Saved configurations hold them, and people's commands; each is read as what it is now."""
+
+from hybridnorm_jax.config.run_config import RunSection
+from hybridnorm_jax.config_fields import key
+from hybridnorm_jax.loggers.logger_kinds import WANDB
+
+RENAMED = {"run.wandb_project": "run.project", "run.wandb_group": "run.group"}
+# True or false said whether `wandb` is among this one.
+WANDB_SWITCH, LOGGERS_KEY = "run.wandb", "run.loggers"
+SWITCH = key(False, "whether run.loggers names wandb")
+SWITCH.name, SWITCH.type = "wandb", bool
+
+
+def switched(loggers: tuple[str, ...] | None, *, has_wandb: bool) -> tuple[str, ...]:
+    """The loggers (None: the default ones) with wandb, or without it."""
+    others = tuple(name for name in (RunSection.loggers if loggers is None else loggers) if name != WANDB)
+    return (*others, WANDB) if has_wandb else others
