@@ -83,6 +83,8 @@ VALUES_OF_OPTIONS = {
     "--stop": (),
     "--limit": (),
     "--processes": (),
+    "--rows": (),
+    "--seconds": (),
     "--shard-tokens": (),
     "--vocab-size": (),
 }
@@ -147,7 +149,7 @@ def _options(command: str) -> list[str]:
 
 
 def _positionals(command: str, given: Sequence[str], typed: str) -> list[str]:
-    if command in ("train", "plan", "lab signal", "lab compare"):
+    if command in ("train", "plan", "lab signal", "lab compare", "data inspect"):
         return [*_whole(named_configurations.names()), *_files(typed, named_configurations.SUFFIXES)]
     if command in ("tokenize", "tokenizer train"):
         return _files(typed)

@@ -80,6 +80,8 @@ SYNTAX = {
     ),
     "tokenizer": Syntax(),
     "tokenizer train": Syntax(options=("--vocab-size", "--out"), keys=_OF_TEXT),
+    "data": Syntax(),
+    "data inspect": Syntax(options=("--rows", "--seconds"), takes_run_keys=True),
     "schemes": Syntax(),
     "completion": Syntax(),
 }

@@ -41,7 +41,7 @@ def run(arguments: Sequence[str]) -> None:
     """`hybridnorm tokenize FILE ... --tokenizer T --out DIR [OPTION ...] [data.KEY=value ...]`."""
     check_syntax("tokenize", arguments)
     others, keys = sort("tokenize", arguments)
-    options = _parser().parse_args(others)
+    options = _parser().parse_intermixed_args(others)
     _check(options)
     section = text_section(options.files, keys, tokenizer=options.tokenizer)
     with sturdy_streams(), _stopped_by_signals(), _refusals(options.out):

@@ -42,7 +42,7 @@ def run(arguments: Sequence[str]) -> None:
     check_syntax("tokenizer train", rest)
     others, keys = sort("tokenizer train", rest)
     with sturdy_streams():
-        _train(_parser().parse_args(others), keys)
+        _train(_parser().parse_intermixed_args(others), keys)
 
 
 def _parser() -> ArgumentParser:

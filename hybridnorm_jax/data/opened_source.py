@@ -155,7 +155,6 @@ class SourceOpener:
         directories = tokenized_source.directories_of(key, section.files)
         if directories:
             return self._directories_source(directories, section, key)
-        _check_separator_id(self._data)
         paths = find_files(key, section.files)
         root = pattern_root(section.files)
         files = identities(paths, root)
@@ -163,6 +162,7 @@ class SourceOpener:
         if fraction:
             _check_no_copies(files, key)
         arrays, names = self._opened(paths, section), relative_names(paths, root)
+        _check_separator_id(self._data, have_ends=all(array.ends is not None for array in arrays.values()))
         own = split_extents(arrays, names, fraction)
         train, held_out = self._tokens(own.train), self._tokens(own.held_out)
         named = ", ".join(section.files) if len(section.files) <= SHOWN_FILES else f"{len(section.files)} paths"
@@ -229,8 +229,10 @@ class SourceOpener:
         return Split(stream, *_measure_text_per_token(stream, self.tokenizer, separator))
 
 
-def _check_separator_id(data: DataSection) -> None:
-    if (data.segment_ids or data.packing != "windows") and data.separator_id is None:
+def _check_separator_id(data: DataSection, *, have_ends: bool) -> None:
+    """Raise DataError where documents matter and nothing says where they end. Windows look for separators."""
+    needed = data.segment_ids if data.packing == "windows" else not have_ends
+    if needed and data.separator_id is None:
         asks = "data.segment_ids=true" if data.segment_ids else f"data.packing={data.packing}"
         right = "the id that ends a document must be given"
         raise DataError(f"data.separator_id=null: {asks} with data.source=tokens: {right}")

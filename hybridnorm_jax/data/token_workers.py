@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from typing import Any, NamedTuple, Protocol, Self
@@ -166,6 +167,10 @@ class Processes:
     def long_text(self) -> LongText:
         """As Workers."""
         return _LongTextThere(self._idlest())
+
+    def processor_seconds(self) -> float:
+        """How long they have worked since they began to load the tokenizer, all together."""
+        return sum(process.executor.submit(time.process_time).result() for process in self._processes)
 
     def _idlest(self) -> "_Process":
         return min(self._processes, key=lambda process: process.waiting)
