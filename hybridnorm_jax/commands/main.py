@@ -60,7 +60,7 @@ COMMANDS = {
     "plan": Command("CONFIG [key=value ...]", "say whether a run fits on other devices"),
     "lab": Command("signal | compare | ...", "compare norm placements", has_processes=True, computes=True),
     "tokenize": Command("FILE ... --out DIR", "make tokens ahead of training", requeue=True),
-    "data": Command("inspect [CONFIG] [key=value ...]", "show data as the model sees them"),
+    "data": Command("inspect [key=value ...]", "show data as the model sees them"),
     "tokenizer": Command("train FILE ...", "learn a vocabulary from text"),
     "schemes": Command("[SCHEME ...] [DEPTH]", "list norm placements, or print some"),
     "completion": Command("bash | zsh | fish", "print a script that completes arguments"),
