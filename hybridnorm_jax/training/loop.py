@@ -19,6 +19,7 @@ from hybridnorm_jax.mesh.device_room import room_of
 from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.streams import sturdy_streams
 from hybridnorm_jax.training.checkpoints import Checkpoints
+from hybridnorm_jax.training.environment import environment
 from hybridnorm_jax.training.hooks.built_in import built_in_hooks
 from hybridnorm_jax.training.hooks.hook import Hook, check_hook
 from hybridnorm_jax.training.memory import check_room, least_bytes
@@ -35,6 +36,7 @@ from hybridnorm_jax.training.start_report import count_text, start_report, table
 from hybridnorm_jax.training.step import Batch
 from hybridnorm_jax.training.stopping import StopSignals
 from hybridnorm_jax.training.task_model import TaskModel
+from hybridnorm_jax.training.text_log import TextLog
 from hybridnorm_jax.training.throughput import tokens_per_second
 from hybridnorm_jax.training.time_ledger import TimeLedger
 from hybridnorm_jax.training.watchdog import Watchdog
@@ -65,21 +67,23 @@ def train(
     hooks = tuple(hooks)
     for hook in hooks:
         check_hook(hook)
-    named = run_loggers(config.run.loggers, loggers) if jax.process_index() == 0 else {}
+    is_first = jax.process_index() == 0
+    named = run_loggers(config.run.loggers, loggers) if is_first else {}
     ledger = TimeLedger(began)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(sturdy_streams())
-        programs = SharedPrograms() if programs is None else programs
-        run = _begun(config, hooks, named, programs, ledger, stack)
-        if brief:
-            _run_to_its_end(run)
-            return run.scores or {}
-        say(start_report(run.config, run.program, run.data, run.directory, resumed=run.first))
-        try:
-            _run_to_its_end(run)
-        finally:
-            _say_time(run)
-    _say_results(run)
+    programs = SharedPrograms() if programs is None else programs
+    with sturdy_streams(), TextLog(enabled=is_first) as log:
+        with contextlib.ExitStack() as stack:
+            run = _begun(config, hooks, named, programs, ledger, stack)
+            log.open(run.directory, about=environment() | {"after_step": run.first})
+            if brief:
+                _run_to_its_end(run)
+                return run.scores or {}
+            say(start_report(run.config, run.program, run.data, run.directory, resumed=run.first))
+            try:
+                _run_to_its_end(run)
+            finally:
+                _say_time(run)
+        _say_results(run)
     return run.scores or {}
 
 
@@ -274,6 +278,7 @@ def _files(run: Run) -> str:
     rows = [
         ("config.yaml", "the whole configuration"),
         ("metrics.jsonl", "losses, speed and evaluations"),
+        ("log.txt", "what was printed, with times"),
         ("checkpoints/", f"the state after a step; the newest is {run.steps:06d}"),
     ]
     return "\n".join(f"  {name:<14} {what}" for name, what in rows)

@@ -76,11 +76,11 @@ def read_metrics(directory: epath.PathLike) -> Metrics:
     was_readable, is_torn = True, False
     for part, content in zip(parts, read_parts(parts), strict=True):
         *lines, rest = content.decode(errors="replace").split("\n")
-        is_torn = bool(rest) and _parse(rest) is None
+        is_torn = bool(rest) and parse_line(rest) is None
         if rest and not is_torn:
             lines.append(rest)
         for number, line in enumerate(lines, 1):
-            value = _parse(line)
+            value = parse_line(line)
             if value is None:
                 unreadable.append(f"{part}, line {number}")
             elif ROLLBACK in value:
@@ -143,7 +143,7 @@ def single_values(record: Record) -> dict[str, float]:
     return {name: float(value) for name, value in single.items() if value is not None and _is_number_or_null(value)}
 
 
-def _parse(line: str) -> Record | None:
+def parse_line(line: str) -> Record | None:
     """A record or a rollback; None for any other line."""
     try:
         value = json.loads(line)

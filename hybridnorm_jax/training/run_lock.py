@@ -12,24 +12,21 @@ import fcntl
 import json
 import os
 import secrets
-import socket
 import sys
 import threading
 import time
 import weakref
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import jax
 from etils import epath
 
 from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.training.lock_holder import NAME, holder, holder_text, is_of_ended_process
 from hybridnorm_jax.training.manifest import agree
 from hybridnorm_jax.whole_files import is_local, write_whole
 
-NAME = "lock"
 BEAT_SECONDS, LEFT_OVER_SECONDS, SETTLE_SECONDS = 10.0, 60.0, 3.0
 # What flock says on a file system without it.
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
@@ -106,30 +103,7 @@ class _HeldError(Exception):
     """Another process has the lock; says which."""
 
     def __init__(self, content: bytes):
-        try:
-            holder = json.loads(content)
-            text = f"process {holder['process']} on {holder['host']} since {holder['since']}"
-        except (ValueError, KeyError, TypeError):
-            text = "another process"
-        super().__init__(text)
-
-
-def _holder() -> dict[str, Any]:
-    """Who this process is."""
-    now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-    return {"host": socket.gethostname(), "process": os.getpid(), "since": now, "among": _processes_that_are_seen()}
-
-
-def _processes_that_are_seen() -> str:
-    """What a process number means something in: this start of the machine, and this namespace of processes.
-
-    Containers on one machine may have its host name and process numbers of their own. "" where there is no /proc.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
+        super().__init__(holder_text(content))
 
 
 class _FileLock:
@@ -154,7 +128,7 @@ class _FileLock:
                 raise
         _held.add(self)
         os.ftruncate(self._file, 0)
-        os.write(self._file, json.dumps(_holder()).encode())
+        os.write(self._file, json.dumps(holder()).encode())
 
     def _is_in_place(self) -> bool:
         try:
@@ -198,7 +172,7 @@ class _HeartbeatLock:
     def __init__(self, path: epath.Path):
         self._path = path
         self._files, self._name = fsspec.core.url_to_fs(os.fspath(path))
-        self._content = _holder() | {"token": secrets.token_hex(8), "beat": 0}
+        self._content = holder() | {"token": secrets.token_hex(8), "beat": 0}
         self.is_lost = False
         self._over = threading.Event()
         if not self._create():
@@ -225,7 +199,7 @@ class _HeartbeatLock:
     def _wait_until_left_over(self) -> None:
         """Until the object has not changed for LEFT_OVER_SECONDS, or is gone; _HeldError as soon as it changes."""
         first = self._read()
-        if first is None or _is_of_ended_process(first):
+        if first is None or is_of_ended_process(first):
             return
         print(
             f"{self._path}: {_HeldError(first)} may hold this run; known within {LEFT_OVER_SECONDS:g} seconds",
@@ -276,19 +250,3 @@ class _HeartbeatLock:
         with contextlib.suppress(Exception):
             if self._is_ours():
                 self._files.rm_file(self._name)
-
-
-def _is_of_ended_process(content: bytes) -> bool:
-    """Whether a lock was left by a process of this machine that is no more."""
-    try:
-        holder = json.loads(content)
-        process = int(holder["process"])
-        here = (socket.gethostname(), _processes_that_are_seen())
-        if (holder["host"], holder.get("among")) != here or process == os.getpid():
-            return False
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    except (ValueError, KeyError, TypeError, OSError):
-        return False
-    return False

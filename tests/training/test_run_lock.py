@@ -170,7 +170,7 @@ def _holder_that_ended():
     process = multiprocessing.get_context("spawn").Process()
     process.start()
     process.join()
-    return run_lock._holder() | {"process": process.pid}
+    return run_lock.holder() | {"process": process.pid}
 
 
 def test_a_lock_of_a_process_here_that_ended_is_taken_at_once(bucket, monkeypatch, capsys):
