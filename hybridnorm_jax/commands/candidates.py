@@ -14,7 +14,14 @@ from hybridnorm_jax.config import named_configurations
 from hybridnorm_jax.config.data_section import PACKINGS, SOURCES, TOKEN_DTYPES
 from hybridnorm_jax.config.key_lookup import FIELDS, SECTIONS
 from hybridnorm_jax.config.key_values import read_hint
-from hybridnorm_jax.config.optimizer_section import FALLS, SCHEDULES
+from hybridnorm_jax.config.optimizer_section import (
+    FALLS,
+    MOMENT_DTYPES,
+    MUON_DTYPES,
+    MUON_SCALES,
+    OPTIMIZERS,
+    SCHEDULES,
+)
 from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.config.run_config import EQUIVALENT_FORMS, RunSection
 from hybridnorm_jax.evaluation.paper_tasks import PAPER, PAPER_TASKS
@@ -50,6 +57,10 @@ CHOICES = {
     "train.equivalent_form": EQUIVALENT_FORMS,
     "optimizer.schedule": SCHEDULES,
     "optimizer.wsd_decay": FALLS,
+    "optimizer.name": OPTIMIZERS,
+    "optimizer.moment_dtype": MOMENT_DTYPES,
+    "optimizer.muon_scale": MUON_SCALES,
+    "optimizer.muon_dtype": MUON_DTYPES,
     "distributed.initialize": AUTO_OR_BOOL,
     "baseline": SCHEMES,
 }

@@ -5,15 +5,20 @@ import dataclasses
 from hybridnorm_jax.config.limits import LARGEST_RATE, MOST_STEPS, SMALLEST
 from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
 
+OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 SCHEDULES = ("cosine", "linear", "wsd", "inverse_sqrt", "piecewise", "constant")
 # The forms in which the schedule `wsd` falls.
 FALLS = ("linear", "cosine", "1-sqrt", "exponential")
+MOMENT_DTYPES = ("float32", "bfloat16")
+MUON_SCALES = ("match_rms_adamw", "original")
+MUON_DTYPES = ("bfloat16", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSection:
-    """AdamW and its learning-rate schedule."""
+    """The optimizer and its learning-rate schedule."""
 
+    name: str = key("adamw", " | ".join(OPTIMIZERS))
     learning_rate: float = key(3e-4, "peak learning rate", at_least=SMALLEST, at_most=LARGEST_RATE)
     final_ratio: float = key(0.1, "final learning rate / peak", at_least=0, at_most=1)
     schedule: str = key("cosine", f"after the warm-up: {' | '.join(SCHEDULES)}")
@@ -33,8 +38,31 @@ class OptimizerSection:
     )
     b1: float = key(0.9, "decay of the first moment", at_least=0, below=1)
     b2: float = key(0.95, "decay of the second moment", at_least=0, below=1)
-    eps: float = key(1e-8, "added to the root of the second moment", at_least=SMALLEST, at_most=1)
+    eps: float = key(
+        1e-8, "added to the root of the second moment of adamw, also beside muon", at_least=SMALLEST, at_most=1
+    )
     weight_decay: float = key(0.1, "decoupled weight decay, times the learning rate", at_least=0, at_most=LARGEST_RATE)
+    moment_dtype: str = key(
+        "float32", "dtype of moments: float32 (float64 where parameters are) | bfloat16, rounded at random"
+    )
+    muon_momentum: float = key(0.95, "muon: decay of the mean of gradients", at_least=0, below=1)
+    muon_nesterov: bool = key(True, "muon: the newest gradient counts once more")
+    muon_steps: int = key(5, "muon: steps of Newton and Schulz's iteration", at_least=1, at_most=100)
+    muon_scale: str = key(
+        "match_rms_adamw", f"muon: by what orthogonal matrices are multiplied: {' | '.join(MUON_SCALES)}"
+    )
+    muon_rate_factor: float = key(
+        1.0, "muon: learning rate of the matrices / learning rate", at_least=0, at_most=LARGEST_RATE
+    )
+    muon_dtype: str = key("bfloat16", "muon: dtype of the iteration: bfloat16 | float32")
+    muon_except: tuple[str, ...] = key((), "muon: patterns of the paths of matrices that adamw updates")
+    adafactor_decay: float = key(
+        0.8, "adafactor: after t updates the newest squares count t^-this", at_least=0, at_most=10
+    )
+    adafactor_clip: float = key(
+        1.0, "adafactor: largest RMS of the direction of a parameter", at_least=SMALLEST, at_most=1e9
+    )
+    adafactor_scale: bool = key(True, "adafactor: directions are multiplied by the RMS of the parameter")
     balance_bias_rate: float = key(
         1e-3,
         "model.balance_bias: what a step adds to, or takes from, each expert's bias",
@@ -71,6 +99,14 @@ class OptimizerSection:
 
     def __post_init__(self) -> None:
         check_fields("optimizer", self)
+        check_choice("optimizer.name", self.name, OPTIMIZERS)
+        check_choice("optimizer.moment_dtype", self.moment_dtype, MOMENT_DTYPES)
+        check_choice("optimizer.muon_scale", self.muon_scale, MUON_SCALES)
+        check_choice("optimizer.muon_dtype", self.muon_dtype, MUON_DTYPES)
+        self._check_keys_of_others()
+        narrow = self.moment_dtype != "float32"
+        right = "adafactor keeps a few means of squares, which need float32 and hardly any memory"
+        check(not narrow or self.name != "adafactor", "optimizer.moment_dtype", self.moment_dtype, right)
         check_choice("optimizer.schedule", self.schedule, SCHEDULES)
         check_choice("optimizer.wsd_decay", self.wsd_decay, FALLS)
         self._check_pieces()
@@ -84,6 +120,15 @@ class OptimizerSection:
     def pieces(self) -> list[tuple[int, float]]:
         """(steps, rate after them / peak) of the schedule `piecewise`, by steps."""
         return sorted((int(steps), factor) for steps, factor in self.piecewise.items())
+
+    def _check_keys_of_others(self) -> None:
+        """Raise ConfigError where a key is set that this optimizer does not read."""
+        for field in dataclasses.fields(self):
+            of, _, _ = field.name.partition("_")
+            if of in OPTIMIZERS and of != self.name:
+                value = getattr(self, field.name)
+                is_default = value == field.default
+                check(is_default, f"optimizer.{field.name}", value, f"only for optimizer.name={of}")
 
     def _check_pieces(self) -> None:
         name, asked = "optimizer.piecewise", self.schedule == "piecewise"

@@ -34,7 +34,7 @@ from hybridnorm_jax.model.loss import LossSums
 from hybridnorm_jax.training.grouped_steps import GroupedSteps, PureSteps
 from hybridnorm_jax.training.layer_measures import Measures, make_watch
 from hybridnorm_jax.training.optimizers.schedules import StepNumbers, step_numbers
-from hybridnorm_jax.training.optimizers.table import make_optimizer
+from hybridnorm_jax.training.optimizers.table import Places, make_optimizer
 from hybridnorm_jax.training.state import TrainState, abstract_state, make_fresh_state, make_initializer
 from hybridnorm_jax.training.step import (
     Batch,
@@ -66,6 +66,7 @@ _NOT_COMPILED = (
     "optimizer.rate_factors",
     "optimizer.weight_decays",
     "optimizer.weight_decay",
+    "optimizer.muon_rate_factor",
     "train.steps",
     "train.seed",
     "train.data_seed",
@@ -139,7 +140,12 @@ class Program:
         model = dataclasses.replace(config.model, **resolved)
         self.conversion = _conversion(model, config.train)
         self.model = Decoder(model if self.conversion is None else self.conversion.config)
-        self._optimizer_of = partial(make_optimizer, config.optimizer, unit_matrices=config.model.scheme_rule.sphere)
+        self._optimizer_of = partial(
+            make_optimizer,
+            config.optimizer,
+            unit_matrices=config.model.scheme_rule.sphere,
+            places=Places(self.mesh, self.rules),
+        )
         optimizer = self._optimizer_of(self.numbers)
         initialize = make_initializer(
             config.model,

@@ -30,7 +30,8 @@ from hybridnorm_jax.training.trained_before import (
 )
 
 # Of a branch these are the same as of the run that it leaves: they say which rows a step reads, or shape the state.
-SAME_IN_A_BRANCH = ("data.", "train.batch_size", "train.seq_len", "train.spike_window")
+_SHAPES_OF_MOMENTS = ("optimizer.name", "optimizer.moment_dtype", "optimizer.muon_except")
+SAME_IN_A_BRANCH = ("data.", "train.batch_size", "train.seq_len", "train.spike_window", *_SHAPES_OF_MOMENTS)
 
 
 class Beginning(NamedTuple):

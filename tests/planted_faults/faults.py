@@ -250,15 +250,15 @@ MOMENTS = (
     Fault(
         name="decay_rates_of_the_moments_exchanged",
         file="training/optimizers/table.py",
-        right="b1=config.b1, b2=config.b2",
-        wrong="b1=config.b2, b2=config.b1",
+        right="scale_by_adam(b1=config.b1, b2=config.b2",
+        wrong="scale_by_adam(b1=config.b2, b2=config.b1",
         tests=("training/test_optimizer.py",),
     ),
     Fault(
         name="updates_are_clipped_and_not_gradients",
         file="training/optimizers/table.py",
-        right="optax.chain(*clip, adam, decay, rate)",
-        wrong="optax.chain(adam, *clip, decay, rate)",
+        right="optax.chain(*clip, direction, decay, rate)",
+        wrong="optax.chain(direction, *clip, decay, rate)",
         tests=("training/test_optimizer.py",),
     ),
     Fault(
@@ -299,9 +299,30 @@ MOMENTS = (
     Fault(
         name="a_skipped_step_moves_the_moments",
         file="training/step.py",
-        right="params, opt_state = keep_where(skip, before, after)",
-        wrong="params, _ = keep_where(skip, before, after)",
+        right="params, opt_state, average = keep_where(",
+        wrong="params, _, average = keep_where(",
         tests=("training/test_anomalies.py", "training/test_step.py"),
+    ),
+    Fault(
+        name="layers_are_orthogonalized_as_if_they_were_one_matrix",
+        file="training/optimizers/muon.py",
+        right="matrices = x.reshape((*batch, *axes.sizes(x.shape)))",
+        wrong="matrices = x.reshape((-1, axes.sizes(x.shape)[1]))",
+        tests=("training/test_optimizers.py::test_steps_are_those_of_the_reference_implementation",),
+    ),
+    Fault(
+        name="adafactor_clips_all_layers_together",
+        file="training/optimizers/adafactor.py",
+        right="within = tuple(range(len(batch_axes(path, gradient.ndim)), gradient.ndim))",
+        wrong="within = tuple(range(gradient.ndim))",
+        tests=("training/test_optimizers.py::test_steps_are_those_of_the_reference_implementation",),
+    ),
+    Fault(
+        name="bfloat16_moments_are_cut_off",
+        file="training/optimizers/moments.py",
+        right="jax.lax.shift_right_logical(bits + noise, jnp.uint32(16))",
+        wrong="jax.lax.shift_right_logical(bits + 0 * noise, jnp.uint32(16))",
+        tests=("training/test_optimizers.py",),
     ),
     Fault(
         name="a_skipped_loss_is_remembered",

@@ -8,15 +8,19 @@ import optax
 
 from hybridnorm_jax.config.optimizer_section import OptimizerSection
 from hybridnorm_jax.training.optimizers.groups import check_patterns, own_number
+from hybridnorm_jax.training.optimizers.muon import is_muon_matrix
 from hybridnorm_jax.training.optimizers.schedules import StepNumbers, learning_rate
 
 
 def rated(config: OptimizerSection, numbers: StepNumbers) -> optax.GradientTransformation:
-    """Multiplies every direction by -(learning rate) and by the factor of its parameter."""
+    """Multiplies every direction by -(learning rate) and by the factors of its parameter.
+
+    The factors are those of optimizer.rate_factors and, of the matrices that Muon updates, optimizer.muon_rate_factor.
+    """
     schedule = partial(learning_rate, config.schedule, numbers, wsd_decay=config.wsd_decay)
     rate = optax.scale_by_learning_rate(schedule)
     patterns = config.rate_factors
-    if not patterns:
+    if not patterns and config.name != "muon":
         return rate
 
     def init(params: Any) -> optax.OptState:
@@ -25,8 +29,10 @@ def rated(config: OptimizerSection, numbers: StepNumbers) -> optax.GradientTrans
 
     def update(directions: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
         def scaled(path: tuple[Any, ...], direction: Any) -> Any:
-            factor = own_number(path, patterns, numbers.rate_factors)
-            return direction if factor is None else factor * direction
+            own = own_number(path, patterns, numbers.rate_factors)
+            if config.name == "muon" and is_muon_matrix(config, path, direction):
+                direction = numbers.muon_rate_factor * direction
+            return direction if own is None else own * direction
 
         return rate.update(jax.tree.map_with_path(scaled, directions), state, params)
 

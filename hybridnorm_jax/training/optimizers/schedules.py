@@ -38,6 +38,7 @@ class StepNumbers(NamedTuple):
       dropout_seed: the numbers of a jax.random key (random.key_data), from which dropout is drawn.
       pieces: of the schedule `piecewise`; None: of another schedule.
       rate_factors, weight_decays: of the groups of parameters that have their own, in the order of their patterns.
+      muon_rate_factor: of the matrices that Muon updates.
     """
 
     peak: float
@@ -50,6 +51,7 @@ class StepNumbers(NamedTuple):
     pieces: Pieces | None = None
     rate_factors: tuple[float, ...] = ()
     weight_decays: tuple[float, ...] = ()
+    muon_rate_factor: float = 1.0
 
 
 def step_numbers(config: OptimizerSection, *, steps: int, tokens_per_step: int, seed: int) -> StepNumbers:
@@ -73,6 +75,7 @@ def step_numbers(config: OptimizerSection, *, steps: int, tokens_per_step: int, 
         pieces=_pieces(config),
         rate_factors=tuple(config.rate_factors.values()),
         weight_decays=tuple(config.weight_decays.values()),
+        muon_rate_factor=config.muon_rate_factor,
     )
 
 
