@@ -40,7 +40,14 @@ _OF_A_COMPARISON = (
     "together",
 )
 # Keys of a run that say how text is read.
-_OF_TEXT = ("data.text_field", "data.filter", "data.separator", "data.validation_fraction")
+_OF_TEXT = (
+    "data.text_field",
+    "data.records",
+    "data.chat_template",
+    "data.filter",
+    "data.separator",
+    "data.validation_fraction",
+)
 SYNTAX = {
     "train": Syntax(options=("--dry-run",), takes_run_keys=True),
     "eval": Syntax(options=("--tasks", "--limit", "--plain", "--json"), takes_run_keys=True),

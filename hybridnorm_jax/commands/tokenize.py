@@ -20,6 +20,7 @@ from hybridnorm_jax.whole_files import expanded, is_local
 
 USAGE = """hybridnorm tokenize FILE [FILE ...] --tokenizer T --out DIR [OPTION ...]
                            [data.text_field=NAME] [data.filter=[...]]
+                           [data.records=...] [data.chat_template=...]
                            [data.separator=TOKEN]
                            [data.validation_fraction=SHARE]"""
 DESCRIPTION = """Writes text as tokens to DIR, with several processes at once. Runs read it:

@@ -7,6 +7,9 @@ from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
 
 # How documents become rows: data.packing.
 PACKINGS = ("windows", "documents", "padded")
+# What records hold: data.records.
+RECORDS = ("text", "prompt", "messages")
+CHATML = "chatml"
 SOURCES = ("stdlib", "text", "tokens")
 # data.tokenizer of a model that came without one.
 UNKNOWN_TOKENIZER = "unknown"
@@ -30,6 +33,16 @@ class DataSection:
         None, "id that ends a document in token files, for segment ids; null: unknown", at_least=0, at_most=2**32 - 1
     )
     text_field: str = key("text", "field of records (.jsonl, .parquet, .arrow, .tar) that holds the text")
+    records: str = key(
+        "text",
+        "what records hold: text | prompt (with a completion, which alone is learned) | messages (a conversation, of "
+        "which what the assistant says is learned)",
+    )
+    chat_template: str = key(
+        CHATML,
+        "how conversations are written down: chatml, or a file with a chat template in Jinja, which runs in a sandbox "
+        "and needs the extra `chat`",
+    )
     filter: tuple[str, ...] = key((), "only records that meet every condition, such as 'language == en' (docs/data.md)")
     validation_fraction: float = key(
         0.02, "share of documents held out, chosen by a hash of each one's identity", at_least=0, below=1
@@ -41,6 +54,15 @@ class DataSection:
         "data.segment_ids) | padded (one document a row)",
     )
     segment_ids: bool = key(False, "documents do not attend to each other, and positions restart in each")
+    fim_rate: float = key(
+        0.0, "share of documents that are trained on with their middle last (fill in the middle)", at_least=0, at_most=1
+    )
+    fim_spm_rate: float = key(
+        0.5, "share of these in the order suffix, prefix, middle; others: prefix, suffix, middle", at_least=0, at_most=1
+    )
+    fim_tokens: tuple[str, ...] = key(
+        (), "the special tokens before prefix, suffix and middle, as names or ids, such as [<PRE>, <SUF>, <MID>]"
+    )
     cache_dir: str = key("~/.cache/hybridnorm_jax", "where tokenized text is kept")
     read_threads: int = key(2, "threads that read windows ahead", at_least=1, at_most=1024)
 
@@ -58,8 +80,25 @@ class DataSection:
         only = not self.filter or self.source == "text"
         check(only, "data.filter", list(self.filter), "only for data.source=text, whose records have fields")
         parse_conditions(self.filter)
+        self._check_fim()
+        check_choice("data.records", self.records, RECORDS)
+        only = self.records == "text" or self.source == "text"
+        check(only, "data.records", self.records, "only for data.source=text")
+        only = self.chat_template == CHATML or self.records == "messages"
+        check(only, "data.chat_template", self.chat_template, "only for data.records=messages")
         for name in self.validation:
             check(bool(name.strip()), "data.validation", self.validation, "a validation set needs a name")
+
+    def _check_fim(self) -> None:
+        if not self.fim_rate:
+            check(not self.fim_tokens, "data.fim_tokens", list(self.fim_tokens), "needs data.fim_rate")
+            return
+        right = "needs data.packing=documents or padded, whose rows have room for three more tokens in every document"
+        check(self.packing != "windows", "data.fim_rate", self.fim_rate, right)
+        right = "must be three: what stands before the prefix, the suffix and the middle"
+        check(len(set(self.fim_tokens)) == len(self.fim_tokens) == 3, "data.fim_tokens", list(self.fim_tokens), right)
+        right = f"not with data.records={self.records}, of which only a part is learned"
+        check(self.records == "text", "data.fim_rate", self.fim_rate, right)
 
     @property
     def keeps_documents_apart(self) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from hybridnorm_jax.config.data_section import DataSection
+from hybridnorm_jax.data.fill_in_the_middle import fill_in_the_middle
 from hybridnorm_jax.data.identity import FileIdentity
 from hybridnorm_jax.data.opened_source import OpenedSource, SourceOpener, Split
 from hybridnorm_jax.data.rows import Rows, make_rows
@@ -56,6 +57,10 @@ def open_data(data: DataSection, *, seq_len: int, vocab_size: int, progress: boo
     }
     _check_lengths(data, seq_len, own, sets)
 
+    fim = fill_in_the_middle(
+        data, opener.tokenizer, separator_id=own.separator_id, vocab_size=vocab_size, seq_len=seq_len
+    )
+
     def rows(split: Split, key: str, *, training: bool = False) -> Rows:
         made = make_rows(
             split.stream,
@@ -63,6 +68,7 @@ def open_data(data: DataSection, *, seq_len: int, vocab_size: int, progress: boo
             seq_len=seq_len,
             separator_id=own.separator_id,
             training=training,
+            fim=fim if training else None,
             bytes_per_token=split.bytes_per_token,
             words_per_token=split.words_per_token,
             progress=progress,

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+from hybridnorm_jax.data.answers import Part
 from hybridnorm_jax.data.blocks import held_out
 from hybridnorm_jax.data.sources import Corpus, Document, TextFile
 
@@ -71,6 +72,7 @@ class Block(NamedTuple):
       begins: whether it begins a text; otherwise it goes on with the block before it.
       before: the place in front of it, where reading can begin again if `begins`.
       digest: of the text that it begins, if duplicates are dropped.
+      parts: as of Document.
     """
 
     split: str
@@ -79,6 +81,7 @@ class Block(NamedTuple):
     begins: bool
     before: Place
     digest: bytes | None
+    parts: tuple[Part, ...] = ()
 
 
 class Reader:
@@ -128,7 +131,7 @@ class Reader:
             split = SPLITS[is_held_out]
             begins = not (document.continues and split == split_before)
             split_before = split
-            yield Block(split, document.text, document.num_bytes, begins, before, digest)
+            yield Block(split, document.text, document.num_bytes, begins, before, digest, document.parts)
 
     def _digest(self, file: TextFile, document: Document, is_continued: bool) -> bytes:
         """The SHA-256 of a whole text; of one that comes in blocks, these are read once more."""

@@ -11,10 +11,9 @@ import numpy as np
 from etils import epath
 
 from hybridnorm_jax.config.data_section import DataSection
-from hybridnorm_jax.config.record_filter import parse_conditions
 from hybridnorm_jax.data import tokenized_source
 from hybridnorm_jax.data.identity import FileIdentity, identities, relative_names
-from hybridnorm_jax.data.sources import Corpus, find_files, pattern_root, section_corpus, text_corpus
+from hybridnorm_jax.data.sources import Corpus, find_files, pattern_root, patterns_corpus, section_corpus
 from hybridnorm_jax.data.text_cache import open_text_cache
 from hybridnorm_jax.data.token_files import OpenFiles, TokenFile, is_split_by_hash, open_token_file, split_extents
 from hybridnorm_jax.data.tokenized_directory import TokenizedDirectory
@@ -104,7 +103,7 @@ class SourceOpener:
                 return self._directories_split(directories, tokenized_source.BOTH)
             paths = find_files(key, patterns)
             return self._tokens(split_extents(self._opened(paths, section), relative_names(paths), 1.0).held_out)
-        corpus = text_corpus(key, patterns, section.text_field, parse_conditions(section.filter))
+        corpus = patterns_corpus(section, patterns, key)
         return self._text_split(self._cached(corpus, fraction=1.0), "validation")
 
     def _text_source(self, section: DataSection, key: str) -> OpenedSource:
@@ -147,7 +146,8 @@ class SourceOpener:
     def _text_split(self, cache: TokenizedDirectory, name: str) -> Split:
         counts = cache.manifest.splits[name]
         stream = cache.stream([name], self._vocab_size)
-        if not counts.tokens:
+        # Of what is learned only a part is text, and of that nobody has counted the bytes.
+        if not counts.tokens or stream.has_targets:
             return Split(stream, None, None)
         return Split(stream, counts.bytes / counts.tokens, counts.words / counts.tokens)
 
@@ -215,7 +215,9 @@ class SourceOpener:
     def _directories_split(self, directories: Sequence[TokenizedDirectory], splits: Sequence[str]) -> Split:
         part = tokenized_source.part(directories, splits, vocab_size=self._vocab_size, files=self._descriptors)
         count = len(part.stream)
-        return Split(part.stream, part.bytes / count, part.words / count) if count else Split(part.stream, None, None)
+        if not count or part.stream.has_targets:
+            return Split(part.stream, None, None)
+        return Split(part.stream, part.bytes / count, part.words / count)
 
     def _opened(self, paths: tuple[epath.Path, ...], section: DataSection) -> dict[epath.Path, TokenFile]:
         return {path: open_token_file(path, section.token_dtype, self._descriptors) for path in paths}

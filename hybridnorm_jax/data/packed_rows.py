@@ -7,7 +7,7 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Self
 
 import numpy as np
@@ -15,6 +15,7 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from hybridnorm_jax.data.cache_directory import cache_root, refusals_of_cache
+from hybridnorm_jax.data.fill_in_the_middle import ADDED_TOKENS, FillInTheMiddle
 from hybridnorm_jax.data.packing import PIECE, PackedStretch, pack
 from hybridnorm_jax.data.whole_directories import whole_directory
 from hybridnorm_jax.data.windows import TokenStream
@@ -35,6 +36,7 @@ class Packing:
       one_in_a_row: whether every document gets a row of its own.
       separator_id: the id that ends a document, where no index says so.
       segment_ids: whether rows say which document a token belongs to.
+      fim: which documents are rearranged in training; None: none.
       cache_dir: where the rows of a long stream are kept.
       progress: whether a terminal shows a progress bar.
     """
@@ -43,8 +45,14 @@ class Packing:
     one_in_a_row: bool
     separator_id: int | None
     segment_ids: bool
+    fim: FillInTheMiddle | None = None
     cache_dir: str
     progress: bool = False
+
+    @property
+    def added(self) -> int:
+        """The most tokens by which a document becomes longer."""
+        return 0 if self.fim is None else ADDED_TOKENS
 
 
 class PackedRows:
@@ -97,6 +105,17 @@ class PackedRows:
         return len(self._row_ends)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self._row(index, lambda tokens, start: tokens)
+
+    def drawn(self, index: int, *, seed: int, epoch: int) -> dict[str, np.ndarray]:
+        """See Rows."""
+        fim = self._packing.fim
+        if fim is None:
+            return self[index]
+        return self._row(index, lambda tokens, start: fim.rearranged(tokens, seed=seed, epoch=epoch, start=start))
+
+    def _row(self, index: int, arranged: Callable[[np.ndarray, int], np.ndarray]) -> dict[str, np.ndarray]:
+        """A row, of which `arranged` gets every piece: (its tokens, where they stand) -> the tokens that are read."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         seq_len = self._packing.seq_len
@@ -110,13 +129,16 @@ class PackedRows:
         first = int(self._row_ends[index - 1]) if index else 0
         for number, piece in enumerate(self._pieces[first : int(self._row_ends[index])], start=1):
             start, length, context = (int(value) for value in piece)
-            place = slice(begin, begin + length)
-            tokens = self._stream.read(start, start + length + 1)
+            tokens = arranged(self._stream.read(start, start + length + 1), start)
+            place = slice(begin, begin + len(tokens) - 1)
             row["tokens"][place], row["targets"][place] = tokens[:-1], tokens[1:]
-            row["weights"][begin + context : begin + length] = 1
+            row["weights"][place] = 1
+            if self._stream.has_targets:
+                row["weights"][place] = self._stream.targets(start + 1, start + length + 1)
+            row["weights"][begin : begin + context] = 0
             documents["segment_ids"][place] = number
-            documents["positions"][place] = np.arange(length)
-            begin += length
+            documents["positions"][place] = np.arange(len(tokens) - 1)
+            begin = place.stop
         return row | documents if self._packing.segment_ids else row
 
 
@@ -128,7 +150,7 @@ def _placed(stream: TokenStream, packing: Packing, stride: int) -> tuple[np.ndar
         pieces = np.concatenate([np.empty(0, PIECE), *(stretch.pieces for stretch in stretches)])
         counts = np.concatenate([np.empty(0, np.int64), *(stretch.pieces_of_rows for stretch in stretches)])
         return pieces, np.cumsum(counts)
-    inputs = [FORMAT, packing.seq_len, packing.one_in_a_row, packing.separator_id, stride, marks]
+    inputs = [FORMAT, packing.seq_len, packing.one_in_a_row, packing.separator_id, packing.added, stride, marks]
     fingerprint = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]
     root = cache_root(packing.cache_dir, fingerprint)
     directory = root / fingerprint
@@ -181,4 +203,6 @@ def _stretches(stream: TokenStream, packing: Packing, stride: int) -> Iterator[P
                 if len(part):
                     bar.update(int(part[-1]) - bar.n)
 
-        yield from pack(ends(), seq_len=packing.seq_len, stride=stride, one_in_a_row=packing.one_in_a_row)
+        yield from pack(
+            ends(), seq_len=packing.seq_len, stride=stride, one_in_a_row=packing.one_in_a_row, added=packing.added
+        )

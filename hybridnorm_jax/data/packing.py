@@ -31,7 +31,7 @@ class PackedStretch(NamedTuple):
 
 
 def pack(
-    ends: Iterable[Int[np.ndarray, " documents"]], *, seq_len: int, stride: int, one_in_a_row: bool
+    ends: Iterable[Int[np.ndarray, " documents"]], *, seq_len: int, stride: int, one_in_a_row: bool, added: int = 0
 ) -> Iterator[PackedStretch]:
     """The rows of all documents, a stretch at a time: the same ones, however the ends come in parts.
 
@@ -44,13 +44,14 @@ def pack(
       stride: how much later each piece of a document that is too long begins than the one before. Below seq_len, its
         first seq_len - stride inputs are context: their targets belong to earlier pieces.
       one_in_a_row: whether every piece gets a row of its own.
+      added: room for so many more tokens is left to every piece.
     """
     for starts, stops in _stretches(ends):
-        pieces = _pieces(starts, stops, seq_len, stride)
+        pieces = _pieces(starts, stops, seq_len - added, stride - added)
         if one_in_a_row:
             yield PackedStretch(pieces, np.ones(len(pieces), np.int64))
         elif len(pieces):
-            yield _rows(pieces, best_fit_decreasing(pieces["length"].astype(np.int64), seq_len))
+            yield _rows(pieces, best_fit_decreasing(pieces["length"].astype(np.int64) + added, seq_len))
 
 
 def _stretches(

@@ -51,8 +51,11 @@ def train_iterator(
     shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     order = grain.MapDataset.range(len(windows)).shuffle(seed=shuffle_seed).repeat()
 
+    def read_row(number: int) -> Batch:
+        return windows.drawn(order[number], seed=seed, epoch=number // len(windows))
+
     def read_step(step: int) -> Batch:
-        batch = _stack([windows[order[step * batch_size + int(row)]] for row in rows.flat])
+        batch = _stack([read_row(step * batch_size + int(row)) for row in rows.flat])
         return {name: values.reshape(accumulation, local, -1) for name, values in batch.items()}
 
     steps = grain.MapDataset.range(sys.maxsize // batch_size).map(read_step)

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Int
 
 from hybridnorm_jax.config.data_section import DataSection
+from hybridnorm_jax.data.fill_in_the_middle import FillInTheMiddle
 from hybridnorm_jax.data.packed_rows import PackedRows, Packing
 from hybridnorm_jax.data.windows import TokenStream, Windows
 
@@ -28,6 +29,9 @@ class Rows(Protocol):
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
 
+    def drawn(self, index: int, *, seed: int, epoch: int) -> dict[str, np.ndarray]:
+        """A row as an epoch of training reads it: where documents are rearranged, each epoch does it anew."""
+
     def with_stride(self, stride: int | None) -> Self:
         """The same documents in rows that overlap."""
 
@@ -42,6 +46,7 @@ def make_rows(
     seq_len: int,
     separator_id: int | None,
     training: bool,
+    fim: FillInTheMiddle | None = None,
     bytes_per_token: float | None = None,
     words_per_token: float | None = None,
     progress: bool = False,
@@ -52,6 +57,7 @@ def make_rows(
       data: of the run; its packing, segment_ids and cache_dir are read.
       separator_id: the id that ends a document.
       training: windows leave out the tokens after the last whole one.
+      fim: which documents are rearranged in training; None: none.
       bytes_per_token, words_per_token: of the stream.
       progress: whether a terminal shows how far documents have been packed.
     """
@@ -69,6 +75,7 @@ def make_rows(
         one_in_a_row=data.packing == "padded",
         separator_id=separator_id,
         segment_ids=data.keeps_documents_apart,
+        fim=fim,
         cache_dir=data.cache_dir,
         progress=progress,
     )

@@ -22,7 +22,9 @@ from etils import epath
 
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.config.record_filter import Condition, parse_conditions
+from hybridnorm_jax.data.answers import AnswerRecords, Part
 from hybridnorm_jax.data.archives import chunks
+from hybridnorm_jax.data.chat_templates import answer_records
 from hybridnorm_jax.data.identity import FileIdentity, identities
 from hybridnorm_jax.data.places.patterns import find_files, pattern_root
 from hybridnorm_jax.data.places.remote_file import Place
@@ -44,12 +46,14 @@ class Document:
 
     Attributes:
       continues: whether it is the next block of the same text as the document before it.
+      parts: of a record of which only a part is learned; together they are its text.
     """
 
     text: str
     num_bytes: int
     digest: bytes
     continues: bool = False
+    parts: tuple[Part, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Corpus:
       text_field: of records.
       root: the directory to which the files' names are relative.
       conditions: which a record must meet to be read.
+      answers: how records are read of which only a part is learned; None: all of their text is.
     """
 
     name: str
@@ -82,6 +87,7 @@ class Corpus:
     text_field: str = "text"
     root: str | None = None
     conditions: tuple[Condition, ...] = ()
+    answers: AnswerRecords | None = None
 
     def signature(self) -> list:
         """[name, size in bytes, digest of sampled content, time of last change] of every file, and the filter.
@@ -93,7 +99,10 @@ class Corpus:
         paths = [file.path for file in self.files]
         files = [[*dataclasses.astuple(one), _changed(path)] for one, path in zip(found, paths, strict=True)]
         # Nothing without a filter, so that text that was tokenized before there were any is found again.
-        return files + [["filter", condition.text] for condition in self.conditions]
+        others = [["filter", condition.text] for condition in self.conditions]
+        if self.answers is not None:
+            others.append(["records", self.answers.fingerprint])
+        return files + others
 
     @functools.cached_property
     def identities(self) -> tuple[FileIdentity, ...]:
@@ -115,6 +124,9 @@ class Corpus:
           DataError: it cannot be read or holds no text.
         """
         found = False
+        if self.answers is not None:
+            yield from self._records(file)
+            return
         for text, data, continues in self._texts(file, whole):
             if text is None:
                 found = True
@@ -127,6 +139,24 @@ class Corpus:
         # The standard library has empty __init__.py files; anybody else's empty file is a mistake.
         if not found and file.identity is None:
             raise DataError(f"{file.path}: holds no text; remove it from data.files or data.validation")
+
+    def _records(self, file: TextFile) -> Iterator[Document]:
+        """The records of one of the files, of which only a part is learned."""
+        fields = [*self.answers.fields, *(condition.field for condition in self.conditions)]
+        rows = rows_of(file.path, fields[0], fields[1:])
+        if rows is None:
+            right = "name files of records, such as .jsonl"
+            raise DataError(f"{file.path}: a text file has no field {fields[0]!r} (data.records); {right}")
+        count = 0
+        for row in rows:
+            count += 1
+            if all(condition.holds(row.fields, row.place) for condition in self.conditions):
+                parts = self.answers.parts(row.fields, row.place)
+                text = "".join(part.text for part in parts)
+                data = _encode(text, row.place)
+                yield Document(text, len(data), hashlib.sha256(data).digest(), parts=tuple(parts))
+        if not count:
+            raise DataError(f"{file.path}: holds no record; remove it from data.files or data.validation")
 
     def _texts(self, file: TextFile, whole: bool) -> Iterator[tuple[str | None, bytes, bool]]:
         """(text, its UTF-8, whether it continues the text before); None for the text of a record that is left out."""
@@ -154,7 +184,13 @@ def _changed(path: Place) -> int:
     return os.stat(path).st_mtime_ns if is_local(path) else path.stat().mtime
 
 
-def text_corpus(key: str, patterns: Iterable[str], text_field: str, conditions: tuple[Condition, ...] = ()) -> Corpus:
+def text_corpus(
+    key: str,
+    patterns: Iterable[str],
+    text_field: str,
+    conditions: tuple[Condition, ...] = (),
+    answers: AnswerRecords | None = None,
+) -> Corpus:
     """Any text files: records are one document each, all others one a file; packed ones are unpacked.
 
     Raises:
@@ -163,14 +199,20 @@ def text_corpus(key: str, patterns: Iterable[str], text_field: str, conditions: 
     patterns = tuple(patterns)
     files = tuple(TextFile(path) for path in find_files(key, patterns))
     name = "1 text file" if len(files) == 1 else f"{len(files)} text files"
-    return Corpus(name, files, text_field, pattern_root(patterns), conditions)
+    return Corpus(name, files, text_field, pattern_root(patterns), conditions, answers)
 
 
 def section_corpus(section: DataSection, key: str) -> Corpus:
     """The documents that a data section of text names; `key` names its files in messages."""
     if section.source == "stdlib":
         return stdlib_corpus()
-    return text_corpus(key, section.files, section.text_field, parse_conditions(section.filter))
+    return patterns_corpus(section, section.files, key)
+
+
+def patterns_corpus(section: DataSection, patterns: Iterable[str], key: str) -> Corpus:
+    """The documents of other files, read as those that a data section of text names."""
+    conditions, answers = parse_conditions(section.filter), answer_records(section)
+    return text_corpus(key, patterns, section.text_field, conditions, answers)
 
 
 def stdlib_corpus() -> Corpus:

@@ -2,6 +2,8 @@
 
     train-00000.npy train-00000.ends.npy train-00001.npy ... validation-00000.npy ...
 
+and for records of which only a part is learned train-00000.targets.npy, with 1 for each token that is and 0 for others.
+
 A shard ends after the document with which it reaches its length. So where the shards begin depends on the tokens alone.
 What is written can be cut back to the state of an earlier moment, after a process was killed.
 """
@@ -21,6 +23,7 @@ from hybridnorm_jax.errors import DataError
 
 # Tokens of a shard: 256 MiB of uint16, or 512 MiB of uint32.
 SHARD_TOKENS = 1 << 27
+TARGETS_DTYPE = np.dtype("u1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +38,13 @@ class FileRecord:
 
 @dataclasses.dataclass(frozen=True)
 class ShardRecord:
-    """A shard: `tokens` with the separators, `pieces` that separators end, and its two files."""
+    """A shard: `tokens` with the separators, `pieces` that separators end, and its files; all tokens may be targets."""
 
     tokens: int
     pieces: int
     file: FileRecord
     ends: FileRecord
+    targets: FileRecord | None = None
 
 
 @dataclasses.dataclass
@@ -67,6 +71,11 @@ class SplitState:
     def pieces(self) -> int:
         """Of all shards."""
         return sum(pieces for _, pieces in self.shards)
+
+
+def targets_path(tokens: pathlib.Path) -> pathlib.Path:
+    """The file that says which tokens of a shard are learned."""
+    return tokens.with_name(tokens.name.removesuffix(".npy") + ".targets.npy")
 
 
 class _NumbersFile:
@@ -115,12 +124,26 @@ class _NumbersFile:
 class SplitWriter:
     """The shards of one split."""
 
-    def __init__(self, directory: pathlib.Path, split: str, *, dtype: np.dtype, shard_tokens: int, state: SplitState):
-        """Go on from `state`: what the directory holds of this split beyond it is removed."""
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        split: str,
+        *,
+        dtype: np.dtype,
+        shard_tokens: int,
+        state: SplitState,
+        has_targets: bool = False,
+    ):
+        """Go on from `state`: what the directory holds of this split beyond it is removed.
+
+        Args:
+          has_targets: whether only a part of the tokens is learned.
+        """
         self._directory, self._split = directory, split
+        self._has_targets = has_targets
         self._dtype, self._shard_tokens = dtype, shard_tokens
         self.state = state
-        self._files: tuple[_NumbersFile, _NumbersFile] | None = None
+        self._files: list[_NumbersFile] | None = None
         known = {path for number in range(len(state.shards)) for path in self._paths(number)}
         for path in directory.glob(f"{split}-*.npy"):
             if path not in known:
@@ -135,29 +158,39 @@ class SplitWriter:
         for file in self._files or ():
             file.close()
 
-    def _paths(self, number: int) -> tuple[pathlib.Path, pathlib.Path]:
+    def _paths(self, number: int) -> list[pathlib.Path]:
+        """Of a shard: its tokens, the ends of documents and, where there are any, the targets."""
         tokens = self._directory / f"{self._split}-{number:05}.npy"
-        return tokens, ends_path(tokens)
+        paths = [tokens, ends_path(tokens)]
+        return [*paths, targets_path(tokens)] if self._has_targets else paths
+
+    def _counts(self) -> list[int]:
+        """Numbers in the files of the last shard."""
+        tokens, pieces = self.state.shards[-1]
+        return [tokens, pieces, tokens] if self._has_targets else [tokens, pieces]
 
     def _open(self) -> None:
-        tokens, pieces = self.state.shards[-1]
-        paths = self._paths(len(self.state.shards) - 1)
-        self._files = _NumbersFile(paths[0], self._dtype, tokens), _NumbersFile(paths[1], DTYPE, pieces)
+        paths, dtypes = self._paths(len(self.state.shards) - 1), (self._dtype, DTYPE, TARGETS_DTYPE)
+        self._files = [
+            _NumbersFile(path, dtype, count) for path, dtype, count in zip(paths, dtypes, self._counts(), strict=False)
+        ]
 
-    def write(self, ids: np.ndarray) -> None:
-        """Append ids of a document."""
+    def write(self, ids: np.ndarray, targets: np.ndarray | None = None) -> None:
+        """Append ids of a document; `targets` says which are learned, where not all are."""
         if not len(ids):
             return
         if self._files is None:
             self.state.shards.append([0, 0])
             self._open()
         self._files[0].write(ids.astype(self._dtype, copy=False))
+        if targets is not None:
+            self._files[2].write(targets.astype(TARGETS_DTYPE))
         self.state.shards[-1][0] += len(ids)
         self.state.max_id = max(self.state.max_id, int(ids.max()))
 
-    def end(self, separator: np.ndarray) -> None:
+    def end(self, separator: np.ndarray, targets: np.ndarray | None = None) -> None:
         """End a document, or what of one is in this split: append the separator, and note its place down."""
-        self.write(separator)
+        self.write(separator, targets)
         shard = self.state.shards[-1]
         self._files[1].write(np.array([shard[0]], DTYPE))
         shard[1] += 1
@@ -165,7 +198,7 @@ class SplitWriter:
             self._finish_shard()
 
     def _finish_shard(self) -> None:
-        for file, count in zip(self._files, self.state.shards[-1], strict=True):
+        for file, count in zip(self._files, self._counts(), strict=True):
             file.finish(count)
         self._files = None
 
@@ -181,9 +214,16 @@ class SplitWriter:
             self._finish_shard()
         paths = [path for number in range(len(self.state.shards)) for path in self._paths(number)]
         files = list(pool.map(_record, paths))
+        each = len(files) // max(len(self.state.shards), 1)
         return [
-            ShardRecord(tokens, pieces, file=file, ends=ends)
-            for (tokens, pieces), file, ends in zip(self.state.shards, files[::2], files[1::2], strict=True)
+            ShardRecord(
+                tokens,
+                pieces,
+                file=files[number * each],
+                ends=files[number * each + 1],
+                targets=files[number * each + 2] if self._has_targets else None,
+            )
+            for number, (tokens, pieces) in enumerate(self.state.shards)
         ]
 
 

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 
 from hybridnorm_jax.config.run_config import DataSection
+from hybridnorm_jax.data.answer_tokens import encode_records
+from hybridnorm_jax.data.answers import Part
 from hybridnorm_jax.data.tokenizers import LongTokens, Tokenizer, load_tokenizer
 from hybridnorm_jax.errors import DataError
 
@@ -31,10 +33,19 @@ WAITING_BYTES = 4 << 20
 
 
 class Ids(NamedTuple):
-    """The ids of a text, or of a part of one, in pieces; and how many words whitespace separates in it."""
+    """The ids of a text, or of a part of one.
+
+    Attributes:
+      pieces: the ids.
+      words: how many whitespace separates in the text.
+      targets: of a record of which only a part is learned: for each piece which of its tokens are.
+      ends_with_target: of such a record: whether its separator is learned.
+    """
 
     pieces: list[np.ndarray]
     words: int
+    targets: list[np.ndarray] | None = None
+    ends_with_target: bool = True
 
 
 class _Texts:
@@ -49,6 +60,18 @@ class _Texts:
         """The ids of several texts, each of which comes in parts."""
         encoded = self._tokenizer.encode_batch(["".join(parts) for parts in texts])
         return [Ids([ids.astype(self._dtype)], _count_words(parts)) for ids, parts in zip(encoded, texts, strict=True)]
+
+    def records(self, records: Sequence[Sequence[Part]]) -> list[Ids]:
+        """The ids of several records of which only a part is learned."""
+        return [
+            Ids(
+                [marked.ids.astype(self._dtype)],
+                _count_words([part.text for part in parts]),
+                targets=[marked.is_target],
+                ends_with_target=marked.ends_with_target,
+            )
+            for parts, marked in zip(records, encode_records(self._tokenizer, records), strict=True)
+        ]
 
     def feed(self, parts: Sequence[str]) -> Ids:
         """Begin a long text, or go on with it."""
@@ -89,6 +112,9 @@ class Workers(Protocol):
     def batch(self, texts: Sequence[Sequence[str]], size: int) -> concurrent.futures.Future[list[Ids]]:
         """The ids of several texts, of `size` bytes together."""
 
+    def records(self, records: Sequence[Sequence[Part]], size: int) -> concurrent.futures.Future[list[Ids]]:
+        """The ids of several records of which only a part is learned."""
+
     def long_text(self) -> "LongText":
         """Begin a text that comes in parts."""
 
@@ -115,6 +141,10 @@ class ThisProcess:
     def batch(self, texts: Sequence[Sequence[str]], size: int) -> concurrent.futures.Future[list[Ids]]:
         """As Workers."""
         return _done(self._texts.batch(texts))
+
+    def records(self, records: Sequence[Sequence[Part]], size: int) -> concurrent.futures.Future[list[Ids]]:
+        """As Workers."""
+        return _done(self._texts.records(records))
 
     def long_text(self) -> "ThisProcess":
         """As Workers."""
@@ -163,6 +193,10 @@ class Processes:
     def batch(self, texts: Sequence[Sequence[str]], size: int) -> concurrent.futures.Future[list[Ids]]:
         """As Workers."""
         return self._idlest().submit(size, "batch", texts)
+
+    def records(self, records: Sequence[Sequence[Part]], size: int) -> concurrent.futures.Future[list[Ids]]:
+        """As Workers."""
+        return self._idlest().submit(size, "records", records)
 
     def long_text(self) -> LongText:
         """As Workers."""

@@ -20,7 +20,7 @@ from etils import epath
 
 from hybridnorm_jax.config.data_file_names import MANIFEST, UNFINISHED
 from hybridnorm_jax.data.identity import FileIdentity, identities
-from hybridnorm_jax.data.token_files import OpenFiles, open_token_file
+from hybridnorm_jax.data.token_files import OpenFiles, TokenFile, open_token_file
 from hybridnorm_jax.data.token_shards import FileRecord, ShardRecord, SplitState
 from hybridnorm_jax.data.tokenizers import Tokenizer
 from hybridnorm_jax.data.windows import Extent, TokenStream
@@ -122,11 +122,13 @@ class Manifest:
     @property
     def files(self) -> list[FileRecord]:
         """All files but the manifest itself."""
-        return [file for shards in self.shards.values() for shard in shards for file in (shard.file, shard.ends)]
+        records = [shard for shards in self.shards.values() for shard in shards]
+        return [file for one in records for file in (one.file, one.ends, one.targets) if file is not None]
 
 
 def _shard(content: dict[str, Any]) -> ShardRecord:
-    return ShardRecord(**content | {name: FileRecord(**content[name]) for name in ("file", "ends")})
+    names = [name for name in ("file", "ends", "targets") if content.get(name) is not None]
+    return ShardRecord(**content | {name: FileRecord(**content[name]) for name in names})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,14 +145,22 @@ class TokenizedDirectory:
     def extents(self, splits: Sequence[str], files: OpenFiles | None = None) -> tuple[Extent, ...]:
         """The shards of splits; `files`: those that are open at once."""
         files = files or OpenFiles()
-        return tuple(
-            _extent(self.path / shard.file.name, files) for split in splits for shard in self.manifest.shards[split]
-        )
+        return tuple(_extent(self.path, shard, files) for split in splits for shard in self.manifest.shards[split])
 
 
-def _extent(path: pathlib.Path, files: OpenFiles) -> Extent:
-    array = open_token_file(epath.Path(path), "uint16", files)
-    return Extent(array, os.fspath(path), 0, len(array), ends=array.ends)
+def _extent(directory: pathlib.Path, shard: ShardRecord, files: OpenFiles) -> Extent:
+    def opened(file: FileRecord) -> TokenFile:
+        return open_token_file(epath.Path(directory / file.name), "uint16", files)
+
+    array, path = opened(shard.file), directory / shard.file.name
+    return Extent(
+        array,
+        os.fspath(path),
+        0,
+        len(array),
+        ends=array.ends,
+        targets=None if shard.targets is None else opened(shard.targets),
+    )
 
 
 def open_tokenized(directory: str | os.PathLike[str]) -> TokenizedDirectory:

@@ -1,10 +1,11 @@
 """Text to token ids and back."""
 
+import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from etils import epath
@@ -21,6 +22,13 @@ MOST_FILE_BYTES = 256 << 20
 SEPARATORS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 
 
+class PlacedIds(NamedTuple):
+    """The ids of a text, and at which character of it each token begins."""
+
+    ids: np.ndarray
+    begins: np.ndarray
+
+
 class Tokenizer(Protocol):
     """What this package needs of a tokenizer.
 
@@ -29,6 +37,7 @@ class Tokenizer(Protocol):
       vocab_size: the largest id plus one.
       separator_id: the id that ends a document, None where the tokenizer has none.
       separator: the token of this id, as a Hugging Face tokenizer spells it.
+      special_tokens: the ids of the tokens that a text cannot become, only markup, as they are spelled.
       fingerprint: changes when the ids of a text may change.
     """
 
@@ -36,6 +45,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     separator_id: int | None
     separator: str | None
+    special_tokens: Mapping[str, int]
     fingerprint: str
 
     def encode(self, text: str) -> np.ndarray:
@@ -43,6 +53,12 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The same for several texts at once."""
+
+    def encode_markup(self, texts: Sequence[str]) -> list[PlacedIds]:
+        """Ids of texts in which special tokens may be spelled out, as by a chat template."""
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token as the vocabulary spells it; None: there is none."""
 
     def long_text(self) -> "LongTokens":
         """Begin a text that is too long to be tokenized at once."""
@@ -68,6 +84,7 @@ class ByteTokenizer:
     vocab_size = 257
     separator_id = 256
     separator = SEPARATORS[0]
+    special_tokens: Mapping[str, int] = {}
     fingerprint = "bytes"
 
     def encode(self, text: str) -> np.ndarray:
@@ -77,6 +94,16 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """UTF-8 bytes of each text."""
         return [self.encode(text) for text in texts]
+
+    def encode_markup(self, texts: Sequence[str]) -> list[PlacedIds]:
+        """UTF-8 bytes of each text; a special token is spelled out in bytes, too."""
+        lengths = (np.array([len(character.encode()) for character in text], np.int64) for text in texts)
+        begins = (np.repeat(np.arange(len(each)), each) for each in lengths)
+        return [PlacedIds(self.encode(text), each) for text, each in zip(texts, begins, strict=True)]
+
+    def token_id(self, token: str) -> int | None:
+        """None: no byte has a name."""
+        return None
 
     def long_text(self) -> LongTokens:
         """The bytes of every part."""
@@ -129,6 +156,7 @@ class HuggingFaceTokenizer:
             import tokenizers  # brought by the extra `hf`, which bytes do not need
         except ModuleNotFoundError as error:
             raise MissingExtraError(f"data.tokenizer={name}", extra="hf") from error
+        fingerprint = hashlib.sha256(content).hexdigest()
         self.name = name
         self._what = f"data.tokenizer={name}"
         self._tokenizer = self._parse(tokenizers, content)
@@ -136,15 +164,19 @@ class HuggingFaceTokenizer:
         self.separator = None if self.separator_id is None else self._tokenizer.id_to_token(self.separator_id)
         settings = json.loads(content.decode("utf-8-sig"))
         if self._make_plain(settings):
-            self._tokenizer = self._parse(tokenizers, json.dumps(settings).encode())
+            content = json.dumps(settings).encode()
+            self._tokenizer = self._parse(tokenizers, content)
         # The file may carry its authors' settings: none of them may cut or pad a document, and a text that spells
         # out the separator must not end a document.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
+        self._content = content
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_tokens = {token.content: number for number, token in added.items() if token.special}
         # get_vocab_size() counts entries, which is too few where ids have gaps.
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.fingerprint = fingerprint
         self._obstacle = token_pieces.obstacle(settings)
         self._cuts_before_spaces = token_pieces.cuts_inside_words(settings)
 
@@ -194,6 +226,35 @@ class HuggingFaceTokenizer:
         )
         ids = (np.array(encoding.ids, np.int32) for encoding in encodings)
         return [self._without_separator(text, one) for text, one in zip(texts, ids, strict=True)]
+
+    @functools.cached_property
+    def _for_markup(self) -> Any:
+        """The same tokenizer, but that a special token that is spelled out is one."""
+        import tokenizers
+
+        tokenizer = self._parse(tokenizers, self._content)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    def encode_markup(self, texts: Sequence[str]) -> list[PlacedIds]:
+        """Ids of each text; the library spreads the texts over its threads."""
+        texts = list(texts)
+        if not texts:
+            return []
+        encodings = token_pieces.within_time(
+            self._what,
+            token_pieces.SECONDS,
+            lambda: self._for_markup.encode_batch(texts, add_special_tokens=False),
+        )
+        return [
+            PlacedIds(np.array(each.ids, np.int32), np.array([begin for begin, _ in each.offsets], np.int64))
+            for each in encodings
+        ]
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token, an added one too."""
+        return self._tokenizer.token_to_id(token)
 
     def long_text(self) -> LongTokens:
         """Pieces that end where a word ends; see token_pieces."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hybridnorm_jax.data.answers import Part
 from hybridnorm_jax.data.document_reader import SPLITS, Block, Place, Reader, SplitRule
 from hybridnorm_jax.data.sources import Corpus
 from hybridnorm_jax.data.token_shards import SHARD_TOKENS, SplitState, SplitWriter
@@ -163,6 +164,7 @@ class _Text:
     def __init__(self, split: str):
         self.split = split
         self.parts: list[str] = []
+        self.record: tuple[Part, ...] = ()
         self.characters = self.bytes = 0
         self.digests: list[bytes] = []
         self.long: LongText | None = None
@@ -170,6 +172,7 @@ class _Text:
     def add(self, block: Block) -> None:
         """Go on with it."""
         self.parts.append(block.text)
+        self.record = block.parts
         self.characters += len(block.text)
         self.bytes += block.num_bytes
         if block.digest is not None:
@@ -197,7 +200,12 @@ class _Pass:
         self._separator = np.array([job.tokenizer.separator_id], dtype)
         self._writers = {
             split: SplitWriter(
-                directory, split, dtype=dtype, shard_tokens=job.shard_tokens, state=SplitState(**state["splits"][split])
+                directory,
+                split,
+                dtype=dtype,
+                shard_tokens=job.shard_tokens,
+                state=SplitState(**state["splits"][split]),
+                has_targets=job.corpus.answers is not None,
             )
             for split in SPLITS
         }
@@ -220,7 +228,7 @@ class _Pass:
                     self._end(text, block.before)
                     text = _Text(block.split)
                 text.add(block)
-                if text.long is not None or text.characters > LONG_CHARACTERS:
+                if not text.record and (text.long is not None or text.characters > LONG_CHARACTERS):
                     self._feed(text)
             self._end(text, self._reader.place)
             self._flush()
@@ -274,7 +282,11 @@ class _Pass:
         batch, self._batch = self._batch, []
         texts = [(text.split, text.bytes) for text in batch]
         digests = [digest for text in batch for digest in text.digests]
-        future = self._workers.batch([text.parts for text in batch], sum(text.bytes for text in batch))
+        size = sum(text.bytes for text in batch)
+        if self._job.corpus.answers is None:
+            future = self._workers.batch([text.parts for text in batch], size)
+        else:
+            future = self._workers.records([text.record for text in batch], size)
         self._push(_Pending(future, texts, ends=True, after=self._batch_after, digests=digests))
 
     def _push(self, pending: _Pending) -> None:
@@ -288,10 +300,10 @@ class _Pass:
         self._waiting -= pending.size
         for ids, (split, size) in zip(pending.results(), pending.texts, strict=True):
             writer = self._writers[split]
-            for piece in ids.pieces:
-                writer.write(piece)
+            for piece, targets in zip(ids.pieces, ids.targets or [None] * len(ids.pieces), strict=True):
+                writer.write(piece, targets)
             if pending.ends:
-                writer.end(self._separator)
+                writer.end(self._separator, None if ids.targets is None else np.array([ids.ends_with_target]))
             writer.state.bytes += size
             writer.state.words += ids.words
         self._digests += pending.digests

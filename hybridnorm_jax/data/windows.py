@@ -31,6 +31,7 @@ class Extent:
       name: the file, for messages.
       is_raw: whether data.token_dtype alone says which numbers the file holds, for messages.
       ends: where the documents of the whole array end, as document_ends.py says; None: unknown.
+      targets: 1 for each token of the whole array that is learned, 0 for the others; None: all are.
     """
 
     array: Tokens
@@ -39,6 +40,7 @@ class Extent:
     stop: int
     is_raw: bool = False
     ends: DocumentEnds | np.ndarray | None = None
+    targets: Tokens | None = None
 
 
 class TokenStream:
@@ -58,23 +60,52 @@ class TokenStream:
         Raises:
           DataError: a token outside the vocabulary.
         """
-        pieces = []
+        return np.concatenate(
+            [
+                self._checked(extent, first, extent.array[first : first + length])
+                for extent, first, _, length in self._stretches(start, stop)
+            ]
+        )
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether only a part of the tokens is learned."""
+        return any(extent.targets is not None for extent in self._extents)
+
+    def targets(self, start: int, stop: int) -> np.ndarray:
+        """1 for each of the tokens [start, stop) that is learned, 0 for the others, as float32."""
+        targets = np.ones(stop - start, np.float32)
+        for extent, first, place, length in self._stretches(start, stop):
+            if extent.targets is not None:
+                targets[place - start : place - start + length] = extent.targets[first : first + length]
+        return targets
+
+    def begins(self, start: int, tokens: np.ndarray, separator_id: int) -> np.ndarray:
+        """Which of the tokens from `start` on begin a document, as bool; of the first one nothing is said.
+
+        An extent's index says where its documents end; without one, separators do. An extent begins a document too.
+        """
+        begins = np.zeros(len(tokens) + 1, bool)
+        for extent, first, place, length in self._stretches(start, start + len(tokens)):
+            if extent.ends is None:
+                here = tokens[place - start : place - start + length]
+                ends = 1 + np.flatnonzero(here == separator_id)
+            else:
+                ends = _indexed(extent.ends, first, first + length) - first
+            begins[ends + place - start] = True
+            begins[place - start] = True
+        begins[0] = False
+        return begins[:-1]
+
+    def _stretches(self, start: int, stop: int) -> Iterator[tuple[Extent, int, int, int]]:
+        """(extent, where in its array, where in the stream, length) of what the tokens [start, stop) consist of."""
         index = int(np.searchsorted(self._ends, start, side="right"))
         while start < stop:
             extent, end = self._extents[index], int(self._ends[index])
-            first = extent.stop - (end - start)
             length = min(stop, end) - start
-            pieces.append(self._checked(extent, first, extent.array[first : first + length]))
+            yield extent, extent.stop - (end - start), start, length
             start += length
             index += 1
-        return np.concatenate(pieces)
-
-    def begins(self, start: int, stop: int) -> np.ndarray:
-        """Which of the tokens [start, stop) are the first of an extent, as bool."""
-        begins = np.zeros(stop - start, bool)
-        first, last = np.searchsorted(self._ends, [start, stop])
-        begins[self._ends[first:last] - start] = True
-        return begins
 
     def document_ends(self, separator_id: int | None) -> Iterator[np.ndarray]:
         """The place behind the last token of every document, as int64, ascending, in parts.
@@ -101,9 +132,7 @@ class TokenStream:
     def _ends_within(self, extent: Extent, start: int, stop: int, separator_id: int | None) -> np.ndarray:
         """Those of the extent's documents that end in (start, stop], as places of its array."""
         if extent.ends is not None:
-            # Numbers of another type than the index would be compared as floats, all of it after a conversion.
-            first, last = np.searchsorted(extent.ends, np.array([start, stop], extent.ends.dtype), side="right")
-            return np.array(extent.ends[first:last], np.int64)
+            return _indexed(extent.ends, start, stop)
         if separator_id is None:
             return np.empty(0, np.int64)
         tokens = self._checked(extent, start, extent.array[start:stop])
@@ -206,6 +235,10 @@ class Windows:
         """The first `count` tokens, fewer where there are not so many."""
         return self._stream.read(0, min(count, self.num_tokens))
 
+    def drawn(self, index: int, *, seed: int, epoch: int) -> dict[str, np.ndarray]:
+        """See Rows."""
+        return self[index]
+
     def __len__(self) -> int:
         return self._num_rows
 
@@ -220,8 +253,9 @@ class Windows:
             "weights": np.ones(len(tokens) - 1, np.float32),
         }
         if self._separator_id is not None:
-            begins = self._stream.begins(start, start + len(tokens))
-            row |= _documents(tokens, self._separator_id, begins)
+            row |= _documents(self._stream.begins(start, tokens, self._separator_id))
+        if self._stream.has_targets:
+            row["weights"] = row["weights"] * self._stream.targets(start + 1, start + len(tokens))
         if index > 0:
             row["weights"][: self._seq_len - self._stride] = 0
         missing = self._seq_len - len(row["tokens"])
@@ -230,16 +264,17 @@ class Windows:
         return {name: np.pad(values, (0, missing)) for name, values in row.items()}
 
 
-def _documents(tokens: np.ndarray, separator_id: int, begins: np.ndarray) -> dict[str, np.ndarray]:
-    """Weights, segment ids and positions of a row of inputs and their last target.
+def _indexed(ends: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """The ends of documents in (start, stop]."""
+    # Numbers of another type than the index would be compared as floats, all of it after a conversion.
+    first, last = np.searchsorted(ends, np.array([start, stop], ends.dtype), side="right")
+    return np.array(ends[first:last], np.int64)
 
-    A document ends with a separator, and before a token of which `begins` says that it begins a file or a part of one.
-    """
-    ends = tokens == separator_id
-    ends[:-1] |= begins[1:]
-    document = np.cumsum(ends) - ends
-    index = np.arange(len(tokens))
-    begins = np.diff(document, prepend=-1) > 0
+
+def _documents(begins: np.ndarray) -> dict[str, np.ndarray]:
+    """Weights, segment ids and positions of a row of inputs and their last target, by which of them begin documents."""
+    document = np.cumsum(begins)
+    index = np.arange(len(begins))
     positions = index - np.maximum.accumulate(np.where(begins, index, 0))
     return {
         "weights": (document[1:] == document[:-1]).astype(np.float32),

@@ -15,7 +15,15 @@ from hybridnorm_jax.whole_files import is_local, size_of
 # A set whose name begins so says itself that the model was trained on it.
 TRAINING_SET = "train"
 # The keys that decide which text is trained on, and so what the held-out share is a share of.
-TRAINING_DATA = ("data.source", "data.files", "data.text_field", "data.token_dtype", "data.separator")
+TRAINING_DATA = (
+    "data.source",
+    "data.files",
+    "data.text_field",
+    "data.records",
+    "data.chat_template",
+    "data.token_dtype",
+    "data.separator",
+)
 
 
 def training_files(data: DataSection) -> tuple[epath.Path, ...]:
