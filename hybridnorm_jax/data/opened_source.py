@@ -12,10 +12,13 @@ from etils import epath
 
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data import tokenized_source
+from hybridnorm_jax.data.document_reader import SPLITS
+from hybridnorm_jax.data.id_records import KnownIds, id_corpus, is_of_records
 from hybridnorm_jax.data.identity import FileIdentity, identities, relative_names
 from hybridnorm_jax.data.sources import Corpus, find_files, pattern_root, patterns_corpus, section_corpus
 from hybridnorm_jax.data.text_cache import open_text_cache
 from hybridnorm_jax.data.token_files import OpenFiles, TokenFile, is_split_by_hash, open_token_file, split_extents
+from hybridnorm_jax.data.token_workers import ReadyIds, id_dtype
 from hybridnorm_jax.data.tokenized_directory import TokenizedDirectory
 from hybridnorm_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from hybridnorm_jax.data.windows import Extent, TokenStream
@@ -102,6 +105,8 @@ class SourceOpener:
                 self._separator_of(directories, section)
                 return self._directories_split(directories, tokenized_source.BOTH)
             paths = find_files(key, patterns)
+            if is_of_records(paths, key):
+                return self._tokens(self._id_records(section, patterns, key, fraction=1.0).extents(["validation"]))
             return self._tokens(split_extents(self._opened(paths, section), relative_names(paths), 1.0).held_out)
         corpus = patterns_corpus(section, patterns, key)
         return self._text_split(self._cached(corpus, fraction=1.0), "validation")
@@ -157,6 +162,8 @@ class SourceOpener:
             return self._directories_source(directories, section, key)
         paths = find_files(key, section.files)
         root = pattern_root(section.files)
+        if is_of_records(paths, key):
+            return self._id_records_source(section, key)
         files = identities(paths, root)
         fraction = section.validation_fraction
         if fraction:
@@ -178,6 +185,39 @@ class SourceOpener:
             description=description,
             files=files,
             is_split_by_hash=is_split_by_hash(arrays, names, fraction),
+        )
+
+    def _id_records(
+        self, section: DataSection, patterns: Sequence[str], key: str, *, fraction: float
+    ) -> TokenizedDirectory:
+        corpus = id_corpus(section, patterns, key, vocab_size=self._vocab_size)
+        ids = KnownIds(section.separator_id, vocab_size=self._vocab_size)
+        return open_text_cache(
+            corpus,
+            ids,
+            fraction=fraction,
+            cache_dir=self._data.cache_dir,
+            progress=self._progress,
+            workers=ReadyIds(id_dtype(ids)),
+        )
+
+    def _id_records_source(self, section: DataSection, key: str) -> OpenedSource:
+        _check_separator_id(self._data, have_ends=True)
+        cache = self._id_records(section, section.files, key, fraction=section.validation_fraction)
+        train, held_out = (self._tokens(cache.extents([split], self._descriptors)) for split in SPLITS)
+        share = _share(len(held_out.stream), len(train.stream), section.validation_fraction)
+        description = (
+            f"records of token ids: {cache.manifest.documents:,} documents, {len(train.stream):,} tokens and "
+            f"{len(held_out.stream):,} held out{share}, tokenizer "
+            f"{self.tokenizer.name if self.tokenizer else 'unknown'}, cached in {cache.path}"
+        )
+        return OpenedSource(
+            train=train,
+            held_out=held_out,
+            separator_id=section.separator_id,
+            description=description,
+            files=identities(find_files(key, section.files), pattern_root(section.files)),
+            is_split_by_hash=cache.manifest.is_split_by_hash,
         )
 
     def _directories_source(

@@ -1,10 +1,13 @@
-"""Which format of records a file has, and its rows: JSON, Parquet, Arrow, or the members of a tar archive."""
+"""Which format of records a file has, and its rows: JSON, Parquet, Arrow, the members of a tar archive, or the
+Examples of a TFRecord or ArrayRecord file.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
 
 from hybridnorm_jax.config.data_file_names import PLAIN_SUFFIXES, RECORD_SUFFIXES, TABLE_SUFFIXES, TAR_SUFFIXES
 from hybridnorm_jax.data.archives import chunks, is_packed, plain_name
+from hybridnorm_jax.data.examples import array_record_records, example_fields, record_format, tfrecord_records
 from hybridnorm_jax.data.places.remote_file import Place
 from hybridnorm_jax.data.record_rows import RecordRow
 from hybridnorm_jax.data.records import record_fields, records
@@ -18,7 +21,8 @@ from hybridnorm_jax.file_formats import START_BYTES, TAR, Format, format_of
 def rows_of(path: Place, text_field: str, others: Sequence[str] = ()) -> Iterator[RecordRow] | None:
     """The rows of a file of records; None: it is plain text.
 
-    JSON is known by its name, the other formats by their content, unless the name says that it is text.
+    JSON, TFRecord and ArrayRecord are known by their names, the other formats by their content, unless the name says
+    that it is text.
 
     Args:
       path: of a file that can be opened on this machine.
@@ -34,6 +38,8 @@ def rows_of(path: Place, text_field: str, others: Sequence[str] = ()) -> Iterato
         return _json_rows(path, text_field)
     if name.endswith(PLAIN_SUFFIXES):
         return None
+    if (kind := record_format(name)) is not None:
+        return _example_rows(path, kind)
     form = _format(path)
     if form in TABLES:
         if is_packed(path):
@@ -67,6 +73,12 @@ def _json_rows(path: Place, text_field: str) -> Iterator[RecordRow]:
     for record in records(os.fspath(path), checked_chunks(path)):
         content = decoded(record.json, path, record.offset)
         yield RecordRow(record_fields(content, record.place, text_field), record.place)
+
+
+def _example_rows(path: Place, kind: str) -> Iterator[RecordRow]:
+    found = tfrecord_records(path, chunks(path)) if kind == "tfrecord" else array_record_records(path)
+    for record in found:
+        yield RecordRow(example_fields(record), record.place)
 
 
 def _tar_rows(path: Place, text_field: str) -> Iterator[RecordRow]:

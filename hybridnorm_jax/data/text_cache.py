@@ -15,7 +15,7 @@ import sys
 
 from hybridnorm_jax.data.cache_directory import cache_root, refusals_of_cache
 from hybridnorm_jax.data.sources import Corpus
-from hybridnorm_jax.data.token_workers import ThisProcess
+from hybridnorm_jax.data.token_workers import ThisProcess, Workers
 from hybridnorm_jax.data.tokenized_directory import Manifest, TokenizedDirectory
 from hybridnorm_jax.data.tokenizers import Tokenizer
 from hybridnorm_jax.data.tokenizing import Job, write_tokens
@@ -28,11 +28,20 @@ FORMAT = 6
 
 
 def open_text_cache(
-    corpus: Corpus, tokenizer: Tokenizer, *, fraction: float, cache_dir: str, progress: bool
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    *,
+    fraction: float,
+    cache_dir: str,
+    progress: bool,
+    workers: Workers | None = None,
 ) -> TokenizedDirectory:
     """The corpus as tokens, `fraction` of its documents in the split "validation", the others in "train".
 
     Each document is followed by the tokenizer's separator. Tokenizes only where no cache of the same inputs exists.
+
+    Args:
+      workers: who tokenizes; None: this process.
 
     Raises:
       DataError: text that cannot be read, a cache directory that cannot be written.
@@ -51,7 +60,7 @@ def open_text_cache(
                 print(f"{directory}: damaged cache; tokenizing again", file=sys.stderr)
                 shutil.rmtree(directory)
             with whole_directory(directory, is_whole=lambda: _open(directory) is not None) as partial:
-                write_tokens(partial, job, ThisProcess(tokenizer), shown=progress)
+                write_tokens(partial, job, workers or ThisProcess(tokenizer), shown=progress)
             cache = _open(directory)
     return cache
 

@@ -50,7 +50,7 @@ class TokenizerRecord:
     name: str
     fingerprint: str
     vocab_size: int
-    separator_id: int
+    separator_id: int | None
 
 
 @dataclasses.dataclass(frozen=True)

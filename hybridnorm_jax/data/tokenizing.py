@@ -37,7 +37,7 @@ class Job:
 
     Attributes:
       corpus: what is read.
-      tokenizer: its separator ends every document.
+      tokenizer: its separator, if it has one, ends every document.
       fraction: the share of documents that is held out.
       drops_duplicates: whether a document whose text came before is left out.
       shard_tokens: tokens after which a shard ends with its document.
@@ -197,7 +197,8 @@ class _Pass:
         is_new = progress.is_new if job.drops_duplicates else None
         self._reader = Reader(job.corpus, self.rule, place=self._place, is_new=is_new)
         dtype = id_dtype(job.tokenizer)
-        self._separator = np.array([job.tokenizer.separator_id], dtype)
+        separator = job.tokenizer.separator_id
+        self._separator = np.array([] if separator is None else [separator], dtype)
         self._writers = {
             split: SplitWriter(
                 directory,
