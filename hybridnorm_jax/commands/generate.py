@@ -213,6 +213,7 @@ def generate(options: argparse.Namespace, sampling: Sampling) -> None:
                 stop=options.stop,
                 seeds=[options.seed],
                 on_text=show,
+                follows_separator=source.config.data.follows_separator,
             )
         except UserError as error:
             if not _is_typing(options):
@@ -263,7 +264,8 @@ def _most(asked: int | None, prompt: str, source: "SavedModel", tokenizer: "Toke
     if asked is not None:
         return asked
     model = source.config.model
-    length, most = len(document_of(prompt, tokenizer)), MANY
+    ids = document_of(prompt, tokenizer, follows_separator=source.config.data.follows_separator)
+    length, most = len(ids), MANY
     for limit in (model.max_positions, model.length_of_short_factors):
         # A prompt beyond the second of them is beyond it for good; beyond the first, the request is refused.
         if limit is not None and (length <= limit or limit == model.max_positions):

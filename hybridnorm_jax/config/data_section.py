@@ -106,6 +106,11 @@ class DataSection:
         return self.segment_ids or self.packing == "documents"
 
     @property
+    def follows_separator(self) -> bool:
+        """Whether a document comes behind a separator that the model reads: only where a row runs across documents."""
+        return self.packing == "windows" and not self.segment_ids
+
+    @property
     def has_tokenizer_file(self) -> bool:
         """Whether the tokenizer is a file."""
         return self.tokenizer not in ("bytes", UNKNOWN_TOKENIZER)

@@ -14,7 +14,11 @@ from hybridnorm_jax.generation.sampling import Sampling
 from hybridnorm_jax.generation.streaming import TextStream
 from hybridnorm_jax.model.config import ModelConfig
 
-NO_TOKEN = "it has no token, and the tokenizer has no separator to begin with; give more text"
+# What is wrong with a prompt without a token, by whether documents come behind a separator.
+NO_TOKEN = {
+    True: "it has no token, and the tokenizer has no separator to begin with; give more text",
+    False: "it has no token, and this model has learned documents without a separator before them; give more text",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,7 @@ def write_text(
     stop: Sequence[str] = (),
     seeds: int | Sequence[int] = 0,
     on_text: Callable[[list[str]], None] | None = None,
+    follows_separator: bool = True,
 ) -> list[Written]:
     """Go on from each prompt to the end of its document, to a stop string, or for max_new_tokens.
 
@@ -52,11 +57,12 @@ def write_text(
       prompts: each begins a document.
       stop: see TextStream.
       on_text: is called with the new text of every prompt, as soon as it is certain.
+      follows_separator: whether the separator stands before a prompt, as DataSection says of the model's data.
 
     Raises:
       UserError: see generate; or a prompt has no token.
     """
-    rows = [document_of(prompt, tokenizer) for prompt in prompts]
+    rows = [document_of(prompt, tokenizer, follows_separator=follows_separator) for prompt in prompts]
     streams = [TextStream(tokenizer, stop, after=row) for row in rows]
     texts = ["" for _ in prompts]
     separators = [] if tokenizer.separator_id is None else [tokenizer.separator_id]
@@ -95,19 +101,21 @@ def _end(stream: TextStream, tokens: Tokens, separators: Sequence[int]) -> str:
     return "document" if len(tokens) and tokens[-1] in separators else "length"
 
 
-def document_of(prompt: str, tokenizer: Tokenizer) -> Int[np.ndarray, " tokens"]:
-    """The tokens of a prompt that begins a document: after the separator, where the tokenizer has one.
+def document_of(prompt: str, tokenizer: Tokenizer, *, follows_separator: bool) -> Int[np.ndarray, " tokens"]:
+    """The tokens of a prompt that begins a document: behind the separator or not, see DataSection.follows_separator.
 
     Raises:
       UserError: there is no token.
     """
-    ids = begin_document(tokenizer.encode(prompt), tokenizer)
+    ids = begin_document(tokenizer.encode(prompt), tokenizer, follows_separator=follows_separator)
     if not len(ids):
-        raise UserError(f"the prompt {prompt!r}: {NO_TOKEN}")
+        raise UserError(f"the prompt {prompt!r}: {NO_TOKEN[follows_separator]}")
     return ids
 
 
-def begin_document(ids: Int[np.ndarray, " tokens"], tokenizer: Tokenizer) -> Int[np.ndarray, " prompt"]:
-    """The separator, where there is one, and the ids."""
-    begin = [] if tokenizer.separator_id is None else [tokenizer.separator_id]
+def begin_document(
+    ids: Int[np.ndarray, " tokens"], tokenizer: Tokenizer, *, follows_separator: bool
+) -> Int[np.ndarray, " prompt"]:
+    """The separator, where there is one and it stands before documents, and the ids."""
+    begin = [] if tokenizer.separator_id is None or not follows_separator else [tokenizer.separator_id]
     return np.concatenate([np.array(begin, np.int32), np.asarray(ids, np.int32)])

@@ -24,7 +24,7 @@ class Prompt(NamedTuple):
     """What a sample goes on from.
 
     Attributes:
-      ids: at least one token. The first is the separator, where there is one: the prompt begins a document.
+      ids: at least one token. The prompt begins a document: behind the separator, if the model has learned it so.
       text: what is shown of it.
       source: what it is, for people.
     """
@@ -46,9 +46,9 @@ def check_prompt(config: RunConfig, data: Data) -> None:
     if data.tokenizer is None:
         right = "data.tokenizer names no tokenizer for these token files; name its tokenizer.json"
         raise ConfigError(f"train.sample_prompt={text!r}: {right}")
-    ids = _own_prompt(text, data.tokenizer).ids
+    ids = _own_prompt(text, data.tokenizer, config.data.follows_separator).ids
     if not len(ids):
-        raise ConfigError(f"train.sample_prompt={text!r}: {NO_TOKEN}")
+        raise ConfigError(f"train.sample_prompt={text!r}: {NO_TOKEN[config.data.follows_separator]}")
     if ids.max() >= config.model.vocab_size:
         right = f"does not fit model.vocab_size={config.model.vocab_size}; data.tokenizer is not that of these tokens"
         raise ConfigError(f"train.sample_prompt={text!r}: its token {ids.max()} {right}")
@@ -61,7 +61,7 @@ def text_sample(config: RunConfig, data: Data, params: Any) -> str:
     count, window = config.train.sample_tokens, config.train.seq_len
     # No text grows beyond a length at which its first tokens would be rotated anew.
     window = min(window, config.model.length_of_short_factors or window)
-    prompt = _prompt(config.train.sample_prompt, data, window)
+    prompt = _prompt(config.train.sample_prompt, data, window, config.data.follows_separator)
     ids = go_on(config.model, params, prompt.ids, count=count, window=window, seed=config.train.seed)
     cut = f"; the model reads its last {window:,} tokens" if len(prompt.ids) > window else ""
     tokens = "1 token" if count == 1 else f"{count:,} tokens"
@@ -119,22 +119,24 @@ def _split_after(ids: Int[np.ndarray, "tokens"], ends: Any) -> list[Int[np.ndarr
     return np.split(ids, np.asarray(ends, int) + 1) if len(ends) else [ids]
 
 
-def _prompt(own: str | None, data: Data, window: int) -> Prompt:
+def _prompt(own: str | None, data: Data, window: int, follows_separator: bool) -> Prompt:
     if own is not None:
-        return _own_prompt(own, data.tokenizer)
+        return _own_prompt(own, data.tokenizer, follows_separator)
     if data.validation:
         name, windows = next(iter(data.validation.items()))
-        return _first_line(windows, data.tokenizer, window, f"the beginning of the held-out set {name}")
+        source = f"the beginning of the held-out set {name}"
+        return _first_line(windows, data.tokenizer, window, follows_separator, source)
     source = "the beginning of the training data, since nothing is held out"
-    return _first_line(data.train, data.tokenizer, window, source)
+    return _first_line(data.train, data.tokenizer, window, follows_separator, source)
 
 
-def _own_prompt(text: str, tokenizer: Tokenizer) -> Prompt:
+def _own_prompt(text: str, tokenizer: Tokenizer, follows_separator: bool) -> Prompt:
     source = "train.sample_prompt" if text else "none, a document begins"
-    return Prompt(begin_document(tokenizer.encode(text), tokenizer), text, source)
+    ids = begin_document(tokenizer.encode(text), tokenizer, follows_separator=follows_separator)
+    return Prompt(ids, text, source)
 
 
-def _first_line(windows: Rows, tokenizer: Tokenizer, window: int, source: str) -> Prompt:
+def _first_line(windows: Rows, tokenizer: Tokenizer, window: int, follows_separator: bool, source: str) -> Prompt:
     """The first line of a set's first document, as far as it and the separator fit the window."""
     ids = windows.beginning(min(MOST_TOKENS, max(window - 1, 1)))
     ends = np.flatnonzero(ids == tokenizer.separator_id) if tokenizer.separator_id is not None else []
@@ -142,7 +144,8 @@ def _first_line(windows: Rows, tokenizer: Tokenizer, window: int, source: str) -
     after = next((end for end in ends if tokenizer.decode(ids[:end]).strip()), None)
     ids = ids[:after]
     length = next((length for length in range(1, len(ids)) if _is_line(tokenizer.decode(ids[:length]))), len(ids))
-    return Prompt(begin_document(ids[:length], tokenizer), tokenizer.decode(ids[:length]), source)
+    begun = begin_document(ids[:length], tokenizer, follows_separator=follows_separator)
+    return Prompt(begun, tokenizer.decode(ids[:length]), source)
 
 
 def _is_line(text: str) -> bool:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data.dataset import Data
 from hybridnorm_jax.data.tokenizers import ByteTokenizer
@@ -109,6 +110,18 @@ def test_a_prompt_of_ones_own(sampled):
     asked = sampled(config(sample_prompt=""), data())
     assert asked.prompt.tolist() == [END]
     assert "--- prompt: none, a document begins" in asked.text
+
+
+@pytest.mark.parametrize(
+    ("keys", "begins"),
+    [({}, [END]), ({"segment_ids": True}, []), ({"packing": "documents"}, []), ({"packing": "padded"}, [])],
+)
+def test_a_separator_begins_a_prompt_where_the_model_has_learned_one(sampled, keys, begins):
+    of_run = dataclasses.replace(config(sample_prompt="a"), data=DataSection(**keys))
+    assert sampled(of_run, data()).prompt.tolist() == [*begins, ord("a")]
+    if not begins:
+        with pytest.raises(ConfigError, match=r"^train\.sample_prompt='': it has no token, and this model has learned"):
+            check_prompt(dataclasses.replace(config(sample_prompt=""), data=DataSection(**keys)), data())
 
 
 def test_prompts_that_cannot_be_are_refused_before_training():
