@@ -32,6 +32,7 @@ from hybridnorm_jax.model.config_attention import POSITIONS, ROPE_SCALINGS
 from hybridnorm_jax.model.config_feed_forward import ACTIVATIONS
 from hybridnorm_jax.model.norm_kinds import NORM_KINDS
 from hybridnorm_jax.model.schemes import SCHEMES
+from hybridnorm_jax.training.run_listing import SORTS
 
 SHELLS = ("bash", "zsh", "fish")
 AUTO_OR_BOOL = ("auto", "true", "false")
@@ -94,6 +95,7 @@ VALUES_OF_OPTIONS = {
     "--seed": (),
     "--stop": (),
     "--limit": (),
+    "--sort": SORTS,
     "--processes": (),
     "--rows": (),
     "--seconds": (),
@@ -115,11 +117,11 @@ def candidates(arguments: Sequence[str]) -> list[str]:
     before, typed = arguments[:-1], arguments[-1]
     if not before:
         found = _whole([*COMMANDS, "--help", "--version"])
-    elif len(before) == 1 and (actions := _actions(before[0])):
-        found = _whole(actions)
     else:
-        length = 2 if _actions(before[0]) else 1
-        found = _of_command(" ".join(before[:length]), before[length:], typed)
+        actions = _actions(before[0])
+        found = _whole(actions) if len(before) == 1 else []
+        length = 2 if len(before) > 1 and before[1] in actions else 1
+        found += _of_command(" ".join(before[:length]), before[length:], typed)
     return [candidate for candidate in dict.fromkeys(found) if candidate.startswith(typed)]
 
 
@@ -143,7 +145,7 @@ def _of_command(command: str, given: Sequence[str], typed: str) -> list[str]:
         return _whole(VALUES_OF_COMMANDS.get((command, option), VALUES_OF_OPTIONS[option]))
     if typed.startswith("-"):
         return _options(command)
-    if command in ("eval", "generate", "export") and not given:
+    if command == "runs compare" or (command in ("eval", "generate", "export") and not given):
         return _run_directories(typed)
     goes_on = _values(command, typed) if "=" in typed else _keys(command, typed)
     return [*_positionals(command, given, typed), *goes_on]
@@ -171,7 +173,7 @@ def _positionals(command: str, given: Sequence[str], typed: str) -> list[str]:
         return _whole(SCHEMES)
     if command == "lab claims":
         return _whole(read_claims())
-    if command == "lab report" and not given:
+    if command in ("lab report", "runs") and not given:
         return _directories(typed)
     return _whole(SHELLS) if command == "completion" and not given else []
 

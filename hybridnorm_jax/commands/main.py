@@ -62,6 +62,7 @@ COMMANDS = {
     "tokenize": Command("FILE ... --out DIR", "make tokens ahead of training", requeue=True),
     "data": Command("inspect [key=value ...]", "show data as the model sees them"),
     "tokenizer": Command("train FILE ...", "learn a vocabulary from text"),
+    "runs": Command("[DIR] | compare RUN RUN ...", "list runs, or say in what they differ"),
     "schemes": Command("[SCHEME ...] [DEPTH]", "list norm placements, or print some"),
     "completion": Command("bash | zsh | fish", "print a script that completes arguments"),
 }

@@ -89,6 +89,8 @@ SYNTAX = {
     "tokenizer train": Syntax(options=("--vocab-size", "--out"), keys=_OF_TEXT),
     "data": Syntax(),
     "data inspect": Syntax(options=("--rows", "--seconds"), takes_run_keys=True),
+    "runs": Syntax(options=("--sort", "--json")),
+    "runs compare": Syntax(options=("--json",)),
     "schemes": Syntax(),
     "completion": Syntax(),
 }

@@ -37,32 +37,29 @@ def holder_text(content: bytes) -> str:
         return "another process"
 
 
-def is_of_running_process(content: bytes) -> bool:
-    """Whether a lock is held by a process of this machine that runs."""
+def runs_here(content: bytes) -> bool | None:
+    """Whether the process of this machine that wrote this into a lock runs; None where it is of another machine."""
     try:
         found = json.loads(content)
         process = int(found["process"])
         if (found["host"], found.get("among")) != (socket.gethostname(), _processes_that_are_seen()):
-            return False
-        os.kill(process, 0)
-    except PermissionError:  # it runs, as another user's
-        return True
-    except (ValueError, KeyError, TypeError, OSError):
-        return False
-    return True
+            return None
+        return _runs(process)
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def is_of_ended_process(content: bytes) -> bool:
-    """Whether a lock was left by a process of this machine that is no more."""
+    """Whether a lock was left by a process of this machine that is no more, and whose number this one has not got."""
+    return runs_here(content) is False and json.loads(content)["process"] != os.getpid()
+
+
+def _runs(process: int) -> bool:
     try:
-        found = json.loads(content)
-        process = int(found["process"])
-        here = (socket.gethostname(), _processes_that_are_seen())
-        if (found["host"], found.get("among")) != here or process == os.getpid():
-            return False
         os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    except (ValueError, KeyError, TypeError, OSError):
+        # Behind the name of its program, which is in brackets: Z of one that has ended and that nobody has asked about.
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, OverflowError):
         return False
-    return False
+    except (OSError, IndexError):  # another user's, or a system without /proc
+        return True

@@ -111,10 +111,8 @@ def _ending(directory: epath.Path, newest: Newest, steps: int, result: dict[str,
     lock = directory / lock_holder.NAME
     if lock.exists():
         holder = lock.read_bytes()[:LOG_BYTES]
-        if lock_holder.is_of_running_process(holder):
-            return _Ending(RUNNING)
-        if lock_holder.is_of_ended_process(holder):
-            return _Ending(FAILED, TORN)
+        if (runs := lock_holder.runs_here(holder)) is not None:
+            return _Ending(RUNNING) if runs else _Ending(FAILED, TORN)
         silent = time.time() - written
         if silent < FRESH_SECONDS:
             return _Ending(RUNNING, f"{lock_holder.holder_text(holder)}")

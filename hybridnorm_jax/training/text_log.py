@@ -163,7 +163,7 @@ def _end(error: BaseException | None) -> str:
     if error is None:
         return FINISHED
     if isinstance(error, RunStopped | KeyboardInterrupt):
-        return f"{STOPPED}: {first_line(error)}"
+        return f"{STOPPED}: {first_line(error).removeprefix('stopped ')}"
     reason = first_line(error)
     return f"{FAILED}: {reason if isinstance(error, UserError) else f'{type(error).__name__}: {reason}'}"
 

@@ -265,3 +265,12 @@ def test_a_tabulator_completes_the_line(shell, folder):
     shell.type(f"{clear}hybridnorm eval runs/two=\t", "eval runs/two=3 ")
     shell.type(f"{clear}hybridnorm lab compare 'schemes=[pre,spa\t", "'schemes=[pre,span")
     shell.type(f"{clear}{folder}/bin/hybridnorm train min\t", "hybridnorm train mine.yaml ")
+
+
+def test_runs_are_completed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/mine/checkpoints").mkdir(parents=True)
+    assert candidates(["runs", ""]) == ["compare ", "runs/"]
+    assert candidates(["runs", "compare", "runs/"]) == ["runs/mine "]
+    assert candidates(["runs", "compare", "runs/mine", "runs/"]) == ["runs/mine "]
+    assert "loss " in candidates(["runs", "--sort", ""])

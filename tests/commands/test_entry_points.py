@@ -128,9 +128,9 @@ def test_help_and_version_of_the_program(capsys):
     assert capsys.readouterr().out == f"hybridnorm {metadata.version('hybridnorm-jax')}\n"
 
 
-HELPS = (
-    [[name] for name in COMMANDS] + [["lab", name] for name in ("signal", "compare", "plan", "claims", "report")] + [[]]
-)
+HELPS = [[name] for name in COMMANDS]
+HELPS += [["lab", name] for name in ("signal", "compare", "plan", "claims", "report")]
+HELPS += [["runs", "compare"], []]
 
 
 @pytest.mark.parametrize("command", HELPS, ids=" ".join)
@@ -166,7 +166,8 @@ def test_every_help_has_at_most_80_columns_and_begins_with_the_usage(command, ca
         ),
         (
             "train --json",
-            "--json: an option of `hybridnorm eval`, `hybridnorm generate` and `hybridnorm plan`, not of "
+            "--json: an option of `hybridnorm eval`, `hybridnorm generate`, `hybridnorm plan`, `hybridnorm runs` and "
+            "`hybridnorm runs compare`, not of "
             "`hybridnorm train`",
         ),
         ("train --topology=v5e:2x2", "--topology: an option of `hybridnorm plan`, not of `hybridnorm train`"),
@@ -205,7 +206,8 @@ def test_every_help_has_at_most_80_columns_and_begins_with_the_usage(command, ca
         ("lab report A train.steps=3", "train.steps=3: a key of `hybridnorm train`, not of `hybridnorm lab report`"),
         (
             "schemes --json",
-            "--json: an option of `hybridnorm eval`, `hybridnorm generate` and `hybridnorm plan`, not of "
+            "--json: an option of `hybridnorm eval`, `hybridnorm generate`, `hybridnorm plan`, `hybridnorm runs` and "
+            "`hybridnorm runs compare`, not of "
             "`hybridnorm schemes`",
         ),
         ("schemes 0", "0: a model has 1 to 10,000 blocks"),

@@ -30,6 +30,8 @@ WORK = {
     "lab plan": "lab.expected_time.expected",
     "lab report": "lab.report.write_report",
     "lab claims": "lab.claims.run.measured",
+    "runs": "commands.runs.list_runs",
+    "runs compare": "commands.runs_compare.read_run",
 }
 QUICK = ("schemes", "completion")
 FILE_ENDINGS = {"py", "md", "yaml", "safetensors"}
@@ -80,7 +82,7 @@ def check_program(words, shown, monkeypatch, capsys):
     if words[0] == "train":
         parse([word for word in words[1:] if word != "--dry-run"])
         return
-    path = WORK[" ".join(words[:2]) if words[0] == "lab" else words[0]]
+    path = WORK.get(" ".join(words[:2])) or WORK[words[0]]
     if words[0] == "eval" and "--tasks" in words:
         path = "commands.eval_tasks.scores_of_run"
     if "--emit-jobs" in " ".join(words):

@@ -101,6 +101,13 @@ CALLS = {
     "lab compare": ("lab", "compare", "tiny.yaml"),
 }
 OTHERS = (
+    ("runs", "nowhere"),
+    ("runs", "text.txt"),
+    ("runs", ".", "--sort", "nothing"),
+    ("runs", "compare"),
+    ("runs", "compare", "runs/saved"),
+    ("runs", "compare", "runs/saved", "nowhere"),
+    ("runs", "compare", "runs/saved", "runs"),
     ("convert",),
     ("convert", "nowhere", "out", "--form=pre_rmsnorm"),
     ("convert", ".", "out", "--form=pre_rmsnorm"),

@@ -89,7 +89,7 @@ def test_nothing_is_written_before_the_run_may_begin(tmp_path):
     [
         (ConfigError("train.x: no"), "end: failed: train.x: no"),
         (KeyError("planted"), "end: failed: KeyError: 'planted'"),
-        (RunStopped(REQUEUE, "step 4 is saved"), "end: stopped: stopped by SIGTERM or a preemption notice: step 4"),
+        (RunStopped(REQUEUE, "step 4 is saved"), "end: stopped: by SIGTERM or a preemption notice: step 4"),
         (KeyboardInterrupt(), "end: stopped: KeyboardInterrupt"),
     ],
 )
