@@ -23,6 +23,7 @@ FREE_KEYS = {
     "train.equivalent_pad_to",
     "train.log_every",
     "train.max_bad_steps",
+    "train.max_device_sequences",
     "train.profile",
     "train.sample_prompt",
     "train.sample_tokens",

@@ -79,6 +79,13 @@ class TrainSection:
     )
     seq_len: int = key(256, "tokens per sequence", at_least=1, at_most=LONGEST_SEQUENCE)
     grad_accumulation: int = key(1, "microbatches per optimizer step", at_least=1, at_most=MOST_SEQUENCES)
+    max_device_sequences: int | None = key(
+        None,
+        "most sequences of a microbatch on one device: where there would be more, as on fewer devices than before, the "
+        "step has more microbatches than grad_accumulation; null: no limit",
+        at_least=1,
+        at_most=MOST_SEQUENCES,
+    )
     seed: int = key(0, "seed of parameters, data order and dropout", at_least=0, at_most=LARGEST_SEED)
     data_seed: int | None = key(None, "seed of the data order; null: train.seed", at_least=0, at_most=LARGEST_SEED)
     equivalent_form: str = key(
@@ -318,7 +325,7 @@ class RunConfig:
 
     @property
     def microbatch_size(self) -> int:
-        """Sequences per forward pass, over all devices."""
+        """Sequences per forward pass, over all devices, where train.max_device_sequences does not lower it."""
         return self.train.batch_size // self.train.grad_accumulation
 
     @property

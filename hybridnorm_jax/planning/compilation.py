@@ -33,6 +33,7 @@ class Plan:
 
     Attributes:
       mesh: axis -> its size.
+      accumulation: microbatches of a step.
       microbatch: sequences per device and microbatch.
       parameters: how many numbers the model has.
       parameters_per_device: the largest share of them on one device.
@@ -51,6 +52,7 @@ class Plan:
     topology: Topology
     device_kind: str
     mesh: dict[str, int]
+    accumulation: int
     microbatch: int
     parameters: int
     parameters_per_device: int
@@ -155,7 +157,8 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
         topology=topology,
         device_kind=mesh.devices.flat[0].device_kind,
         mesh=dict(mesh.shape),
-        microbatch=config.microbatch_size // batch_parts(mesh, rules),
+        accumulation=program.microbatches.count,
+        microbatch=program.microbatches.size // batch_parts(mesh, rules),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         parameters_per_device=elements_per_device(state.params),
         state_bytes=bytes_per_device(state),

@@ -68,8 +68,7 @@ def _setting_rows(plan: Plan) -> list[Row]:
     devices = f"{topology}: {topology.size} x {device}"
     if topology.slices > 1:
         devices += f", {topology.slices} {topology.groups}"
-    train = config.train
-    batch = f"{train.grad_accumulation} x {plan.microbatch} sequences of {train.seq_len} per device"
+    batch = f"{plan.accumulation} x {plan.microbatch} sequences of {config.train.seq_len} per device"
     padding = "" if config.data.packing == "windows" else ", padding included"
     backends = f"attention {plan.attention}"
     if plan.dispatch:
@@ -215,7 +214,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "simulated": plan.topology.is_simulated,
         "mesh": plan.mesh,
         "microbatch_per_device": plan.microbatch,
-        "grad_accumulation": plan.config.train.grad_accumulation,
+        "grad_accumulation": plan.accumulation,
         "seq_len": plan.config.train.seq_len,
         "tokens_per_step": plan.config.tokens_per_step,
         "parameters": plan.parameters,

@@ -40,7 +40,7 @@ def table_row(name: str, plan: Plan) -> dict[str, str]:
     Where something could not be counted, "> " says that a count is too small.
     """
     counts, found = plan.counts, plan.roofline
-    accumulation = plan.config.train.grad_accumulation
+    accumulation = plan.accumulation
     sent = None if counts is None else sum(counts.sent_bytes.values()) / 1e9
     less = "> " if counts is not None and (counts.unknown_loops or counts.unknown_kernels) else ""
     today = datetime.datetime.now(tz=datetime.UTC).date()

@@ -51,7 +51,7 @@ def memory_rows(memory: Memory, limit: int | None) -> list[tuple[str, str]]:
 
 def _batch_rows(program: Program) -> list[tuple[str, str]]:
     config, (number, count) = program.config, program.share
-    microbatch, accumulation = config.microbatch_size, config.train.grad_accumulation
+    accumulation, microbatch = program.microbatches
     times = f"{accumulation} x " if accumulation > 1 else ""
     per_device = microbatch // batch_parts(program.mesh, program.rules)
     alone = "" if count == jax.process_count() else ", the same for processes that split sequences or layers"

@@ -237,7 +237,8 @@ def prepare(
       UserError: one of these cannot be had, or has no room in the device's memory.
     """
     program = programs.program(config)
-    check_room(least_bytes(config, program.abstract_state, runs=together), room_of(program.mesh.devices.flat[0]))
+    least = least_bytes(config, program.abstract_state, microbatch=program.microbatches.size, runs=together)
+    check_room(least, room_of(program.mesh.devices.flat[0]))
     data = open_data(
         config.data,
         seq_len=config.train.seq_len,

@@ -102,17 +102,18 @@ class LeastBytes:
     runs: int = 1
 
 
-def least_bytes(config: RunConfig, abstract_state: Any, *, runs: int = 1) -> LeastBytes:
+def least_bytes(config: RunConfig, abstract_state: Any, *, microbatch: int, runs: int = 1) -> LeastBytes:
     """Of a run, from shapes alone; the activations as if they were split over all devices, as no mesh splits more.
 
     Args:
       abstract_state: abstract arrays with shardings, of one run.
+      microbatch: sequences at a time, over all devices.
       runs: how many are trained at once.
     """
     model, train = config.model, config.train
     streams = train.seq_len * model.d_model * model.num_layers
     logits = (train.loss_chunk or train.seq_len) * model.vocab_size
-    numbers = config.microbatch_size * (streams + logits)
+    numbers = microbatch * (streams + logits)
     return LeastBytes(
         state=runs * bytes_per_device(abstract_state),
         activations=runs * numbers * jax.numpy.dtype(model.dtype).itemsize // jax.device_count(),

@@ -33,6 +33,7 @@ from hybridnorm_jax.model.encoder_config import EncoderConfig
 from hybridnorm_jax.model.loss import LossSums
 from hybridnorm_jax.training.grouped_steps import GroupedSteps, PureSteps
 from hybridnorm_jax.training.layer_measures import Measures, make_watch
+from hybridnorm_jax.training.microbatches import microbatches_of
 from hybridnorm_jax.training.optimizers.schedules import StepNumbers, step_numbers
 from hybridnorm_jax.training.optimizers.table import Places, make_optimizer
 from hybridnorm_jax.training.state import TrainState, abstract_state, make_fresh_state, make_initializer
@@ -108,6 +109,7 @@ class Program:
       backend, dispatch: what computes attention, and the experts (None without any).
       remat: what the backward pass computes again.
       model: what the loss computes; `conversion` makes its parameters of the state's, None where they are the same.
+      microbatches: into how many a step is divided on these devices, and how large each is.
       abstract_state: shapes, dtypes and shardings of the training state.
       compiler_options: what XLA is told about the training step.
       grouped: the steps of several runs that share these, for lab/together.py; nothing of them is compiled before use.
@@ -135,6 +137,7 @@ class Program:
         self.dispatch = self._resolve_dispatch()
         self.backend = self._resolve_backend()
         self._check_sequence()
+        self.microbatches = microbatches_of(config.train, batch_parts(self.mesh, self.rules))
         self._check_watch()
         resolved = {"attention": self.backend, "expert_dispatch": self.dispatch or "auto", "remat": self.remat}
         model = dataclasses.replace(config.model, **resolved)
@@ -206,7 +209,7 @@ class Program:
 
     def _check_watch(self) -> None:
         """Raise ConfigError where a device has fewer sequences than are to be watched."""
-        train, share = self.config.train, self.config.microbatch_size // batch_parts(self.mesh, self.rules)
+        train, share = self.config.train, self.microbatches.size // batch_parts(self.mesh, self.rules)
         if train.watch_every is not None:
             right = f"must be at most {share}, a device's share of a microbatch"
             check(train.watch_sequences <= share, "train.watch_sequences", train.watch_sequences, right)
@@ -294,17 +297,14 @@ class Program:
     def eval_batch_size(self) -> int:
         """Sequences per evaluation batch, over all devices: eval.batch_size, made a multiple of the mesh's split."""
         parts = batch_parts(self.mesh, self.rules)
-        return math.ceil(self._asked_eval_batch_size / parts) * parts
+        asked = self.config.eval.batch_size or self.microbatches.size
+        return math.ceil(asked / parts) * parts
 
     @property
     def eval_sequences(self) -> int | None:
         """How many sequences of each validation set are scored, the same on any number of devices; None: all."""
         batches = self.config.eval.batches
-        return None if batches is None else batches * self._asked_eval_batch_size
-
-    @property
-    def _asked_eval_batch_size(self) -> int:
-        return self.config.eval.batch_size or self.config.microbatch_size
+        return None if batches is None else batches * (self.config.eval.batch_size or self.config.microbatch_size)
 
     def fresh_state(self) -> TrainState:
         """The state before the first step."""
@@ -335,7 +335,7 @@ class Program:
     def trace_train_step(self) -> jax.stages.Traced:
         """The train step as JAX traces it, from shapes alone."""
         train = self.config.train
-        shape = (train.grad_accumulation, self.config.microbatch_size, train.seq_len)
+        shape = (*self.microbatches, train.seq_len)
         dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
         if self.config.data.keeps_documents_apart:
             dtypes |= {"segment_ids": np.int32, "positions": np.int32}

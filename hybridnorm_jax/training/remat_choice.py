@@ -100,6 +100,6 @@ def least_room() -> int | None:
 
 def _checked(program: Program) -> Program:
     """The program, if its batches can be split over its mesh."""
-    microbatch = program.config.microbatch_size
+    microbatch = program.microbatches.size
     check_batch("train.batch_size / train.grad_accumulation", microbatch, program.mesh, program.rules)
     return program

@@ -15,6 +15,7 @@ from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.training.anomalies import no_anomalies
 from hybridnorm_jax.training.checkpoints import AVERAGE, Checkpoints
 from hybridnorm_jax.training.huggingface_beginning import huggingface_params, is_huggingface
+from hybridnorm_jax.training.layout import say_changed_layout
 from hybridnorm_jax.training.parameter_average import begun_like
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.run_directory import saved_config
@@ -94,6 +95,7 @@ def _go_on(
       where: what was saved, for messages.
     """
     state, data_state = restore(program, checkpoints, step)
+    say_changed_layout(data_state, program)
     now = training_data(config.data, data)
     if "files" not in data_state:
         _check_same_places(config, saved_config(checkpoints, step), where=where)
@@ -129,7 +131,7 @@ def training_batches(config: RunConfig, program: Program, data: Data) -> Any:
     return train_iterator(
         data.train,
         batch_size=config.train.batch_size,
-        accumulation=config.train.grad_accumulation,
+        accumulation=program.microbatches.count,
         seed=_data_seed(config),
         share=program.share,
         read_threads=config.data.read_threads,

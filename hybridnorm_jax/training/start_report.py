@@ -76,7 +76,7 @@ def run_rows(config: RunConfig, program: Program, run: str, data: str) -> list[t
     rows += [
         ("attention", f"{program.backend}{_choice(model.attention, program.backend, 'model.attention')}"),
         ("remat", f"{program.remat}{_choice(model.remat, program.remat, 'model.remat')}"),
-        ("step", _step(config)),
+        ("step", _step(program)),
         ("data", data),
     ]
     compiler = described(program.compiler_options)
@@ -103,10 +103,12 @@ def _choice(asked: str, chosen: str, key: str) -> str:
     return "" if asked == chosen else f", chosen by {key}={asked}"
 
 
-def _step(config: RunConfig) -> str:
-    train = config.train
-    accumulated = train.grad_accumulation
-    parts = "" if accumulated == 1 else f", in {accumulated} microbatches of {config.microbatch_size:,}"
+def _step(program: Program) -> str:
+    config, train = program.config, program.config.train
+    count, size = program.microbatches
+    parts = "" if count == 1 else f", in {count} microbatches of {size:,}"
+    if count != train.grad_accumulation:
+        parts += f", by train.max_device_sequences={train.max_device_sequences}"
     sequences = count_text(train.batch_size, "sequence")
     return f"{config.tokens_per_step:,} tokens: {sequences} of {train.seq_len:,}{parts}"
 

@@ -18,13 +18,16 @@ TINY = ModelConfig(d_model=16, num_heads=2, num_layers=3, mlp_dim=32, vocab_size
 def test_the_least_a_step_needs_is_counted_by_hand():
     config = RunConfig(model=TINY, train=TrainSection(batch_size=32, seq_len=64, grad_accumulation=2))
     program = Program(config)
-    least = least_bytes(config, program.abstract_state)
+    least = least_bytes(config, program.abstract_state, microbatch=16)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.params))
     assert parameters * 12 <= least.state <= parameters * 12 + 10_000  # parameters and two moments, in float32
     tokens = 16 * 64
     assert least.activations == tokens * (3 * 16 + 61) * 4 // jax.device_count()
     chunked = dataclasses.replace(config, train=dataclasses.replace(config.train, loss_chunk=8))
-    assert least_bytes(chunked, program.abstract_state).activations == 16 * (64 * 48 + 8 * 61) * 4 // jax.device_count()
+    assert (
+        least_bytes(chunked, program.abstract_state, microbatch=16).activations
+        == 16 * (64 * 48 + 8 * 61) * 4 // jax.device_count()
+    )
 
 
 def test_a_device_that_has_less_is_named_with_what_is_there():

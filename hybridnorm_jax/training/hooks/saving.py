@@ -1,5 +1,6 @@
 """Checkpoints of a run that is going on."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax
 from hybridnorm_jax.config import plugins
 from hybridnorm_jax.config.yaml_files import to_yaml
 from hybridnorm_jax.training.hooks.hook import Hook
+from hybridnorm_jax.training.layout import LAYOUT, layout_of
 from hybridnorm_jax.training.run import Run
 from hybridnorm_jax.training.run_identity import keep_sources
 from hybridnorm_jax.training.trained_before import SPLIT_BY_HASH, TRAINED_BEFORE, as_json
@@ -56,6 +58,7 @@ class Saving(Hook):
                     "files": list(run.files),
                     SPLIT_BY_HASH: run.data.is_split_by_hash,
                     TRAINED_BEFORE: as_json(run.trained_before),
+                    LAYOUT: dataclasses.asdict(layout_of(run.program)),
                 },
                 config_yaml=self._config_yaml,
                 plugins=self._plugins,
