@@ -35,14 +35,24 @@ def together(port: int, count: int, number: int) -> list[str]:
     ]
 
 
-def run(words: list[list[str]], *, devices: int, seconds: float, script: str = "train.py"):
+def run(
+    words: list[list[str]],
+    *,
+    devices: int,
+    seconds: float,
+    script: str = "train.py",
+    environs: list[dict[str, str]] | None = None,
+):
     """One process for each list of words, side by side: [(status, standard output, standard error)].
 
-    Those that have not ended after `seconds` are killed, and their status is -9.
+    Those that have not ended after `seconds` are killed, and their status is -9. `environs`: each one's own variables.
     """
     command = [sys.executable, str(REPOSITORY / script)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [subprocess.Popen([*command, *each], env=environment(devices), **pipes) for each in words]
+    started = [
+        subprocess.Popen([*command, *each], env=environment(devices) | own, **pipes)
+        for each, own in zip(words, environs or [{}] * len(words), strict=True)
+    ]
     end = time.monotonic() + seconds
     results = []
     try:

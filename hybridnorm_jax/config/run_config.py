@@ -209,9 +209,19 @@ class CheckpointSection:
     every: int = key(1000, "steps between checkpoints; one is always saved at the end", at_least=1, at_most=MOST_STEPS)
     keep: int = key(2, "how many of the newest are kept", at_least=1, at_most=100_000)
     allow_fallback: bool = key(False, "where the newest is damaged: true goes on from the one before it, false stops")
+    local_dir: str | None = key(
+        None, "directory on each host's own disk, where steps are saved besides, often; null: none (docs/clusters.md)"
+    )
+    local_every: int | None = key(
+        None, "steps between checkpoints in checkpoint.local_dir", at_least=1, at_most=MOST_STEPS
+    )
 
     def __post_init__(self) -> None:
         check_fields("checkpoint", self)
+        needs = (self.local_dir is None) == (self.local_every is None)
+        check(needs, "checkpoint.local_dir", self.local_dir, "goes with checkpoint.local_every; give both or neither")
+        local = self.local_dir is None or (bool(self.local_dir) and "://" not in self.local_dir)
+        check(local, "checkpoint.local_dir", self.local_dir, "must be a directory on each host's own disk")
 
 
 @dataclasses.dataclass(frozen=True)

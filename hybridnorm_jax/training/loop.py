@@ -22,6 +22,7 @@ from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.environment import environment
 from hybridnorm_jax.training.hooks.built_in import built_in_hooks
 from hybridnorm_jax.training.hooks.hook import Hook, check_hook
+from hybridnorm_jax.training.local_checkpoints import open_local
 from hybridnorm_jax.training.memory import check_room, least_bytes
 from hybridnorm_jax.training.metrics_file import read_records
 from hybridnorm_jax.training.metrics_writer import MetricsWriter
@@ -105,14 +106,19 @@ def _begun(
         signals.install()
     checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep))
     step = checkpoints.usable(allow_fallback=config.checkpoint.allow_fallback)
-    start = beginning(config, program, data, checkpoints, step)
+    local, found = open_local(config, directory, program.abstract_state, after=step or 0)
+    stack.enter_context(local or contextlib.nullcontext())
+    start = beginning(config, program, data, checkpoints, step, local=found)
     if step is not None and start.step == config.train.steps:
         _say_keys_of_scores(saved_config(checkpoints, step), config)
     # Up to here nothing was written, so that a start that is refused changes nothing.
     enabled = jax.process_index() == 0
-    writer = MetricsWriter(directory, resume_step=step, loggers=loggers, config=config, enabled=enabled)
+    resumed = step if found is None else found.step
+    writer = MetricsWriter(directory, resume_step=resumed, loggers=loggers, config=config, enabled=enabled)
     stack.enter_context(writer)
     write_config(directory, config)
+    if local is not None:
+        local.begin(directory)
     return Run(
         config=config,
         program=program,
@@ -130,6 +136,7 @@ def _begun(
         files=start.files,
         trained_before=start.before,
         task_model=task_model,
+        local=local,
     )
 
 

@@ -2,20 +2,29 @@
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
-from hybridnorm_jax.config.resume_keys import PLACES_OF_DATA, differences_by_key, parameter_differences
+from hybridnorm_jax.config.resume_keys import (
+    PLACES_OF_DATA,
+    differences_by_key,
+    parameter_differences,
+    resume_differences,
+)
 from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.config.yaml_files import from_yaml
 from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.data import Data, train_iterator
 from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.training.anomalies import no_anomalies
 from hybridnorm_jax.training.checkpoints import AVERAGE, Checkpoints
 from hybridnorm_jax.training.huggingface_beginning import huggingface_params, is_huggingface
 from hybridnorm_jax.training.layout import say_changed_layout
+from hybridnorm_jax.training.local_checkpoints import Found
 from hybridnorm_jax.training.parameter_average import begun_like
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.run_directory import saved_config
@@ -53,16 +62,30 @@ class Beginning(NamedTuple):
     before: list[Trained]
 
 
-def beginning(config: RunConfig, program: Program, data: Data, checkpoints: Checkpoints, step: int | None) -> Beginning:
+def beginning(
+    config: RunConfig,
+    program: Program,
+    data: Data,
+    checkpoints: Checkpoints,
+    step: int | None,
+    *,
+    local: Found | None = None,
+) -> Beginning:
     """The checkpoint of `step`; without one what config.init_from names, or fresh parameters.
 
     Args:
       checkpoints: of the run.
-      step: a complete step among them; None: the run is new.
+      step: a complete step among them; None: the run is new, or has none yet.
+      local: a newer step from the hosts' own disks, which is taken then.
 
     Raises:
       UserError: a checkpoint cannot be used for this model, or the data are not those that it was trained on.
     """
+    if local is not None:
+        _check_same_keys(local, config)
+        say(f"note: goes on after step {local.step}, from the hosts' own disks (checkpoint.local_dir)", file=sys.stderr)
+        where = f"step {local.step}"
+        return _continued(config, program, data, local.state, local.facts["data_state"], step=local.step, where=where)
     if step is not None:
         return _go_on(config, program, data, checkpoints, step, where=f"step {step}")
     now, before = training_data(config.data, data), []
@@ -95,10 +118,24 @@ def _go_on(
       where: what was saved, for messages.
     """
     state, data_state = restore(program, checkpoints, step)
-    say_changed_layout(data_state, program)
-    now = training_data(config.data, data)
     if "files" not in data_state:
         _check_same_places(config, saved_config(checkpoints, step), where=where)
+    return _continued(config, program, data, state, data_state, step=step, where=where)
+
+
+def _continued(
+    config: RunConfig,
+    program: Program,
+    data: Data,
+    state: TrainState,
+    data_state: Mapping[str, Any],
+    *,
+    step: int,
+    where: str,
+) -> Beginning:
+    """As _go_on, with what was restored."""
+    say_changed_layout(data_state, program)
+    now = training_data(config.data, data)
     _check_same_data(data, data_state, now.files, where=where)
     before = trained_before(data_state)
     check_validation(before, config.data, now, where=f"init_from={config.init_from}")
@@ -150,6 +187,13 @@ def _check_same_data(data: Data, saved: Mapping[str, Any], files: list[dict[str,
     if now != before:
         right = "restore the data as it was, or start a new run with init_from"
         raise ConfigError(f"data: {now:,} tokens to train on, but {before:,} when {where} was saved; {right}")
+
+
+def _check_same_keys(local: Found, config: RunConfig) -> None:
+    """Raise ConfigError where a local checkpoint was saved by a run with other keys that decide what is trained."""
+    saved = from_yaml(local.facts["config_yaml"], origin="checkpoint.local_dir")
+    if differing := resume_differences(saved, config, local.step):
+        raise ConfigError(f"checkpoint.local_dir holds another run ({'; '.join(differing)}): choose another run.name")
 
 
 def _check_same_places(config: RunConfig, saved: RunConfig, *, where: str) -> None:

@@ -14,6 +14,7 @@ from hybridnorm_jax.evaluation.perplexity import Score
 from hybridnorm_jax.evaluation.tasks import TaskScore
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.hooks.hook import Hook
+from hybridnorm_jax.training.local_checkpoints import LocalCheckpoints
 from hybridnorm_jax.training.loss_series import Series
 from hybridnorm_jax.training.metrics_writer import MetricsWriter
 from hybridnorm_jax.training.program import Program
@@ -65,6 +66,7 @@ class Run:
       config, program, data: what is trained, compiled for the devices, and on what.
       directory: of the run; `lock` keeps other runs out of it.
       checkpoints, writer: where states and metrics go.
+      local: where states go on the hosts' own disks; None: nowhere.
       signals: whether the run is told to stop.
       ledger: where the time goes.
       hooks: what happens besides the steps, in the order in which it happens.
@@ -103,6 +105,7 @@ class Run:
     files: Sequence[dict[str, Any]] = ()
     trained_before: Sequence[Trained] = ()
     task_model: TaskModel | None = None
+    local: LocalCheckpoints | None = None
     together: int = 1
     step: int = dataclasses.field(init=False)
     late: LateMetrics | None = None

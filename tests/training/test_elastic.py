@@ -82,14 +82,14 @@ class _StopAfter(Hook):
             raise RunStopped(REQUEUE, "")
 
 
-def _train_on(devices, config, monkeypatch, *, until=STEPS):
-    """Train on the first `devices` of this process's eight, up to a step."""
+def _train_on(devices, config, monkeypatch, *, until=None):
+    """Train on the first `devices` of this process's eight, up to a step or to the end."""
 
     def make(sizes):
         return device_mesh.make_mesh(sizes, jax.devices()[:devices])
 
     monkeypatch.setattr(program, "make_mesh", make)
-    if until == STEPS:
+    if until is None:
         loop.train(config)
         return
     with pytest.raises(RunStopped):
@@ -145,7 +145,6 @@ def test_without_the_key_nothing_changes_and_nothing_is_said_on_the_same_devices
 def test_what_a_number_of_microbatches_changes_is_said(config, tmp_path, monkeypatch, capsys, small_config):
     model = small_config(vocab_size=257, num_experts=4, experts_per_token=2, dropout=0.1)
     experts = dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, steps=2))
-    monkeypatch.setattr(f"{__name__}.STEPS", 2)
     _train_on(8, experts, monkeypatch, until=1)
     _train_on(4, experts, monkeypatch)
     assert (

@@ -260,7 +260,8 @@ def test_every_built_in_hook_keeps_to_its_every(config, tmp_path, monkeypatch):
     assert {type(hook).__name__ for hook in built_in_hooks(asked) if hook.every == 1} == {
         *("ProgressBar", "SkippedSteps", "Profile")
     }
-    assert {type(hook).__name__ for hook in built_in_hooks(config) if hook.every is None} == {"Profile", "LayerWatch"}
+    never = {type(hook).__name__ for hook in built_in_hooks(config) if hook.every is None}
+    assert never == {"Profile", "LayerWatch", "LocalSaving"}
 
 
 def test_a_profile_ends_with_a_run_that_is_stopped_or_short(config, tmp_path, monkeypatch):
@@ -288,7 +289,7 @@ def _names(tree):
 
 def test_the_loop_names_no_hook_and_no_hook_names_another(config):
     names = {type(hook).__name__ for hook in built_in_hooks(config)}
-    assert len(names) == 7
+    assert len(names) == 8
     for module in (loop, inspect.getmodule(loop.Run)):
         assert not names & _names(ast.parse(inspect.getsource(module)))
     for file in FILES:

@@ -4,6 +4,7 @@ from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.training.hooks.evaluation import Evaluation
 from hybridnorm_jax.training.hooks.hook import Hook
 from hybridnorm_jax.training.hooks.layer_watch import LayerWatch
+from hybridnorm_jax.training.hooks.local_saving import LocalSaving
 from hybridnorm_jax.training.hooks.metrics_lines import MetricsLines
 from hybridnorm_jax.training.hooks.profile import Profile
 from hybridnorm_jax.training.hooks.progress_bar import ProgressBar
@@ -23,6 +24,7 @@ def built_in_hooks(config: RunConfig) -> list[Hook]:
         LayerWatch(every=config.train.watch_every),
         MetricsLines(every=config.train.log_every),
         SkippedSteps(most_in_a_row=config.train.max_bad_steps),
+        LocalSaving(every=config.checkpoint.local_every),
         Saving(every=config.checkpoint.every),
         Evaluation(every=config.eval.every),
     ]

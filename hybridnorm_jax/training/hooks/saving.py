@@ -1,6 +1,5 @@
 """Checkpoints of a run that is going on."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -8,10 +7,9 @@ import jax
 from hybridnorm_jax.config import plugins
 from hybridnorm_jax.config.yaml_files import to_yaml
 from hybridnorm_jax.training.hooks.hook import Hook
-from hybridnorm_jax.training.layout import LAYOUT, layout_of
 from hybridnorm_jax.training.run import Run
 from hybridnorm_jax.training.run_identity import keep_sources
-from hybridnorm_jax.training.trained_before import SPLIT_BY_HASH, TRAINED_BEFORE, as_json
+from hybridnorm_jax.training.saved_facts import data_state, write_series
 
 
 class Saving(Hook):
@@ -44,22 +42,12 @@ class Saving(Hook):
         return f"step {run.step} is saved"
 
     def _save(self, run: Run, *, wait: bool) -> None:
-        # A run that goes on from this step finds the losses of all steps before it.
-        unwritten = run.series.take()
-        if unwritten:
-            run.writer.write(run.step, unwritten)
+        write_series(run)
         with run.ledger.phase("checkpoint"):
             run.checkpoints.save(
                 run.step,
                 run.state,
-                data_state={
-                    "iterator": run.iterator.get_state(),
-                    "train_tokens": run.data.train.num_tokens,
-                    "files": list(run.files),
-                    SPLIT_BY_HASH: run.data.is_split_by_hash,
-                    TRAINED_BEFORE: as_json(run.trained_before),
-                    LAYOUT: dataclasses.asdict(layout_of(run.program)),
-                },
+                data_state=data_state(run),
                 config_yaml=self._config_yaml,
                 plugins=self._plugins,
                 skipped_in_a_row=run.skipped_in_a_row(run.step),
