@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from etils import epath
-
 from hybridnorm_jax.commands import eval_tasks
 from hybridnorm_jax.commands.program import ArgumentParser, wants_help
 from hybridnorm_jax.commands.program_cache import keep_programs
@@ -21,7 +19,8 @@ from hybridnorm_jax.config.resume_keys import differences
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import gather
 from hybridnorm_jax.data import Data, DataError, open_data
-from hybridnorm_jax.data.sources import find_files
+from hybridnorm_jax.data.places.patterns import find_files
+from hybridnorm_jax.data.places.remote_file import Place
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.evaluation.held_out import check_same_data, check_sets, check_share, training_files
 from hybridnorm_jax.evaluation.perplexity import Score, evaluate_sets, table
@@ -141,11 +140,11 @@ def _judge_other_data(data_state: Mapping[str, Any], known: Sequence[Trained], n
     say(f"note: data: {changed}: the held-out documents are not those of training", file=sys.stderr)
 
 
-def _files_here(saved: DataSection, asked: DataSection, *, is_same_data: bool) -> Sequence[epath.Path]:
+def _files_here(saved: DataSection, asked: DataSection, *, is_same_data: bool) -> Sequence[Place]:
     """The files that the run trained on, as far as they are here."""
     if is_same_data:
         return training_files(asked)
-    found: list[epath.Path] = []
+    found: list[Place] = []
     for pattern in saved.files:
         with contextlib.suppress(DataError):  # it is not here, so no set can name it
             found += find_files("data.files", [pattern])

@@ -23,7 +23,9 @@ class DataSection:
     source: str = key(
         "stdlib", "stdlib (this Python's own sources) | text (.txt, .jsonl, .parquet, .tar, ...) | tokens (.npy, .bin)"
     )
-    files: tuple[str, ...] = key((), "paths or glob patterns, for text and tokens")
+    files: tuple[str, ...] = key(
+        (), "paths, glob patterns, URLs (gs://, s3://, hf://, https://) or @LIST, for text and tokens"
+    )
     tokenizer: str = key(
         "bytes", "bytes, or the path of a Hugging Face tokenizer.json; unknown: of a model that came without one"
     )
@@ -63,7 +65,8 @@ class DataSection:
     fim_tokens: tuple[str, ...] = key(
         (), "the special tokens before prefix, suffix and middle, as names or ids, such as [<PRE>, <SUF>, <MID>]"
     )
-    cache_dir: str = key("~/.cache/hybridnorm_jax", "where tokenized text is kept")
+    cache_dir: str = key("~/.cache/hybridnorm_jax", "where tokenized text, and copies of remote files, are kept")
+    cache_gib: float = key(64.0, "GiB that copies of remote files may take there", above=0, at_most=10**9)
     read_threads: int = key(2, "threads that read windows ahead", at_least=1, at_most=1024)
 
     def __post_init__(self) -> None:

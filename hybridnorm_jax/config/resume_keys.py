@@ -12,6 +12,7 @@ from hybridnorm_jax.config.run_config import RunConfig
 # which parameters it arrives at.
 FREE_KEYS = {
     "data.cache_dir",
+    "data.cache_gib",
     "data.read_threads",
     "data.validation",
     "model.attention",

@@ -8,15 +8,13 @@ An Example is a map from names of features to lists of bytes, of floats or of in
 """
 
 import functools
-import os
 import re
 import struct
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from hybridnorm_jax.data.places.remote_file import Place
+from hybridnorm_jax.data.places.remote_file import Place, readable
 from hybridnorm_jax.errors import DataError, MissingExtraError, first_line
-from hybridnorm_jax.whole_files import is_local
 
 NAME = re.compile(r"\.(?P<format>tfrecords?|array_?record)(?:-\d+-of-\d+)?", re.IGNORECASE)
 MOST_RECORD_BYTES = 64 << 20
@@ -103,17 +101,15 @@ def array_record_records(path: Place) -> Iterator[Record]:
     """The records of an ArrayRecord file.
 
     Raises:
-      DataError: it is damaged or no such file, or it is not on a local disk.
+      DataError: it is damaged or no such file.
       MissingExtraError: the package array_record is missing, as on Windows.
     """
-    if not is_local(path):
-        raise DataError(f"{path}: ArrayRecord files are read in place; copy it to a local disk, and name that")
     try:
         from array_record.python.array_record_module import ArrayRecordReader
     except ModuleNotFoundError as error:
         raise DataError(f"{path}: the package array_record, which reads it, is not there for this system") from error
     try:
-        reader = ArrayRecordReader(os.fspath(path), "readahead_buffer_size:1M,max_parallelism:1")
+        reader = ArrayRecordReader(readable(path), "readahead_buffer_size:1M,max_parallelism:1")
         count = reader.num_records()
         if not reader.ok() or not count:
             raise DataError(f"{path}: no ArrayRecord file, or truncated, or without records")

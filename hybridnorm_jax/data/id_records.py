@@ -16,6 +16,7 @@ from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.config.record_filter import field_value, parse_conditions
 from hybridnorm_jax.data.archives import plain_name
 from hybridnorm_jax.data.examples import record_format
+from hybridnorm_jax.data.places.local_copies import copies_of
 from hybridnorm_jax.data.places.remote_file import Place
 from hybridnorm_jax.data.record_formats import rows_of
 from hybridnorm_jax.data.record_rows import RecordRow, shown_names
@@ -68,7 +69,7 @@ class IdCorpus(Corpus):
         """A record is held out whole."""
         return True
 
-    def documents(self, file: TextFile, *, whole: bool = True) -> Iterator[Document]:
+    def _documents(self, file: TextFile, whole: bool) -> Iterator[Document]:
         """The records of one of the files that have ids.
 
         Raises:
@@ -107,13 +108,14 @@ class IdCorpus(Corpus):
 
 def id_corpus(section: DataSection, patterns: Sequence[str], key: str, *, vocab_size: int) -> IdCorpus:
     """The records that paths and patterns name, read as a section says."""
-    corpus = text_corpus(key, patterns, section.text_field, parse_conditions(section.filter))
+    corpus = text_corpus(key, patterns, section.text_field, parse_conditions(section.filter), copies=copies_of(section))
     return IdCorpus(
         name=corpus.name.replace("text", "record"),
         files=corpus.files,
         text_field=corpus.text_field,
         root=corpus.root,
         conditions=corpus.conditions,
+        copies=corpus.copies,
         separator_id=section.separator_id,
         vocab_size=vocab_size,
     )

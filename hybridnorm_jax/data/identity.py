@@ -16,6 +16,8 @@ import numpy as np
 from etils import epath
 
 from hybridnorm_jax.data import known_digests
+from hybridnorm_jax.data.places.remote_file import Place, RemoteFile, plain_url, readable
+from hybridnorm_jax.data.places.store import store_of
 from hybridnorm_jax.errors import DataError
 from hybridnorm_jax.whole_files import expanded, is_local
 
@@ -36,21 +38,27 @@ class FileIdentity:
     digest: str
 
 
-def file_identity(path: str | os.PathLike[str], *, name: str | None = None) -> FileIdentity:
+def file_identity(path: str | Place, *, name: str | None = None) -> FileIdentity:
     """The identity of one file; its `name` is the last part of the path unless another is given.
 
     Raises:
       DataError: the file cannot be read, or is no regular file.
     """
-    path = epath.Path(path)
+    path = _place(path)
     size = regular_file_size(path)
     return FileIdentity(path.name if name is None else name, size, _digest(path, size))
 
 
-def _digest(path: epath.Path, size: int) -> str:
+def _place(path: str | os.PathLike[str]) -> Place:
+    return path if isinstance(path, RemoteFile) else epath.Path(path)
+
+
+def _digest(path: Place, size: int) -> str:
+    if isinstance(path, RemoteFile) and path.copy is None:
+        return _remote_digest(path)
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as stream:
+        with open(readable(path), "rb") as stream:
             for start in _starts(size):
                 stream.seek(start)
                 digest.update(stream.read(PIECE_BYTES))
@@ -59,9 +67,18 @@ def _digest(path: epath.Path, size: int) -> str:
     return digest.hexdigest()
 
 
-def identities(
-    paths: Iterable[str | os.PathLike[str]], root: str | os.PathLike[str] | None = None
-) -> tuple[FileIdentity, ...]:
+def _remote_digest(file: RemoteFile) -> str:
+    """The same digest of a file that was not fetched; only what it is made of is asked for."""
+    store, digest = store_of(file.url), hashlib.sha256()
+    if file.size <= WHOLE_BYTES:
+        digest.update(store.read(file, 0, file.size))
+    else:
+        for start in _starts(file.size):
+            digest.update(store.read(file, start, start + PIECE_BYTES))
+    return digest.hexdigest()
+
+
+def identities(paths: Iterable[str | Place], root: str | os.PathLike[str] | None = None) -> tuple[FileIdentity, ...]:
     """The identities of several files, in their order.
 
     Each is named by its path relative to `root`, which is the deepest directory that holds all of them where none is
@@ -71,18 +88,15 @@ def identities(
     Raises:
       DataError: a file cannot be read, or is no regular file.
     """
-    paths = [epath.Path(path) for path in paths]
+    paths = [_place(path) for path in paths]
     names = relative_names(paths, root)
-    if not all(is_local(path) for path in paths):
-        with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-            return tuple(pool.map(lambda path, name: file_identity(path, name=name), paths, names))
     sizes = [regular_file_size(path) for path in paths]
-    digests = known_digests.digests([os.fspath(path) for path in paths], _read_digests)
+    digests = known_digests.digests(paths, _read_digests)
     return tuple(FileIdentity(*parts) for parts in zip(names, sizes, digests, strict=True))
 
 
-def _read_digests(paths: Sequence[str]) -> list[str]:
-    def read(path: str) -> str:
+def _read_digests(paths: Sequence[Place]) -> list[str]:
+    def read(path: Place) -> str:
         return file_identity(path).digest
 
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
@@ -98,16 +112,16 @@ def relative_names(
     return tuple("/".join(part[len(above) :] if list(part[: len(above)]) == above else part) for part in parts)
 
 
-def regular_file_size(path: epath.Path) -> int:
+def regular_file_size(path: Place) -> int:
     """The size in bytes of what must be a regular file: a named pipe or a device may never end, or never begin.
 
     Raises:
       DataError: the file cannot be read, or is no regular file.
     """
+    if isinstance(path, RemoteFile):
+        return path.size
     try:
-        if not is_local(path):
-            return path.stat().length
-        status = os.stat(path)
+        status = os.stat(readable(path))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     if not stat.S_ISREG(status.st_mode):
@@ -122,7 +136,7 @@ def _starts(size: int) -> list[int]:
 
 
 def _parts(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    text = os.fspath(path)
+    text = plain_url(os.fspath(path))
     if is_local(text):
         text = os.path.abspath(expanded(text))
     return tuple(text.rstrip("/").split("/"))

@@ -6,15 +6,14 @@ begins (S int64), and the sequence with which each document begins, and at last 
 sequence, is for other models.
 """
 
-import os
 import struct
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from etils import epath
 
 from hybridnorm_jax.data.document_ends import DTYPE, DocumentEnds
 from hybridnorm_jax.data.identity import regular_file_size
+from hybridnorm_jax.data.places.remote_file import Place, RemoteFile, readable
 from hybridnorm_jax.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -23,6 +22,7 @@ OLD_MAGIC = b"TNTIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
 VERSION = 1
+TOKENS_END, INDEX_END = ".bin", ".idx"
 
 
 class MegatronIndex(NamedTuple):
@@ -39,28 +39,37 @@ class _Header(NamedTuple):
     marks: int
 
 
-def read_megatron_index(tokens: epath.Path) -> MegatronIndex | None:
+def _index_of(tokens: Place) -> Place | None:
+    if not tokens.name.endswith(TOKENS_END):
+        return None
+    if isinstance(tokens, RemoteFile):
+        return tokens.beside
+    index = tokens.with_suffix(INDEX_END)
+    return index if index.is_file() else None
+
+
+def read_megatron_index(tokens: Place) -> MegatronIndex | None:
     """The index beside a file NAME.bin; None where there is no NAME.idx of Megatron's.
 
     Raises:
       DataError: it is damaged, of another version, or its tokens are no integers; or the .bin file has another size.
     """
-    index = tokens.with_suffix(".idx")
-    if tokens.suffix != ".bin" or not index.is_file():
+    index = _index_of(tokens)
+    if index is None:
         return None
     size = regular_file_size(index)
     try:
-        with open(index, "rb") as stream:
+        with open(readable(index), "rb") as stream:
             header = _header(stream, index)
             if header is None:
                 return None
             count = _count(stream, index, size, header, tokens)
     except OSError as error:
         raise DataError(f"{index}: cannot be read ({error.strerror or error})") from error
-    return MegatronIndex(header.dtype, count, DocumentEnds(_read_ends, os.fspath(index), count))
+    return MegatronIndex(header.dtype, count, DocumentEnds(_read_ends, readable(index), count))
 
 
-def _header(stream: BinaryIO, index: epath.Path) -> _Header | None:
+def _header(stream: BinaryIO, index: Place) -> _Header | None:
     start = stream.read(HEADER.size)
     if not start.startswith(MAGIC):
         return None
@@ -76,7 +85,7 @@ def _header(stream: BinaryIO, index: epath.Path) -> _Header | None:
     return _Header(np.dtype(dtype), sequences, marks)
 
 
-def _count(stream: BinaryIO, index: epath.Path, size: int, header: _Header, tokens: epath.Path) -> int:
+def _count(stream: BinaryIO, index: Place, size: int, header: _Header, tokens: Place) -> int:
     """The number of tokens, after the sizes of both files and the last entries are found to agree."""
     least = _offset_of_marks(header) + 8 * header.marks
     if not header.sequences or header.marks < 2 or size not in (least, least + header.sequences):
@@ -100,7 +109,7 @@ def _offset_of_marks(header: _Header) -> int:
 def _read_ends(index: str, count: int) -> np.ndarray:
     """The place behind the last token of every document, in tokens."""
     with open(index, "rb") as stream:
-        header = _header(stream, epath.Path(index))
+        header = _header(stream, Place(index))
         lengths = np.fromfile(stream, "<i4", header.sequences)
         begins = np.fromfile(stream, "<i8", header.sequences)
         marks = np.fromfile(stream, "<i8", header.marks)

@@ -8,14 +8,17 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from etils import epath
 
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data import tokenized_source
 from hybridnorm_jax.data.document_reader import SPLITS
 from hybridnorm_jax.data.id_records import KnownIds, id_corpus, is_of_records
 from hybridnorm_jax.data.identity import FileIdentity, identities, relative_names
-from hybridnorm_jax.data.sources import Corpus, find_files, pattern_root, patterns_corpus, section_corpus
+from hybridnorm_jax.data.megatron_index import INDEX_END, TOKENS_END
+from hybridnorm_jax.data.places.local_copies import copies_of
+from hybridnorm_jax.data.places.patterns import find_files, pattern_root, with_files_beside
+from hybridnorm_jax.data.places.remote_file import Place
+from hybridnorm_jax.data.sources import Corpus, patterns_corpus, section_corpus
 from hybridnorm_jax.data.text_cache import open_text_cache
 from hybridnorm_jax.data.token_files import OpenFiles, TokenFile, is_split_by_hash, open_token_file, split_extents
 from hybridnorm_jax.data.token_workers import ReadyIds, id_dtype
@@ -79,6 +82,7 @@ class SourceOpener:
         self._vocab_size = vocab_size
         self._progress = progress
         self._descriptors = OpenFiles()
+        self._copies = copies_of(data, progress=progress)
         if data.source == "tokens":
             _check_is_id(data.separator_id, vocab_size)
         needed = data.source != "tokens" or data.has_tokenizer_file
@@ -107,7 +111,8 @@ class SourceOpener:
             paths = find_files(key, patterns)
             if is_of_records(paths, key):
                 return self._tokens(self._id_records(section, patterns, key, fraction=1.0).extents(["validation"]))
-            return self._tokens(split_extents(self._opened(paths, section), relative_names(paths), 1.0).held_out)
+            arrays = self._opened(self._fetched(paths), section)
+            return self._tokens(split_extents(arrays, relative_names(paths), 1.0).held_out)
         corpus = patterns_corpus(section, patterns, key)
         return self._text_split(self._cached(corpus, fraction=1.0), "validation")
 
@@ -164,6 +169,7 @@ class SourceOpener:
         root = pattern_root(section.files)
         if is_of_records(paths, key):
             return self._id_records_source(section, key)
+        paths = self._fetched(paths)
         files = identities(paths, root)
         fraction = section.validation_fraction
         if fraction:
@@ -259,7 +265,11 @@ class SourceOpener:
             return Split(part.stream, None, None)
         return Split(part.stream, part.bytes / count, part.words / count)
 
-    def _opened(self, paths: tuple[epath.Path, ...], section: DataSection) -> dict[epath.Path, TokenFile]:
+    def _fetched(self, paths: tuple[Place, ...]) -> tuple[Place, ...]:
+        """Token files with the indexes beside them, on this machine."""
+        return self._copies.fetched(with_files_beside(paths, TOKENS_END, INDEX_END))
+
+    def _opened(self, paths: tuple[Place, ...], section: DataSection) -> dict[Place, TokenFile]:
         return {path: open_token_file(path, section.token_dtype, self._descriptors) for path in paths}
 
     def _tokens(self, parts: tuple[Extent, ...]) -> Split:

@@ -2,7 +2,6 @@
 Examples of a TFRecord or ArrayRecord file.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 
 from hybridnorm_jax.config.data_file_names import PLAIN_SUFFIXES, RECORD_SUFFIXES, TABLE_SUFFIXES, TAR_SUFFIXES
@@ -70,7 +69,7 @@ def _promised(name: str) -> str:
 
 
 def _json_rows(path: Place, text_field: str) -> Iterator[RecordRow]:
-    for record in records(os.fspath(path), checked_chunks(path)):
+    for record in records(str(path), checked_chunks(path)):
         content = decoded(record.json, path, record.offset)
         yield RecordRow(record_fields(content, record.place, text_field), record.place)
 

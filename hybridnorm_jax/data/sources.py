@@ -9,6 +9,7 @@ A document is a whole text file, or one record of a file of records (record_form
 Where few files are given, and wherever a file is long, what is held out are blocks of a file's lines, by their text.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -26,14 +27,14 @@ from hybridnorm_jax.data.answers import AnswerRecords, Part
 from hybridnorm_jax.data.archives import chunks
 from hybridnorm_jax.data.chat_templates import answer_records
 from hybridnorm_jax.data.identity import FileIdentity, identities
+from hybridnorm_jax.data.places.local_copies import LocalCopies, copies_of
 from hybridnorm_jax.data.places.patterns import find_files, pattern_root
-from hybridnorm_jax.data.places.remote_file import Place
+from hybridnorm_jax.data.places.remote_file import Place, RemoteFile
 from hybridnorm_jax.data.record_formats import rows_of
 from hybridnorm_jax.data.record_rows import record_text
 from hybridnorm_jax.data.text_files import decoded, text_blocks
 from hybridnorm_jax.errors import DataError
 from hybridnorm_jax.file_formats import BOM
-from hybridnorm_jax.whole_files import is_local
 
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 # Of fewer files that would be held out, blocks of all files are.
@@ -80,6 +81,7 @@ class Corpus:
       root: the directory to which the files' names are relative.
       conditions: which a record must meet to be read.
       answers: how records are read of which only a part is learned; None: all of their text is.
+      copies: where remote files are fetched to, one after the other; None: all files are on this machine.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Corpus:
     root: str | None = None
     conditions: tuple[Condition, ...] = ()
     answers: AnswerRecords | None = None
+    copies: LocalCopies | None = None
 
     def signature(self) -> list:
         """[name, size in bytes, digest of sampled content, time of last change] of every file, and the filter.
@@ -123,6 +126,10 @@ class Corpus:
         Raises:
           DataError: it cannot be read or holds no text.
         """
+        with self.copies.held(file.path) if self.copies else contextlib.nullcontext(file.path) as path:
+            yield from self._documents(dataclasses.replace(file, path=path), whole)
+
+    def _documents(self, file: TextFile, whole: bool) -> Iterator[Document]:
         found = False
         if self.answers is not None:
             yield from self._records(file)
@@ -180,8 +187,8 @@ class Corpus:
             yield from text_blocks(path, whole)
 
 
-def _changed(path: Place) -> int:
-    return os.stat(path).st_mtime_ns if is_local(path) else path.stat().mtime
+def _changed(path: Place) -> int | str:
+    return path.version if isinstance(path, RemoteFile) else os.stat(path).st_mtime_ns
 
 
 def text_corpus(
@@ -190,6 +197,7 @@ def text_corpus(
     text_field: str,
     conditions: tuple[Condition, ...] = (),
     answers: AnswerRecords | None = None,
+    copies: LocalCopies | None = None,
 ) -> Corpus:
     """Any text files: records are one document each, all others one a file; packed ones are unpacked.
 
@@ -199,7 +207,7 @@ def text_corpus(
     patterns = tuple(patterns)
     files = tuple(TextFile(path) for path in find_files(key, patterns))
     name = "1 text file" if len(files) == 1 else f"{len(files)} text files"
-    return Corpus(name, files, text_field, pattern_root(patterns), conditions, answers)
+    return Corpus(name, files, text_field, pattern_root(patterns), conditions, answers, copies)
 
 
 def section_corpus(section: DataSection, key: str) -> Corpus:
@@ -212,7 +220,7 @@ def section_corpus(section: DataSection, key: str) -> Corpus:
 def patterns_corpus(section: DataSection, patterns: Iterable[str], key: str) -> Corpus:
     """The documents of other files, read as those that a data section of text names."""
     conditions, answers = parse_conditions(section.filter), answer_records(section)
-    return text_corpus(key, patterns, section.text_field, conditions, answers)
+    return text_corpus(key, patterns, section.text_field, conditions, answers, copies_of(section))
 
 
 def stdlib_corpus() -> Corpus:

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
-from etils import epath
 
 from hybridnorm_jax.data.blocks import blocks, held_out
+from hybridnorm_jax.data.places.remote_file import Place, readable
 from hybridnorm_jax.data.token_formats import Layout, read_layout
 from hybridnorm_jax.data.windows import Extent
 from hybridnorm_jax.errors import DataError
@@ -56,8 +56,9 @@ class TokenFile:
         read.
     """
 
-    def __init__(self, path: epath.Path, layout: Layout, files: OpenFiles):
-        self._path = os.fspath(path)
+    def __init__(self, path: Place, layout: Layout, files: OpenFiles):
+        self._path = str(path)
+        self._readable = readable(path)
         self._size: int | None = None
         self._layout = layout
         self._files = files
@@ -73,7 +74,7 @@ class TokenFile:
         dtype, offset = self._layout.dtype, self._layout.offset
         wanted = max(stop - start, 0) * dtype.itemsize
         try:
-            file = self._files.open(self._path)
+            file = self._files.open(self._readable)
             self._check_size(file.size)
             content = _read(file, wanted, offset + start * dtype.itemsize)
         except OSError as error:
@@ -99,7 +100,7 @@ def _read(file: _Descriptor, count: int, offset: int) -> bytes:
     return content
 
 
-def open_token_file(path: epath.Path, raw_dtype: str, files: OpenFiles | None = None) -> TokenFile:
+def open_token_file(path: Place, raw_dtype: str, files: OpenFiles | None = None) -> TokenFile:
     """A file of integers: NumPy's, llm.c's, or raw numbers of `raw_dtype`.
 
     Args:
@@ -123,7 +124,7 @@ class SplitExtents(NamedTuple):
 class _Block(NamedTuple):
     """A block of tokens [start, stop) of a file, and the digest of its identity."""
 
-    path: epath.Path
+    path: Place
     start: int
     stop: int
     digest: bytes
@@ -132,13 +133,13 @@ class _Block(NamedTuple):
 class _Piece(NamedTuple):
     """Tokens [start, stop) of a file, all on one side of the split."""
 
-    path: epath.Path
+    path: Place
     start: int
     stop: int
     is_held_out: bool
 
 
-def split_extents(arrays: Mapping[epath.Path, TokenFile], names: tuple[str, ...], fraction: float) -> SplitExtents:
+def split_extents(arrays: Mapping[Place, TokenFile], names: tuple[str, ...], fraction: float) -> SplitExtents:
     """The training and the held-out parts of token files.
 
     Blocks are held out by a hash of (name, place of the block). Where the hash chooses none, or all, a part of one
@@ -161,7 +162,7 @@ def split_extents(arrays: Mapping[epath.Path, TokenFile], names: tuple[str, ...]
     return SplitExtents(train=tuple(sides[False]), held_out=tuple(sides[True]))
 
 
-def is_split_by_hash(arrays: Mapping[epath.Path, TokenFile], names: tuple[str, ...], fraction: float) -> bool:
+def is_split_by_hash(arrays: Mapping[Place, TokenFile], names: tuple[str, ...], fraction: float) -> bool:
     """Whether split_extents needs no part of a block: it is the hash of a block alone that holds it out, or does not.
 
     Args:
@@ -170,7 +171,7 @@ def is_split_by_hash(arrays: Mapping[epath.Path, TokenFile], names: tuple[str, .
     return fraction in (0, 1) or len(_sides(arrays, names, fraction)) == 2
 
 
-def _pieces(arrays: Mapping[epath.Path, TokenFile], names: tuple[str, ...], fraction: float) -> Iterator[_Piece]:
+def _pieces(arrays: Mapping[Place, TokenFile], names: tuple[str, ...], fraction: float) -> Iterator[_Piece]:
     if fraction in (0, 1):
         return iter([_Piece(path, 0, len(array), fraction == 1) for path, array in arrays.items()])
     sides = _sides(arrays, names, fraction)
@@ -181,7 +182,7 @@ def _pieces(arrays: Mapping[epath.Path, TokenFile], names: tuple[str, ...], frac
     return _cut_one(arrays, names, fraction, all_held_out=sides == {True})
 
 
-def _sides(arrays: Mapping[epath.Path, TokenFile], names: tuple[str, ...], fraction: float) -> set[bool]:
+def _sides(arrays: Mapping[Place, TokenFile], names: tuple[str, ...], fraction: float) -> set[bool]:
     """Whether hashes hold blocks out: {True}: all of them; {False}: none; both: some."""
     sides: set[bool] = set()
     for block in _blocks(arrays, names):
@@ -192,7 +193,7 @@ def _sides(arrays: Mapping[epath.Path, TokenFile], names: tuple[str, ...], fract
 
 
 def _cut_one(
-    arrays: Mapping[epath.Path, TokenFile], names: tuple[str, ...], fraction: float, *, all_held_out: bool
+    arrays: Mapping[Place, TokenFile], names: tuple[str, ...], fraction: float, *, all_held_out: bool
 ) -> Iterator[_Piece]:
     """All blocks on one side but for the end (the begin, if all are held out) of one that its hash chooses."""
     total = sum(len(array) for array in arrays.values())
@@ -213,7 +214,7 @@ def _cut_one(
         )
 
 
-def _blocks(arrays: Mapping[epath.Path, TokenFile], names: tuple[str, ...]) -> Iterator[_Block]:
+def _blocks(arrays: Mapping[Place, TokenFile], names: tuple[str, ...]) -> Iterator[_Block]:
     for (path, array), name in zip(arrays.items(), names, strict=True):
         for start, stop in blocks(len(array)):
             yield _Block(path, start, stop, hashlib.sha256(f"{name}:{start}".encode()).digest())

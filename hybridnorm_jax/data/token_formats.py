@@ -7,17 +7,16 @@ from tokenize import TokenError
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from etils import epath
 
 from hybridnorm_jax.config.data_file_names import PACKED_SUFFIXES
 from hybridnorm_jax.data import megatron_index
 from hybridnorm_jax.data.document_ends import DocumentEnds, document_ends
 from hybridnorm_jax.data.identity import regular_file_size
 from hybridnorm_jax.data.megatron_index import read_megatron_index
+from hybridnorm_jax.data.places.remote_file import Place, readable
 from hybridnorm_jax.data.token_numbers import other_numbers
 from hybridnorm_jax.errors import DataError
 from hybridnorm_jax.file_formats import START_BYTES, ZIP, Kind, encoding_of_text, format_of, pointer_of_git_lfs
-from hybridnorm_jax.whole_files import is_local
 
 NUMPY_MAGIC = b"\x93NUMPY"
 # The header of llm.c and modded-nanogpt: 256 int32, of which the first three are magic number, version, tokens.
@@ -59,7 +58,7 @@ class Layout(NamedTuple):
     ends: DocumentEnds | None = None
 
 
-def read_layout(path: epath.Path, raw_dtype: str) -> Layout:
+def read_layout(path: Place, raw_dtype: str) -> Layout:
     """The layout of a file of tokens.
 
     A file that begins with NumPy's magic number or with llm.c's header carries its dtype, and Megatron's index beside a
@@ -69,11 +68,9 @@ def read_layout(path: epath.Path, raw_dtype: str) -> Layout:
       DataError: the file cannot be read, is something else, holds no tokens, or its size is not what its header or
         dtype says.
     """
-    if not is_local(path):
-        raise DataError(f"{path}: token files are read in place; copy it to a local disk and name that in data.files")
     size = regular_file_size(path)
     try:
-        with open(path, "rb") as stream:
+        with open(readable(path), "rb") as stream:
             layout = _layout(stream, path, size, np.dtype(raw_dtype))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -82,7 +79,7 @@ def read_layout(path: epath.Path, raw_dtype: str) -> Layout:
     return layout
 
 
-def _layout(stream: BinaryIO, path: epath.Path, size: int, raw_dtype: np.dtype) -> Layout:
+def _layout(stream: BinaryIO, path: Place, size: int, raw_dtype: np.dtype) -> Layout:
     start = stream.read(max(LLMC_HEADER_BYTES, START_BYTES))
     if start.startswith(NUMPY_MAGIC):
         return _numpy_layout(stream, path, size)
@@ -100,7 +97,7 @@ def _layout(stream: BinaryIO, path: epath.Path, size: int, raw_dtype: np.dtype) 
     return Layout(raw_dtype, count, offset=0, is_raw=True)
 
 
-def _llmc_layout(path: epath.Path, start: bytes) -> Layout | None:
+def _llmc_layout(path: Place, start: bytes) -> Layout | None:
     """What the header of llm.c promises; None if the file begins with none."""
     magic = int.from_bytes(start[:4], "little")
     if magic in LLMC_OTHERS:
@@ -117,7 +114,7 @@ def _llmc_layout(path: epath.Path, start: bytes) -> Layout | None:
     return Layout(np.dtype(LLMC_DTYPES[magic, version]), count, LLMC_HEADER_BYTES)
 
 
-def _numpy_layout(stream: BinaryIO, path: epath.Path, size: int) -> Layout:
+def _numpy_layout(stream: BinaryIO, path: Place, size: int) -> Layout:
     stream.seek(0)
     try:
         version = np.lib.format.read_magic(stream)
@@ -134,7 +131,7 @@ def _numpy_layout(stream: BinaryIO, path: epath.Path, size: int) -> Layout:
     return _exactly(path, size, layout, "its header")
 
 
-def _exactly(path: epath.Path, size: int, layout: Layout, header: str) -> Layout:
+def _exactly(path: Place, size: int, layout: Layout, header: str) -> Layout:
     """The layout, if the file is as long as its header promises."""
     if layout.count < 0:
         raise DataError(f"{path}: {header} is damaged: it promises {layout.count} tokens")
@@ -148,7 +145,7 @@ def _exactly(path: epath.Path, size: int, layout: Layout, header: str) -> Layout
     return layout
 
 
-def _refuse_others(path: epath.Path, start: bytes) -> None:
+def _refuse_others(path: Place, start: bytes) -> None:
     """Raise DataError for what is no raw token file by its first bytes or its name."""
     if start.startswith((megatron_index.MAGIC, megatron_index.OLD_MAGIC)):
         raise DataError(f"{path}: the index of Megatron's tokens, not the tokens; name its .bin file only")
@@ -170,7 +167,7 @@ def _refuse_others(path: epath.Path, start: bytes) -> None:
         raise DataError(f"{path}: is text in {encoding}, not token ids; {converted}set data.source=text")
 
 
-def _check_raw_dtype(stream: BinaryIO, path: epath.Path, size: int, dtype: np.dtype) -> None:
+def _check_raw_dtype(stream: BinaryIO, path: Place, size: int, dtype: np.dtype) -> None:
     """Raise DataError if sampled numbers show that they are no numbers of `dtype`."""
     if found := other_numbers(stream, size, dtype):
         wrong, right = found

@@ -3,14 +3,13 @@
 import os
 from collections.abc import Iterable, Mapping
 
-from etils import epath
-
 from hybridnorm_jax.config.data_section import DataSection
-from hybridnorm_jax.data import DataError
-from hybridnorm_jax.data.identity import file_identity
-from hybridnorm_jax.data.sources import find_files, stdlib_corpus
+from hybridnorm_jax.data.identity import file_identity, regular_file_size
+from hybridnorm_jax.data.places.patterns import find_files
+from hybridnorm_jax.data.places.remote_file import Place
+from hybridnorm_jax.data.sources import stdlib_corpus
 from hybridnorm_jax.errors import ConfigError
-from hybridnorm_jax.whole_files import is_local, size_of
+from hybridnorm_jax.whole_files import is_local
 
 # A set whose name begins so says itself that the model was trained on it.
 TRAINING_SET = "train"
@@ -19,6 +18,7 @@ TRAINING_DATA = (
     "data.source",
     "data.files",
     "data.text_field",
+    "data.filter",
     "data.records",
     "data.chat_template",
     "data.token_dtype",
@@ -26,7 +26,7 @@ TRAINING_DATA = (
 )
 
 
-def training_files(data: DataSection) -> tuple[epath.Path, ...]:
+def training_files(data: DataSection) -> tuple[Place, ...]:
     """The files that data.files names, or those of the standard library.
 
     Raises:
@@ -37,7 +37,7 @@ def training_files(data: DataSection) -> tuple[epath.Path, ...]:
     return find_files("data.files", data.files)
 
 
-def check_sets(validation: Mapping[str, Iterable[str]], trained_on: Iterable[epath.Path]) -> None:
+def check_sets(validation: Mapping[str, Iterable[str]], trained_on: Iterable[Place]) -> None:
     """Refuse validation sets that hold a file which is trained on, unless their name begins with "train".
 
     The same file is one that both paths lead to, also through links, or one with the same size and content, whatever
@@ -59,14 +59,14 @@ def check_sets(validation: Mapping[str, Iterable[str]], trained_on: Iterable[epa
     }
     if not held:
         return
-    by_place: dict[str, epath.Path] = {}
-    by_size: dict[int, list[epath.Path]] = {}
+    by_place: dict[str, Place] = {}
+    by_size: dict[int, list[Place]] = {}
     for path in trained_on:
         by_place.setdefault(_place(path), path)
-        by_size.setdefault(_size(path), []).append(path)
+        by_size.setdefault(regular_file_size(path), []).append(path)
     for name, paths in held.items():
         for path in paths:
-            same = by_place.get(_place(path)) or _equal_file(path, by_size.get(_size(path), ()))
+            same = by_place.get(_place(path)) or _equal_file(path, by_size.get(regular_file_size(path), ()))
             if same is not None:
                 raise ConfigError(_refusal(name, path, same))
 
@@ -105,28 +105,21 @@ def check_same_data(asked: DataSection, changes: Iterable[str], *, is_same_data:
         raise ConfigError(f"{changed[0]}: {wrong}; {right}")
 
 
-def _refusal(name: str, path: epath.Path, trained_on: epath.Path) -> str:
+def _refusal(name: str, path: Place, trained_on: Place) -> str:
     where = "is trained on" if _place(path) == _place(trained_on) else f"is the same as {trained_on}, trained on"
     right = f"leave it out, or name the set for what it is, data.validation.{TRAINING_SET}_{name}"
     return f"data.validation.{name}: {path} {where}; {right}"
 
 
-def _place(path: epath.Path) -> str:
+def _place(path: Place) -> str:
     text = os.fspath(path)
     return os.path.realpath(text) if is_local(text) else text
 
 
-def _size(path: epath.Path) -> int:
-    try:
-        return size_of(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def _equal_file(path: epath.Path, others: Iterable[epath.Path]) -> epath.Path | None:
+def _equal_file(path: Place, others: Iterable[Place]) -> Place | None:
     """One of the others, of the same size, whose content is the same. Files without content have nothing to score."""
     others = tuple(others)
-    if not others or not _size(path):
+    if not others or not regular_file_size(path):
         return None
     digest = file_identity(path).digest
     return next((other for other in others if file_identity(other).digest == digest), None)

@@ -9,7 +9,7 @@ from etils import epath
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data import open_data
 from hybridnorm_jax.data.identity import identities
-from hybridnorm_jax.data.sources import find_files, pattern_root
+from hybridnorm_jax.data.places.patterns import find_files, pattern_root
 from hybridnorm_jax.training.run_identity import check_same_files, data_files
 
 TRAINED_ON = "data.files"

@@ -88,11 +88,6 @@ def test_a_file_that_is_not_what_it_says_is_named(tmp_path, case):
         assert word in message
 
 
-def test_what_cannot_be_mapped_is_named():
-    with pytest.raises(DataError, match=r"gs://bucket/a\.npy: .*local"):
-        open_token_file(epath.Path("gs://bucket/a.npy"), "uint16")
-
-
 def stretches(extents):
     return [(extent.name.rsplit("/")[-1], extent.start, extent.stop) for extent in extents]
 

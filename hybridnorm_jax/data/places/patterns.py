@@ -1,19 +1,24 @@
-"""Which files the user names: paths, glob patterns, lists of these in a file, and directories of `datasets`."""
+"""Which files the user names: paths and URLs, glob patterns, lists of these in a file, directories of `datasets`."""
 
+import concurrent.futures
+import dataclasses
 import glob
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from etils import epath
 
 from hybridnorm_jax.config.data_file_names import is_tokenized
-from hybridnorm_jax.data.places.remote_file import Place
+from hybridnorm_jax.data.places.remote_file import HTTP, Place, RemoteFile, plain_url, scheme_of
+from hybridnorm_jax.data.places.store import store_of
 from hybridnorm_jax.data.tokenized_directory import shards_of
 from hybridnorm_jax.errors import DataError, first_line
 from hybridnorm_jax.whole_files import expanded, is_local
 
+# Remote patterns that are asked for at once.
+FINDERS = 16
 # `@FILE` is a list of paths and patterns, one a line.
 LIST_MARK = "@"
 COMMENT = "#"
@@ -30,16 +35,46 @@ def find_files(key: str, patterns: Iterable[str]) -> tuple[Place, ...]:
     shards, in the order that it states, and so does a directory of tokenized text (tokenized_directory.py).
 
     Raises:
-      DataError: another directory, or a name without a file; the message names `key`.
+      DataError: another directory, a name without a file, or a place that cannot be asked; the message names `key`, or
+        the place.
     """
     found: dict[str, Place] = {}
-    for pattern in listed(key, patterns):
-        for match in _matches(key, pattern):
-            found.setdefault(_plain(os.fspath(match)), match)
+    names = tuple(listed(key, patterns))
+    pool = concurrent.futures.ThreadPoolExecutor(FINDERS)
+    try:
+        asked = {name: pool.submit(_remote_matches, key, name) for name in names if not is_local(name)}
+        for name in names:
+            for match in asked[name].result() if name in asked else _local_matches(key, name):
+                found.setdefault(_plain(os.fspath(match)), match)
+    finally:
+        pool.shutdown(cancel_futures=True)
     return tuple(found.values())
 
 
-def _matches(key: str, pattern: str) -> list[epath.Path]:
+def with_files_beside(files: Sequence[Place], end: str, other_end: str) -> tuple[Place, ...]:
+    """The files, the remote ones whose name ends in `end` with what has the same name and ends in `other_end`."""
+    with concurrent.futures.ThreadPoolExecutor(FINDERS) as pool:
+        return tuple(pool.map(lambda file: _with_file_beside(file, end, other_end), files))
+
+
+def _with_file_beside(file: Place, end: str, other_end: str) -> Place:
+    if not isinstance(file, RemoteFile) or not file.url.endswith(end):
+        return file
+    url = file.url.removesuffix(end) + other_end
+    return dataclasses.replace(file, beside=next(iter(store_of(url).find(url)), None))
+
+
+def _remote_matches(key: str, pattern: str) -> Sequence[Place]:
+    store = store_of(pattern)
+    matches = store.find(pattern)
+    if not matches:
+        if store.is_directory(pattern):
+            raise DataError(f"{key}: {pattern} is a directory; name its files, such as {pattern.rstrip('/')}/*.parquet")
+        raise DataError(f"{key}: no such file: {RemoteFile(pattern, 0, '')}")
+    return matches
+
+
+def _local_matches(key: str, pattern: str) -> Sequence[Place]:
     path = epath.Path(expanded(pattern))
     if _is_directory(path):
         if _is_dataset(path):
@@ -79,12 +114,20 @@ def listed(key: str, patterns: Iterable[str]) -> Iterator[str]:
 
 def _small_text(what: str, path: str, most: int) -> str:
     try:
+        if not is_local(path):
+            store = store_of(path)
+            file = next(iter(store.find(path)), None)
+            if file is None or file.size > most:
+                raise DataError(f"{what}: no such file" if file is None else f"{what}: too long for a list of files")
+            return store.read(file, 0, file.size).decode("utf-8-sig")
         if os.path.getsize(path) > most:
             raise DataError(f"{what}: more than {most >> 20} MiB; it is no list of files")
         with open(path, encoding="utf-8-sig") as stream:
             return stream.read(most)
     except OSError as error:
         raise DataError(f"{what}: cannot be read ({error.strerror or error})") from error
+    except DataError:
+        raise
     except ValueError as error:  # no UTF-8, or a zero byte in the path
         raise DataError(f"{what}: no text in UTF-8 ({first_line(error)})") from error
 
@@ -146,14 +189,10 @@ def _plain(path: str) -> str:
 
 
 def _glob(pattern: str) -> list[epath.Path]:
-    if is_local(pattern):
-        try:
-            matches = [epath.Path(match) for match in glob.glob(pattern, recursive=True)]
-        except (ValueError, re.error):
-            return []
-    else:
-        path = epath.Path(pattern)
-        matches = list(path.parent.glob(path.name))
+    try:
+        matches = [epath.Path(match) for match in glob.glob(pattern, recursive=True)]
+    except (ValueError, re.error):
+        return []
     return sorted(match for match in matches if not match.is_dir())
 
 
@@ -161,11 +200,11 @@ def pattern_root(patterns: Iterable[str]) -> str:
     """The deepest directory that holds everything the patterns can match: names are relative to it."""
     roots = []
     for pattern in listed("data.files", patterns):
-        path = _plain(expanded(pattern)).rstrip("/")
+        path = _plain(plain_url(expanded(pattern))).rstrip("/")
         parts = path.split("/")[:-1]
         if is_local(path) and _is_directory(epath.Path(path)):  # of a dataset, whose shards are in it
             parts = path.split("/")
-        elif not _exists(epath.Path(path)):
+        elif scheme_of(path) not in HTTP and not (is_local(path) and _exists(epath.Path(path))):
             parts = parts[: next((place for place, part in enumerate(parts) if glob.has_magic(part)), len(parts))]
         roots.append(parts)
     common = roots[0] if roots else []
