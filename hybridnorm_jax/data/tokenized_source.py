@@ -91,7 +91,7 @@ def check_belongs(
             wrong = f"the tokens of {directory.path} were made by another one, {made_by.name}"
             raise DataError(f"data.tokenizer={tokenizer.name}: {wrong}; name that one")
         if separator_id not in (None, made_by.separator_id):
-            right = "leave data.separator_id out, the directory says it"
+            right = "set data.separator_id=null: the directory says it"
             wrong = f"{made_by.separator_id} ends the documents of {directory.path}"
             raise DataError(f"data.separator_id={separator_id}: {wrong}; {right}")
         if made_by.separator_id != first.manifest.tokenizer.separator_id:

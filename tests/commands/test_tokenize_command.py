@@ -183,16 +183,16 @@ def _proportional_megabytes(root):
     return total / 1024
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_processes_need_less_than_a_gigabyte_for_long_and_for_many_documents(folder, capsys):
-    """A record of 40 MB, a text file of 60 MB that is one document, and 100,000 short records."""
+    """A record of 20 MB, a text file of 12 MB that is one document, and 50,000 short records."""
     assert ended(capsys, *TRAIN, "--out", "t.json")[0] == 0
     line = "one wörd and another of many words, and 日本 too "
     with open(folder / "a.jsonl", "w") as stream:
-        for number in range(100_000):
+        for number in range(50_000):
             stream.write(f'{{"body": "{number} {line}"}}\n')
-        stream.write(json.dumps({"body": line * (40_000_000 // len(line.encode()))}, ensure_ascii=False) + "\n")
-    (folder / "c.txt").write_text((line + "\n") * (60_000_000 // len(line.encode())))
+        stream.write(json.dumps({"body": line * (20_000_000 // len(line.encode()))}, ensure_ascii=False) + "\n")
+    (folder / "c.txt").write_text((line + "\n") * (12_000_000 // len(line.encode())))
     command = _command(folder, "a.jsonl", "c.txt", "data.text_field=body", "--out", "out", "--processes", "2")
     command += ["--drop-duplicates", "data.validation_fraction=0"]
     options = {"env": environment(1) | {"PYTHONPATH": str(REPOSITORY)}, "cwd": folder}
