@@ -11,7 +11,7 @@ from pathlib import Path
 from hybridnorm_jax.commands.main import COMMANDS
 from hybridnorm_jax.commands.syntax import SYNTAX
 from hybridnorm_jax.config import named_configurations
-from hybridnorm_jax.config.data_section import PACKINGS, RECORDS, SOURCES, TOKEN_DTYPES
+from hybridnorm_jax.config.data_section import CHATML, PACKINGS, RECORDS, SOURCES, TOKEN_DTYPES
 from hybridnorm_jax.config.key_lookup import FIELDS, SECTIONS
 from hybridnorm_jax.config.key_values import read_hint
 from hybridnorm_jax.config.optimizer_section import (
@@ -86,6 +86,7 @@ VALUES_OF_OPTIONS = {
     "--jobs": (),
     "--most": (),
     "--prompt": (),
+    "--chat-template": (CHATML,),
     "--max-tokens": (),
     "--temperature": (),
     "--top-k": (),

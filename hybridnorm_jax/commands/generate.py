@@ -22,6 +22,7 @@ from hybridnorm_jax.model.config_sizes import LONGEST_CONTEXT
 if TYPE_CHECKING:
     from hybridnorm_jax.commands.saved_model import SavedModel
     from hybridnorm_jax.data import Tokenizer
+    from hybridnorm_jax.generation.prompts import Prompts
     from hybridnorm_jax.generation.text import Written
 
 # Tokens that are written where nobody says how many.
@@ -106,6 +107,11 @@ def _parser() -> ArgumentParser:
         "--tokenizer",
         metavar="FILE",
         help="the model's tokenizer.json, or bytes; needed where the model brings none",
+    )
+    parser.add_argument(
+        "--chat-template",
+        metavar="T",
+        help="the prompt is what a user says, and the text an answer: chatml, or the file of a template that you trust",
     )
     add_option(parser)
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each prompt")
@@ -198,6 +204,7 @@ def generate(options: argparse.Namespace, sampling: Sampling) -> None:
     source = read_directory(options.model, plain=options.plain)
     check_decoder(source.config.model, options.model, "generate text")
     tokenizer = _tokenizer(source, options.tokenizer)
+    written_down = _written_down(options.chat_template, source, tokenizer)
     # Once for all prompts: those of a Hugging Face directory are not on a device yet.
     params = ready(source.config.model, source.params)
     show = None if options.json else _show(sys.stdout.isatty())
@@ -208,12 +215,12 @@ def generate(options: argparse.Namespace, sampling: Sampling) -> None:
                 params,
                 tokenizer,
                 [prompt],
-                max_new_tokens=_most(options.max_tokens, prompt, source, tokenizer),
+                max_new_tokens=_most(options.max_tokens, len(written_down.tokens(prompt)), source),
                 sampling=sampling,
                 stop=options.stop,
                 seeds=[options.seed],
                 on_text=show,
-                follows_separator=source.config.data.follows_separator,
+                written_down=written_down,
             )
         except UserError as error:
             if not _is_typing(options):
@@ -257,15 +264,28 @@ def _tokenizer(source: "SavedModel", named: str | None) -> "Tokenizer":
     return found
 
 
-def _most(asked: int | None, prompt: str, source: "SavedModel", tokenizer: "Tokenizer") -> int:
-    """How many tokens to write: as many as are asked for, or MANY and no more than a model has positions for."""
-    from hybridnorm_jax.generation.text import document_of
+def _written_down(template: str | None, source: "SavedModel", tokenizer: "Tokenizer") -> "Prompts":
+    """What is made of the prompts: the beginning of a document or, with a template, a question."""
+    from hybridnorm_jax.data.chat_templates import load_template
+    from hybridnorm_jax.generation.prompts import Documents, Questions
 
+    data = source.config.data
+    if template is None:
+        return Documents(tokenizer, follows_separator=data.follows_separator)
+    # A template says how a conversation begins; before that stands a separator only where the run has learned it so.
+    follows_separator = data.follows_separator and data.records == "messages"
+    return Questions(tokenizer, load_template(template, what=f"--chat-template {template}"), follows_separator)
+
+
+def _most(asked: int | None, length: int, source: "SavedModel") -> int:
+    """How many tokens to write: as many as are asked for, or MANY and no more than a model has positions for.
+
+    Args:
+      length: tokens of the prompt.
+    """
     if asked is not None:
         return asked
-    model = source.config.model
-    ids = document_of(prompt, tokenizer, follows_separator=source.config.data.follows_separator)
-    length, most = len(ids), MANY
+    model, most = source.config.model, MANY
     for limit in (model.max_positions, model.length_of_short_factors):
         # A prompt beyond the second of them is beyond it for good; beyond the first, the request is refused.
         if limit is not None and (length <= limit or limit == model.max_positions):

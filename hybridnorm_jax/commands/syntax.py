@@ -64,6 +64,7 @@ SYNTAX = {
             "--seed",
             "--stop",
             "--tokenizer",
+            "--chat-template",
             "--plain",
             "--json",
         ),

@@ -48,20 +48,23 @@ class Template(Protocol):
 
     Attributes:
       fingerprint: changes when the text of a conversation may change.
+      ends: the strings, besides special tokens, that end an answer.
     """
 
     fingerprint: str
+    ends: tuple[str, ...]
 
-    def parts(self, messages: Sequence[Message], place: str) -> list[Part]:
-        """The text of a conversation, which `place` names in messages."""
+    def parts(self, messages: Sequence[Message], place: str, *, asks: bool = False) -> list[Part]:
+        """The text of a conversation, which `place` names in messages; `asks`: up to where the next answer begins."""
 
 
 class Chatml:
     """ChatML: for each message <|im_start|>ROLE, a new line, the content, <|im_end|> and a new line."""
 
     fingerprint = "chatml"
+    ends = ("<|im_end|>",)
 
-    def parts(self, messages: Sequence[Message], place: str) -> list[Part]:
+    def parts(self, messages: Sequence[Message], place: str, *, asks: bool = False) -> list[Part]:
         """See Template. What ends an answer is learned, whether or not it is one token."""
         found = []
         for role, content in messages:
@@ -72,7 +75,7 @@ class Chatml:
                 Part("<|im_end|>", is_target=says, is_markup=True),
                 Part("\n", is_markup=True),
             ]
-        return found
+        return [*found, Part(f"<|im_start|>{ASSISTANT}\n", is_markup=True)] if asks else found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,8 +30,12 @@ def answer_records(section: DataSection) -> AnswerRecords | None:
     return AnswerRecords(None if section.records == "prompt" else load_template(section.chat_template))
 
 
-def load_template(named: str) -> Template:
+def load_template(named: str, *, what: str | None = None) -> Template:
     """The template that data.chat_template names: "chatml", a file of Jinja, or a tokenizer_config.json with one.
+
+    Args:
+      named: chatml or a file.
+      what: names it in messages, where data.chat_template does not.
 
     Raises:
       DataError: the file cannot be read, or holds no template.
@@ -39,7 +43,8 @@ def load_template(named: str) -> Template:
     """
     if named == CHATML:
         return Chatml()
-    path, what = epath.Path(expanded(named)), f"data.chat_template={named}"
+    path = epath.Path(expanded(named))
+    what = f"data.chat_template={named}" if what is None else what
     content = _read(path, what)
     if path.suffix == ".json":
         settings = _settings(content, what)

@@ -43,6 +43,8 @@ class _Generation(ext.Extension):
 class JinjaTemplate:
     """A template in Jinja: see answers.Template."""
 
+    ends = ()
+
     def __init__(self, source: str, tokens: dict[str, str], what: str):
         """Compile it.
 
@@ -68,7 +70,7 @@ class JinjaTemplate:
         self._what = what
         self.fingerprint = hashlib.sha256(json.dumps([source, tokens]).encode()).hexdigest()
 
-    def parts(self, messages: Sequence[Message], place: str) -> list[Part]:
+    def parts(self, messages: Sequence[Message], place: str, *, asks: bool = False) -> list[Part]:
         """See answers.Template.
 
         Where each content stands is found by a second rendering, with marks in their place. A template may strip white
@@ -78,8 +80,9 @@ class JinjaTemplate:
           DataError: the template refuses the conversation, or changes or leaves out a content.
         """
         marks = [f"{_OPEN}{number}{_CLOSE}" for number in range(len(messages))]
-        marked = self._render([Message(each.role, mark) for each, mark in zip(messages, marks, strict=True)], place)
-        rendered = self._render(messages, place)
+        of_marks = [Message(each.role, mark) for each, mark in zip(messages, marks, strict=True)]
+        marked = self._render(of_marks, place, asks)
+        rendered = self._render(messages, place, asks)
         for stripped in (False, True):
             contents = [each.content.strip() if stripped else each.content for each in messages]
             parts = _between(marked, marks, messages, contents)
@@ -88,10 +91,10 @@ class JinjaTemplate:
         right = "use a template that only adds to it"
         raise DataError(f"{place}: {self._what} changes or leaves out what is said; {right}")
 
-    def _render(self, messages: Sequence[Message], place: str) -> str:
+    def _render(self, messages: Sequence[Message], place: str, asks: bool) -> str:
         dictionaries = [message._asdict() for message in messages]
         try:
-            return self._template.render(messages=dictionaries, add_generation_prompt=False, **self._tokens)
+            return self._template.render(messages=dictionaries, add_generation_prompt=asks, **self._tokens)
         except _ERRORS as error:
             raise DataError(f"{place}: {self._what} refuses the conversation: {first_line(error)}") from error
 

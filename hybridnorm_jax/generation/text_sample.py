@@ -9,8 +9,8 @@ from hybridnorm_jax.config.run_config import LARGEST_SEED, RunConfig
 from hybridnorm_jax.data import Data, Rows, Tokenizer
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.generation.generate import generate
+from hybridnorm_jax.generation.prompts import NO_TOKEN, Documents
 from hybridnorm_jax.generation.sampling import Sampling
-from hybridnorm_jax.generation.text import NO_TOKEN, begin_document
 from hybridnorm_jax.model.config import ModelConfig
 
 # Below 1, so that unlikely tokens are rarer than the model says; well above 0, at which small models repeat themselves.
@@ -132,7 +132,7 @@ def _prompt(own: str | None, data: Data, window: int, follows_separator: bool) -
 
 def _own_prompt(text: str, tokenizer: Tokenizer, follows_separator: bool) -> Prompt:
     source = "train.sample_prompt" if text else "none, a document begins"
-    ids = begin_document(tokenizer.encode(text), tokenizer, follows_separator=follows_separator)
+    ids = Documents(tokenizer, follows_separator=follows_separator).begun(tokenizer.encode(text))
     return Prompt(ids, text, source)
 
 
@@ -144,7 +144,7 @@ def _first_line(windows: Rows, tokenizer: Tokenizer, window: int, follows_separa
     after = next((end for end in ends if tokenizer.decode(ids[:end]).strip()), None)
     ids = ids[:after]
     length = next((length for length in range(1, len(ids)) if _is_line(tokenizer.decode(ids[:length]))), len(ids))
-    begun = begin_document(ids[:length], tokenizer, follows_separator=follows_separator)
+    begun = Documents(tokenizer, follows_separator=follows_separator).begun(ids[:length])
     return Prompt(begun, tokenizer.decode(ids[:length]), source)
 
 

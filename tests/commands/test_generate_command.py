@@ -79,6 +79,21 @@ def test_the_text_is_that_of_the_library_from_every_kind_of_prompt(generate, run
     assert line == {"prompt": "abc", "text": written.text, "tokens": 12, "ended": "length"}
 
 
+def test_a_question_is_written_down_with_a_template(generate, runs):
+    source = saved_model.read_directory("rope")
+    tokens = np.array([*b"<|im_start|>user\nabc<|im_end|>\n<|im_start|>assistant\n"])
+    (ids,) = hn.generate(source.config.model, source.params, [tokens], max_new_tokens=12, stop_ids=[256])
+    options = ("--prompt", "abc", "--max-tokens", "12")
+    expected = load_tokenizer(source.config.data).decode(ids)
+    assert generate("rope", *options, "--chat-template", "chatml") == expected + "\n"
+    chatml = (
+        "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    (runs / "chat.jinja").write_text(chatml)
+    assert generate("rope", *options, "--chat-template", "chat.jinja") == expected + "\n"
+
+
 def test_sampling_stop_strings_and_seeds(generate):
     drawn = ("rope", "--prompt", "", "--max-tokens", "40", "--temperature", "1", "--json")
     text = json.loads(generate(*drawn))["text"]

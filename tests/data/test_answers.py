@@ -87,6 +87,14 @@ def test_chatml_learns_what_the_assistant_says_and_its_end(tokenizer):
         assert learned(each, parts) == (["Hello.\nYes?<|im_end|>", "Bye bye<|im_end|>"], False)
 
 
+def test_a_question_ends_where_the_answer_begins(tmp_path):
+    written = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert "".join(part.text for part in Chatml().parts([Message("user", "Hi")], "f", asks=True)) == written
+    asking = LLAMA + "{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\n\n' }}{% endif %}"
+    parts = template(tmp_path, asking).parts([Message("user", "Hi")], "f", asks=True)
+    assert "".join(part.text for part in parts) == "<s><|start|>user<|end|>\n\nHi<|eot|><|start|>assistant<|end|>\n\n"
+
+
 def template(tmp_path, source, **config):
     directory = tmp_path / "model"
     directory.mkdir(exist_ok=True)
