@@ -14,6 +14,7 @@ from hybridnorm_jax.config import named_configurations
 from hybridnorm_jax.config.data_section import CHATML, PACKINGS, RECORDS, SOURCES, TOKEN_DTYPES
 from hybridnorm_jax.config.key_lookup import FIELDS, SECTIONS
 from hybridnorm_jax.config.key_values import read_hint
+from hybridnorm_jax.config.mixture_section import UNITS
 from hybridnorm_jax.config.optimizer_section import (
     FALLS,
     MOMENT_DTYPES,
@@ -56,6 +57,7 @@ CHOICES = {
     "data.token_dtype": TOKEN_DTYPES,
     "data.packing": PACKINGS,
     "data.records": RECORDS,
+    "data.mixture_unit": UNITS,
     "train.equivalent_form": EQUIVALENT_FORMS,
     "optimizer.schedule": SCHEDULES,
     "optimizer.wsd_decay": FALLS,

@@ -76,11 +76,13 @@ def _lines_of_training(source: Any) -> Iterator[str]:
 
 def _data(data: DataSection) -> Iterator[str]:
     """Lines of a list: what was read."""
-    if data.source == "stdlib":
-        yield "- the source files of Python's standard library"
-    for file in data.files[:MOST_FILES]:
-        yield f"- `{plain(str(file))}`"
-    if len(data.files) > MOST_FILES:
-        yield f"- and {len(data.files) - MOST_FILES} more"
+    for name, section in data.sources.items():
+        of = f"{name}: " if name else ""
+        if section.source == "stdlib":
+            yield f"- {of}the source files of Python's standard library"
+        for file in section.files[:MOST_FILES]:
+            yield f"- {of}`{plain(str(file))}`"
+        if len(section.files) > MOST_FILES:
+            yield f"- {of}and {len(section.files) - MOST_FILES} more"
     tokenizer = "the bytes of UTF-8" if data.tokenizer == "bytes" else f"`{plain(data.tokenizer)}`"
     yield f"- tokenizer: {tokenizer}" if data.knows_tokenizer else "- token files without a named tokenizer"

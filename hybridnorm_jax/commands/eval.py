@@ -19,6 +19,7 @@ from hybridnorm_jax.config.resume_keys import differences
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import gather
 from hybridnorm_jax.data import Data, DataError, open_data
+from hybridnorm_jax.data.dataset import source_key
 from hybridnorm_jax.data.places.patterns import find_files
 from hybridnorm_jax.data.places.remote_file import Place
 from hybridnorm_jax.errors import ConfigError
@@ -31,11 +32,12 @@ from hybridnorm_jax.training.trained_before import (
     check_named_sets,
     check_tokenizer,
     check_validation,
-    is_kept_out,
+    is_all_kept_out,
     trained_before,
     trained_on,
     training_data,
 )
+from hybridnorm_jax.training.trained_sources import files_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +95,10 @@ def _open_data(
         raise ConfigError("data.validation={}: the run held nothing out; name a set, data.validation.NAME=[FILE]")
     known, now = trained_on(data_state, saved.data), training_data(config.data, data)
     check_tokenizer(known, config.data, now, where=where)
-    is_same = _is_same_data(data_state, known, now, data.train.num_tokens)
+    is_same = _is_same_data(data_state, known, now, files_of(config.data, data), data.train_tokens)
     check_same_data(config.data, differences(saved, config), is_same_data=is_same)
     if config.data.validation_fraction and ("train_tokens" in data_state or known) and not is_same:
-        _judge_other_data(data_state, known, now, data.train.num_tokens)
+        _judge_other_data(data_state, known, now, data.train_tokens)
     if config.data.validation:
         check_sets(config.data.validation, _files_here(saved.data, config.data, is_same_data=is_same))
         check_named_sets(known, config.data, where=where)
@@ -104,28 +106,36 @@ def _open_data(
     return data
 
 
-def _is_same_data(data_state: Mapping[str, Any], known: Sequence[Trained], now: Trained, tokens: int) -> bool:
+def _is_same_data(
+    data_state: Mapping[str, Any],
+    known: Sequence[Trained],
+    now: Sequence[Trained],
+    files: list[dict[str, Any]],
+    tokens: int,
+) -> bool:
     """Whether the data are those that were saved: by their files, of which an old version kept the tokens alone.
 
     A run that was converted has a checkpoint without data; the last that is known of are those of its original.
 
     Args:
       known, now: what was trained on, and what would be now.
-      tokens: how many would be trained on now.
+      files, tokens: which files, and how many tokens, would be trained on now.
     """
     if "train_tokens" not in data_state:
-        return bool(known) and known[-1].files == now.files
-    return data_state["train_tokens"] == tokens and data_state.get("files") in (None, now.files)
+        return bool(known) and [one.files for one in known[-len(now) :]] == [one.files for one in now]
+    return data_state["train_tokens"] == tokens and data_state.get("files") in (None, files)
 
 
-def _judge_other_data(data_state: Mapping[str, Any], known: Sequence[Trained], now: Trained, tokens: int) -> None:
+def _judge_other_data(
+    data_state: Mapping[str, Any], known: Sequence[Trained], now: Sequence[Trained], tokens: int
+) -> None:
     """Of a run whose data were changed under the same name: say what that means, or refuse.
 
     Args:
       known, now, tokens: as for _is_same_data.
 
     Raises:
-      ConfigError: what is held out now may have been trained on (trained_before.is_kept_out).
+      ConfigError: what is held out now may have been trained on (trained_before.is_all_kept_out).
     """
     before = data_state.get("train_tokens")
     if before is None:
@@ -134,7 +144,7 @@ def _judge_other_data(data_state: Mapping[str, Any], known: Sequence[Trained], n
         changed = "other files than when the checkpoint was saved, with as many tokens"
     else:
         changed = f"{tokens:,} tokens to train on, but {before:,} when the checkpoint was saved"
-    if not known or not is_kept_out(known[-1], now):
+    if not known or not is_all_kept_out(known, now):
         right = "restore them, or set data.validation_fraction=0 and name sets in data.validation"
         raise ConfigError(f"data.files: {changed}: what is held out now may have been trained on; {right}")
     say(f"note: data: {changed}: the held-out documents are not those of training", file=sys.stderr)
@@ -145,9 +155,10 @@ def _files_here(saved: DataSection, asked: DataSection, *, is_same_data: bool) -
     if is_same_data:
         return training_files(asked)
     found: list[Place] = []
-    for pattern in saved.files:
-        with contextlib.suppress(DataError):  # it is not here, so no set can name it
-            found += find_files("data.files", [pattern])
+    for name, section in saved.sources.items():
+        for pattern in section.files:
+            with contextlib.suppress(DataError):  # it is not here, so no set can name it
+                found += find_files(source_key(name), [pattern])
     return found
 
 

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 from hybridnorm_jax.config import named_configurations
 from hybridnorm_jax.config.data_file_names import source_of
-from hybridnorm_jax.config.key_lookup import FIELDS
+from hybridnorm_jax.config.key_lookup import FIELDS, entry_key
+from hybridnorm_jax.config.mixture_section import SourceSection
 from hybridnorm_jax.config.plugins import check_started_with_plugins, import_plugins
-from hybridnorm_jax.config.resume_keys import decides_trajectory
+from hybridnorm_jax.config.resume_keys import MIXTURE, decides_trajectory
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import PLUGINS, build, gather, read_file
 from hybridnorm_jax.errors import ConfigError
@@ -45,6 +46,7 @@ def parse(arguments: Sequence[str], default: str = named_configurations.DEFAULT)
     files = files or [named_configurations.find(default)]
     settings = read(files, overrides)
     _choose_source(settings, overrides)
+    _choose_sources_of_mixture(settings)
     if settings.get("run.name", "auto") == "auto":
         settings["run.name"] = _run_name(files, overrides)
     _import_plugins(files, overrides, settings.get(PLUGINS, ()))
@@ -120,6 +122,15 @@ def _choose_source(settings: dict[str, Any], overrides: Sequence[str]) -> None:
         settings["data.source"] = known[0]
 
 
+def _choose_sources_of_mixture(settings: dict[str, Any]) -> None:
+    """Write down what the files of each source are, as far as their names say so: a saved run is read elsewhere too."""
+    entries = settings.get(MIXTURE, {})
+    for name, entry in entries.items():
+        kind = SourceSection(**entry).kind
+        if kind is not None:
+            settings[MIXTURE] = settings[MIXTURE] | {name: entry | {"source": kind}}
+
+
 def read(files: Sequence[Path], overrides: Sequence[str]) -> dict[str, Any]:
     """Typed values by dotted key, of YAML files and then of overrides; later ones win.
 
@@ -136,13 +147,23 @@ def _run_name(files: Sequence[Path], overrides: Sequence[str]) -> str:
     for path, text in sorted(chosen.items()):
         if not decides_trajectory(path):
             continue
-        # Two keys that end alike, such as train.batch_size and eval.batch_size, could give one name to two runs.
-        is_shared = last_parts.count(_last_part(path)) > 1
-        name += f"-{path if is_shared else _last_part(path)}={text}"
+        name += f"-{_short(path, last_parts)}={text}"
     plain = re.sub(r"[^A-Za-z0-9._=+-]", "_", name)
     if len(plain) <= LONGEST_NAME:
         return plain
     return f"{plain[: LONGEST_NAME - 11]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
+
+
+def _short(path: str, last_parts: Sequence[str]) -> str:
+    """A key without its section, as far as that gives no two runs one name.
+
+    Args:
+      last_parts: of all keys.
+    """
+    if (entry := entry_key(path)) is not None:
+        return ".".join(part for part in (entry.entry, entry.name) if part)
+    # Two keys may end alike, such as train.batch_size and eval.batch_size.
+    return path if last_parts.count(_last_part(path)) > 1 else _last_part(path)
 
 
 def _names_of(files: Sequence[Path]) -> list[str]:

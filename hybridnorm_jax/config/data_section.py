@@ -1,9 +1,19 @@
 """The section `data` of a configuration."""
 
 import dataclasses
+from collections.abc import Sequence
 
+from hybridnorm_jax.config.data_file_names import source_of
+from hybridnorm_jax.config.mixture_section import (
+    UNITS,
+    SourceSection,
+    Stage,
+    StageSection,
+    check_mixture,
+    stages_of,
+)
 from hybridnorm_jax.config.record_filter import parse_conditions
-from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
+from hybridnorm_jax.config_fields import check, check_choice, check_fields, key, present
 
 # How documents become rows: data.packing.
 PACKINGS = ("windows", "documents", "padded")
@@ -25,6 +35,15 @@ class DataSection:
     )
     files: tuple[str, ...] = key(
         (), "paths, glob patterns, URLs (gs://, s3://, hf://, https://) or @LIST, for text and tokens"
+    )
+    mixture: dict[str, SourceSection] = key(
+        {}, "several sources instead of data.files, each with a name and keys of its own"
+    )
+    mixture_unit: str = key("tokens", "what the weights of a mixture are shares of: tokens | documents")
+    stages: tuple[StageSection, ...] = key(
+        (),
+        "later weights of a mixture, such as [{at: 0.9, weights: {web: 1, math: 3}}]: after so many steps, or below 1 "
+        "after this share of train.steps; a source that is left out is not read any more",
     )
     tokenizer: str = key(
         "bytes", "bytes, or the path of a Hugging Face tokenizer.json; unknown: of a model that came without one"
@@ -74,13 +93,15 @@ class DataSection:
         check_choice("data.source", self.source, SOURCES)
         check_choice("data.token_dtype", self.token_dtype, TOKEN_DTYPES)
         check_choice("data.packing", self.packing, PACKINGS)
+        check_choice("data.mixture_unit", self.mixture_unit, UNITS)
+        self._check_mixture()
         needs = self.source == "stdlib" or bool(self.files)
         check(needs, "data.files", list(self.files), f"data.source={self.source} needs at least one file")
         only = self.source != "stdlib" or not self.files
         check(only, "data.files", list(self.files), "data.source=stdlib reads no files; use data.source=text")
-        only = self.separator_id is None or self.source == "tokens"
+        only = self.separator_id is None or self.reads_tokens
         check(only, "data.separator_id", self.separator_id, "only for data.source=tokens; text has data.separator")
-        only = not self.filter or self.source == "text"
+        only = not self.filter or self.source == "text" or bool(self.mixture)
         check(only, "data.filter", list(self.filter), "only for data.source=text, whose records have fields")
         parse_conditions(self.filter)
         self._check_fim()
@@ -103,6 +124,68 @@ class DataSection:
         right = f"not with data.records={self.records}, of which only a part is learned"
         check(self.records == "text", "data.fim_rate", self.fim_rate, right)
 
+    def _check_mixture(self) -> None:
+        if not self.mixture:
+            check(not self.stages, "data.stages", f"{len(self.stages)} stages", "needs data.mixture, the sources")
+            return
+        right = "with data.mixture each source names its own files; leave it out"
+        check(not self.files, "data.files", list(self.files), right)
+        check(self.source == "stdlib", "data.source", self.source, right)
+        check_mixture(self.mixture, self.stages, sources=SOURCES)
+        for name, one in self.mixture.items():
+            if one.token_dtype is not None:
+                check_choice(f"data.mixture.{name}.token_dtype", one.token_dtype, TOKEN_DTYPES)
+            both = self.validation_fraction > 0 and name in self.validation
+            right = "the held-out part of the source has that name; choose another"
+            check(not both, f"data.validation.{name}", list(self.validation.get(name, ())), right)
+
+    def mixture_stages(self, steps: int) -> tuple[Stage, ...]:
+        """The stages of a run of so many steps; without a mixture none.
+
+        Raises:
+          ConfigError: a stage does not come after the one before it and before the end.
+        """
+        return stages_of(self.mixture, self.stages, steps) if self.mixture else ()
+
+    @property
+    def sources(self) -> dict[str, "DataSection"]:
+        """Name -> the data section that reads that source alone; without a mixture "" -> this one."""
+        return {name: self._source(one) for name, one in self.mixture.items()} or {"": self}
+
+    def _source(self, one: SourceSection) -> "DataSection":
+        kind = present(one.kind)
+        return dataclasses.replace(
+            self,
+            source=kind,
+            files=one.files,
+            text_field=self.text_field if one.text_field is None else one.text_field,
+            token_dtype=self.token_dtype if one.token_dtype is None else one.token_dtype,
+            filter=self.filter if kind == "text" else (),
+            separator_id=self.separator_id if kind == "tokens" else None,
+            mixture={},
+            stages=(),
+            validation={},
+        )
+
+    def kind_of_set(self, files: Sequence[str]) -> str:
+        """What reads the files of a validation set, text or tokens: as data.source, or in a mixture as their names."""
+        if not self.mixture:
+            return "tokens" if self.source == "tokens" else "text"
+        kinds = {source_of(name) for name in files} - {None}
+        if len(kinds) == 1:
+            return str(kinds.pop())
+        return "text" if self.reads_text else "tokens"
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether a source is token files."""
+        return any(one.kind == "tokens" for one in self.mixture.values()) or self.source == "tokens"
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether a source is text, which a tokenizer reads."""
+        return any(one.kind != "tokens" for one in self.mixture.values()) if self.mixture else self.source != "tokens"
+
     @property
     def keeps_documents_apart(self) -> bool:
         """Whether a row says which document a token belongs to, so that none attends to another."""
@@ -121,4 +204,4 @@ class DataSection:
     @property
     def knows_tokenizer(self) -> bool:
         """Whether this says which tokenizer is the model's: whoever reads token files need not name theirs."""
-        return self.tokenizer != UNKNOWN_TOKENIZER and (self.source != "tokens" or self.has_tokenizer_file)
+        return self.tokenizer != UNKNOWN_TOKENIZER and (self.reads_text or self.has_tokenizer_file)

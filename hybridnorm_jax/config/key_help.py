@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from hybridnorm_jax.config.arguments import read, sort
-from hybridnorm_jax.config.key_lookup import FIELDS, SECTIONS, default
+from hybridnorm_jax.config.key_lookup import FIELDS, RECORDS, SECTIONS, default
 from hybridnorm_jax.config.key_values import show, type_name
 
 WIDTH = 80
@@ -41,6 +41,9 @@ def key_table(arguments: Sequence[str] = ()) -> str:
         for path, row in rows.items():
             if path.startswith(f"{section}."):
                 lines += _lines(row)
+                for name, field in RECORDS.get(path, {}).items():
+                    setting = f"{path}.NAME.{name}={show(default(field))}"
+                    lines += _lines(Row(setting, type_name(field.type), meaning(field)))
     lines += ["", "outside the sections"]
     for path, row in rows.items():
         if "." not in path:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import difflib
+import typing
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.model.encoder_config import EncoderConfig
@@ -34,18 +35,55 @@ ENCODER_FIELDS = {
 }
 
 
+def record_of(annotation: Any) -> type | None:
+    """The dataclass of which a key such as data.mixture holds a map (name -> values); None: it holds something else."""
+    if typing.get_origin(annotation) is dict and dataclasses.is_dataclass(inner := typing.get_args(annotation)[1]):
+        return inner
+    return None
+
+
+# Keys whose entries have keys of their own: data.mixture.NAME.weight. Each with its entries' fields by name.
+RECORDS = {
+    path: {inner.name: inner for inner in dataclasses.fields(record)}
+    for path, field in FIELDS.items()
+    if (record := record_of(field.type)) is not None
+}
+
+
+class EntryKey(NamedTuple):
+    """A key of an entry of a map, such as data.mixture.web.weight: the map, the entry and the entry's key."""
+
+    map: str
+    entry: str
+    name: str
+
+    @property
+    def field(self) -> dataclasses.Field | None:
+        """The field that says what it means; None: entries have no such key, or it is the whole entry."""
+        return RECORDS[self.map].get(self.name)
+
+
+def entry_key(path: str) -> EntryKey | None:
+    """What a dotted path below a map of RECORDS names; None: it is none. `name` is empty for a whole entry."""
+    for key in RECORDS:
+        if path.startswith(f"{key}."):
+            entry, _, name = path.removeprefix(f"{key}.").partition(".")
+            return EntryKey(key, entry, name)
+    return None
+
+
 def default(field: dataclasses.Field) -> Any:
     """The value of a key that nobody sets."""
     return field.default if field.default is not dataclasses.MISSING else field.default_factory()
 
 
 def flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) pairs of nested dicts; an empty section has none."""
+    """(dotted key, value) pairs of nested dicts, also of the entries of RECORDS; an empty section has none."""
     for name, value in tree.items():
         path = f"{prefix}{name}"
         if path in SECTIONS and value is None:
             continue
-        if isinstance(value, dict) and value and path not in FIELDS:
+        if isinstance(value, dict) and value and (path not in FIELDS or path in RECORDS):
             yield from flatten(value, f"{path}.")
         else:
             yield path, value

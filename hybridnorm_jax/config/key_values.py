@@ -17,8 +17,8 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from hybridnorm_jax.config.yaml_nodes import Node, Scalar
-from hybridnorm_jax.config_fields import fault
-from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.config_fields import fault, shortened
+from hybridnorm_jax.errors import ConfigError, did_you_mean
 
 DIGITS = r"(?:0|[1-9]\d{0,2}(?:_\d{3})+|[1-9]\d*)"
 INTEGER = re.compile(rf"[-+]?{DIGITS}", re.ASCII)
@@ -48,6 +48,21 @@ TYPE_WORDS = {
 }
 
 
+def type_words(kind: Any) -> TypeWords:
+    """How a type is called. The values of a list or a map may be maps with keys of their own, which a dataclass has."""
+    if kind in TYPE_WORDS:
+        return TYPE_WORDS[kind]
+    if dataclasses.is_dataclass(kind):
+        return TypeWords("map", f"a map with the keys {_names(kind)}")
+    if typing.get_origin(kind) is dict:
+        return TypeWords("map", f"a map, such as {{name: {{...}}}} with the keys {_names(typing.get_args(kind)[1])}")
+    return TypeWords("list", f"a list, such as [{{...}}] with the keys {_names(typing.get_args(kind)[0])}")
+
+
+def _names(record: Any) -> str:
+    return ", ".join(field.name for field in dataclasses.fields(record))
+
+
 class Hint(NamedTuple):
     """An annotation: the type without None, and whether None is allowed."""
 
@@ -66,7 +81,7 @@ def read_hint(annotation: Any) -> Hint:
 def type_name(annotation: Any) -> str:
     """The type in a word, for --help: `integer`, or `integer|null`."""
     hint = read_hint(annotation)
-    return TYPE_WORDS[hint.kind].name + ("|null" if hint.optional else "")
+    return type_words(hint.kind).name + ("|null" if hint.optional else "")
 
 
 def typed(node: Node, field: dataclasses.Field, where: str) -> Any:
@@ -84,9 +99,9 @@ def typed(node: Node, field: dataclasses.Field, where: str) -> Any:
     if optional and isinstance(node, Scalar) and node.is_null:
         return None
     try:
-        value = _read(node, kind)
+        value = _read(node, kind, where)
     except _WrongTypeError:
-        right = f"expected {TYPE_WORDS[kind].phrase}{' or null' if optional else ''}"
+        right = f"expected {type_words(kind).phrase}{' or null' if optional else ''}"
         raise ConfigError(f"{where}: {right}{_hint(node, kind)}") from None
     except _InterpolationError:
         raise ConfigError(f"{where}: interpolation (${{...}}) is not supported") from None
@@ -104,14 +119,16 @@ class _InterpolationError(Exception):
     """`${`, with which other programs read the environment; a run is to follow from its configuration alone."""
 
 
-def _read(node: Node, kind: Any) -> Any:
-    """The node as a value of this type, without None."""
+def _read(node: Node, kind: Any, where: str) -> Any:
+    """The node as a value of this type, without None; a map with keys of its own as a dict of those that are there."""
+    if dataclasses.is_dataclass(kind) and isinstance(node, dict):
+        return _record(node, kind, where)
     if typing.get_origin(kind) is tuple and isinstance(node, list):
         inner = typing.get_args(kind)[0]
-        return tuple(_read(item, inner) for item in node)
+        return tuple(_read(item, inner, f"{where}: item {number}") for number, item in enumerate(node, start=1))
     if typing.get_origin(kind) is dict and isinstance(node, dict):
         inner = typing.get_args(kind)[1]
-        return {name: _read(item, inner) for name, item in node.items()}
+        return {name: _read(item, inner, f"{where}: {shortened(name)}") for name, item in node.items()}
     if not isinstance(node, Scalar):
         raise _WrongTypeError
     if kind is str and not node.is_null:
@@ -122,6 +139,28 @@ def _read(node: Node, kind: Any) -> Any:
     if not node.plain or kind not in readers:
         raise _WrongTypeError
     return readers[kind](node.text)
+
+
+def _record(node: dict[str, Node], kind: Any, where: str) -> dict[str, Any]:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name in node:
+        if name not in fields:
+            raise ConfigError(f"{where}: {shortened(name)}: no such key{did_you_mean(name, fields)}")
+    return {name: typed(item, fields[name], f"{where}: {name}") for name, item in node.items()}
+
+
+def made(value: Any, annotation: Any) -> Any:
+    """A value that `typed` has read, with dataclasses in the place of maps that have keys of their own."""
+    kind = read_hint(annotation).kind
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return kind(**{field.name: value[field.name] for field in dataclasses.fields(kind) if field.name in value})
+    if value is None:
+        return None
+    if typing.get_origin(kind) is tuple:
+        return tuple(made(item, typing.get_args(kind)[0]) for item in value)
+    if typing.get_origin(kind) is dict:
+        return {name: made(item, typing.get_args(kind)[1]) for name, item in value.items()}
+    return value
 
 
 def _read_bool(text: str) -> bool:

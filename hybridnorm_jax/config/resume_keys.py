@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from hybridnorm_jax.config.key_lookup import flatten
+from hybridnorm_jax.config.key_lookup import entry_key, flatten
 from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.optimizer_section import OptimizerSection
 from hybridnorm_jax.config.run_config import RunConfig
@@ -56,8 +56,22 @@ SCORED = ("data.validation", "eval.batches")
 PLACES_OF_DATA = ("data.files", "data.tokenizer")
 
 
+# Of an entry of data.mixture: where its files are, and what only refuses a run.
+PLACE_IN_ENTRY, FREE_IN_ENTRY = "files", "epochs"
+MIXTURE, STAGES = "data.mixture", "data.stages"
+
+
+def is_place_of_data(path: str) -> bool:
+    """Whether this dotted key says where data are, and not what they are."""
+    entry = entry_key(path)
+    return path in PLACES_OF_DATA or (entry is not None and entry.name == PLACE_IN_ENTRY)
+
+
 def decides_trajectory(path: str) -> bool:
     """Whether another value of this dotted key, or of this entry of a map, trains to other parameters."""
+    entry = entry_key(path)
+    if entry is not None and entry.name == FREE_IN_ENTRY:
+        return False
     parts = path.split(".")
     keys = {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
     return not keys & FREE_KEYS and not path.startswith(FREE_SECTIONS)
@@ -94,13 +108,60 @@ def resume_differences(saved: RunConfig, asked: RunConfig, step: int) -> list[st
     """`differences`, but the data may have moved, and train.steps may be another where no step of the first `step` had
     another learning rate.
     """
-    differing = differences_by_key(saved, asked)
-    for path in PLACES_OF_DATA:
-        differing.pop(path, None)
+    differing = fixed_differences(saved, asked, step)
     if STEPS in differing:
         obstacle = _obstacle_of_steps(saved, asked, step)
         differing[STEPS] = "" if obstacle is None else f"{differing[STEPS]}, but {obstacle}"
     return [line for line in differing.values() if line]
+
+
+def fixed_differences(saved: RunConfig, asked: RunConfig, step: int) -> dict[str, str]:
+    """`differences_by_key` without the places of data, and without weights of a mixture that no step has had.
+
+    Args:
+      step: how many steps were made.
+    """
+    differing = {path: line for path, line in differences_by_key(saved, asked).items() if not is_place_of_data(path)}
+    first = _first_other_weights(saved, asked)
+    if first is None or first >= step:
+        new = {name for name in asked.data.mixture if name not in saved.data.mixture}
+        return {path: line for path, line in differing.items() if not _is_of_weights(path, new)}
+    moved = f"{STAGES}: begin at other steps, because train.steps is {asked.train.steps:,}, saved {saved.train.steps:,}"
+    if not any(_is_of_weights(path, set()) for path in differing):
+        differing[STAGES] = moved
+    later = f"only what a source weighs after step {step:,} may change, with stages (data.stages) that begin later"
+    return {
+        path: f"{line}, but step {first + 1:,} was made with other weights; {later}"
+        if path == STAGES or _is_of_weights(path, set())
+        else line
+        for path, line in differing.items()
+    }
+
+
+def _is_of_weights(path: str, new: set[str]) -> bool:
+    """Whether a key says only how much of a source is read.
+
+    Args:
+      new: sources that were not there before: all of their keys are such.
+    """
+    entry = entry_key(path)
+    if entry is None or entry.map != MIXTURE:
+        return path == STAGES
+    return entry.name == "weight" or entry.entry in new
+
+
+def _first_other_weights(saved: RunConfig, asked: RunConfig) -> int | None:
+    """The number of steps after which the weights of a mixture are others for the first time; None: they never are."""
+    before, after = (
+        {stage.step: stage.weights for stage in config.data.mixture_stages(config.train.steps)}
+        for config in (saved, asked)
+    )
+    now_before, now_after = None, None
+    for step in sorted(before | after):
+        now_before, now_after = before.get(step, now_before), after.get(step, now_after)
+        if now_before != now_after:
+            return step
+    return None
 
 
 def last_step_at_any_length(config: OptimizerSection, steps: int, tokens_per_step: int) -> float:
@@ -127,6 +188,8 @@ def wsd_decay_steps(config: OptimizerSection, steps: int, warmup: int) -> int:
 def _differing(saved: RunConfig, asked: RunConfig) -> dict[str, str]:
     """Every key with another value -> what is said of it."""
     before, after = (dict(flatten(dataclasses.asdict(config))) for config in (saved, asked))
+    for values in (before, after):  # one with entries is named by these
+        values.pop(MIXTURE, None)
     # An encoder has keys that a decoder has not.
     return {
         path: f"{path}: saved {show(before.get(path))}, asked {show(after.get(path))}"

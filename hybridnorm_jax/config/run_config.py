@@ -165,6 +165,11 @@ class TrainSection:
             needs, "train.sample_prompt", repr(self.sample_prompt), "needs train.sample_tokens, how long the sample is"
         )
 
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order of the data."""
+        return self.seed if self.data_seed is None else self.data_seed
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshSection:
@@ -300,6 +305,7 @@ class RunConfig:
         stride = self.eval.stride
         right = f"must be at most train.seq_len={self.train.seq_len}"
         check(stride is None or stride <= self.train.seq_len, "eval.stride", stride, right)
+        self.data.mixture_stages(self.train.steps)  # checks them
         self._check_forms()
         own = self.optimizer.weight_decays
         right = f"model.scheme={self.model.scheme} keeps its matrices at unit length, and nothing decays"

@@ -12,8 +12,16 @@ from typing import Any
 
 import yaml
 
-from hybridnorm_jax.config.key_lookup import ENCODER_FIELDS, FIELDS, SECTIONS, nearest_key
-from hybridnorm_jax.config.key_values import BOOLS, INTEGER, NUMBER, read_hint, typed
+from hybridnorm_jax.config.key_lookup import (
+    ENCODER_FIELDS,
+    FIELDS,
+    RECORDS,
+    SECTIONS,
+    EntryKey,
+    entry_key,
+    nearest_key,
+)
+from hybridnorm_jax.config.key_values import BOOLS, INTEGER, NUMBER, made, read_hint, typed
 from hybridnorm_jax.config.old_keys import LOGGERS_KEY, RENAMED, SWITCH, WANDB_SWITCH, switched
 from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.config.plugins import check_started_with_plugins, import_plugins
@@ -117,8 +125,11 @@ def gather(
             _put(settings, path, node, f"{file}: {shortened(path)}{_shown(node)}", known)
     for override in overrides:
         path, _, text = override.partition("=")
-        field = FIELDS.get(RENAMED.get(path, path))
-        _put(settings, path, _argument(override, text, field), shortened(override), FIELDS)
+        entry = entry_key(path)
+        node = _argument(override, text, FIELDS.get(RENAMED.get(path, path)) if entry is None else entry.field)
+        pairs = _leaves({path: node}) if entry is not None or path in RECORDS else [(path, node)]
+        for inner, value in pairs:
+            _put(settings, inner, value, shortened(override), FIELDS)
     return settings
 
 
@@ -156,10 +167,16 @@ def _leaves(tree: dict[str, Node], prefix: str = "") -> Iterator[tuple[str, Node
         path = f"{prefix}{name}"
         if path in SECTIONS and (node == {} or (isinstance(node, Scalar) and node.is_null)):
             continue
-        if isinstance(node, dict) and node and path not in FIELDS:
+        if isinstance(node, dict) and node and not _is_value(path):
             yield from _leaves(node, f"{path}.")
         else:
             yield path, node
+
+
+def _is_value(path: str) -> bool:
+    """Whether a map is the value of this key, not a section or an entry of RECORDS with keys of its own."""
+    entry = entry_key(path)
+    return path in FIELDS and path not in RECORDS if entry is None else bool(entry.name)
 
 
 def _shown(node: Node) -> str:
@@ -173,7 +190,7 @@ def build(settings: dict[str, Any]) -> RunConfig:
     top: dict[str, Any] = {}
     for path, value in settings.items():
         section, _, name = path.rpartition(".")
-        (values[section] if section else top)[name] = value
+        (values[section] if section else top)[name] = made(value, (FIELDS | ENCODER_FIELDS)[path].type)
     sections = SECTIONS | ({"model": EncoderConfig} if ENCODER_FIELDS.keys() & settings.keys() else {})
     return RunConfig(**{name: section(**values[name]) for name, section in sections.items()}, **top)
 
@@ -187,6 +204,9 @@ def _put(settings: dict[str, Any], path: str, node: Node, where: str, known: Map
     if path in SECTIONS:
         raise ConfigError(f"{where}: {path} is a section, not a key; --help lists its keys")
     key = path if path in known else next((key for key in known if path.startswith(f"{key}.")), None)
+    if (entry := entry_key(path)) is not None:
+        _put_in_entry(settings, entry, node, where)
+        return
     if key is None:
         nearest = nearest_key(path)
         hint = f"did you mean {nearest!r}?" if nearest else "--help lists every key"
@@ -202,8 +222,22 @@ def _put(settings: dict[str, Any], path: str, node: Node, where: str, known: Map
     settings[key] = settings.get(key, {}) | new if isinstance(new, dict) else new
 
 
+def _put_in_entry(settings: dict[str, Any], path: EntryKey, node: Node, where: str) -> None:
+    """Set one key of an entry of RECORDS, such as data.mixture.web.weight; the entry's other keys stay as they are."""
+    keys = RECORDS[path.map]
+    entries = settings.get(path.map, {})
+    entry = entries.get(path.entry, {})
+    if path.field is not None:
+        entry = entry | {path.name: typed(node, path.field, where)}
+    elif path.name:
+        raise ConfigError(f"{where}: no such key{did_you_mean(path.name, keys)}; an entry has {', '.join(keys)}")
+    elif node != {}:
+        raise ConfigError(f"{where}: expected a map with the keys {', '.join(keys)}")
+    settings[path.map] = entries | {path.entry: entry}
+
+
 def _plain(value: Any) -> Any:
     """Tuples as lists, for which YAML has no type of its own."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -38,9 +38,14 @@ SHOWN_FILES = 5
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Tokens of one purpose, and how many bytes and words of text each stands for; None where that is unknown."""
+    """Tokens of one purpose, and how many bytes and words of text each stands for; None where that is unknown.
+
+    Attributes:
+      separator_id: the id that ends a document, if there is one.
+    """
 
     stream: TokenStream
+    separator_id: int | None
     bytes_per_token: float | None
     words_per_token: float | None
 
@@ -51,15 +56,15 @@ class OpenedSource:
 
     Attributes:
       train, held_out: its two parts; the second is empty where nothing is held out.
-      separator_id: the id that ends a document, if there is one.
+      documents: how many the training part holds, or parts of them; None: token files do not say.
       description: one line for people.
       files: the identity of every file, in the order they are read.
-      is_split_by_hash: as in dataset.Data.
+      is_split_by_hash: as in dataset.Source.
     """
 
     train: Split
     held_out: Split
-    separator_id: int | None
+    documents: int | None
     description: str
     files: tuple[FileIdentity, ...]
     is_split_by_hash: bool
@@ -83,10 +88,11 @@ class SourceOpener:
         self._progress = progress
         self._descriptors = OpenFiles()
         self._copies = copies_of(data, progress=progress)
-        if data.source == "tokens":
+        if data.reads_tokens:
             _check_is_id(data.separator_id, vocab_size)
-        needed = data.source != "tokens" or data.has_tokenizer_file
+        needed = data.reads_text or data.has_tokenizer_file
         self.tokenizer: Tokenizer | None = load_tokenizer(data) if needed else None
+        _check_one_separator(data, self.tokenizer)
 
     def source(self, section: DataSection, *, key: str) -> OpenedSource:
         """The source that a data section names, where needed tokenized first.
@@ -101,13 +107,14 @@ class SourceOpener:
         """
         return self._token_source(section, key) if section.source == "tokens" else self._text_source(section, key)
 
-    def validation_set(self, section: DataSection, patterns: Sequence[str], *, key: str) -> Split:
-        """All tokens of the files of a validation set, read as the section's source is: text, or token ids."""
-        if section.source == "tokens":
+    def validation_set(self, patterns: Sequence[str], *, key: str) -> Split:
+        """All tokens of the files of a validation set."""
+        section = self._data
+        if section.kind_of_set(patterns) == "tokens":
             directories = tokenized_source.directories_of(key, patterns)
             if directories:
-                self._separator_of(directories, section)
-                return self._directories_split(directories, tokenized_source.BOTH)
+                separator_id = self._separator_of(directories, section)
+                return self._directories_split(directories, tokenized_source.BOTH, separator_id)
             paths = find_files(key, patterns)
             if is_of_records(paths, key):
                 return self._tokens(self._id_records(section, patterns, key, fraction=1.0).extents(["validation"]))
@@ -130,7 +137,7 @@ class SourceOpener:
         return OpenedSource(
             train=self._text_split(cache, "train"),
             held_out=self._text_split(cache, "validation"),
-            separator_id=self._known_tokenizer.separator_id,
+            documents=train.pieces,
             description=description,
             files=corpus.identities,
             is_split_by_hash=found.is_split_by_hash,
@@ -156,10 +163,11 @@ class SourceOpener:
     def _text_split(self, cache: TokenizedDirectory, name: str) -> Split:
         counts = cache.manifest.splits[name]
         stream = cache.stream([name], self._vocab_size)
+        separator_id = self._known_tokenizer.separator_id
         # Of what is learned only a part is text, and of that nobody has counted the bytes.
         if not counts.tokens or stream.has_targets:
-            return Split(stream, None, None)
-        return Split(stream, counts.bytes / counts.tokens, counts.words / counts.tokens)
+            return Split(stream, separator_id, None, None)
+        return Split(stream, separator_id, counts.bytes / counts.tokens, counts.words / counts.tokens)
 
     def _token_source(self, section: DataSection, key: str) -> OpenedSource:
         directories = tokenized_source.directories_of(key, section.files)
@@ -187,7 +195,7 @@ class SourceOpener:
         return OpenedSource(
             train=train,
             held_out=held_out,
-            separator_id=section.separator_id,
+            documents=None,
             description=description,
             files=files,
             is_split_by_hash=is_split_by_hash(arrays, names, fraction),
@@ -231,7 +239,7 @@ class SourceOpener:
     ) -> OpenedSource:
         separator_id = self._separator_of(directories, section)
         own, held = tokenized_source.splits_of(directories, section.validation_fraction)
-        train, held_out = self._directories_split(directories, own), self._directories_split(directories, held)
+        train, held_out = (self._directories_split(directories, names, separator_id) for names in (own, held))
         files = identities(find_files(key, section.files), pattern_root(section.files))
         if held:
             _check_no_copies(files, key)
@@ -241,7 +249,7 @@ class SourceOpener:
         return OpenedSource(
             train=train,
             held_out=held_out,
-            separator_id=separator_id,
+            documents=sum(directory.manifest.splits[name].pieces for directory in directories for name in own),
             description=(
                 f"tokenized text {names}: {documents:,} documents, {len(train.stream):,} tokens and "
                 f"{len(held_out.stream):,} held out{share}, tokenizer {directories[0].manifest.tokenizer.name}"
@@ -258,12 +266,14 @@ class SourceOpener:
             directories, self.tokenizer, separator_id=section.separator_id, vocab_size=self._vocab_size
         )
 
-    def _directories_split(self, directories: Sequence[TokenizedDirectory], splits: Sequence[str]) -> Split:
+    def _directories_split(
+        self, directories: Sequence[TokenizedDirectory], splits: Sequence[str], separator_id: int
+    ) -> Split:
         part = tokenized_source.part(directories, splits, vocab_size=self._vocab_size, files=self._descriptors)
         count = len(part.stream)
         if not count or part.stream.has_targets:
-            return Split(part.stream, None, None)
-        return Split(part.stream, part.bytes / count, part.words / count)
+            return Split(part.stream, separator_id, None, None)
+        return Split(part.stream, separator_id, part.bytes / count, part.words / count)
 
     def _fetched(self, paths: tuple[Place, ...]) -> tuple[Place, ...]:
         """Token files with the indexes beside them, on this machine."""
@@ -278,7 +288,7 @@ class SourceOpener:
         separator = self._data.separator_id
         if separator is None and self.tokenizer is not None:
             separator = self.tokenizer.separator_id
-        return Split(stream, *_measure_text_per_token(stream, self.tokenizer, separator))
+        return Split(stream, self._data.separator_id, *_measure_text_per_token(stream, self.tokenizer, separator))
 
 
 def _check_separator_id(data: DataSection, *, have_ends: bool) -> None:
@@ -294,6 +304,15 @@ def _check_is_id(separator_id: int | None, vocab_size: int) -> None:
     if separator_id is not None and not 0 <= separator_id < vocab_size:
         right = f"must be an id of the vocabulary, from 0 to model.vocab_size-1={vocab_size - 1}"
         raise DataError(f"data.separator_id={separator_id}: {right}")
+
+
+def _check_one_separator(data: DataSection, tokenizer: Tokenizer | None) -> None:
+    """Refuse a mixture of text and token files whose documents end with different ids."""
+    if tokenizer is None or not (data.reads_text and data.reads_tokens) or data.separator_id is None:
+        return
+    if data.separator_id != tokenizer.separator_id:
+        wrong = f"the documents of the mixture's text end with id {tokenizer.separator_id} of {tokenizer.name}"
+        raise DataError(f"data.separator_id={data.separator_id}: {wrong}; token files must end theirs with the same id")
 
 
 def _check_no_copies(files: Sequence[FileIdentity], key: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
+from hybridnorm_jax.data.order import Order
 from hybridnorm_jax.data.rows import Rows
 from hybridnorm_jax.errors import DataError
 from hybridnorm_jax.mesh.batch_shares import WHOLE_BATCH, BatchShare
@@ -15,29 +16,25 @@ Batch = dict[str, np.ndarray]
 
 
 def train_iterator(
-    windows: Rows,
+    order: Order,
     *,
     batch_size: int,
     accumulation: int = 1,
-    seed: int,
     share: BatchShare = WHOLE_BATCH,
     read_threads: int,
 ) -> grain.DatasetIterator:
     """Endless batches of this process, arrays (accumulation, local microbatch, seq_len).
 
-    The global order is a function of the seed alone. Each epoch is another permutation of all rows, computed from
-    the index, so that nothing is stored. Step s takes rows s B to s B + B - 1 of the epochs' concatenation, B =
-    `batch_size`. Microbatch a is the step's a-th stretch of B / accumulation rows, of which this process reads only its
-    share.
+    Step s takes rows s B to s B + B - 1 of the order, B = `batch_size`. Microbatch a is the step's a-th stretch of
+    B / accumulation rows, of which this process reads only its share.
 
     `get_state()` is {"next_index": steps taken}; `set_state` with it continues bit for bit, on any number of
     processes and read threads.
 
     Args:
-      windows: what the batches are made of.
+      order: which rows there are, one after the other.
       batch_size: sequences of a step, over all processes and microbatches.
       accumulation: microbatches of a step.
-      seed: of the order.
       share: the stretch of every microbatch that this process reads.
       read_threads: how many threads read ahead.
 
@@ -46,16 +43,11 @@ def train_iterator(
     """
     microbatch = batch_size // accumulation
     local = _rows_of_share("train.batch_size", batch_size, rows=microbatch, count=share.count)
-    rows = np.arange(batch_size).reshape(accumulation, share.count, local)[:, share.number]
-    # Grain takes seed + epoch for an epoch's shuffle: hashed, seeds 0 and 1 do not share their epochs.
-    shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    order = grain.MapDataset.range(len(windows)).shuffle(seed=shuffle_seed).repeat()
-
-    def read_row(number: int) -> Batch:
-        return windows.drawn(order[number], seed=seed, epoch=number // len(windows))
+    wanted = np.arange(batch_size).reshape(accumulation, share.count, local)[:, share.number].ravel().tolist()
 
     def read_step(step: int) -> Batch:
-        batch = _stack([read_row(step * batch_size + int(row)) for row in rows.flat])
+        places = order.places(step * batch_size, (step + 1) * batch_size, wanted)
+        batch = _stack([place.rows.drawn(place.index, seed=place.seed, epoch=place.epoch) for place in places])
         return {name: values.reshape(accumulation, local, -1) for name, values in batch.items()}
 
     steps = grain.MapDataset.range(sys.maxsize // batch_size).map(read_step)

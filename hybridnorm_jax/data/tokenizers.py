@@ -314,7 +314,7 @@ def load_tokenizer(data: DataSection, *, needs_separator: bool | None = None) ->
     if found := format_of(content):
         raise DataError(f"{what}: {found.name}, not a tokenizer.json; give bytes, or the path of a tokenizer.json")
     if needs_separator is None:
-        needs_separator = data.source != "tokens"
+        needs_separator = data.reads_text
     return HuggingFaceTokenizer(data.tokenizer, content, data.separator, needs_separator=needs_separator)
 
 

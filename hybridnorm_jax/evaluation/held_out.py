@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Mapping
 
 from hybridnorm_jax.config.data_section import DataSection
+from hybridnorm_jax.data.dataset import source_key
 from hybridnorm_jax.data.identity import file_identity, regular_file_size
 from hybridnorm_jax.data.places.patterns import find_files
 from hybridnorm_jax.data.places.remote_file import Place
@@ -17,6 +18,7 @@ TRAINING_SET = "train"
 TRAINING_DATA = (
     "data.source",
     "data.files",
+    "data.mixture",
     "data.text_field",
     "data.filter",
     "data.records",
@@ -27,14 +29,18 @@ TRAINING_DATA = (
 
 
 def training_files(data: DataSection) -> tuple[Place, ...]:
-    """The files that data.files names, or those of the standard library.
+    """The files that data.files, or the sources of data.mixture, name, or those of the standard library.
 
     Raises:
       DataError: one of them is not there.
     """
-    if data.source == "stdlib":
-        return tuple(file.path for file in stdlib_corpus().files)
-    return find_files("data.files", data.files)
+    found: list[Place] = []
+    for name, section in data.sources.items():
+        if section.source == "stdlib":
+            found += [file.path for file in stdlib_corpus().files]
+        else:
+            found += find_files(source_key(name), section.files)
+    return tuple(found)
 
 
 def check_sets(validation: Mapping[str, Iterable[str]], trained_on: Iterable[Place]) -> None:

@@ -127,7 +127,7 @@ def _prompt(own: str | None, data: Data, window: int, follows_separator: bool) -
         source = f"the beginning of the held-out set {name}"
         return _first_line(windows, data.tokenizer, window, follows_separator, source)
     source = "the beginning of the training data, since nothing is held out"
-    return _first_line(data.train, data.tokenizer, window, follows_separator, source)
+    return _first_line(data.first.train, data.tokenizer, window, follows_separator, source)
 
 
 def _own_prompt(text: str, tokenizer: Tokenizer, follows_separator: bool) -> Prompt:

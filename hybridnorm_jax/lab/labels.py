@@ -1,6 +1,7 @@
 """In what the configurations of runs differ: what a label must name, and what makes their losses incomparable."""
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ def labels(configs: Sequence[RunConfig], unnamed: Collection[str] = ()) -> list[
     made = []
     for config in configs:
         values = settings(config)
-        parts = [f"{_short(key, keys)}={show(values[key])}" for key in keys]
+        parts = [f"{_short(key, keys)}={show(values.get(key))}" for key in keys]
         made.append(", ".join([config.model.scheme, *parts]))
     return made
 
@@ -48,7 +49,8 @@ def settings(config: RunConfig) -> dict[str, Any]:
 def differing(configs: Sequence[RunConfig]) -> list[str]:
     """The keys that decide a trajectory and in which configurations differ, without AXES."""
     first, *others = [settings(config) for config in configs]
-    return [key for key in first if key not in AXES and any(other[key] != first[key] for other in others)]
+    keys = dict.fromkeys(itertools.chain(first, *others))
+    return [key for key in keys if key not in AXES and any(other.get(key) != first.get(key) for other in others)]
 
 
 def measured_otherwise(one: RunConfig, other: RunConfig, may_differ: Collection[str] = ()) -> list[str]:
@@ -60,9 +62,9 @@ def measured_otherwise(one: RunConfig, other: RunConfig, may_differ: Collection[
     ours = dict(flatten(dataclasses.asdict(one)))
     theirs = dict(flatten(dataclasses.asdict(other)))
     return [
-        f"{key} ({show(ours[key])} and {show(theirs[key])})"
-        for key in ours
-        if _must_be_same(key) and key not in may_differ and ours[key] != theirs[key]
+        f"{key} ({show(ours.get(key))} and {show(theirs.get(key))})"
+        for key in ours | theirs  # a mixture has keys for each of its sources
+        if _must_be_same(key) and key not in may_differ and ours.get(key) != theirs.get(key)
     ]
 
 

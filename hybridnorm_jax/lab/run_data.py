@@ -10,7 +10,8 @@ from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data import open_data
 from hybridnorm_jax.data.identity import identities
 from hybridnorm_jax.data.places.patterns import find_files, pattern_root
-from hybridnorm_jax.training.run_identity import check_same_files, data_files
+from hybridnorm_jax.training.run_identity import check_same_files
+from hybridnorm_jax.training.trained_sources import files_of
 
 TRAINED_ON = "data.files"
 
@@ -36,12 +37,12 @@ def read_data(config: RunConfig) -> RunData:
     """
     section = config.data
     data = open_data(section, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size, progress=False)
-    files = {TRAINED_ON: data_files(section, data.files)}
+    files = {TRAINED_ON: files_of(section, data)}
     for name, patterns in section.validation.items():
         key = f"data.validation.{name}"
         found = identities(find_files(key, patterns), pattern_root(patterns))
         files[key] = [dataclasses.asdict(file) for file in found]
-    return RunData(data.train.num_tokens, files)
+    return RunData(data.train_tokens, files)
 
 
 def check_same_data(result: Mapping[str, Any], now: RunData, *, file: epath.Path) -> None:

@@ -23,7 +23,10 @@ def dry_run(config: RunConfig) -> None:
     compiled = compiled_program(config, room=least_room())
     program = compiled.program
     directory = run_directory(config)
-    source = f"not read: {config.data.source} {', '.join(config.data.files)}".rstrip()
+    source = "not read: " + "; ".join(
+        " ".join(part for part in (f"{name}:" if name else "", one.source, ", ".join(one.files)) if part)
+        for name, one in config.data.sources.items()
+    )
     rows = run_rows(
         config, program, f"{directory}: dry run of {count_text(config.train.steps, 'step')}, nothing is written", source
     )

@@ -9,6 +9,7 @@ import jax
 from hybridnorm_jax.config.resume_keys import scored_differences
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data import Data, open_data
+from hybridnorm_jax.data.mixture import mixture_of
 from hybridnorm_jax.errors import RunStopped, first_line
 from hybridnorm_jax.evaluation import perplexity, tasks
 from hybridnorm_jax.evaluation.held_out import check_sets, training_files
@@ -253,6 +254,8 @@ def prepare(
         progress=jax.process_index() == 0,
     )
     check_sets(config.data.validation, training_files(config.data))
+    if (mixture := mixture_of(config, data)) is not None:
+        mixture.check_epochs()
     check_prompt(config, data)
     program = with_chosen_remat(program)  # compiles for minutes, so what is wrong with the data is said before
     programs.keep(program)

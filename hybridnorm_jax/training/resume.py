@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import jax
 
 from hybridnorm_jax.config.resume_keys import (
-    PLACES_OF_DATA,
     differences_by_key,
+    fixed_differences,
+    is_place_of_data,
     parameter_differences,
     resume_differences,
 )
@@ -18,6 +19,7 @@ from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import from_yaml
 from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.data import Data, train_iterator
+from hybridnorm_jax.data.mixture import order_of
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.training.anomalies import no_anomalies
@@ -38,6 +40,7 @@ from hybridnorm_jax.training.trained_before import (
     trained_before,
     training_data,
 )
+from hybridnorm_jax.training.trained_sources import SOURCES, check_same_sources, check_same_tokens, files_of
 
 # Of a branch these are the same as of the run that it leaves: they say which rows a step reads, or shape the state.
 _SHAPES_OF_MOMENTS = ("optimizer.name", "optimizer.moment_dtype", "optimizer.muon_except")
@@ -89,6 +92,7 @@ def beginning(
     if step is not None:
         return _go_on(config, program, data, checkpoints, step, where=f"step {step}")
     now, before = training_data(config.data, data), []
+    files = files_of(config.data, data)
     if config.init_from is not None and is_huggingface(config.init_from):
         state = program.fresh_state().starting_with(huggingface_params(config, program))
     elif config.init_from is not None:
@@ -106,7 +110,7 @@ def beginning(
         state = program.fresh_state().starting_with(params)
     else:
         state = program.fresh_state()
-    return Beginning(state, training_batches(config, program, data), step=0, files=now.files, before=before)
+    return Beginning(state, training_batches(config, program, data), step=0, files=files, before=before)
 
 
 def _go_on(
@@ -135,13 +139,13 @@ def _continued(
 ) -> Beginning:
     """As _go_on, with what was restored."""
     say_changed_layout(data_state, program)
-    now = training_data(config.data, data)
-    _check_same_data(data, data_state, now.files, where=where)
+    now, files = training_data(config.data, data), files_of(config.data, data)
+    _check_same_data(config, data, data_state, files, where=where)
     before = trained_before(data_state)
     check_validation(before, config.data, now, where=f"init_from={config.init_from}")
     iterator = training_batches(config, program, data)
     iterator.set_state(data_state["iterator"])
-    return Beginning(state, iterator, step, now.files, before)
+    return Beginning(state, iterator, step, files, before)
 
 
 def restore(program: Program, checkpoints: Checkpoints, step: int) -> tuple[TrainState, dict]:
@@ -166,27 +170,26 @@ def restore(program: Program, checkpoints: Checkpoints, step: int) -> tuple[Trai
 def training_batches(config: RunConfig, program: Program, data: Data) -> Any:
     """The batches of the whole run, from the first on."""
     return train_iterator(
-        data.train,
+        order_of(config, data),
         batch_size=config.train.batch_size,
         accumulation=program.microbatches.count,
-        seed=_data_seed(config),
         share=program.share,
         read_threads=config.data.read_threads,
     )
 
 
-def _data_seed(config: RunConfig) -> int:
-    """The seed of the order of the data."""
-    return config.train.seed if config.train.data_seed is None else config.train.data_seed
+def _check_same_data(
+    config: RunConfig, data: Data, saved: Mapping[str, Any], files: list[dict[str, Any]], *, where: str
+) -> None:
+    """Raise ConfigError unless the files, and the tokens in them that are trained on, are those that were saved.
 
-
-def _check_same_data(data: Data, saved: Mapping[str, Any], files: list[dict[str, Any]], *, where: str) -> None:
-    """Raise ConfigError unless the files, and the tokens in them that are trained on, are those that were saved."""
+    A mixture may have new sources: the stages before the saved step have not read them (resume_keys).
+    """
+    if SOURCES in saved:
+        check_same_sources(saved[SOURCES], config.data, data, where=where)
+        return
     check_same_files(saved.get("files"), files, where=where)
-    now, before = data.train.num_tokens, saved["train_tokens"]
-    if now != before:
-        right = "restore the data as it was, or start a new run with init_from"
-        raise ConfigError(f"data: {now:,} tokens to train on, but {before:,} when {where} was saved; {right}")
+    check_same_tokens("data", data.train_tokens, saved["train_tokens"], where=where)
 
 
 def _check_same_keys(local: Found, config: RunConfig) -> None:
@@ -199,7 +202,7 @@ def _check_same_keys(local: Found, config: RunConfig) -> None:
 def _check_same_places(config: RunConfig, saved: RunConfig, *, where: str) -> None:
     """Raise ConfigError where data that nothing else identifies are not at their old places."""
     for key, line in differences_by_key(saved, config).items():
-        if key in PLACES_OF_DATA:
+        if is_place_of_data(key):
             wrong = f"{line}, and {where} holds no digests of data that would say whether they are the same"
             raise ConfigError(f"{wrong}; name the data as they were")
 
@@ -239,10 +242,10 @@ def _check_branch(source: _Source, config: RunConfig) -> None:
     if step >= config.train.steps:
         wrong = f"{config.init_from} has made {step} steps already"
         raise ConfigError(f"train.steps={config.train.steps}: {wrong}; ask for more with init_optimizer=true")
-    differing = differences_by_key(saved, config)
-    fixed = [line for key, line in differing.items() if key.startswith(SAME_IN_A_BRANCH) and key not in PLACES_OF_DATA]
-    if _data_seed(saved) != _data_seed(config):
-        fixed.append(f"train.data_seed: saved {_data_seed(saved)}, asked {_data_seed(config)}")
+    differing = fixed_differences(saved, config, step)
+    fixed = [line for key, line in differing.items() if key.startswith(SAME_IN_A_BRANCH)]
+    if saved.train.order_seed != config.train.order_seed:
+        fixed.append(f"train.data_seed: saved {saved.train.order_seed}, asked {config.train.order_seed}")
     if (saved.optimizer.clip is None) != (config.optimizer.clip is None):
         fixed.append(f"optimizer.clip: saved {saved.optimizer.clip}, asked {config.optimizer.clip}")
     if fixed:

@@ -1,6 +1,7 @@
 """A run that is going on: everything that the training loop and its hooks share."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from etils import epath
 
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data import Data
+from hybridnorm_jax.data.mixture import Mixture, mixture_of
 from hybridnorm_jax.evaluation.perplexity import Score
 from hybridnorm_jax.evaluation.tasks import TaskScore
 from hybridnorm_jax.training.checkpoints import Checkpoints
@@ -119,6 +121,11 @@ class Run:
     def __post_init__(self) -> None:
         self.step = self.first
         self._is_reading = False
+
+    @functools.cached_property
+    def mixture(self) -> Mixture | None:
+        """How its sources are mixed; None: it reads one."""
+        return mixture_of(self.config, self.data)
 
     @property
     def steps(self) -> int:

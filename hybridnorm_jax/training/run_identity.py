@@ -7,7 +7,7 @@ there is no checkpoint.
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -160,9 +160,18 @@ def keep_sources(directory: epath.Path, used: Sequence[plugins.Plugin]) -> None:
                 file.write_text(text)
 
 
-def data_files(data: DataSection, trained_on: Sequence[FileIdentity]) -> list[dict[str, Any]]:
-    """The identities of the files that a run trains on, in order, and of its tokenizer, as JSON has them."""
-    files = list(trained_on)
+def data_files(data: DataSection, trained_on: Mapping[str, Sequence[FileIdentity]]) -> list[dict[str, Any]]:
+    """The identities of the files that a run trains on, in order, and of its tokenizer, as JSON has them.
+
+    Args:
+      trained_on: the files of each source by its name, which is "" without a mixture; in one, a file is named
+        SOURCE/NAME.
+    """
+    files = [
+        dataclasses.replace(file, name=f"{source}/{file.name}" if source else file.name)
+        for source, ones in trained_on.items()
+        for file in ones
+    ]
     if data.has_tokenizer_file:
         files.append(file_identity(epath.Path(expanded(data.tokenizer)), name=TOKENIZER_FILE))
     return [dataclasses.asdict(file) for file in files]

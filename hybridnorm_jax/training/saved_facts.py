@@ -5,16 +5,16 @@ from typing import Any
 
 from hybridnorm_jax.training.layout import LAYOUT, layout_of
 from hybridnorm_jax.training.run import Run
-from hybridnorm_jax.training.trained_before import SPLIT_BY_HASH, TRAINED_BEFORE, as_json
+from hybridnorm_jax.training.trained_before import TRAINED_BEFORE, as_json, own_data
 
 
 def data_state(run: Run) -> dict[str, Any]:
     """What a checkpoint says of the run's data and layout: JSON, the same in every process."""
     return {
         "iterator": run.iterator.get_state(),
-        "train_tokens": run.data.train.num_tokens,
+        "train_tokens": run.data.train_tokens,
         "files": list(run.files),
-        SPLIT_BY_HASH: run.data.is_split_by_hash,
+        **own_data(run.config.data, run.data),
         TRAINED_BEFORE: as_json(run.trained_before),
         LAYOUT: dataclasses.asdict(layout_of(run.program)),
     }

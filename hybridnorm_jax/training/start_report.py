@@ -9,6 +9,7 @@ from etils import epath
 
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data import Data
+from hybridnorm_jax.data.mixture import Mixture, mixture_of
 from hybridnorm_jax.mesh.shardings import undivided
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.xla_options import described
@@ -26,7 +27,37 @@ def start_report(config: RunConfig, program: Program, data: Data, directory: epa
     else:
         state = f"new, {count_text(steps, 'step')}"
     rows = run_rows(config, program, f"{directory}: {state}", data.description)
-    return table([*rows, *_plan_rows(config, data)])
+    lines = [table([*rows, *_plan_rows(config, data)])]
+    mixture = mixture_of(config, data)
+    if mixture is not None:
+        lines.append(mixture_table(config, data, mixture))
+    return "\n".join(lines)
+
+
+def mixture_table(config: RunConfig, data: Data, mixture: Mixture) -> str:
+    """A line for each source: its tokens, its share of the tokens of every stage, and its epochs in the whole run."""
+    stages = mixture.stage_shares()
+    head = ["mixture", "tokens", *(f"from {stage.first:,}" for stage in stages), "epochs"]
+    at_end = mixture.read_until(config.train.steps)
+    lines = [head]
+    for name, source in data.sources.items():
+        most = config.data.mixture[name].epochs
+        lines.append(
+            [
+                name,
+                f"{source.train.num_tokens:,}",
+                *(f"{stage.shares[name]:.2%}" for stage in stages),
+                f"{at_end[name].epochs:,.2f}" + ("" if most is None else f" of at most {most:g}"),
+            ]
+        )
+    last = len(head) - 1
+    widths = [max(len(line[place]) for line in lines) for place in range(last)]
+    cells = [
+        [line[0].ljust(max(widths[0], 12)), *(line[place].rjust(widths[place]) for place in range(1, last)), line[last]]
+        for line in lines
+    ]
+    note = f"(shares of the tokens from a step on; epochs at the end, weights are of {config.data.mixture_unit})"
+    return "\n".join(["  ".join(line) for line in cells] + [f"{'':13}{note}"])
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
@@ -116,9 +147,10 @@ def _step(program: Program) -> str:
 def _plan_rows(config: RunConfig, data: Data) -> list[tuple[str, str]]:
     """How much is trained on, and how often the run writes something."""
     tokens = config.train.steps * config.tokens_per_step
-    padding = round(tokens * data.train.padding)
-    passes = (tokens - padding) / data.train.num_tokens
+    padding = round(tokens * _padding(config, data))
+    passes = (tokens - padding) / data.train_tokens
     passes_text = f"{passes:,.2f} passes" if passes >= 0.005 else "less than 0.01 passes"
+    reads = f", {passes_text} over the training data" if not config.data.mixture else ", of each source as below"
     every = {
         "metrics": config.train.log_every,
         "evaluation": config.eval.every,
@@ -126,9 +158,18 @@ def _plan_rows(config: RunConfig, data: Data) -> list[tuple[str, str]]:
     }
     often = ", ".join(f"{what} every {count_text(steps, 'step')}" for what, steps in every.items())
     return [
-        ("training", f"{_tokens_text(tokens, padding)}, {passes_text} over the training data"),
+        ("training", f"{_tokens_text(tokens, padding)}{reads}"),
         ("writes", often),
     ]
+
+
+def _padding(config: RunConfig, data: Data) -> float:
+    """The share of the run's positions that hold no token."""
+    mixture = mixture_of(config, data)
+    if mixture is None:
+        return data.train.padding
+    tokens = sum(amount.tokens for amount in mixture.read_until(config.train.steps).values())
+    return 1 - tokens / (config.train.steps * config.tokens_per_step)
 
 
 def _tokens_text(positions: int, padding: int) -> str:

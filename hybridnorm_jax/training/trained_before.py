@@ -7,6 +7,7 @@ or a version that kept none saved it.
 """
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.evaluation.held_out import TRAINING_SET
 from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.training.run_identity import TOKENIZER_FILE, data_files
+from hybridnorm_jax.training.trained_sources import SOURCES, sources_as_json
 
 Files = Sequence[dict[str, Any]]
 # In the data state of a checkpoint: what other runs trained the parameters on, and Data.is_split_by_hash of its own.
@@ -28,24 +30,37 @@ TRAINED_BEFORE, SPLIT_BY_HASH = "trained_before", "is_split_by_hash"
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """Data that a run trained on, as a checkpoint keeps them for the runs that begin with it.
+    """Data that a run trained on, as a checkpoint keeps them for the runs that begin with it: one source of them.
 
     Attributes:
       source, validation_fraction: as in its data section.
-      files: as run_identity.data_files gives them.
-      is_split_by_hash: as in Data.
+      files: as run_identity.data_files gives them, without the name of the source.
+      is_split_by_hash: as in dataset.Source.
+      name: of the source in data.mixture; empty without a mixture.
     """
 
     source: str
     validation_fraction: float
     files: list[dict[str, Any]]
     is_split_by_hash: bool = True
+    name: str = ""
 
 
-def training_data(section: DataSection, data: Data) -> Trained:
-    """What a run with this data section trains on, or what an evaluation would."""
-    files = data_files(section, data.files)
-    return Trained(section.source, section.validation_fraction, files, data.is_split_by_hash)
+def training_data(section: DataSection, data: Data) -> list[Trained]:
+    """What a run with this data section trains on, or what an evaluation would, by source."""
+    return [_of_source(source) for source in sources_as_json(section, data)]
+
+
+def _of_source(source: Mapping[str, Any]) -> Trained:
+    names = [field.name for field in dataclasses.fields(Trained)]
+    return Trained(**{name: source[name] for name in names})
+
+
+def own_data(section: DataSection, data: Data) -> dict[str, Any]:
+    """What the data state of a checkpoint says of the data of its own run, besides its files."""
+    if section.mixture:
+        return {SOURCES: sources_as_json(section, data)}
+    return {SPLIT_BY_HASH: data.first.is_split_by_hash}
 
 
 def trained_before(data_state: Mapping[str, Any]) -> list[Trained]:
@@ -62,8 +77,10 @@ def trained_on(data_state: Mapping[str, Any], saved: DataSection) -> list[Traine
     known = trained_before(data_state)
     if was_trained(data_state):
         by_hash = data_state.get(SPLIT_BY_HASH, True)
-        own = Trained(saved.source, saved.validation_fraction, data_state["files"], by_hash)
-        known = [one for one in known if one != own] + [own]
+        own = [Trained(saved.source, saved.validation_fraction, data_state["files"], by_hash)]
+        if SOURCES in data_state:
+            own = [_of_source(source) for source in data_state[SOURCES]]
+        known = [one for one in known if one not in own] + own
     return known
 
 
@@ -74,11 +91,13 @@ def was_trained(data_state: Mapping[str, Any]) -> bool:
 
 def as_json(known: Sequence[Trained]) -> list[dict[str, Any]]:
     """As the data state of a checkpoint has it under TRAINED_BEFORE."""
-    return [dataclasses.asdict(one) for one in known]
+    return [
+        {name: value for name, value in dataclasses.asdict(one).items() if name != "name" or value} for one in known
+    ]
 
 
 def check_beginning(
-    data_state: Mapping[str, Any], saved: DataSection, asked: DataSection, now: Trained, *, where: str
+    data_state: Mapping[str, Any], saved: DataSection, asked: DataSection, now: Sequence[Trained], *, where: str
 ) -> list[Trained]:
     """What was trained on before a run that begins with the parameters of a checkpoint.
 
@@ -104,7 +123,7 @@ def check_beginning(
     return known
 
 
-def check_tokenizer(known: Sequence[Trained], asked: DataSection, now: Trained, *, where: str) -> None:
+def check_tokenizer(known: Sequence[Trained], asked: DataSection, now: Sequence[Trained], *, where: str) -> None:
     """Refuse another tokenizer than the parameters were trained with, wherever its file lies.
 
     Whoever reads token files need not name their tokenizer. So the last run that says its tokenizer is asked, and if
@@ -118,10 +137,10 @@ def check_tokenizer(known: Sequence[Trained], asked: DataSection, now: Trained, 
     Raises:
       ConfigError: says which of the two has which.
     """
-    saying = [one for one in known if _says_tokenizer(one)]
-    if not saying or not _says_tokenizer(now):
+    saying, saying_now = ([one for one in each if _says_tokenizer(one)] for each in (known, now))
+    if not saying or not saying_now:
         return
-    before, after = _content_of_tokenizer(saying[-1].files), _content_of_tokenizer(now.files)
+    before, after = (_content_of_tokenizer(one.files) for one in (saying[-1], saying_now[-1]))
     if before == after:
         return
     if before is None or after is None:
@@ -137,11 +156,12 @@ def check_tokenizer_alone(known: Sequence[Trained], asked: DataSection, *, where
     check_tokenizer(known, asked, _tokenizer_alone(asked), where=where)
 
 
-def _tokenizer_alone(section: DataSection) -> Trained:
-    return Trained(section.source, section.validation_fraction, data_files(section, ()))
+def _tokenizer_alone(section: DataSection) -> list[Trained]:
+    source = "text" if section.reads_text else "tokens"
+    return [Trained(source, section.validation_fraction, data_files(section, {}))]
 
 
-def check_validation(known: Sequence[Trained], asked: DataSection, now: Trained, *, where: str) -> None:
+def check_validation(known: Sequence[Trained], asked: DataSection, now: Sequence[Trained], *, where: str) -> None:
     """Refuse validation sets of what the parameters were trained on; say so where nobody can know.
 
     Args:
@@ -152,13 +172,14 @@ def check_validation(known: Sequence[Trained], asked: DataSection, now: Trained,
     Raises:
       ConfigError: names the key and the file.
     """
-    for before in known:
+    for before, after in itertools.product(known, now):
         contents = _contents(before.files)
-        shared = [file["name"] for file in _data(now.files) if _content(file) in contents]
-        if now.validation_fraction and shared and not is_kept_out(before, now):
-            raise ConfigError(_refusal(before, now, shared[0], where=where))
+        shared = [file["name"] for file in _data(after.files) if _content(file) in contents]
+        if after.validation_fraction and shared and not is_kept_out(before, after):
+            raise ConfigError(_refusal(before, after, shared[0], where=where))
     check_named_sets(known, asked, where=where)
-    _say_changed(known, now, where=where)
+    for after in now:
+        _say_changed(known, after, where=where)
 
 
 def _refusal(before: Trained, now: Trained, file: str, *, where: str) -> str:
@@ -187,6 +208,12 @@ def check_named_sets(known: Sequence[Trained], asked: DataSection, *, where: str
             if (file.size, file.digest) in contents:
                 right = f"leave it out, or name the set for what it is, data.validation.{TRAINING_SET}_{name}"
                 raise ConfigError(f"data.validation.{name}: {where} was trained on {path}; {right}")
+
+
+def is_all_kept_out(known: Sequence[Trained], now: Sequence[Trained]) -> bool:
+    """Whether all that is held out now was held out when the source of the same name was last trained on."""
+    last = {one.name: one for one in known}
+    return all(one.name in last and is_kept_out(last[one.name], one) for one in now)
 
 
 def is_kept_out(before: Trained, now: Trained) -> bool:
@@ -234,7 +261,7 @@ def _say_changed(known: Sequence[Trained], now: Trained, *, where: str) -> None:
                 return
 
 
-def _check_tokenizer_file(saved: DataSection, asked: DataSection, now: Trained, *, where: str) -> None:
+def _check_tokenizer_file(saved: DataSection, asked: DataSection, now: Sequence[Trained], *, where: str) -> None:
     """Of a checkpoint without identities: `check_tokenizer` with the file that its configuration names, if it is there.
 
     Where the configuration names none, it may be that nobody said so: it is the default.
@@ -246,7 +273,7 @@ def _check_tokenizer_file(saved: DataSection, asked: DataSection, now: Trained, 
     except DataError:
         say(f"note: {where} names the tokenizer {saved.tokenizer}, which is not there to compare", file=sys.stderr)
         return
-    check_tokenizer([before], asked, now, where=where)
+    check_tokenizer(before, asked, now, where=where)
 
 
 def _says_tokenizer(trained: Trained) -> bool:

@@ -279,7 +279,7 @@ def test_moving_all_token_files_changes_nothing(tmp_path, monkeypatch):
         files = (str(tmp_path / directory / "*" / "*.bin"),)
         section = DataSection(source="tokens", files=files, validation_fraction=0.5)
         data = open_quietly(section, seq_len=1, vocab_size=120)
-        return scored(data.validation["validation"]), data.files
+        return scored(data.validation["validation"]), data.first.files
 
     before = held_out("old")
     assert 0 < len(before[0]) < 119

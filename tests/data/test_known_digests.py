@@ -108,4 +108,4 @@ def test_text_that_was_tokenized_is_found_again_without_reading_it(tmp_path, fil
     opened.clear()
     second = open_data(data, seq_len=8, vocab_size=257, progress=False)
     assert opened == []
-    assert second.files == first.files
+    assert second.first.files == first.first.files

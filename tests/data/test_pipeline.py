@@ -4,10 +4,12 @@ import collections
 import itertools
 import json
 
+import grain
 import numpy as np
 import pytest
 
 from hybridnorm_jax.data import DataError, Windows, train_iterator, validation_batches
+from hybridnorm_jax.data.order import EpochOrder
 from hybridnorm_jax.data.windows import Extent, TokenStream
 from hybridnorm_jax.mesh.batch_shares import BatchShare
 
@@ -29,7 +31,8 @@ class RecordingWindows(Windows):
 
 
 def iterator(windows, **keys):
-    return train_iterator(windows, **{"batch_size": 6, "seed": 0, "read_threads": 2, **keys})
+    order = EpochOrder(windows, keys.pop("seed", 0))
+    return train_iterator(order, **{"batch_size": 6, "read_threads": 2, **keys})
 
 
 def numbers(batch):
@@ -69,6 +72,16 @@ def test_the_order_follows_from_the_seed_alone():
     assert first == flat(take(iterator(RecordingWindows(40), accumulation=3), 12))
     assert first == flat(take(iterator(RecordingWindows(40), batch_size=8), 9))
     assert first[:40] != flat(take(iterator(RecordingWindows(40), seed=1), 12))[:40]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 37, 5000])
+def test_the_order_is_that_of_grains_shuffle(rows):
+    """As versions before had it, so that their runs go on with the rows that they would have read."""
+    seed = int(np.random.SeedSequence(7).generate_state(1)[0])
+    grains = grain.MapDataset.range(rows).shuffle(seed=seed).repeat()
+    order = EpochOrder(RecordingWindows(rows), seed=7)
+    for row in (*range(2 * min(rows, 100) + 3), 10**6, 10**12 + 1):
+        assert order.place(row).index == grains[row]
 
 
 def test_neighbouring_seeds_share_no_epoch():

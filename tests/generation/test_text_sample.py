@@ -8,7 +8,7 @@ import pytest
 
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.config.run_config import RunConfig
-from hybridnorm_jax.data.dataset import Data
+from hybridnorm_jax.data.dataset import Data, Source
 from hybridnorm_jax.data.tokenizers import ByteTokenizer
 from hybridnorm_jax.data.windows import Extent, TokenStream, Windows
 from hybridnorm_jax.errors import ConfigError
@@ -35,10 +35,9 @@ def windows(*documents):
 
 def data(*, held_out=None, tokenizer=None):
     return Data(
-        train=windows("trained on this line\nand more\n"),
+        sources={"": Source(windows("trained on this line\nand more\n"))},
         validation={} if held_out is None else {"validation": windows(*held_out)},
         tokenizer=ByteTokenizer() if tokenizer is None else tokenizer,
-        description="",
     )
 
 
@@ -126,11 +125,11 @@ def test_a_separator_begins_a_prompt_where_the_model_has_learned_one(sampled, ke
 
 def test_prompts_that_cannot_be_are_refused_before_training():
     check_prompt(config(sample_prompt="fine"), data())
-    check_prompt(config(), Data(windows("x"), {}, None, ""))
+    check_prompt(config(), Data({"": Source(windows("x"))}, {}, None))
     with pytest.raises(ConfigError, match=r"^train.sample_prompt=' ': it has no token, and the tokenizer has no sep"):
         check_prompt(config(sample_prompt=" "), data(tokenizer=LettersOnly()))
     with pytest.raises(ConfigError, match=r"^train.sample_prompt='a': data.tokenizer names no tokenizer"):
-        check_prompt(config(sample_prompt="a"), Data(windows("x"), {}, None, ""))
+        check_prompt(config(sample_prompt="a"), Data({"": Source(windows("x"))}, {}, None))
     small = config(sample_prompt="z")
     small = dataclasses.replace(small, model=dataclasses.replace(small.model, vocab_size=100))
     with pytest.raises(ConfigError, match=r"its token 122 does not fit model.vocab_size=100"):

@@ -228,7 +228,7 @@ def test_token_files_need_not_name_their_tokenizer(train, tmp_path):
 
 def test_what_another_source_would_hold_out_is_refused_as_that():
     file = {"name": "ast.py", "size": 5, "digest": "its"}
-    known, now = [Trained("stdlib", 0.02, [file])], Trained("text", 0.02, [file | {"name": "mine.txt"}])
+    known, now = [Trained("stdlib", 0.02, [file])], [Trained("text", 0.02, [file | {"name": "mine.txt"}])]
     wrong = "RUN was trained on mine.txt, also on parts of it that may be held out now: data.source was stdlib then, "
     with pytest.raises(ConfigError, match=f"data.validation_fraction=0.02: {wrong}"):
         check_validation(known, DataSection(source="text", files=("mine.txt",)), now, where="RUN")

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data import open_data
+from hybridnorm_jax.data.order import EpochOrder
 from hybridnorm_jax.data.pipeline import Batch, train_iterator
 from hybridnorm_jax.equivalence.forms import conversion_of
 from hybridnorm_jax.lab.claims.at_start import block_mean
@@ -90,7 +91,7 @@ def _gap(one: Losses, other: Losses) -> float:
 def batches(config: RunConfig) -> list[Batch]:
     """What the run reads, step by step."""
     data = open_data(config.data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size, progress=False)
-    iterator = train_iterator(data.train, batch_size=config.train.batch_size, seed=0, read_threads=1)
+    iterator = train_iterator(EpochOrder(data.first.train, seed=0), batch_size=config.train.batch_size, read_threads=1)
     return [next(iterator) for _ in range(config.train.steps)]
 
 

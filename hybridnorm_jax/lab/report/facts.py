@@ -58,8 +58,16 @@ def _machine_facts(compared: ComparedRuns) -> Iterator[Fact]:
 def _data_facts(compared: ComparedRuns) -> Iterator[Fact]:
     config = compared.runs[0].config
     data, train = config.data, config.train
-    files = f": {', '.join(data.files)}" if data.files else ""
-    yield Fact("data", f"{data.source}{files}")
+    for name, section in data.sources.items():
+        files = f": {', '.join(section.files)}" if section.files else ""
+        yield Fact(f"source {name}" if name else "data", f"{section.source}{files}")
+    if data.mixture:
+        stages = data.mixture_stages(train.steps)
+        shares = "; ".join(
+            f"after step {stage.step:,}: " + ", ".join(f"{name} {share:.2%}" for name, share in stage.weights.items())
+            for stage in stages
+        )
+        yield Fact(f"mixture, in {data.mixture_unit}", shares)
     yield Fact("tokenizer", f"{data.tokenizer}, {config.model.vocab_size:,} rows of the embedding")
     sets = "".join(f", set {name}" for name in data.validation)
     yield Fact("held out", f"{data.validation_fraction:.2%} of the documents{sets}")

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from hybridnorm_jax.data.mixture import Mixture
 from hybridnorm_jax.training.hooks.hook import Hook
 from hybridnorm_jax.training.run import Numbers, Run
 from hybridnorm_jax.training.throughput import mfu, model_flops_per_token
@@ -37,8 +38,18 @@ class MetricsLines(Hook):
         values |= run.series.summary()
         values |= run.series.take()
         values |= self._times.line()
+        values |= _read(run.mixture, numbers.step)
         run.writer.write(numbers.step, values)
         run.clock.begin_line()
+
+
+def _read(mixture: Mixture | None, step: int) -> dict[str, float]:
+    """What of each source of a mixture was trained on so far."""
+    if mixture is None:
+        return {}
+    amounts = mixture.read_until(step)
+    tokens = {f"data/{name}/tokens": amount.tokens for name, amount in amounts.items()}
+    return tokens | {f"data/{name}/epochs": round(amount.epochs, 6) for name, amount in amounts.items()}
 
 
 def _mfu(run: Run) -> float | None:
