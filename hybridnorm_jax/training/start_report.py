@@ -56,8 +56,8 @@ def mixture_table(config: RunConfig, data: Data, mixture: Mixture) -> str:
         [line[0].ljust(max(widths[0], 12)), *(line[place].rjust(widths[place]) for place in range(1, last)), line[last]]
         for line in lines
     ]
-    note = f"(shares of the tokens from a step on; epochs at the end, weights are of {config.data.mixture_unit})"
-    return "\n".join(["  ".join(line) for line in cells] + [f"{'':13}{note}"])
+    note = f"{'':13}(share of the tokens from a step on; weights are of {config.data.mixture_unit})"
+    return "\n".join(["  ".join(line) for line in cells] + [note])
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:

@@ -232,7 +232,7 @@ def test_text_and_token_files_are_mixed(tmp_path):
     batch = next(iterator(config))
     assert sorted(np.unique(batch["tokens"]).tolist()) == [7, ord("a")]
     assert (batch["tokens"] == 7).sum() == 64
-    with pytest.raises(DataError, match=r"^data\.separator_id=null: .*"):
+    with pytest.raises(DataError, match=r"^data\.mixture\.ids: data\.separator_id=null: "):
         opened(parse([*arguments, "data.segment_ids=true"]))
     with pytest.raises(DataError, match=r"^data\.separator_id=0: the documents of the mixture's text end with id 256"):
         opened(parse([*arguments, "data.separator_id=0"]))
