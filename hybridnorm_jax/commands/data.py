@@ -58,11 +58,16 @@ def _inspect(config: RunConfig, *, rows: int, seconds: float) -> None:
     # Only now: together they take seconds to import.
     from hybridnorm_jax.data import open_data, train_iterator
     from hybridnorm_jax.data.inspection import describe, first_rows, measure_rate, shares
+    from hybridnorm_jax.data.mixture import order_of
 
     train = config.train
     data = open_data(config.data, seq_len=train.seq_len, vocab_size=config.model.vocab_size)
     print(data.description)
-    for name, found in {"train": data.train, **data.validation}.items():
+    trained = {f"train {name}".rstrip(): source.train for name, source in data.sources.items()}
+    held_out = {
+        f"validation {name}" if name in data.sources else name: found for name, found in data.validation.items()
+    }
+    for name, found in {**trained, **held_out}.items():
         share = shares(found)
         documents = "" if share.documents is None else f", {share.documents:.2f} documents a row"
         text = "" if found.bytes_per_token is None else f", {found.bytes_per_token:.3f} bytes of text a token"
@@ -70,19 +75,18 @@ def _inspect(config: RunConfig, *, rows: int, seconds: float) -> None:
             f"{name}: {len(found):,} rows of {train.seq_len:,}, padding {share.padding:.3%}, without loss "
             f"{share.without_loss:.3%}{documents}{text}"
         )
-    seed = train.seed if train.data_seed is None else train.data_seed
+    order = order_of(config, data)
 
     def batches():
         return train_iterator(
-            data.train,
+            order,
             batch_size=train.batch_size,
             accumulation=train.grad_accumulation,
-            seed=seed,
             read_threads=config.data.read_threads,
         )
 
     if rows:
-        print(f"\nThe first rows of step 1, train.data_seed={seed}:")
+        print(f"\nThe first rows of step 1, train.data_seed={train.order_seed}:")
     for number, row in enumerate(first_rows(next(batches()), rows)):
         print(f"row {number}:", *describe(row, data.tokenizer), sep="\n")
     if seconds:

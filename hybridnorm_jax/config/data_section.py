@@ -106,7 +106,7 @@ class DataSection:
         parse_conditions(self.filter)
         self._check_fim()
         check_choice("data.records", self.records, RECORDS)
-        only = self.records == "text" or self.source == "text"
+        only = self.records == "text" or self.source == "text" or bool(self.mixture)
         check(only, "data.records", self.records, "only for data.source=text")
         only = self.chat_template == CHATML or self.records == "messages"
         check(only, "data.chat_template", self.chat_template, "only for data.records=messages")
@@ -161,6 +161,8 @@ class DataSection:
             text_field=self.text_field if one.text_field is None else one.text_field,
             token_dtype=self.token_dtype if one.token_dtype is None else one.token_dtype,
             filter=self.filter if kind == "text" else (),
+            records=self.records if kind == "text" else "text",
+            chat_template=self.chat_template if kind == "text" else CHATML,
             separator_id=self.separator_id if kind == "tokens" else None,
             mixture={},
             stages=(),
