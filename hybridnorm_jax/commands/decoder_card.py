@@ -64,7 +64,7 @@ def _lines_of_training(source: Any) -> Iterator[str]:
     else:
         yield f"- checkpoint of step {step:,}, which came without a record of its training"
     if source.which.has_average:
-        average = f"the average of the parameters over the steps, `optimizer.ema_decay={config.optimizer.ema_decay:g}`"
+        average = f"the average of the parameters over the steps, `{config.optimizer.average_setting}`"
         yield f"- these weights are {'those of the last step, not ' if source.which.plain else ''}{average}"
     newest: dict[str, Any] = {}
     for record in records:

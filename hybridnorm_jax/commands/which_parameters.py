@@ -36,6 +36,6 @@ def add_option(parser: ArgumentParser) -> None:
     parser.add_argument(
         OPTION,
         action="store_true",
-        help="of a run that averages its parameters (optimizer.ema_decay) take those of the last step, which are not "
-        "averaged",
+        help="of a run that averages its parameters (optimizer.ema_decay, or optimizer.name=schedule_free) take those "
+        "of the last step, which are not averaged",
     )

@@ -249,7 +249,7 @@ class EvalSection:
         (), "tasks of the LM Evaluation Harness to score as well: names, hybridnorm, task files; needs the extra `eval`"
     )
     plain: bool = key(
-        False, "optimizer.ema_decay: also score the validation sets with the parameters that are not averaged"
+        False, "also score the validation sets with the parameters that are not averaged, where others are"
     )
     task_limit: int | None = key(None, "documents of each task, its first; null: all", at_least=1, at_most=MOST_STEPS)
 
@@ -330,9 +330,14 @@ class RunConfig:
         needs = not self.init_plain or (self.init_from is not None and not self.init_optimizer)
         right = "needs init_from without init_optimizer: a branch takes all that the run has"
         check(needs, "init_plain", "true", right)
-        check(not self.eval.plain or decay is not None, "eval.plain", "true", "needs optimizer.ema_decay")
+        right = "needs optimizer.ema_decay, or optimizer.name=schedule_free"
+        check(not self.eval.plain or self.optimizer.averages, "eval.plain", "true", right)
         right = f"model.scheme={self.model.scheme} keeps its matrices at unit length, and averages of them have another"
         check(decay is None or not self.model.scheme_rule.sphere, "optimizer.ema_decay", decay, right)
+        is_free = self.optimizer.name == "schedule_free"
+        check(not is_free or not self.model.scheme_rule.sphere, "optimizer.name", "schedule_free", right)
+        right = "model.balance_bias=true moves biases beside the optimizer, whose average would not know of it"
+        check(not is_free or not self.model.balance_bias, "optimizer.name", "schedule_free", right)
 
     def at_step(self, step: int) -> "RunConfig":
         """This configuration with its model as it is after so many steps; see ModelConfig.at_step."""

@@ -96,7 +96,7 @@ def _gib(number: float) -> str:
 
 
 def _memory_rows(plan: Plan) -> list[Row]:
-    averaged = "" if plan.config.optimizer.ema_decay is None else ", their average"
+    averaged = ", their average" if plan.config.optimizer.averages else ""
     state = f"{_gib(plan.state_bytes)} of parameters{averaged} and optimizer state by their shapes"
     rows = [Row("memory", f"per device: {state}")]
     memory = plan.memory

@@ -271,7 +271,7 @@ def _say_results(run: Run) -> None:
     if run.scores:
         limit = run.config.eval.batches
         part = "" if limit is None else f"; the first {count_text(limit, 'batch')} of each set"
-        averaged = "" if run.config.optimizer.ema_decay is None else " of the averaged parameters"
+        averaged = " of the averaged parameters" if run.config.optimizer.averages else ""
         results = f"Evaluation{averaged} after step {run.steps:,}: loss in nats per token{part}"
         results = f"{results}\n{perplexity.table(run.scores)}"
         if run.plain_scores:

@@ -1,4 +1,4 @@
-"""The exponential moving average of the parameters over the steps of a run (optimizer.ema_decay)."""
+"""The average of the parameters over the steps of a run; the exponential moving one of optimizer.ema_decay."""
 
 import math
 from typing import Any
@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, Int
 @flax.struct.dataclass
 class Average:
     """A part of the training state: the average, and over how many sets of parameters it is taken.
+
+    It is that of `with_parameters`, or that of optimizers/schedule_free.py.
 
     Attributes:
       count: steps that were made since the average began. Skipped steps do not count.

@@ -36,7 +36,7 @@ from hybridnorm_jax.training.layer_measures import Measures, make_watch
 from hybridnorm_jax.training.microbatches import microbatches_of
 from hybridnorm_jax.training.optimizers.schedules import StepNumbers, step_numbers
 from hybridnorm_jax.training.optimizers.table import Places, make_optimizer
-from hybridnorm_jax.training.state import TrainState, abstract_state, make_fresh_state, make_initializer
+from hybridnorm_jax.training.state import TrainState, abstract_state, make_beginning, make_fresh_state, make_initializer
 from hybridnorm_jax.training.step import (
     Batch,
     Convert,
@@ -150,15 +150,13 @@ class Program:
             places=Places(self.mesh, self.rules),
         )
         optimizer = self._optimizer_of(self.numbers)
-        initialize = make_initializer(
-            config.model,
-            optimizer,
-            spike_window=config.train.spike_window,
-            has_average=config.optimizer.ema_decay is not None,
-        )
+        options = {"spike_window": config.train.spike_window, "has_average": config.optimizer.averages}
+        initialize = make_initializer(config.model, optimizer, **options)
         self.abstract_state = abstract_state(initialize, self.mesh, self.rules)
         self.compiler_options = step_options(self.platform)
         self._fresh_state = make_fresh_state(initialize, self.abstract_state)
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        self._state_with = jax.jit(make_beginning(optimizer, **options), out_shardings=places)
         pure = PureSteps(train=self._pure_train_step(), evaluate=self._pure_eval_step(), watch=self._pure_watch())
         self._train_step = self._jit_train_step(pure.train)
         self._eval_step = jax.jit(pure.evaluate)
@@ -254,6 +252,7 @@ class Program:
             balance_bias_rate=self.config.optimizer.balance_bias_rate,
             skip_spikes_sigma=train.skip_spikes_sigma,
             ema_decay=self.config.optimizer.ema_decay,
+            schedule_free=self.config.optimizer.name == "schedule_free",
         )
         return make_train_step(
             self.model,
@@ -309,6 +308,10 @@ class Program:
     def fresh_state(self) -> TrainState:
         """The state before the first step."""
         return self._fresh_state(jax.random.key(self.config.train.seed))
+
+    def state_with(self, params: Any) -> TrainState:
+        """The state before the first step of a run that begins with these parameters."""
+        return self._state_with(params)
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update; `state` is donated. `batch` is this process's (microbatches, sequences, positions) in NumPy.

@@ -94,7 +94,7 @@ def beginning(
     now, before = training_data(config.data, data), []
     files = files_of(config.data, data)
     if config.init_from is not None and is_huggingface(config.init_from):
-        state = program.fresh_state().starting_with(huggingface_params(config, program))
+        state = program.state_with(huggingface_params(config, program))
     elif config.init_from is not None:
         with _source(config) as source:
             if config.init_optimizer:
@@ -107,7 +107,7 @@ def beginning(
             params = source.checkpoints.restore_params(
                 program.abstract_state.params, source.step, plain=config.init_plain
             )
-        state = program.fresh_state().starting_with(params)
+        state = program.state_with(params)
     else:
         state = program.fresh_state()
     return Beginning(state, training_batches(config, program, data), step=0, files=files, before=before)

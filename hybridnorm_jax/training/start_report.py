@@ -102,8 +102,9 @@ def run_rows(config: RunConfig, program: Program, run: str, data: str) -> list[t
     rows.append(("scheme", _scheme(config)))
     if program.conversion is not None:
         rows.append(("form", _form(program)))
-    if config.optimizer.ema_decay is not None:
-        rows.append(("average", _average(config.optimizer.ema_decay)))
+    rows.append(("optimizer", _optimizer(config)))
+    if config.optimizer.averages:
+        rows.append(("average", _average(config)))
     rows += [
         ("attention", f"{program.backend}{_choice(model.attention, program.backend, 'model.attention')}"),
         ("remat", f"{program.remat}{_choice(model.remat, program.remat, 'model.remat')}"),
@@ -188,10 +189,19 @@ def _experts(program: Program, total: int) -> str:
     return f"{each}; {active:,} parameters active; dispatch {program.dispatch}{asked}"
 
 
-def _average(decay: float) -> str:
+def _optimizer(config: RunConfig) -> str:
+    """Its name, and how the learning rate goes."""
+    section = config.optimizer
+    moments = "" if section.moment_dtype == "float32" else f", moments in {section.moment_dtype}"
+    return f"{section.name}{moments}, learning rate {section.learning_rate:g}, {section.schedule}"
+
+
+def _average(config: RunConfig) -> str:
     """That parameters are averaged, and over how many steps."""
-    about = f"optimizer.ema_decay={decay:g}, about the newest {count_text(round(1 / (1 - decay)), 'step')}"
-    return f"of the parameters, {about}; it is what is evaluated and exported"
+    decay = config.optimizer.ema_decay
+    about = "all" if decay is None else f"about the newest {count_text(round(1 / (1 - decay)), 'step')}"
+    steps = f"{config.optimizer.average_setting}, {about}"
+    return f"of the parameters, {steps}; it is what is evaluated and exported"
 
 
 def _form(program: Program) -> str:

@@ -16,7 +16,7 @@ from hybridnorm_jax.mesh.shardings import tree_shardings
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.training.anomalies import Anomalies, no_anomalies
-from hybridnorm_jax.training.parameter_average import Average, begun_average, begun_like
+from hybridnorm_jax.training.parameter_average import Average, begun_average
 from hybridnorm_jax.training.xla_options import initial_state_options
 
 
@@ -24,7 +24,7 @@ from hybridnorm_jax.training.xla_options import initial_state_options
 class TrainState:
     """Number of steps, parameters, optimizer state and what is remembered of skipped steps; all on one mesh.
 
-    And the average of the parameters, where the run has one (optimizer.ema_decay); otherwise None.
+    And the average of the parameters, where the run has one (optimizer.averages); otherwise None.
     """
 
     step: Int[Array, ""]
@@ -37,11 +37,6 @@ class TrainState:
     def params_in_use(self) -> Any:
         """What is evaluated, writes text and is exported: the average where there is one, otherwise the parameters."""
         return self.params if self.average is None else self.average.params
-
-    def starting_with(self, params: Any) -> "TrainState":
-        """This state with other parameters, with which its average begins, too."""
-        average = None if self.average is None else begun_like(self.average, params)
-        return self.replace(params=params, average=average)  # type: ignore[attr-defined]  # flax.struct adds it
 
 
 Initializer = Callable[[Array], TrainState]
@@ -57,19 +52,26 @@ def init_params(config: ModelConfig, key: Array) -> Any:
 def make_initializer(
     config: ModelConfig, optimizer: optax.GradientTransformation, *, spike_window: int, has_average: bool = False
 ) -> Initializer:
-    """key -> the state before the first step, not sharded.
+    """key -> the state before the first step, not sharded; arguments as those of make_beginning."""
+    begin = make_beginning(optimizer, spike_window=spike_window, has_average=has_average)
+    return lambda key: begin(init_params(config, key))
+
+
+def make_beginning(
+    optimizer: optax.GradientTransformation, *, spike_window: int, has_average: bool = False
+) -> Callable[[Any], TrainState]:
+    """Parameters -> the state before the first step, not sharded. It may hold copies of them, as an average does.
 
     Args:
       spike_window: how many losses are remembered, see anomalies.judge.
       has_average: whether the state holds the average of the parameters.
     """
 
-    def initialize(key):
-        params = init_params(config, key)
+    def begin(params):
         average = begun_average(params) if has_average else None
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), no_anomalies(spike_window), average)
 
-    return initialize
+    return begin
 
 
 def abstract_state(initialize: Initializer, mesh: Mesh, rules: Rules = RULES) -> TrainState:

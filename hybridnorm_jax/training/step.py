@@ -20,8 +20,9 @@ from hybridnorm_jax.model.moe import RouterStatistics
 from hybridnorm_jax.model.watched_streams import DEFECT, ROUTER
 from hybridnorm_jax.training import router_balance
 from hybridnorm_jax.training.anomalies import all_finite, anomaly_metrics, judge, keep_where
+from hybridnorm_jax.training.optimizers.schedule_free import averaged_params
 from hybridnorm_jax.training.optimizers.schedules import StepNumbers, learning_rate
-from hybridnorm_jax.training.parameter_average import with_parameters
+from hybridnorm_jax.training.parameter_average import Average, with_parameters
 from hybridnorm_jax.training.state import TrainState
 
 Convert = Callable[[Any], Any]
@@ -43,7 +44,8 @@ class StepOptions:
       balance_loss, router_z_loss: weights of the routers' losses, summed over the layers.
       balance_bias_rate: see router_balance.move_balance_biases; for model.balance_bias.
       skip_spikes_sigma: see anomalies.judge; None: only what is not finite is skipped.
-      ema_decay: see parameter_average.with_parameters; None: the state holds no average.
+      ema_decay: see parameter_average.with_parameters; None: there is no such average.
+      schedule_free: whether the average is that of optimizers/schedule_free.py.
     """
 
     schedule: str
@@ -55,6 +57,7 @@ class StepOptions:
     balance_bias_rate: float = 0.0
     skip_spikes_sigma: float | None = None
     ema_decay: float | None = None
+    schedule_free: bool = False
 
 
 class Totals(NamedTuple):
@@ -192,7 +195,9 @@ def make_train_step(
                 sigma=options.skip_spikes_sigma,
             )
             average = state.average
-            if average is not None:
+            if average is not None and options.schedule_free:
+                average = Average(average.count + 1, averaged_params(opt_state, params))
+            elif average is not None:
                 average = with_parameters(average, params, decay=present(options.ema_decay))
             params, opt_state, average = keep_where(
                 skip, (state.params, state.opt_state, state.average), (params, opt_state, average)

@@ -22,6 +22,7 @@ from hybridnorm_jax.training.optimizers.adafactor import scale_by_adafactor
 from hybridnorm_jax.training.optimizers.groups import path_text
 from hybridnorm_jax.training.optimizers.moments import round_at_random
 from hybridnorm_jax.training.optimizers.muon import is_muon_matrix, orthogonalized
+from hybridnorm_jax.training.optimizers.schedule_free import averaged_params
 from hybridnorm_jax.training.optimizers.schedules import step_numbers
 from hybridnorm_jax.training.optimizers.table import DIRECTIONS, Places, make_optimizer
 
@@ -36,6 +37,7 @@ CASES = {
     "lion": {"name": "lion", "learning_rate": 0.02, "b1": 0.8, "b2": 0.9},
     "muon_original": {"muon_scale": "original", **MUON},
     "muon_match_rms_adamw": MUON,
+    "schedule_free": {"name": "schedule_free", "warmup_steps": 4, **ADAM},
 }
 
 
@@ -70,9 +72,14 @@ def _assert_close(ours, expected, tolerance):
 @pytest.mark.parametrize("case", CASES)
 def test_steps_are_those_of_the_reference_implementation(case):
     golden = np.load(GOLDENS / f"{case}.npz")
-    expected = {path.removeprefix("param/"): golden[path] for path in golden.files}
+    expected, average = (
+        {path.removeprefix(kind): golden[path] for path in golden.files if path.startswith(kind)}
+        for kind in ("param/", "average/")
+    )
     with jax.enable_x64(True):
-        params, _ = _trained(CASES[case])
+        params, state = _trained(CASES[case])
+        if average:
+            _assert_close(_flat(averaged_params(state, params)), average, 1e-6)
     # Learning rates are float32 numbers, up to 6e-8 off; Newton and Schulz's steps enlarge what is small by up to 500.
     _assert_close(_flat(params), expected, 1e-6)
     wrong = {path: array + 1e-5 for path, array in expected.items()}
@@ -152,6 +159,7 @@ SPLIT = {
     "adafactor": {"name": "adafactor"},
     "lion": {"name": "lion"},
     "muon": {"name": "muon", "muon_dtype": "float32"},
+    "schedule_free": {"name": "schedule_free"},
 }
 MESH = {"fsdp": 2, "expert": 2, "tensor": 2}
 
@@ -250,6 +258,9 @@ def test_moments_in_bfloat16_move_where_the_nearest_number_would_stand_still():
         (["name=muon", "muon_dtype=float16"], "optimizer.muon_dtype=float16: not known; did you mean"),
         (["moment_dtype=int8"], "optimizer.moment_dtype=int8: not known; known: bfloat16, float32"),
         (["name=adafactor", "moment_dtype=bfloat16"], "optimizer.moment_dtype=bfloat16: adafactor keeps a few means"),
+        (["name=schedule_free"], "optimizer.schedule=cosine: optimizer.name=schedule_free averages its steps instead"),
+        (["name=schedule_free", "schedule=constant", "b1=0"], "optimizer.b1=0.0: optimizer.name=schedule_free needs"),
+        (["name=schedule_free", "schedule=constant", "ema_decay=0.9"], "has an average of its own; leave one of"),
         (["name=muon", "muon_momentum=1"], "must be at least 0 and below 1"),
     ],
 )

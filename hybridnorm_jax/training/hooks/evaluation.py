@@ -82,7 +82,7 @@ class Evaluation(Hook):
             return
         if losses:
             shown = ", ".join(f"{name} {score.loss:.4f}" for name, score in run.scores.items())
-            of_which = "" if decay is None else " of the averaged parameters"
+            of_which = " of the averaged parameters" if run.config.optimizer.averages else ""
             say_above_bar(f"{run.named}step {run.step}: evaluation loss{of_which} {shown} nats per token")
         if run.plain_scores:
             shown = ", ".join(f"{name} {score.loss:.4f}" for name, score in run.plain_scores.items())

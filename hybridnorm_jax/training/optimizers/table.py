@@ -12,7 +12,8 @@ from hybridnorm_jax.training.optimizers.adafactor import scale_by_adafactor
 from hybridnorm_jax.training.optimizers.decay import decayed
 from hybridnorm_jax.training.optimizers.moments import in_bfloat16
 from hybridnorm_jax.training.optimizers.muon import muon_or
-from hybridnorm_jax.training.optimizers.rates import rated
+from hybridnorm_jax.training.optimizers.rates import rated, schedule_of
+from hybridnorm_jax.training.optimizers.schedule_free import schedule_free
 from hybridnorm_jax.training.optimizers.schedules import StepNumbers
 from hybridnorm_jax.training.unit_matrices import keep_unit_matrices
 
@@ -40,12 +41,17 @@ def _muon(config: OptimizerSection, places: Places) -> optax.GradientTransformat
     return muon_or(_adam(config, places), config, places.mesh, places.rules)
 
 
+def _root_mean_square(config: OptimizerSection, places: Places) -> optax.GradientTransformation:
+    return optax.scale_by_rms(decay=config.b2, eps=config.eps, eps_in_sqrt=False, bias_correction=True)
+
+
 # optimizer.name -> what makes gradients a direction.
 DIRECTIONS: dict[str, Callable[[OptimizerSection, Places], optax.GradientTransformation]] = {
     "adamw": _adam,
     "adafactor": _adafactor,
     "lion": _lion,
     "muon": _muon,
+    "schedule_free": _root_mean_square,
 }
 
 
@@ -66,4 +72,7 @@ def make_optimizer(
     decay, rate = decayed(config, numbers), rated(config, numbers)
     if unit_matrices:
         return optax.chain(*clip, direction, rate, keep_unit_matrices())
+    if config.name == "schedule_free":
+        steps = optax.chain(direction, decay, rate)
+        return optax.chain(*clip, schedule_free(config, steps, schedule_of(config, numbers)))
     return optax.chain(*clip, direction, decay, rate)
