@@ -228,7 +228,7 @@ class SourceOpener:
         return OpenedSource(
             train=train,
             held_out=held_out,
-            separator_id=section.separator_id,
+            documents=cache.manifest.splits["train"].pieces,
             description=description,
             files=identities(find_files(key, section.files), pattern_root(section.files)),
             is_split_by_hash=cache.manifest.is_split_by_hash,
