@@ -30,16 +30,21 @@ class DocumentEnds:
     """The ends of the documents of one file: an array that is read from the disk when it is asked for.
 
     A run may have thousands of files, and needs their indexes only where documents matter.
+
+    Attributes:
+      path: of the index.
     """
 
     dtype = DTYPE
 
-    def __init__(self, read: Callable[..., np.ndarray], *arguments: str | int):
+    def __init__(self, path: str | os.PathLike[str], read: Callable[..., np.ndarray], *arguments: str | int):
         """Say who reads it.
 
         Args:
+          path: of the index.
           read: a function of a module; of the `arguments`, which say of which file.
         """
+        self.path = os.fspath(path)
         self._read, self._arguments = read, arguments
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
@@ -68,7 +73,8 @@ def document_ends(tokens: str | os.PathLike[str], count: int) -> DocumentEnds | 
 
     Reading them raises DataError where the index is none, or is that of other tokens.
     """
-    return DocumentEnds(_read, os.fspath(tokens), count) if ends_path(tokens).is_file() else None
+    path = ends_path(tokens)
+    return DocumentEnds(path, _read, os.fspath(tokens), count) if path.is_file() else None
 
 
 def _read(tokens: str, count: int) -> np.ndarray:

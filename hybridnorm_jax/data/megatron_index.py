@@ -10,6 +10,7 @@ import struct
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from hybridnorm_jax.data.document_ends import DTYPE, DocumentEnds
 from hybridnorm_jax.data.identity import regular_file_size
@@ -66,7 +67,7 @@ def read_megatron_index(tokens: Place) -> MegatronIndex | None:
             count = _count(stream, index, size, header, tokens)
     except OSError as error:
         raise DataError(f"{index}: cannot be read ({error.strerror or error})") from error
-    return MegatronIndex(header.dtype, count, DocumentEnds(_read_ends, readable(index), count))
+    return MegatronIndex(header.dtype, count, DocumentEnds(readable(index), _read_ends, readable(index), count))
 
 
 def _header(stream: BinaryIO, index: Place) -> _Header | None:
@@ -109,7 +110,7 @@ def _offset_of_marks(header: _Header) -> int:
 def _read_ends(index: str, count: int) -> np.ndarray:
     """The place behind the last token of every document, in tokens."""
     with open(index, "rb") as stream:
-        header = _header(stream, Place(index))
+        header = _header(stream, epath.Path(index))
         lengths = np.fromfile(stream, "<i4", header.sequences)
         begins = np.fromfile(stream, "<i8", header.sequences)
         marks = np.fromfile(stream, "<i8", header.marks)

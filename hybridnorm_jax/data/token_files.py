@@ -50,6 +50,7 @@ class TokenFile:
 
     Attributes:
       ends: where its documents end, if an index beside it says so.
+      local_path: of the file, or of its copy on this machine.
 
     Raises:
       DataError: on reading, if the file has another size than when it was opened before, ends too early, or cannot be
@@ -58,7 +59,7 @@ class TokenFile:
 
     def __init__(self, path: Place, layout: Layout, files: OpenFiles):
         self._path = str(path)
-        self._readable = readable(path)
+        self.local_path = readable(path)
         self._size: int | None = None
         self._layout = layout
         self._files = files
@@ -74,7 +75,7 @@ class TokenFile:
         dtype, offset = self._layout.dtype, self._layout.offset
         wanted = max(stop - start, 0) * dtype.itemsize
         try:
-            file = self._files.open(self._readable)
+            file = self._files.open(self.local_path)
             self._check_size(file.size)
             content = _read(file, wanted, offset + start * dtype.itemsize)
         except OSError as error:

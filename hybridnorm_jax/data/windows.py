@@ -139,18 +139,19 @@ class TokenStream:
         return start + 1 + np.flatnonzero(tokens == separator_id)
 
     def marks(self) -> list[list[int | str]] | None:
-        """What changes when the tokens may be others: of every extent its place in its file, and that file's state.
+        """What changes when the tokens or their documents may be others: of every extent its place in its file, and
+        the states of that file and of its index.
 
-        None: it is not known, as of a file in a bucket.
+        None: it is not known, as of an array that no file holds.
         """
-        states: dict[str, list[int]] = {}
         try:
-            for name in {extent.name for extent in self._extents}:
-                state = os.stat(name)
-                states[name] = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev]
+            states = {name: _state(name) for extent in self._extents for name in _files_of(extent)}
         except OSError:
             return None
-        return [[extent.name, extent.start, extent.stop, *states[extent.name]] for extent in self._extents]
+        return [
+            [extent.name, extent.start, extent.stop, *(mark for name in _files_of(extent) for mark in states[name])]
+            for extent in self._extents
+        ]
 
     def _checked(self, extent: Extent, first: int, tokens: np.ndarray) -> np.ndarray:
         wrong = (tokens < 0) | (tokens >= self._vocab_size)
@@ -262,6 +263,17 @@ class Windows:
         if missing == 0:
             return row
         return {name: np.pad(values, (0, missing)) for name, values in row.items()}
+
+
+def _files_of(extent: Extent) -> list[str]:
+    """The files on this machine that hold an extent's tokens and, if there is one, its index."""
+    tokens = getattr(extent.array, "local_path", extent.name)
+    return [tokens, extent.ends.path] if isinstance(extent.ends, DocumentEnds) else [tokens]
+
+
+def _state(path: str) -> list[int]:
+    state = os.stat(path)
+    return [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev]
 
 
 def _indexed(ends: np.ndarray, start: int, stop: int) -> np.ndarray:

@@ -5,10 +5,12 @@ import json
 
 import numpy as np
 import pytest
+from etils import epath
 
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data import DataError, open_data, packed_rows, packing, windows
 from hybridnorm_jax.data.packed_rows import PackedRows, Packing
+from hybridnorm_jax.data.token_files import open_token_file
 from hybridnorm_jax.data.windows import Extent, TokenStream
 
 END = 99
@@ -230,3 +232,22 @@ def test_documents_without_a_target_are_refused(tmp_path):
     files = {"source": "tokens", "files": (str(tmp_path / "t.npy"),), "separator_id": 7}
     with pytest.raises(DataError, match=r"^data\.files: no document has two tokens"):
         opened(DataSection(**files, packing="documents", validation_fraction=0.0))
+
+
+def test_an_index_that_comes_later_is_seen(tmp_path, monkeypatch):
+    """Rows that were kept without it say otherwise where documents end."""
+    monkeypatch.setattr(packed_rows, "MOST_IN_MEMORY", 0)
+    tokens, documents = drawn(np.random.default_rng(4))
+    np.save(tmp_path / "tokens.npy", np.array(tokens, np.uint16))
+
+    def open_rows():
+        array = open_token_file(epath.Path(tmp_path / "tokens.npy"), "uint16")
+        extent = Extent(array, str(tmp_path / "tokens.npy"), 0, len(array), ends=array.ends)
+        return PackedRows(TokenStream((extent,), 100), dataclasses.replace(PLAIN, cache_dir=str(tmp_path / "cache")))
+
+    before = targets(open_rows())
+    assert targets(open_rows()) == before
+    halves = np.cumsum([len(documents[place]) + len(documents[place + 1]) for place in range(0, len(documents), 2)])
+    np.save(tmp_path / "tokens.ends.npy", halves.astype("<u8"))
+    assert len(targets(open_rows())) == len(before) + sum(1 for each in documents[1::2] if each)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
