@@ -22,6 +22,7 @@ from hybridnorm_jax.model.config import AUTO_REMAT
 from hybridnorm_jax.model.loss import LossSums
 from hybridnorm_jax.streams import sturdy_streams
 from hybridnorm_jax.training.checkpoints import Checkpoints
+from hybridnorm_jax.training.environment import environment
 from hybridnorm_jax.training.hooks.evaluation import Evaluation
 from hybridnorm_jax.training.hooks.hook import Hook
 from hybridnorm_jax.training.hooks.layer_watch import LayerWatch
@@ -40,6 +41,7 @@ from hybridnorm_jax.training.shared_programs import SharedPrograms
 from hybridnorm_jax.training.start_report import start_report
 from hybridnorm_jax.training.step import Batch
 from hybridnorm_jax.training.stopping import StopSignals
+from hybridnorm_jax.training.text_log import TextLog
 from hybridnorm_jax.training.time_ledger import TimeLedger
 from hybridnorm_jax.training.watchdog import Watchdog
 
@@ -86,7 +88,10 @@ def train_together(configs: Sequence[RunConfig], *, began: float, programs: Shar
     is_known = programs.has(configs[0])  # the first runs of a structure say what all of them are
     with contextlib.ExitStack() as stack:
         stack.enter_context(sturdy_streams())
+        logs = [stack.enter_context(TextLog()) for _ in configs]  # what is printed is about all of them
         runs = _begun(configs, TimeLedger(began), programs, stack)
+        for run, log in zip(runs, logs, strict=True):
+            log.open(run.directory, about=environment() | {"after_step": run.first})
         first = runs[0]
         say(f"{len(runs)} runs together, saved after their last step only")
         if not is_known:

@@ -49,9 +49,9 @@ class LoggedRun:
 class Logger:
     """Shows the numbers of a run somewhere; a subclass overrides `write`, and the others where it needs them.
 
-    All methods are called in one thread, which does nothing else, on process 0 alone. They may raise anything and may
-    take long: metrics_writer.py gives up a logger that fails or does not answer, says so in one line, and the run goes
-    on without it.
+    All methods but `abandon` are called in one thread, which does nothing else, on process 0 alone. They may raise
+    anything and may take long: metrics_writer.py gives up a logger that fails or does not answer, says so in one line,
+    and the run goes on without it.
 
     Attributes:
       url: set by `start`: where people can look; printed once. None: nowhere.
@@ -72,6 +72,12 @@ class Logger:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log values of one step, all of them finite; several calls may be about one step."""
         raise NotImplementedError
+
+    def abandon(self) -> None:
+        """Called once it is given up, in another thread: what it leaves must not hold the end of the process.
+
+        Must not wait, and gets no time limit.
+        """
 
     def close(self, how: str) -> None:
         """Hand over everything and let go. `how` the run ends: FINISHED, STOPPED (it will go on later) or FAILED."""

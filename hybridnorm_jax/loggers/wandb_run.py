@@ -45,6 +45,17 @@ class WandbRun(Logger):
         """Log the values."""
         self._run.log({"step": step, **values})
 
+    def abandon(self) -> None:
+        """Do not wait for its service at the end of the process, as wandb's own function there does without a limit.
+
+        wandb has no public way to that. Its service sees that this process has ended, and ends too.
+        """
+        import wandb
+
+        connection = wandb.setup()._connection
+        if connection is not None and connection._cleanup is not None:
+            connection._cleanup()
+
     def close(self, how: str) -> None:
         """Wait until Weights & Biases has everything."""
         self._run.finish(exit_code=1 if how == FAILED else 0)

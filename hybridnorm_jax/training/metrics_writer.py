@@ -4,6 +4,7 @@ metrics.jsonl is the record of the run: where it cannot be written, the run ends
 not hold: where one of them fails or hangs, the run goes on without it.
 """
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -158,6 +159,8 @@ class _GuardedLogger:
         except Exception as error:
             self._courier.abandon()
             self._courier = None
+            with contextlib.suppress(Exception):
+                self._logger.abandon()
             went_on = f"the run goes on without it, {NAME} has every number"
             _print_above_bar(f"{self._name}: {_reason(error)}; {went_on}", is_warning=True)
 

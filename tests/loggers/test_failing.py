@@ -1,6 +1,9 @@
 """No logger stops a run, or holds it for longer than the limit; one line says that the run goes on without it."""
 
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -113,3 +116,44 @@ def test_weights_and_biases_without_a_login_asks_nobody(tmp_path, capsys, monkey
     assert capsys.readouterr().err == f"Weights & Biases: {login}{WENT_ON}\n"
     assert [path.name for path in directory.iterdir()] == ["metrics.jsonl"]
     wandb.teardown()
+
+
+FREEZE = """
+import os, signal, sys
+from etils import epath
+from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.loggers.logger_kinds import run_loggers
+from hybridnorm_jax.training import metrics_writer
+
+metrics_writer.LOGGER_SECONDS = 2.0
+directory, loggers = epath.Path(sys.argv[1]), run_loggers(["wandb"])
+with metrics_writer.MetricsWriter(directory, resume_step=None, loggers=loggers, config=RunConfig()) as writer:
+    writer.write(1, {"train/loss": 1.0})
+    writer._loggers[0]._courier.finish(within=60)
+    for name in os.listdir("/proc"):
+        if name.isdecimal() and os.path.exists(f"/proc/{name}/stat"):
+            program, _, rest = open(f"/proc/{name}/stat").read().rpartition(")")
+            if "wandb-core" in program and int(rest.split()[1]) == os.getpid():
+                os.kill(int(name), signal.SIGSTOP)
+                print(name)
+    writer.write(2, {"train/loss": 1.0})
+sys.exit(7)
+"""
+
+
+@pytest.mark.long
+def test_a_service_of_weights_and_biases_that_hangs_does_not_hold_the_end_of_the_process(tmp_path):
+    pytest.importorskip("wandb")
+    command, stopped = [sys.executable, "-c", FREEZE, str(tmp_path)], []
+    with open(tmp_path / "out", "w") as out, open(tmp_path / "err", "w") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=dict(os.environ, WANDB_MODE="offline"))
+        try:
+            status = process.wait(timeout=120)
+        finally:
+            process.kill()
+            stopped = [int(word) for word in (tmp_path / "out").read_text().split()]
+            for service in stopped:
+                os.kill(service, signal.SIGKILL)
+    assert stopped
+    assert status == 7
+    assert (tmp_path / "err").read_text() == f"Weights & Biases: no answer within 2 seconds{WENT_ON}\n"
