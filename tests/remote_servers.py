@@ -1,9 +1,10 @@
-"""Real servers for tests of remote files: a web server with faults to order, and S3 as moto plays it."""
+"""Real servers for tests of remote files: a web server with faults to order, S3 by moto, a Hub of one dataset."""
 
 import contextlib
 import dataclasses
 import hashlib
 import http.server
+import json
 import os
 import subprocess
 import sys
@@ -197,3 +198,72 @@ def s3_environment(url: str) -> dict[str, str]:
     """Variables with which every client of S3 speaks to that server."""
     keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
     return {**os.environ, "AWS_ENDPOINT_URL": url, **keys}
+
+
+@contextlib.contextmanager
+def hub_server(files: dict[str, bytes]) -> Iterator[str]:
+    """A server with the part of Hugging Face's interface that reading the dataset `owner/name` takes."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _hub_handler(files))
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _hub_handler(files: dict[str, bytes]) -> type[http.server.BaseHTTPRequestHandler]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *arguments):
+            pass
+
+        def do_GET(self):
+            path, _, query = self.path.partition("?")
+            place = path.removeprefix("/api/datasets/owner/name")
+            if place in ("", "/revision/main"):
+                self._send(200, json.dumps({"id": "owner/name", "sha": "c" * 40, "siblings": []}).encode())
+            elif place.startswith("/tree/main"):
+                folder = place.removeprefix("/tree/main").strip("/")
+                self._send(200, json.dumps(list(_entries(files, folder, "recursive=true" in query.lower()))).encode())
+            elif path.startswith("/datasets/owner/name/resolve/main/"):
+                self._content(files.get(path.removeprefix("/datasets/owner/name/resolve/main/")))
+            else:
+                self._send(404, b"{}")
+
+        def _content(self, content):
+            if content is None:
+                return self._send(404, b"{}")
+            first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
+            self._send(206, content[int(first) : int(last) + 1])
+
+        def _send(self, status, body):
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    return Handler
+
+
+def _entries(files: dict[str, bytes], folder: str, is_recursive: bool) -> Iterator[dict[str, object]]:
+    """What is in a folder of the dataset; its Parquet files are kept by git-lfs."""
+    folders = set()
+    for name, content in files.items():
+        if folder and not name.startswith(f"{folder}/"):
+            continue
+        inner, _, rest = name.removeprefix(f"{folder}/" if folder else "").partition("/")
+        if rest and not is_recursive:
+            path = f"{folder}/{inner}".strip("/")
+            if path not in folders:
+                folders.add(path)
+                yield {"type": "directory", "path": path, "oid": "d" * 40, "size": 0}
+            continue
+        entry = {"type": "file", "path": name, "oid": hashlib.sha1(content).hexdigest(), "size": len(content)}
+        if name.endswith(".parquet"):
+            digest = hashlib.sha256(content).hexdigest()
+            entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 130}
+        yield entry

@@ -15,13 +15,12 @@ from hybridnorm_jax.errors import DataError, MissingExtraError, first_line
 from hybridnorm_jax.file_formats import ARROW_FILE, ARROW_STREAM, PARQUET, Format
 
 TABLES = (PARQUET, ARROW_FILE, ARROW_STREAM)
-# Rows of one batch of Parquet: as many as hold about so many bytes, by the mean of their row group.
+# Rows of one batch of Parquet: as many as hold about so many bytes, by the mean of their row group. They are few:
+# one text may stand in a file once and in all of its rows.
 BATCH_BYTES = 4 << 20
-MOST_BATCH_ROWS = 1024
+MOST_ROWS = 16
 # A column is read from the disk through a buffer of this size, not a row group at once.
 BUFFER_BYTES = 1 << 20
-# Of an Arrow batch so many rows become Python objects at once.
-ARROW_ROWS = 64
 
 
 def table_rows(path: Place, form: Format, columns: Sequence[str]) -> Iterator[RecordRow]:
@@ -72,7 +71,7 @@ def _batch_rows(group: Any, wanted: Sequence[str]) -> int:
     """How many rows of a row group about BATCH_BYTES hold."""
     parts = [group.column(index) for index in range(group.num_columns)]
     size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] in wanted)
-    return min(max(BATCH_BYTES * group.num_rows // max(size, 1), 1), MOST_BATCH_ROWS)
+    return min(max(BATCH_BYTES * group.num_rows // max(size, 1), 1), MOST_ROWS)
 
 
 def _arrow_file_batches(path: Place, columns: Sequence[str]) -> Iterator[Any]:
@@ -95,8 +94,8 @@ def _arrow_stream_batches(path: Place, columns: Sequence[str]) -> Iterator[Any]:
 
 def _slices(batch: Any) -> Iterator[Any]:
     batch.validate()
-    for start in range(0, batch.num_rows, ARROW_ROWS):
-        yield batch.slice(start, ARROW_ROWS)
+    for start in range(0, batch.num_rows, MOST_ROWS):
+        yield batch.slice(start, MOST_ROWS)
 
 
 def _wanted(path: Place, names: Sequence[str], columns: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ import urllib.request
 
 import numpy as np
 import pytest
-from remote_servers import put, remove, s3_environment, s3_server, web_server
+from remote_servers import hub_server, put, remove, s3_environment, s3_server, web_server
 
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data import DataError, open_data
@@ -424,6 +424,14 @@ def test_moving_text_to_a_bucket_or_a_server_changes_nothing(web, bucket, tmp_pa
     assert [file.name for file in here[0]] == names
 
 
+def test_a_remote_list_names_no_file_of_this_machine(web):
+    for line in ("/etc/passwd", "~/secret.txt"):
+        url = web.put("list.txt", f"a.txt\n{line}\n".encode())
+        assert refused(find_files, "data.files", [f"@{url}"]) == (
+            f"data.files: @{url}: names {line}, but a remote list may name no file of this machine"
+        )
+
+
 def test_moving_token_files_to_a_bucket_changes_nothing(bucket, tmp_path):
     for number in range(3):
         np.save(tmp_path / f"{number}.npy", np.random.default_rng(number).integers(0, 257, 700_000).astype(np.uint16))
@@ -525,3 +533,109 @@ def test_a_missing_package_is_one_line(monkeypatch):
 def test_a_file_that_was_not_fetched_has_no_content():
     with pytest.raises(ValueError, match="was not fetched"):
         readable(RemoteFile("s3://bucket/a", 1, "v"))
+
+
+# Hugging Face's Hub
+
+
+def test_a_dataset_of_the_hub_is_read_by_name(tmp_path):
+    """In a process of its own: huggingface_hub reads its settings when it is imported."""
+    pytest.importorskip("huggingface_hub")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    parts = [pyarrow.table({"text": [f"text {part} {row}" for row in range(3)]}) for part in range(2)]
+    for number, part in enumerate(parts):
+        parquet.write_table(part, tmp_path / f"{number}.parquet")
+    contents = [(tmp_path / f"{number}.parquet").read_bytes() for number in range(2)]
+    files = {f"data/train-{number}.parquet": content for number, content in enumerate(contents)} | {"README.md": b"Hi"}
+    program = """
+import json, sys
+from hybridnorm_jax.data import DataError
+from hybridnorm_jax.data.places import patience
+from hybridnorm_jax.data.places.local_copies import LocalCopies
+from hybridnorm_jax.data.sources import text_corpus
+
+def outcome(pattern):
+    try:
+        corpus = text_corpus("data.files", [pattern], "text", copies=LocalCopies(sys.argv[1], 1 << 30))
+        return [document.text for file in corpus.files for document in corpus.documents(file)]
+    except DataError as error:
+        return str(error)
+
+patience.FIRST_WAIT = 0.01
+print(json.dumps([outcome(pattern) for pattern in sys.argv[2:]]))
+"""
+    name = "hf://datasets/owner/name"
+    patterns = [
+        f"{name}/data/*.parquet",
+        f"{name}/README.md",
+        name,
+        f"{name}/none.txt",
+        "hf://datasets/owner/none/a.txt",
+    ]
+    with hub_server(files) as url:
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": url,
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HOME": str(tmp_path / "hf"),
+        }
+        result = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "cache"), *patterns],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert result.returncode == 0, result.stderr
+    rows, readme, *refusals = json.loads(result.stdout)
+    assert rows == [f"text {part} {row}" for part in range(2) for row in range(3)]
+    assert readme == ["Hi"]
+    assert refusals == [
+        f"data.files: {name} is a directory; name its files, such as {name}/*.parquet",
+        f"data.files: no such file: {name}/none.txt",
+        "hf://datasets/owner/none/a.txt: no such file; it was removed, or its name is another",
+    ]
+
+
+# Very many files
+
+
+FEW_DESCRIPTORS = """
+import resource, sys
+import numpy as np
+from hybridnorm_jax.config.data_section import DataSection
+from hybridnorm_jax.data import open_data
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+source, end = sys.argv[2:4]
+section = DataSection(
+    source=source, files=(f"{sys.argv[1]}/*.{end}",), cache_dir=f"{sys.argv[1]}/cache", validation_fraction=0
+)
+data = open_data(section, seq_len=15, vocab_size=257, progress=False)
+order = np.random.default_rng(0).permutation(len(data.train))
+print(len(data.files), sum(int(data.train[int(index)]["targets"].sum()) for index in order))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("source", "end"), [("text", "txt"), ("tokens", "npy")])
+def test_ten_thousand_files_need_a_hundred_descriptors(tmp_path, source, end):
+    """Every window of 10,000 files is read, in an order that goes from file to file."""
+    count = 10_000
+    for number in range(count):
+        if source == "text":
+            (tmp_path / f"{number:05}.txt").write_bytes(b"%015d" % number)
+        else:
+            np.save(tmp_path / f"{number:05}.npy", np.full(16, number % 257, np.uint16))
+    arguments = [sys.executable, "-c", FEW_DESCRIPTORS, str(tmp_path), source, end]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "home")}
+    result = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    files, total = map(int, result.stdout.split())
+    assert files == count
+    if source == "text":
+        ids = np.concatenate([[*(b"%015d" % number), 256] for number in range(count)])
+    else:
+        ids = np.repeat(np.arange(count) % 257, 16)
+    assert total == ids[1 : 1 + (len(ids) - 1) // 15 * 15].sum()

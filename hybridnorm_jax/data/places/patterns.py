@@ -109,6 +109,8 @@ def listed(key: str, patterns: Iterable[str]) -> Iterator[str]:
             if line.startswith(LIST_MARK):
                 raise DataError(f"{key}: {pattern}: names another list, {line}; a list names files")
             is_whole = not is_local(line) or os.path.isabs(expanded(line))
+            if is_whole and is_local(line) and not is_local(path):
+                raise DataError(f"{key}: {pattern}: names {line}, but a remote list may name no file of this machine")
             yield line if is_whole else os.path.join(os.path.dirname(path), line)
 
 
