@@ -27,6 +27,26 @@ def test_definition():
     assert float(sums.weight) == WEIGHTS.sum()
 
 
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_the_z_loss_adds_its_own_gradient(chunk):
+    """d/dl_v of log(Z)^2 is 2 log(Z) p_v: with the gradient p - onehot of -log p, times the targets' weights."""
+    logits = HIDDEN @ KERNEL
+    log_z = np.log(np.exp(logits).sum(-1, keepdims=True))
+    p = np.exp(logits - log_z)
+    onehot = np.eye(31)[TARGETS]
+    expected = WEIGHTS[..., None] * (p - onehot + 0.25 * 2 * log_z * p)
+
+    def total(logits):
+        if chunk is None:
+            sums = cross_entropy(logits, jnp.asarray(TARGETS), jnp.asarray(WEIGHTS))
+            return sums.nll + 0.25 * sums.z
+        head = jnp.eye(31, dtype=logits.dtype)
+        return chunked_cross_entropy(times, head, logits, TARGETS, WEIGHTS, chunk=chunk, z_loss=0.25)[0]
+
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(jax.grad(total)(jnp.asarray(logits)), expected, rtol=1e-12, atol=1e-14)
+
+
 def test_narrow_logits_have_a_loss_in_float32():
     logits = jnp.asarray(HIDDEN @ KERNEL, jnp.bfloat16)
     ours = cross_entropy(logits, TARGETS, WEIGHTS)
