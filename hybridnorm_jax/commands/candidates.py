@@ -166,7 +166,7 @@ def _options(command: str) -> list[str]:
 
 
 def _positionals(command: str, given: Sequence[str], typed: str) -> list[str]:
-    if command in ("train", "plan", "lab signal", "lab compare", "data inspect"):
+    if command in ("train", "plan", "lab signal", "lab widths", "lab compare", "data inspect"):
         return [*_whole(named_configurations.names()), *_files(typed, named_configurations.SUFFIXES)]
     if command in ("tokenize", "tokenizer train"):
         return _files(typed)

@@ -19,6 +19,7 @@ from hybridnorm_jax.mesh.processes import Processes, check_alike
 from hybridnorm_jax.streams import sturdy_streams
 
 USAGE = """usage: hybridnorm lab signal  [CONFIG ...] [key=value ...]
+       hybridnorm lab widths  [CONFIG ...] [key=value ...]
        hybridnorm lab compare [CONFIG ...] [key=value ...]
        hybridnorm lab plan    [CONFIG ...] [key=value ...]
        hybridnorm lab report  DIR [baseline=SCHEME] [run.plugins=[...]]
@@ -26,6 +27,8 @@ USAGE = """usage: hybridnorm lab signal  [CONFIG ...] [key=value ...]
        hybridnorm lab claims  [ID ...] [out=DIR]
 
 signal   measures models at initialization and writes a table, JSON and figures
+widths   trains models of several widths for a few steps, with the rules of muP
+         and without, and says whether their activations depend on the width
 compare  trains every combination of schemes, seeds and learning rates, or
          searches each scheme's own rate first
 plan     says how long that will take here
@@ -40,6 +43,20 @@ Measures freshly initialized models on random tokens, without training. Needs
 the extra lab.
 
   hybridnorm lab signal 'schemes=[pre, post]' 'depths=[8, 32]' model.d_model=256
+
+Its own keys are these. All other keys are those of `hybridnorm train`.
+"""
+WIDTHS_USAGE = """usage: hybridnorm lab widths [CONFIG ...] [key=value ...]
+
+The coordinate check of muP (docs/widths.md): trains models of several widths
+for a few steps on random tokens, at one learning rate, with model.base_width
+and without, on one device. Prints the size of the stream at each width, and
+writes widths.json.
+
+  hybridnorm lab widths 'schemes=[pre, span]' 'widths=[32, 128]'
+
+A model has the heads and the shape of CONFIG at its own width, and 3 layers, a
+constant learning rate of 0.01 and no warm-up unless other keys are given.
 
 Its own keys are these. All other keys are those of `hybridnorm train`.
 """
@@ -102,11 +119,18 @@ It takes one key:
 
 
 def run(arguments: Sequence[str], processes: Processes) -> int | None:
-    """`hybridnorm lab signal | compare | plan | report | claims`."""
+    """`hybridnorm lab signal | widths | compare | plan | report | claims`."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
-    commands = {"signal": _signal, "compare": _compare, "plan": _plan, "report": _report, "claims": _claims}
+    commands = {
+        "signal": _signal,
+        "widths": _widths,
+        "compare": _compare,
+        "plan": _plan,
+        "report": _report,
+        "claims": _claims,
+    }
     name, rest = arguments[0], list(arguments[1:])
     if name not in commands:
         raise UserError(f"lab {name}: no such command{did_you_mean(name, commands)}")
@@ -123,6 +147,16 @@ def _signal(arguments: list[str], processes: Processes) -> None:
         return
     keep_programs(speaks=processes.number == 0)
     signal_at_start.run(arguments)
+
+
+def _widths(arguments: list[str], processes: Processes) -> None:
+    from hybridnorm_jax.lab import width_check
+
+    if wants_help(arguments):
+        print(WIDTHS_USAGE + _keys(width_check.WidthOptions))
+        return
+    keep_programs(speaks=processes.number == 0)
+    width_check.run(arguments)
 
 
 def _compare(arguments: list[str], processes: Processes) -> None:

@@ -79,6 +79,10 @@ SYNTAX = {
         keys=("schemes", "depths", "initializers", "sequences", "seq_len", "out"),
         takes_run_keys=True,
     ),
+    "lab widths": Syntax(
+        keys=("schemes", "widths", "updates", "sequences", "seq_len", "out"),
+        takes_run_keys=True,
+    ),
     "lab compare": Syntax(options=("--emit-jobs", "--only"), keys=_OF_A_COMPARISON, takes_run_keys=True),
     "lab plan": Syntax(keys=_OF_A_COMPARISON, takes_run_keys=True),
     "lab report": Syntax(options=("--speed",), keys=("baseline", PLUGINS)),
@@ -100,6 +104,8 @@ SYNTAX = {
 OF_ONE_RUN = {
     "schemes": "model.scheme",
     "depths": "model.num_layers",
+    "widths": "model.d_model",
+    "updates": "train.steps",
     "initializers": "model.initializer",
     "seq_len": "train.seq_len",
     "seeds": "train.seed",

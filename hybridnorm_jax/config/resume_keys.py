@@ -37,6 +37,8 @@ FREE_SECTIONS = ("run.", "mesh.", "checkpoint.", "eval.", "distributed.")
 # Keys of the model under which parameters mean the same: how they were drawn, how the function is computed, and how far
 # its branches have grown.
 SAME_MEANING = {
+    "model.base_head_dim",
+    "model.base_width",
     "model.dropout",
     "model.dtype",
     "model.init_std",

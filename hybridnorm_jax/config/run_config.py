@@ -20,6 +20,8 @@ from hybridnorm_jax.mesh.cluster import DistributedSection
 from hybridnorm_jax.mesh.sharding_rules import MESH_AXES, resolve_rules
 from hybridnorm_jax.model.config import ModelConfig
 
+# Those for which the rules of model.base_width hold: every number moves by about the rate, whatever its gradient is.
+WIDTH_OPTIMIZERS = ("adamw", "lion")
 EQUIVALENT_FORMS = ("none", "pre_rmsnorm", "pre_crmsnorm")
 
 
@@ -288,6 +290,7 @@ class RunConfig:
         needs = not self.init_optimizer or self.init_from is not None
         check(needs, "init_optimizer", "true", "needs init_from=RUN@STEP, the checkpoint to branch from")
         self._check_average()
+        self._check_widths()
         for name, size in (("train.batch_size", self.train.batch_size), ("eval.batch_size", self.eval.batch_size or 1)):
             tokens = size * self.train.seq_len
             right = (
@@ -338,6 +341,12 @@ class RunConfig:
         check(not is_free or not self.model.scheme_rule.sphere, "optimizer.name", "schedule_free", right)
         right = "model.balance_bias=true moves biases beside the optimizer, whose average would not know of it"
         check(not is_free or not self.model.balance_bias, "optimizer.name", "schedule_free", right)
+
+    def _check_widths(self) -> None:
+        name, known = self.optimizer.name, " and ".join(WIDTH_OPTIMIZERS)
+        right = f"not with optimizer.name={name}: the rules for the width are those of {known}"
+        has_rules = self.model.base_width is None or name in WIDTH_OPTIMIZERS
+        check(has_rules, "model.base_width", self.model.base_width, right)
 
     def at_step(self, step: int) -> "RunConfig":
         """This configuration with its model as it is after so many steps; see ModelConfig.at_step."""

@@ -62,6 +62,8 @@ def decoder_conversion(config: ModelConfig, form: str, *, pad_to: int = 1) -> Co
     compresses = form == "pre_crmsnorm"
     roomy, changes = plain_decoder(config, compressed=compresses)
     plain = without_stream_norms(roomy, keeps_outer=roomy.embedding_centring)
+    # They say how a model of this shape starts; what follows from them for the function is in its other keys.
+    plain = dataclasses.replace(plain, base_width=None, base_head_dim=None)
     before, after = decoder_layout(roomy), decoder_layout(plain)
 
     def convert(params: Any) -> dict[str, Any]:

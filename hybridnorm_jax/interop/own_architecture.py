@@ -40,6 +40,8 @@ AUTO_MAP = {
 # Fields of ModelConfig that no key of config.json holds, and why. All others are in KEYS or read by `read`, below.
 NOT_WRITTEN = {
     "initializer": "how fresh weights are drawn",
+    "base_width": "how fresh weights are drawn, and with which rates they are trained",
+    "base_head_dim": "attention_scale, which follows from it, is written",
     "norm_alpha": "what fresh norms start at",
     "norm_shift": "what fresh norms start at",
     "param_dtype": "torch_dtype says it",

@@ -42,6 +42,7 @@ from hybridnorm_jax.model.norms import Norm
 from hybridnorm_jax.model.placement import BlockPlacement, SublayerName, SublayerPlacement
 from hybridnorm_jax.model.rotation import default_positions, rotations
 from hybridnorm_jax.model.watched_streams import constrained, watch_streams
+from hybridnorm_jax.model.width_scaling import Kind, std_for_width
 
 if TYPE_CHECKING:
     from hybridnorm_jax.model.moe import MoE
@@ -272,9 +273,10 @@ class Block(nn.Module):
         """Whether the feed-forward layer is one of experts."""
         return self.config.has_experts[self.layer]
 
-    def _initializer(self, role: str, layer: int | Int[Array, ""]) -> Callable[..., Array]:
+    def _initializer(self, role: str, layer: int | Int[Array, ""], kind: Kind = "hidden") -> Callable[..., Array]:
         factor = std_factor(self.config.initializer_name, role, layer, self.config.num_layers)
-        return matrix_init(self.config.initializer_name, self.config.init_std * factor, writes=role == "output")
+        std = self.config.init_std * std_for_width(kind, self.config.width_ratio) * factor
+        return matrix_init(self.config.initializer_name, std, writes=role == "output")
 
     def _attention(self, layer: int | Int[Array, ""]) -> Attention:
         config, placement = self.config, self.placement
@@ -361,7 +363,7 @@ class Block(nn.Module):
             dispatch=config.expert_dispatch,
             dtype=jnp.dtype(config.dtype),
             param_dtype=jnp.dtype(config.param_dtype),
-            router_init=self._initializer("input", layer),
+            router_init=self._initializer("input", layer, "output"),
             input_init=self._initializer("feed_forward", layer),
             up_init=self._initializer("up", layer),
             output_init=self._initializer("output", layer),

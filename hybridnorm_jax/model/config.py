@@ -12,7 +12,7 @@ from hybridnorm_jax.config_fields import Filled, check_choice, check_fields, key
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS, EXPERT_DISPATCHES
 from hybridnorm_jax.model.config_norms import NormKeys
-from hybridnorm_jax.model.config_sizes import MOST_LAYERS, MOST_PARAMETERS
+from hybridnorm_jax.model.config_sizes import MOST_LAYERS, MOST_PARAMETERS, WIDEST
 from hybridnorm_jax.model.placement import (
     BlockPlacement,
     LearnedScale,
@@ -61,16 +61,25 @@ class ModelConfig(NormKeys):
     )
     tie_embeddings: bool = key(False, "the head is the transposed token embedding")
     head_bias: bool = key(False, "the head has a bias")
-    logit_scale: float | None = key(None, "factor of the logits; null: 1", above=0, at_most=1e6)
+    logit_scale: float | None = key(
+        None, "factor of the logits; null: 1, or base_width/d_model where both are tied", above=0, at_most=1e6
+    )
     logit_cap: float | None = key(None, "logits z become cap * tanh(z / cap); null: no cap", above=0, at_most=1e6)
     dropout: float = key(0.0, "drop probability after the embedding and after every branch", at_least=0, below=1)
     initializer: str = key("auto", f"auto (as the scheme says) | {' | '.join(INITIALIZERS)}")
     init_std: Filled[float] = key(
         None,
         "standard deviation of the initializer; null: 0.02 with simple_gpt, whose embedding and head have their own, "
-        "and 1/sqrt(2.5 d_model) with the others",
+        "and 1/sqrt(2.5 d_model) with the others; with base_width it is that of a model of this width",
         at_least=1e-30,
         at_most=1000,
+    )
+    base_width: int | None = key(
+        None,
+        "muP: the width at which initial values and learning rates are as they are stated, and from which they follow "
+        "for d_model (docs/widths.md); null: rates do not depend on d_model",
+        at_least=1,
+        at_most=WIDEST,
     )
     dtype: str = key("float32", f"compute dtype: {' | '.join(COMPUTE_DTYPES)}")
     param_dtype: str = key("float32", f"dtype of the parameters: {' | '.join(PARAM_DTYPES)}; training needs 32 bits")
@@ -103,6 +112,7 @@ class ModelConfig(NormKeys):
         self._check_experts()
         self._check_scheme()
         self._check_ramps()
+        self._check_width()
 
     def _check_names(self) -> None:
         check_choice("model.scheme", self.scheme, SCHEMES)
@@ -121,7 +131,13 @@ class ModelConfig(NormKeys):
         """Replace null by the value it stands for, so that every reader sees plain numbers."""
         self._fill_norms()
         if self.init_std is None:
-            self._fill("init_std", STATED_STD.get(self.initializer_name, 1 / math.sqrt(2.5 * self.d_model)))
+            width = self.d_model if self.base_width is None else self.base_width
+            self._fill("init_std", STATED_STD.get(self.initializer_name, 1 / math.sqrt(2.5 * width)))
+
+        if self.logit_scale is None and self.base_width is not None and self.tie_embeddings:
+            self._fill("logit_scale", 1 / self.width_ratio)
+        if self.attention_scale is None and self.base_head_dim is not None:
+            self._fill("attention_scale", self._scale_of_grown_heads(self.base_head_dim))
 
     def _check_size(self) -> None:
         """Refuse a model for which no machine has room, before anything is made of its size."""
@@ -143,6 +159,34 @@ class ModelConfig(NormKeys):
             self._check(name, bool(growing) or getattr(self, name) is None, right)
         right = f"must be at least model.num_layers={self.num_layers}, because deeper layers grow for longer"
         self._check("ramp_steps", not growing or self.ramp_length >= self.num_layers, right)
+
+    def _check_width(self) -> None:
+        """What model.base_width and model.base_head_dim can be combined with."""
+        if self.base_head_dim is not None:
+            follows = self._scale_of_grown_heads(self.base_head_dim)
+            right = f"model.base_head_dim={self.base_head_dim} makes it {follows:g}; leave one of the two out"
+            self._check("attention_scale", self.attention_scale == follows, right)
+        if self.base_width is None:
+            return
+        if self.tie_embeddings:
+            follows = 1 / self.width_ratio
+            right = f"model.base_width={self.base_width} and a tied head make it {follows:g}; leave it out"
+            self._check("logit_scale", self.logit_scale == follows, right)
+        obstacle = self._obstacle_to_widths
+        self._check("base_width", obstacle is None, f"not with {obstacle}")
+
+    def _scale_of_grown_heads(self, base: int) -> float:
+        """sqrt(base) / head_dim, written so that it is 1 / sqrt(head_dim), bit for bit, where head_dim is the base."""
+        return math.sqrt(base / self.head_dim) / math.sqrt(self.head_dim)
+
+    @property
+    def _obstacle_to_widths(self) -> str | None:
+        """`key=value` for which the rules of width_scaling.py do not hold, and why; None: they do."""
+        if self.scheme_rule.sphere:
+            return f"model.scheme={self.scheme}, which keeps matrices at unit length and has rates of its own"
+        if self.norm_kind.has_wide_matrices:
+            return f"model.norm={self.norm}, whose norms have matrices, for which no rule is stated"
+        return None
 
     def _check_scheme(self) -> None:
         check_choice(f"initializer of model.scheme={self.scheme}", self.initializer_name, INITIALIZERS)
@@ -256,6 +300,17 @@ class ModelConfig(NormKeys):
         unset: dict[str, Any] = {"init_std": None}
         follows = self.init_std == dataclasses.replace(self, **unset).init_std
         return dataclasses.replace(self, **{"scheme": scheme, **(unset if follows else {}), **keys})
+
+    @property
+    def width_ratio(self) -> float:
+        """m of width_scaling.py: how many times as wide as model.base_width the model is; 1 without one."""
+        width = self.d_model if self.norm_width is None else self.norm_width
+        return 1.0 if self.base_width is None else width / self.base_width
+
+    @property
+    def stated_width(self) -> int:
+        """The width by which the embedding's scale and the ends of simple_gpt start."""
+        return self.whole_width if self.base_width is None else self.base_width
 
     @property
     def initializer_name(self) -> str:

@@ -23,7 +23,15 @@ class AttentionKeys(FeedForwardKeys):
 
     attention_bias: bool = key(False, "q, k, v and output projections have biases")
     attention_output_bias: bool | None = key(None, "attention's output projection has a bias; null: attention_bias")
-    attention_scale: float | None = key(None, "factor of q k^T; null: 1/sqrt(head_dim)", above=0, at_most=1e6)
+    attention_scale: float | None = key(
+        None, "factor of q k^T; null: 1/sqrt(head_dim), or as base_head_dim says", above=0, at_most=1e6
+    )
+    base_head_dim: int | None = key(
+        None,
+        "muP: q k^T is multiplied by sqrt(base_head_dim)/head_dim, for heads that grow with the width (docs/widths.md)",
+        at_least=1,
+        at_most=WIDEST,
+    )
     score_cap: float | None = key(
         None, "attention's scores s become cap * tanh(s / cap); null: no cap", above=0, at_most=1e6
     )

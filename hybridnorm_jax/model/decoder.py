@@ -24,6 +24,7 @@ from hybridnorm_jax.model.rotation import default_positions, rotations
 from hybridnorm_jax.model.side_stream import JoinedStreams, begun
 from hybridnorm_jax.model.sinusoids import sinusoids
 from hybridnorm_jax.model.watched_streams import watch_streams
+from hybridnorm_jax.model.width_scaling import std_for_width
 
 
 class Decoder(nn.Module):
@@ -44,7 +45,7 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        std_of = partial(end_std, config.initializer_name, init_std=config.init_std, width=config.whole_width)
+        std_of = partial(end_std, config.initializer_name, init_std=config.init_std, width=config.stated_width)
         embedding = partial(
             Embedding,
             width=config.whole_width,
@@ -57,7 +58,7 @@ class Decoder(nn.Module):
         if config.positions == "learned":
             self.position_embedding = embedding(rows=config.position_offset + present(config.max_positions))
         if config.learned_embedding_scale:
-            self.embedding_scale = EmbeddingScale(config.whole_width, jnp.dtype(config.param_dtype))
+            self.embedding_scale = EmbeddingScale(config.stated_width, jnp.dtype(config.param_dtype))
         if config.has_embedding_norm:
             self.embedding_norm = outer_norm(config)
         self.streams = JoinedStreams(config)
@@ -65,7 +66,7 @@ class Decoder(nn.Module):
             self.final_norm = outer_norm(config)
         self.head = Head(
             config.vocab_size,
-            std=std_of("head"),
+            std=std_of("head") * std_for_width("output", config.width_ratio),
             initializer=config.initializer_name,
             use_bias=config.head_bias,
             param_dtype=config.param_dtype,

@@ -51,15 +51,15 @@ class Embedding(nn.Module):
 class EmbeddingScale(nn.Module):
     """scale * x, one learned number for the whole embedding, as the models of DyT (2503.10622) have it.
 
-    Parameters: `scale` (1,), which starts at sqrt(width). The product is formed in float32 at least.
+    Parameters: `scale` (1,), which starts at sqrt(start_width). The product is formed in float32 at least.
     """
 
-    width: int
+    start_width: int
     param_dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
-        init = nn.initializers.constant(math.sqrt(self.width))
+        init = nn.initializers.constant(math.sqrt(self.start_width))
         scale = self.param("scale", init, (1,), self.param_dtype)
         wide = widened(x)
         return (scale.astype(wide.dtype) * wide).astype(x.dtype)

@@ -23,6 +23,7 @@ DECODER_ONLY = (
     "logit_cap",
     "position_offset",
     "learned_embedding_scale",
+    "base_width",
 )
 
 

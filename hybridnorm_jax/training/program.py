@@ -147,6 +147,7 @@ class Program:
             make_optimizer,
             config.optimizer,
             unit_matrices=config.model.scheme_rule.sphere,
+            width_ratio=config.model.width_ratio,
             places=Places(self.mesh, self.rules),
         )
         optimizer = self._optimizer_of(self.numbers)

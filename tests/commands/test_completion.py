@@ -193,7 +193,7 @@ def test_fish_completes(folder):
     _needs("fish")
     lines = {
         "hybridnorm tr": ["train"],
-        "hybridnorm lab ": ["claims", "compare", "report", "signal"],
+        "hybridnorm lab ": ["claims", "compare", "report", "signal", "widths"],
         "hybridnorm train model.scheme=hybrid_st": ["model.scheme=hybrid_star"],
         "hybridnorm lab compare 'schemes=[pre,spa": ["schemes=[pre,span"],
         "hybridnorm eval runs/": ["runs/one", "runs/two=3"],

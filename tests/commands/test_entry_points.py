@@ -19,6 +19,7 @@ from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.key_lookup import FIELDS
 from hybridnorm_jax.lab.compare_options import CompareOptions
 from hybridnorm_jax.lab.signal_at_start import SignalOptions
+from hybridnorm_jax.lab.width_check import WidthOptions
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = [
@@ -129,7 +130,7 @@ def test_help_and_version_of_the_program(capsys):
 
 
 HELPS = [[name] for name in COMMANDS]
-HELPS += [["lab", name] for name in ("signal", "compare", "plan", "claims", "report")]
+HELPS += [["lab", name] for name in ("signal", "widths", "compare", "plan", "claims", "report")]
 HELPS += [["runs", "compare"], []]
 
 
@@ -156,13 +157,14 @@ def test_every_help_has_at_most_80_columns_and_begins_with_the_usage(command, ca
         ),
         (
             "train schemes=[pre]",
-            "schemes=[pre]: a key of `hybridnorm lab signal`, `hybridnorm lab compare` and `hybridnorm lab plan`, "
-            "not of `hybridnorm train`; "
+            "schemes=[pre]: a key of `hybridnorm lab signal`, `hybridnorm lab widths`, `hybridnorm lab compare` and "
+            "`hybridnorm lab plan`, not of `hybridnorm train`; "
             "it takes model.scheme=...",
         ),
         (
             "train out=x",
-            "out=x: a key of `hybridnorm lab signal` and `hybridnorm lab claims`, not of `hybridnorm train`",
+            "out=x: a key of `hybridnorm lab signal`, `hybridnorm lab widths` and `hybridnorm lab claims`, not of "
+            "`hybridnorm train`",
         ),
         (
             "train --json",
@@ -187,7 +189,7 @@ def test_every_help_has_at_most_80_columns_and_begins_with_the_usage(command, ca
         ("plan FOLDER/mine.yaml", "mine.yaml: has no line such as `# Topology: v5p:4x4x4`; give --topology"),
         (
             "plan 151m schemes=[pre]",
-            "schemes=[pre]: a key of `hybridnorm lab signal`, `hybridnorm lab compare` and `hybridnorm lab plan`",
+            "schemes=[pre]: a key of `hybridnorm lab signal`, `hybridnorm lab widths`, `hybridnorm lab compare` and",
         ),
         ("convert A", "hybridnorm convert: the following arguments are required: OUT_DIR, --form; --help says more"),
         ("convert A B --form pre", "hybridnorm convert: argument --form: invalid choice: 'pre'"),
@@ -231,7 +233,11 @@ def test_what_was_not_meant_ends_in_one_line(words, message, tmp_path, capsys, m
 
 
 def test_the_labs_own_keys_are_those_of_its_options():
-    for command, options in (("lab signal", SignalOptions), ("lab compare", CompareOptions)):
+    for command, options in (
+        ("lab signal", SignalOptions),
+        ("lab widths", WidthOptions),
+        ("lab compare", CompareOptions),
+    ):
         assert SYNTAX[command].keys == tuple(field.name for field in dataclasses.fields(options))
     assert {key for syntax in SYNTAX.values() for key in syntax.keys} >= set(OF_ONE_RUN)
     assert set(OF_ONE_RUN.values()) <= set(FIELDS)

@@ -16,9 +16,12 @@ from hybridnorm_jax.config_fields import Range
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.lab.compare_options import CompareOptions
 from hybridnorm_jax.lab.signal_at_start import SignalOptions
+from hybridnorm_jax.lab.width_check import WidthOptions
 from hybridnorm_jax.model.config import ModelConfig
 
-OPTIONS = {field.name: field for kind in (CompareOptions, SignalOptions) for field in dataclasses.fields(kind)}
+OPTIONS = {
+    field.name: field for kind in (CompareOptions, SignalOptions, WidthOptions) for field in dataclasses.fields(kind)
+}
 
 
 def is_number(field):

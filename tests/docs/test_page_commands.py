@@ -29,6 +29,7 @@ WORK = {
     "tokenizer train": "commands.tokenizer._train",
     "data inspect": "commands.data._inspect",
     "lab signal": "lab.signal_at_start.random_batch",
+    "lab widths": "lab.width_check.measure",
     "lab compare": "lab.compare.compare",
     "lab plan": "lab.expected_time.expected",
     "lab report": "lab.report.write_report",

@@ -15,6 +15,7 @@ from hybridnorm_jax.training.optimizers.muon import muon_or
 from hybridnorm_jax.training.optimizers.rates import rated, schedule_of
 from hybridnorm_jax.training.optimizers.schedule_free import schedule_free
 from hybridnorm_jax.training.optimizers.schedules import StepNumbers
+from hybridnorm_jax.training.optimizers.widths import by_width
 from hybridnorm_jax.training.unit_matrices import keep_unit_matrices
 
 
@@ -56,12 +57,18 @@ DIRECTIONS: dict[str, Callable[[OptimizerSection, Places], optax.GradientTransfo
 
 
 def make_optimizer(
-    config: OptimizerSection, numbers: StepNumbers, *, unit_matrices: bool = False, places: Places | None = None
+    config: OptimizerSection,
+    numbers: StepNumbers,
+    *,
+    unit_matrices: bool = False,
+    width_ratio: float = 1.0,
+    places: Places | None = None,
 ) -> optax.GradientTransformation:
     """Clipping by global norm, a direction d, decoupled weight decay and the rate: p <- p - rate (d + weight_decay p).
 
     Args:
       numbers: of the run, which may be traced: rate and decay are theirs, everything else is the configuration's.
+      width_ratio: rates follow the width, see widths.by_width.
       unit_matrices: nothing decays, and after each update matrices are normalized as nGPT's are (unit_matrices.py).
       places: of the parameters; None: all on one device.
     """
@@ -69,6 +76,7 @@ def make_optimizer(
     direction = DIRECTIONS[config.name](config, places or Places())
     if config.moment_dtype == "bfloat16":
         direction = in_bfloat16(direction, numbers)
+    direction = by_width(direction, width_ratio)
     decay, rate = decayed(config, numbers), rated(config, numbers)
     if unit_matrices:
         return optax.chain(*clip, direction, rate, keep_unit_matrices())
