@@ -108,7 +108,10 @@ class DataSection:
         check_choice("data.records", self.records, RECORDS)
         only = self.records == "text" or self.source == "text" or bool(self.mixture)
         check(only, "data.records", self.records, "only for data.source=text")
-        only = self.chat_template == CHATML or self.records == "messages"
+        only = self.chat_template == CHATML or "messages" in (
+            self.records,
+            *(one.records for one in self.mixture.values()),
+        )
         check(only, "data.chat_template", self.chat_template, "only for data.records=messages")
         for name in self.validation:
             check(bool(name.strip()), "data.validation", self.validation, "a validation set needs a name")
@@ -133,6 +136,12 @@ class DataSection:
         check(self.source == "stdlib", "data.source", self.source, right)
         check_mixture(self.mixture, self.stages, sources=SOURCES)
         for name, one in self.mixture.items():
+            if one.records is not None:
+                where = f"data.mixture.{name}.records"
+                check_choice(where, one.records, RECORDS)
+                check(one.records == "text" or one.kind == "text", where, one.records, "only for a source of text")
+                right = "not with data.fim_rate: only a part of such records is learned"
+                check(one.records == "text" or not self.fim_rate, where, one.records, right)
             if one.token_dtype is not None:
                 check_choice(f"data.mixture.{name}.token_dtype", one.token_dtype, TOKEN_DTYPES)
             both = self.validation_fraction > 0 and name in self.validation
@@ -154,6 +163,7 @@ class DataSection:
 
     def _source(self, one: SourceSection) -> "DataSection":
         kind = present(one.kind)
+        records = (one.records or self.records) if kind == "text" else "text"
         return dataclasses.replace(
             self,
             source=kind,
@@ -161,8 +171,8 @@ class DataSection:
             text_field=self.text_field if one.text_field is None else one.text_field,
             token_dtype=self.token_dtype if one.token_dtype is None else one.token_dtype,
             filter=self.filter if kind == "text" else (),
-            records=self.records if kind == "text" else "text",
-            chat_template=self.chat_template if kind == "text" else CHATML,
+            records=records,
+            chat_template=self.chat_template if records == "messages" else CHATML,
             separator_id=self.separator_id if kind == "tokens" else None,
             mixture={},
             stages=(),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hybridnorm_jax.config.data_section import DataSection
+from hybridnorm_jax.config.mixture_section import SourceSection
 from hybridnorm_jax.data import DataError, open_data
 from hybridnorm_jax.data.sources import section_corpus
 from hybridnorm_jax.data.token_shards import SplitState, SplitWriter
@@ -136,3 +137,25 @@ def test_a_text_file_has_no_prompts(section, tmp_path):
 def test_a_record_that_is_wrong_is_named(section):
     with pytest.raises(DataError, match=r"records\.jsonl:2: has no field 'completion'; it has: prompt"):
         opened(section([RECORDS[0], {"prompt": "x"}]))
+
+
+def test_a_mixture_has_records_beside_text(tmp_path):
+    (tmp_path / "talks.jsonl").write_text("\n".join(map(json.dumps, TALKS)))
+    (tmp_path / "plain.jsonl").write_text("\n".join(json.dumps({"text": f"Text {number}."}) for number in range(50)))
+    mixture = {
+        "talks": SourceSection(files=(str(tmp_path / "talks.jsonl"),), records="messages"),
+        "plain": SourceSection(files=(str(tmp_path / "plain.jsonl"),)),
+    }
+    keys = {"cache_dir": str(tmp_path / "cache"), "packing": "documents"}
+    data = opened(DataSection(mixture=mixture, **keys), seq_len=256)
+    shares = {
+        name: np.mean([row["weights"][row["segment_ids"] > 0].mean() for row in source.train])
+        for name, source in data.sources.items()
+    }
+    assert shares["plain"] == 1
+    assert 0 < shares["talks"] < 0.6
+    with pytest.raises(ConfigError, match=r"^data\.mixture\.talks\.records=messages: not with data\.fim_rate"):
+        DataSection(mixture=mixture, fim_rate=0.5, fim_tokens=("257", "258", "259"), **keys)
+    of_tokens = {"a": SourceSection(files=("t.npy",), records="prompt")}
+    with pytest.raises(ConfigError, match=r"^data\.mixture\.a\.records=prompt: only for a source of text"):
+        DataSection(mixture=of_tokens)
