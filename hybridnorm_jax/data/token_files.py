@@ -38,7 +38,12 @@ class _Descriptor:
     def __init__(self, path: str):
         self.number = -1  # for __del__, if os.open raises
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.size = os.fstat(self.number).st_size
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """The file's size now, and the time of its last change in nanoseconds."""
+        found = os.fstat(self.number)
+        return found.st_size, found.st_mtime_ns
 
     def __del__(self):
         if self.number >= 0:
@@ -53,14 +58,13 @@ class TokenFile:
       local_path: of the file, or of its copy on this machine.
 
     Raises:
-      DataError: on reading, if the file has another size than when it was opened before, ends too early, or cannot be
-        read.
+      DataError: on reading, if the file was changed since it was read first, ends too early, or cannot be read.
     """
 
     def __init__(self, path: Place, layout: Layout, files: OpenFiles):
         self._path = str(path)
         self.local_path = readable(path)
-        self._size: int | None = None
+        self._state: tuple[int, int] | None = None
         self._layout = layout
         self._files = files
         self.dtype = layout.dtype
@@ -76,7 +80,7 @@ class TokenFile:
         wanted = max(stop - start, 0) * dtype.itemsize
         try:
             file = self._files.open(self.local_path)
-            self._check_size(file.size)
+            self._check_unchanged(file)
             content = _read(file, wanted, offset + start * dtype.itemsize)
         except OSError as error:
             raise DataError(f"{self._path}: cannot be read ({error.strerror or error})") from error
@@ -84,10 +88,15 @@ class TokenFile:
             raise DataError(f"{self._path}: became shorter while it was in use; {UNCHANGED}")
         return np.frombuffer(content, dtype)
 
-    def _check_size(self, size: int) -> None:
-        if self._size not in (None, size):
-            raise DataError(f"{self._path}: has {size:,} bytes now, but had {self._size:,}; {UNCHANGED}")
-        self._size = size
+    def _check_unchanged(self, file: _Descriptor) -> None:
+        size, changed = state = file.state
+        if self._state is None:
+            self._state = state
+        before, changed_before = self._state
+        if size != before:
+            raise DataError(f"{self._path}: has {size:,} bytes now, but had {before:,}; {UNCHANGED}")
+        if changed != changed_before:
+            raise DataError(f"{self._path}: was changed while it was in use; {UNCHANGED}")
 
 
 def _read(file: _Descriptor, count: int, offset: int) -> bytes:

@@ -247,6 +247,29 @@ def test_a_file_of_another_size_than_before_is_an_error(tmp_path):
         tokens[3:5]
 
 
+@pytest.mark.parametrize("is_open", [True, False])
+@pytest.mark.parametrize("how", ["written again", "replaced", "removed"])
+def test_a_file_that_changes_or_vanishes_in_the_middle_of_a_run(tmp_path, how, is_open):
+    """What was opened before it was replaced or removed is still the same file; nothing else may be read for it."""
+    path = write(tmp_path, "a.bin", np.arange(500, dtype=np.uint16).tobytes())
+    os.utime(path, ns=(1, 10**18))
+    files = OpenFiles()
+    tokens = open_token_file(path, "uint16", files)
+    np.testing.assert_array_equal(tokens[3:5], [3, 4])
+    if how != "written again":
+        path.unlink()
+    if how != "removed":
+        path.write_bytes(np.arange(500, dtype=np.uint16)[::-1].tobytes())
+    if not is_open:
+        files.open.cache_clear()  # as if many other files had been read since
+    if is_open and how != "written again":
+        np.testing.assert_array_equal(tokens[3:5], [3, 4])
+        return
+    words = "cannot be read \\(No such file" if how == "removed" else "was changed while it was in use; start again"
+    with pytest.raises(DataError, match=rf"a\.bin: {words}"):
+        tokens[3:5]
+
+
 def test_a_file_that_becomes_shorter_is_an_error(tmp_path):
     array = open_token_file(write(tmp_path, "a.bin", bytes(80)), "uint16")
     write(tmp_path, "a.bin", bytes(8))
