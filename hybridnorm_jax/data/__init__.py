@@ -5,12 +5,30 @@ whole documents), and the Grain pipeline that shuffles these into batches, in Nu
 is in mesh; what a step does with one is in training and evaluation.
 """
 
-from hybridnorm_jax.data.dataset import Data, open_data
-from hybridnorm_jax.data.pipeline import train_iterator, validation_batches
-from hybridnorm_jax.data.rows import Rows
-from hybridnorm_jax.data.tokenizers import Tokenizer, load_tokenizer
-from hybridnorm_jax.data.windows import Windows
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
 from hybridnorm_jax.errors import DataError
+
+if TYPE_CHECKING:
+    from hybridnorm_jax.data.dataset import Data, open_data
+    from hybridnorm_jax.data.pipeline import train_iterator, validation_batches
+    from hybridnorm_jax.data.rows import Rows
+    from hybridnorm_jax.data.tokenizers import Tokenizer, load_tokenizer
+    from hybridnorm_jax.data.windows import Windows
+
+# Imported on first use: the pipeline brings Grain and with it JAX, which processes that only tokenize do not need.
+__getattr__, __dir__, _ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "dataset": ["Data", "open_data"],
+        "pipeline": ["train_iterator", "validation_batches"],
+        "rows": ["Rows"],
+        "tokenizers": ["Tokenizer", "load_tokenizer"],
+        "windows": ["Windows"],
+    },
+)
 
 __all__ = [
     "Data",

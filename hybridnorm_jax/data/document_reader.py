@@ -117,7 +117,9 @@ class Reader:
         split_before, drops = "", False
         skipped = self.place.blocks
         documents = itertools.islice(self._corpus.documents(file, whole=self._whole), skipped, None)
-        for document, is_continued in _with_next(documents):
+        # Only whole texts are compared, of which the first block alone does not know whether it is one.
+        pairs = _with_next(documents) if self._is_new is not None else ((one, False) for one in documents)
+        for document, is_continued in pairs:
             before, digest = self.place, None
             if self._is_new is not None and not document.continues:
                 digest = self._digest(file, document, is_continued)

@@ -70,8 +70,9 @@ def _promised(name: str) -> str:
 
 def _json_rows(path: Place, text_field: str) -> Iterator[RecordRow]:
     for record in records(str(path), checked_chunks(path)):
-        content = decoded(record.json, path, record.offset)
-        yield RecordRow(record_fields(content, record.place, text_field), record.place)
+        # No name is given to the decoded record: it may be long, and is not needed while the row is.
+        fields = record_fields(decoded(record.json, path, record.offset), record.place, text_field)
+        yield RecordRow(fields, record.place)
 
 
 def _example_rows(path: Place, kind: str) -> Iterator[RecordRow]:

@@ -75,8 +75,9 @@ def lines(path: str, chunks: Iterable[bytes], most: int = MOST_RECORD_BYTES) -> 
                 right = "one record has at most that many; is there one record a line?"
                 raise DataError(f"{path}: a line of more than {most >> 20} MiB; {right}")
             if line.endswith(b"\n"):
-                yield b"".join(parts)
-                parts, length = [], 0
+                # The parts of a long line are not kept beside it.
+                whole, parts, length = b"".join(parts), [], 0
+                yield whole
     if parts:
         yield b"".join(parts)
 

@@ -141,8 +141,10 @@ class Corpus:
             if not continues and (not text or text.isspace()):
                 continue
             continues, found = continues and found, True
-            identity = data if file.identity is None else file.identity.encode()
-            yield Document(text, len(data), hashlib.sha256(identity).digest(), continues)
+            digest = hashlib.sha256(data if file.identity is None else file.identity.encode()).digest()
+            document = Document(text, len(data), digest, continues)
+            del text, data  # a document may be long, and whoever reads it need not have it several times
+            yield document
         # The standard library has empty __init__.py files; anybody else's empty file is a mistake.
         if not found and file.identity is None:
             raise DataError(f"{file.path}: holds no text; remove it from data.files or data.validation")

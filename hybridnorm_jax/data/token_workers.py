@@ -79,8 +79,7 @@ class _Texts:
             self._long = self._tokenizer.long_text()
         pieces = []
         for text in parts:
-            for start in range(0, len(text), LONG_CHARACTERS):
-                pieces += self._long.feed(text[start : start + LONG_CHARACTERS])
+            pieces += self._long.feed(text)
         return Ids([ids.astype(self._dtype) for ids in pieces], _count_words(parts))
 
     def finish(self) -> Ids:

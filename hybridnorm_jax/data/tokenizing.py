@@ -139,6 +139,7 @@ class _Pending(NamedTuple):
       ends: whether they are whole with this.
       after: the place behind them, if reading can begin again there.
       digests: of those of them that duplicates are compared with.
+      cut_words: words that the part begins inside, so that they were counted with the part before.
     """
 
     future: concurrent.futures.Future
@@ -146,6 +147,7 @@ class _Pending(NamedTuple):
     ends: bool
     after: Place | None
     digests: list[bytes]
+    cut_words: int = 0
 
     @property
     def size(self) -> int:
@@ -259,9 +261,16 @@ class _Pass:
         if text.long is None:
             self._flush()
             text.long = self._workers.long_text()
-        parts, size, digests = text.take()
-        future = text.long.feed(parts, size)
-        self._push(_Pending(future, [(text.split, size)], ends=False, after=None, digests=digests))
+        parts, _, digests = text.take()
+        for part in parts:
+            # A document may be long: never is all of it on its way, nor are its words in memory.
+            for start in range(0, len(part), LONG_CHARACTERS):
+                piece = part[start : start + LONG_CHARACTERS]
+                is_cut = start > 0 and not part[start - 1].isspace() and not piece[0].isspace()
+                texts = [(text.split, len(piece.encode()))]
+                future = text.long.feed([piece], texts[0][1])
+                self._push(_Pending(future, texts, ends=False, after=None, digests=digests, cut_words=int(is_cut)))
+                digests = []
 
     def _end(self, text: _Text | None, after: Place) -> None:
         """No part of a text follows."""
@@ -306,7 +315,7 @@ class _Pass:
             if pending.ends:
                 writer.end(self._separator, None if ids.targets is None else np.array([ids.ends_with_target]))
             writer.state.bytes += size
-            writer.state.words += ids.words
+            writer.state.words += ids.words - pending.cut_words
         self._digests += pending.digests
         states = [writer.state for writer in self._writers.values()]
         tokens, num_bytes = sum(state.tokens for state in states), sum(state.bytes for state in states)

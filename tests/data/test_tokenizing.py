@@ -94,7 +94,9 @@ def test_the_files_do_not_depend_on_who_tokenizes(corpus, tokenizer, tmp_path, m
         assert contents(tmp_path / str(number)) == expected
 
 
-def test_every_document_is_there_once_and_decodes_to_its_text(corpus, tmp_path):
+@pytest.mark.parametrize("long", [37, 1 << 18])
+def test_every_document_is_there_once_and_decodes_to_its_text(corpus, tmp_path, monkeypatch, long):
+    monkeypatch.setattr(tokenizing, "LONG_CHARACTERS", long)
     job = Job(corpus, ByteTokenizer(), 0.0, shard_tokens=SHARD)
     manifest = write(tmp_path / "out", job, ThisProcess(ByteTokenizer()))
     texts = [document.text for file in corpus.files for document in corpus.documents(file)]
