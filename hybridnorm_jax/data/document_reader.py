@@ -118,7 +118,7 @@ class Reader:
         skipped = self.place.blocks
         documents = itertools.islice(self._corpus.documents(file, whole=self._whole), skipped, None)
         # Only whole texts are compared, of which the first block alone does not know whether it is one.
-        pairs = _with_next(documents) if self._is_new is not None else ((one, False) for one in documents)
+        pairs = _with_next(documents) if self._is_new is not None else map(_alone, documents)
         for document, is_continued in pairs:
             before, digest = self.place, None
             if self._is_new is not None and not document.continues:
@@ -133,7 +133,10 @@ class Reader:
             split = SPLITS[is_held_out]
             begins = not (document.continues and split == split_before)
             split_before = split
-            yield Block(split, document.text, document.num_bytes, begins, before, digest, document.parts)
+            block = Block(split, document.text, document.num_bytes, begins, before, digest, document.parts)
+            del document  # a long one is not kept beside the next one
+            yield block
+            del block
 
     def _digest(self, file: TextFile, document: Document, is_continued: bool) -> bytes:
         """The SHA-256 of a whole text; of one that comes in blocks, these are read once more."""
@@ -160,6 +163,11 @@ def _after(before: Place, document: Document, is_held_out: bool) -> Place:
         least=min(before.least, digest),
         most=max(before.most, digest),
     )
+
+
+def _alone(document: Document) -> tuple[Document, bool]:
+    """As _with_next, where nobody asks whether the next one continues it."""
+    return document, False
 
 
 def _with_next(documents: Iterable[Document]) -> Iterator[tuple[Document, bool]]:

@@ -70,9 +70,12 @@ def _promised(name: str) -> str:
 
 def _json_rows(path: Place, text_field: str) -> Iterator[RecordRow]:
     for record in records(str(path), checked_chunks(path)):
-        # No name is given to the decoded record: it may be long, and is not needed while the row is.
+        # A long record is there once: not decoded beside its fields, and not beside the next one.
         fields = record_fields(decoded(record.json, path, record.offset), record.place, text_field)
-        yield RecordRow(fields, record.place)
+        row = RecordRow(fields, record.place)
+        del record, fields
+        yield row
+        del row
 
 
 def _example_rows(path: Place, kind: str) -> Iterator[RecordRow]:

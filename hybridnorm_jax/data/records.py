@@ -53,10 +53,12 @@ def _chained(start: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
 def _of_lines(path: str, chunks: Iterable[bytes], offset: int) -> Iterator[Record]:
     for number, line in enumerate(lines(path, chunks), start=1):
         # A file that was appended to another one may have brought its byte order mark.
-        record = line.removeprefix(BOM)
+        record, length = line.removeprefix(BOM), len(line)
+        del line  # a long one is not kept beside the next one
         if record and not record.isspace():
-            yield Record(record, f"{path}:{number}", offset + len(line) - len(record))
-        offset += len(line)
+            yield Record(record, f"{path}:{number}", offset + length - len(record))
+        offset += length
+        del record
 
 
 def lines(path: str, chunks: Iterable[bytes], most: int = MOST_RECORD_BYTES) -> Iterator[bytes]:
@@ -75,9 +77,10 @@ def lines(path: str, chunks: Iterable[bytes], most: int = MOST_RECORD_BYTES) -> 
                 right = "one record has at most that many; is there one record a line?"
                 raise DataError(f"{path}: a line of more than {most >> 20} MiB; {right}")
             if line.endswith(b"\n"):
-                # The parts of a long line are not kept beside it.
+                # Neither the parts of a long line are kept beside it, nor is it beside the next one.
                 whole, parts, length = b"".join(parts), [], 0
                 yield whole
+                del whole
     if parts:
         yield b"".join(parts)
 

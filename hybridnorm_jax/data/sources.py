@@ -143,8 +143,9 @@ class Corpus:
             continues, found = continues and found, True
             digest = hashlib.sha256(data if file.identity is None else file.identity.encode()).digest()
             document = Document(text, len(data), digest, continues)
-            del text, data  # a document may be long, and whoever reads it need not have it several times
+            del text, data  # a document may be long: it is there once, and not beside the next one
             yield document
+            del document
         # The standard library has empty __init__.py files; anybody else's empty file is a mistake.
         if not found and file.identity is None:
             raise DataError(f"{file.path}: holds no text; remove it from data.files or data.validation")
@@ -178,8 +179,10 @@ class Corpus:
         if rows is not None:
             for row in rows:
                 if all(condition.holds(row.fields, row.place) for condition in self.conditions):
-                    text = record_text(row, self.text_field)
-                    yield text, _encode(text, row.place), False
+                    text, place = record_text(row, self.text_field), row.place
+                    del row
+                    yield text, _encode(text, place), False
+                    del text
                 else:
                     yield None, b"", False
         elif self.conditions:

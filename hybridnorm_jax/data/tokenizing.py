@@ -233,6 +233,7 @@ class _Pass:
                 text.add(block)
                 if not text.record and (text.long is not None or text.characters > LONG_CHARACTERS):
                     self._feed(text)
+                del block  # a long document is not kept beside the next one
             self._end(text, self._reader.place)
             self._flush()
             while self._pending:
