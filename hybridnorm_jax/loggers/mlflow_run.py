@@ -1,8 +1,10 @@
 """A run in MLflow: in a tracking server, a database or a folder."""
 
+import contextlib
 import logging
 import os
 import re
+import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -11,7 +13,7 @@ from hybridnorm_jax.loggers.logger import FAILED, FINISHED, STOPPED, LoggedRun, 
 from hybridnorm_jax.whole_files import expanded, is_local, write_whole
 
 ID_FILE = "mlflow_id"
-DATABASE = "mlflow.db"
+DATABASE, SQLITE = "mlflow.db", "sqlite:///"
 STATUSES = {FINISHED: "FINISHED", STOPPED: "KILLED", FAILED: "FAILED"}
 # What a request may hold, and the longest value of a parameter and the longest name of a metric (MLflow's limits).
 MOST_METRICS, MOST_PARAMETERS, LONGEST_PARAMETER, LONGEST_NAME = 1000, 100, 6000, 250
@@ -37,6 +39,8 @@ class MlflowRun(Logger):
 
         for name in ("mlflow", "alembic"):  # they would write dozens of lines between ours
             logging.getLogger(name).setLevel(logging.WARNING)
+        if uri.startswith(SQLITE):
+            _make_database(uri.removeprefix(SQLITE).partition("?")[0])
         self._client = MlflowClient(tracking_uri=uri)
         id_file = run.directory / ID_FILE
         if run.resume_step is not None and id_file.exists():
@@ -105,7 +109,26 @@ def tracking_uri(run: LoggedRun) -> str:
         return expanded(uri)
     if not is_local(run.directory):
         raise ValueError("run.mlflow_uri must be set for a run in a bucket")
-    return f"sqlite:///{os.path.abspath(run.directory.parent / DATABASE)}"
+    return f"{SQLITE}{os.path.abspath(run.directory.parent / DATABASE)}"
+
+
+def _make_database(file: str) -> None:
+    """Make a database with MLflow's tables, whole or not at all.
+
+    MLflow makes them one after another for seconds, and cannot use what a process leaves that is killed meanwhile.
+    """
+    if os.path.exists(file):
+        return
+    from mlflow.tracking import MlflowClient
+
+    partial = f"{file}.{secrets.token_hex(4)}.partial"
+    try:
+        MlflowClient(tracking_uri=f"{SQLITE}{partial}")
+        with contextlib.suppress(FileExistsError):  # another run was faster
+            os.link(partial, file)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
 
 
 def metric_name(name: str) -> str:

@@ -15,6 +15,7 @@ from processes import free_port
 
 from hybridnorm_jax.config.run_config import RunConfig, RunSection
 from hybridnorm_jax.errors import REQUEUE, RunStopped
+from hybridnorm_jax.loggers import mlflow_run
 from hybridnorm_jax.loggers.logger_kinds import run_loggers
 from hybridnorm_jax.loggers.mlflow_run import metric_name
 from hybridnorm_jax.training.metrics_writer import MetricsWriter
@@ -105,6 +106,26 @@ def test_a_run_is_shown_by_a_server_and_goes_on_when_it_goes_away(server, tmp_pa
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("MLflow: ")
     assert line.endswith("the run goes on without it, metrics.jsonl has every number")
+
+
+def test_a_database_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
+    """MLflow cannot use the tables that a process leaves which is killed while it makes them."""
+    file, made = tmp_path / "mlflow.db", []
+
+    def client(tracking_uri):
+        made.append(tracking_uri)
+        assert not file.exists()
+        Path(tracking_uri.removeprefix("sqlite:///")).write_text("tables")
+        if len(made) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlflow.tracking.MlflowClient", client)
+    with pytest.raises(KeyboardInterrupt):
+        mlflow_run._make_database(str(file))
+    assert list(tmp_path.iterdir()) == []
+    mlflow_run._make_database(str(file))
+    mlflow_run._make_database(str(file))
+    assert (len(made), list(tmp_path.iterdir())) == (2, [file])
 
 
 @pytest.mark.parametrize(
