@@ -1,6 +1,7 @@
 """`hybridnorm data inspect`: show the data of a run as the model sees them."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from hybridnorm_jax.commands.program import ArgumentParser, wants_help
 from hybridnorm_jax.commands.syntax import check_syntax
@@ -8,6 +9,9 @@ from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import UserError, did_you_mean
 from hybridnorm_jax.streams import sturdy_streams
+
+if TYPE_CHECKING:
+    from hybridnorm_jax.data import Rows
 
 USAGE = """usage: hybridnorm data inspect [CONFIG ...] [FILE ...] [key=value ...]
 
@@ -57,39 +61,46 @@ def _parser() -> ArgumentParser:
 def _inspect(config: RunConfig, *, rows: int, seconds: float) -> None:
     # Only now: together they take seconds to import.
     from hybridnorm_jax.data import open_data, train_iterator
-    from hybridnorm_jax.data.inspection import describe, first_rows, measure_rate, shares
-    from hybridnorm_jax.data.mixture import order_of
+    from hybridnorm_jax.data.inspection import describe, first_rows, measure_rate
+    from hybridnorm_jax.data.mixture import mixture_of, order_of
+    from hybridnorm_jax.training.start_report import mixture_table
 
     train = config.train
     data = open_data(config.data, seq_len=train.seq_len, vocab_size=config.model.vocab_size)
-    print(data.description)
-    trained = {f"train {name}".rstrip(): source.train for name, source in data.sources.items()}
-    held_out = {
-        f"validation {name}" if name in data.sources else name: found for name, found in data.validation.items()
-    }
-    for name, found in {**trained, **held_out}.items():
-        share = shares(found)
-        documents = "" if share.documents is None else f", {share.documents:.2f} documents a row"
-        text = "" if found.bytes_per_token is None else f", {found.bytes_per_token:.3f} bytes of text a token"
-        print(
-            f"{name}: {len(found):,} rows of {train.seq_len:,}, padding {share.padding:.3%}, without loss "
-            f"{share.without_loss:.3%}{documents}{text}"
-        )
+    for name, source in data.sources.items():
+        print(f"{name}: {source.description}" if name else source.description)
+    trained_on = {f"train {name}".strip(): source.train for name, source in data.sources.items()}
+    for name, found in {**trained_on, **data.validation}.items():
+        print(_summary(name, found, train.seq_len))
+    mixture = mixture_of(config, data)
+    if mixture is not None:
+        print(f"\n{mixture_table(config, data, mixture)}")
     order = order_of(config, data)
 
     def batches():
-        return train_iterator(
-            order,
-            batch_size=train.batch_size,
-            accumulation=train.grad_accumulation,
-            read_threads=config.data.read_threads,
-        )
+        threads = config.data.read_threads
+        size, accumulation = train.batch_size, train.grad_accumulation
+        return train_iterator(order, batch_size=size, accumulation=accumulation, read_threads=threads)
 
     if rows:
         print(f"\nThe first rows of step 1, train.data_seed={train.order_seed}:")
-    for number, row in enumerate(first_rows(next(batches()), rows)):
-        print(f"row {number}:", *describe(row, data.tokenizer), sep="\n")
+        names = {id(source.train): name for name, source in data.sources.items()}
+        places = order.places(0, train.batch_size, list(range(min(rows, train.batch_size))))
+        for number, (place, row) in enumerate(zip(places, first_rows(next(batches()), rows), strict=True)):
+            name = names[id(place.rows)]
+            print(f"row {number}{f' of {name}' if name else ''}:", *describe(row, data.tokenizer), sep="\n")
     if seconds:
         rate = measure_rate(batches(), seconds)
         threads = f"data.read_threads={config.data.read_threads}"
         print(f"\nreads {rate.per_second:,.0f} tokens/s with {threads}, {rate.per_core:,.0f} tokens/s for each core")
+
+
+def _summary(name: str, rows: "Rows", seq_len: int) -> str:
+    """One line about a set of rows."""
+    from hybridnorm_jax.data.inspection import shares
+
+    share = shares(rows)
+    documents = "" if share.documents is None else f", {share.documents:.2f} documents a row"
+    text = "" if rows.bytes_per_token is None else f", {rows.bytes_per_token:.3f} bytes of text a token"
+    counts = f"padding {share.padding:.3%}, without loss {share.without_loss:.3%}"
+    return f"{name}: {len(rows):,} rows of {seq_len:,}, {counts}{documents}{text}"

@@ -215,8 +215,9 @@ class Processes:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # What waits is dropped. What is being tokenized ends first: without waiting, Python's own end may complain.
         for process in self._processes:
-            process.executor.shutdown(wait=False, cancel_futures=True)
+            process.executor.shutdown(wait=True, cancel_futures=True)
 
     def batch(self, texts: Sequence[Sequence[str]], size: int) -> concurrent.futures.Future[list[Ids]]:
         """As Workers."""

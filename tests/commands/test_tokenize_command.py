@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -74,6 +75,17 @@ def test_a_directory_is_named_like_a_file(folder, capsys):
         capsys, "data", "inspect", "out", "train.seq_len=64", "--seconds", "0", "model.vocab_size=257"
     )
     assert (status, "tokenizer bytes" in out) == (0, True)
+
+
+def test_inspect_says_the_shares_of_a_mixture_and_whose_a_row_is(folder, capsys):
+    assert ended(capsys, "tokenize", "a.jsonl", "--tokenizer", "bytes", "--out", "out", "data.text_field=body")[0] == 0
+    mixture = "{made: {source: tokens, files: [out], weight: 3}, own: {source: stdlib, weight: 1}}"
+    run = ["train.seq_len=64", f"data.mixture={mixture}", "train.batch_size=8"]
+    status, out, err = ended(capsys, "data", "inspect", "quickstart", *run, "--rows", "8", "--seconds", "0")
+    assert (status, err.startswith("error")) == (0, False)
+    assert re.search(r"^made +[\d,]+ +75\.\d\d%", out, re.MULTILINE)
+    rows = re.findall(r"^row \d of (\w+):$", out, re.MULTILINE)
+    assert sorted(rows) == ["made"] * 6 + ["own"] * 2
 
 
 @pytest.mark.parametrize(
