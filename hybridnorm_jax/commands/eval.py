@@ -20,6 +20,7 @@ from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import gather
 from hybridnorm_jax.data import Data, DataError, open_data
 from hybridnorm_jax.data.dataset import source_key
+from hybridnorm_jax.data.mixture import mixture_of
 from hybridnorm_jax.data.places.patterns import find_files
 from hybridnorm_jax.data.places.remote_file import Place
 from hybridnorm_jax.errors import ConfigError
@@ -67,6 +68,7 @@ def evaluate_run(path: str, overrides: Sequence[str] = (), *, progress: bool = T
         program = run.program
         data = _open_data(run.saved, run.config, run.data_state, where=run.where, progress=progress)
         params, which = run.params(), run.which()
+    mixture = mixture_of(run.config, data)
     scores = evaluate_sets(
         lambda batch: program.eval_step(params, batch),
         data.validation,
@@ -74,6 +76,7 @@ def evaluate_run(path: str, overrides: Sequence[str] = (), *, progress: bool = T
         share=program.share,
         sequences=program.eval_sequences,
         stride=program.config.eval.stride,
+        mixed=mixture.shares_of_sets if mixture else None,
         progress=progress,
     )
     limit = program.eval_sequences

@@ -110,6 +110,8 @@ def _check_source(name: str, one: SourceSection, sources: Sequence[str]) -> None
     if name.startswith("train"):
         right = "its held-out part has the name of the source, and a validation set whose name begins so is trained on"
         raise ConfigError(f"{path}: {right}; choose another name")
+    if name == "validation":
+        raise ConfigError(f"{path}: a set of that name is the mean of all sources; choose another name")
     check_fields(path, one)
     check_choice(f"{path}.source", one.source, (AUTO, *sources))
     if one.source == "stdlib":

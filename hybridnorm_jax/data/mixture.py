@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from hybridnorm_jax.config.mixture_section import Stage as WeightedStage
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data.allotment import Allotment, Stage
-from hybridnorm_jax.data.dataset import Data, Source
+from hybridnorm_jax.data.dataset import HELD_OUT, Data, Source
 from hybridnorm_jax.data.order import EpochOrder, MixtureOrder, Order, seed_of_source
 from hybridnorm_jax.errors import DataError
 
@@ -61,6 +61,18 @@ class Mixture:
         """What of each source the first `step` steps read, by the source's name, in the order of data.mixture."""
         rows = dict(zip(self._names, self._allotment.taken(step * self._batch_size).tolist(), strict=True))
         return {name: self._amount(name, rows[name]) for name in self._sources}
+
+    @property
+    def shares_of_sets(self) -> dict[str, float] | None:
+        """The share of each source in all tokens of the run, for the mean of their held-out sets; None: there is none.
+
+        There is none where nothing is held out, and where data.validation names a set that is compared instead.
+        """
+        data = self._config.data
+        if not data.validation_fraction or HELD_OUT in data.validation:
+            return None
+        tokens = {name: amount.tokens for name, amount in self.read_until(self._steps).items()}
+        return {name: count / sum(tokens.values()) for name, count in tokens.items()}
 
     def stage_shares(self) -> list[StageShares]:
         """The stages, each with the share of its tokens that comes from each source."""

@@ -41,6 +41,8 @@ class Score:
         return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
 
 
+# The mean of a mixture's sources, in the place of the one held-out set that other runs have.
+MEAN = "validation"
 Batch = dict[str, Any]
 # The loss sums of one batch, on the device.
 EvalStep = Callable[[Batch], LossSums]
@@ -132,6 +134,7 @@ def evaluate_sets(
     share: BatchShare = WHOLE_BATCH,
     sequences: int | None = None,
     stride: int | None = None,
+    mixed: Mapping[str, float] | None = None,
     progress: bool = True,
 ) -> dict[str, Score]:
     """The score of every validation set.
@@ -143,6 +146,7 @@ def evaluate_sets(
       sequences: how many of each set, its first; None: all. What is left of the last batch is filled up with sequences
         of weight 0, so the score does not depend on batch_size.
       stride: see Rows.with_stride; None: sequences do not overlap.
+      mixed: of a mixture the share of each source in the run: their mean is the score "validation"; None: it is none.
       progress: whether a terminal shows a progress bar.
     """
     (scores,) = evaluate_sets_of_models(
@@ -153,6 +157,7 @@ def evaluate_sets(
         share=share,
         sequences=sequences,
         stride=stride,
+        mixed=mixed,
         progress=progress,
     )
     return scores
@@ -167,6 +172,7 @@ def evaluate_sets_of_models(
     share: BatchShare = WHOLE_BATCH,
     sequences: int | None = None,
     stride: int | None = None,
+    mixed: Mapping[str, float] | None = None,
     progress: bool = True,
 ) -> list[dict[str, Score]]:
     """As `evaluate_sets`, of several models at once.
@@ -197,7 +203,20 @@ def evaluate_sets_of_models(
         )
         for of_model, score in zip(scores, of_set, strict=True):
             of_model[name] = score
-    return scores
+    return scores if mixed is None else [{MEAN: mean_score(one, mixed), **one} for one in scores]
+
+
+def mean_score(scores: Mapping[str, Score], shares: Mapping[str, float]) -> Score:
+    """The mean loss of some sets, each weighted by its share.
+
+    There is no text of such a mixture, so nothing is known of its bytes and words.
+
+    Args:
+      shares: of each set; their sum is 1.
+    """
+    loss = math.fsum(share * scores[name].loss for name, share in shares.items())
+    tokens = sum(scores[name].tokens for name in shares)
+    return Score(loss=loss, perplexity=_exp(loss), bits_per_byte=None, tokens=tokens)
 
 
 class _First:

@@ -299,6 +299,7 @@ class _Group:
                     share=program.share,
                     sequences=program.eval_sequences,
                     stride=run.config.eval.stride,
+                    mixed=run.mixture.shares_of_sets if run.mixture else None,
                 )
             }
         return self._scores[self.step][self._index[run.config.run.name]]

@@ -86,7 +86,10 @@ def test_a_run_resumed_in_the_middle_of_a_stage_is_the_one_that_was_never_stoppe
     (last,) = [record for record in read_records(epath.Path("runs/whole")) if record.get("data/a/tokens") == 28 * 8]
     assert (last["step"], last["data/b/tokens"]) == (8, 36 * 8)
     scores = [record for record in read_records(epath.Path("runs/whole")) if "eval/a/loss" in record]
-    assert [(record["step"], set(record)) for record in scores] == [(8, {"step", "eval/a/loss", "eval/b/loss"})]
+    sets = {"eval/a/loss", "eval/b/loss", "eval/validation/loss"}
+    assert [(record["step"], set(record) - {"step"}) for record in scores] == [(8, sets)]
+    mean = (28 * scores[0]["eval/a/loss"] + 36 * scores[0]["eval/b/loss"]) / 64
+    assert scores[0]["eval/validation/loss"] == pytest.approx(mean, rel=1e-12)
 
 
 def test_other_meshes_and_microbatches_read_the_same_rows(run):
@@ -153,7 +156,7 @@ def test_eval_scores_the_held_out_part_of_each_source(run, tmp_path):
     assert run("run.name=run") is None
     assert run("runs/run", "--json", command="eval") is None
     scores = json.loads(run.told)["sets"]
-    assert list(scores) == ["a", "b"]
+    assert list(scores) == ["validation", "a", "b"]
     at_end = [record for record in read_records(epath.Path("runs/run")) if "eval/a/loss" in record][-1]
     assert scores["a"]["loss"] == pytest.approx(at_end["eval/a/loss"], rel=1e-5)
     (tmp_path / "moved").mkdir()

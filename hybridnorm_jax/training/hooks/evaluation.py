@@ -115,6 +115,7 @@ class Evaluation(Hook):
             share=run.program.share,
             sequences=run.program.eval_sequences,
             stride=run.config.eval.stride,
+            mixed=run.mixture.shares_of_sets if run.mixture else None,
             progress=jax.process_index() == 0,
         )
 
