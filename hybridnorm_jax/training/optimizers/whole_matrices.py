@@ -30,13 +30,17 @@ def on_whole_matrices(
     """
     layers = x.shape[0]
     stages = _stages(spec, x.ndim, batch)
+    if len(stages) == 1:
+        return function(x)
     # JAX splits an axis into equal parts alone.
     missing = -layers % parts_of(stages[-1][0], mesh)
     x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
-    for splits in stages[1:]:
+    # What goes in and out is held to the first and last stage as well. Otherwise XLA exchanges where it likes: operands
+    # of products inside of `function`, or float32 numbers that are narrowed afterwards.
+    for splits in stages:
         x = _split(x, splits, mesh)
     result = function(x)
-    for splits in reversed(stages[:-1]):
+    for splits in reversed(stages):
         result = _split(result, splits, mesh)
     return result[:layers]
 
