@@ -173,9 +173,10 @@ class Windows:
     Row i covers tokens [i seq_len, i seq_len + seq_len] and runs across documents. So every token but the very first is
     a target once. A row is a dict of arrays (seq_len,): `tokens` int32, `targets` int32 (the following token) and
     `weights` float32. With a `separator_id` it also has `segment_ids` int32, which count the row's documents from 1,
-    and `positions` int32, which restart at 0 in each document. A separator belongs to the document it ends. A file
-    ends a document, also without a separator, and so does a held-out part. A target in another document than its input
-    has weight 0.
+    and `positions` int32, which restart at 0 in each document. A separator belongs to the document it ends. Where
+    a file has an index of its documents, that says where they end, and not separators. A file ends a document, also
+    without a separator, and so does a held-out part. A target in another document than its input
+    has weight 0, and so has one that is not learned (Extent.targets).
 
     Without `tail` the tokens after the last full row are dropped; with it they make one more row, filled up with
     zeros (weight 0, segment 0).

@@ -234,3 +234,40 @@ def test_many_records_are_tokenized_as_each_alone(tokenizer):
         (expected,) = encode_records(tokenizer, [alone])
         assert one.ids.tolist() == expected.ids.tolist()
         assert one.is_target.tolist() == expected.is_target.tolist()
+
+
+CHATML = (
+    "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Shapes that published models have.
+TEMPLATES = {
+    "chatml": CHATML,
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "lines": "{% for m in messages %}\n{% if m['role'] == 'user' %}\n{{ '<|user|>\n' + m['content'] "
+    "+ eos_token }}\n{% elif m['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + m['content'] + eos_token }}"
+    "\n{% endif %}\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}",
+    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
+    "{% if ns.n > 9 %}{% break %}{% endif %}"
+    "[{{ m.role | upper }}] {{ m.content }}{{ eos_token if m.role == 'assistant' else '' }}{% endfor %}",
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_write_what_transformers_writes(name, tmp_path):
+    """Whole conversations, and those in which the assistant is to answer."""
+    utilities = pytest.importorskip("transformers.utils.chat_template_utils")
+    for talk, asks in ((TALK[1:], False), (TALK[1:4], True)):
+        messages = [message._asdict() for message in talk]
+        tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+        (expected,), _ = utilities.render_jinja_template(
+            [messages], chat_template=TEMPLATES[name], add_generation_prompt=asks, **tokens
+        )
+        templates = [template(tmp_path, TEMPLATES[name]), *([Chatml()] if name == "chatml" else [])]
+        for each in templates:
+            parts = each.parts(talk, "f", asks=asks)
+            assert "".join(part.text for part in parts) == expected
+            says = [part.text for part in parts if part.is_target and not part.is_markup]
+            assert says == [message.content for message in talk if message.role == "assistant"]

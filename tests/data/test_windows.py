@@ -134,3 +134,22 @@ def test_a_document_does_not_run_into_the_next_file():
     assert row["weights"].tolist() == [1, 0, 1, 0, 1]
     assert row["segment_ids"].tolist() == [1, 1, 2, 2, 3]
     assert row["positions"].tolist() == [0, 1, 0, 1, 0]
+
+
+def test_an_index_says_where_documents_end_and_separators_inside_do_not():
+    tokens = np.array([1, END, 2, END, 3, 4, END, 5], np.uint16)
+    for start, ends in ((0, [4, 7, 8]), (1, [4, 7, 8])):
+        extent = Extent(tokens, "indexed", start, 8, ends=np.array(ends, "<u8"))
+        (row,) = Windows(TokenStream((extent,), 100), seq_len=7 - start, tail=False, separator_id=END)
+        assert row["segment_ids"].tolist() == [1, 1, 1, 1, 2, 2, 2][start:]
+        assert row["weights"].tolist() == [1, 1, 1, 0, 1, 1, 0][start:]
+        assert row["positions"].tolist() == [*range(4 - start), 0, 1, 2]
+
+
+def test_what_is_not_learned_has_no_weight_in_windows_and_across_files():
+    parts = [Extent(np.arange(5, dtype=np.uint16), "a", 1, 5, targets=np.array([9, 1, 0, 1, 1], np.uint8))]
+    parts += [Extent(np.arange(3, dtype=np.uint16), "b", 0, 3)]
+    (row,) = Windows(TokenStream(tuple(parts), 100), seq_len=6, tail=False)
+    assert row["targets"].tolist() == [2, 3, 4, 0, 1, 2]
+    assert row["weights"].tolist() == [0, 1, 1, 1, 1, 1]
+    assert row["weights"].dtype == np.float32
