@@ -33,7 +33,8 @@ class MlflowRun(Logger):
         uri = tracking_uri(run)
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        if uri.startswith(("file:", "/", ".")):  # asked for by name, so MLflow need not be told that this is meant
+        if uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks")):
+            # A folder was asked for, so MLflow need not be told once more that one is meant.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow.tracking import MlflowClient
 

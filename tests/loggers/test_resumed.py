@@ -44,7 +44,7 @@ def store(request, tmp_path, monkeypatch):
         monkeypatch.setenv("WANDB_MODE", "offline")
         return Store("wandb", stores.wandb_offline, keeps_first=True)
     pytest.importorskip("mlflow")
-    uri = f"file://{tmp_path}/mlruns" if "folder" in request.param else f"sqlite:///{tmp_path}/mlflow.db"
+    uri = f"{tmp_path}/mlruns" if "folder" in request.param else f"sqlite:///{tmp_path}/mlflow.db"
     return Store("mlflow", lambda run: stores.mlflow(run, uri, NAMES), keeps_first=True, uri=uri)
 
 
