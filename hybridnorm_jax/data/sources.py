@@ -27,7 +27,7 @@ from hybridnorm_jax.data.answers import AnswerRecords, Part
 from hybridnorm_jax.data.archives import chunks
 from hybridnorm_jax.data.chat_templates import answer_records
 from hybridnorm_jax.data.identity import FileIdentity, identities
-from hybridnorm_jax.data.places.local_copies import LocalCopies, copies_of
+from hybridnorm_jax.data.places.local_copies import AHEAD, LocalCopies, copies_of
 from hybridnorm_jax.data.places.patterns import find_files, pattern_root
 from hybridnorm_jax.data.places.remote_file import Place, RemoteFile
 from hybridnorm_jax.data.record_formats import rows_of
@@ -126,8 +126,19 @@ class Corpus:
         Raises:
           DataError: it cannot be read or holds no text.
         """
-        with self.copies.held(file.path) if self.copies else contextlib.nullcontext(file.path) as path:
+        with self._readable(file.path) as path:
             yield from self._documents(dataclasses.replace(file, path=path), whole)
+
+    def _readable(self, path: Place) -> contextlib.AbstractContextManager[Place]:
+        """The file on this machine, while the context lasts; the next ones are on their way to it."""
+        if self.copies is None or not isinstance(path, RemoteFile):
+            return contextlib.nullcontext(path)
+        following = self._numbers[path.url] + 1
+        return self.copies.held(path, [file.path for file in self.files[following : following + AHEAD]])
+
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {os.fspath(file.path): number for number, file in enumerate(self.files)}
 
     def _documents(self, file: TextFile, whole: bool) -> Iterator[Document]:
         found = False

@@ -286,6 +286,33 @@ def test_the_copies_used_longest_ago_go_first_and_never_one_in_use(web, tmp_path
     assert "4,000 bytes are in use" in message
 
 
+@pytest.mark.parametrize("limit", [1, 2, 64])
+def test_the_next_files_are_fetched_while_one_is_read(web, tmp_path, limit):
+    """Also where the cache has room for one file alone; then they are fetched when it is their turn."""
+    urls = [web.put(f"{number}.txt", b"%d " % number * 512 * 1024) for number in range(5)]
+    corpus = text_corpus("data.files", urls, "text", copies=LocalCopies(str(tmp_path / "cache"), limit * MIB))
+    texts = []
+    for file in corpus.files:
+        for document in corpus.documents(file):
+            texts.append(document.text[0])
+            if limit == 64:
+                expected = min(len(texts) + 2, 5)
+                until(lambda count=expected: len(web.requests) >= count + 5)  # each was asked for its size before
+            assert len(cached(corpus.copies)) <= limit
+    assert texts == list("01234")
+    assert all(web.requests["GET", f"/{number}.txt"] == 1 for number in range(5))
+
+
+def test_what_was_sent_for_gives_way_to_what_is_needed_now(web, tmp_path):
+    copies = LocalCopies(str(tmp_path / "cache"), 1000)
+    first, second = find_files("data.files", [web.put(f"{number}.bin", random_bytes(1000)) for number in range(2)])
+    copies._send_for(second)
+    until(lambda: copies._coming[second.url].done())
+    with copies.held(first) as copy:
+        assert content_of(copy) == random_bytes(1000)
+        assert len(cached(copies)) == 1
+
+
 def test_more_than_the_limit_is_refused_before_anything_is_fetched(web, tmp_path):
     copies = LocalCopies(str(tmp_path / "cache"), 1500)
     files = find_files("data.files", [web.put(f"{number}.bin", random_bytes(1000)) for number in range(2)])
@@ -398,7 +425,8 @@ def write_corpus(directory):
 def read(section):
     data = open_data(section, seq_len=64, vocab_size=257, progress=False)
     rows = [row for part in (data.train, *data.validation.values()) for row in (part[0], part[len(part) - 1])]
-    return data.files, [array.tolist() for row in rows for array in row.values()]
+    files = [file for source in data.sources.values() for file in source.files]
+    return files, [array.tolist() for row in rows for array in row.values()]
 
 
 @pytest.mark.parametrize("place", ["s3", "list", "remote list"])
@@ -614,7 +642,7 @@ section = DataSection(
 )
 data = open_data(section, seq_len=15, vocab_size=257, progress=False)
 order = np.random.default_rng(0).permutation(len(data.train))
-print(len(data.files), sum(int(data.train[int(index)]["targets"].sum()) for index in order))
+print(len(data.sources[""].files), sum(int(data.train[int(index)]["targets"].sum()) for index in order))
 """
 
 

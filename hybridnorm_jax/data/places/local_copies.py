@@ -37,11 +37,17 @@ from hybridnorm_jax.streams import can_redraw
 
 FOLDER = "remote"
 FETCHERS = 8
+# Files that are fetched while the one before them is read.
+AHEAD = 2
 # Locks of keys: so few that none needs ever be removed.
 STRIPES = 64
 GIB = 1 << 30
 Counter = Callable[[int], object]  # is told of every piece that has come
 _COPY = re.compile(r"[0-9a-f]{24}-(\d+)(\..+)?")
+
+
+class NoRoomError(DataError):
+    """All the room for copies is in use."""
 
 
 class LocalCopies:
@@ -60,6 +66,7 @@ class LocalCopies:
         self._progress = progress
         self._owner: tuple[int, Owner] | None = None
         self._guard = threading.Lock()
+        self._coming: dict[str, concurrent.futures.Future[RemoteFile]] = {}
         self._root: Path | None = None
 
     def fetched(self, places: Sequence[Place]) -> tuple[Place, ...]:
@@ -98,8 +105,12 @@ class LocalCopies:
         return tuple(copies.get(os.fspath(place), place) for place in places)
 
     @contextlib.contextmanager
-    def held(self, place: Place) -> Iterator[Place]:
+    def held(self, place: Place, then: Sequence[Place] = ()) -> Iterator[Place]:
         """The same place, readable on this machine while the context lasts.
+
+        Args:
+          place: of the file.
+          then: what will be held next. The first of them, if remote, are fetched in the meantime, if there is room.
 
         Raises:
           DataError: as `fetched`.
@@ -107,12 +118,51 @@ class LocalCopies:
         if not isinstance(place, RemoteFile):
             yield place
             return
-        copy = self._fetch(place, threading.Event(), lambda count: None)
+        copy = self._arrived(place)
+        following = [file for file in then[:AHEAD] if isinstance(file, RemoteFile)]
+        if place.size + sum(file.size for file in following) <= self._limit:
+            for file in following:
+                self._send_for(file)
         try:
             yield copy
         finally:
-            with self._locked():
-                self._own().give_back(_key(place, self._own()))
+            self._give_back(place)
+
+    def _send_for(self, file: RemoteFile) -> None:
+        """Fetch a file in a thread of its own, if nobody does yet."""
+        if file.url in self._coming:
+            return
+        coming: concurrent.futures.Future[RemoteFile] = concurrent.futures.Future()
+        self._coming[file.url] = coming
+
+        def fetch() -> None:
+            try:
+                coming.set_result(self._fetch(file, threading.Event(), lambda count: None))
+            except BaseException as error:
+                coming.set_exception(error)
+
+        # No thread for which the end of the program would wait.
+        threading.Thread(target=fetch, daemon=True, name="a copy that is needed soon").start()
+
+    def _arrived(self, file: RemoteFile) -> RemoteFile:
+        """The copy of a file that may have been sent for."""
+        with contextlib.suppress(NoRoomError):  # there was none while the file before it was in use
+            if coming := self._coming.pop(file.url, None):
+                return coming.result()
+            return self._fetch(file, threading.Event(), lambda count: None)
+        self._call_off()
+        return self._fetch(file, threading.Event(), lambda count: None)
+
+    def _call_off(self) -> None:
+        """Give back what was sent for: it may have taken the room of what is needed now."""
+        for coming in self._coming.values():
+            with contextlib.suppress(DataError):
+                self._give_back(coming.result())
+        self._coming.clear()
+
+    def _give_back(self, file: RemoteFile) -> None:
+        with self._locked():
+            self._own().give_back(_key(file, self._own()))
 
     def _own(self) -> Owner:
         """This process's owner: a child of a process that was forked is another one."""
@@ -208,7 +258,7 @@ class LocalCopies:
         if excess > 0:
             others = sum(size for path, size in copies.items() if path.name in in_use) + coming
             wrong = f"no room for {file} ({file.size:,} bytes): {others:,} bytes are in use"
-            raise DataError(f"data.cache_gib={self._limit / GIB:g}: {wrong}; raise it")
+            raise NoRoomError(f"data.cache_gib={self._limit / GIB:g}: {wrong}; raise it")
 
 
 def copies_of(section: DataSection, *, progress: bool = False) -> LocalCopies:
