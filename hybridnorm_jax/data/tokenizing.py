@@ -107,7 +107,7 @@ def check_same_inputs(directory: pathlib.Path, before: dict[str, Any], now: dict
     differing = [name for name in now if before.get(name) != now[name]]
     if differing:
         names = ", ".join(name.replace("_", " ") for name in differing)
-        right = "give the same, or name another directory"
+        right = "give the same, name another directory, or remove this one"
         raise DataError(f"{directory}: was made, or begun, with other inputs ({names} differ); {right}")
 
 
