@@ -1,13 +1,12 @@
 """TFRecord and ArrayRecord files of tf.train.Examples, as text and as token ids.
 
-The files are written here byte by byte as TensorFlow's documentation says, with an encoder and a checksum of their own.
+The files are written byte by byte as TensorFlow's documentation says, with an encoder and a checksum of their own.
 """
-
-import struct
 
 import numpy as np
 import pytest
 from etils import epath
+from written_tokens import example, tfrecord
 
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data import DataError, open_data
@@ -15,53 +14,6 @@ from hybridnorm_jax.data.examples import record_format
 from hybridnorm_jax.data.sources import text_corpus
 
 pytest.importorskip("google_crc32c")
-
-
-def varint(number):
-    out = bytearray()
-    number &= (1 << 64) - 1
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*out, number])
-
-
-def field(number, content):
-    return varint(number << 3 | 2) + varint(len(content)) + content
-
-
-def feature(value):
-    if isinstance(value, str | bytes):
-        return field(1, field(1, value.encode() if isinstance(value, str) else value))
-    if isinstance(value, float):
-        return field(2, field(1, struct.pack("<f", value)))
-    return field(3, field(1, b"".join(varint(one) for one in value)))
-
-
-def example(**features):
-    entries = [field(1, field(1, name.encode()) + field(2, feature(value))) for name, value in features.items()]
-    return field(1, b"".join(entries))
-
-
-def crc32c(content):
-    crc = 0xFFFFFFFF
-    for byte in content:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
-    return crc ^ 0xFFFFFFFF
-
-
-def tfrecord(records):
-    def checksum(content):
-        crc = crc32c(content)
-        return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
-
-    parts = []
-    for record in records:
-        length = struct.pack("<Q", len(record))
-        parts += [length, checksum(length), record, checksum(record)]
-    return b"".join(parts)
 
 
 def write(folder, name, records):

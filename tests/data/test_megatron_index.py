@@ -5,30 +5,12 @@ import struct
 import numpy as np
 import pytest
 from etils import epath
+from written_tokens import CODES, megatron
 
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data import DataError, open_data
 from hybridnorm_jax.data.token_files import open_token_file
 from hybridnorm_jax.data.windows import Extent, TokenStream
-
-CODES = {"u1": 1, "<i2": 3, "<i4": 4, "<i8": 5, "<u2": 8}
-
-
-def write(folder, documents, dtype="<i4", *, name="a", code=None, modes=b""):
-    """Documents, each a list of sequences of ids, as Megatron's indexed dataset; returns the path of the .bin file."""
-    sequences = [sequence for document in documents for sequence in document]
-    lengths = np.array([len(sequence) for sequence in sequences], "<i4")
-    dtype = np.dtype(dtype)
-    begins = ((np.cumsum(lengths, dtype=np.int64) - lengths) * dtype.itemsize).astype("<i8")
-    marks = np.cumsum([0, *(len(document) for document in documents)]).astype("<i8")
-    header = struct.pack(
-        "<9sQBQQ", b"MMIDIDX\x00\x00", 1, code or CODES[dtype.str.lstrip("|")], len(lengths), len(marks)
-    )
-    (folder / f"{name}.idx").write_bytes(header + lengths.tobytes() + begins.tobytes() + marks.tobytes() + modes)
-    path = folder / f"{name}.bin"
-    path.write_bytes(b"".join(np.array(sequence, dtype).tobytes() for sequence in sequences))
-    return epath.Path(path)
-
 
 DOCUMENTS = [[[5, 6, 7, 0]], [[8, 0]], [[9, 10], [11, 12, 0]], [[]], [[13, 14, 15, 16, 17, 18, 0]]]
 TOKENS = [token for document in DOCUMENTS for sequence in document for token in sequence]
@@ -38,14 +20,14 @@ ENDS = [4, 6, 11, 18]
 @pytest.mark.parametrize("dtype", CODES)
 @pytest.mark.parametrize("modes", [b"", bytes(6)])
 def test_the_index_says_the_type_of_the_tokens_and_where_documents_end(tmp_path, dtype, modes):
-    file = open_token_file(write(tmp_path, DOCUMENTS, dtype, modes=modes), "uint16")
+    file = open_token_file(megatron(tmp_path, DOCUMENTS, dtype, modes=modes), "uint16")
     assert file.dtype == np.dtype(dtype)
     assert file[:].tolist() == TOKENS
     assert np.asarray(file.ends).tolist() == ENDS
 
 
 def test_documents_end_where_the_index_says_and_not_at_separators(tmp_path):
-    file = open_token_file(write(tmp_path, DOCUMENTS), "uint16")
+    file = open_token_file(megatron(tmp_path, DOCUMENTS), "uint16")
     stream = TokenStream((Extent(file, "a", 0, len(file), ends=file.ends),), 100)
     assert np.concatenate(list(stream.document_ends(None))).tolist() == ENDS
     part = TokenStream((Extent(file, "a", 5, 13, ends=file.ends),), 100)
@@ -53,7 +35,7 @@ def test_documents_end_where_the_index_says_and_not_at_separators(tmp_path):
 
 
 def test_a_run_reads_it_without_being_told_the_type(tmp_path):
-    path = write(tmp_path, [[[*range(1, 40), 0]] * 1 for _ in range(50)])
+    path = megatron(tmp_path, [[[*range(1, 40), 0]] * 1 for _ in range(50)])
     data = open_data(
         DataSection(source="tokens", files=(str(path),), separator_id=0, segment_ids=True, validation_fraction=0.0),
         seq_len=60,
@@ -74,7 +56,7 @@ def test_a_run_reads_it_without_being_told_the_type(tmp_path):
     ],
 )
 def test_files_that_do_not_fit_together_are_refused(tmp_path, change, message):
-    path = write(tmp_path, DOCUMENTS)
+    path = megatron(tmp_path, DOCUMENTS)
     change(path, path.with_suffix(".idx"))
     with pytest.raises(DataError, match=message):
         open_token_file(path, "uint16")
@@ -83,11 +65,11 @@ def test_files_that_do_not_fit_together_are_refused(tmp_path, change, message):
 @pytest.mark.parametrize(("code", "message"), [(7, "its tokens are floats"), (77, r"not known \(77\)")])
 def test_tokens_that_are_no_integers_are_refused(tmp_path, code, message):
     with pytest.raises(DataError, match=message):
-        open_token_file(write(tmp_path, DOCUMENTS, code=code), "uint16")
+        open_token_file(megatron(tmp_path, DOCUMENTS, code=code), "uint16")
 
 
 def test_an_index_whose_documents_do_not_follow_each_other_is_refused_where_they_matter(tmp_path):
-    path = write(tmp_path, DOCUMENTS)
+    path = megatron(tmp_path, DOCUMENTS)
     index = path.with_suffix(".idx")
     content = bytearray(index.read_bytes())
     content[34:38] = struct.pack("<i", 3)  # the first sequence is one token shorter
@@ -98,7 +80,7 @@ def test_an_index_whose_documents_do_not_follow_each_other_is_refused_where_they
 
 
 def test_the_index_itself_and_other_idx_files_are_no_tokens(tmp_path):
-    path = write(tmp_path, DOCUMENTS)
+    path = megatron(tmp_path, DOCUMENTS)
     with pytest.raises(DataError, match=r"name its \.bin file only"):
         open_token_file(path.with_suffix(".idx"), "uint16")
     raw = epath.Path(tmp_path / "b.bin")
