@@ -142,6 +142,9 @@ class DataSection:
                 check(one.records == "text" or one.kind == "text", where, one.records, "only for a source of text")
                 right = "not with data.fim_rate: only a part of such records is learned"
                 check(one.records == "text" or not self.fim_rate, where, one.records, right)
+            if one.filter:
+                parse_conditions(one.filter)
+                check(one.kind == "text", f"data.mixture.{name}.filter", list(one.filter), "only for a source of text")
             if one.token_dtype is not None:
                 check_choice(f"data.mixture.{name}.token_dtype", one.token_dtype, TOKEN_DTYPES)
             both = self.validation_fraction > 0 and name in self.validation
@@ -170,7 +173,7 @@ class DataSection:
             files=one.files,
             text_field=self.text_field if one.text_field is None else one.text_field,
             token_dtype=self.token_dtype if one.token_dtype is None else one.token_dtype,
-            filter=self.filter if kind == "text" else (),
+            filter=(self.filter if one.filter is None else one.filter) if kind == "text" else (),
             records=records,
             chat_template=self.chat_template if records == "messages" else CHATML,
             separator_id=self.separator_id if kind == "tokens" else None,

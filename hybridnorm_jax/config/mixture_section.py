@@ -26,6 +26,7 @@ class SourceSection:
     )
     source: str = key(AUTO, "stdlib | text | tokens, as data.source; auto: what the files' names say")
     text_field: str | None = key(None, "as data.text_field; null: the same")
+    filter: tuple[str, ...] | None = key(None, "as data.filter; null: the same")
     records: str | None = key(None, "as data.records; null: the same")
     token_dtype: str | None = key(None, "as data.token_dtype; null: the same")
     epochs: float | None = key(

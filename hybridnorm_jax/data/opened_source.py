@@ -127,6 +127,8 @@ class SourceOpener:
         corpus = section_corpus(section, key)
         cache = self._cached(corpus, section.validation_fraction)
         found = cache.manifest
+        if section.filter and not found.documents:
+            raise DataError(f"data.filter={list(section.filter)}: no record of {key} meets it")
         train, held_out = found.splits["train"], found.splits["validation"]
         share = _share(held_out.tokens, train.tokens, section.validation_fraction)
         description = (

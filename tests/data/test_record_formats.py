@@ -11,6 +11,7 @@ import pytest
 import zstandard
 
 from hybridnorm_jax.config.data_section import DataSection
+from hybridnorm_jax.config.mixture_section import SourceSection
 from hybridnorm_jax.config.record_filter import parse_conditions
 from hybridnorm_jax.data import DataError, open_data, tables
 from hybridnorm_jax.data.sources import text_corpus
@@ -239,6 +240,26 @@ def test_a_filter_is_for_records_alone(tmp_path):
     assert "a.txt: a text file has no fields to filter by" in refused(tmp_path / "a.txt", "language == en")
     with pytest.raises(ConfigError, match=r"data\.filter.*only for data\.source=text"):
         DataSection(filter=("language == en",))
+
+
+def test_a_filter_that_no_record_meets_is_named(tmp_path):
+    section = DataSection(
+        source="text", files=(_write(tmp_path, "jsonl"),), cache_dir=str(tmp_path / "cache"), filter=("language == fr",)
+    )
+    with pytest.raises(DataError, match=r"data\.filter=\['language == fr'\]: no record of data\.files meets it"):
+        windows(section)
+
+
+def test_a_source_of_a_mixture_has_a_filter_of_its_own(tmp_path):
+    (tmp_path / "a.txt").write_text("A text without fields.\n" * 100)
+    records = SourceSection(files=(_write(tmp_path, "jsonl"),), filter=("language == en",))
+    mixture = {"plain": SourceSection(files=(str(tmp_path / "a.txt"),)), "records": records}
+    section = DataSection(mixture=mixture, cache_dir=str(tmp_path / "cache"), validation_fraction=0)
+    data = open_data(section, seq_len=16, vocab_size=257, progress=False)
+    english = [row["text"].encode() for row in ROWS if row["text"] and row["language"] == "en"]
+    assert data.sources["records"].train.num_tokens == sum(map(len, english)) + len(english)
+    with pytest.raises(ConfigError, match=r"data\.mixture\.t\.filter.*only for a source of text"):
+        DataSection(mixture={"t": SourceSection(files=("a.npy",), filter=("language == en",))})
 
 
 def test_another_filter_tokenizes_again_and_none_finds_what_there_was(tmp_path):
