@@ -3,6 +3,7 @@
 import collections
 import csv
 import struct
+import time
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -69,8 +70,7 @@ def wandb_offline(directory):
     found = collections.defaultdict(dict)
     run = (directory / "wandb_id").read_text()
     for path in sorted((directory / "wandb").glob(f"offline-run-*/run-{run}.wandb")):
-        for content in _wandb_records(path.read_bytes()):
-            record = Record.FromString(content)
+        for record in _ended(path, Record):
             if record.WhichOneof("record_type") != "history":
                 continue
             items = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
@@ -78,6 +78,17 @@ def wandb_offline(directory):
                 if name != "step" and not name.startswith("_"):
                     found[name].setdefault(items["step"], []).append(value)
     return dict(found)
+
+
+def _ended(path, kind):
+    """The records of a file, once its end is there: wandb's service writes it a moment after the run has finished."""
+    until = time.monotonic() + 60
+    while True:
+        records = [kind.FromString(content) for content in _wandb_records(path.read_bytes())]
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        assert time.monotonic() < until, f"{path} is not complete"
+        time.sleep(0.1)
 
 
 def _wandb_records(data):
@@ -89,6 +100,8 @@ def _wandb_records(data):
             at += left
             continue
         length, kind = struct.unpack_from("<HB", data, at + 4)
+        if at + 7 + length > len(data):
+            return  # it is being written
         begun = (b"" if kind in (FULL, FIRST) else begun) + data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (FULL, LAST):
