@@ -69,6 +69,7 @@ def test_the_state_is_that_of_a_run_without_groups(params):
         ("rate_factors", "*/querry/kernel", "fits no parameter; did you mean '*/query/kernel'?"),
         ("weight_decays", "run_7/attention/query/kernel", "fits no parameter; did you mean '*/query/kernel'?"),
         ("rate_factors", "heads/kernel", "fits no parameter; did you mean 'head/kernel'?"),
+        ("rate_factors", "heed/*", "fits no parameter; did you mean 'head/*'?"),
         ("rate_factors", "x", "fits no parameter; known: */attention_pre_norm/scale, */down/kernel, */feed"),
     ],
 )

@@ -27,10 +27,15 @@ def check_patterns(key: str, patterns: Iterable[str], params: Any) -> None:
     paths = [path_text(path) for path, _ in jax.tree.leaves_with_path(params)]
     for pattern in patterns:
         if not any(fnmatchcase(path, pattern) for path in paths):
-            # The last two parts say what a parameter is; those before them only in which run of layers it is.
-            near = {f"*/{'/'.join(path.split('/')[-2:])}" for path in paths if path.startswith("run_")}
-            near |= {path for path in paths if not path.startswith("run_")}
+            near = {_as_pattern(path, whole_modules=pattern.endswith("/*")) for path in paths}
             raise ConfigError(f"{key}: the pattern {pattern!r} fits no parameter{did_you_mean(pattern, near)}")
+
+
+def _as_pattern(path: str, *, whole_modules: bool) -> str:
+    """A pattern that a path fits: of what is in blocks the last two parts, which say what it is in any layer."""
+    *_, module, name = ["", *path.split("/")]
+    in_block = path.startswith("run_")
+    return f"{'*/' if in_block else ''}{module}/{'*' if whole_modules else name}"
 
 
 def path_text(path: tuple[Any, ...]) -> str:
