@@ -11,6 +11,7 @@ from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.mesh.batch_shares import batch_parts
 from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.training.program import Program
+from hybridnorm_jax.training.start_report import count_text
 
 # The key of the layout in what a checkpoint says of its data.
 LAYOUT = "layout"
@@ -35,7 +36,7 @@ class Layout:
 
     def __str__(self) -> str:
         split = ", ".join(f"{axis} {size}" for axis, size in self.mesh.items()) or "nothing is split"
-        where = f"{self.devices} devices in {self.processes} processes ({split})"
+        where = f"{count_text(self.devices, 'device')} in {count_text(self.processes, 'process')} ({split})"
         return f"{where}, {self.microbatches} x {self.sequences} sequences a device"
 
 

@@ -119,8 +119,8 @@ def test_eight_then_four_then_two_devices_give_the_numbers_of_eight(config, tmp_
     two = capsys.readouterr()
     assert "in 2 microbatches of 8, by train.max_device_sequences=2" in " ".join(four.out.split())
     assert (
-        "note: the run was on 8 devices in 1 processes (fsdp 8), 1 x 2 sequences a device; it goes on on "
-        "4 devices in 1 processes (fsdp 4), 2 x 2 sequences a device: a step is the same 16 sequences\n"
+        "note: the run was on 8 devices in 1 process (fsdp 8), 1 x 2 sequences a device; it goes on on "
+        "4 devices in 1 process (fsdp 4), 2 x 2 sequences a device: a step is the same 16 sequences\n"
     ) in four.err
     assert "(fsdp 4), 2 x 2 sequences a device; it goes on on 2 devices" in two.err
     assert "(fsdp 2), 4 x 2 sequences a device: a step is the same 16 sequences\n" in two.err
