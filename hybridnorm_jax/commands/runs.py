@@ -89,6 +89,7 @@ def _row_of_group(group: RunGroup) -> tuple[str, ...]:
     schemes = {listed.scheme for listed in group.runs if listed.scheme}
     kind = "comparison" if group.is_comparison else "folder"
     counts = ", ".join(f"{count} {status}" for status, count in group.statuses.items())
+    size = "1 run" if len(group.runs) == 1 else f"{len(group.runs)} runs"
     best = group.best
     return (
         f"{group.name}/",
@@ -98,7 +99,7 @@ def _row_of_group(group: RunGroup) -> tuple[str, ...]:
         "" if best is None else loss_text(validation_loss(best)),
         "",
         _age(group.written),
-        f"{kind} of {len(group.runs)} runs: {counts}" + ("" if best is None else f"; the best is {best.name}"),
+        f"{kind} of {size}: {counts}" + ("" if best is None else f"; the best is {best.name}"),
     )
 
 

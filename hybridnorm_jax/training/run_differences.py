@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from hybridnorm_jax.training import text_log
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.loss_series import SERIES
 from hybridnorm_jax.training.metrics_file import Record, read_records
+from hybridnorm_jax.training.run_listing import named_directory
 from hybridnorm_jax.training.run_status import CONFIG, FOREIGN, RunStatus, run_status
 from hybridnorm_jax.whole_files import is_local
 
@@ -79,7 +79,7 @@ def read_run(path: str) -> ComparedRun:
     Raises:
       UserError: there is no run, or its configuration cannot be read.
     """
-    directory = epath.Path(os.path.expanduser(path))
+    directory = named_directory(path)
     if not directory.exists():
         raise UserError(f"{path}: no such directory")
     status = run_status(directory)

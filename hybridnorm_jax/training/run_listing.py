@@ -12,7 +12,7 @@ from etils import epath
 
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.training.run_status import CONFIG, FOREIGN, RunStatus, run_status
-from hybridnorm_jax.whole_files import is_local
+from hybridnorm_jax.whole_files import expanded, is_local
 
 COMPARISON = "comparison.json"
 # A bucket answers each question slowly, and many at the same time.
@@ -72,7 +72,7 @@ def list_runs(folder: str) -> list[Listed]:
     Raises:
       UserError: there is no such folder.
     """
-    directory = epath.Path(os.path.expanduser(folder))
+    directory = named_directory(folder)
     if not directory.exists() or not directory.is_dir():
         raise UserError(
             f"{folder}: {'no directory' if directory.exists() else 'no such directory'}; name one with runs"
@@ -84,6 +84,16 @@ def list_runs(folder: str) -> list[Listed]:
         return [_listed(path) for path in inside]
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(_listed, inside))
+
+
+def named_directory(path: str) -> epath.Path:
+    """The directory that a user names; UserError where that cannot be one."""
+    if not path:
+        raise UserError("'': an empty name; name a directory")
+    try:
+        return epath.Path(expanded(path))
+    except KeyError as error:  # an address of a kind that etils does not know
+        raise UserError(f"{path}: must be a directory of this machine, or begin with gs://") from error
 
 
 def validation_loss(run: RunStatus) -> float | None:

@@ -106,6 +106,9 @@ def test_what_a_checkpoint_says_counts(tmp_path, capsys):
     ("words", "message"),
     [
         (["runs", "nowhere"], "nowhere: no such directory; name one with runs"),
+        (["runs", ""], "'': an empty name; name a directory"),
+        (["runs", "ftp://host/x"], "ftp://host/x: must be a directory of this machine, or begin with gs://"),
+        (["runs", "compare", "ftp://host/x", "."], "ftp://host/x: must be a directory of this machine, or begin"),
         (["runs", "compare", "nowhere", "."], "nowhere: no such directory"),
         (["runs", "compare", "."], "runs compare: 1 run(s); name 2 to 26 of them"),
         (["runs", "compare", ".", "."], ".: no run, it has no config.yaml"),
