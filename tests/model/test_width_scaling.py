@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import others_are_long
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.config.run_config import OptimizerSection
+from hybridnorm_jax.equivalence.forms import conversion_of
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.width_scaling import kind_of
@@ -82,7 +84,12 @@ def _first_update(params, width):
     config = OptimizerSection(weight_decay=0.0, learning_rate=1e-2, schedule="constant", clip=None)
     numbers = step_numbers(config, steps=10, tokens_per_step=1, seed=0)
     optimizer = make_optimizer(config, numbers, width_ratio=width / BASE)
-    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+
+    @jax.jit
+    def updated(params):
+        return optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)[0]
+
+    updates = updated(params)
     return {jax.tree_util.keystr(path): float(leaf.reshape(-1)[0]) for path, leaf in jax.tree.leaves_with_path(updates)}
 
 
@@ -106,7 +113,7 @@ def test_the_decay_of_a_step_does_not_depend_on_the_width():
         np.testing.assert_allclose(kernel, -1e-2 * 0.5 * 3.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("keys", [{}, {"tie_embeddings": True}, {"scheme": "simple_norm"}, EXPERTS])
+@pytest.mark.parametrize("keys", [{"scheme": "simple_norm", "tie_embeddings": True}, EXPERTS])
 def test_at_the_base_width_nothing_changes(keys):
     plain, based = (_model(BASE, **keys), _model(BASE, base_width=BASE, base_head_dim=BASE // 4, **keys))
     assert based.logit_scale == (1.0 if keys.get("tie_embeddings") else None)
@@ -137,13 +144,27 @@ def test_the_scale_of_the_embedding_and_simple_gpt_start_as_at_the_base_width():
     assert np.std(simple["run_0"]["attention"]["query"]["kernel"]) == pytest.approx(0.02 / RATIO**0.5, rel=0.03)
 
 
-@pytest.mark.parametrize("scheme", sorted(hn.SCHEMES))
+# Their parameters are of every kind there is; all others are the long tests'.
+NAMED = ("hybrid_star", "ngpt", "normformer_residual", "siamese_post_pre", "simple_norm")
+
+
+@pytest.mark.parametrize("scheme", others_are_long(sorted(hn.SCHEMES), NAMED))
 def test_every_parameter_of_every_scheme_has_a_kind(scheme):
     params = abstract_params(hn.ModelConfig(d_model=16, num_layers=2, num_heads=2, vocab_size=8, scheme=scheme))
     for path, leaf in jax.tree.leaves_with_path(params):
         kind = kind_of(tuple(part.key for part in path))
         is_stacked = path[0].key.startswith("run_")
         assert (kind == "vector") == (leaf.ndim - is_stacked < 2) or path[-2].key.endswith(("norm", "qk_scale"))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("form", ["pre_rmsnorm", "pre_crmsnorm"])
+def test_a_converted_model_has_the_same_factors_and_no_rules(form, tied):
+    """Its rates would be of other matrices: a head that was tied may have one of its own."""
+    config = _model(WIDTH, scheme="pre", norm="layernorm", base_width=BASE, base_head_dim=8, tie_embeddings=tied)
+    converted = conversion_of(dataclasses.replace(config, layer_scale=False), form).config
+    assert (converted.base_width, converted.base_head_dim) == (None, None)
+    assert (converted.logit_scale, converted.score_scale) == (config.logit_scale, config.score_scale)
 
 
 def test_a_new_kernel_has_to_be_entered():
