@@ -50,15 +50,23 @@ def test_models_keep_their_shape_and_have_more_heads(config, small_config):
         width_check.of_width(config, options, "span", 36, follows_rules=True)
 
 
-def test_the_command_prints_a_table_and_writes_its_numbers(tmp_path, capsys):
-    small = ["model.num_layers=1", "model.num_heads=2", "model.mlp_dim=96", "updates=1"]
-    keys = ["schemes=[post]", "widths=[16,8]", "sequences=1", "seq_len=4", f"out={tmp_path}"]
-    assert main(["lab", "widths", *small, *keys]) == 0
+def test_the_command_prints_a_table_and_writes_its_numbers(tmp_path, monkeypatch, capsys):
+    """What is trained is planted: with the rules a stream of 2 everywhere that changes by 1, without width / 8."""
+
+    def trained(config):
+        size = 2.0 if config.model.base_width else config.model.d_model / 8
+        assert config.optimizer.learning_rate == 0.01
+        return np.full((1, 4), size), np.full((1, 4), size / 2), np.zeros(1)
+
+    monkeypatch.setattr(width_check, "_trained", trained)
+    keys = ["schemes=[post]", "widths=[16,8]", "updates=1", "model.num_heads=2", f"out={tmp_path}"]
+    assert main(["lab", "widths", *keys]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[:2] for line in lines if line[:1] == ["post"]] == [["post", "muP"], ["post", "none"]]
+    rows = [line for line in lines if line[:1] == ["post"]]
+    assert rows == [["post", "muP", "2", "2", "1", "1"], ["post", "none", "1", "2", "2", "2"]]
     document = json.loads((tmp_path / "widths.json").read_text())
     assert [each["widths"] for each in document["measured"]] == [[8, 16], [8, 16]]
-    assert np.shape(document["measured"][0]["rms"]) == (2, 1, 2)
+    assert np.shape(document["measured"][0]["rms"]) == (2, 1, 4)
 
 
 @pytest.mark.parametrize(

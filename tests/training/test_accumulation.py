@@ -25,7 +25,7 @@ def _gradient_keeper():
     )
 
 
-@pytest.mark.parametrize("form", ["none", "pre_rmsnorm"])
+@pytest.mark.parametrize("form", ["none", pytest.param("pre_rmsnorm", marks=pytest.mark.long)])
 def test_with_bfloat16_compute_the_accumulated_sum_is_float32(form, small_config):
     """The sum that the step forms against the float64 sum of what the same program gives for each microbatch alone.
 
