@@ -9,7 +9,17 @@ from hybridnorm_jax.lab.report.statistics import ComparedRuns, median
 from hybridnorm_jax.lab.runs import Run
 
 MODEL_KEYS = ("d_model", "num_layers", "num_heads", "mlp_dim", "norm", "dtype")
-OPTIMIZER_KEYS = ("schedule", "final_ratio", "warmup_steps", "warmup_tokens", "b1", "b2", "weight_decay", "clip")
+OPTIMIZER_KEYS = (
+    "name",
+    "schedule",
+    "final_ratio",
+    "warmup_steps",
+    "warmup_tokens",
+    "b1",
+    "b2",
+    "weight_decay",
+    "clip",
+)
 
 
 class Fact(NamedTuple):
