@@ -39,6 +39,8 @@ FOLDER = "remote"
 FETCHERS = 8
 # Files that are fetched while the one before them is read.
 AHEAD = 2
+# Between two looks at a lock that another process has.
+POLL_SECONDS = 0.01
 # Locks of keys: so few that none needs ever be removed.
 STRIPES = 64
 GIB = 1 << 30
@@ -66,6 +68,7 @@ class LocalCopies:
         self._progress = progress
         self._owner: tuple[int, Owner] | None = None
         self._guard = threading.Lock()
+        self._one_thread = threading.Lock()
         self._coming: dict[str, concurrent.futures.Future[RemoteFile]] = {}
         self._root: Path | None = None
 
@@ -179,15 +182,23 @@ class LocalCopies:
             self._root = root
         return self._root
 
-    def _locked(self) -> FileLock:
-        return FileLock(self._folder() / "locks" / "folder", thread_local=False)
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """No other thread or process changes which copies there are. Threads wait for each other without polling."""
+        lock = FileLock(self._folder() / "locks" / "folder", thread_local=False, poll_interval=POLL_SECONDS)
+        with self._one_thread, lock:
+            yield
 
     def _fetch(self, file: RemoteFile, stop: threading.Event, count: Counter) -> RemoteFile:
         with refusals_of_cache(self._folder()):
             owner = self._own()
             key = _key(file, owner)
             copy = self._folder() / key / _safe_name(file)
-            with FileLock(self._folder() / "locks" / str(int(key[:8], 16) % STRIPES), thread_local=False):
+            with FileLock(
+                self._folder() / "locks" / str(int(key[:8], 16) % STRIPES),
+                thread_local=False,
+                poll_interval=POLL_SECONDS,
+            ):
                 if self._take_known(owner, key, copy, file):
                     count(file.size)
                 else:
