@@ -259,7 +259,7 @@ WITHOUT_EXTRA = [
     (["run.wandb=true"], "wandb", "run.loggers=wandb", "wandb"),
     (["run.loggers=[csv, mlflow]"], "mlflow", "run.loggers=mlflow", "mlflow"),
     (["run.dir=gs://bucket/runs"], "gcsfs", "run.dir=gs://bucket/runs", "tpu"),
-    (["data.source=text", "data.files=[gs://bucket/a.txt]"], "gcsfs", "a path that starts with gs://", "tpu"),
+    (["data.source=text", "data.files=[gs://bucket/a.txt]"], "gcsfs", "gs:// files", "remote"),
     (["data.tokenizer=TOKENIZER"], "tokenizers", "data.tokenizer=TOKENIZER", "hf"),
 ]
 
