@@ -3,6 +3,7 @@
 from planted_faults.architecture_faults import ARCHITECTURES
 from planted_faults.claim_faults import CLAIMS
 from planted_faults.comparison_faults import COMPARISONS
+from planted_faults.data_faults import DATA_ORDER
 from planted_faults.fault import Fault
 from planted_faults.norm_faults import NORMS
 from planted_faults.sphere_faults import GROWING_AND_SPHERE
@@ -175,20 +176,6 @@ DATA = (
         right="start = index * self._stride",
         wrong="start = index * (self._stride + 1)",
         tests=("data/test_windows.py",),
-    ),
-    Fault(
-        name="a_separator_begins_the_next_document",
-        file="data/windows.py",
-        right="document = np.cumsum(ends) - ends",
-        wrong="document = np.cumsum(ends)",
-        tests=("data/test_windows.py",),
-    ),
-    Fault(
-        name="every_epoch_has_the_same_order",
-        file="data/pipeline.py",
-        right="windows[order[step * batch_size + int(row)]]",
-        wrong="windows[order[(step * batch_size + int(row)) % len(windows)]]",
-        tests=("data/test_pipeline.py",),
     ),
     Fault(
         name="the_number_of_processes_changes_the_microbatches",
@@ -386,5 +373,6 @@ FAULTS = (
     + GROWING_AND_SPHERE
     + CLAIMS
     + COMPARISONS
+    + DATA_ORDER
     + TOGETHER
 )

@@ -1,0 +1,48 @@
+"""Faults of what is read in which order, of what of it is learned, and of the average of parameters."""
+
+from planted_faults.fault import Fault
+
+DATA_ORDER = (
+    Fault(
+        name="a_separator_begins_the_next_document",
+        file="data/windows.py",
+        right="ends = 1 + np.flatnonzero(here == separator_id)",
+        wrong="ends = np.flatnonzero(here == separator_id)",
+        tests=("data/test_windows.py",),
+    ),
+    Fault(
+        name="every_epoch_has_the_same_order",
+        file="data/order.py",
+        right="seed = (self._shuffle_seed + epoch) % 2**32",
+        wrong="seed = self._shuffle_seed",
+        tests=("data/test_pipeline.py",),
+    ),
+    Fault(
+        name="a_later_stage_reads_a_source_from_its_beginning",
+        file="data/allotment.py",
+        right="dealt.index[places] += self._before[stage][dealt.source[places]]",
+        wrong="dealt.index[places] += 0",
+        tests=("data/test_allotment.py",),
+    ),
+    Fault(
+        name="the_context_of_a_cut_document_is_scored_twice",
+        file="data/packed_rows.py",
+        right='row["weights"][begin : begin + context] = 0',
+        wrong='row["weights"][begin:begin] = 0',
+        tests=("data/test_packed_rows.py",),
+    ),
+    Fault(
+        name="the_mask_of_answers_is_one_token_late",
+        file="data/packed_rows.py",
+        right="self._stream.targets(start + 1, start + length + 1)",
+        wrong="self._stream.targets(start, start + length)",
+        tests=("data/test_masked_loss.py", "data/test_answers.py"),
+    ),
+    Fault(
+        name="the_average_of_parameters_begins_at_the_first_ones",
+        file="training/parameter_average.py",
+        right="return jnp.asarray(1 - decay, dtype) / passed",
+        wrong="return jnp.asarray(1 - decay, dtype)",
+        tests=("training/test_parameter_average.py",),
+    ),
+)
