@@ -134,7 +134,11 @@ def convert(options: argparse.Namespace) -> None:
     # As they are named now: the run may have named them by other paths.
     needed = source.config.run.plugins and (options.plugins or source.config.run.plugins)
     run_section = dataclasses.replace(source.config.run, plugins=needed)
-    config = dataclasses.replace(source.config, model=result, run=run_section)
+    # The model has the form itself now.
+    train = dataclasses.replace(
+        source.config.train, equivalent_form="none", equivalent_pad_to=1, check_invariants=False
+    )
+    config = dataclasses.replace(source.config, model=result, run=run_section, train=train)
     save_run(
         options.out,
         config,

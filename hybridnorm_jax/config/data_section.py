@@ -122,7 +122,7 @@ class DataSection:
             return
         right = "needs data.packing=documents or padded, whose rows have room for three more tokens in every document"
         check(self.packing != "windows", "data.fim_rate", self.fim_rate, right)
-        right = "must be three: what stands before the prefix, the suffix and the middle"
+        right = "must be three that differ: what stands before the prefix, the suffix and the middle"
         check(len(set(self.fim_tokens)) == len(self.fim_tokens) == 3, "data.fim_tokens", list(self.fim_tokens), right)
         right = f"not with data.records={self.records}, of which only a part is learned"
         check(self.records == "text", "data.fim_rate", self.fim_rate, right)

@@ -226,7 +226,12 @@ class CheckpointSection:
     def __post_init__(self) -> None:
         check_fields("checkpoint", self)
         needs = (self.local_dir is None) == (self.local_every is None)
-        check(needs, "checkpoint.local_dir", self.local_dir, "goes with checkpoint.local_every; give both or neither")
+        check(
+            needs,
+            "checkpoint.local_dir",
+            self.local_dir or "null",
+            "goes with checkpoint.local_every; give both or neither",
+        )
         local = self.local_dir is None or (bool(self.local_dir) and "://" not in self.local_dir)
         check(local, "checkpoint.local_dir", self.local_dir, "must be a directory on each host's own disk")
 

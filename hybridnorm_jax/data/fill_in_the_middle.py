@@ -9,6 +9,7 @@ The cuts are between tokens: nothing is tokenized again. A separator stays at th
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -19,6 +20,8 @@ from hybridnorm_jax.errors import DataError
 
 # How much longer a document becomes.
 ADDED_TOKENS = 3
+# The ids of the tokenizer `bytes` that stand for bytes.
+BYTES = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,13 +72,16 @@ def fill_in_the_middle(
     """What data.fim_rate asks for; None: nothing.
 
     Raises:
-      DataError: a token that there is not, or whose id is outside the vocabulary; rows that are too short.
+      DataError: a token that there is not, whose id is outside the vocabulary, or that has another meaning already;
+        rows that are too short.
     """
     if not data.fim_rate:
         return None
     if seq_len <= ADDED_TOKENS:
         raise DataError(f"train.seq_len={seq_len}: data.fim_rate needs more than {ADDED_TOKENS}; raise train.seq_len")
-    prefix_id, suffix_id, middle_id = (_id_of(token, tokenizer, vocab_size) for token in data.fim_tokens)
+    ids = [_id_of(token, tokenizer, vocab_size) for token in data.fim_tokens]
+    _check_special(ids, data.fim_tokens, tokenizer, separator_id)
+    prefix_id, suffix_id, middle_id = ids
     return FillInTheMiddle(
         rate=data.fim_rate,
         spm_rate=data.fim_spm_rate,
@@ -84,6 +90,20 @@ def fill_in_the_middle(
         middle_id=middle_id,
         separator_id=separator_id,
     )
+
+
+def _check_special(ids: Sequence[int], names: Sequence[str], tokenizer: Tokenizer | None, separator_id: int) -> None:
+    """Raise DataError for a token that has another meaning, or two of one id."""
+    for place, (found, name) in enumerate(zip(ids, names, strict=True)):
+        taken = None
+        if found == separator_id:
+            taken = "the separator that ends a document"
+        elif tokenizer is not None and tokenizer.name == "bytes" and found < BYTES:
+            taken = "a byte of the text"
+        elif found in ids[:place]:
+            taken = f"the token {names[ids.index(found)]} too"
+        if taken is not None:
+            raise DataError(f"data.fim_tokens: {name}: its id {found} is {taken}; give tokens that stand nowhere else")
 
 
 def _id_of(token: str, tokenizer: Tokenizer | None, vocab_size: int) -> int:

@@ -21,7 +21,7 @@ from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.evaluation.held_out import TRAINING_SET
 from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.training.run_identity import TOKENIZER_FILE, data_files
-from hybridnorm_jax.training.trained_sources import SOURCES, sources_as_json
+from hybridnorm_jax.training.trained_sources import SOURCES, selection, sources_as_json
 
 Files = Sequence[dict[str, Any]]
 # In the data state of a checkpoint: what other runs trained the parameters on, and Data.is_split_by_hash of its own.
@@ -37,6 +37,7 @@ class Trained:
       files: as run_identity.data_files gives them, without the name of the source.
       is_split_by_hash: as in dataset.Source.
       name: of the source in data.mixture; empty without a mixture.
+      selects: which part of a record is its text, see trained_sources.selection; None: unknown, or there is no text.
     """
 
     source: str
@@ -44,6 +45,7 @@ class Trained:
     files: list[dict[str, Any]]
     is_split_by_hash: bool = True
     name: str = ""
+    selects: str | None = None
 
 
 def training_data(section: DataSection, data: Data) -> list[Trained]:
@@ -52,8 +54,8 @@ def training_data(section: DataSection, data: Data) -> list[Trained]:
 
 
 def _of_source(source: Mapping[str, Any]) -> Trained:
-    names = [field.name for field in dataclasses.fields(Trained)]
-    return Trained(**{name: source[name] for name in names})
+    names = {field.name for field in dataclasses.fields(Trained)}
+    return Trained(**{name: value for name, value in source.items() if name in names})
 
 
 def own_data(section: DataSection, data: Data) -> dict[str, Any]:
@@ -77,7 +79,8 @@ def trained_on(data_state: Mapping[str, Any], saved: DataSection) -> list[Traine
     known = trained_before(data_state)
     if was_trained(data_state):
         by_hash = data_state.get(SPLIT_BY_HASH, True)
-        own = [Trained(saved.source, saved.validation_fraction, data_state["files"], by_hash)]
+        fraction, selects = saved.validation_fraction, selection(saved)
+        own = [Trained(saved.source, fraction, data_state["files"], by_hash, selects=selects)]
         if SOURCES in data_state:
             own = [_of_source(source) for source in data_state[SOURCES]]
         known = [one for one in known if one not in own] + own
@@ -91,8 +94,10 @@ def was_trained(data_state: Mapping[str, Any]) -> bool:
 
 def as_json(known: Sequence[Trained]) -> list[dict[str, Any]]:
     """As the data state of a checkpoint has it under TRAINED_BEFORE."""
+    optional = ("name", "selects")
     return [
-        {name: value for name, value in dataclasses.asdict(one).items() if name != "name" or value} for one in known
+        {name: value for name, value in dataclasses.asdict(one).items() if name not in optional or value}
+        for one in known
     ]
 
 
@@ -192,8 +197,11 @@ def _refusal(before: Trained, now: Trained, file: str, *, where: str) -> str:
     if before.validation_fraction != now.validation_fraction:
         change = f"data.validation_fraction: saved {before.validation_fraction}, asked {now.validation_fraction}"
         return f"{change}: {wrong}; hold out the same share of the same files, or {other}"
-    # The share is the same: other files, or other names of them, decide what is held out.
     share = f"data.validation_fraction={now.validation_fraction}"
+    if _selects_another(before, now):
+        change = f"{before.selects} then and {now.selects} now hold out other records"
+        return f"{share}: {wrong}: {change}; read the same text of each record, or {other}"
+    # All of it is the same: other files, or other names of them, decide what is held out.
     return f"{share}: {wrong}, because other files are read; name the same files under the same names, or {other}"
 
 
@@ -225,6 +233,8 @@ def is_kept_out(before: Trained, now: Trained) -> bool:
     """
     if before.source != now.source or now.validation_fraction > before.validation_fraction:
         return False
+    if _selects_another(before, now):
+        return False
     names = {file["name"]: _content(file) for file in _data(before.files)}
     contents = _contents(before.files)
     if now.source != "text" and any(
@@ -238,6 +248,11 @@ def is_kept_out(before: Trained, now: Trained) -> bool:
     if contents != _contents(now.files) and not (before.is_split_by_hash and now.is_split_by_hash):
         return False
     return now.source == "tokens" or _holds_whole_files_out(before) == _holds_whole_files_out(now)
+
+
+def _selects_another(before: Trained, now: Trained) -> bool:
+    """Whether another part of each record is its text, so that other records are held out; False where unknown."""
+    return None not in (before.selects, now.selects) and before.selects != now.selects
 
 
 def _holds_whole_files_out(trained: Trained) -> bool:

@@ -1,5 +1,6 @@
 """What a checkpoint says of the sources of the run that saved it, and whether they are those of this start."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,9 +33,25 @@ def sources_as_json(section: DataSection, data: Data) -> list[dict[str, Any]]:
             "files": data_files(section, {"": source.files}),
             "is_split_by_hash": source.is_split_by_hash,
             "train_tokens": source.train.num_tokens,
+            "selects": selection(section.sources[name]),
         }
         for name, source in data.sources.items()
     ]
+
+
+def selection(source: DataSection) -> str | None:
+    """Which part of a record is its text, whose hash decides whether the record is held out; None: there is no text.
+
+    Args:
+      source: the data section of one source.
+    """
+    if source.source != "text":
+        return None
+    if source.records == "text":
+        return f"data.text_field={source.text_field}"
+    if source.records == "messages":
+        return f"data.records=messages with data.chat_template={os.path.basename(source.chat_template)}"
+    return f"data.records={source.records}"
 
 
 def check_same_sources(saved: Sequence[dict[str, Any]], section: DataSection, data: Data, *, where: str) -> None:

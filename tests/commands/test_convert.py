@@ -87,6 +87,14 @@ def test_a_run_and_its_conversion_score_the_same(capsys, tmp_path):
     assert "start a new run from it: init_from=" in capsys.readouterr().err
 
 
+def test_a_run_that_was_trained_in_the_other_form_is_converted(capsys, tmp_path):
+    form = "train.equivalent_form=pre_rmsnorm"
+    assert main(["train", "run.name=pre_ln", form, *_data(tmp_path), *PRE_LN_RUN]) == 0
+    assert main(["convert", str(tmp_path / "runs" / "pre_ln"), str(tmp_path / "stored"), "--form", "pre_rmsnorm"]) == 0
+    config = read_directory(str(tmp_path / "stored")).config
+    assert (config.model.norm, config.train.equivalent_form) == ("rmsnorm", "none")
+
+
 def test_a_run_with_a_plugin_is_converted_where_it_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plugins, "_imported", {})
     plugin = tmp_path / "mine.py"

@@ -164,12 +164,12 @@ def test_only_training_is_rearranged(section):
 
 
 def test_tokens_have_names_where_there_is_a_tokenizer(section, tmp_path):
-    vocabulary = {chr(number): number for number in range(128)} | {"<PRE>": 130, "<SUF>": 131, "<MID>": 132}
+    vocabulary = {chr(number): number for number in range(128)} | {"<PRE>": 128, "<SUF>": 129, "<MID>": 130}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.add_special_tokens(["<|endoftext|>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     named = {"tokenizer": str(tmp_path / "tokenizer.json"), "fim_tokens": ("<PRE>", "<SUF>", "<MID>")}
-    assert (opened(section(**named)).train.drawn(0, seed=0, epoch=0)["tokens"] == 130).any()
+    assert (opened(section(**named)).train.drawn(0, seed=0, epoch=0)["tokens"] == 128).any()
     with pytest.raises(DataError, match=r"^data\.fim_tokens: <PRO>: \S+ has no such token; name one that it has"):
         opened(section(**named | {"fim_tokens": ("<PRO>", "<SUF>", "<MID>")}))
 
@@ -179,6 +179,11 @@ def test_tokens_that_there_are_not(section):
         opened(section(), vocab_size=259)
     with pytest.raises(DataError, match=r"^data\.fim_tokens: <PRE>: bytes has no such token; .* or give ids"):
         opened(section(fim_tokens=("<PRE>", "258", "259")))
+    for first, taken in (("256", "the separator that ends a document"), ("97", "a byte of the text")):
+        with pytest.raises(DataError, match=rf"^data\.fim_tokens: {first}: its id {first} is {taken}; give tokens"):
+            opened(section(fim_tokens=(first, "258", "259")))
+    with pytest.raises(DataError, match=r"^data\.fim_tokens: 0258: its id 258 is the token 258 too; give tokens"):
+        opened(section(fim_tokens=("257", "258", "0258")))
     with pytest.raises(DataError, match=r"^train\.seq_len=3: data\.fim_rate needs more than 3"):
         opened(section(), seq_len=3)
 

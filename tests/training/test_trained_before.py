@@ -1,5 +1,6 @@
 """What parameters were trained on is no validation of the run that begins with them, nor of an evaluation."""
 
+import json
 import random
 import shutil
 
@@ -224,6 +225,20 @@ def test_token_files_need_not_name_their_tokenizer(train, tmp_path):
     assert train("run.name=between", *tokens, "init_from=runs/named", source="tokens") is None
     line = train("run.name=x", "data.files=[a.txt]", *keys, "data.tokenizer=other.json", "init_from=runs/between")
     assert "other.json has another content than the tokenizer that init_from=runs/between was trained with" in line
+
+
+def test_another_text_of_the_same_records_is_refused(train, tmp_path):
+    """What is held out has a hash of the text, so another field of the same records holds out others."""
+    rows = [json.dumps({"prompt": f"What is {n}?", "completion": f"{n} it is."}) + "\n" for n in range(200)]
+    (tmp_path / "qa.jsonl").write_text("".join(rows))
+    begin = ["data.files=[qa.jsonl]", "init_from=runs/first"]
+    assert train("run.name=first", "data.files=[qa.jsonl]", "data.records=prompt") is None
+    line = train("run.name=field", *begin, "data.text_field=prompt")
+    assert "data.records=prompt then and data.text_field=prompt now hold out other records" in line
+    assert train("run.name=same", *begin, "data.records=prompt") is None
+    mixture = "data.mixture={qa: {files: [qa.jsonl], text_field: prompt}, a: {files: [a.txt]}}"
+    line = train("run.name=mixed", "init_from=runs/first", mixture, source="stdlib")
+    assert "now hold out other records; read the same text of each record, or" in line
 
 
 def test_what_another_source_would_hold_out_is_refused_as_that():
