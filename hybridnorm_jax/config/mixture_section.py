@@ -90,7 +90,7 @@ def check_mixture(
       sources: what a source may be: stdlib, text, tokens.
     """
     for name, one in mixture.items():
-        _check_source(name, one, sources)
+        _check_source(name, one, sources, others=[other for other in mixture if other != name])
     weights = {name: one.weight for name, one in mixture.items()}
     _check_weights("data.mixture", weights)
     for number, stage in enumerate(stages):
@@ -100,10 +100,12 @@ def check_mixture(
             if name not in mixture:
                 wrong = f"{where}: {shortened(name)} is no source of data.mixture"
                 raise ConfigError(wrong + did_you_mean(name, mixture))
+        if not stage.weights:
+            raise ConfigError(f"{where}: needs weights, such as {{at: 0.9, weights: {{{next(iter(mixture))}: 1}}}}")
         _check_weights(f"{where}: weights", stage.weights)
 
 
-def _check_source(name: str, one: SourceSection, sources: Sequence[str]) -> None:
+def _check_source(name: str, one: SourceSection, sources: Sequence[str], *, others: Sequence[str]) -> None:
     path = f"data.mixture.{name}"
     if not NAME.fullmatch(name):
         right = "the name of a source has 1 to 60 letters, digits, - and _"
@@ -118,7 +120,10 @@ def _check_source(name: str, one: SourceSection, sources: Sequence[str]) -> None
     if one.source == "stdlib":
         check(not one.files, f"{path}.files", list(one.files), "source: stdlib reads no files; use source: text")
         return
-    check(bool(one.files), f"{path}.files", "[]", "needs at least one file, or source: stdlib")
+    # One that was only mistyped in key=value has no files.
+    near = did_you_mean(name, others) if others else ""
+    right = f"needs at least one file, or source: stdlib{near.replace('; known:', '; other sources:')}"
+    check(bool(one.files), f"{path}.files", "[]", right)
     right = "their names do not say whether they hold text or tokens, or say both; set source: text or source: tokens"
     check(one.kind is not None, f"{path}.files", list(one.files), right)
 

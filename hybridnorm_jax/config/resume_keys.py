@@ -124,6 +124,10 @@ def fixed_differences(saved: RunConfig, asked: RunConfig, step: int) -> dict[str
       step: how many steps were made.
     """
     differing = {path: line for path, line in differences_by_key(saved, asked).items() if not is_place_of_data(path)}
+    if bool(saved.data.mixture) != bool(asked.data.mixture):
+        sources = [", ".join(one.data.mixture) or "none" for one in (saved, asked)]
+        differing = {path: line for path, line in differing.items() if not path.startswith((MIXTURE, STAGES))}
+        return differing | {MIXTURE: f"{MIXTURE}: saved {sources[0]}, asked {sources[1]}"}
     first = _first_other_weights(saved, asked)
     if first is None or first >= step:
         new = {name for name in asked.data.mixture if name not in saved.data.mixture}

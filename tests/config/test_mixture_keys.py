@@ -1,5 +1,7 @@
 """data.mixture and data.stages: read from files and arguments, merged, written back, and refused in one line."""
 
+import dataclasses
+
 import pytest
 
 from hybridnorm_jax.config.arguments import parse
@@ -57,6 +59,7 @@ def test_each_source_has_a_data_section_of_its_own(mixed):
         ("data.mixture.web=3", "data.mixture.web=3: expected a map with the keys files, weight"),
         ("data.mixture=3", "data.mixture=3: expected a map, such as {name: {...}}"),
         ("data.mixture.x={}", "data.mixture.x.files=[]: needs at least one file, or source: stdlib"),
+        ("data.mixture={books: {source: stdlib}, book: {weight: 2}}", "source: stdlib; did you mean 'books'?"),
         ("data.mixture.x={files: [a.foo]}", "data.mixture.x.files=['a.foo']: their names do not say"),
         ("data.mixture.x={files: [a.txt, b.npy]}", "their names do not say whether they hold text or tokens, or say"),
         ("data.mixture.x={source: std}", "data.mixture.x.source=std: not known; did you mean 'stdlib'?"),
@@ -74,7 +77,7 @@ def test_each_source_has_a_data_section_of_its_own(mixed):
         ("data.stages=[{at: 0.5, weights: {web: -1}}]", "item 1: weights: must be at least 0"),
         ("data.stages=[{at: 0.5, weights: {web: .nan}}]", "item 1: weights: must be at least 0"),
         ("data.stages=[{at: 0.5, weights: {web: 0}}]", "stage 1: weights: the weights (web: 0) sum to 0"),
-        ("data.stages=[{at: 0.5}]", "stage 1: weights: the weights () sum to 0"),
+        ("data.stages=[{at: 0.5}]", "stage 1: needs weights, such as {at: 0.9, weights: {web: 1}}"),
         ("data.stages=[{weights: {web: 1}}]", "stage 1: at=0: must be above 0"),
         ("data.stages=[{at: 5.5, weights: {web: 1}}]", "stage 1: at=5.5: a step must be a whole number"),
         (
@@ -98,6 +101,13 @@ def test_what_no_mixture_can_be_is_refused_in_one_line(mixed, override, says):
 def test_weights_that_are_all_zero_are_refused(mixed):
     with pytest.raises(ConfigError, match=r"data\.mixture: the weights \(web: 0, code: 0\) sum to 0"):
         mixed("data.mixture.web.weight=0", "data.mixture.code.weight=0")
+
+
+def test_a_mixture_and_none_differ_in_one_short_line(mixed):
+    several = mixed()
+    plain = dataclasses.replace(several, data=dataclasses.replace(several.data, mixture={}, stages=()))
+    assert resume_differences(several, plain, 3) == ["data.mixture: saved web, code, asked none"]
+    assert resume_differences(plain, several, 3) == ["data.mixture: saved none, asked web, code"]
 
 
 def test_stages_need_a_mixture():
