@@ -15,6 +15,7 @@ from hybridnorm_jax.config.limits import (
 )
 from hybridnorm_jax.config.optimizer_section import OptimizerSection
 from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
+from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.loggers.logger_kinds import LOGGERS
 from hybridnorm_jax.mesh.cluster import DistributedSection
 from hybridnorm_jax.mesh.sharding_rules import MESH_AXES, resolve_rules
@@ -201,7 +202,10 @@ class MeshSection:
         sizes = self.sizes
         for name, size in sizes.items():
             check(size != 0, f"mesh.{name}", size, "must be at least 1, or -1 for all that are left")
-        check(list(sizes.values()).count(-1) <= 1, "mesh", sizes, "only one -1")
+        rest = [f"mesh.{name}" for name, size in sizes.items() if size == -1]
+        if len(rest) > 1:
+            right = "only one of them can take all devices that are left; mesh.data does unless it is set: mesh.data=1"
+            raise ConfigError(f"{' and '.join(rest)} are -1: {right}")
 
     @property
     def sizes(self) -> dict[str, int]:
