@@ -83,7 +83,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         (metadata,) = (name for name in names if name.endswith("/METADATA"))
         text = archive.read(metadata).decode()
     extras = set(re.findall(r"^Provides-Extra: (\S+)$", text, re.MULTILINE))
-    assert extras == {"tpu", "gpu", "plan-gpu", "lab", "hf", "mlflow", "wandb", "peers", "eval", "dev", "docs"}
+    devices, data = {"tpu", "gpu", "plan-gpu"}, {"chat", "hf", "parquet", "remote", "tfrecord"}
+    assert extras == devices | data | {"lab", "mlflow", "wandb", "peers", "eval", "dev", "docs"}
 
 
 def test_a_wheel_from_the_source_distribution_holds_the_same_files(source, wheel, tmp_path):

@@ -606,6 +606,7 @@ print(json.dumps([outcome(pattern) for pattern in sys.argv[2:]]))
             **os.environ,
             "HF_ENDPOINT": url,
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_OFFLINE": "0",  # tests of models set it in this process
             "HF_HOME": str(tmp_path / "hf"),
         }
         result = subprocess.run(

@@ -121,6 +121,7 @@ def test_a_gradient_that_is_normalized_does_not_depend_on_the_others():
 # ---- Fresh models.
 
 
+@pytest.mark.long
 def test_a_scheme_of_which_a_claim_is_false_does_not_hold():
     sizes = {"initializer": "normal", "depths": (2, 12), "arguments": TINY}
     assert at_start.checked("pre", "stream_rms", **sizes).verdict == "held"

@@ -238,6 +238,7 @@ def bucket(monkeypatch):
     """gs://bucket/runs/name, a directory in memory, whose file system counts the bytes that are uploaded."""
     monkeypatch.setitem(_registry, "gcs", InMemory)
     monkeypatch.setattr(MemoryFileSystem, "store", {})
+    monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
     monkeypatch.setattr(InMemory, "uploaded", 0)
     run_dir = epath.Path("gs://bucket/runs/name")
     fsspec_backend._get_filesystem.cache_clear()

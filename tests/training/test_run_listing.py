@@ -166,6 +166,7 @@ def bucket(monkeypatch):
 
     monkeypatch.setitem(_registry, "gcs", InMemory)
     monkeypatch.setattr(MemoryFileSystem, "store", {})
+    monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
     fsspec_backend._get_filesystem.cache_clear()
     yield epath.Path("gs://bucket/runs")
     fsspec_backend._get_filesystem.cache_clear()

@@ -135,6 +135,7 @@ def bucket(monkeypatch):
     for protocol in Bucket.protocol:
         monkeypatch.setitem(_registry, protocol, Bucket)
     monkeypatch.setattr(MemoryFileSystem, "store", {})
+    monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
     _hurry(monkeypatch)
     fsspec_backend._get_filesystem.cache_clear()
     yield epath.Path("gs://bucket/runs/run")
