@@ -142,6 +142,7 @@ def test_without_the_key_nothing_changes_and_nothing_is_said_on_the_same_devices
     assert "microbatches" not in told.out
 
 
+@pytest.mark.long
 def test_what_a_number_of_microbatches_changes_is_said(config, tmp_path, monkeypatch, capsys, small_config):
     model = small_config(vocab_size=257, num_experts=4, experts_per_token=2, dropout=0.1)
     experts = dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, steps=2))
