@@ -8,6 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from hybridnorm_jax.config.optimizer_section import OptimizerSection
+from hybridnorm_jax.config_fields import present
+from hybridnorm_jax.training.optimizers.schedule_free import averaged_params
+
 
 @flax.struct.dataclass
 class Average:
@@ -38,6 +42,15 @@ def begun_like(places: Average, params: Any) -> Average:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, places)
     begun: Average = jax.jit(begun_average, out_shardings=shardings)(params)
     return begun
+
+
+def next_average(config: OptimizerSection, average: Average | None, params: Any, opt_state: Any) -> Average | None:
+    """The average after one more step, which led to these parameters and this optimizer state; None: there is none."""
+    if average is None:
+        return None
+    if config.name == "schedule_free":
+        return Average(average.count + 1, averaged_params(opt_state, params))
+    return with_parameters(average, params, decay=present(config.ema_decay))
 
 
 def with_parameters(average: Average, params: Any, *, decay: float) -> Average:

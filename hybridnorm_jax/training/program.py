@@ -244,16 +244,12 @@ class Program:
         """(state, batch, numbers) -> (state, metrics, measured invariants)."""
         train = self.config.train
         options = StepOptions(
-            schedule=self.config.optimizer.schedule,
-            wsd_decay=self.config.optimizer.wsd_decay,
+            optimizer=self.config.optimizer,
             chunk=train.loss_chunk,
             z_loss=train.z_loss,
             balance_loss=train.balance_loss,
             router_z_loss=train.router_z_loss,
-            balance_bias_rate=self.config.optimizer.balance_bias_rate,
             skip_spikes_sigma=train.skip_spikes_sigma,
-            ema_decay=self.config.optimizer.ema_decay,
-            schedule_free=self.config.optimizer.name == "schedule_free",
         )
         return make_train_step(
             self.model,

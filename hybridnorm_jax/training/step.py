@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from hybridnorm_jax.config.optimizer_section import OptimizerSection
 from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.equivalence.forward_pass import collected
 from hybridnorm_jax.equivalence.measurements import Measured
@@ -20,9 +21,9 @@ from hybridnorm_jax.model.moe import RouterStatistics
 from hybridnorm_jax.model.watched_streams import DEFECT, ROUTER
 from hybridnorm_jax.training import router_balance
 from hybridnorm_jax.training.anomalies import all_finite, anomaly_metrics, judge, keep_where
-from hybridnorm_jax.training.optimizers.schedule_free import averaged_params
-from hybridnorm_jax.training.optimizers.schedules import StepNumbers, learning_rate
-from hybridnorm_jax.training.parameter_average import Average, with_parameters
+from hybridnorm_jax.training.optimizers.rates import schedule_of
+from hybridnorm_jax.training.optimizers.schedules import StepNumbers
+from hybridnorm_jax.training.parameter_average import next_average
 from hybridnorm_jax.training.state import TrainState
 
 Convert = Callable[[Any], Any]
@@ -38,26 +39,19 @@ class StepOptions:
     """What a training step does besides following the gradient of the mean loss.
 
     Attributes:
-      schedule, wsd_decay: of the learning rate, see schedules.learning_rate.
+      optimizer: of the run; what of it is in the step's numbers is taken from there.
       chunk: positions whose logits are held at a time; None: all.
       z_loss: weight of log(Z)^2 of every target.
       balance_loss, router_z_loss: weights of the routers' losses, summed over the layers.
-      balance_bias_rate: see router_balance.move_balance_biases; for model.balance_bias.
       skip_spikes_sigma: see anomalies.judge; None: only what is not finite is skipped.
-      ema_decay: see parameter_average.with_parameters; None: there is no such average.
-      schedule_free: whether the average is that of optimizers/schedule_free.py.
     """
 
-    schedule: str
-    wsd_decay: str = "linear"
+    optimizer: OptimizerSection
     chunk: int | None = None
     z_loss: float = 0.0
     balance_loss: float = 0.0
     router_z_loss: float = 0.0
-    balance_bias_rate: float = 0.0
     skip_spikes_sigma: float | None = None
-    ema_decay: float | None = None
-    schedule_free: bool = False
 
 
 class Totals(NamedTuple):
@@ -169,6 +163,7 @@ def make_train_step(
       measure: (the state's parameters, one sequence) -> invariants to return; None: the last result is None.
     """
     objective = _make_objective(model, options, defects=measure is not None and convert is not None)
+    section = options.optimizer
 
     def train_step(state, batch, numbers):
         key = jax.random.fold_in(jax.random.wrap_key_data(numbers.dropout_seed), state.step)
@@ -182,10 +177,9 @@ def make_train_step(
             params = optax.apply_updates(state.params, updates)
         routers = None if totals.routers is None else _divide(totals.routers, weight)
         if model.config.balance_bias:
-            params = router_balance.move_balance_biases(params, present(routers).fraction, options.balance_bias_rate)
+            params = router_balance.move_balance_biases(params, present(routers).fraction, section.balance_bias_rate)
         metrics = _loss_metrics(totals.loss, weight, routers, options)
-        rate = learning_rate(options.schedule, numbers, state.step, wsd_decay=options.wsd_decay)
-        metrics |= {"grad_norm": grad_norm, "learning_rate": rate}
+        metrics |= {"grad_norm": grad_norm, "learning_rate": schedule_of(section, numbers)(state.step)}
         with jax.named_scope(OPTIMIZER_SCOPE):
             skip, anomalies = judge(
                 state.anomalies,
@@ -194,17 +188,12 @@ def make_train_step(
                 update_is_finite=all_finite(params),
                 sigma=options.skip_spikes_sigma,
             )
-            average = state.average
-            if average is not None and options.schedule_free:
-                average = Average(average.count + 1, averaged_params(opt_state, params))
-            elif average is not None:
-                average = with_parameters(average, params, decay=present(options.ema_decay))
-            params, opt_state, average = keep_where(
-                skip, (state.params, state.opt_state, state.average), (params, opt_state, average)
-            )
+            before = state.params, state.opt_state, state.average
+            after = params, opt_state, next_average(section, state.average, params, opt_state)
+            params, opt_state, average = keep_where(skip, before, after)
         measured = None if measure is None else _measured(measure, state.params, batch, sown)
-        after = TrainState(state.step + 1, params, opt_state, anomalies, average)
-        return after, metrics | anomaly_metrics(anomalies), measured
+        state = TrainState(state.step + 1, params, opt_state, anomalies, average)
+        return state, metrics | anomaly_metrics(anomalies), measured
 
     return train_step
 

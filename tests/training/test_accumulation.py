@@ -10,6 +10,7 @@ import optax
 import pytest
 from test_step import _batch, _config, _one_device
 
+from hybridnorm_jax.config.optimizer_section import OptimizerSection
 from hybridnorm_jax.training.optimizers.schedules import step_numbers
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.step import StepOptions, make_train_step
@@ -40,7 +41,12 @@ def test_with_bfloat16_compute_the_accumulated_sum_is_float32(form, small_config
     optimizer = _gradient_keeper()
     convert = None if program.conversion is None else program.conversion.convert
     step = jax.jit(
-        make_train_step(program.model, lambda _: optimizer, StepOptions(schedule="constant"), convert=convert)
+        make_train_step(
+            program.model,
+            lambda _: optimizer,
+            StepOptions(optimizer=OptimizerSection(schedule="constant")),
+            convert=convert,
+        )
     )
     fresh = program.fresh_state()
     state = dataclasses.replace(fresh, opt_state=optimizer.init(fresh.params))

@@ -13,6 +13,7 @@ import pytest
 from test_step import _batch, _one_device
 from test_step import _config as _config_of_three_layers
 
+from hybridnorm_jax.config.optimizer_section import OptimizerSection
 from hybridnorm_jax.config.run_config import RunConfig, TrainSection
 from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.training import loop, resume
@@ -103,7 +104,9 @@ def test_an_update_that_is_not_finite_is_not_made(small_config):
     config = _config(small_config)
     program = Program(config, _one_device())
     optimizer = optax.chain(optax.scale(1e38), optax.scale(1e38))
-    step = make_train_step(program.model, lambda numbers: optimizer, StepOptions(schedule="constant"))
+    step = make_train_step(
+        program.model, lambda numbers: optimizer, StepOptions(optimizer=OptimizerSection(schedule="constant"))
+    )
     fresh = program.fresh_state()
     state = dataclasses.replace(fresh, opt_state=optimizer.init(fresh.params))
     after, metrics, _ = jax.jit(step)(state, _batch(), _numbers(config))
