@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hybridnorm_jax.commands.program import ArgumentParser, wants_help
+from hybridnorm_jax.commands.program import ArgumentParser, subcommand
 from hybridnorm_jax.commands.syntax import check_syntax
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.run_config import RunConfig
-from hybridnorm_jax.errors import UserError, did_you_mean
+from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.streams import sturdy_streams
 
 if TYPE_CHECKING:
@@ -29,15 +29,11 @@ CONFIG, FILE and key=value are those of `hybridnorm train`.
 MOST_ROWS, MOST_SECONDS = 1000, 3600
 
 
-def run(arguments: Sequence[str]) -> None:
+def run(arguments: Sequence[str]) -> int | None:
     """`hybridnorm data inspect [CONFIG ...] [key=value ...] [--rows N] [--seconds S]`."""
-    action, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    if action != "inspect":
-        check_syntax("data", arguments)
-        if wants_help(arguments):
-            print(USAGE)
-            return
-        raise UserError(f"data {action}: no such action{did_you_mean(action, ['inspect'])}")
+    if subcommand("data", arguments, ["inspect"], USAGE) is None:
+        return 0 if arguments else 2
+    rest = arguments[1:]
     check_syntax("data inspect", rest)
     options, settings = _parser().parse_known_args(rest)
     if not 0 <= options.rows <= MOST_ROWS:
@@ -47,6 +43,7 @@ def run(arguments: Sequence[str]) -> None:
     config = parse(settings)
     with sturdy_streams():
         _inspect(config, rows=options.rows, seconds=options.seconds)
+    return None
 
 
 def _parser() -> ArgumentParser:

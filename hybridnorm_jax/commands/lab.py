@@ -6,7 +6,7 @@ import shlex
 import textwrap
 from collections.abc import Sequence
 
-from hybridnorm_jax.commands.program import again, wants_help
+from hybridnorm_jax.commands.program import again, subcommand, wants_help
 from hybridnorm_jax.commands.program_cache import keep_programs
 from hybridnorm_jax.commands.syntax import check_syntax
 from hybridnorm_jax.config.key_lookup import default
@@ -14,7 +14,7 @@ from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.config.plugins import as_arguments, import_plugins
 from hybridnorm_jax.config.yaml_files import named_plugins
-from hybridnorm_jax.errors import UserError, did_you_mean
+from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.mesh.processes import Processes, check_alike
 from hybridnorm_jax.streams import sturdy_streams
 
@@ -120,9 +120,6 @@ It takes one key:
 
 def run(arguments: Sequence[str], processes: Processes) -> int | None:
     """`hybridnorm lab signal | widths | compare | plan | report | claims`."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if arguments else 2
     commands = {
         "signal": _signal,
         "widths": _widths,
@@ -131,9 +128,9 @@ def run(arguments: Sequence[str], processes: Processes) -> int | None:
         "report": _report,
         "claims": _claims,
     }
-    name, rest = arguments[0], list(arguments[1:])
-    if name not in commands:
-        raise UserError(f"lab {name}: no such command{did_you_mean(name, commands)}")
+    name, rest = subcommand("lab", arguments, commands, USAGE), list(arguments[1:])
+    if name is None:
+        return 0 if arguments else 2
     check_syntax(f"lab {name}", rest)
     commands[name](rest, processes)
     return None

@@ -6,11 +6,11 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from hybridnorm_jax.errors import UserError
+from hybridnorm_jax.errors import UserError, did_you_mean
 
 
 def again(arguments: Sequence[str]) -> str:
@@ -28,6 +28,21 @@ def again(arguments: Sequence[str]) -> str:
 def wants_help(arguments: Sequence[str]) -> bool:
     """Whether help is asked for."""
     return "-h" in arguments or "--help" in arguments
+
+
+def subcommand(command: str, arguments: Sequence[str], known: Iterable[str], usage: str) -> str | None:
+    """The subcommand that the first argument names; None, with the usage printed, where there is none, or for help.
+
+    Raises:
+      UserError: it is not known.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage)
+        return None
+    name = arguments[0]
+    if name not in known:
+        raise UserError(f"{command} {name}: no such command{did_you_mean(name, known)}")
+    return name
 
 
 @contextlib.contextmanager

@@ -90,9 +90,7 @@ SYNTAX = {
     "tokenize": Syntax(
         options=("--tokenizer", "--out", "--processes", "--shard-tokens", "--drop-duplicates"), keys=_OF_TEXT
     ),
-    "tokenizer": Syntax(),
     "tokenizer train": Syntax(options=("--vocab-size", "--out"), keys=_OF_TEXT),
-    "data": Syntax(),
     "data inspect": Syntax(options=("--rows", "--seconds"), takes_run_keys=True),
     "runs": Syntax(options=("--sort", "--json")),
     "runs compare": Syntax(options=("--json",)),

@@ -4,10 +4,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from hybridnorm_jax.commands.program import ArgumentParser, again, wants_help
+from hybridnorm_jax.commands.program import ArgumentParser, again, subcommand
 from hybridnorm_jax.commands.syntax import check_syntax
 from hybridnorm_jax.commands.text_files import FILES_HELP, corpus_of, sort, text_section
-from hybridnorm_jax.errors import UserError, did_you_mean
+from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.streams import can_redraw, sturdy_streams
 from hybridnorm_jax.whole_files import expanded, write_whole
 
@@ -30,19 +30,16 @@ same file. Needs the extra hf.
   hybridnorm train 'books/*.txt' data.tokenizer=t.json model.vocab_size=32000"""
 
 
-def run(arguments: Sequence[str]) -> None:
+def run(arguments: Sequence[str]) -> int | None:
     """`hybridnorm tokenizer train FILE ... --vocab-size N --out FILE [data.KEY=value ...]`."""
-    action, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    if action != "train":
-        check_syntax("tokenizer", arguments)
-        if wants_help(arguments):
-            print(USAGE)
-            return
-        raise UserError(f"tokenizer {action}: no such action{did_you_mean(action, ['train'])}")
+    if subcommand("tokenizer", arguments, ["train"], USAGE) is None:
+        return 0 if arguments else 2
+    rest = arguments[1:]
     check_syntax("tokenizer train", rest)
     others, keys = sort("tokenizer train", rest)
     with sturdy_streams():
         _train(_parser().parse_intermixed_args(others), keys)
+    return None
 
 
 def _parser() -> ArgumentParser:
