@@ -105,3 +105,40 @@ class Courier:
             except BaseException as error:
                 failed = error
                 job.outcome.set_exception(error)
+
+
+class DispensableCourier:
+    """A Courier for what a run can do without: its first failure is told, and nothing is done after it.
+
+    Args:
+      name, seconds, wait_seconds: as those of Courier.
+      failed: is told the first failure.
+    """
+
+    def __init__(
+        self, name: str, *, seconds: float, failed: Callable[[Exception], None], wait_seconds: float | None = None
+    ):
+        self._courier: Courier | None = Courier(name, seconds=seconds, wait_seconds=wait_seconds)
+        self._failed = failed
+
+    def send(self, action: Callable[[], Any]) -> None:
+        """As Courier.send."""
+        self._attempt(lambda courier: courier.send(action))
+
+    def finish(self, *, within: float) -> None:
+        """As Courier.finish."""
+        self._attempt(lambda courier: courier.finish(within=within))
+
+    def close(self) -> None:
+        """As Courier.close."""
+        self._attempt(lambda courier: courier.close())
+
+    def _attempt(self, action: Callable[[Courier], None]) -> None:
+        if self._courier is None:
+            return
+        try:
+            action(self._courier)
+        except Exception as error:
+            self._courier.abandon()
+            self._courier = None
+            self._failed(error)

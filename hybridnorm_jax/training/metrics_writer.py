@@ -19,7 +19,7 @@ from tqdm import tqdm
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import RunStopped, UserError
 from hybridnorm_jax.loggers.logger import FAILED, FINISHED, STOPPED, LoggedRun, Logger, Point
-from hybridnorm_jax.training.courier import Courier
+from hybridnorm_jax.training.courier import Courier, DispensableCourier
 from hybridnorm_jax.training.metrics_file import NAME, Metrics, MetricsFile, single_values
 
 # A network file system may take minutes until another server has taken over.
@@ -118,24 +118,25 @@ class _GuardedLogger:
     def __init__(self, name: str, logger: Logger, run: LoggedRun):
         self._name, self._logger = name, logger
         self._last_steps: Mapping[str, int] = {}
-        self._courier: Courier | None = Courier(name, seconds=LOGGER_SECONDS, wait_seconds=LOGGER_WAIT_SECONDS)
-        self._send(lambda: self._start(run))
+        self._courier = DispensableCourier(
+            name, seconds=LOGGER_SECONDS, wait_seconds=LOGGER_WAIT_SECONDS, failed=self._failed
+        )
+        self._courier.send(lambda: self._start(run))
         for first in range(0, len(run.history), LINES_OF_HISTORY):
             self.write(run.history[first : first + LINES_OF_HISTORY])
 
     def write(self, points: Sequence[Point]) -> None:
         """Hand over those values that it does not have yet; never waits."""
-        self._send(lambda: self._write(points))
+        self._courier.send(lambda: self._write(points))
 
     def begin_to_close(self, how: str) -> None:
         """Say how the run ended; never waits."""
-        self._send(lambda: self._logger.close(how))
+        self._courier.send(lambda: self._logger.close(how))
 
     def close(self) -> None:
         """Wait until everything is handed over, LOGGER_SECONDS at most."""
-        self._attempt(lambda courier: courier.finish(within=LOGGER_SECONDS))
-        if self._courier is not None:
-            self._courier.close()
+        self._courier.finish(within=LOGGER_SECONDS)
+        self._courier.close()
 
     def _start(self, run: LoggedRun) -> None:
         self._last_steps = self._logger.start(run)
@@ -148,21 +149,11 @@ class _GuardedLogger:
             if new:
                 self._logger.write(step, new)
 
-    def _send(self, action: Callable[[], Any]) -> None:
-        self._attempt(lambda courier: courier.send(action))
-
-    def _attempt(self, action: Callable[[Courier], None]) -> None:
-        if self._courier is None:
-            return
-        try:
-            action(self._courier)
-        except Exception as error:
-            self._courier.abandon()
-            self._courier = None
-            with contextlib.suppress(Exception):
-                self._logger.abandon()
-            went_on = f"the run goes on without it, {NAME} has every number"
-            _print_above_bar(f"{self._name}: {_reason(error)}; {went_on}", is_warning=True)
+    def _failed(self, error: Exception) -> None:
+        with contextlib.suppress(Exception):
+            self._logger.abandon()
+        went_on = f"the run goes on without it, {NAME} has every number"
+        _print_above_bar(f"{self._name}: {_reason(error)}; {went_on}", is_warning=True)
 
 
 def _logged_run(directory: epath.Path, config: RunConfig, resume_step: int | None, before: Metrics) -> LoggedRun:

@@ -19,7 +19,7 @@ from etils import epath
 from hybridnorm_jax.append_only import AppendOnlyFile
 from hybridnorm_jax.errors import RunStopped, UserError, first_line
 from hybridnorm_jax.loggers.logger import FAILED, FINISHED, STOPPED
-from hybridnorm_jax.training.courier import Courier
+from hybridnorm_jax.training.courier import DispensableCourier
 from hybridnorm_jax.whole_files import is_local
 
 NAME = "log.txt"
@@ -46,7 +46,6 @@ class TextLog:
         self._lock = threading.RLock()  # a signal's handler may print while the main thread does
         self._held: list[str] = []
         self._file: AppendOnlyFile | None = None
-        self._courier: Courier | None = None
         self._pause, self._next = 0.0, 0.0
 
     def __enter__(self) -> "TextLog":
@@ -70,10 +69,9 @@ class TextLog:
                 self._add(line)
         self._add(END + _end(error))
         self._hand_over(at_once=True)
-        self._attempt(lambda courier: courier.finish(within=WRITE_SECONDS))
-        self._attempt(lambda courier: courier.send(self._file.close))
-        if self._courier is not None:
-            self._courier.close()
+        self._courier.finish(within=WRITE_SECONDS)
+        self._courier.send(self._file.close)
+        self._courier.close()
 
     def open(self, directory: epath.Path, *, about: Mapping[str, Any]) -> None:
         """Write to the log of this run from now on; its `start:` line says this of the process."""
@@ -81,7 +79,7 @@ class TextLog:
             return
         with self._lock:
             self._file = AppendOnlyFile(directory / NAME)
-            self._courier = Courier("log", seconds=WRITE_SECONDS)
+            self._courier = DispensableCourier("log", seconds=WRITE_SECONDS, failed=self._failed)
             self._pause = 0.0 if is_local(directory) else UPLOAD_SECONDS
             self._held.insert(0, _stamped(START + json.dumps(about)))
         self._hand_over(at_once=True)
@@ -101,19 +99,12 @@ class TextLog:
             data = "".join(self._held).encode(errors="backslashreplace")
             self._held, self._next = [], now + self._pause
             file = self._file
-            self._attempt(lambda courier: courier.send(lambda: file.append(data)))
+            self._courier.send(lambda: file.append(data))
 
-    def _attempt(self, action: Callable[[Courier], Any]) -> None:
-        if self._courier is None:
-            return
-        try:
-            action(self._courier)
-        except Exception as error:
-            self._courier.abandon()
-            self._courier = None
-            reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-            if self._streams[1] is not None:
-                print(f"{NAME}: {reason}; the run goes on without it", file=self._streams[1], flush=True)
+    def _failed(self, error: Exception) -> None:
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        if self._streams[1] is not None:
+            print(f"{NAME}: {reason}; the run goes on without it", file=self._streams[1], flush=True)
 
 
 class _CopiedStream:
