@@ -6,18 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compared_models import layernorm_model, logits
 from covering import others_are_long
 
 import hybridnorm_jax as hn
 from hybridnorm_jax import equivalence as eq
-from hybridnorm_jax.equivalence import decoder_forms, transforms
-from hybridnorm_jax.equivalence.comparison import compare_forms
 from hybridnorm_jax.equivalence.decoder_forms import EMBEDDING_CENTRING
 from hybridnorm_jax.equivalence.forms import conversion_of
-from hybridnorm_jax.equivalence.invariants import InvariantError, assert_measured, tolerances
-from hybridnorm_jax.equivalence.measurements import Measured, centring_defects
 from hybridnorm_jax.equivalence.model_params import assert_params
-from hybridnorm_jax.model.norm_functions import padding_defect, zero_mean_defect
 
 GPT2_LIKE = {
     "scheme": "pre",
@@ -125,15 +121,6 @@ CHANGED = {
 CENTRED = {name for name in MODELS if "norm_of_tokens_and" in name}
 
 
-def _model(small_config, random_params, keys, dtype="float64"):
-    config = small_config(norm="layernorm", dtype=dtype, param_dtype=dtype, **keys)
-    return config, random_params(config)
-
-
-def _logits(config, params, tokens):
-    return jax.jit(hn.Decoder(config).apply)({"params": params}, tokens)
-
-
 # One of everything that a conversion folds, moves or must leave alone.
 QUICK = (
     *(
@@ -153,8 +140,8 @@ QUICK = (
 @pytest.mark.parametrize("name", others_are_long(MODELS, QUICK))
 def test_all_forms_compute_the_same_logits(name, small_config, random_params, tokens):
     with jax.enable_x64(True):
-        config, params = _model(small_config, random_params, MODELS[name])
-        expected = _logits(config, params, tokens)
+        config, params = layernorm_model(small_config, random_params, MODELS[name])
+        expected = logits(config, params, tokens)
         converted = (
             hn.equivalence.to_pre_rmsnorm(config, params),
             hn.equivalence.to_pre_crmsnorm(config, params),
@@ -165,7 +152,7 @@ def test_all_forms_compute_the_same_logits(name, small_config, random_params, to
         ):
             assert form.embedding_centring == (name in CENTRED)
             assert (form.norm, form.d_model, form.norm_scale, form.norm_bias) == (norm, width, False, False)
-            found = _logits(form, theirs, tokens)
+            found = logits(form, theirs, tokens)
             assert float(abs(found - expected).max() / abs(expected).max()) < 1e-12
             assert_params(form, theirs)
 
@@ -182,16 +169,16 @@ def test_what_else_has_changed_is_named(name, small_config):
 def test_without_the_centring_it_is_another_model(name, small_config, random_params, tokens):
     """The centring is needed: a norm's scale and bias give what it normalized a mean."""
     with jax.enable_x64(True):
-        config, params = _model(small_config, random_params, MODELS[name])
-        expected = _logits(config, params, tokens)
+        config, params = layernorm_model(small_config, random_params, MODELS[name])
+        expected = logits(config, params, tokens)
         for convert in (eq.to_pre_rmsnorm, eq.to_pre_crmsnorm):
             form, converted = convert(config, params)
-            without = _logits(dataclasses.replace(form, embedding_centring=False), converted, tokens)
+            without = logits(dataclasses.replace(form, embedding_centring=False), converted, tokens)
             assert float(abs(without - expected).max() / abs(expected).max()) > 1e-3
 
 
 def test_what_stands_outside_a_centring_keeps_its_parameters(small_config, random_params):
-    config, params = _model(small_config, random_params, MODELS["norm_of_tokens_and_positions"], "float32")
+    config, params = layernorm_model(small_config, random_params, MODELS["norm_of_tokens_and_positions"], "float32")
     for convert in (eq.to_pre_rmsnorm, eq.to_pre_crmsnorm):
         _, converted = convert(config, params)
         for norm in ("embedding_norm", "final_norm"):
@@ -200,7 +187,7 @@ def test_what_stands_outside_a_centring_keeps_its_parameters(small_config, rando
 
 
 def test_no_output_projection_gets_a_bias_that_it_does_not_need(small_config, random_params):
-    config, params = _model(small_config, random_params, MODELS["norm_biases_alone"], "float32")
+    config, params = layernorm_model(small_config, random_params, MODELS["norm_biases_alone"], "float32")
     form, converted = eq.to_pre_rmsnorm(config, params)
     run = converted["run_0"]
     assert "bias" in run["attention"]["query"]
@@ -211,14 +198,14 @@ def test_no_output_projection_gets_a_bias_that_it_does_not_need(small_config, ra
 
 
 def test_a_tied_head_stays_tied_where_it_may(small_config, random_params):
-    bare, params = _model(small_config, random_params, MODELS["bare_norms_tied"], "float32")
+    bare, params = layernorm_model(small_config, random_params, MODELS["bare_norms_tied"], "float32")
     assert eq.to_pre_rmsnorm(bare, params)[0].tie_embeddings
     assert not eq.to_pre_crmsnorm(bare, params)[0].tie_embeddings
-    assert not eq.to_pre_rmsnorm(*_model(small_config, random_params, GPT2_LIKE, "float32"))[0].tie_embeddings
+    assert not eq.to_pre_rmsnorm(*layernorm_model(small_config, random_params, GPT2_LIKE, "float32"))[0].tie_embeddings
 
 
 def test_a_tree_that_is_not_the_models_is_refused_in_one_line(small_config, random_params):
-    config, params = _model(small_config, random_params, {"scheme": "pre"}, "float32")
+    config, params = layernorm_model(small_config, random_params, {"scheme": "pre"}, "float32")
     with pytest.raises(
         eq.LayoutError, match=r": missing; params must be the tree of build_model\(config\), variables\['params'\]$"
     ):
@@ -242,7 +229,7 @@ def test_a_tree_that_is_not_the_models_is_refused_in_one_line(small_config, rand
 
 
 def test_norms_inside_heads_stay_what_they_are(small_config, random_params):
-    config, params = _model(small_config, random_params, MODELS["norms_in_heads"], "float32")
+    config, params = layernorm_model(small_config, random_params, MODELS["norms_in_heads"], "float32")
     form, converted = eq.to_pre_crmsnorm(config, params)
     assert form.attention_norm_kind == "layernorm"
     for name in ("q_norm", "k_norm", "v_norm", "context_norm"):
@@ -260,7 +247,7 @@ GRADIENTS = (
 @pytest.mark.parametrize("name", others_are_long(GRADIENTS, ["one_norm_for_both", "norm_of_tokens_and_positions"]))
 def test_gradients_with_respect_to_theta_are_equal(name, small_config, random_params, tokens):
     with jax.enable_x64(True):
-        config, params = _model(small_config, random_params, MODELS[name])
+        config, params = layernorm_model(small_config, random_params, MODELS[name])
         direction = np.random.default_rng(3).standard_normal((2, 12, 61))
 
         def loss(config, convert):
@@ -279,20 +266,20 @@ def test_gradients_with_respect_to_theta_are_equal(name, small_config, random_pa
 @pytest.mark.parametrize("pad_to", [1, 16])
 def test_decompression_is_the_way_back(pad_to, small_config, random_params, tokens):
     with jax.enable_x64(True):
-        config, params = _model(small_config, random_params, GPT2_LIKE)
+        config, params = layernorm_model(small_config, random_params, GPT2_LIKE)
         full, centred = eq.to_pre_rmsnorm(config, params)
         layout = eq.decoder_layout(full)
         stored = eq.compress(centred, layout, pad_to=pad_to)
         back = eq.decompress(stored, layout, width=32)
         assert jax.tree.map(jnp.shape, back) == jax.tree.map(jnp.shape, centred)
-        expected = _logits(config, params, tokens)
-        np.testing.assert_allclose(_logits(full, back, tokens), expected, rtol=0, atol=1e-11)
+        expected = logits(config, params, tokens)
+        np.testing.assert_allclose(logits(full, back, tokens), expected, rtol=0, atol=1e-11)
         again = eq.compress(back, layout, pad_to=pad_to)
         jax.tree.map(np.testing.assert_array_equal, again, stored)
 
 
 def test_dtypes_stay(small_config, random_params):
-    config, params = _model(small_config, random_params, GPT2_LIKE, "float32")
+    config, params = layernorm_model(small_config, random_params, GPT2_LIKE, "float32")
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     for convert in (eq.to_pre_rmsnorm, eq.to_pre_crmsnorm):
         _, converted = convert(config, narrow)
@@ -333,100 +320,13 @@ def test_scales_that_start_elsewhere_need_a_scheme_in_which_they_do_not(small_co
     assert conversion_of(config, "pre_rmsnorm").config.scheme == "twin"
 
 
-def test_recentring_along_the_wrong_axis_is_caught_and_named(small_config, random_params, tokens, monkeypatch):
-    """The bug of the released JAX layer: the mean over the input axis of an (in, out) kernel."""
-    keys = {"scheme": "pre", "mlp_dim": 32}
-    config, params = _model(small_config, random_params, keys, "float32")
-    limits = tolerances(config)
-    assert_measured(1, jax.jit(lambda p: compare_forms(config, p, tokens))(params), limits)
-
-    def wrong(params, layout):
-        centred = transforms.recenter(params, layout)
-        kernel = jnp.asarray(params["run_0"]["feed_forward"]["down"]["kernel"])
-        centred["run_0"]["feed_forward"]["down"]["kernel"] = kernel - kernel.mean(1, keepdims=True)
-        return centred
-
-    monkeypatch.setattr(decoder_forms, "recenter", wrong)
-    measured = jax.jit(lambda p: compare_forms(config, p, tokens))(params)
-    with pytest.raises(InvariantError, match=r"step 7: run_0/feed_forward/down/kernel is not centred: "):
-        assert_measured(7, measured, limits)
-    # Each of the others sees it too.
-    for name in ("stream", "stored", "last", "norm"):
-        with pytest.raises(InvariantError, match=r"after block [123] \(0: the embedding\)"):
-            assert_measured(7, Measured(**{name: getattr(measured, name)}), limits)
-    with pytest.raises(InvariantError, match=r"logits of pre_crmsnorm differ by [01]\.\d+, at most 0\.001"):
-        assert_measured(7, Measured(logits=measured.logits), limits)
-
-
-def test_compressing_what_is_not_centred_is_caught(small_config, random_params, tokens, monkeypatch):
-    config, params = _model(small_config, random_params, {"scheme": "pre"}, "float32")
-    monkeypatch.setattr(decoder_forms, "recenter", lambda params, layout: params)
-    measured = compare_forms(config, params, tokens)
-    with pytest.raises(InvariantError, match=r"step 1: run_0/attention/out/kernel is not centred: "):
-        assert_measured(1, measured, tolerances(config))
-
-
-def test_nan_is_a_violation_of_the_block_it_is_in():
-    limits = tolerances(hn.ModelConfig())
-    with pytest.raises(InvariantError, match=r"step 3, after block 2 .*: the stream is not centred: .* is nan"):
-        assert_measured(3, Measured(stream=jnp.array([0.0, 0.0, jnp.nan, 1.0])), limits)
-
-
-def test_nan_is_measured_as_nan_everywhere(small_config, random_params, tokens):
-    config, params = _model(small_config, random_params, {"scheme": "pre"}, "float32")
-    assert np.isnan(zero_mean_defect(jnp.array([np.nan, 1.0, 2.0])))
-    assert np.isnan(padding_defect(jnp.array([1.0, 2.0, np.nan]), 3))
-    params["run_0"]["attention"]["out"]["kernel"][1, 0, 0, 0] = np.nan
-    measured = compare_forms(config, params, tokens)
-    with pytest.raises(InvariantError, match=r"step 1: run_0/attention/out/kernel is not centred: .* is nan"):
-        assert_measured(1, measured, tolerances(config))
-
-
-@pytest.mark.parametrize(("dtype", "param_dtype"), [("float64", "float32"), ("float32", "float64")])
-def test_no_false_alarm_where_dtypes_are_mixed(dtype, param_dtype, small_config, random_params, tokens):
-    with jax.enable_x64(True):
-        config = small_config(scheme="pre", norm="layernorm", dtype=dtype, param_dtype=param_dtype)
-        assert_measured(1, compare_forms(config, random_params(config), tokens), tolerances(config))
-
-
-def test_defects_of_a_bfloat16_model_stay_apart_from_bugs(small_config, random_params, tokens):
-    """What rounding leaves is within the limits, and the limits are well below a stream that is not centred."""
-    config = small_config(scheme="pre", norm="layernorm", dtype="bfloat16", num_layers=12)
-    params = random_params(config)
-    measured = compare_forms(config, params, tokens)
-    assert_measured(1, measured, tolerances(config))
-    assert tolerances(config)["trained"] <= 0.3
-    assert max(map(float, centring_defects(params, eq.decoder_layout(config)).values())) > 1
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda p: p.update(final_norm={"scale": jnp.ones(32)}), "final_norm/scale: is left unfolded"),
-        (lambda p: p["head"].pop("kernel"), "head/kernel: missing"),
-        (lambda p: p["head"].update(kernel=jnp.ones((31, 61))), "head/kernel"),
-        (lambda p: p["head"].update(kernel=jnp.ones((32, 61), jnp.bfloat16)), "head/kernel"),
-        (lambda p: p["head"].update(kernel=jnp.ones(32)), "head/kernel"),
-        (lambda p: p.update(stranger={"kernel": jnp.ones(3)}), "stranger/kernel: has no place"),
-    ],
-    ids=["unfolded", "missing", "width", "dtype", "rank", "left_over"],
-)
-def test_static_invariants_name_the_leaf(spoil, message, small_config, random_params):
-    config, params = _model(small_config, random_params, {"scheme": "pre"}, "float32")
-    form, converted = eq.to_pre_rmsnorm(config, params)
-    converted = jax.tree.map(lambda leaf: leaf, converted)
-    spoil(converted)
-    with pytest.raises(AssertionError, match=message):
-        jax.eval_shape(lambda p: assert_params(form, p), converted)
-
-
 def test_a_model_of_one_layer_and_a_foreign_scale(small_config, random_params, tokens):
     """Means far larger than deviations: float32 keeps what LayerNorm's two passes keep."""
-    config, params = _model(small_config, random_params, {"scheme": "pre", "num_layers": 1}, "float32")
+    config, params = layernorm_model(small_config, random_params, {"scheme": "pre", "num_layers": 1}, "float32")
     table = params["token_embedding"]["embedding"] + np.float32(1000)
     params = params | {"token_embedding": {"embedding": table}}
     form, converted = eq.to_pre_rmsnorm(config, params)
     wide = dataclasses.replace(config, dtype="float64", param_dtype="float64")
     with jax.enable_x64(True):
-        expected = _logits(wide, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params), tokens)
-    np.testing.assert_allclose(_logits(form, converted, tokens), expected, atol=2e-3)
+        expected = logits(wide, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params), tokens)
+    np.testing.assert_allclose(logits(form, converted, tokens), expected, atol=2e-3)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compared_models import logits
 from covering import others_are_long
-from test_equivalence import _logits
 
 import hybridnorm_jax as hn
 from hybridnorm_jax import equivalence as eq
@@ -55,11 +55,11 @@ def _model(small_config, random_params, keys, dtype="float64"):
 def test_all_forms_compute_the_same_logits(name, small_config, random_params, tokens):
     with jax.enable_x64(True):
         config, params = _model(small_config, random_params, MODELS[name])
-        expected = _logits(config, params, tokens)
+        expected = logits(config, params, tokens)
         for form, pad_to in FORMS:
             conversion = eq.conversion_of(config, form, pad_to=pad_to)
             converted = conversion.convert(params)
-            found = _logits(conversion.config, converted, tokens)
+            found = logits(conversion.config, converted, tokens)
             assert float(abs(found - expected).max() / abs(expected).max()) < 1e-12
             if config.balance_bias:
                 ours, theirs = (tree["run_0"]["feed_forward"]["balance_bias"] for tree in (converted, params))
@@ -102,7 +102,7 @@ def test_decompression_is_the_way_back(small_config, random_params, tokens):
         back = eq.decompress(stored, layout, width=32)
         assert jax.tree.map(jnp.shape, back) == jax.tree.map(jnp.shape, centred)
         jax.tree.map(np.testing.assert_array_equal, eq.compress(back, layout, pad_to=16), stored)
-        np.testing.assert_allclose(_logits(full, back, tokens), _logits(config, params, tokens), rtol=0, atol=1e-11)
+        np.testing.assert_allclose(logits(full, back, tokens), logits(config, params, tokens), rtol=0, atol=1e-11)
 
 
 # ---- Where two forms are compared.

@@ -1,0 +1,181 @@
+"""Files on servers that fail, change or mislead: fetched whole or not at all, and one line for a fault."""
+
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+from fetched_files import MIB, cached, content_of, random_bytes, refused
+
+from hybridnorm_jax.data import DataError
+from hybridnorm_jax.data.places import patience
+from hybridnorm_jax.data.places.http_store import _Redirects
+from hybridnorm_jax.data.places.local_copies import LocalCopies
+from hybridnorm_jax.data.places.patterns import find_files
+from hybridnorm_jax.data.places.store import store_of
+from hybridnorm_jax.data.sources import text_corpus
+
+
+@pytest.mark.parametrize("faults", [[], [500, 503], ["cut", "cut"], [429, "cut", 500, "cut"], ["cut"] * 4])
+@pytest.mark.parametrize("has_ranges", [True, False])
+def test_a_server_that_fails_a_few_times_gives_the_whole_file(web, copies, monkeypatch, capsys, faults, has_ranges):
+    monkeypatch.setattr("hybridnorm_jax.data.places.http_store.PIECE_BYTES", MIB)
+    content = random_bytes(3 * MIB + 17)
+    url = web.put("a.bin", content)
+    web.has_ranges = has_ranges
+    files = find_files("data.files", [url])
+    web.faults["/a.bin"] = list(faults)
+    (copy,) = copies.fetched(files)
+    assert content_of(copy) == content
+    assert not web.faults["/a.bin"]
+    assert capsys.readouterr().err.count("trying again") == len(faults)
+
+
+def test_what_came_is_not_asked_for_again(web, copies, monkeypatch):
+    monkeypatch.setattr("hybridnorm_jax.data.places.http_store.PIECE_BYTES", MIB)
+    url = web.put("a.bin", random_bytes(16 * MIB))
+    files = find_files("data.files", [url])
+    web.faults["/a.bin"] = ["cut"]  # eight of the sixteen come
+    copies.fetched(files)
+    assert web.sent == (16 + 8) * MIB
+
+
+@pytest.mark.parametrize(
+    ("faults", "cause"),
+    [
+        ([500] * 9, "HTTP 500"),
+        (["cut"] * 9, "the connection ended after"),
+        (["hang"] * 9, "no answer in 0.3 s"),
+        (["trickle"] * 9, "no answer in 0.3 s"),
+    ],
+)
+def test_a_server_that_goes_on_failing_is_one_line(web, copies, monkeypatch, faults, cause):
+    monkeypatch.setattr(patience, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(patience, "TRIES", 3)
+    url = web.put("a.bin", random_bytes(1000))
+    files = find_files("data.files", [url])
+    web.faults["/a.bin"] = faults
+    began = time.monotonic()
+    message = refused(copies.fetched, files)
+    assert message.startswith(f"{url}: cannot be read after 3 tries ({cause}")
+    assert time.monotonic() - began < 5
+    assert cached(copies) == []
+
+
+def test_waits_grow_and_are_not_alike(monkeypatch):
+    waits = []
+    monkeypatch.setattr(patience, "sleep", waits.append)
+
+    def fail():
+        raise ConnectionError("reset")
+
+    for _ in range(20):
+        refused(patience.patiently, "https://a/b", fail)
+    by_try = np.array(waits).reshape(20, patience.TRIES - 1)
+    for number, longest in enumerate((1, 2, 4, 8)):
+        assert (by_try[:, number] >= longest / 2).all()
+        assert (by_try[:, number] <= longest).all()
+    assert len(set(waits)) > 70
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(404, "no such file"), (410, "no such file"), (403, "access is refused"), (400, "refused")]
+)
+def test_what_trying_again_cannot_mend_ends_at_once(web, copies, status, words):
+    url = web.put("a.bin", b"abc")
+    files = find_files("data.files", [url])
+    web.faults["/a.bin"] = [status] * 2
+    assert words in refused(copies.fetched, files)
+    assert web.requests["GET", "/a.bin"] == 1
+
+
+def test_no_server_is_one_line(monkeypatch):
+    monkeypatch.setattr(patience, "FIRST_WAIT", 0.01)
+    message = refused(find_files, "data.files", ["http://127.0.0.1:9/a.txt"])
+    assert message.startswith("http://127.0.0.1:9/a.txt: cannot be read after 5 tries (")
+    assert "refused" in message
+
+
+def test_a_file_that_changes_or_vanishes_in_the_middle_of_a_run_is_one_line(web, copies):
+    url = web.put("a.jsonl", b'{"text": "one"}\n')
+    corpus = text_corpus("data.files", [url], "text", copies=copies)
+    web.put("a.jsonl", b'{"text": "two"}\n')
+    message = refused(lambda: list(corpus.documents(corpus.files[0])))
+    assert message == f"{url}: was changed while it was read; start again with files that nobody writes to"
+    del web.content["/a.jsonl"]
+    assert "no such file; it was removed" in refused(lambda: list(corpus.documents(corpus.files[0])))
+    assert cached(copies) == []
+
+
+def test_a_file_that_changes_between_two_pieces_is_seen(web, copies, monkeypatch):
+    monkeypatch.setattr("hybridnorm_jax.data.places.http_store.PIECE_BYTES", MIB)
+    url = web.put("a.bin", random_bytes(4 * MIB))
+    (file,) = find_files("data.files", [url])
+    pieces = store_of(url).pieces(file, 0)
+    next(pieces)
+    web.faults["/a.bin"] = []
+    web.put("a.bin", random_bytes(4 * MIB, seed=1))
+    web.faults["/a.bin"] = ["cut"]
+    # The first answer may have been sent already; any later one is of another version.
+    with pytest.raises(DataError, match="was changed while it was read"):
+        b"".join(store_of(url).pieces(file, MIB))
+    pieces.close()
+
+
+def test_content_is_checked_against_the_digest_that_a_server_states(web, copies):
+    web.digest = "right"
+    content = random_bytes(2 * MIB)
+    url = web.put("a.bin", content)
+    assert content_of(copies.fetched(find_files("data.files", [url]))[0]) == content
+    web.digest = "wrong"
+    url = web.put("b.bin", content)
+    assert "another sha256 than its store says" in refused(copies.fetched, find_files("data.files", [url]))
+
+
+def test_addresses_that_cannot_be_right_are_refused(web):
+    for url, words in (
+        ("https://user:secret@example.org/a.txt", "a user or password"),
+        ("https://example.org/*.txt", "@list.txt"),
+        ("https://example.org/", "a directory"),
+        ("https:///a.txt", "no address"),
+        ("https://example.org/ä b.txt", "%20"),
+        ("ftp://example.org/a.txt", "files of ftp:// cannot be read"),
+    ):
+        message = refused(find_files, "data.files", [url])
+        assert words in message
+        assert "secret" not in message
+
+
+def test_a_signature_in_an_address_is_not_shown(web):
+    url = web.put("a.txt", b"text") + "?X-Signature=secret"
+    (file,) = find_files("data.files", [url])
+    assert file.name == "a.txt"
+    assert "secret" not in str(file)
+    del web.content["/a.txt"]
+    assert "secret" not in refused(find_files, "data.files", [url])
+
+
+def test_redirects_are_followed_but_not_to_other_protocols(web, copies):
+    url = web.put("real.txt", b"text")
+    web.faults["/a.txt"] = [url] * 2
+    (copy,) = copies.fetched(find_files("data.files", [f"{web.url}/a.txt"]))
+    assert content_of(copy) == b"text"
+    web.faults["/b.txt"] = ["file:///etc/passwd"]
+    assert "leads" in refused(find_files, "data.files", [f"{web.url}/b.txt"])
+    web.faults["/c.txt"] = [f"{web.url}/c.txt"] * 99
+    assert "leads" in refused(find_files, "data.files", [f"{web.url}/c.txt"])
+    asked = urllib.request.Request("https://example.org/a.txt")
+    message = refused(_Redirects().redirect_request, asked, None, 302, "Found", {}, "http://example.org/a.txt")
+    assert message == "https://example.org/a.txt: its server leads from https:// to http://; refused"
+
+
+def test_servers_that_can_do_little_serve_too(web, tmp_path):
+    web.has_head = web.has_versions = False
+    url = web.put("a.txt", b"text")
+    first = LocalCopies(str(tmp_path / "cache"), MIB)
+    (copy,) = first.fetched(find_files("data.files", [url]))
+    assert content_of(copy) == b"text"
+    # Without a version nobody knows whether the copy is still right.
+    web.put("a.txt", b"more")
+    (other,) = LocalCopies(str(tmp_path / "cache"), MIB).fetched(find_files("data.files", [url]))
+    assert content_of(other) == b"more"
