@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from document_runs import write_documents
 from processes import environment, free_port, run, run_together, together
 
 from hybridnorm_jax.commands.eval import evaluate_run
@@ -36,9 +37,7 @@ SECONDS = 400  # machines that run tests are paused at times; nothing here takes
 def arguments(tmp_path_factory):
     """A run of six steps over short texts, evaluated and saved on the way, with a sample at its end."""
     folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    for number in range(30):
-        (folder / f"{number}.txt").write_text(" ".join(rng.choice(["alpha", "beta", "gamma", "delta"], 60)))
+    write_documents(folder, count=30, words=60)
     return [
         *("model.d_model=32", "model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2", "model.mlp_dim=48"),
         *("model.vocab_size=257", "data.source=text", f"data.files=[{folder}/*.txt]", "data.validation_fraction=0.2"),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from bitwise import assert_bitwise
 from test_step import _batch, _one_device
 from test_step import _config as _config_of_three_layers
 
@@ -34,11 +35,6 @@ pytestmark = pytest.mark.usefixtures("shared_programs")
 def _config(small_config, *, model=None, **sections):
     """A step of one layer: what is skipped, and when, does not depend on the depth."""
     return _config_of_three_layers(small_config, model={"num_layers": 1} | (model or {}), **sections)
-
-
-def _assert_bitwise(ours, expected):
-    for (path, left), right in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(left, right, err_msg=jax.tree_util.keystr(path))
 
 
 def _without_schedule(opt_state):
@@ -67,11 +63,11 @@ def test_nan_in_one_place_leaves_everything_as_it_is_and_the_step_counts(model, 
     state, metrics = program.train_step(state, _planted(_batch(microbatches), microbatch=microbatches // 2))
     assert not np.isfinite(metrics["loss"])
     assert [int(metrics[f"skipped_{name}"]) for name in ("steps", "nonfinite", "spikes", "in_a_row")] == [1, 1, 0, 1]
-    _assert_bitwise(state.params, before.params)
+    assert_bitwise(state.params, before.params)
     kept, count = _without_schedule(state.opt_state)
-    _assert_bitwise(kept, _without_schedule(before.opt_state)[0])
+    assert_bitwise(kept, _without_schedule(before.opt_state)[0])
     assert count == int(state.step) == 2
-    _assert_bitwise(state.anomalies.losses, before.anomalies.losses)
+    assert_bitwise(state.anomalies.losses, before.anomalies.losses)
 
     # The next step is made, and equals the one without the bad step before it but for the learning rate.
     state, metrics = program.train_step(state, _batch(microbatches))
@@ -92,7 +88,7 @@ def test_a_gradient_that_overflows_is_skipped_though_the_loss_is_finite(small_co
     assert np.isfinite(metrics["loss"])
     assert not np.isfinite(metrics["grad_norm"])
     assert int(metrics["skipped_nonfinite"]) == 1
-    _assert_bitwise(state.params, before.params)
+    assert_bitwise(state.params, before.params)
 
 
 def _numbers(config):
@@ -113,7 +109,7 @@ def test_an_update_that_is_not_finite_is_not_made(small_config):
     assert np.isfinite(metrics["loss"])
     assert np.isfinite(metrics["grad_norm"])
     assert [int(metrics[name]) for name in ("skipped_nonfinite", "skipped_in_a_row")] == [1, 1]
-    _assert_bitwise(after.params, state.params)
+    assert_bitwise(after.params, state.params)
 
 
 @pytest.mark.parametrize("sigma", [None, 2.0])
@@ -158,8 +154,8 @@ def test_a_planted_spike_is_skipped_once_the_window_is_full(window, skipped, sma
     assert int(metrics["skipped_spikes"]) == int(metrics["skipped_steps"]) == skipped
     assert np.isfinite(metrics["loss"])
     if skipped:
-        _assert_bitwise(state.params, before.params)
-        _assert_bitwise(state.anomalies.losses, before.anomalies.losses)
+        assert_bitwise(state.params, before.params)
+        assert_bitwise(state.anomalies.losses, before.anomalies.losses)
     state, metrics = program.train_step(state, _batch())
     assert int(metrics["skipped_in_a_row"]) == 0
 
@@ -223,7 +219,7 @@ def test_bad_steps_are_recorded_and_resuming_among_them_changes_nothing(config, 
     with monkeypatch.context() as patch:
         _plant(patch, (4, 5))
         loop.train(config)  # from step 4, which was skipped
-    _assert_bitwise(_restored(config, tmp_path), _restored(whole, tmp_path))
+    assert_bitwise(_restored(config, tmp_path), _restored(whole, tmp_path))
     records = _records(whole, tmp_path)
     assert _records(config, tmp_path) == records
     # Every third line, the last, and those of skipped steps; besides them what is written before a save.
@@ -257,7 +253,7 @@ def test_too_many_in_a_row_stop_the_run_which_names_a_checkpoint_from_before_the
         _plant(patch, (), die_in=4)
         with pytest.raises(_KilledError):
             loop.train(dataclasses.replace(three, checkpoint=dataclasses.replace(config.checkpoint, every=3)))
-    _assert_bitwise(state.params, _restored(three, tmp_path, 3).params)
+    assert_bitwise(state.params, _restored(three, tmp_path, 3).params)
 
 
 @pytest.mark.parametrize(
@@ -296,8 +292,8 @@ def test_a_checkpoint_of_a_version_that_skipped_no_steps_restores(config, tmp_pa
         checkpoints.save(5, old, data_state={"iterator": 5}, config_yaml="", wait=True)
         state, data_state = resume.restore(program, checkpoints, 5)
     assert data_state == {"iterator": 5}
-    _assert_bitwise(state, program.fresh_state())
-    _assert_bitwise(
+    assert_bitwise(state, program.fresh_state())
+    assert_bitwise(
         jax.tree.map(lambda leaf: leaf.shape, state), jax.tree.map(lambda leaf: leaf.shape, program.abstract_state)
     )
 

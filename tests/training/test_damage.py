@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+from document_runs import training_losses
 from test_checkpoints import assert_same
 from test_manifest import flip
 
@@ -15,7 +16,6 @@ from hybridnorm_jax.commands.eval import evaluate_run
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.training import loop
 from hybridnorm_jax.training.checkpoints import Checkpoints
-from hybridnorm_jax.training.metrics_file import read_records
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.run_directory import load_run
 from hybridnorm_jax.training.step_directories import CheckpointError
@@ -55,11 +55,6 @@ def _restored(config, directory):
         return checkpoints.restore(Program(config).abstract_state)
 
 
-def _losses(directory):
-    records = read_records(directory)
-    return [(record["step"], record["train/loss"]) for record in records if "train/loss" in record]
-
-
 @pytest.mark.long
 def test_a_run_goes_on_before_the_damage_if_allowed_and_ends_as_if_there_had_been_none(config, tmp_path, capfd):
     run, whole = tmp_path / "runs/run", tmp_path / "runs/whole"
@@ -96,8 +91,8 @@ def test_a_run_goes_on_before_the_damage_if_allowed_and_ends_as_if_there_had_bee
     ours, expected = _restored(config, run), _restored(config, whole)
     assert_same(ours[0], expected[0])
     assert ours[1] == expected[1]
-    assert _losses(run) == _losses(whole)
-    assert [step for step, _ in _losses(run)] == [1, 2, 3, 4, 5, 6]
+    assert training_losses(run) == training_losses(whole)
+    assert [step for step, _ in training_losses(run)] == [1, 2, 3, 4, 5, 6]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         *("000002", "000004", "000006", "000006.damaged")
     ]

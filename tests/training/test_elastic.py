@@ -5,14 +5,14 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from document_runs import STEPS, EndsAfter, document_run, renamed
 
 from hybridnorm_jax.config.resume_keys import decides_trajectory
-from hybridnorm_jax.config.run_config import RunConfig, TrainSection
+from hybridnorm_jax.config.run_config import TrainSection
 from hybridnorm_jax.errors import REQUEUE, ConfigError, RunStopped
 from hybridnorm_jax.mesh import device_mesh
 from hybridnorm_jax.training import loop, program
 from hybridnorm_jax.training.checkpoints import Checkpoints
-from hybridnorm_jax.training.hooks.hook import Hook
 from hybridnorm_jax.training.metrics_file import read_records
 from hybridnorm_jax.training.microbatches import microbatches_of
 from hybridnorm_jax.training.program import Program
@@ -20,7 +20,6 @@ from hybridnorm_jax.training.program import Program
 # As in tests/mesh/test_processes.py: sums over devices and microbatches are taken in another order, in float32, and
 # Adam divides by their size.
 LOSS_TOLERANCE, PARAMETER_TOLERANCE = 2e-6, 2e-5
-STEPS = 6
 
 
 @pytest.mark.parametrize(
@@ -48,38 +47,14 @@ def test_as_few_microbatches_as_the_limit_allows(batch, asked, most, parts, expe
 
 @pytest.fixture
 def config(tmp_path, small_config):
-    rng = np.random.default_rng(0)
-    for number in range(24):
-        (tmp_path / f"{number}.txt").write_text(" ".join(rng.choice(["alpha", "beta", "gamma", "delta"], 40)))
-    default = RunConfig()
-    return RunConfig(
-        run=dataclasses.replace(default.run, name="elastic", dir=str(tmp_path / "runs")),
-        model=small_config(vocab_size=257),
-        data=dataclasses.replace(
-            default.data,
-            source="text",
-            files=(str(tmp_path / "*.txt"),),
-            validation_fraction=0.2,
-            segment_ids=True,
-            cache_dir=str(tmp_path / "cache"),
-        ),
-        train=dataclasses.replace(
-            default.train, steps=STEPS, batch_size=16, max_device_sequences=2, seq_len=24, log_every=1
-        ),
-        mesh=dataclasses.replace(default.mesh, data=1, fsdp=-1),
-        eval=dataclasses.replace(default.eval, every=STEPS, batches=1),
+    return document_run(
+        tmp_path,
+        "elastic",
+        small_config(vocab_size=257),
+        data={"segment_ids": True},
+        train={"batch_size": 16, "max_device_sequences": 2},
+        mesh={"data": 1, "fsdp": -1},
     )
-
-
-class _StopAfter(Hook):
-    """Ends the process after a step, as a lost host does; the loop saves what was made."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def after_step(self, run):
-        if run.step == self.step:
-            raise RunStopped(REQUEUE, "")
 
 
 def _train_on(devices, config, monkeypatch, *, until=None):
@@ -92,8 +67,9 @@ def _train_on(devices, config, monkeypatch, *, until=None):
     if until is None:
         loop.train(config)
         return
+    # As a lost host ends the process; the loop saves what was made.
     with pytest.raises(RunStopped):
-        loop.train(config, hooks=[_StopAfter(until)])
+        loop.train(config, hooks=[EndsAfter(until, RunStopped(REQUEUE, ""))])
 
 
 def _losses(config, tmp_path):
@@ -108,7 +84,7 @@ def _params(config, tmp_path):
 
 
 def test_eight_then_four_then_two_devices_give_the_numbers_of_eight(config, tmp_path, monkeypatch, capsys):
-    whole = dataclasses.replace(config, run=dataclasses.replace(config.run, name="whole"))
+    whole = renamed(config, "whole")
     _train_on(8, whole, monkeypatch)
     expected, params = _losses(whole, tmp_path), _params(whole, tmp_path)
     _train_on(8, config, monkeypatch, until=2)

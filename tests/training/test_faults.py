@@ -14,6 +14,8 @@ import jax
 import numpy as np
 import processes
 import pytest
+from bitwise import assert_bitwise
+from document_runs import renamed
 from faults.harness import MOMENTS, Harness
 
 import hybridnorm_jax as hn
@@ -76,10 +78,6 @@ def whole(config):
     return _restored(config), _records(config)
 
 
-def _named(config, name):
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
-
-
 def _restored(config):
     with Checkpoints(Path(config.run.dir) / config.run.name / "checkpoints", keep=10) as checkpoints:
         return jax.device_get(checkpoints.restore(Program(config).abstract_state)[0])
@@ -121,7 +119,7 @@ MOMENTS_IN_PROCESS = {
 @pytest.mark.parametrize("moment", MOMENTS_IN_PROCESS)
 def test_told_to_stop_and_resumed_equals_undisturbed_bit_for_bit(moment, config, whole, monkeypatch, capfd):
     owner, name, call, saved = MOMENTS_IN_PROCESS[moment]
-    stopped = _named(config, moment)
+    stopped = renamed(config, moment)
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         _signal_in(patch, owner, name, call)
@@ -137,8 +135,7 @@ def test_told_to_stop_and_resumed_equals_undisturbed_bit_for_bit(moment, config,
 
     loop.train(stopped)
     state, records = whole
-    for (path, left), right in zip(jax.tree.leaves_with_path(_restored(stopped)), jax.tree.leaves(state), strict=True):
-        np.testing.assert_array_equal(left, right, err_msg=jax.tree_util.keystr(path))
+    assert_bitwise(_restored(stopped), state)
     assert _records(stopped) == records
 
 
@@ -152,7 +149,7 @@ def _heeds_ctrl_c():
 
 @pytest.mark.usefixtures("_heeds_ctrl_c", "shared_programs")
 def test_ctrl_c_saves_as_well_and_has_its_own_status(config, monkeypatch, capfd):
-    stopped = _named(config, "ctrl_c")
+    stopped = renamed(config, "ctrl_c")
     with monkeypatch.context() as patch:
         _signal_in(patch, Program, "train_step", 3, signal.SIGINT)
         assert exit_status(lambda: loop.train(stopped)) == INTERRUPTED == 130

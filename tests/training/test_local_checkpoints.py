@@ -7,44 +7,29 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from bitwise import assert_bitwise
+from document_runs import STEPS, EndsAfter, document_run, final_state, renamed, training_losses
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hybridnorm_jax.config.arguments import parse
-from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.mesh.device_mesh import make_mesh
 from hybridnorm_jax.training import local_checkpoints, loop
-from hybridnorm_jax.training.checkpoints import Checkpoints
-from hybridnorm_jax.training.hooks.hook import Hook
 from hybridnorm_jax.training.local_checkpoints import LocalCheckpoints
-from hybridnorm_jax.training.metrics_file import read_records
-from hybridnorm_jax.training.program import Program
 
-STEPS = 6
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 @pytest.fixture
 def config(tmp_path, small_config):
     """Six steps; every second one is kept locally, and none but the last in the run's directory."""
-    rng = np.random.default_rng(0)
-    for number in range(24):
-        (tmp_path / f"{number}.txt").write_text(" ".join(rng.choice(["alpha", "beta", "gamma", "delta"], 40)))
-    default = RunConfig()
-    return RunConfig(
-        run=dataclasses.replace(default.run, name="killed", dir=str(tmp_path / "runs")),
-        model=small_config(vocab_size=257, num_layers=1),
-        data=dataclasses.replace(
-            default.data,
-            source="text",
-            files=(str(tmp_path / "*.txt"),),
-            validation_fraction=0.2,
-            cache_dir=str(tmp_path / "cache"),
-        ),
-        train=dataclasses.replace(default.train, steps=STEPS, batch_size=8, seq_len=24, log_every=1),
-        mesh=dataclasses.replace(default.mesh, data=2, fsdp=4),
-        checkpoint=dataclasses.replace(default.checkpoint, local_dir=str(tmp_path / "disk"), local_every=2),
-        eval=dataclasses.replace(default.eval, every=STEPS, batches=1),
+    return document_run(
+        tmp_path,
+        "killed",
+        small_config(vocab_size=257, num_layers=1),
+        train={"batch_size": 8},
+        mesh={"data": 2, "fsdp": 4},
+        checkpoint={"local_dir": str(tmp_path / "disk"), "local_every": 2},
     )
 
 
@@ -52,32 +37,13 @@ class _CrashError(Exception):
     """Stands for a host that is gone from one moment to the next."""
 
 
-class _CrashAfter(Hook):
-    def __init__(self, step):
-        self.step = step
-
-    def after_step(self, run):
-        if run.step == self.step:
-            raise _CrashError
-
-
 def _crash(config, step):
     with pytest.raises(_CrashError):
-        loop.train(config, hooks=[_CrashAfter(step)])
-
-
-def _named(config, name):
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
-
-
-def _final_state(config):
-    with Checkpoints(Path(config.run.dir) / config.run.name / "checkpoints", keep=9) as checkpoints:
-        return checkpoints.restore(Program(config).abstract_state)
+        loop.train(config, hooks=[EndsAfter(step, _CrashError())])
 
 
 def _losses(config):
-    records = read_records(Path(config.run.dir) / config.run.name)
-    return [(record["step"], record["train/loss"]) for record in records if "train/loss" in record]
+    return training_losses(Path(config.run.dir) / config.run.name)
 
 
 def _folders(config):
@@ -94,7 +60,7 @@ def _change_a_byte(folder):
 
 
 def test_a_run_that_crashed_goes_on_from_the_local_step_bit_for_bit(config, capsys):
-    whole = _named(config, "whole")
+    whole = renamed(config, "whole")
     loop.train(whole)
     _crash(config, 5)
     assert not (Path(config.run.dir) / "killed/checkpoints").exists()
@@ -105,10 +71,9 @@ def test_a_run_that_crashed_goes_on_from_the_local_step_bit_for_bit(config, caps
     assert "goes on after step 4 of 6" in " ".join(told.out.split())
     assert _losses(config) == _losses(whole)
     assert [step for step, _ in _losses(config)] == list(range(1, STEPS + 1))
-    (ours, ours_of_data), (theirs, theirs_of_data) = _final_state(config), _final_state(whole)
+    (ours, ours_of_data), (theirs, theirs_of_data) = final_state(config), final_state(whole)
     assert ours_of_data == theirs_of_data
-    for (path, left), right in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_array_equal(left, right, err_msg=jax.tree_util.keystr(path))
+    assert_bitwise(ours, theirs)
 
 
 def test_a_newer_step_of_the_run_directory_wins(config, capsys):

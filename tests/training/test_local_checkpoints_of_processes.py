@@ -3,11 +3,9 @@
 import os
 import shutil
 
-import numpy as np
 import pytest
+from document_runs import training_losses, write_documents
 from processes import free_port, run, together
-
-from hybridnorm_jax.training.metrics_file import read_records
 
 STEPS, CRASH_AFTER, KEPT = 6, 5, 4
 SECONDS = 400
@@ -37,9 +35,7 @@ def program(tmp_path_factory):
     """(the script, the arguments of the run)."""
     folder = tmp_path_factory.mktemp("program")
     (folder / "crashing.py").write_text(CRASHING)
-    rng = np.random.default_rng(0)
-    for number in range(24):
-        (folder / f"{number}.txt").write_text(" ".join(rng.choice(["alpha", "beta", "gamma", "delta"], 40)))
+    write_documents(folder)
     words = [
         *("model.d_model=32", "model.num_layers=1", "model.num_heads=4", "model.num_kv_heads=2", "model.mlp_dim=48"),
         *("model.vocab_size=257", "data.source=text", f"data.files=[{folder}/*.txt]", "data.validation_fraction=0.2"),
@@ -61,8 +57,7 @@ def _run(program, folder, name, mesh, *, homes, crash=0):
 
 
 def _losses(folder, name):
-    records = read_records(folder / "runs" / name)
-    return [(record["step"], record["train/loss"]) for record in records if "train/loss" in record]
+    return training_losses(folder / "runs" / name)
 
 
 @pytest.mark.long

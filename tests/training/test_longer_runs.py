@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from bitwise import assert_bitwise
 
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import ConfigError
@@ -49,11 +50,6 @@ def _state(config, step):
         return checkpoints.restore(Program(config).abstract_state, step)
 
 
-def _assert_equal(ours, expected):
-    for (path, left), right in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(left, right, err_msg=jax.tree_util.keystr(path))
-
-
 def _adam(state):
     (found,) = [part for part in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(part)]
     return found
@@ -70,7 +66,7 @@ def test_a_finished_run_of_a_constant_rate_goes_on_as_if_it_had_been_longer(conf
     loop.train(longer)
     straight = _with(config, name="straight", steps=8)
     loop.train(straight)
-    _assert_equal(_state(longer, 8), _state(straight, 8))
+    assert_bitwise(_state(longer, 8), _state(straight, 8))
 
 
 def test_a_schedule_that_depends_on_the_number_of_steps_says_so(config):

@@ -1,64 +1,39 @@
 """Runs on a mixture: resumed, on other meshes, branched, evaluated by source, and what is refused when files change."""
 
 import json
-import random
 
 import jax
 import numpy as np
 import pytest
 from etils import epath
+from lettered_texts import TINY
 
-from hybridnorm_jax.commands.main import main
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.training import loop
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.metrics_file import read_records
 from hybridnorm_jax.training.program import Program
 
-TINY = [
-    *("model.d_model=16", "model.num_layers=1", "model.num_heads=2", "model.mlp_dim=16", "train.sample_tokens=0"),
-    *("train.steps=8", "train.batch_size=8", "train.seq_len=8", "eval.batches=1", "eval.every=8", "train.log_every=2"),
-    *(
-        "optimizer.schedule=constant",
-        "checkpoint.every=3",
-        "checkpoint.keep=9",
-        "run.dir=runs",
-        "data.cache_dir=cache",
-    ),
-    *("data.validation_fraction=0.3", "data.mixture.a.files=[a.txt]", "data.mixture.b.files=[b.txt]"),
-    *("data.mixture.a.weight=3", "data.stages=[{at: 4, weights: {a: 1, b: 7}}]"),
+MIXTURE = [
+    *TINY,
+    *("train.steps=8", "eval.every=8", "train.log_every=2", "optimizer.schedule=constant"),
+    *("checkpoint.every=3", "checkpoint.keep=9", "data.validation_fraction=0.3"),
+    *("data.mixture.a.files=[a.txt]", "data.mixture.b.files=[b.txt]", "data.mixture.a.weight=3"),
+    "data.stages=[{at: 4, weights: {a: 1, b: 7}}]",
 ]
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
-def _text(seed):
-    rng = random.Random(seed)
-    return "".join(f"{' '.join(rng.choices('abcdefgh', k=8))}\n" for _ in range(400))
-
-
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Runs a command in a directory with a.txt, b.txt and c.txt; returns the one line of an error, or None."""
-    monkeypatch.chdir(tmp_path)
-    for name in "abc":
-        (tmp_path / f"{name}.txt").write_text(_text(name))
-
-    def start(*arguments, command="train"):
-        status = main([command, *(TINY if command == "train" else ()), *arguments])
-        told = capsys.readouterr()
-        start.told = told.out
-        if status == 0:
-            return None
-        (line,) = [line for line in told.err.splitlines() if line.startswith("error: ")]
-        return line
-
-    return start
+def run(command):
+    """Trains on the mixture; returns the one line of an error, or None."""
+    return lambda *arguments: command("train", *MIXTURE, *arguments)
 
 
 def final_state(name):
     """Parameters and moments of a run's newest checkpoint, and what it says of the data."""
-    program = Program(parse([*TINY, f"run.name={name}"]))
+    program = Program(parse([*MIXTURE, f"run.name={name}"]))
     with Checkpoints(epath.Path(f"runs/{name}/checkpoints"), keep=10) as checkpoints:
         state, data_state = checkpoints.restore(program.abstract_state)
     return jax.tree.leaves(state), data_state
@@ -152,19 +127,19 @@ def test_a_shard_that_changed_vanished_or_was_swapped_is_refused_with_its_source
     assert run("run.name=run", "data.mixture.b.files=[moved/b.txt]") is None
 
 
-def test_eval_scores_the_held_out_part_of_each_source(run, tmp_path):
+def test_eval_scores_the_held_out_part_of_each_source(run, command, tmp_path):
     assert run("run.name=run") is None
-    assert run("runs/run", "--json", command="eval") is None
-    scores = json.loads(run.told)["sets"]
+    assert command("eval", "runs/run", "--json") is None
+    scores = json.loads(command.out)["sets"]
     assert list(scores) == ["validation", "a", "b"]
     at_end = [record for record in read_records(epath.Path("runs/run")) if "eval/a/loss" in record][-1]
     assert scores["a"]["loss"] == pytest.approx(at_end["eval/a/loss"], rel=1e-5)
     (tmp_path / "moved").mkdir()
     (tmp_path / "a.txt").rename(tmp_path / "moved" / "a.txt")
-    assert run("runs/run", "data.mixture.a.files=[moved/a.txt]", command="eval") is None
-    line = run("runs/run", "data.mixture.a.files=[c.txt]", command="eval")
+    assert command("eval", "runs/run", "data.mixture.a.files=[moved/a.txt]") is None
+    line = command("eval", "runs/run", "data.mixture.a.files=[c.txt]")
     assert line.startswith("error: data.mixture.a.files: saved [a.txt], asked [c.txt]: the held-out share of other")
-    line = run("runs/run", "data.mixture.a.files=[moved/a.txt]", "data.validation.x=[b.txt]", command="eval")
+    line = command("eval", "runs/run", "data.mixture.a.files=[moved/a.txt]", "data.validation.x=[b.txt]")
     assert line.startswith("error: data.validation.x: b.txt is trained on")
 
 
@@ -180,9 +155,9 @@ def test_what_a_source_was_trained_on_is_no_validation_of_a_later_run(run):
     assert run(*again) is None
 
 
-def test_the_beginning_shows_a_table_of_the_sources(run):
+def test_the_beginning_shows_a_table_of_the_sources(run, command):
     assert run("run.name=run", "data.mixture.b.epochs=9") is None
-    lines = run.told.splitlines()
+    lines = command.out.splitlines()
     place = next(place for place, line in enumerate(lines) if line.startswith("mixture "))
     rows = [line.split() for line in lines[place : place + 3]]
     assert rows[0] == ["mixture", "tokens", "from", "1", "from", "5", "epochs"]

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from bitwise import assert_bitwise
+from document_runs import write_documents
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.commands.eval import evaluate_run
@@ -213,9 +215,7 @@ def test_a_batch_without_any_target_keeps_everything_finite(small_config):
 @pytest.fixture
 def text_config(tmp_path, small_config):
     """A run on a few short documents."""
-    rng = np.random.default_rng(0)
-    for number in range(24):
-        (tmp_path / f"{number}.txt").write_text(" ".join(rng.choice(["alpha", "beta", "gamma", "delta"], 40)))
+    write_documents(tmp_path)
     default = RunConfig()
     data = {"source": "text", "files": (str(tmp_path / "*.txt"),), "cache_dir": str(tmp_path / "cache")}
     config = _config(
@@ -262,8 +262,7 @@ def test_resumes_bit_for_bit(text_config, tmp_path, monkeypatch, capsys):
     ours, expected = (loop.Checkpoints(tmp_path / "runs" / name / "checkpoints", keep=10) for name in ("moe", "whole"))
     with ours, expected:
         left, right = ours.restore(program.abstract_state), expected.restore(program.abstract_state)
-    for (path, leaf), reference in zip(jax.tree.leaves_with_path(left[0]), jax.tree.leaves(right[0]), strict=True):
-        np.testing.assert_array_equal(leaf, reference, err_msg=jax.tree_util.keystr(path))
+    assert_bitwise(left[0], right[0])
     assert np.any(left[0].params["run_0"]["feed_forward"]["balance_bias"])
 
     # Elsewhere than where it was trained: mesh.expert is not kept.

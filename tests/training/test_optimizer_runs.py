@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from bitwise import assert_bitwise
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.config.arguments import parse
@@ -48,11 +49,6 @@ def _trained(program, state, steps):
     return state, metrics
 
 
-def _assert_bitwise(ours, expected):
-    for (path, left), right in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(np.asarray(left), right, err_msg=jax.tree_util.keystr(path))
-
-
 # Two whose states are built unlike AdamW's, one of them with moments in bfloat16; the others take as long to compile.
 EACH = [pytest.param(name, marks=() if name in ("muon", "schedule_free") else pytest.mark.long) for name in NAMES]
 
@@ -66,7 +62,7 @@ def test_a_saved_state_goes_on_bit_for_bit(name, tmp_path):
         checkpoints.save(2, state, data_state={}, config_yaml="", plugins=[], wait=True)
         expected = jax.device_get(_trained(program, state, range(2, 5))[0])
         restored, _ = restore(program, checkpoints, 2)
-    _assert_bitwise(_trained(program, restored, range(2, 5))[0], expected)
+    assert_bitwise(_trained(program, restored, range(2, 5))[0], expected)
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -82,7 +78,7 @@ def test_a_step_that_is_not_finite_changes_nothing(name):
     for part in ("params", "opt_state", "average"):
         # The count of the learning-rate schedule goes on.
         arrays = [[leaf for leaf in jax.tree.leaves(getattr(state, part)) if leaf.ndim] for state in (after, before)]
-        _assert_bitwise(*arrays)
+        assert_bitwise(*arrays)
 
 
 # XLA orders sums otherwise for several runs. The sign of a mean near zero may turn then, which changes a few numbers by
@@ -128,8 +124,8 @@ def test_the_average_of_schedule_free_is_evaluated_loaded_and_begun_with(tokens)
     average = averaged_params(state.opt_state, state.params)
     _, loaded = hn.load_run("runs/first")
     _, plain = hn.load_run("runs/first", plain=True)
-    _assert_bitwise(state.average.params, loaded)
-    _assert_bitwise(state.params, plain)
+    assert_bitwise(state.average.params, loaded)
+    assert_bitwise(state.params, plain)
     for (path, left), right in zip(jax.tree.leaves_with_path(average), jax.tree.leaves(loaded), strict=True):
         # The step and this line round (y - (1 - b1) z) / b1 on their own.
         np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-6, err_msg=jax.tree_util.keystr(path))
@@ -139,8 +135,8 @@ def test_the_average_of_schedule_free_is_evaluated_loaded_and_begun_with(tokens)
     # z begins with these parameters, too: otherwise the first step would go back to what was drawn.
     begun = averaged_params(heir.opt_state, heir.params)
     jax.tree.map(lambda left, right: np.testing.assert_allclose(left, right, rtol=4e-7, atol=1e-8), begun, loaded)
-    _assert_bitwise(heir.params, loaded)
-    _assert_bitwise(heir.average.params, loaded)
+    assert_bitwise(heir.params, loaded)
+    assert_bitwise(heir.average.params, loaded)
 
 
 def test_what_schedule_free_cannot_do_is_refused():

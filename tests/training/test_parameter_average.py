@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bitwise import assert_bitwise
 from test_step import _batch
 from test_step import _config as _config_of_three_layers
 
@@ -148,11 +149,6 @@ def _state(config, step):
         return restore(Program(config), checkpoints, step)[0]
 
 
-def _assert_bitwise(ours, expected):
-    for (path, left), right in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(left, right, err_msg=jax.tree_util.keystr(path))
-
-
 class _KilledError(Exception):
     """Stands for a process that ends without a word."""
 
@@ -173,7 +169,7 @@ def test_a_run_that_was_killed_has_the_same_average_and_says_what_it_scored(conf
         with pytest.raises(_KilledError):
             loop.train(config)
     loop.train(config)
-    _assert_bitwise(_state(config, 4), _state(whole, 4))
+    assert_bitwise(_state(config, 4), _state(whole, 4))
 
     directory = f"{whole.run.dir}/whole"
     last = [record for record in read_records(directory) if "eval/held/loss" in record][-1]
@@ -194,8 +190,8 @@ def test_a_run_that_was_killed_has_the_same_average_and_says_what_it_scored(conf
     _, params = hn.load_run(directory)
     _, plain_params = hn.load_run(directory, plain=True)
     state = _state(whole, 4)
-    _assert_bitwise(params, state.average.params)
-    _assert_bitwise(plain_params, state.params)
+    assert_bitwise(params, state.average.params)
+    assert_bitwise(plain_params, state.params)
 
 
 def test_who_begins_with_such_a_run_takes_the_average_and_a_branch_takes_both(config, monkeypatch):
@@ -222,11 +218,11 @@ def test_who_begins_with_such_a_run_takes_the_average_and_a_branch_takes_both(co
             loop.train(_with(config, run={"name": name}, **keys))
     for name in ("averaged", "plain"):
         expected = ended.average.params if name == "averaged" else ended.params
-        _assert_bitwise(begun[name].params, expected)
-        _assert_bitwise(begun[name].average, Average(np.int32(0), expected))
-    _assert_bitwise(begun["plain_without"].params, ended.params)
-    _assert_bitwise(begun["branch"], ended)
-    _assert_bitwise(begun["branch_without"], dataclasses.replace(ended, average=None))
+        assert_bitwise(begun[name].params, expected)
+        assert_bitwise(begun[name].average, Average(np.int32(0), expected))
+    assert_bitwise(begun["plain_without"].params, ended.params)
+    assert_bitwise(begun["branch"], ended)
+    assert_bitwise(begun["branch_without"], dataclasses.replace(ended, average=None))
 
 
 def test_a_branch_of_a_run_without_an_average_begins_one(config, monkeypatch):

@@ -2,20 +2,17 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
+from bitwise import assert_bitwise
+from document_runs import STEPS, document_run, final_state, renamed
 
 from hybridnorm_jax.commands.eval import evaluate_run
-from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import ConfigError, UserError
 from hybridnorm_jax.training import loop
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.metrics_file import read_records
 from hybridnorm_jax.training.program import Program
-
-STEPS = 6
-
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
@@ -23,33 +20,16 @@ pytestmark = pytest.mark.usefixtures("shared_programs")
 @pytest.fixture
 def config(tmp_path, small_config):
     """Six steps over two dozen short documents; dropout, accumulation and segment ids, so that all of them resume."""
-    rng = np.random.default_rng(0)
-    for number in range(24):
-        words = rng.choice(["alpha", "beta", "gamma", "delta"], 40)
-        (tmp_path / f"{number}.txt").write_text(" ".join(words))
-    default = RunConfig()
-    return RunConfig(
-        run=dataclasses.replace(default.run, name="resumed", dir=str(tmp_path / "runs")),
-        model=small_config(vocab_size=257, dropout=0.1),
-        data=dataclasses.replace(
-            default.data,
-            source="text",
-            files=(str(tmp_path / "*.txt"),),
-            validation_fraction=0.2,
-            segment_ids=True,
-            cache_dir=str(tmp_path / "cache"),
-        ),
-        train=dataclasses.replace(
-            default.train, steps=STEPS, batch_size=4, grad_accumulation=2, seq_len=24, log_every=1
-        ),
-        mesh=dataclasses.replace(default.mesh, data=2, fsdp=1, tensor=4),
-        checkpoint=dataclasses.replace(default.checkpoint, every=2, keep=10),
-        eval=dataclasses.replace(default.eval, every=4, batches=1),
+    return document_run(
+        tmp_path,
+        "resumed",
+        small_config(vocab_size=257, dropout=0.1),
+        data={"segment_ids": True},
+        train={"batch_size": 4, "grad_accumulation": 2},
+        mesh={"data": 2, "fsdp": 1, "tensor": 4},
+        checkpoint={"every": 2, "keep": 10},
+        eval={"every": 4},
     )
-
-
-def _named(config, name, **run):
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, name=name, **run))
 
 
 def _records(config, tmp_path):
@@ -57,17 +37,6 @@ def _records(config, tmp_path):
     timing = ("tokens_per_second", "mfu")
     timed = {key for record in records for key in record if key in timing or key.startswith("time/")}
     return [{key: value for key, value in record.items() if key not in timed} for record in records]
-
-
-def _final_state(config, tmp_path):
-    program = Program(config)
-    with Checkpoints(tmp_path / "runs" / config.run.name / "checkpoints", keep=10) as checkpoints:
-        return checkpoints.restore(program.abstract_state)
-
-
-def _assert_bitwise(ours, expected):
-    for (path, left), right in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(left, right, err_msg=jax.tree_util.keystr(path))
 
 
 class _KilledError(Exception):
@@ -81,7 +50,7 @@ DYT = {"norm": "dyt", "learned_embedding_scale": True, "norm_alpha": (0.8, 0.2, 
 @pytest.mark.parametrize("keys", [{}, DYT], ids=["rmsnorm", "dyt"])
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(keys, config, tmp_path, monkeypatch):
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **keys))
-    whole = _named(config, "whole")
+    whole = renamed(config, "whole")
     loop.train(whole)
 
     step = Program.train_step
@@ -101,9 +70,9 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(keys, config, tmp_
         loop.train(config)  # from the checkpoint of step 2: steps 3 to 6
     np.testing.assert_array_equal(taken[len(died_after)], died_after[2])
 
-    ours, our_data = _final_state(config, tmp_path)
-    expected, expected_data = _final_state(whole, tmp_path)
-    _assert_bitwise(ours, expected)
+    ours, our_data = final_state(config)
+    expected, expected_data = final_state(whole)
+    assert_bitwise(ours, expected)
     if keys:  # they have moved
         assert (np.abs(ours.params["run_0"]["feed_forward_pre_norm"]["alpha"] - 0.2) > 1e-4).all()
         assert (np.abs(ours.params["embedding_scale"]["scale"] - config.model.d_model**0.5) > 1e-4).all()
@@ -136,18 +105,18 @@ def test_a_finished_run_is_evaluated_again_and_left_as_it_is(config, tmp_path, c
         evaluate_run(str(tmp_path / "runs/resumed"), ["model.scheme=hybrid"])
 
     # A run may start from these parameters.
-    heir = dataclasses.replace(_named(config, "heir"), init_from=str(tmp_path / "runs/resumed"))
+    heir = dataclasses.replace(renamed(config, "heir"), init_from=str(tmp_path / "runs/resumed"))
     program = Program(heir)
     with Checkpoints(tmp_path / "runs/resumed/checkpoints", keep=10) as checkpoints:
         expected = checkpoints.restore_params(program.abstract_state.params)
     short = dataclasses.replace(heir, optimizer=dataclasses.replace(heir.optimizer, learning_rate=1e-20))
     loop.train(short)
-    state, _ = _final_state(short, tmp_path)
-    _assert_bitwise(state.params, expected)
+    state, _ = final_state(short)
+    assert_bitwise(state.params, expected)
     assert int(state.step) == STEPS
 
     # And a model of another shape may not.
-    wider = dataclasses.replace(_named(heir, "wider"), model=dataclasses.replace(heir.model, mlp_dim=64))
+    wider = dataclasses.replace(renamed(heir, "wider"), model=dataclasses.replace(heir.model, mlp_dim=64))
     with pytest.raises(
         ConfigError, match=r"its parameters belong to another model \(model\.mlp_dim: saved 48, asked 64"
     ):

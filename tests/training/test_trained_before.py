@@ -1,11 +1,11 @@
 """What parameters were trained on is no validation of the run that begins with them, nor of an evaluation."""
 
 import json
-import random
 import shutil
 
 import numpy as np
 import pytest
+from lettered_texts import TINY, lettered_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hybridnorm_jax.commands.main import main
@@ -15,11 +15,7 @@ from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.trained_before import Trained, check_validation, is_kept_out
 
-TINY = [
-    *("model.d_model=16", "model.num_layers=1", "model.num_heads=2", "model.mlp_dim=16", "train.sample_tokens=0"),
-    *("train.steps=1", "train.batch_size=8", "train.seq_len=8", "eval.batches=1"),
-]
-
+ONE_STEP = [*TINY, "train.steps=1"]
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
@@ -34,28 +30,10 @@ def byte_tokenizer_json(path, *extra):
     tokenizer.save(str(path))
 
 
-def _text(seed):
-    rng = random.Random(seed)
-    return "".join(f"{' '.join(rng.choices('abcdefgh', k=8))}\n" for _ in range(400))
-
-
 @pytest.fixture
-def train(tmp_path, monkeypatch, capsys):
-    """Trains in an empty directory with a.txt and b.txt; returns the one line of an error, or None."""
-    monkeypatch.chdir(tmp_path)
-    for name in "ab":
-        (tmp_path / f"{name}.txt").write_text(_text(name))
-
-    def run(*arguments, command="train", source="text"):
-        keys = [*TINY, f"data.source={source}", "run.dir=runs", "data.cache_dir=cache"] if command == "train" else []
-        status = main([command, *keys, *arguments])
-        told = capsys.readouterr().err
-        if status == 0:
-            return None
-        (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
-        return line
-
-    return run
+def train(command):
+    """Trains on text or on something else; returns the one line of an error, or None."""
+    return lambda *arguments, source="text": command("train", *ONE_STEP, f"data.source={source}", *arguments)
 
 
 def test_a_larger_share_than_was_held_out_is_refused_and_the_same_is_not(train):
@@ -79,7 +57,7 @@ def test_a_set_of_what_was_trained_on_is_refused_but_for_one_that_says_so(train)
     assert train("run.name=y", *new, "data.validation.train_old=[a.txt]") is None
 
 
-def test_another_tokenizer_is_refused_wherever_it_lies(train, tmp_path):
+def test_another_tokenizer_is_refused_wherever_it_lies(train, command, tmp_path):
     own = ("data.tokenizer=tok.json", "model.vocab_size=300")
     byte_tokenizer_json(tmp_path / "tok.json")
     assert train("run.name=own", "data.files=[a.txt]", *own) is None
@@ -91,27 +69,27 @@ def test_another_tokenizer_is_refused_wherever_it_lies(train, tmp_path):
 
     (tmp_path / "moved").mkdir()
     (tmp_path / "tok.json").rename(tmp_path / "moved/tok.json")
-    assert train("runs/own", "data.tokenizer=moved/tok.json", "data.cache_dir=cache", command="eval") is None
+    assert command("eval", "runs/own", "data.tokenizer=moved/tok.json", "data.cache_dir=cache") is None
     byte_tokenizer_json(tmp_path / "tok.json", "<|another|>")
-    line = train("runs/own", "data.cache_dir=cache", command="eval")
+    line = command("eval", "runs/own", "data.cache_dir=cache")
     line = line.replace(f"{tmp_path}/", "")
     assert "data.tokenizer: tok.json has another content than the tokenizer that runs/own was trained with" in line
 
 
-def test_documents_that_are_chosen_in_another_way_are_refused(train, tmp_path):
+def test_documents_that_are_chosen_in_another_way_are_refused(train, command, tmp_path):
     """20 files are held out whole at 0.5, and 4 of them are not: in blocks of lines."""
     (tmp_path / "many").mkdir()
     for number in range(4):
-        (tmp_path / f"many/{number}.txt").write_text(_text(number))
+        (tmp_path / f"many/{number}.txt").write_text(lettered_text(number))
     files = ("data.files=[many/*.txt]", "data.validation_fraction=0.5")
     assert train("run.name=few", *files) is None
     for number in range(4, 30):
-        (tmp_path / f"many/{number}.txt").write_text(_text(number))
-    line = train("runs/few", "data.cache_dir=cache", command="eval")
+        (tmp_path / f"many/{number}.txt").write_text(lettered_text(number))
+    line = command("eval", "runs/few", "data.cache_dir=cache")
     assert "what is held out now may have been trained on" in line
 
 
-def test_what_the_hash_alone_does_not_choose_depends_on_all_files(train, tmp_path):
+def test_what_the_hash_alone_does_not_choose_depends_on_all_files(train, command, tmp_path):
     """Where the hash chooses no block of a file, its lowest one is held out; with other files it is trained on."""
     (tmp_path / "both").mkdir()
     lowest = {}
@@ -129,28 +107,28 @@ def test_what_the_hash_alone_does_not_choose_depends_on_all_files(train, tmp_pat
     )
     assert "because other files are read" in line
     (tmp_path / f"both/{chosen}.txt").unlink()
-    line = train("runs/both", "data.cache_dir=cache", command="eval")
+    line = command("eval", "runs/both", "data.cache_dir=cache")
     assert "what is held out now may have been trained on" in line
 
 
-def test_a_changed_file_may_hold_out_what_was_trained_on(train, tmp_path):
+def test_a_changed_file_may_hold_out_what_was_trained_on(train, command, tmp_path):
     assert train("run.name=run", "data.files=[a.txt]", "data.validation_fraction=0.3") is None
-    (tmp_path / "a.txt").write_text("a new first line\n" + _text("a"))
-    line = train("runs/run", "data.cache_dir=cache", command="eval")
+    (tmp_path / "a.txt").write_text("a new first line\n" + lettered_text("a"))
+    line = command("eval", "runs/run", "data.cache_dir=cache")
     assert "what is held out now may have been trained on" in line
 
 
-def test_what_was_trained_on_before_is_known_along_a_chain_of_runs(train):
+def test_what_was_trained_on_before_is_known_along_a_chain_of_runs(train, command):
     """First a.txt alone, then b.txt alone: a.txt is no validation of whatever goes on from there."""
     assert train("run.name=first", "data.files=[a.txt]", "data.validation_fraction=0") is None
     second = ("run.name=second", "data.files=[b.txt]", "init_from=runs/first")
     assert train(*second) is None
 
     end = "was trained on a.txt; leave it out, or name the set for what it is, data.validation.train_x"
-    line = train("runs/second", "data.validation.x=[a.txt]", "data.cache_dir=cache", command="eval")
+    line = command("eval", "runs/second", "data.validation.x=[a.txt]", "data.cache_dir=cache")
     assert line.startswith("error: data.validation.x: ")
     assert line.endswith(f"runs/second {end}")
-    assert train("runs/second", "data.validation.train_x=[a.txt]", "data.cache_dir=cache", command="eval") is None
+    assert command("eval", "runs/second", "data.validation.train_x=[a.txt]", "data.cache_dir=cache") is None
     line = train(*second, "data.validation.x=[a.txt]")  # the run that has ended is taken up again
     assert line == f"error: data.validation.x: init_from=runs/first {end}"
     line = train("run.name=third", "data.files=[a.txt]", "init_from=runs/second")
@@ -161,10 +139,10 @@ def test_what_was_trained_on_before_is_known_along_a_chain_of_runs(train):
     assert line == f"error: data.validation.x: init_from=runs/second {end}"
 
 
-def test_a_converted_run_knows_what_it_was_trained_on(train, tmp_path):
+def test_a_converted_run_knows_what_it_was_trained_on(train, command, tmp_path):
     kind = ("model.scheme=pre", "model.norm=layernorm")
     assert train("run.name=run", "data.files=[a.txt]", *kind) is None
-    assert train("runs/run", "runs/converted", "--form", "pre_rmsnorm", command="convert") is None
+    assert command("convert", "runs/run", "runs/converted", "--form", "pre_rmsnorm") is None
     form = ("model.scheme=pre", "model.attention_norm=layernorm", "model.attention_norm_scale=true")
     form += ("model.norm_scale=false",)
     new = ("data.files=[b.txt]", *form, "init_from=runs/converted")
@@ -175,29 +153,29 @@ def test_a_converted_run_knows_what_it_was_trained_on(train, tmp_path):
     again = ("runs/converted", "data.cache_dir=cache")
     (tmp_path / "moved").mkdir()
     (tmp_path / "a.txt").rename(tmp_path / "moved/a.txt")
-    assert train(*again, "data.files=[moved/a.txt]", command="eval") is None
-    (tmp_path / "a.txt").write_text("a new first line\n" + _text("a"))
-    assert "what is held out now may have been trained on" in train(*again, command="eval")
+    assert command("eval", *again, "data.files=[moved/a.txt]") is None
+    (tmp_path / "a.txt").write_text("a new first line\n" + lettered_text("a"))
+    assert "what is held out now may have been trained on" in command("eval", *again)
 
 
-def test_files_that_are_gone_are_known_by_their_content(train, tmp_path):
+def test_files_that_are_gone_are_known_by_their_content(train, command, tmp_path):
     assert train("run.name=run", "data.files=[a.txt]") is None
     (tmp_path / "a.txt").rename(tmp_path / "c.txt")
     other = ("data.files=[b.txt]", "data.validation_fraction=0", "data.validation.x=[c.txt]", "data.cache_dir=cache")
-    line = train("runs/run", *other, command="eval")
+    line = command("eval", "runs/run", *other)
     assert line.endswith("was trained on c.txt; leave it out, or name the set for what it is, data.validation.train_x")
 
 
 def test_what_cannot_be_known_is_said_and_what_is_known_is_not(train, tmp_path, capsys, monkeypatch):
     def notes(*arguments):
         capsys.readouterr()
-        status = main(["train", *arguments, *TINY, "data.source=text", "run.dir=runs", "data.cache_dir=cache"])
+        status = main(["train", *arguments, *ONE_STEP, "data.source=text"])
         assert status == 0
         return [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: init_from")]
 
     assert train("run.name=run", "data.files=[a.txt]") is None
     assert notes("run.name=other", "data.files=[b.txt]", "init_from=runs/run") == []
-    (tmp_path / "a.txt").write_text("a new first line\n" + _text("a"))
+    (tmp_path / "a.txt").write_text("a new first line\n" + lettered_text("a"))
     (line,) = notes("run.name=edited", "data.files=[a.txt]", "init_from=runs/run")
     end = "was trained on another a.txt; if this is the same text, edited, its validation holds what was trained on"
     assert line == f"note: init_from=runs/run {end}"
