@@ -211,6 +211,7 @@ def test_a_record_that_is_no_conversation_is_one_line(record, wrong):
     with pytest.raises(DataError) as error:
         messages_of(record, "f.jsonl:7")
     assert str(error.value).startswith(f"f.jsonl:7: {wrong}")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +226,7 @@ def test_a_record_without_a_prompt_or_a_completion_is_one_line(record, wrong):
     with pytest.raises(DataError) as error:
         prompt_parts(record, "f.jsonl:7")
     assert str(error.value).startswith(f"f.jsonl:7: {wrong}")
+    assert "\n" not in str(error.value)
 
 
 def test_many_records_are_tokenized_as_each_alone(tokenizer):

@@ -141,7 +141,8 @@ def on_disk(tmp_path, monkeypatch):
 def same(one, other):
     assert len(one) == len(other)
     for left, right in zip(one, other, strict=True):
-        assert all((left[name] == right[name]).all() for name in left)
+        assert left.keys() == right.keys()
+        assert all(np.array_equal(left[name], right[name]) for name in left)
 
 
 def test_rows_that_are_kept_in_files_are_the_same(on_disk, monkeypatch):

@@ -65,6 +65,7 @@ def _trained(section, *, steps=problem.STEPS, dtype=np.float64):
 
 
 def _assert_close(ours, expected, tolerance):
+    assert ours.keys() == expected.keys()
     for path, array in ours.items():
         assert np.linalg.norm(array - expected[path]) <= tolerance * np.linalg.norm(expected[path]), path
 
@@ -273,6 +274,7 @@ def test_what_an_optimizer_cannot_do_is_refused_in_one_line(words, message):
     with pytest.raises(ConfigError) as caught:
         parse([f"optimizer.{word}" for word in words])
     assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_pattern_of_muon_that_fits_nothing_is_refused():

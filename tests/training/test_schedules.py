@@ -60,8 +60,6 @@ def test_pieces_count_the_steps_before():
 @pytest.mark.parametrize("form", FALLS)
 def test_rates_up_to_the_last_step_at_any_length_are_those_of_a_longer_run(schedule, form):
     """And the next one is another, where there is a last."""
-    if schedule != "wsd" and form != "linear":
-        return
     pieces = {"12": 0.5} if schedule == "piecewise" else {}
     section = {"schedule": schedule, "wsd_decay": form, "piecewise": pieces, "wsd_decay_fraction": 0.25}
     short, long = _rates(**section), _rates(steps=40, **section)
