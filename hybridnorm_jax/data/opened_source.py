@@ -21,10 +21,10 @@ from hybridnorm_jax.data.places.remote_file import Place
 from hybridnorm_jax.data.sources import Corpus, patterns_corpus, section_corpus
 from hybridnorm_jax.data.text_cache import open_text_cache
 from hybridnorm_jax.data.token_files import OpenFiles, TokenFile, is_split_by_hash, open_token_file, split_extents
+from hybridnorm_jax.data.token_stream import Extent, TokenStream
 from hybridnorm_jax.data.token_workers import ReadyIds, id_dtype
 from hybridnorm_jax.data.tokenized_directory import TokenizedDirectory
 from hybridnorm_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
-from hybridnorm_jax.data.windows import Extent, TokenStream
 from hybridnorm_jax.errors import DataError
 
 # Token files do not know the length of their text: it is measured on up to this many stretches of this many tokens.

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from hybridnorm_jax.data.cache_directory import cache_root, refusals_of_cache
 from hybridnorm_jax.data.fill_in_the_middle import ADDED_TOKENS, FillInTheMiddle
 from hybridnorm_jax.data.packing import PIECE, PackedStretch, pack
+from hybridnorm_jax.data.token_stream import TokenStream
 from hybridnorm_jax.data.whole_directories import whole_directory
-from hybridnorm_jax.data.windows import TokenStream
 from hybridnorm_jax.streams import can_redraw
 
 # Part of every fingerprint: raise it when the same inputs give other rows than before.

@@ -8,7 +8,8 @@ from jaxtyping import Int
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data.fill_in_the_middle import FillInTheMiddle
 from hybridnorm_jax.data.packed_rows import PackedRows, Packing
-from hybridnorm_jax.data.windows import TokenStream, Windows
+from hybridnorm_jax.data.token_stream import TokenStream
+from hybridnorm_jax.data.windows import Windows
 
 
 class Rows(Protocol):

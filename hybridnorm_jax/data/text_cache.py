@@ -14,9 +14,10 @@ import shutil
 import sys
 
 from hybridnorm_jax.data.cache_directory import cache_root, refusals_of_cache
+from hybridnorm_jax.data.manifest import Manifest
 from hybridnorm_jax.data.sources import Corpus
 from hybridnorm_jax.data.token_workers import ThisProcess, Workers
-from hybridnorm_jax.data.tokenized_directory import Manifest, TokenizedDirectory
+from hybridnorm_jax.data.tokenized_directory import TokenizedDirectory
 from hybridnorm_jax.data.tokenizers import Tokenizer
 from hybridnorm_jax.data.tokenizing import Job, write_tokens
 from hybridnorm_jax.data.whole_directories import whole_directory

@@ -13,7 +13,7 @@ import numpy as np
 from hybridnorm_jax.data.blocks import blocks, held_out
 from hybridnorm_jax.data.places.remote_file import Place, readable
 from hybridnorm_jax.data.token_formats import Layout, read_layout
-from hybridnorm_jax.data.windows import Extent
+from hybridnorm_jax.data.token_stream import Extent
 from hybridnorm_jax.errors import DataError
 
 MOST_OPEN = 256

@@ -19,32 +19,12 @@ import numpy as np
 
 from hybridnorm_jax.data.document_ends import DTYPE, ends_path
 from hybridnorm_jax.data.identity import file_identity
+from hybridnorm_jax.data.manifest import FileRecord, ShardRecord
 from hybridnorm_jax.errors import DataError
 
 # Tokens of a shard: 256 MiB of uint16, or 512 MiB of uint32.
 SHARD_TOKENS = 1 << 27
 TARGETS_DTYPE = np.dtype("u1")
-
-
-@dataclasses.dataclass(frozen=True)
-class FileRecord:
-    """A file that is written: its name, its bytes, the digest of its sampled content (identity.py) and its SHA-256."""
-
-    name: str
-    size: int
-    digest: str
-    sha256: str
-
-
-@dataclasses.dataclass(frozen=True)
-class ShardRecord:
-    """A shard: `tokens` with the separators, `pieces` that separators end, and its files; all tokens may be targets."""
-
-    tokens: int
-    pieces: int
-    file: FileRecord
-    ends: FileRecord
-    targets: FileRecord | None = None
 
 
 @dataclasses.dataclass

@@ -10,9 +10,9 @@ from etils import epath
 from hybridnorm_jax.config.data_file_names import is_tokenized
 from hybridnorm_jax.data.places.patterns import listed
 from hybridnorm_jax.data.token_files import OpenFiles
+from hybridnorm_jax.data.token_stream import TokenStream
 from hybridnorm_jax.data.tokenized_directory import TokenizedDirectory, open_tokenized
 from hybridnorm_jax.data.tokenizers import Tokenizer
-from hybridnorm_jax.data.windows import TokenStream
 from hybridnorm_jax.errors import DataError
 from hybridnorm_jax.whole_files import expanded, is_local
 

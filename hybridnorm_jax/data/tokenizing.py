@@ -18,10 +18,11 @@ import numpy as np
 
 from hybridnorm_jax.data.answers import Part
 from hybridnorm_jax.data.document_reader import SPLITS, Block, Place, Reader, SplitRule
+from hybridnorm_jax.data.manifest import Manifest
 from hybridnorm_jax.data.sources import Corpus
 from hybridnorm_jax.data.token_shards import SHARD_TOKENS, SplitState, SplitWriter
 from hybridnorm_jax.data.token_workers import LONG_CHARACTERS, Ids, LongText, Workers, id_dtype, result_of
-from hybridnorm_jax.data.tokenized_directory import Manifest
+from hybridnorm_jax.data.tokenized_directory import manifest_of
 from hybridnorm_jax.data.tokenizers import Tokenizer
 from hybridnorm_jax.data.tokenizing_display import Display
 from hybridnorm_jax.data.tokenizing_progress import Progress
@@ -247,7 +248,7 @@ class _Pass:
     def manifest(self, place: Place) -> Manifest:
         """What is said of the files."""
         states = {split: writer.state for split, writer in self._writers.items()}
-        return Manifest.of(
+        return manifest_of(
             inputs=self._state["inputs"],
             tokenizer=self._job.tokenizer,
             documents=place.documents,

@@ -13,7 +13,7 @@ from hybridnorm_jax.data import DataError, open_data, train_iterator
 from hybridnorm_jax.data.fill_in_the_middle import FillInTheMiddle
 from hybridnorm_jax.data.order import EpochOrder
 from hybridnorm_jax.data.packed_rows import PackedRows, Packing
-from hybridnorm_jax.data.windows import Extent, TokenStream
+from hybridnorm_jax.data.token_stream import Extent, TokenStream
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.mesh.batch_shares import BatchShare
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from hybridnorm_jax.data.inspection import describe, first_rows, measure_rate, shares
+from hybridnorm_jax.data.token_stream import Extent, TokenStream
 from hybridnorm_jax.data.tokenizers import ByteTokenizer
-from hybridnorm_jax.data.windows import Extent, TokenStream, Windows
+from hybridnorm_jax.data.windows import Windows
 
 TEXTS = ["one", "the second", "3"]
 IDS = np.array([token for text in TEXTS for token in [*text.encode(), 256]])

@@ -11,7 +11,7 @@ from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data import DataError, open_data, packed_rows, packing, windows
 from hybridnorm_jax.data.packed_rows import PackedRows, Packing
 from hybridnorm_jax.data.token_files import open_token_file
-from hybridnorm_jax.data.windows import Extent, TokenStream
+from hybridnorm_jax.data.token_stream import Extent, TokenStream
 
 END = 99
 PLAIN = Packing(seq_len=6, one_in_a_row=False, separator_id=END, segment_ids=True, cache_dir="/nowhere")

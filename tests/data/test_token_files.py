@@ -10,7 +10,7 @@ from etils import epath
 
 from hybridnorm_jax.data import DataError, blocks, token_files
 from hybridnorm_jax.data.token_files import OpenFiles, is_split_by_hash, open_token_file, split_extents
-from hybridnorm_jax.data.windows import Extent, TokenStream
+from hybridnorm_jax.data.token_stream import Extent, TokenStream
 
 
 def npy(array) -> bytes:

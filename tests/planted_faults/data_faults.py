@@ -5,7 +5,7 @@ from planted_faults.fault import Fault
 DATA_ORDER = (
     Fault(
         name="a_separator_begins_the_next_document",
-        file="data/windows.py",
+        file="data/token_stream.py",
         right="ends = 1 + np.flatnonzero(here == separator_id)",
         wrong="ends = np.flatnonzero(here == separator_id)",
         tests=("data/test_windows.py",),

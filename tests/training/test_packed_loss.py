@@ -12,7 +12,7 @@ from hybridnorm_jax.config.run_config import DataSection, OptimizerSection, RunC
 from hybridnorm_jax.data import train_iterator, validation_batches
 from hybridnorm_jax.data.order import EpochOrder
 from hybridnorm_jax.data.packed_rows import PackedRows, Packing
-from hybridnorm_jax.data.windows import Extent, TokenStream
+from hybridnorm_jax.data.token_stream import Extent, TokenStream
 from hybridnorm_jax.mesh.device_mesh import make_mesh
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.training.program import Program

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from etils import epath
 
 from hybridnorm_jax.config.data_file_names import is_tokenized
+from hybridnorm_jax.data.manifest import shards_of
 from hybridnorm_jax.data.places.remote_file import HTTP, Place, RemoteFile, plain_url, scheme_of
 from hybridnorm_jax.data.places.store import store_of
-from hybridnorm_jax.data.tokenized_directory import shards_of
 from hybridnorm_jax.errors import DataError, first_line
 from hybridnorm_jax.whole_files import expanded, is_local
 
@@ -32,7 +32,7 @@ def find_files(key: str, patterns: Iterable[str]) -> tuple[Place, ...]:
     """The files that paths and glob patterns name, each once, those of one pattern sorted.
 
     A pattern `@FILE` stands for the paths and patterns in a file. A directory that `datasets` has saved stands for its
-    shards, in the order that it states, and so does a directory of tokenized text (tokenized_directory.py).
+    shards, in the order that it states, and so does a directory of tokenized text (manifest.py).
 
     Raises:
       DataError: another directory, a name without a file, or a place that cannot be asked; the message names `key`, or
