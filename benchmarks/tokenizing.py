@@ -24,10 +24,10 @@ from typing import NamedTuple
 import tokenizers
 
 from hybridnorm_jax.config.data_section import DataSection
-from hybridnorm_jax.data.sources import stdlib_corpus, text_corpus
-from hybridnorm_jax.data.token_workers import Processes
-from hybridnorm_jax.data.tokenizers import load_tokenizer
-from hybridnorm_jax.data.tokenizing import Job, write_tokens
+from hybridnorm_jax.data.text.sources import stdlib_corpus, text_corpus
+from hybridnorm_jax.data.tokens.token_workers import Processes
+from hybridnorm_jax.data.tokens.tokenizers import load_tokenizer
+from hybridnorm_jax.data.tokens.tokenizing import Job, write_tokens
 
 TOGETHER = 512
 

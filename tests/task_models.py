@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import hybridnorm_jax as hn
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.config.run_config import EvalSection, RunConfig, TrainSection
-from hybridnorm_jax.data.tokenizers import load_tokenizer
+from hybridnorm_jax.data.tokens.tokenizers import load_tokenizer
 from hybridnorm_jax.mesh.device_mesh import make_mesh
 from hybridnorm_jax.model.loss import cross_entropy
 from hybridnorm_jax.training.program import Program

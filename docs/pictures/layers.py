@@ -50,7 +50,7 @@ STYLE = """
 def layers() -> list[list[str]]:
     """The layers of the import contract, top first; packages of one layer do not import each other."""
     settings = tomllib.loads((HERE.parents[1] / "pyproject.toml").read_text())
-    (contract,) = settings["tool"]["importlinter"]["contracts"]
+    contract = settings["tool"]["importlinter"]["contracts"][0]  # that of the whole package; others are of one folder
     return [[name.strip() for name in layer.split("|")] for layer in contract["layers"]]
 
 

@@ -20,8 +20,8 @@ from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import gather
 from hybridnorm_jax.data import Data, DataError, open_data
 from hybridnorm_jax.data.dataset import source_key
+from hybridnorm_jax.data.files.patterns import find_files
 from hybridnorm_jax.data.mixture import mixture_of
-from hybridnorm_jax.data.places.patterns import find_files
 from hybridnorm_jax.data.places.remote_file import Place
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.evaluation.held_out import check_same_data, check_sets, check_share, training_files

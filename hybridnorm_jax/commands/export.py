@@ -210,7 +210,7 @@ def _beside_an_encoder(model: EncoderConfig, card: "Card") -> _Beside:
 
 def _beside_a_decoder(source: Source, card: "Card") -> _Beside:
     from hybridnorm_jax.commands.decoder_card import TRAINING_CONFIG, decoder_card
-    from hybridnorm_jax.data.tokenizer_files import tokenizer_files
+    from hybridnorm_jax.data.tokens.tokenizer_files import tokenizer_files
 
     model = source.config.model
     files = {"README.md": decoder_card(source, card).encode()}

@@ -266,7 +266,7 @@ def _tokenizer(source: "SavedModel", named: str | None) -> "Tokenizer":
 
 def _written_down(template: str | None, source: "SavedModel", tokenizer: "Tokenizer") -> "Prompts":
     """What is made of the prompts: the beginning of a document or, with a template, a question."""
-    from hybridnorm_jax.data.chat_templates import load_template
+    from hybridnorm_jax.data.text.chat_templates import load_template
     from hybridnorm_jax.generation.prompts import Documents, Questions
 
     data = source.config.data

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from hybridnorm_jax.commands.syntax import SYNTAX
 from hybridnorm_jax.config.arguments import read
 from hybridnorm_jax.config.data_section import DataSection
-from hybridnorm_jax.data.sources import Corpus, section_corpus
+from hybridnorm_jax.data.text.sources import Corpus, section_corpus
 from hybridnorm_jax.errors import UserError
 
 STDLIB = "stdlib"

@@ -50,7 +50,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _parser() -> ArgumentParser:
-    from hybridnorm_jax.data.token_shards import SHARD_TOKENS
+    from hybridnorm_jax.data.tokens.token_shards import SHARD_TOKENS
 
     parser = ArgumentParser("hybridnorm tokenize", usage=USAGE, description=DESCRIPTION)
     parser.add_argument("files", metavar="FILE", nargs="+", help=FILES_HELP)
@@ -91,10 +91,10 @@ def _check(options: argparse.Namespace) -> None:
 
 def _tokenize(options: argparse.Namespace, section: DataSection) -> None:
     # Only now: they take a second to import.
-    from hybridnorm_jax.data.token_workers import Processes
-    from hybridnorm_jax.data.tokenized_directory import open_tokenized
-    from hybridnorm_jax.data.tokenizers import load_tokenizer
-    from hybridnorm_jax.data.tokenizing import Job, check_same_inputs, write_tokens
+    from hybridnorm_jax.data.tokens.token_workers import Processes
+    from hybridnorm_jax.data.tokens.tokenized_directory import open_tokenized
+    from hybridnorm_jax.data.tokens.tokenizers import load_tokenizer
+    from hybridnorm_jax.data.tokens.tokenizing import Job, check_same_inputs, write_tokens
 
     corpus, tokenizer = corpus_of(section), load_tokenizer(section)
     job = Job(corpus, tokenizer, section.validation_fraction, options.drop_duplicates, options.shard_tokens)

@@ -53,8 +53,8 @@ def _parser() -> ArgumentParser:
 def _train(options: argparse.Namespace, keys: Sequence[str]) -> None:
     import sys
 
-    from hybridnorm_jax.data.tokenizer_training import LARGEST_VOCABULARY, SMALLEST_VOCABULARY, train_tokenizer
-    from hybridnorm_jax.data.tokenizers import HuggingFaceTokenizer
+    from hybridnorm_jax.data.tokens.tokenizer_training import LARGEST_VOCABULARY, SMALLEST_VOCABULARY, train_tokenizer
+    from hybridnorm_jax.data.tokens.tokenizers import HuggingFaceTokenizer
 
     if not SMALLEST_VOCABULARY <= options.vocab_size <= LARGEST_VOCABULARY:
         right = f"must be from {SMALLEST_VOCABULARY}, the bytes and the separator, to {LARGEST_VOCABULARY:,}"

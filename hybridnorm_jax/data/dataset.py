@@ -4,12 +4,12 @@ import dataclasses
 
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data.distinct_sources import check_contents, check_paths
-from hybridnorm_jax.data.fill_in_the_middle import fill_in_the_middle
-from hybridnorm_jax.data.identity import FileIdentity
+from hybridnorm_jax.data.files.identity import FileIdentity
+from hybridnorm_jax.data.files.patterns import find_files
 from hybridnorm_jax.data.opened_source import OpenedSource, SourceOpener, Split
-from hybridnorm_jax.data.places.patterns import find_files
-from hybridnorm_jax.data.rows import Rows, make_rows
-from hybridnorm_jax.data.tokenizers import Tokenizer
+from hybridnorm_jax.data.rows.fill_in_the_middle import fill_in_the_middle
+from hybridnorm_jax.data.rows.rows import Rows, make_rows
+from hybridnorm_jax.data.tokens.tokenizers import Tokenizer
 from hybridnorm_jax.errors import DataError
 
 HELD_OUT = "validation"

@@ -4,8 +4,8 @@ import os
 from collections.abc import Mapping, Sequence
 
 from hybridnorm_jax.config.data_section import DataSection
-from hybridnorm_jax.data.identity import FileIdentity
-from hybridnorm_jax.data.places.patterns import find_files
+from hybridnorm_jax.data.files.identity import FileIdentity
+from hybridnorm_jax.data.files.patterns import find_files
 from hybridnorm_jax.errors import DataError
 from hybridnorm_jax.whole_files import is_local
 

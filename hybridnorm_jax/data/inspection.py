@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from hybridnorm_jax.data.rows import Rows
-from hybridnorm_jax.data.tokenizers import Tokenizer
+from hybridnorm_jax.data.rows.rows import Rows
+from hybridnorm_jax.data.tokens.tokenizers import Tokenizer
 
 # Tokens at both ends of a segment that are shown.
 SHOWN = 8

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from hybridnorm_jax.config.mixture_section import Stage as WeightedStage
 from hybridnorm_jax.config.run_config import RunConfig
-from hybridnorm_jax.data.allotment import Allotment, Stage
 from hybridnorm_jax.data.dataset import HELD_OUT, Data, Source
-from hybridnorm_jax.data.order import EpochOrder, MixtureOrder, Order, seed_of_source
+from hybridnorm_jax.data.rows.allotment import Allotment, Stage
+from hybridnorm_jax.data.rows.order import EpochOrder, MixtureOrder, Order, seed_of_source
 from hybridnorm_jax.errors import DataError
 
 

@@ -10,21 +10,27 @@ from collections.abc import Sequence
 import numpy as np
 
 from hybridnorm_jax.config.data_section import DataSection
-from hybridnorm_jax.data import tokenized_source
-from hybridnorm_jax.data.document_reader import SPLITS
-from hybridnorm_jax.data.id_records import KnownIds, id_corpus, is_of_records
-from hybridnorm_jax.data.identity import FileIdentity, identities, relative_names
-from hybridnorm_jax.data.megatron_index import INDEX_END, TOKENS_END
+from hybridnorm_jax.data.files.identity import FileIdentity, identities, relative_names
+from hybridnorm_jax.data.files.patterns import find_files, pattern_root, with_files_beside
 from hybridnorm_jax.data.places.local_copies import copies_of
-from hybridnorm_jax.data.places.patterns import find_files, pattern_root, with_files_beside
 from hybridnorm_jax.data.places.remote_file import Place
-from hybridnorm_jax.data.sources import Corpus, patterns_corpus, section_corpus
-from hybridnorm_jax.data.text_cache import open_text_cache
-from hybridnorm_jax.data.token_files import OpenFiles, TokenFile, is_split_by_hash, open_token_file, split_extents
-from hybridnorm_jax.data.token_stream import Extent, TokenStream
-from hybridnorm_jax.data.token_workers import ReadyIds, id_dtype
-from hybridnorm_jax.data.tokenized_directory import TokenizedDirectory
-from hybridnorm_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from hybridnorm_jax.data.text.document_reader import SPLITS
+from hybridnorm_jax.data.text.sources import Corpus, patterns_corpus, section_corpus
+from hybridnorm_jax.data.tokens import tokenized_source
+from hybridnorm_jax.data.tokens.id_records import KnownIds, id_corpus, is_of_records
+from hybridnorm_jax.data.tokens.megatron_index import INDEX_END, TOKENS_END
+from hybridnorm_jax.data.tokens.text_cache import open_text_cache
+from hybridnorm_jax.data.tokens.token_files import (
+    OpenFiles,
+    TokenFile,
+    is_split_by_hash,
+    open_token_file,
+    split_extents,
+)
+from hybridnorm_jax.data.tokens.token_stream import Extent, TokenStream
+from hybridnorm_jax.data.tokens.token_workers import ReadyIds, id_dtype
+from hybridnorm_jax.data.tokens.tokenized_directory import TokenizedDirectory
+from hybridnorm_jax.data.tokens.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from hybridnorm_jax.errors import DataError
 
 # Token files do not know the length of their text: it is measured on up to this many stretches of this many tokens.

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from hybridnorm_jax.data.order import Order
-from hybridnorm_jax.data.rows import Rows
+from hybridnorm_jax.data.rows.order import Order
+from hybridnorm_jax.data.rows.rows import Rows
 from hybridnorm_jax.errors import DataError
 from hybridnorm_jax.mesh.batch_shares import WHOLE_BATCH, BatchShare
 

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping
 
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data.dataset import source_key
-from hybridnorm_jax.data.identity import file_identity, regular_file_size
-from hybridnorm_jax.data.places.patterns import find_files
+from hybridnorm_jax.data.files.identity import file_identity, regular_file_size
+from hybridnorm_jax.data.files.patterns import find_files
 from hybridnorm_jax.data.places.remote_file import Place
-from hybridnorm_jax.data.sources import stdlib_corpus
+from hybridnorm_jax.data.text.sources import stdlib_corpus
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.whole_files import is_local
 

@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Int
 
 from hybridnorm_jax.data import Tokenizer
-from hybridnorm_jax.data.answer_tokens import encode_records
-from hybridnorm_jax.data.answers import Message, Template
+from hybridnorm_jax.data.text.answers import Message, Template
+from hybridnorm_jax.data.tokens.answer_tokens import encode_records
 from hybridnorm_jax.errors import UserError
 
 # What is wrong with a prompt without a token, by whether documents come behind a separator.

@@ -8,8 +8,8 @@ from etils import epath
 
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data import open_data
-from hybridnorm_jax.data.identity import identities
-from hybridnorm_jax.data.places.patterns import find_files, pattern_root
+from hybridnorm_jax.data.files.identity import identities
+from hybridnorm_jax.data.files.patterns import find_files, pattern_root
 from hybridnorm_jax.training.run_identity import check_same_files
 from hybridnorm_jax.training.trained_sources import files_of
 

@@ -17,7 +17,7 @@ from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.config.resume_keys import differences, resume_differences
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import from_yaml, read_file
-from hybridnorm_jax.data.identity import FileIdentity, file_identity
+from hybridnorm_jax.data.files.identity import FileIdentity, file_identity
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.training.checkpoints import Checkpoints

@@ -14,9 +14,9 @@ from typing import Any
 
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data import Data, DataError
-from hybridnorm_jax.data.identity import identities
-from hybridnorm_jax.data.places.patterns import find_files
-from hybridnorm_jax.data.sources import holds_whole_files_out
+from hybridnorm_jax.data.files.identity import identities
+from hybridnorm_jax.data.files.patterns import find_files
+from hybridnorm_jax.data.text.sources import holds_whole_files_out
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.evaluation.held_out import TRAINING_SET
 from hybridnorm_jax.mesh.processes import say

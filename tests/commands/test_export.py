@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 import hybridnorm_jax as hn
 from hybridnorm_jax.commands.main import main
 from hybridnorm_jax.config.yaml_files import from_yaml
-from hybridnorm_jax.data.tokenizer_files import byte_tokenizer_json
-from hybridnorm_jax.data.tokenizers import ByteTokenizer
+from hybridnorm_jax.data.tokens.tokenizer_files import byte_tokenizer_json
+from hybridnorm_jax.data.tokens.tokenizers import ByteTokenizer
 from hybridnorm_jax.generation.generate import generate
 from hybridnorm_jax.interop.mathematics import mathematics
 from hybridnorm_jax.interop.own_architecture import CODE_FILES

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridnorm_jax.data.allotment import Allotment, Stage
+from hybridnorm_jax.data.rows.allotment import Allotment, Stage
 
 SHARES = st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), min_size=1, max_size=9).filter(any)
 

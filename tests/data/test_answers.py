@@ -8,10 +8,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data import DataError
-from hybridnorm_jax.data.answer_tokens import encode_records
-from hybridnorm_jax.data.answers import Chatml, Message, Part, messages_of, prompt_parts
-from hybridnorm_jax.data.chat_templates import load_template
-from hybridnorm_jax.data.tokenizers import ByteTokenizer, load_tokenizer
+from hybridnorm_jax.data.text.answers import Chatml, Message, Part, messages_of, prompt_parts
+from hybridnorm_jax.data.text.chat_templates import load_template
+from hybridnorm_jax.data.tokens.answer_tokens import encode_records
+from hybridnorm_jax.data.tokens.tokenizers import ByteTokenizer, load_tokenizer
 
 TALK = [Message("system", "Be brief."), Message("user", "Hi there"), Message("assistant", "Hello.\nYes?")]
 TALK += [Message("user", "Bye"), Message("assistant", "Bye bye")]

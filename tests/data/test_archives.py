@@ -10,7 +10,8 @@ import pytest
 import zstandard
 from etils import epath
 
-from hybridnorm_jax.data import DataError, archives
+from hybridnorm_jax.data import DataError
+from hybridnorm_jax.data.text import archives
 
 PACKERS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
 CONTENT = bytes(range(256)) * 3000

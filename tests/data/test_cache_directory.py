@@ -5,8 +5,8 @@ import pathlib
 
 import pytest
 
-from hybridnorm_jax.data import cache_directory
-from hybridnorm_jax.data.cache_directory import DEFAULT, cache_root
+from hybridnorm_jax.data.places import cache_directory
+from hybridnorm_jax.data.places.cache_directory import DEFAULT, cache_root
 from hybridnorm_jax.errors import DataError
 
 

@@ -10,7 +10,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hybridnorm_jax.config.data_section import DataSection
-from hybridnorm_jax.data import DataError, blocks, open_data, opened_source, text_files, tokenizing
+from hybridnorm_jax.data import DataError, open_data, opened_source
+from hybridnorm_jax.data.text import blocks, text_files
+from hybridnorm_jax.data.tokens import tokenizing
 from hybridnorm_jax.errors import UserError
 
 TEXTS = [f"This is text {number}. " * (number % 5 + 1) for number in range(50)]

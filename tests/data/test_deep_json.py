@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from hybridnorm_jax.data.deep_json import Unread, kind_of, read_strings
+from hybridnorm_jax.data.text.deep_json import Unread, kind_of, read_strings
 
 PIECES = ["{", "}", "[", "]", ",", ":", '"a"', "1", "-0.5e3", "null", "true", "x", "01", '"b\\n"', " ", '"\\q"', '"']
 SCALARS = ["1", '"s"', "null", "true", "false", "-2.5E+3", '""', '"\\u00e4"', "NaN"]

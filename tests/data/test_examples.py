@@ -10,8 +10,8 @@ from written_tokens import example, tfrecord
 
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data import DataError, open_data
-from hybridnorm_jax.data.examples import record_format
-from hybridnorm_jax.data.sources import text_corpus
+from hybridnorm_jax.data.text.examples import record_format
+from hybridnorm_jax.data.text.sources import text_corpus
 
 pytest.importorskip("google_crc32c")
 

@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, models
 
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data import DataError, open_data, train_iterator
-from hybridnorm_jax.data.fill_in_the_middle import FillInTheMiddle
-from hybridnorm_jax.data.order import EpochOrder
-from hybridnorm_jax.data.packed_rows import PackedRows, Packing
-from hybridnorm_jax.data.token_stream import Extent, TokenStream
+from hybridnorm_jax.data.rows.fill_in_the_middle import FillInTheMiddle
+from hybridnorm_jax.data.rows.order import EpochOrder
+from hybridnorm_jax.data.rows.packed_rows import PackedRows, Packing
+from hybridnorm_jax.data.tokens.token_stream import Extent, TokenStream
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.mesh.batch_shares import BatchShare
 

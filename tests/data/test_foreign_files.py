@@ -9,8 +9,8 @@ from foreign_files import FOREIGN, PACKED, POINTER, TEXT, tar
 
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data import DataError, load_tokenizer, open_data
-from hybridnorm_jax.data.sources import text_corpus
-from hybridnorm_jax.data.token_files import open_token_file
+from hybridnorm_jax.data.text.sources import text_corpus
+from hybridnorm_jax.data.tokens.token_files import open_token_file
 
 
 def texts(path) -> list[str]:

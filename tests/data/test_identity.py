@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from hybridnorm_jax.data.identity import PIECE_BYTES, WHOLE_BYTES, file_identity, identities
+from hybridnorm_jax.data.files.identity import PIECE_BYTES, WHOLE_BYTES, file_identity, identities
 from hybridnorm_jax.errors import DataError
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from hybridnorm_jax.data.inspection import describe, first_rows, measure_rate, shares
-from hybridnorm_jax.data.token_stream import Extent, TokenStream
-from hybridnorm_jax.data.tokenizers import ByteTokenizer
-from hybridnorm_jax.data.windows import Windows
+from hybridnorm_jax.data.rows.windows import Windows
+from hybridnorm_jax.data.tokens.token_stream import Extent, TokenStream
+from hybridnorm_jax.data.tokens.tokenizers import ByteTokenizer
 
 TEXTS = ["one", "the second", "3"]
 IDS = np.array([token for text in TEXTS for token in [*text.encode(), 256]])

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from hybridnorm_jax.config.data_section import DataSection
-from hybridnorm_jax.data import identity, known_digests, open_data
-from hybridnorm_jax.data.identity import identities
+from hybridnorm_jax.data import open_data
+from hybridnorm_jax.data.files import identity, known_digests
+from hybridnorm_jax.data.files.identity import identities
 
 
 @pytest.fixture

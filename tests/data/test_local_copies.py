@@ -11,11 +11,11 @@ import time
 import pytest
 from fetched_files import MIB, cached, content_of, random_bytes, refused
 
+from hybridnorm_jax.data.files.patterns import find_files
 from hybridnorm_jax.data.places import local_copies
 from hybridnorm_jax.data.places.local_copies import LocalCopies
-from hybridnorm_jax.data.places.patterns import find_files
 from hybridnorm_jax.data.places.remote_file import RemoteFile, readable
-from hybridnorm_jax.data.sources import text_corpus
+from hybridnorm_jax.data.text.sources import text_corpus
 
 
 def test_a_copy_is_used_again_and_another_version_is_another_copy(web, tmp_path):

@@ -8,11 +8,11 @@ import pytest
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.config.mixture_section import SourceSection
 from hybridnorm_jax.data import DataError, open_data
-from hybridnorm_jax.data.sources import section_corpus
-from hybridnorm_jax.data.token_shards import SplitState, SplitWriter
-from hybridnorm_jax.data.token_workers import ThisProcess
-from hybridnorm_jax.data.tokenizers import ByteTokenizer
-from hybridnorm_jax.data.tokenizing import Job, write_tokens
+from hybridnorm_jax.data.text.sources import section_corpus
+from hybridnorm_jax.data.tokens.token_shards import SplitState, SplitWriter
+from hybridnorm_jax.data.tokens.token_workers import ThisProcess
+from hybridnorm_jax.data.tokens.tokenizers import ByteTokenizer
+from hybridnorm_jax.data.tokens.tokenizing import Job, write_tokens
 from hybridnorm_jax.errors import ConfigError
 
 RECORDS = [{"prompt": f"Count to {n}: ", "completion": " ".join(map(str, range(n)))} for n in range(1, 41)]

@@ -9,8 +9,8 @@ from written_tokens import CODES, megatron
 
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data import DataError, open_data
-from hybridnorm_jax.data.token_files import open_token_file
-from hybridnorm_jax.data.token_stream import Extent, TokenStream
+from hybridnorm_jax.data.tokens.token_files import open_token_file
+from hybridnorm_jax.data.tokens.token_stream import Extent, TokenStream
 
 DOCUMENTS = [[[5, 6, 7, 0]], [[8, 0]], [[9, 10], [11, 12, 0]], [[]], [[13, 14, 15, 16, 17, 18, 0]]]
 TOKENS = [token for document in DOCUMENTS for sequence in document for token in sequence]

@@ -8,10 +8,12 @@ import pytest
 from etils import epath
 
 from hybridnorm_jax.config.data_section import DataSection
-from hybridnorm_jax.data import DataError, open_data, packed_rows, packing, windows
-from hybridnorm_jax.data.packed_rows import PackedRows, Packing
-from hybridnorm_jax.data.token_files import open_token_file
-from hybridnorm_jax.data.token_stream import Extent, TokenStream
+from hybridnorm_jax.data import DataError, open_data
+from hybridnorm_jax.data.rows import packed_rows, packing
+from hybridnorm_jax.data.rows.packed_rows import PackedRows, Packing
+from hybridnorm_jax.data.tokens import token_stream
+from hybridnorm_jax.data.tokens.token_files import open_token_file
+from hybridnorm_jax.data.tokens.token_stream import Extent, TokenStream
 
 END = 99
 PLAIN = Packing(seq_len=6, one_in_a_row=False, separator_id=END, segment_ids=True, cache_dir="/nowhere")
@@ -93,7 +95,7 @@ def test_a_document_does_not_run_into_the_next_file():
 
 
 def test_an_index_says_the_same_as_separators(monkeypatch):
-    monkeypatch.setattr(windows, "SCANNED", 7)
+    monkeypatch.setattr(token_stream, "SCANNED", 7)
     tokens, documents = drawn(np.random.default_rng(2))
     ends = np.cumsum([len(each) for each in documents]).astype("<u8")
     array = np.array(tokens, np.uint16)

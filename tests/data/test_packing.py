@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from hybridnorm_jax.data import packing
-from hybridnorm_jax.data.best_fit import best_fit_decreasing
-from hybridnorm_jax.data.packing import pack
+from hybridnorm_jax.data.rows import packing
+from hybridnorm_jax.data.rows.best_fit import best_fit_decreasing
+from hybridnorm_jax.data.rows.packing import pack
 
 
 def plainly(lengths, capacity):

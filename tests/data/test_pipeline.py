@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from hybridnorm_jax.data import DataError, Windows, train_iterator, validation_batches
-from hybridnorm_jax.data.order import EpochOrder
-from hybridnorm_jax.data.token_stream import Extent, TokenStream
+from hybridnorm_jax.data.rows.order import EpochOrder
+from hybridnorm_jax.data.tokens.token_stream import Extent, TokenStream
 from hybridnorm_jax.mesh.batch_shares import BatchShare
 
 SEQ_LEN = 4

@@ -13,8 +13,9 @@ import zstandard
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.config.mixture_section import SourceSection
 from hybridnorm_jax.config.record_filter import parse_conditions
-from hybridnorm_jax.data import DataError, open_data, tables
-from hybridnorm_jax.data.sources import text_corpus
+from hybridnorm_jax.data import DataError, open_data
+from hybridnorm_jax.data.text import tables
+from hybridnorm_jax.data.text.sources import text_corpus
 from hybridnorm_jax.errors import ConfigError
 
 pyarrow = pytest.importorskip("pyarrow")

@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from hybridnorm_jax.data import DataError, records
-from hybridnorm_jax.data.sources import text_corpus
+from hybridnorm_jax.data import DataError
+from hybridnorm_jax.data.text import records
+from hybridnorm_jax.data.text.sources import text_corpus
 
 RECORDS = [{"text": f"text {number} ä", "url": 'a{["\\'} for number in range(7)]
 EXPECTED = [record["text"] for record in RECORDS]

@@ -13,8 +13,8 @@ from remote_servers import hub_server, put, remove
 
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data import open_data
-from hybridnorm_jax.data.identity import identities
-from hybridnorm_jax.data.places.patterns import find_files, pattern_root
+from hybridnorm_jax.data.files.identity import identities
+from hybridnorm_jax.data.files.patterns import find_files, pattern_root
 from hybridnorm_jax.data.places.store import store_of
 from hybridnorm_jax.errors import MissingExtraError
 
@@ -134,7 +134,7 @@ def test_a_missing_credential_is_one_line_with_what_to_do(bucket, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     environment |= {"AWS_ENDPOINT_URL": bucket, "AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}
     program = (
-        "from hybridnorm_jax.data.places.patterns import find_files\nfind_files('data.files', ['s3://bucket/a.txt'])"
+        "from hybridnorm_jax.data.files.patterns import find_files\nfind_files('data.files', ['s3://bucket/a.txt'])"
     )
     result = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60
@@ -148,7 +148,7 @@ def test_a_bucket_that_is_down_is_one_line(bucket, monkeypatch):
     program = (
         "from hybridnorm_jax.data.places import patience\n"
         "patience.FIRST_WAIT = 0.01\n"
-        "from hybridnorm_jax.data.places.patterns import find_files\n"
+        "from hybridnorm_jax.data.files.patterns import find_files\n"
         "find_files('data.files', ['s3://bucket/a.txt'])"
     )
     environment = {**os.environ, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
@@ -184,7 +184,7 @@ import json, sys
 from hybridnorm_jax.data import DataError
 from hybridnorm_jax.data.places import patience
 from hybridnorm_jax.data.places.local_copies import LocalCopies
-from hybridnorm_jax.data.sources import text_corpus
+from hybridnorm_jax.data.text.sources import text_corpus
 
 def outcome(pattern):
     try:

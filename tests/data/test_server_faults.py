@@ -8,12 +8,12 @@ import pytest
 from fetched_files import MIB, cached, content_of, random_bytes, refused
 
 from hybridnorm_jax.data import DataError
+from hybridnorm_jax.data.files.patterns import find_files
 from hybridnorm_jax.data.places import patience
 from hybridnorm_jax.data.places.http_store import _Redirects
 from hybridnorm_jax.data.places.local_copies import LocalCopies
-from hybridnorm_jax.data.places.patterns import find_files
 from hybridnorm_jax.data.places.store import store_of
-from hybridnorm_jax.data.sources import text_corpus
+from hybridnorm_jax.data.text.sources import text_corpus
 
 
 @pytest.mark.parametrize("faults", [[], [500, 503], ["cut", "cut"], [429, "cut", 500, "cut"], ["cut"] * 4])

@@ -9,8 +9,8 @@ import pytest
 import zstandard
 
 from hybridnorm_jax.data import DataError
-from hybridnorm_jax.data.blocks import held_out
-from hybridnorm_jax.data.sources import find_files, stdlib_corpus, text_corpus
+from hybridnorm_jax.data.text.blocks import held_out
+from hybridnorm_jax.data.text.sources import find_files, stdlib_corpus, text_corpus
 
 
 def texts(*patterns, text_field="text"):

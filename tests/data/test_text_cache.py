@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from hybridnorm_jax.data import DataError
-from hybridnorm_jax.data.document_ends import document_ends
-from hybridnorm_jax.data.sources import text_corpus
-from hybridnorm_jax.data.text_cache import open_text_cache
-from hybridnorm_jax.data.tokenizers import ByteTokenizer
+from hybridnorm_jax.data.text.sources import text_corpus
+from hybridnorm_jax.data.tokens.document_ends import document_ends
+from hybridnorm_jax.data.tokens.text_cache import open_text_cache
+from hybridnorm_jax.data.tokens.tokenizers import ByteTokenizer
 
 WORDS = [f"document number {number} ä" for number in range(60)]
 
@@ -71,7 +71,7 @@ def test_every_document_is_in_exactly_one_split(files, root):
 
 @pytest.mark.parametrize("batch", [100, 1 << 19])
 def test_the_index_of_document_ends_is_where_the_separators_are(files, root, monkeypatch, batch):
-    monkeypatch.setattr("hybridnorm_jax.data.token_workers.BATCH_CHARACTERS", batch)
+    monkeypatch.setattr("hybridnorm_jax.data.tokens.token_workers.BATCH_CHARACTERS", batch)
     cache, _ = build(files, root)
     for split in ("train", "validation"):
         tokens = np.load(cache.path / f"{split}-00000.npy")
@@ -252,8 +252,8 @@ def test_a_directory_that_cannot_be_made_is_named(files, tmp_path):
 
 
 def test_a_progress_bar_counts_files_and_tokens(files, root, capsys, monkeypatch):
-    monkeypatch.setattr("hybridnorm_jax.data.tokenizing_display.can_redraw", lambda stream: True)
-    monkeypatch.setattr("hybridnorm_jax.data.token_workers.BATCH_CHARACTERS", 100)
+    monkeypatch.setattr("hybridnorm_jax.data.tokens.tokenizing_display.can_redraw", lambda stream: True)
+    monkeypatch.setattr("hybridnorm_jax.data.tokens.token_workers.BATCH_CHARACTERS", 100)
     corpus = text_corpus("data.files", [str(files)], "text")
     open_text_cache(corpus, ByteTokenizer(), fraction=0.3, cache_dir=str(root), progress=True)
     shown = capsys.readouterr().err
@@ -264,6 +264,6 @@ def test_a_progress_bar_counts_files_and_tokens(files, root, capsys, monkeypatch
     monkeypatch.undo()  # standard error is no terminal here
     open_text_cache(corpus, ByteTokenizer(), fraction=0.2, cache_dir=str(root), progress=True)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("hybridnorm_jax.data.tokenizing_display.QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("hybridnorm_jax.data.tokens.tokenizing_display.QUIET_SECONDS", 0.0)
     open_text_cache(corpus, ByteTokenizer(), fraction=0.4, cache_dir=str(root), progress=True)
     assert capsys.readouterr().err == "tokenizing 3 text files\n"

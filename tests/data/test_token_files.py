@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from hybridnorm_jax.data import DataError, blocks, token_files
-from hybridnorm_jax.data.token_files import OpenFiles, is_split_by_hash, open_token_file, split_extents
-from hybridnorm_jax.data.token_stream import Extent, TokenStream
+from hybridnorm_jax.data import DataError
+from hybridnorm_jax.data.text import blocks
+from hybridnorm_jax.data.tokens import token_files
+from hybridnorm_jax.data.tokens.token_files import OpenFiles, is_split_by_hash, open_token_file, split_extents
+from hybridnorm_jax.data.tokens.token_stream import Extent, TokenStream
 
 
 def npy(array) -> bytes:

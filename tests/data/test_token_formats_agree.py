@@ -9,10 +9,10 @@ from written_tokens import example, megatron, tfrecord
 
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data import open_data
-from hybridnorm_jax.data.sources import text_corpus
-from hybridnorm_jax.data.token_workers import ThisProcess
-from hybridnorm_jax.data.tokenizers import ByteTokenizer
-from hybridnorm_jax.data.tokenizing import Job, write_tokens
+from hybridnorm_jax.data.text.sources import text_corpus
+from hybridnorm_jax.data.tokens.token_workers import ThisProcess
+from hybridnorm_jax.data.tokens.tokenizers import ByteTokenizer
+from hybridnorm_jax.data.tokens.tokenizing import Job, write_tokens
 
 TEXTS = [f"document {number} " * (1 + number % 7) for number in range(60)]
 DOCUMENTS = [[*text.encode(), 256] for text in TEXTS]

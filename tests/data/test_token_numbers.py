@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 
-from hybridnorm_jax.data.token_numbers import other_numbers
+from hybridnorm_jax.data.tokens.token_numbers import other_numbers
 
 RANDOM = np.random.default_rng(0)
 COUNT = 20_000

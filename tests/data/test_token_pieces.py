@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from hybridnorm_jax.data import DataError, token_pieces
+from hybridnorm_jax.data import DataError
+from hybridnorm_jax.data.tokens import token_pieces
 
 SOURCE = inspect.getsource(random) + inspect.getsource(json.decoder)
 ODD = [

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from hybridnorm_jax.config.data_section import DataSection
-from hybridnorm_jax.data.tokenizer_files import TOKENIZER, byte_tokenizer_json, tokenizer_files
-from hybridnorm_jax.data.tokenizers import ByteTokenizer, load_tokenizer
+from hybridnorm_jax.data.tokens.tokenizer_files import TOKENIZER, byte_tokenizer_json, tokenizer_files
+from hybridnorm_jax.data.tokens.tokenizers import ByteTokenizer, load_tokenizer
 
 TEXTS = [
     "",

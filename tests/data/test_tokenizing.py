@@ -12,12 +12,13 @@ import pytest
 from processes import REPOSITORY
 
 from hybridnorm_jax.config.data_section import DataSection
-from hybridnorm_jax.data import DataError, open_data, token_workers, tokenizing
-from hybridnorm_jax.data.sources import text_corpus
-from hybridnorm_jax.data.token_workers import Processes, ThisProcess
-from hybridnorm_jax.data.tokenized_directory import open_tokenized
-from hybridnorm_jax.data.tokenizers import ByteTokenizer, load_tokenizer
-from hybridnorm_jax.data.tokenizing import Job, write_tokens
+from hybridnorm_jax.data import DataError, open_data
+from hybridnorm_jax.data.text.sources import text_corpus
+from hybridnorm_jax.data.tokens import token_workers, tokenizing
+from hybridnorm_jax.data.tokens.token_workers import Processes, ThisProcess
+from hybridnorm_jax.data.tokens.tokenized_directory import open_tokenized
+from hybridnorm_jax.data.tokens.tokenizers import ByteTokenizer, load_tokenizer
+from hybridnorm_jax.data.tokens.tokenizing import Job, write_tokens
 
 SHARD = 4000
 
@@ -134,10 +135,10 @@ def test_a_text_file_that_is_read_in_blocks_is_a_duplicate_as_a_whole(tmp_path, 
 
 KILLED = """
     import os, pathlib, random, signal, sys, time
-    from hybridnorm_jax.data import token_workers, tokenizing
-    from hybridnorm_jax.data.sources import text_corpus
-    from hybridnorm_jax.data.token_workers import ThisProcess
-    from hybridnorm_jax.data.tokenizers import ByteTokenizer
+    from hybridnorm_jax.data.tokens import token_workers, tokenizing
+    from hybridnorm_jax.data.text.sources import text_corpus
+    from hybridnorm_jax.data.tokens.token_workers import ThisProcess
+    from hybridnorm_jax.data.tokens.tokenizers import ByteTokenizer
 
     folder, out, seed = sys.argv[1:]
     tokenizing.SAVE_SECONDS = 0.0

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hybridnorm_jax.data import DataError, Windows
-from hybridnorm_jax.data.token_stream import Extent, TokenStream
+from hybridnorm_jax.data.tokens.token_stream import Extent, TokenStream
 
 END = 99
 

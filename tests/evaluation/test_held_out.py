@@ -10,7 +10,7 @@ import pytest
 from hybridnorm_jax.commands.eval import evaluate_run
 from hybridnorm_jax.config.run_config import RunConfig, TrainSection
 from hybridnorm_jax.config.yaml_files import from_yaml, to_yaml
-from hybridnorm_jax.data.sources import find_files, stdlib_corpus
+from hybridnorm_jax.data.text.sources import find_files, stdlib_corpus
 from hybridnorm_jax.errors import ConfigError, DataError
 from hybridnorm_jax.evaluation.held_out import check_same_data, check_sets, check_share, training_files
 from hybridnorm_jax.training import loop

@@ -23,7 +23,7 @@ from task_models import (
     write_tokenizer,
 )
 
-from hybridnorm_jax.data.tokenizers import load_tokenizer
+from hybridnorm_jax.data.tokens.tokenizers import load_tokenizer
 from hybridnorm_jax.evaluation.tasks import evaluate_tasks, open_tasks
 from hybridnorm_jax.training.task_model import TaskModel
 

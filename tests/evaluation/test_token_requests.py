@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hybridnorm_jax.data.tokenizers import ByteTokenizer
+from hybridnorm_jax.data.tokens.tokenizers import ByteTokenizer
 from hybridnorm_jax.evaluation.text_requests import before_first, beginning, continuations, documents
 from hybridnorm_jax.evaluation.token_requests import Piece, Request, pieces
 

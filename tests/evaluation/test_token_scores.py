@@ -9,7 +9,7 @@ import pytest
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.data import Windows
-from hybridnorm_jax.data.token_stream import Extent, TokenStream
+from hybridnorm_jax.data.tokens.token_stream import Extent, TokenStream
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.evaluation import token_scores
 from hybridnorm_jax.evaluation.perplexity import evaluate_sets

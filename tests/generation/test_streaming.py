@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data import load_tokenizer
-from hybridnorm_jax.data.tokenizers import ByteTokenizer
+from hybridnorm_jax.data.tokens.tokenizers import ByteTokenizer
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.generation.streaming import TextStream
 

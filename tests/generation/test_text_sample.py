@@ -9,9 +9,9 @@ import pytest
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data.dataset import Data, Source
-from hybridnorm_jax.data.token_stream import Extent, TokenStream
-from hybridnorm_jax.data.tokenizers import ByteTokenizer
-from hybridnorm_jax.data.windows import Windows
+from hybridnorm_jax.data.rows.windows import Windows
+from hybridnorm_jax.data.tokens.token_stream import Extent, TokenStream
+from hybridnorm_jax.data.tokens.tokenizers import ByteTokenizer
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.generation import text_sample
 from hybridnorm_jax.generation.text_sample import check_prompt, decoded, printable

@@ -172,7 +172,7 @@ LOSS = (
 DATA = (
     Fault(
         name="a_token_between_two_rows_is_no_target",
-        file="data/windows.py",
+        file="data/rows/windows.py",
         right="start = index * self._stride",
         wrong="start = index * (self._stride + 1)",
         tests=("data/test_windows.py",),

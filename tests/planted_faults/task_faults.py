@@ -54,7 +54,7 @@ TASKS = (
     ),
     Fault(
         name="what_an_earlier_row_predicted_counts_again",
-        file="data/windows.py",
+        file="data/rows/windows.py",
         right="""row["weights"][: self._seq_len - self._stride] = 0""",
         wrong="pass",
         tests=("data/test_windows.py",),

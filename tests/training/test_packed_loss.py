@@ -10,9 +10,9 @@ from covering import others_are_long
 
 from hybridnorm_jax.config.run_config import DataSection, OptimizerSection, RunConfig, TrainSection
 from hybridnorm_jax.data import train_iterator, validation_batches
-from hybridnorm_jax.data.order import EpochOrder
-from hybridnorm_jax.data.packed_rows import PackedRows, Packing
-from hybridnorm_jax.data.token_stream import Extent, TokenStream
+from hybridnorm_jax.data.rows.order import EpochOrder
+from hybridnorm_jax.data.rows.packed_rows import PackedRows, Packing
+from hybridnorm_jax.data.tokens.token_stream import Extent, TokenStream
 from hybridnorm_jax.mesh.device_mesh import make_mesh
 from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.training.program import Program

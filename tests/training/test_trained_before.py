@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hybridnorm_jax.commands.main import main
 from hybridnorm_jax.config.data_section import DataSection
-from hybridnorm_jax.data.sources import text_corpus
+from hybridnorm_jax.data.text.sources import text_corpus
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.trained_before import Trained, check_validation, is_kept_out

@@ -1,4 +1,4 @@
-"""Where data files are: names and patterns, remote stores, and the copies of remote files on this machine's disk.
+"""Where bytes are: remote stores, the copies of their files on this machine's disk, and the directories of the cache.
 
-What is in a file is read elsewhere in data.
+Which files a run reads is in files; what is in one, in text and tokens.
 """

@@ -28,7 +28,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from hybridnorm_jax.config.data_section import DataSection
-from hybridnorm_jax.data.cache_directory import cache_root, refusals_of_cache
+from hybridnorm_jax.data.places.cache_directory import cache_root, refusals_of_cache
 from hybridnorm_jax.data.places.in_use import Owner
 from hybridnorm_jax.data.places.remote_file import Place, RemoteFile
 from hybridnorm_jax.data.places.store import store_of

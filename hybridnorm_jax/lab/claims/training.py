@@ -10,8 +10,8 @@ from jaxtyping import Float
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data import open_data
-from hybridnorm_jax.data.order import EpochOrder
 from hybridnorm_jax.data.pipeline import Batch, train_iterator
+from hybridnorm_jax.data.rows.order import EpochOrder
 from hybridnorm_jax.equivalence.forms import conversion_of
 from hybridnorm_jax.lab.claims.at_start import block_mean
 from hybridnorm_jax.lab.claims.claim import Finding
