@@ -64,10 +64,10 @@ def evaluate_run(path: str, overrides: Sequence[str] = (), *, progress: bool = T
     Raises:
       UserError: no checkpoint there, or an override that makes another model of it.
     """
-    with open_run(path, overrides, plain=plain) as run:
-        program = run.program
-        data = _open_data(run.saved, run.config, run.data_state, where=run.where, progress=progress)
-        params, which = run.params(), run.which()
+    run = open_run(path, overrides, plain=plain)
+    program = run.program
+    data = _open_data(run.saved, run.config, run.data_state, where=run.where, progress=progress)
+    params, which = run.params(), run.which()
     mixture = mixture_of(run.config, data)
     scores = evaluate_sets(
         lambda batch: program.eval_step(params, batch),

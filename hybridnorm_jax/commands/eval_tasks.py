@@ -43,11 +43,11 @@ def scores_of_run(path: str, overrides: Sequence[str], asked: AskedTasks, *, as_
       UserError: see open_run and TaskModel; or the tokenizer is another than that of the run.
     """
     check_lm_eval(OPTION)
-    with open_run(path, overrides, plain=plain) as run:
-        known, size = trained_on(run.data_state, run.saved.data), run.config.model.vocab_size
-        tokenizer = own_tokenizer(run.config.data, known, vocab_size=size, where=run.where)
-        model = TaskModel(run.program, tokenizer, asked.names, key=OPTION, limit=asked.limit)
-        params, which = run.params(), run.which()
+    run = open_run(path, overrides, plain=plain)
+    known, size = trained_on(run.data_state, run.saved.data), run.config.model.vocab_size
+    tokenizer = own_tokenizer(run.config.data, known, vocab_size=size, where=run.where)
+    model = TaskModel(run.program, tokenizer, asked.names, key=OPTION, limit=asked.limit)
+    params, which = run.params(), run.which()
     scores = model.scores(params)
     if not as_json:
         part = "" if asked.limit is None else f"; at most the first {asked.limit:,} documents of each task"

@@ -135,17 +135,14 @@ def _read(options: argparse.Namespace) -> Source:
     import numpy as np
 
     from hybridnorm_jax.commands.own_tokenizer import own_tokenizer
-    from hybridnorm_jax.training.checkpoints import Checkpoints
     from hybridnorm_jax.training.metrics_file import read_records
-    from hybridnorm_jax.training.run_directory import load_run, newest_checkpoint, saved_config
+    from hybridnorm_jax.training.run_directory import load_step, newest_step, saved_config
     from hybridnorm_jax.training.trained_before import trained_on, was_trained
 
-    checkpoint, step = newest_checkpoint(options.run)
-    directory = Path(checkpoint).parent
-    with Checkpoints(directory, keep=1) as checkpoints:
-        config = saved_config(checkpoints, step)
-        data_state = checkpoints.read_data_state(step)
-        which = WhichParameters(checkpoints.has_average(step), options.plain)
+    checkpoints, step = newest_step(options.run)
+    config = saved_config(checkpoints, step)
+    data_state = checkpoints.read_data_state(step)
+    which = WhichParameters(checkpoints.has_average(step), options.plain)
     known, data, is_named = trained_on(data_state, config.data), config.data, options.tokenizer is not None
     if is_named:
         data = dataclasses.replace(data, tokenizer=options.tokenizer)
@@ -160,9 +157,9 @@ def _read(options: argparse.Namespace) -> Source:
         tokenizer = own_tokenizer(data, known, vocab_size=size, where=options.run, is_named=is_named)
     # Whoever exports does not compute: the accelerators stay free, and no array is copied.
     place = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    config, params = load_run(checkpoint, shardings=place, plain=options.plain)
+    config, params = load_step(checkpoints, step, shardings=place, plain=options.plain)
     config = dataclasses.replace(config, data=data)
-    records = [record for record in read_records(directory.parent) if record["step"] <= step]
+    records = [record for record in read_records(checkpoints.directory.parent) if record["step"] <= step]
     return Source(
         config=config,
         params=jax.tree.map(np.asarray, params),

@@ -68,15 +68,13 @@ def read_directory(
         raise UserError(f"{path}: holds neither a config.json (Hugging Face) nor checkpoints (a run)")
     if weights := foreign_weights(directory):
         raise UserError(weights)
-    from hybridnorm_jax.training.checkpoints import Checkpoints
-    from hybridnorm_jax.training.run_directory import load_run, newest_checkpoint
+    from hybridnorm_jax.training.run_directory import load_step, newest_step
     from hybridnorm_jax.training.trained_before import trained_on
 
-    checkpoint, step = newest_checkpoint(path)
-    config, params = load_run(checkpoint, plain=plain)
-    with Checkpoints(Path(checkpoint).parent, keep=1) as checkpoints:
-        known = trained_on(checkpoints.read_data_state(step), config.data)
-        which = WhichParameters(checkpoints.has_average(step), plain)
+    checkpoints, step = newest_step(path)
+    config, params = load_step(checkpoints, step, plain=plain)
+    known = trained_on(checkpoints.read_data_state(step), config.data)
+    which = WhichParameters(checkpoints.has_average(step), plain)
     return SavedModel(path, f"run, step {step}{which.said}", config, params, step, trained_on=known)
 
 

@@ -1,8 +1,7 @@
 """The checkpoint of a run that is to be scored: found, checked, and read where the scores are computed."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -12,9 +11,9 @@ from hybridnorm_jax.config.resume_keys import differences
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import from_yaml, named_plugins
 from hybridnorm_jax.errors import ConfigError
-from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.run_directory import saved_config
+from hybridnorm_jax.training.saved_steps import SavedSteps
 from hybridnorm_jax.training.step_directories import find_checkpoint
 from hybridnorm_jax.training.trained_before import trained_on
 
@@ -56,7 +55,7 @@ class ScoredRun:
     config: RunConfig
     data_state: Mapping[str, Any]
     program: Program
-    checkpoints: Checkpoints
+    checkpoints: SavedSteps
     plain: bool
 
     @property
@@ -78,28 +77,27 @@ class ScoredRun:
         return self.checkpoints.restore_params(self.program.abstract_state.params, self.step, plain=self.plain)
 
 
-@contextlib.contextmanager
-def open_run(path: str, overrides: Sequence[str], *, plain: bool) -> Iterator[ScoredRun]:
+def open_run(path: str, overrides: Sequence[str], *, plain: bool) -> ScoredRun:
     """A run's newest checkpoint, or the one that `path` names; arguments as those of commands.eval.evaluate_run.
 
     Raises:
       UserError: no checkpoint there, or an override that makes another model of it.
     """
     directory, step = find_checkpoint(path)
-    with Checkpoints(directory, keep=1) as checkpoints:
-        if step is None:
-            step = checkpoints.needed(allow_fallback=_allows_fallback(overrides))
-        text = checkpoints.read_config(step)
-        saved = saved_config(checkpoints, step, import_these=named_plugins(overrides))
-        config = from_yaml(text, [*ANYWHERE, *overrides])
-        data_state = checkpoints.read_data_state(step)
-        known = trained_on(data_state, saved.data)
-        own = ("model.",) if known else ("model.", "data.tokenizer")
-        for line in differences(saved, config):
-            if line.startswith(own) and not line.startswith(SAME_FUNCTION):
-                raise ConfigError(f"{line}: {directory.parent} holds that model and no other")
-        config = config.at_step(step)
-        yield ScoredRun(directory, step, saved, config, data_state, Program(config), checkpoints, plain)
+    checkpoints = SavedSteps(directory)
+    if step is None:
+        step = checkpoints.needed(allow_fallback=_allows_fallback(overrides))
+    text = checkpoints.read_config(step)
+    saved = saved_config(checkpoints, step, import_these=named_plugins(overrides))
+    config = from_yaml(text, [*ANYWHERE, *overrides])
+    data_state = checkpoints.read_data_state(step)
+    known = trained_on(data_state, saved.data)
+    own = ("model.",) if known else ("model.", "data.tokenizer")
+    for line in differences(saved, config):
+        if line.startswith(own) and not line.startswith(SAME_FUNCTION):
+            raise ConfigError(f"{line}: {directory.parent} holds that model and no other")
+    config = config.at_step(step)
+    return ScoredRun(directory, step, saved, config, data_state, Program(config), checkpoints, plain)
 
 
 def _allows_fallback(overrides: Sequence[str]) -> bool:

@@ -1,78 +1,37 @@
-"""Checkpoints of a run. This file and step_directories.py alone know Orbax, whose names still move.
+"""Checkpoints of a run: what is saved, when it is complete, and what is deleted. saved_steps.py reads them.
 
-step_directories.py says how a step lies in its directory, and when it is complete.
+step_directories.py says how a step lies in its directory. These three files alone know Orbax, whose names still move.
 """
 
 import contextlib
 import dataclasses
 import errno
-import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from hybridnorm_jax.errors import first_line
-from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.training import manifest
-from hybridnorm_jax.training.leaf_kinds import first_difference
 from hybridnorm_jax.training.orbax_log import quiet_orbax
-from hybridnorm_jax.training.step_directories import (
-    METADATA,
-    PARTS,
-    CheckpointError,
-    absolute,
-    check_place,
-    complete_step,
-    delete,
-    is_leftover,
-    named_step,
-    set_aside,
-)
+from hybridnorm_jax.training.saved_steps import STATE, SavedSteps, innermost_reason
+from hybridnorm_jax.training.step_directories import PARTS, CheckpointError, delete, set_aside
 
-STATE = "state"
-# The part of a state that holds averaged parameters (parameter_average.Average), where the run averages them.
-AVERAGE = "average"
 # Orbax lets every replica of an array write a part of it, and compiles a slice for each shape and each replica. That is
 # worth it for large parts alone; of a small model the slices took longer to compile than all of it to write.
 SMALLEST_PART = 2**20  # bytes
 
 
-class _Saved(NamedTuple):
-    """A step that was saved: shapes and dtypes of its leaves as a tree, and what `save` was told besides."""
+class Checkpoints(SavedSteps):
+    """The checkpoints of a run that saves; a context manager that waits for the running save at its end.
 
-    step: int
-    leaves: Any
-    custom: dict[str, Any]
-
-
-class Glance(NamedTuple):
-    """What a step says of its run.
-
-    Attributes:
-      step: its number.
-      config_yaml: the configuration.
-      plugins, files: its plugins, and the files that it trained on; None: it does not say.
-    """
-
-    step: int
-    config_yaml: str
-    plugins: list[dict[str, Any]] | None
-    files: list[dict[str, Any]] | None
-
-
-class Checkpoints:
-    """The checkpoints in one directory, local or gs://; a context manager that waits for the running save at its end.
-
-    With several processes, all of them call every method in the same order; process 0 alone deletes.
+    With several processes process 0 alone deletes.
 
     Args:
-      directory: made by the first save; reading never changes it.
+      directory: made by the first save.
       keep: how many of the newest steps are kept, at least 1.
 
     Attributes:
@@ -80,13 +39,10 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike, *, keep: int):
-        self.directory = absolute(directory)
-        check_place(self.directory)
+        super().__init__(directory)
         self._keep = keep
         self.blocked_seconds: float | None = None
         self._running: Future | None = None
-        self._verified: set[int] = set()  # by this object, or written by a version without manifests
-        self._damaged: set[int] = set()  # passed over by `usable`
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
 
     def __enter__(self) -> "Checkpoints":
@@ -99,74 +55,6 @@ class Checkpoints:
             if error is None:
                 raise
             error.add_note(str(failed))
-
-    def steps(self) -> list[int]:
-        """The complete steps, ascending, without those that `usable` passed over."""
-        found = self.directory.iterdir() if self.directory.exists() else ()
-        steps = {step for path in found if (step := complete_step(path)) is not None}
-        return sorted(steps - self._damaged)
-
-    def latest(self) -> int | None:
-        """The newest complete step, None if there is none."""
-        return max(self.steps(), default=None)
-
-    def usable(self, *, allow_fallback: bool = False) -> int | None:
-        """The newest step, its files compared with its manifest; None if there is no step.
-
-        Args:
-          allow_fallback: go on to the step before where one is damaged, and print a line for each that is passed over.
-            The next `save` renames these to such as 000500.damaged, which nothing deletes or reads.
-
-        Raises:
-          CheckpointError: the newest is damaged; with allow_fallback, all are.
-        """
-        self.wait()
-        for line in self._unused():
-            say(line, file=sys.stderr)
-        return self._newest_undamaged(allow_fallback)
-
-    def needed(self, *, allow_fallback: bool = False) -> int:
-        """As `usable`, for a reader who has nothing to do without a step.
-
-        Raises:
-          CheckpointError: there is none, or as `usable`.
-        """
-        self.wait()
-        step, unused = self._newest_undamaged(allow_fallback), self._unused()
-        if step is None:
-            raise CheckpointError("; ".join([f"{self.directory}: no complete checkpoint in it", *unused]))
-        for line in unused:
-            say(line, file=sys.stderr)
-        return step
-
-    def _unused(self) -> list[str]:
-        """A line for each save that is running or was killed."""
-        rest = [path for path in self._incomplete().values() if not manifest.has_lost_parts(path)]
-        return [f"{path}: a save that is running, or was killed; not used" for path in self._leftovers() + rest]
-
-    def _newest_undamaged(self, allow_fallback: bool) -> int | None:
-        lost = [step for step, path in self._incomplete().items() if manifest.has_lost_parts(path)]
-        steps = sorted([*self.steps(), *lost])
-        for step in reversed(steps):
-            damage = self._find_damage(step)
-            if damage is None:
-                return step
-            if not allow_fallback:
-                remedy = "checkpoint.allow_fallback=true uses the one before it"
-                raise CheckpointError(f"{damage}; {remedy if step != steps[0] else 'there is none before it'}")
-            self._damaged.add(step)
-            say(f"{damage}; passed over, and kept as {step:06d}.damaged from the next save on", file=sys.stderr)
-        if steps:
-            right = "start a new run under another run.name, or from another checkpoint with init_from"
-            raise CheckpointError(f"{self.directory}: all of its checkpoints are damaged ({steps}); {right}")
-        return None
-
-    def newest_good(self, *, before: int) -> int | None:
-        """The newest step below `before` whose files are as its manifest says, or None; damaged ones are passed over.
-
-        With several processes all of them call it.
-        """
-        return next((step for step in reversed(self.steps()) if step < before and not self._find_damage(step)), None)
 
     def save(
         self,
@@ -240,78 +128,6 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
 
-    def restore(self, abstract_state: Any, step: int | None = None, *, without: str | None = None) -> tuple[Any, dict]:
-        """(state, data_state) of `step`, bit for bit; None: of the newest. Verified first, once by one object.
-
-        Args:
-          abstract_state: the state's pytree with a jax.ShapeDtypeStruct, sharding included, for every array. The
-            shardings are those of the current mesh, whatever the checkpoint was saved from.
-          without: the part of the saved state that is left out, and which abstract_state does not have.
-
-        Raises:
-          CheckpointError: no such checkpoint, one of another model, or a damaged one.
-        """
-        saved = self._saved(step)
-        if list(saved.leaves) == ["params"]:
-            right = "start a new run from it: init_from=THIS_RUN run.name=ANOTHER, without init_optimizer"
-            raise CheckpointError(f"{self._path(saved.step)}: holds parameters alone, no optimizer state; {right}")
-        leaves = {name: part for name, part in saved.leaves.items() if name != without}
-        self._check_same_leaves(saved.step, leaves, abstract_state)
-        return self._load(saved.step, abstract_state), saved.custom["data_state"]
-
-    def fields(self, step: int) -> set[str]:
-        """The names of the parts of the state that was saved as `step`. Verified first, as `restore` does."""
-        return set(self._saved(step).leaves)
-
-    def has_average(self, step: int) -> bool:
-        """Whether averaged parameters were saved with `step` (optimizer.ema_decay). Verified first."""
-        return AVERAGE in self.fields(step)
-
-    def restore_params(self, abstract_params: Any, step: int | None = None, *, plain: bool = False) -> Any:
-        """The parameters alone, as `restore`: the averaged ones, where the step has them. Nothing else is loaded.
-
-        Every file is verified nevertheless: parameters and optimizer state share Orbax's data files.
-
-        Args:
-          plain: those of the last training step in any case.
-        """
-        saved = self._saved(step)
-        averaged = AVERAGE in saved.leaves and not plain
-        of_state = saved.leaves[AVERAGE] if averaged else saved.leaves
-        self._check_same_leaves(saved.step, {"params": of_state["params"]}, {"params": abstract_params})
-        if averaged:
-            return self._load(saved.step, {AVERAGE: {"params": abstract_params}})[AVERAGE]["params"]
-        return self._load(saved.step, {"params": abstract_params})["params"]
-
-    def read_config(self, step: int | None = None) -> str:
-        """The configuration that was saved with `step`, as YAML; None: with the newest. Verified as `restore` does."""
-        return self._saved(step).custom["config_yaml"]
-
-    def read_data_state(self, step: int) -> dict:
-        """What was saved of the data with `step`; empty where parameters alone were saved. Verified first."""
-        return self._saved(step).custom["data_state"]
-
-    def read_plugins(self, step: int | None = None) -> list[dict[str, Any]] | None:
-        """The plugins that were saved with `step`, as `save` was given them; None: by a version that kept none."""
-        return self._saved(step).custom.get("plugins")
-
-    def glance(self) -> Glance | None:
-        """What the newest step says of its run, without reading its arrays; None where no step does.
-
-        Its metadata alone are compared with the manifest; a step whose metadata are damaged is passed over.
-        """
-        for step in reversed(self.steps()):
-            line = manifest.find_damage_of(self._path(step), METADATA)
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-                custom = json.loads((self._path(step) / METADATA).read_bytes())["custom_metadata"]
-                if line is None:
-                    files = custom["data_state"].get("files")
-                    return Glance(step, custom["config_yaml"], custom.get("plugins"), files)
-        return None
-
-    def _path(self, step: int) -> epath.Path:
-        return self.directory / f"{step:06d}"
-
     def _finish(self, step: int, last_made: int, pending: Any, quiet: contextlib.ExitStack) -> None:
         """In the background: complete a save, then delete what is too old."""
         path, index = self._path(step), jax.process_index()
@@ -347,101 +163,18 @@ class Checkpoints:
             for path in self._leftovers():
                 delete(path)
 
-    def _incomplete(self) -> dict[int, epath.Path]:
-        """What has the name of a step, is no complete one, and is no leftover of a save: step -> path."""
-        return {
-            int(path.name): path
-            for path in self._of_steps()
-            if path.name.isdecimal() and complete_step(path) is None and not is_leftover(path)
-        }
-
-    def _leftovers(self) -> list[epath.Path]:
-        return [path for path in self._of_steps() if complete_step(path) is None and is_leftover(path)]
-
-    def _of_steps(self) -> list[epath.Path]:
-        """Everything that has the name of a step, or of a save of one, in order."""
-        found = self.directory.iterdir() if self.directory.exists() else ()
-        return sorted(path for path in found if named_step(path) is not None)
-
     @contextlib.contextmanager
     def _saving(self, step: int) -> Iterator[None]:
         """Turn what goes wrong while `step` is written into one line."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:  # TensorStore's errors are ValueErrors, whatever the cause
-            reason = "no space left on device" if _is_no_space(error) else _reason(error)
+            reason = "no space left on device" if _is_no_space(error) else innermost_reason(error)
             complete = ", ".join(map(str, self.steps())) or "none"
             with contextlib.suppress(OSError):  # Orbax's other threads may still write there
                 self._delete_leftovers()
             message = f"saving step {step} failed: {reason}; complete steps, unharmed: {complete}"
             raise CheckpointError(f"{self.directory}: {message}") from error
-
-    def _saved(self, step: int | None) -> "_Saved":
-        """What Orbax knows of a step (None: of the newest)."""
-        self.wait()
-        complete = self.steps()
-        if not complete:
-            raise CheckpointError(f"{self.directory}: no complete checkpoint in it")
-        step = complete[-1] if step is None else step
-        if step not in complete:
-            raise CheckpointError(f"{self.directory}: no complete checkpoint of step {step}; there are {complete}")
-        if damage := self._find_damage(step):
-            raise CheckpointError(
-                f"{damage}; with checkpoint.allow_fallback=true the run gives its newest undamaged one"
-            )
-        with self._reading(step):
-            metadata = ocp.metadata(self._path(step), STATE)
-            # Orbax logs unreadable metadata and goes on without it.
-            if metadata.metadata is None or not metadata.custom_metadata:
-                raise ValueError("its metadata or its index is unreadable")
-        return _Saved(step, metadata.metadata, metadata.custom_metadata)
-
-    def _find_damage(self, step: int) -> str | None:
-        """The first file that is not as the manifest says, in one line and the same in every process; None: all are.
-
-        A step of a version without manifests is warned of instead, and a step is looked at once.
-        """
-        path = self._path(step)
-        if step in self._verified:
-            return None
-        if manifest.is_complete(path) or manifest.has_lost_parts(path):
-            line = manifest.find_damage(path, index=jax.process_index(), count=jax.process_count())
-        else:
-            line = manifest.leading_out(path)
-            say(
-                f"{path}: saved by a version that wrote no digests; used without knowing whether it is damaged",
-                file=sys.stderr,
-            )
-        if line := manifest.agree(line):
-            return f"{path}/{line}"
-        self._verified.add(step)
-        return None
-
-    def _load(self, step: int, abstract: Any) -> Any:
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True
-        with self._reading(step), context:
-            return ocp.load(self._path(step), abstract, checkpointable_name=STATE)
-
-    @contextlib.contextmanager
-    def _reading(self, step: int) -> Iterator[None]:
-        """Turn what goes wrong while `step` is read into one line."""
-        try:
-            with quiet_orbax():
-                yield
-        except (MemoryError, jax.errors.JaxRuntimeError):
-            raise
-        except Exception as error:  # by kind of damage: KeyError, JSONDecodeError, ValueError, a bare Exception, ...
-            remedy = "if it is damaged, move this directory away to use the checkpoint before it"
-            raise CheckpointError(f"{self._path(step)}: cannot be read ({_reason(error)}); {remedy}") from error
-
-    def _check_same_leaves(self, step: int, saved: Any, expected: Any) -> None:
-        """Raise CheckpointError for the first leaf, by path, that is not in both trees with one shape and dtype."""
-        difference = first_difference(saved, expected)
-        if difference is not None:
-            path, has, wanted = difference
-            message = f"a checkpoint of another model: {path} is {has} there, but this model has {wanted}"
-            raise CheckpointError(f"{self._path(step)}: {message}")
 
 
 def _present_parts(state: Any) -> Any:
@@ -450,13 +183,6 @@ def _present_parts(state: Any) -> Any:
         return state
     parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     return {name: part for name, part in parts.items() if part is not None}
-
-
-def _reason(error: BaseException) -> str:
-    """The start of what the innermost error says, without TensorStore's specification of the whole store."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return first_line(error).partition(" [tensorstore_spec")[0][:300]
 
 
 def _is_no_space(error: BaseException) -> bool:

@@ -1,9 +1,8 @@
 """Where a run begins: with the checkpoint it goes on from, with the parameters of another run, or with fresh ones."""
 
-import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +22,6 @@ from hybridnorm_jax.data.mixture import order_of
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.mesh.processes import say
 from hybridnorm_jax.training.anomalies import no_anomalies
-from hybridnorm_jax.training.checkpoints import AVERAGE, Checkpoints
 from hybridnorm_jax.training.huggingface_beginning import huggingface_params, is_huggingface
 from hybridnorm_jax.training.layout import say_changed_layout
 from hybridnorm_jax.training.local_checkpoints import Found
@@ -31,6 +29,7 @@ from hybridnorm_jax.training.parameter_average import begun_like
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.run_directory import saved_config
 from hybridnorm_jax.training.run_identity import check_same_files
+from hybridnorm_jax.training.saved_steps import AVERAGE, SavedSteps
 from hybridnorm_jax.training.state import TrainState
 from hybridnorm_jax.training.step_directories import find_checkpoint
 from hybridnorm_jax.training.trained_before import (
@@ -69,7 +68,7 @@ def beginning(
     config: RunConfig,
     program: Program,
     data: Data,
-    checkpoints: Checkpoints,
+    checkpoints: SavedSteps,
     step: int | None,
     *,
     local: Found | None = None,
@@ -96,17 +95,15 @@ def beginning(
     if config.init_from is not None and is_huggingface(config.init_from):
         state = program.state_with(huggingface_params(config, program))
     elif config.init_from is not None:
-        with _source(config) as source:
-            if config.init_optimizer:
-                _check_branch(source, config)
-                where = f"step {source.step} of {config.init_from}"
-                return _go_on(config, program, data, source.checkpoints, source.step, where=where)
-            data_state = source.checkpoints.read_data_state(source.step)
-            where = f"init_from={config.init_from}"
-            before = check_beginning(data_state, source.config.data, config.data, now, where=where)
-            params = source.checkpoints.restore_params(
-                program.abstract_state.params, source.step, plain=config.init_plain
-            )
+        source = _source(config)
+        if config.init_optimizer:
+            _check_branch(source, config)
+            where = f"step {source.step} of {config.init_from}"
+            return _go_on(config, program, data, source.checkpoints, source.step, where=where)
+        data_state = source.checkpoints.read_data_state(source.step)
+        where = f"init_from={config.init_from}"
+        before = check_beginning(data_state, source.config.data, config.data, now, where=where)
+        params = source.checkpoints.restore_params(program.abstract_state.params, source.step, plain=config.init_plain)
         state = program.state_with(params)
     else:
         state = program.fresh_state()
@@ -114,7 +111,7 @@ def beginning(
 
 
 def _go_on(
-    config: RunConfig, program: Program, data: Data, checkpoints: Checkpoints, step: int, *, where: str
+    config: RunConfig, program: Program, data: Data, checkpoints: SavedSteps, step: int, *, where: str
 ) -> Beginning:
     """After a step of this run or of another one: with its moments, and at its place in the same data.
 
@@ -148,7 +145,7 @@ def _continued(
     return Beginning(state, iterator, step, files, before)
 
 
-def restore(program: Program, checkpoints: Checkpoints, step: int) -> tuple[TrainState, dict]:
+def restore(program: Program, checkpoints: SavedSteps, step: int) -> tuple[TrainState, dict]:
     """(state, data state) of a step; where a version that skipped no steps saved it, none has been skipped.
 
     Where the program averages the parameters and the checkpoint has no average, as that of a run that is branched from
@@ -210,27 +207,26 @@ def _check_same_places(config: RunConfig, saved: RunConfig, *, where: str) -> No
 class _Source(NamedTuple):
     """The checkpoint that init_from names, and the configuration that it was trained with."""
 
-    checkpoints: Checkpoints
+    checkpoints: SavedSteps
     step: int
     config: RunConfig
 
 
-@contextlib.contextmanager
-def _source(config: RunConfig) -> Iterator[_Source]:
+def _source(config: RunConfig) -> _Source:
     """What config.init_from names, where its parameters mean the same in the model of this run.
 
     Raises:
       ConfigError: names the first key of the model that is another.
     """
     directory, step = find_checkpoint(present(config.init_from))
-    with Checkpoints(directory, keep=1) as checkpoints:
-        if step is None:
-            step = checkpoints.needed(allow_fallback=config.checkpoint.allow_fallback)
-        saved = saved_config(checkpoints, step)
-        if differing := parameter_differences(saved, config):
-            wrong = f"its parameters belong to another model ({differing[0]})"
-            raise ConfigError(f"init_from={config.init_from}: {wrong}; ask for the model that it was trained as")
-        yield _Source(checkpoints, step, saved)
+    checkpoints = SavedSteps(directory)
+    if step is None:
+        step = checkpoints.needed(allow_fallback=config.checkpoint.allow_fallback)
+    saved = saved_config(checkpoints, step)
+    if differing := parameter_differences(saved, config):
+        wrong = f"its parameters belong to another model ({differing[0]})"
+        raise ConfigError(f"init_from={config.init_from}: {wrong}; ask for the model that it was trained as")
+    return _Source(checkpoints, step, saved)
 
 
 def _check_branch(source: _Source, config: RunConfig) -> None:

@@ -14,11 +14,11 @@ from hybridnorm_jax.config.resume_keys import decides_trajectory
 from hybridnorm_jax.config.yaml_files import gather, read_file
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.training import text_log
-from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.loss_series import SERIES
 from hybridnorm_jax.training.metrics_file import Record, read_records
 from hybridnorm_jax.training.run_listing import named_directory
 from hybridnorm_jax.training.run_status import CONFIG, FOREIGN, RunStatus, run_status
+from hybridnorm_jax.training.saved_steps import SavedSteps
 from hybridnorm_jax.whole_files import is_local
 
 # What is the same run elsewhere, and differs always.
@@ -148,8 +148,8 @@ def _differences_where_known(of_each: Sequence[Mapping[str, Any] | None]) -> lis
 def _saved(directory: epath.Path) -> tuple[str, str, list[dict[str, Any]] | None, list[dict[str, Any]] | None]:
     """(configuration, where it is, plugins, files); of the last two None where nothing says them."""
     if (directory / "checkpoints").exists():
-        with Checkpoints(directory / "checkpoints", keep=1) as checkpoints:
-            glance = checkpoints.glance()
+        checkpoints = SavedSteps(directory / "checkpoints")
+        glance = checkpoints.glance()
         if glance is not None:
             return glance.config_yaml, f"{directory}, step {glance.step}", glance.plugins, glance.files
     file = directory / CONFIG

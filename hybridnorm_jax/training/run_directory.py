@@ -23,6 +23,7 @@ from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.leaf_kinds import first_difference
 from hybridnorm_jax.training.run_identity import check_same_plugins, check_same_run, keep_sources
+from hybridnorm_jax.training.saved_steps import SavedSteps
 from hybridnorm_jax.training.step_directories import absolute, check_place, find_checkpoint
 from hybridnorm_jax.training.trained_before import TRAINED_BEFORE, Trained, as_json
 from hybridnorm_jax.whole_files import expanded, is_local, write_whole
@@ -106,15 +107,28 @@ def load_run(
         plugin is missing, or is another file than the run was trained with.
     """
     directory, step = find_checkpoint(path)
-    with Checkpoints(directory, keep=1) as checkpoints:
-        step = checkpoints.needed(allow_fallback=allow_fallback) if step is None else step
-        config = saved_config(checkpoints, step, import_these=plugins).at_step(step)
-        shapes = abstract_params(config.model)
-        places = _places(shapes, config, mesh, shardings)
-        return config, checkpoints.restore_params(jax.tree.map(_abstract, shapes, places), step, plain=plain)
+    checkpoints = SavedSteps(directory)
+    step = checkpoints.needed(allow_fallback=allow_fallback) if step is None else step
+    return load_step(checkpoints, step, mesh=mesh, shardings=shardings, plain=plain, plugins=plugins)
 
 
-def saved_config(checkpoints: Checkpoints, step: int | None, *, import_these: Sequence[str] = ()) -> RunConfig:
+def load_step(
+    checkpoints: SavedSteps,
+    step: int,
+    *,
+    mesh: Mesh | None = None,
+    shardings: Any = None,
+    plain: bool = False,
+    plugins: Sequence[str] = (),
+) -> tuple[RunConfig, Any]:
+    """As load_run, of a step that the caller has chosen: whoever reads more of it has its files verified once."""
+    config = saved_config(checkpoints, step, import_these=plugins).at_step(step)
+    shapes = abstract_params(config.model)
+    places = _places(shapes, config, mesh, shardings)
+    return config, checkpoints.restore_params(jax.tree.map(_abstract, shapes, places), step, plain=plain)
+
+
+def saved_config(checkpoints: SavedSteps, step: int | None, *, import_these: Sequence[str] = ()) -> RunConfig:
     """The configuration of a step (None: the newest), if this process was started with the run's plugins.
 
     Args:
@@ -137,19 +151,19 @@ def saved_config(checkpoints: Checkpoints, step: int | None, *, import_these: Se
     return config
 
 
-def newest_checkpoint(path: str) -> tuple[str, int]:
-    """(directory, step) of the checkpoint that `load_run` reads for this path; the directory names it for good.
+def newest_step(path: str) -> tuple[SavedSteps, int]:
+    """The steps of a run, and that of them which `load_run` reads for this path.
 
     Raises:
       UserError: no complete checkpoint there.
     """
     directory, step = find_checkpoint(path)
+    checkpoints = SavedSteps(directory)
     if step is None:
-        with Checkpoints(directory, keep=1) as checkpoints:
-            step = checkpoints.latest()
+        step = checkpoints.latest()
     if step is None:
         raise UserError(f"{path}: no complete checkpoint there")
-    return str(directory / f"{step:06d}"), step
+    return checkpoints, step
 
 
 def _places(shapes: Any, config: RunConfig, mesh: Mesh | None, shardings: Any) -> Any:

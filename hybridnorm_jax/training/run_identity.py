@@ -20,7 +20,7 @@ from hybridnorm_jax.config.yaml_files import from_yaml, read_file
 from hybridnorm_jax.data.files.identity import FileIdentity, file_identity
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.mesh.processes import say
-from hybridnorm_jax.training.checkpoints import Checkpoints
+from hybridnorm_jax.training.saved_steps import SavedSteps
 from hybridnorm_jax.whole_files import expanded, size_of, write_whole
 
 # The keys that say with what a run began, which its first checkpoint holds from then on.
@@ -228,8 +228,8 @@ def saved_run(directory: epath.Path) -> SavedRun | None:
       ConfigError: names the file that cannot be read, or the plugins that it names and this start does not.
     """
     if (directory / "checkpoints").exists():
-        with Checkpoints(directory / "checkpoints", keep=1) as checkpoints:
-            glance = checkpoints.glance()
+        checkpoints = SavedSteps(directory / "checkpoints")
+        glance = checkpoints.glance()
         if glance is not None:
             origin = f"{directory}/checkpoints/{glance.step:06d}"
             return SavedRun(_configuration(glance.config_yaml, origin), glance.step, glance.plugins, glance.files)

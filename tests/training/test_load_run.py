@@ -6,7 +6,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import hybridnorm_jax as hn
-from hybridnorm_jax.training import run_directory
+from hybridnorm_jax.commands.saved_model import read_directory
+from hybridnorm_jax.training import manifest, run_directory
 
 
 @pytest.fixture
@@ -35,7 +36,8 @@ def test_what_is_saved_is_loaded(config, params, tmp_path, tokens):
     assert {leaf.sharding for leaf in jax.tree.leaves(loaded)} == {SingleDeviceSharding(jax.devices()[0])}
     logits = jax.jit(hn.Decoder(loaded_config.model).apply)({"params": loaded}, tokens)
     np.testing.assert_array_equal(logits, jax.jit(hn.Decoder(config.model).apply)({"params": params}, tokens))
-    assert run_directory.newest_checkpoint(path) == (f"{path}/checkpoints/000007", 7)
+    checkpoints, step = run_directory.newest_step(path)
+    assert (str(checkpoints.directory), step) == (f"{path}/checkpoints", 7)
     with pytest.raises(hn.UserError, match="mine: exists already"):
         hn.save_run(path, config, params)
 
@@ -68,13 +70,24 @@ def test_parameters_lie_where_the_caller_wants_them(config, params, tmp_path):
         hn.load_run(path, mesh=jax.make_mesh((8,), ("data",)))
 
 
+def test_the_files_of_a_step_are_verified_once_for_all_that_is_read_of_it(config, params, tmp_path, monkeypatch):
+    hn.save_run(str(tmp_path / "run"), config, params)
+    looked_at = []
+    find_damage = manifest.find_damage
+    monkeypatch.setattr(
+        manifest, "find_damage", lambda path, **which: looked_at.append(path.name) or find_damage(path, **which)
+    )
+    read_directory(str(tmp_path / "run"))
+    assert looked_at == ["000000"]
+
+
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(hn.UserError, match="nowhere: no such directory"):
         hn.load_run(str(tmp_path / "nowhere"))
     with pytest.raises(hn.UserError, match="no complete checkpoint there"):
         hn.load_run(str(tmp_path))
     with pytest.raises(hn.UserError, match="no complete checkpoint there"):
-        run_directory.newest_checkpoint(str(tmp_path))
+        run_directory.newest_step(str(tmp_path))
 
 
 def test_an_object_store_gets_the_configuration_last(config, params, tmp_path, monkeypatch):

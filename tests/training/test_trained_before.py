@@ -12,7 +12,7 @@ from hybridnorm_jax.commands.main import main
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data.text.sources import text_corpus
 from hybridnorm_jax.errors import ConfigError
-from hybridnorm_jax.training.checkpoints import Checkpoints
+from hybridnorm_jax.training.saved_steps import SavedSteps
 from hybridnorm_jax.training.trained_before import Trained, check_validation, is_kept_out
 
 ONE_STEP = [*TINY, "train.steps=1"]
@@ -180,10 +180,10 @@ def test_what_cannot_be_known_is_said_and_what_is_known_is_not(train, tmp_path, 
     end = "was trained on another a.txt; if this is the same text, edited, its validation holds what was trained on"
     assert line == f"note: init_from=runs/run {end}"
 
-    read = Checkpoints.read_data_state
+    read = SavedSteps.read_data_state
     for state, said in (({"train_tokens": 1}, ["kept no digests of data"]), ({}, [])):  # an old version; parameters
         with monkeypatch.context() as patch:
-            patch.setattr(Checkpoints, "read_data_state", lambda self, step, state=state: read(self, step) and state)
+            patch.setattr(SavedSteps, "read_data_state", lambda self, step, state=state: read(self, step) and state)
             told = notes(f"run.name=of_{len(state)}", "data.files=[b.txt]", "init_from=runs/run")
         assert len(told) == len(said)
         assert all(part in line for part, line in zip(said, told, strict=True))
