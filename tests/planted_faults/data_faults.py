@@ -8,7 +8,7 @@ DATA_ORDER = (
         file="data/tokens/token_stream.py",
         right="ends = 1 + np.flatnonzero(here == separator_id)",
         wrong="ends = np.flatnonzero(here == separator_id)",
-        tests=("data/test_windows.py",),
+        tests=("data/rows/test_windows.py",),
     ),
     Fault(
         name="every_epoch_has_the_same_order",
@@ -22,21 +22,21 @@ DATA_ORDER = (
         file="data/rows/allotment.py",
         right="dealt.index[places] += self._before[stage][dealt.source[places]]",
         wrong="dealt.index[places] += 0",
-        tests=("data/test_allotment.py",),
+        tests=("data/rows/test_allotment.py",),
     ),
     Fault(
         name="the_context_of_a_cut_document_is_scored_twice",
         file="data/rows/packed_rows.py",
         right='row["weights"][begin : begin + context] = 0',
         wrong='row["weights"][begin:begin] = 0',
-        tests=("data/test_packed_rows.py",),
+        tests=("data/rows/test_packed_rows.py",),
     ),
     Fault(
         name="the_mask_of_answers_is_one_token_late",
         file="data/rows/packed_rows.py",
         right="self._stream.targets(start + 1, start + length + 1)",
         wrong="self._stream.targets(start, start + length)",
-        tests=("data/test_masked_loss.py", "data/test_answers.py"),
+        tests=("data/test_masked_loss.py", "data/text/test_answers.py"),
     ),
     Fault(
         name="the_average_of_parameters_begins_at_the_first_ones",

@@ -175,7 +175,7 @@ DATA = (
         file="data/rows/windows.py",
         right="start = index * self._stride",
         wrong="start = index * (self._stride + 1)",
-        tests=("data/test_windows.py",),
+        tests=("data/rows/test_windows.py",),
     ),
     Fault(
         name="the_number_of_processes_changes_the_microbatches",

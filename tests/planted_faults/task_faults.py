@@ -57,6 +57,6 @@ TASKS = (
         file="data/rows/windows.py",
         right="""row["weights"][: self._seq_len - self._stride] = 0""",
         wrong="pass",
-        tests=("data/test_windows.py",),
+        tests=("data/rows/test_windows.py",),
     ),
 )
