@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from hybridnorm_jax.data.text.deep_json import kind_of
+from hybridnorm_jax.data.text.record_rows import shown_names
 from hybridnorm_jax.errors import DataError
 
 PROMPT, COMPLETION, MESSAGES = "prompt", "completion", "messages"
@@ -130,7 +131,7 @@ def messages_of(record: Mapping[str, object], place: str) -> list[Message]:
     """
     if MESSAGES not in record:
         raise DataError(
-            f"{place}: the record has no field {MESSAGES!r} (data.records=messages); it has: {_names(record)}"
+            f"{place}: the record has no field {MESSAGES!r} (data.records=messages); it has: {shown_names(record)}"
         )
     content = record[MESSAGES]
     if not isinstance(content, list) or not content:
@@ -155,13 +156,8 @@ def _message(message: object, place: str) -> Message:
 
 def _text(record: Mapping[str, object], field: str, place: str) -> str:
     if field not in record:
-        raise DataError(f"{place}: has no field {field!r}; it has: {_names(record)}")
+        raise DataError(f"{place}: has no field {field!r}; it has: {shown_names(record)}")
     text = record[field]
     if not isinstance(text, str):
         raise DataError(f"{place}: field {field!r} must hold a string, not {kind_of(text)}")
     return text
-
-
-def _names(record: Mapping[str, object]) -> str:
-    names = ", ".join(map(str, record)).encode("unicode_escape").decode()
-    return (names if len(names) <= 200 else f"{names[:200]}...") or "none"

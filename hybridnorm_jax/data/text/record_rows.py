@@ -27,18 +27,19 @@ def record_text(row: RecordRow, text_field: str) -> str:
     text = field_value(row.fields, text_field)
     if isinstance(text, str):
         return text
-    if text is None and not _has(row.fields, text_field):
+    if text is None and not has_field(row.fields, text_field):
         raise DataError(f"{row.place}: the record has no {field}; it has: {shown_names(row.fields)}")
     kind = "bytes" if isinstance(text, bytes) else kind_of(text)
     raise DataError(f"{row.place}: {field} must hold a string, not {kind}")
 
 
-def _has(fields: Mapping[str, Any], name: str) -> bool:
+def has_field(fields: Mapping[str, Any], name: str) -> bool:
+    """Whether a record has a field, whatever it holds; `a.b` is a field in a field."""
     if name in fields:
         return True
     first, _, rest = name.partition(".")
     inner = fields.get(first)
-    return bool(rest) and isinstance(inner, Mapping) and _has(inner, rest)
+    return bool(rest) and isinstance(inner, Mapping) and has_field(inner, rest)
 
 
 def shown_names(names: Mapping[str, Any] | list[str]) -> str:

@@ -19,7 +19,7 @@ from hybridnorm_jax.data.places.remote_file import Place
 from hybridnorm_jax.data.text.archives import plain_name
 from hybridnorm_jax.data.text.examples import record_format
 from hybridnorm_jax.data.text.record_formats import rows_of
-from hybridnorm_jax.data.text.record_rows import RecordRow, shown_names
+from hybridnorm_jax.data.text.record_rows import RecordRow, has_field, shown_names
 from hybridnorm_jax.data.text.sources import Corpus, Document, TextFile, text_corpus
 from hybridnorm_jax.errors import DataError
 
@@ -91,7 +91,7 @@ class IdCorpus(Corpus):
         """The ids of a record, without the separator that may end them."""
         field = f"field {self.text_field!r} (data.text_field)"
         value = field_value(row.fields, self.text_field)
-        if value is None and self.text_field not in row.fields:
+        if value is None and not has_field(row.fields, self.text_field):
             raise DataError(f"{row.place}: the record has no {field}; it has: {shown_names(row.fields)}")
         values = value if isinstance(value, list) else [value]
         if not all(type(one) is int for one in values):

@@ -153,3 +153,13 @@ def test_what_is_no_example_or_has_no_ids_is_refused(tmp_path):
     both = (str(path), str(tmp_path / "ids.npy"))
     with pytest.raises(DataError, match="name files of one kind"):
         open_data(section(path, tmp_path, files=both), seq_len=2, vocab_size=200)
+
+
+def test_a_field_in_a_field_that_is_null_is_there(tmp_path):
+    path = epath.Path(tmp_path / "a.jsonl")
+    path.write_text('{"document": {"ids": null}}\n')
+    with pytest.raises(DataError, match=r"'document\.ids' .* must hold a list of token ids"):
+        open_data(section(path, tmp_path, text_field="document.ids"), seq_len=2, vocab_size=10)
+    path.write_text('{"document": {"tokens": [1]}}\n')
+    with pytest.raises(DataError, match=r"no field 'document\.ids'"):
+        open_data(section(path, tmp_path, text_field="document.ids"), seq_len=2, vocab_size=10)
