@@ -95,7 +95,7 @@ def train_together(configs: Sequence[RunConfig], *, began: float, programs: Shar
         first = runs[0]
         say(f"{len(runs)} runs together, saved after their last step only")
         if not is_known:
-            say(start_report(first.config, first.program, first.data, first.directory, resumed=0))
+            say(start_report(first))
         group = _Group(runs)
         section = first.config.train
         watchdog = Watchdog(

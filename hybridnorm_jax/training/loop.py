@@ -80,7 +80,7 @@ def train(
             if brief:
                 _run_to_its_end(run)
                 return run.scores or {}
-            say(start_report(run.config, run.program, run.data, run.directory, resumed=run.first))
+            say(start_report(run))
             try:
                 _run_to_its_end(run)
             finally:

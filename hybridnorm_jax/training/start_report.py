@@ -5,30 +5,30 @@ import textwrap
 from collections.abc import Sequence
 
 import jax
-from etils import epath
 
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data import Data
-from hybridnorm_jax.data.mixture import Mixture, mixture_of
+from hybridnorm_jax.data.mixture import Mixture
 from hybridnorm_jax.mesh.shardings import undivided
 from hybridnorm_jax.training.program import Program
+from hybridnorm_jax.training.run import Run
 from hybridnorm_jax.training.xla_options import described
 
 WIDTH = 80
 
 
-def start_report(config: RunConfig, program: Program, data: Data, directory: epath.Path, *, resumed: int) -> str:
+def start_report(run: Run) -> str:
     """What will be trained, on what, and where its files go."""
-    steps = config.train.steps
+    config, data, mixture = run.config, run.data, run.mixture
+    steps, resumed = config.train.steps, run.first
     if resumed >= steps:
         state = f"all {steps:,} steps were made before"
     elif resumed:
         state = f"goes on after step {resumed:,} of {steps:,}"
     else:
         state = f"new, {count_text(steps, 'step')}"
-    rows = run_rows(config, program, f"{directory}: {state}", data.description)
-    lines = [table([*rows, *_plan_rows(config, data)])]
-    mixture = mixture_of(config, data)
+    rows = run_rows(config, run.program, f"{run.directory}: {state}", data.description)
+    lines = [table([*rows, *_plan_rows(config, data, mixture)])]
     if mixture is not None:
         lines.append(mixture_table(config, data, mixture))
     return "\n".join(lines)
@@ -145,10 +145,10 @@ def _step(program: Program) -> str:
     return f"{config.tokens_per_step:,} tokens: {sequences} of {train.seq_len:,}{parts}"
 
 
-def _plan_rows(config: RunConfig, data: Data) -> list[tuple[str, str]]:
+def _plan_rows(config: RunConfig, data: Data, mixture: Mixture | None) -> list[tuple[str, str]]:
     """How much is trained on, and how often the run writes something."""
     tokens = config.train.steps * config.tokens_per_step
-    padding = round(tokens * _padding(config, data))
+    padding = round(tokens * _padding(config, data, mixture))
     passes = (tokens - padding) / data.train_tokens
     passes_text = f"{passes:,.2f} passes" if passes >= 0.005 else "less than 0.01 passes"
     reads = f", {passes_text} over the training data" if not config.data.mixture else ", of each source as below"
@@ -164,9 +164,8 @@ def _plan_rows(config: RunConfig, data: Data) -> list[tuple[str, str]]:
     ]
 
 
-def _padding(config: RunConfig, data: Data) -> float:
+def _padding(config: RunConfig, data: Data, mixture: Mixture | None) -> float:
     """The share of the run's positions that hold no token."""
-    mixture = mixture_of(config, data)
     if mixture is None:
         return data.train.padding
     tokens = sum(amount.tokens for amount in mixture.read_until(config.train.steps).values())
