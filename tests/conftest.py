@@ -91,7 +91,11 @@ def small_config():
 
 @pytest.fixture
 def random_params():
-    """Parameters of a config, drawn so that no two layers and no norm are alike: every leaf ~ N(0 or 1, 0.3^2)."""
+    """Parameters of a config, drawn so that no two layers and no norm are alike: every leaf ~ N(0 or 1, 0.3^2).
+
+    A leaf cannot be changed in place: JAX may still be reading it. A CPU's program takes an array of NumPy without a copy and
+    runs while Python goes on, so a change after the call could reach it.
+    """
 
     def draw(config, seed=0):
         shapes = abstract_params(config)
@@ -99,7 +103,9 @@ def random_params():
 
         def leaf(path, shape):
             centre = 1.0 if path[-1].key == "scale" else 0.0
-            return (centre + 0.3 * rng.standard_normal(shape.shape)).astype(shape.dtype)
+            drawn = np.asarray(centre + 0.3 * rng.standard_normal(shape.shape)).astype(shape.dtype)
+            drawn.flags.writeable = False
+            return drawn
 
         return jax.tree.map_with_path(leaf, shapes)
 

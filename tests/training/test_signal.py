@@ -171,7 +171,8 @@ def test_logits_are_those_after_the_norms(small_config, random_params, tokens):
     params = random_params(config)
     measure = jax.jit(functools.partial(measure_signal, hn.Decoder(config)))
     before, _ = measure(params, _batch(tokens))
-    params["run_0"]["attention"]["q_norm"]["scale"] *= 3
+    norm = params["run_0"]["attention"]["q_norm"]
+    norm["scale"] = 3 * norm["scale"]
     after, _ = measure(params, _batch(tokens))
     np.testing.assert_allclose(after["largest_logit"], 3 * before["largest_logit"], rtol=1e-5)
 
