@@ -93,8 +93,8 @@ def small_config():
 def random_params():
     """Parameters of a config, drawn so that no two layers and no norm are alike: every leaf ~ N(0 or 1, 0.3^2).
 
-    A leaf cannot be changed in place: JAX may still be reading it. A CPU's program takes an array of NumPy without a copy and
-    runs while Python goes on, so a change after the call could reach it.
+    A leaf cannot be changed in place: JAX may still be reading it. A CPU's program takes an array of NumPy without a
+    copy and runs while Python goes on, so a change after the call could reach it.
     """
 
     def draw(config, seed=0):
