@@ -15,12 +15,12 @@ from hybridnorm_jax.config.data_section import CHATML, PACKINGS, RECORDS, SOURCE
 from hybridnorm_jax.config.key_lookup import FIELDS, SECTIONS
 from hybridnorm_jax.config.key_values import read_hint
 from hybridnorm_jax.config.mixture_section import UNITS
+from hybridnorm_jax.config.optimizer_kinds import OPTIMIZERS
 from hybridnorm_jax.config.optimizer_section import (
     FALLS,
     MOMENT_DTYPES,
     MUON_DTYPES,
     MUON_SCALES,
-    OPTIMIZERS,
     SCHEDULES,
 )
 from hybridnorm_jax.config.plugins import KEY as PLUGINS

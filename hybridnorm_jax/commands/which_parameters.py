@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from hybridnorm_jax.commands.program import ArgumentParser
+from hybridnorm_jax.config.optimizer_kinds import averaging_settings
 
 OPTION = "--plain"
 
@@ -36,6 +37,6 @@ def add_option(parser: ArgumentParser) -> None:
     parser.add_argument(
         OPTION,
         action="store_true",
-        help="of a run that averages its parameters (optimizer.ema_decay, or optimizer.name=schedule_free) take those "
-        "of the last step, which are not averaged",
+        help=f"of a run that averages its parameters ({averaging_settings()}) take those of the last step, which are "
+        "not averaged",
     )

@@ -3,9 +3,9 @@
 import dataclasses
 
 from hybridnorm_jax.config.limits import LARGEST_RATE, MOST_STEPS, SMALLEST
+from hybridnorm_jax.config.optimizer_kinds import OPTIMIZERS, OptimizerKind
 from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
 
-OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "schedule_free")
 SCHEDULES = ("cosine", "linear", "wsd", "inverse_sqrt", "piecewise", "constant")
 # The forms in which the schedule `wsd` falls.
 FALLS = ("linear", "cosine", "1-sqrt", "exponential")
@@ -104,10 +104,10 @@ class OptimizerSection:
         check_choice("optimizer.muon_scale", self.muon_scale, MUON_SCALES)
         check_choice("optimizer.muon_dtype", self.muon_dtype, MUON_DTYPES)
         self._check_keys_of_others()
-        self._check_schedule_free()
+        self._check_averaged_steps()
         narrow = self.moment_dtype != "float32"
-        right = "adafactor keeps a few means of squares, which need float32 and hardly any memory"
-        check(not narrow or self.name != "adafactor", "optimizer.moment_dtype", self.moment_dtype, right)
+        right = f"{self.name} keeps a few means of squares, which need float32 and hardly any memory"
+        check(not narrow or self.kind.narrow_moments, "optimizer.moment_dtype", self.moment_dtype, right)
         check_choice("optimizer.schedule", self.schedule, SCHEDULES)
         check_choice("optimizer.wsd_decay", self.wsd_decay, FALLS)
         self._check_pieces()
@@ -118,14 +118,19 @@ class OptimizerSection:
         check(one, "optimizer.warmup_tokens", self.warmup_tokens, "cannot be set together with optimizer.warmup_steps")
 
     @property
+    def kind(self) -> OptimizerKind:
+        """The row of the table of optimizers."""
+        return OPTIMIZERS[self.name]
+
+    @property
     def averages(self) -> bool:
         """Whether other parameters are evaluated and exported than those that are trained: their average."""
-        return self.ema_decay is not None or self.name == "schedule_free"
+        return self.ema_decay is not None or self.kind.averages_steps
 
     @property
     def average_setting(self) -> str:
         """The setting that makes `averages` true."""
-        return "optimizer.name=schedule_free" if self.ema_decay is None else f"optimizer.ema_decay={self.ema_decay:g}"
+        return f"optimizer.name={self.name}" if self.ema_decay is None else f"optimizer.ema_decay={self.ema_decay:g}"
 
     @property
     def pieces(self) -> list[tuple[int, float]]:
@@ -141,14 +146,15 @@ class OptimizerSection:
                 is_default = value == field.default
                 check(is_default, f"optimizer.{field.name}", value, f"only for optimizer.name={of}")
 
-    def _check_schedule_free(self) -> None:
-        if self.name != "schedule_free":
+    def _check_averaged_steps(self) -> None:
+        if not self.kind.averages_steps:
             return
-        right = "optimizer.name=schedule_free averages its steps instead; needs constant, which may have a warm-up"
+        setting = f"optimizer.name={self.name}"
+        right = f"{setting} averages its steps instead; needs constant, which may have a warm-up"
         check(self.schedule == "constant", "optimizer.schedule", self.schedule, right)
-        right = "optimizer.name=schedule_free needs a number above 0, the share of the average in the parameters"
+        right = f"{setting} needs a number above 0, the share of the average in the parameters"
         check(self.b1 > 0, "optimizer.b1", self.b1, right)
-        right = "optimizer.name=schedule_free has an average of its own; leave one of the two out"
+        right = f"{setting} has an average of its own; leave one of the two out"
         check(self.ema_decay is None, "optimizer.ema_decay", self.ema_decay, right)
 
     def _check_pieces(self) -> None:

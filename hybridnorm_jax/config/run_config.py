@@ -13,6 +13,7 @@ from hybridnorm_jax.config.limits import (
     MOST_STEPS,
     MOST_TOKENS_PER_STEP,
 )
+from hybridnorm_jax.config.optimizer_kinds import OPTIMIZERS, averaging_settings
 from hybridnorm_jax.config.optimizer_section import OptimizerSection
 from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
 from hybridnorm_jax.errors import ConfigError
@@ -21,8 +22,6 @@ from hybridnorm_jax.mesh.cluster import DistributedSection
 from hybridnorm_jax.mesh.sharding_rules import MESH_AXES, resolve_rules
 from hybridnorm_jax.model.config import ModelConfig
 
-# Those for which the rules of model.base_width hold: every number moves by about the rate, whatever its gradient is.
-WIDTH_OPTIMIZERS = ("adamw", "lion")
 EQUIVALENT_FORMS = ("none", "pre_rmsnorm", "pre_crmsnorm")
 
 
@@ -342,19 +341,19 @@ class RunConfig:
         needs = not self.init_plain or (self.init_from is not None and not self.init_optimizer)
         right = "needs init_from without init_optimizer: a branch takes all that the run has"
         check(needs, "init_plain", "true", right)
-        right = "needs optimizer.ema_decay, or optimizer.name=schedule_free"
+        right = f"needs {averaging_settings()}"
         check(not self.eval.plain or self.optimizer.averages, "eval.plain", "true", right)
         right = f"model.scheme={self.model.scheme} keeps its matrices at unit length, and averages of them have another"
         check(decay is None or not self.model.scheme_rule.sphere, "optimizer.ema_decay", decay, right)
-        is_free = self.optimizer.name == "schedule_free"
-        check(not is_free or not self.model.scheme_rule.sphere, "optimizer.name", "schedule_free", right)
+        name, averages = self.optimizer.name, self.optimizer.kind.averages_steps
+        check(not averages or not self.model.scheme_rule.sphere, "optimizer.name", name, right)
         right = "model.balance_bias=true moves biases beside the optimizer, whose average would not know of it"
-        check(not is_free or not self.model.balance_bias, "optimizer.name", "schedule_free", right)
+        check(not averages or not self.model.balance_bias, "optimizer.name", name, right)
 
     def _check_widths(self) -> None:
-        name, known = self.optimizer.name, " and ".join(WIDTH_OPTIMIZERS)
-        right = f"not with optimizer.name={name}: the rules for the width are those of {known}"
-        has_rules = self.model.base_width is None or name in WIDTH_OPTIMIZERS
+        known = " and ".join(name for name, kind in OPTIMIZERS.items() if kind.follows_width)
+        right = f"not with optimizer.name={self.optimizer.name}: the rules for the width are those of {known}"
+        has_rules = self.model.base_width is None or self.optimizer.kind.follows_width
         check(has_rules, "model.base_width", self.model.base_width, right)
 
     def at_step(self, step: int) -> "RunConfig":

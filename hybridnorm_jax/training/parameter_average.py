@@ -48,7 +48,7 @@ def next_average(config: OptimizerSection, average: Average | None, params: Any,
     """The average after one more step, which led to these parameters and this optimizer state; None: there is none."""
     if average is None:
         return None
-    if config.name == "schedule_free":
+    if config.kind.averages_steps:
         return Average(average.count + 1, averaged_params(opt_state, params))
     return with_parameters(average, params, decay=present(config.ema_decay))
 

@@ -34,8 +34,9 @@ from hybridnorm_jax.model.loss import LossSums
 from hybridnorm_jax.training.grouped_steps import GroupedSteps, PureSteps
 from hybridnorm_jax.training.layer_measures import Measures, make_watch
 from hybridnorm_jax.training.microbatches import microbatches_of
+from hybridnorm_jax.training.optimizers.chain import make_optimizer
+from hybridnorm_jax.training.optimizers.directions import Places
 from hybridnorm_jax.training.optimizers.schedules import StepNumbers, step_numbers
-from hybridnorm_jax.training.optimizers.table import Places, make_optimizer
 from hybridnorm_jax.training.state import TrainState, abstract_state, make_beginning, make_fresh_state, make_initializer
 from hybridnorm_jax.training.step import (
     Batch,

@@ -9,8 +9,8 @@ from flax.traverse_util import flatten_dict
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.config.run_config import OptimizerSection
+from hybridnorm_jax.training.optimizers.chain import make_optimizer
 from hybridnorm_jax.training.optimizers.schedules import step_numbers
-from hybridnorm_jax.training.optimizers.table import make_optimizer
 from tests.authors_models import case, part
 
 TINY = {"d_model": 16, "num_layers": 2, "num_heads": 4, "mlp_dim": 24, "vocab_size": 61}

@@ -15,8 +15,8 @@ from hybridnorm_jax.equivalence.forms import conversion_of
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.width_scaling import kind_of
+from hybridnorm_jax.training.optimizers.chain import make_optimizer
 from hybridnorm_jax.training.optimizers.schedules import step_numbers
-from hybridnorm_jax.training.optimizers.table import make_optimizer
 from hybridnorm_jax.training.state import init_params
 
 BASE, WIDTH = 32, 128

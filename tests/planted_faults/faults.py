@@ -236,14 +236,14 @@ ACCUMULATION = (
 MOMENTS = (
     Fault(
         name="decay_rates_of_the_moments_exchanged",
-        file="training/optimizers/table.py",
+        file="training/optimizers/directions.py",
         right="scale_by_adam(b1=config.b1, b2=config.b2",
         wrong="scale_by_adam(b1=config.b2, b2=config.b1",
         tests=("training/test_optimizer.py",),
     ),
     Fault(
         name="updates_are_clipped_and_not_gradients",
-        file="training/optimizers/table.py",
+        file="training/optimizers/chain.py",
         right="optax.chain(*clip, direction, decay, rate)",
         wrong="optax.chain(direction, *clip, decay, rate)",
         tests=("training/test_optimizer.py",),

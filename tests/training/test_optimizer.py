@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from hybridnorm_jax.config.run_config import OptimizerSection
+from hybridnorm_jax.training.optimizers.chain import make_optimizer
 from hybridnorm_jax.training.optimizers.schedules import step_numbers
-from hybridnorm_jax.training.optimizers.table import make_optimizer
 
 STEPS = 5
 

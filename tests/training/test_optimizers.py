@@ -13,18 +13,22 @@ import pytest
 from jax.sharding import NamedSharding
 
 from hybridnorm_jax.config.arguments import parse
-from hybridnorm_jax.config.optimizer_section import OPTIMIZERS, OptimizerSection
+from hybridnorm_jax.config.optimizer_kinds import OPTIMIZERS, OptimizerKind, averaging_settings
+from hybridnorm_jax.config.optimizer_section import OptimizerSection
+from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.mesh.device_mesh import make_mesh
 from hybridnorm_jax.mesh.sharding_rules import RULES
 from hybridnorm_jax.mesh.shardings import tree_shardings
+from hybridnorm_jax.training.optimizers import directions
 from hybridnorm_jax.training.optimizers.adafactor import scale_by_adafactor
+from hybridnorm_jax.training.optimizers.chain import make_optimizer
+from hybridnorm_jax.training.optimizers.directions import Places
 from hybridnorm_jax.training.optimizers.groups import path_text
 from hybridnorm_jax.training.optimizers.moments import round_at_random
 from hybridnorm_jax.training.optimizers.muon import is_muon_matrix, orthogonalized
 from hybridnorm_jax.training.optimizers.schedule_free import averaged_params
 from hybridnorm_jax.training.optimizers.schedules import step_numbers
-from hybridnorm_jax.training.optimizers.table import DIRECTIONS, Places, make_optimizer
 
 GOLDENS = Path(__file__).parents[1] / "goldens/optimizers"
 # Those of tests/goldens/optimizers/make.py. Everything decays there.
@@ -88,8 +92,53 @@ def test_steps_are_those_of_the_reference_implementation(case):
         _assert_close(_flat(params), wrong, 1e-6)
 
 
-def test_every_name_has_an_optimizer():
-    assert tuple(DIRECTIONS) == OPTIMIZERS
+def test_every_optimizer_has_a_direction_and_a_reference():
+    assert all(hasattr(directions, kind.direction) for kind in OPTIMIZERS.values())
+    assert {section.get("name", "adamw") for section in CASES.values()} == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("like", OPTIMIZERS)
+def test_a_new_optimizer_is_one_row_of_the_table(like, monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "novel", OPTIMIZERS[like])
+    expected, trained = (_trained({"name": name}, steps=1, dtype=np.float32) for name in (like, "novel"))
+    assert jax.tree.structure(trained) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, trained, expected)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "keys", "message"),
+    [
+        ({}, ["model.base_width=64"], "model.base_width=64: not with optimizer.name=novel: "),
+        ({"follows_width": True}, ["model.base_width=64"], None),
+        (
+            {"narrow_moments": False},
+            ["optimizer.moment_dtype=bfloat16"],
+            "optimizer.moment_dtype=bfloat16: novel ",
+        ),
+        ({}, ["optimizer.moment_dtype=bfloat16"], None),
+        ({}, ["eval.plain=true"], "eval.plain=true: needs optimizer.ema_decay, or optimizer.name=schedule_free"),
+        ({"averages_steps": True}, ["eval.plain=true", "optimizer.schedule=constant"], None),
+        ({"averages_steps": True}, [], "optimizer.schedule=cosine: optimizer.name=novel averages its steps instead"),
+        ({"averages_steps": True}, ["optimizer.schedule=constant", "optimizer.b1=0"], "optimizer.b1=0.0: optimizer.n"),
+    ],
+)
+def test_what_is_refused_follows_from_the_row(attributes, keys, message, monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "novel", OptimizerKind(direction="adam", **attributes))
+    words = ["optimizer.name=novel", *keys]
+    if message is None:
+        assert isinstance(parse(words), RunConfig)
+        return
+    with pytest.raises(ConfigError) as refused:
+        parse(words)
+    assert str(refused.value).startswith(message)
+
+
+def test_settings_that_average_are_those_of_the_table(monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "novel", OptimizerKind(direction="adam", averages_steps=True))
+    expected = "optimizer.ema_decay, or optimizer.name=schedule_free, or optimizer.name=novel"
+    assert averaging_settings() == expected
+    section = OptimizerSection(name="novel", schedule="constant")
+    assert (section.averages, section.average_setting) == (True, "optimizer.name=novel")
 
 
 def test_adafactor_is_that_of_optax_where_an_array_is_one_matrix():

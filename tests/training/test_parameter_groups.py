@@ -11,9 +11,9 @@ from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.optimizer_section import OptimizerSection
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.training.optimizers.chain import make_optimizer
 from hybridnorm_jax.training.optimizers.groups import path_text
 from hybridnorm_jax.training.optimizers.schedules import step_numbers
-from hybridnorm_jax.training.optimizers.table import make_optimizer
 from hybridnorm_jax.training.program import Program, compiled_values
 
 SIZES = {"d_model": 16, "num_layers": 2, "num_heads": 2, "mlp_dim": 16, "vocab_size": 31, "scheme": "pre"}

@@ -7,9 +7,9 @@ import pytest
 import hybridnorm_jax as hn
 from hybridnorm_jax.config.run_config import OptimizerSection
 from hybridnorm_jax.model.abstract_params import abstract_params
+from hybridnorm_jax.training.optimizers.chain import make_optimizer
 from hybridnorm_jax.training.optimizers.decay import decay_mask
 from hybridnorm_jax.training.optimizers.schedules import step_numbers
-from hybridnorm_jax.training.optimizers.table import make_optimizer
 
 SIZES = {"d_model": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 48, "vocab_size": 61}
 EVERYTHING = OptimizerSection(decay_embeddings=True, decay_norms_and_biases=True)

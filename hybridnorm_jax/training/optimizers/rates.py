@@ -27,7 +27,7 @@ def rated(config: OptimizerSection, numbers: StepNumbers) -> optax.GradientTrans
     """
     rate = optax.scale_by_learning_rate(schedule_of(config, numbers))
     patterns = config.rate_factors
-    if not patterns and config.name != "muon":
+    if not patterns and not config.kind.splits_matrices:
         return rate
 
     def init(params: Any) -> optax.OptState:
@@ -37,7 +37,7 @@ def rated(config: OptimizerSection, numbers: StepNumbers) -> optax.GradientTrans
     def update(directions: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
         def scaled(path: tuple[Any, ...], direction: Any) -> Any:
             own = own_number(path, patterns, numbers.rate_factors)
-            if config.name == "muon" and is_muon_matrix(config, path, direction):
+            if config.kind.splits_matrices and is_muon_matrix(config, path, direction):
                 direction = numbers.muon_rate_factor * direction
             return direction if own is None else own * direction
 

@@ -15,7 +15,7 @@ def by_width(core: optax.GradientTransformation, ratio: float) -> optax.Gradient
     width, as in the authors' code (microsoft/mup, MuAdamW). The state is that of `core`.
 
     Args:
-      core: of an optimizer in WIDTH_OPTIMIZERS (config/run_config.py).
+      core: of an optimizer that follows the width (config/optimizer_kinds.py).
       ratio: of the model's width to that for which the rates are stated; with 1 `core` is returned.
     """
     if ratio == 1:
