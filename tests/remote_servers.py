@@ -24,7 +24,8 @@ class WebFiles:
     Attributes:
       content: path -> bytes.
       faults: path -> what its next answers are, one after the other: an HTTP status; "cut": half of the body, and the
-        connection ends; "hang": nothing for two seconds; "trickle": one byte in 50 ms; a URL: a redirect.
+        connection ends; "hang": nothing for two seconds; "trickle": one byte in 50 ms; "overwrite":
+        after half of the body the file holds zeros, and so does the rest of the body; a URL: a redirect.
       requests: (method, path) -> how often it was asked for.
       has_ranges, has_versions, has_head: what the server can do.
       digest: whether it states a digest; a wrong one is "wrong".
@@ -116,6 +117,10 @@ def _handler(files: WebFiles) -> type[http.server.BaseHTTPRequestHandler]:
                         self.wfile.write(bytes([byte]))
                         self.wfile.flush()
                         time.sleep(0.05)
+                elif fault == "overwrite":
+                    self.wfile.write(body[: len(body) // 2])
+                    files.content[self.path] = bytes(len(content))
+                    self.wfile.write(bytes(len(body) - len(body) // 2))
                 elif fault == "cut":
                     self.wfile.write(body[: len(body) // 2])
                     self.wfile.flush()

@@ -6,7 +6,7 @@ from typing import Any
 
 from hybridnorm_jax.data.places.patience import PIECE_BYTES, patiently
 from hybridnorm_jax.data.places.remote_file import RemoteFile
-from hybridnorm_jax.errors import DataError, MissingExtraError
+from hybridnorm_jax.errors import MissingExtraError
 
 # boto would try again by itself, without a word.
 _BOTO = {"connect_timeout": 20, "read_timeout": 60, "retries": {"total_max_attempts": 1}}
@@ -80,11 +80,6 @@ class BucketStore:
         """As Store."""
         for begin in range(start, file.size, PIECE_BYTES):
             yield self.read(file, begin, min(begin + PIECE_BYTES, file.size))
-        now = self.find(file.url)
-        if now != [file]:
-            raise DataError(
-                f"{file}: was changed or removed while it was read; start again with files nobody writes to"
-            )
 
     def _file(self, info: dict[str, Any]) -> RemoteFile:
         url = f"{self._scheme}://{info['name'].partition('://')[2] or info['name']}"

@@ -291,12 +291,13 @@ def _safe_name(file: RemoteFile) -> str:
 
 
 def _download(file: RemoteFile, target: Path, stop: threading.Event, count: Counter) -> None:
-    """Write a file's content, checked against its size and, where the store states one, its digest."""
+    """Write a file's content, checked against its size, its version and, where the store states one, its digest."""
+    store = store_of(file.url)
     kind, _, expected = file.checksum.partition(":")
     digest = hashlib.new(kind) if kind else None
     length = 0
     with open(target, "xb") as stream:
-        for piece in store_of(file.url).pieces(file, 0):
+        for piece in store.pieces(file, 0):
             if stop.is_set():
                 raise DataError(f"{file}: not fetched, because another file could not be")
             stream.write(piece)
@@ -304,6 +305,9 @@ def _download(file: RemoteFile, target: Path, stop: threading.Event, count: Coun
             count(len(piece))
             if digest is not None:
                 digest.update(piece)
+    if store.find(file.url) != [file]:  # a server may send a file that is overwritten, half old and half new
+        right = "start again with files that nobody writes to"
+        raise DataError(f"{file}: was changed or removed while it was read; {right}")
     if length != file.size:
         raise DataError(f"{file}: {length:,} bytes came, but its store says {file.size:,}")
     if digest is not None and digest.hexdigest() != expected:

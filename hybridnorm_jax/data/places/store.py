@@ -23,7 +23,10 @@ class Store(Protocol):
         """Bytes [start, stop) of a file."""
 
     def pieces(self, file: RemoteFile, start: int) -> Iterator[bytes]:
-        """The content from `start` on, in pieces. Raises DataError where the file is not the version it was."""
+        """The content from `start` on, in pieces; the file may be overwritten between two of them.
+
+        So whoever keeps them asks `find` again after the last one.
+        """
 
 
 @functools.cache

@@ -122,6 +122,20 @@ def test_a_file_that_changes_between_two_pieces_is_seen(web, copies, monkeypatch
     pieces.close()
 
 
+@pytest.mark.parametrize("has_head", [True, False])
+def test_a_file_that_is_overwritten_while_it_is_sent_is_no_copy(web, copies, has_head):
+    """One answer of the right length, whose second half is of the next version of the file."""
+    web.has_head = has_head
+    url = web.put("a.bin", random_bytes(3 * MIB))
+    files = find_files("data.files", [url])
+    web.faults["/a.bin"] = ["overwrite"]
+    message = refused(copies.fetched, files)
+    assert message == f"{url}: was changed or removed while it was read; start again with files that nobody writes to"
+    assert cached(copies) == []
+    (copy,) = copies.fetched(find_files("data.files", [url]))
+    assert content_of(copy) == bytes(3 * MIB)
+
+
 def test_content_is_checked_against_the_digest_that_a_server_states(web, copies):
     web.digest = "right"
     content = random_bytes(2 * MIB)
@@ -157,7 +171,7 @@ def test_a_signature_in_an_address_is_not_shown(web):
 
 def test_redirects_are_followed_but_not_to_other_protocols(web, copies):
     url = web.put("real.txt", b"text")
-    web.faults["/a.txt"] = [url] * 2
+    web.faults["/a.txt"] = [url] * 3  # before, for the content, and after it
     (copy,) = copies.fetched(find_files("data.files", [f"{web.url}/a.txt"]))
     assert content_of(copy) == b"text"
     web.faults["/b.txt"] = ["file:///etc/passwd"]
