@@ -10,15 +10,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from hybridnorm_jax.config.data_section import DataSection
+from hybridnorm_jax.data.files.companions import with_companions
 from hybridnorm_jax.data.files.identity import FileIdentity, identities, relative_names
-from hybridnorm_jax.data.files.patterns import find_files, pattern_root, with_files_beside
+from hybridnorm_jax.data.files.patterns import find_files, listed, pattern_root
 from hybridnorm_jax.data.places.local_copies import copies_of
 from hybridnorm_jax.data.places.remote_file import Place
 from hybridnorm_jax.data.text.document_reader import SPLITS
 from hybridnorm_jax.data.text.sources import Corpus, patterns_corpus, section_corpus
 from hybridnorm_jax.data.tokens import tokenized_source
 from hybridnorm_jax.data.tokens.id_records import KnownIds, id_corpus, is_of_records
-from hybridnorm_jax.data.tokens.megatron_index import INDEX_END, TOKENS_END
 from hybridnorm_jax.data.tokens.text_cache import open_text_cache
 from hybridnorm_jax.data.tokens.token_files import (
     OpenFiles,
@@ -124,7 +124,7 @@ class SourceOpener:
             paths = find_files(key, patterns)
             if is_of_records(paths, key):
                 return self._tokens(self._id_records(section, patterns, key, fraction=1.0).extents(["validation"]))
-            arrays = self._opened(self._fetched(paths), section)
+            arrays = self._opened(self._fetched(paths, patterns, key), section)
             return self._tokens(split_extents(arrays, relative_names(paths), 1.0).held_out)
         corpus = patterns_corpus(section, patterns, key)
         return self._text_split(self._cached(corpus, fraction=1.0), "validation")
@@ -185,7 +185,7 @@ class SourceOpener:
         root = pattern_root(section.files)
         if is_of_records(paths, key):
             return self._id_records_source(section, key)
-        paths = self._fetched(paths)
+        paths = self._fetched(paths, section.files, key)
         files = identities(paths, root)
         fraction = section.validation_fraction
         if fraction:
@@ -283,9 +283,9 @@ class SourceOpener:
             return Split(part.stream, separator_id, None, None)
         return Split(part.stream, separator_id, part.bytes / count, part.words / count)
 
-    def _fetched(self, paths: tuple[Place, ...]) -> tuple[Place, ...]:
-        """Token files with the indexes beside them, on this machine."""
-        return self._copies.fetched(with_files_beside(paths, TOKENS_END, INDEX_END))
+    def _fetched(self, paths: tuple[Place, ...], patterns: Sequence[str], key: str) -> tuple[Place, ...]:
+        """Token files with what lies beside them, on this machine."""
+        return self._copies.fetched(with_companions(paths, listed(key, patterns)))
 
     def _opened(self, paths: tuple[Place, ...], section: DataSection) -> dict[Place, TokenFile]:
         return {path: open_token_file(path, section.token_dtype, self._descriptors) for path in paths}

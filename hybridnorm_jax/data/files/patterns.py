@@ -1,7 +1,6 @@
 """Which files the user names: paths and URLs, glob patterns, lists of these in a file, directories of `datasets`."""
 
 import concurrent.futures
-import dataclasses
 import glob
 import json
 import os
@@ -11,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from etils import epath
 
 from hybridnorm_jax.config.data_file_names import is_tokenized
+from hybridnorm_jax.data.files.companions import joined
 from hybridnorm_jax.data.files.manifest import shards_of
 from hybridnorm_jax.data.places.remote_file import HTTP, Place, RemoteFile, plain_url, scheme_of
 from hybridnorm_jax.data.places.store import store_of
@@ -31,6 +31,7 @@ MOST_STATE_BYTES = 16 << 20
 def find_files(key: str, patterns: Iterable[str]) -> tuple[Place, ...]:
     """The files that paths and glob patterns name, each once, those of one pattern sorted.
 
+    What belongs to one of them, such as the index NAME.ends.npy of NAME.npy, is none of them (companions.py).
     A pattern `@FILE` stands for the paths and patterns in a file. A directory that `datasets` has saved stands for its
     shards, in the order that it states, and so does a directory of tokenized text (manifest.py).
 
@@ -48,20 +49,7 @@ def find_files(key: str, patterns: Iterable[str]) -> tuple[Place, ...]:
                 found.setdefault(_plain(os.fspath(match)), match)
     finally:
         pool.shutdown(cancel_futures=True)
-    return tuple(found.values())
-
-
-def with_files_beside(files: Sequence[Place], end: str, other_end: str) -> tuple[Place, ...]:
-    """The files, the remote ones whose name ends in `end` with what has the same name and ends in `other_end`."""
-    with concurrent.futures.ThreadPoolExecutor(FINDERS) as pool:
-        return tuple(pool.map(lambda file: _with_file_beside(file, end, other_end), files))
-
-
-def _with_file_beside(file: Place, end: str, other_end: str) -> Place:
-    if not isinstance(file, RemoteFile) or not file.url.endswith(end):
-        return file
-    url = file.url.removesuffix(end) + other_end
-    return dataclasses.replace(file, beside=next(iter(store_of(url).find(url)), None))
+    return joined(found)
 
 
 def _remote_matches(key: str, pattern: str) -> Sequence[Place]:

@@ -81,7 +81,7 @@ class LocalCopies:
           DataError: a file cannot be read, or there is no room for all of them.
         """
         named = [place for place in places if isinstance(place, RemoteFile)]
-        remote = named + [file.beside for file in named if file.beside is not None]
+        remote = named + [companion for file in named for companion in file.beside]
         if not remote:
             return tuple(places)
         total = sum(file.size for file in remote)
@@ -103,8 +103,8 @@ class LocalCopies:
                 pool.shutdown(cancel_futures=True)
                 raise
         for file in named:
-            if file.beside is not None:
-                copies[file.url] = dataclasses.replace(copies[file.url], beside=copies[file.beside.url])
+            beside = tuple(copies[companion.url] for companion in file.beside)
+            copies[file.url] = dataclasses.replace(copies[file.url], beside=beside)
         return tuple(copies.get(os.fspath(place), place) for place in places)
 
     @contextlib.contextmanager

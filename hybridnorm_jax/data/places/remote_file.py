@@ -19,7 +19,7 @@ class RemoteFile(os.PathLike):
       size: in bytes.
       version: changes whenever the content does (an ETag, a digest, a generation); "" where the store has none.
       checksum: `md5:` or `sha256:` and the digest of the content in hexadecimal, where the store knows one.
-      beside: the file that belongs to it, such as an index; None: there is none, or nobody asked.
+      beside: the files that belong to it, such as an index; none where nobody asked.
       copy: where the content lies on this machine's disk; None: it was not fetched.
     """
 
@@ -27,7 +27,7 @@ class RemoteFile(os.PathLike):
     size: int
     version: str
     checksum: str = ""
-    beside: "RemoteFile | None" = dataclasses.field(default=None, compare=False)
+    beside: "tuple[RemoteFile, ...]" = dataclasses.field(default=(), compare=False)
     copy: pathlib.Path | None = dataclasses.field(default=None, compare=False)
 
     @property

@@ -13,15 +13,15 @@ Megatron's files have an index of their own, which says the same (megatron_index
 
 import functools
 import os
-import pathlib
 from collections.abc import Callable
 
 import numpy as np
 
-from hybridnorm_jax.errors import DataError
+from hybridnorm_jax.data.files.companions import ENDS, NUMPY, file_beside
+from hybridnorm_jax.data.places.remote_file import Place, readable
+from hybridnorm_jax.errors import DataError, first_line
 
 DTYPE = np.dtype("<u8")
-SUFFIX = ".ends.npy"
 # Indexes that are in memory at once: those of the files that were read last.
 MOST_LOADED = 64
 
@@ -62,27 +62,24 @@ def _loaded(read: Callable[..., np.ndarray], *arguments: str | int) -> np.ndarra
     return read(*arguments)
 
 
-def ends_path(tokens: str | os.PathLike[str]) -> pathlib.Path:
-    """The index that belongs to a file of tokens: NAME.ends.npy beside NAME.npy."""
-    path = pathlib.Path(tokens)
-    return path.with_name(path.name.removesuffix(".npy") + SUFFIX)
-
-
-def document_ends(tokens: str | os.PathLike[str], count: int) -> DocumentEnds | None:
+def document_ends(tokens: Place, count: int) -> DocumentEnds | None:
     """The ends of the documents of a .npy file with `count` tokens; None where it has no index.
 
     Reading them raises DataError where the index is none, or is that of other tokens.
     """
-    path = ends_path(tokens)
-    return DocumentEnds(path, _read, os.fspath(tokens), count) if path.is_file() else None
+    index = file_beside(tokens, NUMPY, ENDS)
+    if index is None:
+        return None
+    return DocumentEnds(readable(index), _read, readable(index), str(index), str(tokens), count)
 
 
-def _read(tokens: str, count: int) -> np.ndarray:
-    path = ends_path(tokens)
+def _read(path: str, index: str, tokens: str, count: int) -> np.ndarray:
+    """The numbers in `path`; `index` and `tokens` are the names for messages."""
     try:
         ends = np.load(path)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: the index of document ends of {tokens} cannot be read ({error})") from error
+        wrong = f"the index of document ends of {tokens} cannot be read ({first_line(error)})"
+        raise DataError(f"{index}: {wrong}") from error
     if ends.ndim != 1 or ends.dtype != DTYPE or not len(ends) or ends[-1] != count or (np.diff(ends) <= 0).any():
-        raise DataError(f"{path}: no index of the document ends of {tokens}, which has {count:,} tokens")
+        raise DataError(f"{index}: no index of the document ends of {tokens}, which has {count:,} tokens")
     return ends

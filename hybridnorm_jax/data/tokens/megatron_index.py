@@ -12,8 +12,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from etils import epath
 
+from hybridnorm_jax.data.files.companions import INDEX, RAW, file_beside
 from hybridnorm_jax.data.files.identity import regular_file_size
-from hybridnorm_jax.data.places.remote_file import Place, RemoteFile, readable
+from hybridnorm_jax.data.places.remote_file import Place, readable
 from hybridnorm_jax.data.tokens.document_ends import DTYPE, DocumentEnds
 from hybridnorm_jax.errors import DataError
 
@@ -23,7 +24,6 @@ OLD_MAGIC = b"TNTIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
 VERSION = 1
-TOKENS_END, INDEX_END = ".bin", ".idx"
 
 
 class MegatronIndex(NamedTuple):
@@ -40,22 +40,13 @@ class _Header(NamedTuple):
     marks: int
 
 
-def _index_of(tokens: Place) -> Place | None:
-    if not tokens.name.endswith(TOKENS_END):
-        return None
-    if isinstance(tokens, RemoteFile):
-        return tokens.beside
-    index = tokens.with_suffix(INDEX_END)
-    return index if index.is_file() else None
-
-
 def read_megatron_index(tokens: Place) -> MegatronIndex | None:
     """The index beside a file NAME.bin; None where there is no NAME.idx of Megatron's.
 
     Raises:
       DataError: it is damaged, of another version, or its tokens are no integers; or the .bin file has another size.
     """
-    index = _index_of(tokens)
+    index = file_beside(tokens, RAW, INDEX) if tokens.name.endswith(RAW) else None
     if index is None:
         return None
     size = regular_file_size(index)

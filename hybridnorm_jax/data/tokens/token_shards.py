@@ -17,9 +17,10 @@ from typing import Any, Self
 
 import numpy as np
 
+from hybridnorm_jax.data.files.companions import ENDS, NUMPY, TARGETS, path_beside
 from hybridnorm_jax.data.files.identity import file_identity
 from hybridnorm_jax.data.files.manifest import FileRecord, ShardRecord
-from hybridnorm_jax.data.tokens.document_ends import DTYPE, ends_path
+from hybridnorm_jax.data.tokens.document_ends import DTYPE
 from hybridnorm_jax.errors import DataError
 
 # Tokens of a shard: 256 MiB of uint16, or 512 MiB of uint32.
@@ -51,11 +52,6 @@ class SplitState:
     def pieces(self) -> int:
         """Of all shards."""
         return sum(pieces for _, pieces in self.shards)
-
-
-def targets_path(tokens: pathlib.Path) -> pathlib.Path:
-    """The file that says which tokens of a shard are learned."""
-    return tokens.with_name(tokens.name.removesuffix(".npy") + ".targets.npy")
 
 
 class _NumbersFile:
@@ -141,8 +137,8 @@ class SplitWriter:
     def _paths(self, number: int) -> list[pathlib.Path]:
         """Of a shard: its tokens, the ends of documents and, where there are any, the targets."""
         tokens = self._directory / f"{self._split}-{number:05}.npy"
-        paths = [tokens, ends_path(tokens)]
-        return [*paths, targets_path(tokens)] if self._has_targets else paths
+        paths = [tokens, path_beside(tokens, NUMPY, ENDS)]
+        return [*paths, path_beside(tokens, NUMPY, TARGETS)] if self._has_targets else paths
 
     def _counts(self) -> list[int]:
         """Numbers in the files of the last shard."""

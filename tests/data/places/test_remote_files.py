@@ -80,6 +80,36 @@ def test_moving_token_files_to_a_bucket_changes_nothing(bucket, tmp_path):
     assert message.startswith("s3://bucket/tokens/1.npy: ")
 
 
+@pytest.mark.parametrize("place", ["bucket", "bucket, one by one", "server"])
+def test_the_index_of_documents_comes_with_remote_tokens(web, bucket, tmp_path, place):
+    (tmp_path / "data").mkdir()
+    for number in range(2):
+        np.save(tmp_path / f"data/{number}.npy", np.arange(60, dtype="<u2"))
+        np.save(tmp_path / f"data/{number}.ends.npy", np.arange(5 - number, 61, 5 - number, dtype="<u8"))
+    for file in (tmp_path / "data").iterdir():
+        put(bucket, f"bucket/ends/{file.name}", file.read_bytes())
+        web.put(f"ends/{file.name}", file.read_bytes())
+    local = DataSection(
+        source="tokens",
+        files=(f"{tmp_path}/data/*.npy",),
+        cache_dir=str(tmp_path / "cache"),
+        packing="padded",
+        validation_fraction=0.0,
+    )
+    files = {
+        "bucket": ("s3://bucket/ends/*.npy",),
+        "bucket, one by one": ("s3://bucket/ends/0.npy", "s3://bucket/ends/?.npy"),
+        "server": tuple(f"{web.url}/ends/{number}.npy?a=b" for number in range(2)),
+    }[place]
+    moved = dataclasses.replace(local, files=files)
+    rows = [
+        [row["tokens"].tolist() for row in open_data(each, seq_len=8, vocab_size=60, progress=False).train]
+        for each in (local, moved)
+    ]
+    assert len(rows[0]) == 12 + 15
+    assert rows[0] == rows[1]
+
+
 def test_identities_are_those_of_a_disk_without_fetching(web, tmp_path):
     (tmp_path / "data").mkdir()
     for name, size in (("small", 1000), ("whole", MIB), ("long", MIB + 1), ("empty", 0)):
