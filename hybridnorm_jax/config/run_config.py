@@ -90,6 +90,9 @@ class TrainSection:
     )
     seed: int = key(0, "seed of parameters, data order and dropout", at_least=0, at_most=LARGEST_SEED)
     data_seed: int | None = key(None, "seed of the data order; null: train.seed", at_least=0, at_most=LARGEST_SEED)
+    shuffle_rounds: int = key(
+        16, "rounds of the cipher that permutes the rows of an epoch; even", at_least=4, at_most=128
+    )
     equivalent_form: str = key(
         "none", f"cheaper form in which a Pre-LN model computes the same loss: {' | '.join(EQUIVALENT_FORMS)}"
     )
@@ -156,6 +159,7 @@ class TrainSection:
         check_choice("train.equivalent_form", self.equivalent_form, EQUIVALENT_FORMS)
         needs = not self.stall_exit or self.stall_seconds is not None
         check(needs, "train.stall_exit", "true", "needs train.stall_seconds")
+        check(self.shuffle_rounds % 2 == 0, "train.shuffle_rounds", self.shuffle_rounds, "must be even")
         divides = self.batch_size % self.grad_accumulation == 0
         right = f"must divide train.batch_size={self.batch_size}"
         check(divides, "train.grad_accumulation", self.grad_accumulation, right)

@@ -22,7 +22,7 @@ from hybridnorm_jax.config.key_lookup import (
     nearest_key,
 )
 from hybridnorm_jax.config.key_values import BOOLS, INTEGER, NUMBER, made, read_hint, typed
-from hybridnorm_jax.config.old_keys import LOGGERS_KEY, RENAMED, SWITCH, WANDB_SWITCH, switched
+from hybridnorm_jax.config.old_keys import IN_OLD_RUNS, LOGGERS_KEY, RENAMED, SWITCH, WANDB_SWITCH, switched
 from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.config.plugins import check_started_with_plugins, import_plugins
 from hybridnorm_jax.config.run_config import RunConfig
@@ -55,7 +55,7 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def from_yaml(text: str, overrides: Sequence[str] = (), *, origin: str = "saved configuration") -> RunConfig:
-    """The configuration that to_yaml wrote, with `key=value` overrides.
+    """The configuration that to_yaml wrote, in this version or in an earlier one, with `key=value` overrides.
 
     The plugins that the overrides name are imported; those that the text names never are.
 
@@ -66,7 +66,7 @@ def from_yaml(text: str, overrides: Sequence[str] = (), *, origin: str = "saved 
       ConfigError: as `parse`; or the text names plugins, and this process was started without any.
     """
     import_plugins(named_plugins(overrides))
-    settings = gather([(origin, text)], overrides, known=FIELDS | ENCODER_FIELDS)
+    settings = IN_OLD_RUNS | gather([(origin, text)], overrides, known=FIELDS | ENCODER_FIELDS)
     if not any(override.startswith(f"{PLUGINS}=") for override in overrides):
         check_started_with_plugins(settings.get(PLUGINS, ()), origin)
     return build(settings)

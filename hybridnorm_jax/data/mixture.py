@@ -53,8 +53,10 @@ class Mixture:
 
     def order(self) -> Order:
         """The rows of the run, one after the other."""
-        seed = self._config.train.order_seed
-        epochs = [EpochOrder(self._sources[name].train, seed_of_source(seed, name)) for name in self._names]
+        seed, rounds = self._config.train.order_seed, self._config.train.shuffle_rounds
+        epochs = [
+            EpochOrder(self._sources[name].train, seed_of_source(seed, name), rounds=rounds) for name in self._names
+        ]
         return MixtureOrder(epochs, self._allotment)
 
     def read_until(self, step: int) -> dict[str, Amount]:
@@ -151,4 +153,6 @@ def mixture_of(config: RunConfig, data: Data) -> Mixture | None:
 def order_of(config: RunConfig, data: Data) -> Order:
     """The rows that a run reads, one after the other."""
     mixture = mixture_of(config, data)
-    return EpochOrder(data.first.train, config.train.order_seed) if mixture is None else mixture.order()
+    if mixture is not None:
+        return mixture.order()
+    return EpochOrder(data.first.train, config.train.order_seed, rounds=config.train.shuffle_rounds)

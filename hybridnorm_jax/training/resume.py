@@ -240,8 +240,11 @@ def _check_branch(source: _Source, config: RunConfig) -> None:
         raise ConfigError(f"train.steps={config.train.steps}: {wrong}; ask for more with init_optimizer=true")
     differing = fixed_differences(saved, config, step)
     fixed = [line for key, line in differing.items() if key.startswith(SAME_IN_A_BRANCH)]
-    if saved.train.order_seed != config.train.order_seed:
-        fixed.append(f"train.data_seed: saved {saved.train.order_seed}, asked {config.train.order_seed}")
+    before, now = saved.train, config.train
+    if before.order_seed != now.order_seed:
+        fixed.append(f"train.data_seed: saved {before.order_seed}, asked {now.order_seed}")
+    if before.shuffle_rounds != now.shuffle_rounds:
+        fixed.append(f"train.shuffle_rounds: saved {before.shuffle_rounds}, asked {now.shuffle_rounds}")
     if (saved.optimizer.clip is None) != (config.optimizer.clip is None):
         fixed.append(f"optimizer.clip: saved {saved.optimizer.clip}, asked {config.optimizer.clip}")
     if fixed:

@@ -291,6 +291,7 @@ def test_without_a_mixture_nothing_changes(tmp_path):
             "data.validation_fraction=0",
             "train.seq_len=4",
             "train.batch_size=4",
+            "train.shuffle_rounds=4",
         ]
     )
     rows = [batch["tokens"][0, :, 0].tolist() for batch in itertools.islice(iterator(config), 3)]

@@ -111,10 +111,11 @@ def test_decompression_is_the_way_back(small_config, random_params, tokens):
 def _tied(params):
     """Experts 2 and 3 of the middle layer get routers that differ in the last bits."""
     layer = params["run_0"]["feed_forward"]
-    kernel = layer["router"]["kernel"]
+    kernel = layer["router"]["kernel"] = layer["router"]["kernel"].copy()
     noise = 1 + 1e-7 * np.random.default_rng(5).standard_normal(kernel.shape[1]).astype(np.float32)
     kernel[1, :, 3] = kernel[1, :, 2] * noise
     if "balance_bias" in layer:
+        layer["balance_bias"] = layer["balance_bias"].copy()
         layer["balance_bias"][1, 2:4] = 0.5  # chosen often
 
 

@@ -104,7 +104,8 @@ def _first_losses(model, mesh, **keys):
     )
     program = Program(config, make_mesh(mesh, jax.devices()[: math.prod(mesh.values())]))
     accumulation = config.train.grad_accumulation
-    iterator = train_iterator(EpochOrder(_rows(), 3), batch_size=4, accumulation=accumulation, read_threads=1)
+    order = EpochOrder(_rows(), 3, rounds=16)
+    iterator = train_iterator(order, batch_size=4, accumulation=accumulation, read_threads=1)
     state, losses = program.fresh_state(), []
     for _ in range(3):
         state, metrics = program.train_step(state, next(iterator))
@@ -116,7 +117,7 @@ def test_training_on_packed_rows_is_the_same_in_microbatches_and_on_meshes(small
     """Rows have different numbers of targets, so a mean of microbatches' means would be another loss."""
     with jax.enable_x64(True):
         model = small_config(**EXACT, num_layers=2)
-        batch = next(train_iterator(EpochOrder(_rows(), 3), batch_size=4, read_threads=1))
+        batch = next(train_iterator(EpochOrder(_rows(), 3, rounds=16), batch_size=4, read_threads=1))
         assert len(set(batch["weights"].sum(-1).ravel().tolist())) > 1
         expected = _first_losses(model, {"data": 1})
         # Sums of some thousand numbers in another order, carried through three updates.

@@ -91,7 +91,8 @@ def _gap(one: Losses, other: Losses) -> float:
 def batches(config: RunConfig) -> list[Batch]:
     """What the run reads, step by step."""
     data = open_data(config.data, seq_len=config.train.seq_len, vocab_size=config.model.vocab_size, progress=False)
-    iterator = train_iterator(EpochOrder(data.first.train, seed=0), batch_size=config.train.batch_size, read_threads=1)
+    order = EpochOrder(data.first.train, seed=0, rounds=config.train.shuffle_rounds)
+    iterator = train_iterator(order, batch_size=config.train.batch_size, read_threads=1)
     return [next(iterator) for _ in range(config.train.steps)]
 
 

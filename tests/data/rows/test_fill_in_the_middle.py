@@ -122,7 +122,7 @@ def test_training_rearranges_by_seed_epoch_and_document_alone():
     rows = rows_of()
 
     def take(count, **keys):
-        order = EpochOrder(rows, keys.pop("seed", 5))
+        order = EpochOrder(rows, keys.pop("seed", 5), rounds=16)
         batches = train_iterator(order, **{"batch_size": 4, "read_threads": 2, **keys})
         return [next(batches)["tokens"] for _ in range(count)]
 
@@ -131,7 +131,7 @@ def test_training_rearranges_by_seed_epoch_and_document_alone():
     np.testing.assert_array_equal(first, np.concatenate(take(steps, read_threads=1, accumulation=1), axis=1))
     shares = [np.concatenate(take(steps, share=BatchShare(part, 2)), axis=1).reshape(steps, 2, -1) for part in range(2)]
     np.testing.assert_array_equal(np.concatenate(shares, axis=1).reshape(first.shape), first)
-    resumed = train_iterator(EpochOrder(rows, 5), batch_size=4, read_threads=2)
+    resumed = train_iterator(EpochOrder(rows, 5, rounds=16), batch_size=4, read_threads=2)
     resumed.set_state({"next_index": steps - 1})
     np.testing.assert_array_equal(next(resumed)["tokens"], first[:, -4:])
     # Another seed, and another epoch, rearrange other documents.
