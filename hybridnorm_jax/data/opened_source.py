@@ -360,7 +360,8 @@ def _measure_text_per_token(
     stream: TokenStream, tokenizer: Tokenizer | None, separator: int | None
 ) -> tuple[float | None, float | None]:
     """(bytes, words) of decoded text per token: exact for a short stream, of stretches spread over a long one."""
-    if tokenizer is None or not len(stream):
+    # Of what is learned only a part is text.
+    if tokenizer is None or not len(stream) or stream.has_targets:
         return None, None
     starts, length = [0], len(stream)
     if len(stream) > SAMPLES * SAMPLE_TOKENS:

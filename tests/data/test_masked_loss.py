@@ -80,8 +80,44 @@ def test_a_directory_of_tokens_keeps_what_is_learned(section, tmp_path):
     data = opened(
         DataSection(source="tokens", files=(str(directory),), packing="documents", validation_fraction=0.3), seq_len=128
     )
-    assert learned(data) == learned(opened(of_text, seq_len=128))
+    expected = learned(opened(of_text, seq_len=128))
+    assert learned(data) == expected
     assert data.train.bytes_per_token is None
+    # Also where its shards are named one by one, and the manifest is not read.
+    shards = {split: (f"{directory}/{split}-*.npy",) for split in manifest.shards}
+    section = DataSection(
+        source="tokens",
+        files=shards["train"],
+        packing="documents",
+        validation_fraction=0.0,
+        validation={"held_out": shards["validation"]},
+        tokenizer="bytes",
+    )
+    data = opened(section, seq_len=128)
+    assert learned(data) == expected
+    assert data.train.bytes_per_token is None
+
+
+@pytest.mark.parametrize(
+    "mask", [np.ones(99, "u1"), np.ones(101, "u1"), np.ones(100, "<u2"), np.ones((100, 1), "u1"), None]
+)
+def test_what_does_not_say_which_tokens_are_learned_is_refused(tmp_path, mask):
+    np.save(tmp_path / "a.npy", np.arange(100, dtype="<u2"))
+    if mask is None:
+        (tmp_path / "a.targets.npy").write_bytes(b"")
+    else:
+        np.save(tmp_path / "a.targets.npy", mask)
+    with pytest.raises(DataError, match=r"^\S*a\.targets\.npy: [^\n]*$"):
+        opened(DataSection(source="tokens", files=(str(tmp_path / "a.npy"),), validation_fraction=0.0))
+
+
+def test_a_token_is_learned_or_not_and_nothing_else(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(100, dtype="<u2"))
+    np.save(tmp_path / "a.targets.npy", np.where(np.arange(100) == 70, 2, 1).astype("u1"))
+    data = opened(DataSection(source="tokens", files=(str(tmp_path / "a.npy"),), validation_fraction=0.0), seq_len=33)
+    assert data.train[0]["weights"].tolist() == [1.0] * 33
+    with pytest.raises(DataError, match=r"a\.npy: the \.targets\.npy beside it holds 2 for token 70; it must hold"):
+        data.train[2]
 
 
 def test_a_writer_goes_on_with_what_is_learned(tmp_path):

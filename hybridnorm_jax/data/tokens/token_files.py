@@ -1,5 +1,6 @@
 """Token ids that somebody else has written: read in place, and cut into what is trained on and what is held out."""
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -13,6 +14,7 @@ import numpy as np
 from hybridnorm_jax.data.places.remote_file import Place, readable
 from hybridnorm_jax.data.text.blocks import blocks, held_out
 from hybridnorm_jax.data.tokens.token_formats import Layout, read_layout
+from hybridnorm_jax.data.tokens.token_shards import TARGETS_DTYPE
 from hybridnorm_jax.data.tokens.token_stream import Extent
 from hybridnorm_jax.errors import DataError
 
@@ -55,13 +57,14 @@ class TokenFile:
 
     Attributes:
       ends: where its documents end, if an index beside it says so.
+      targets: 1 for each token that is learned and 0 for the others, if a file beside it says so; None: all are.
       local_path: of the file, or of its copy on this machine.
 
     Raises:
       DataError: on reading, if the file was changed since it was read first, ends too early, or cannot be read.
     """
 
-    def __init__(self, path: Place, layout: Layout, files: OpenFiles):
+    def __init__(self, path: Place, layout: Layout, files: OpenFiles, targets: "TokenFile | None" = None):
         self._path = str(path)
         self.local_path = readable(path)
         self._state: tuple[int, int] | None = None
@@ -70,6 +73,7 @@ class TokenFile:
         self.dtype = layout.dtype
         self.is_raw = layout.is_raw
         self.ends = layout.ends
+        self.targets = targets
 
     def __len__(self) -> int:
         return self._layout.count
@@ -119,9 +123,16 @@ def open_token_file(path: Place, raw_dtype: str, files: OpenFiles | None = None)
       files: those that are open at once, shared by all files of a run.
 
     Raises:
-      DataError: as read_layout.
+      DataError: as read_layout; or what lies beside the file as NAME.targets.npy is no mask of its tokens.
     """
-    return TokenFile(path, read_layout(path, raw_dtype), files or OpenFiles())
+    files, layout = files or OpenFiles(), read_layout(path, raw_dtype)
+    if layout.targets is None:
+        return TokenFile(path, layout, files)
+    mask = TokenFile(layout.targets, read_layout(layout.targets, raw_dtype), files)
+    if mask.dtype != TARGETS_DTYPE or len(mask) != layout.count:
+        right = f"{layout.count:,} numbers of uint8, 1 for each token that is learned and 0 for the others"
+        raise DataError(f"{layout.targets}: does not say which tokens of {path} are learned: it must hold {right}")
+    return TokenFile(path, layout, files, mask)
 
 
 class SplitExtents(NamedTuple):
@@ -166,8 +177,9 @@ def split_extents(arrays: Mapping[Place, TokenFile], names: tuple[str, ...], fra
         first, *others = neighbours
         stop = others[-1].stop if others else first.stop
         array = arrays[path]
-        is_raw, ends = (array.is_raw, array.ends) if isinstance(array, TokenFile) else (False, None)
-        extent = Extent(array, name=os.fspath(path), start=first.start, stop=stop, is_raw=is_raw, ends=ends)
+        extent = Extent(array, name=os.fspath(path), start=first.start, stop=stop)
+        if isinstance(array, TokenFile):
+            extent = dataclasses.replace(extent, is_raw=array.is_raw, ends=array.ends, targets=array.targets)
         sides[side].append(extent)
     return SplitExtents(train=tuple(sides[False]), held_out=tuple(sides[True]))
 

@@ -9,6 +9,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from hybridnorm_jax.config.data_file_names import PACKED_SUFFIXES
+from hybridnorm_jax.data.files.companions import NUMPY, TARGETS, file_beside
 from hybridnorm_jax.data.files.identity import regular_file_size
 from hybridnorm_jax.data.places.remote_file import Place, readable
 from hybridnorm_jax.data.tokens import megatron_index
@@ -49,6 +50,7 @@ class Layout(NamedTuple):
     Attributes:
       is_raw: whether data.token_dtype alone says of what dtype they are.
       ends: where its documents end, if an index beside it says so.
+      targets: the file beside it that says which tokens are learned; None: all are.
     """
 
     dtype: np.dtype
@@ -56,6 +58,7 @@ class Layout(NamedTuple):
     offset: int
     is_raw: bool = False
     ends: DocumentEnds | None = None
+    targets: Place | None = None
 
 
 def read_layout(path: Place, raw_dtype: str) -> Layout:
@@ -127,7 +130,13 @@ def _numpy_layout(stream: BinaryIO, path: Place, size: int) -> Layout:
     if len(shape) != 1 or dtype.kind not in "iu":
         known = "a 1-D array of integers, such as np.save(FILE, np.array(ids, dtype=np.uint16))"
         raise DataError(f"{path}: holds {dtype} of shape {shape}, but tokens must be {known}")
-    layout = Layout(dtype, count=shape[0], offset=stream.tell(), ends=document_ends(path, shape[0]))
+    layout = Layout(
+        dtype,
+        count=shape[0],
+        offset=stream.tell(),
+        ends=document_ends(path, shape[0]),
+        targets=file_beside(path, NUMPY, TARGETS),
+    )
     return _exactly(path, size, layout, "its header")
 
 

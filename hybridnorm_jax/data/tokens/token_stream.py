@@ -73,11 +73,20 @@ class TokenStream:
         return any(extent.targets is not None for extent in self._extents)
 
     def targets(self, start: int, stop: int) -> np.ndarray:
-        """1 for each of the tokens [start, stop) that is learned, 0 for the others, as float32."""
+        """1 for each of the tokens [start, stop) that is learned, 0 for the others, as float32.
+
+        Raises:
+          DataError: a file says something else of a token.
+        """
         targets = np.ones(stop - start, np.float32)
         for extent, first, place, length in self._stretches(start, stop):
             if extent.targets is not None:
-                targets[place - start : place - start + length] = extent.targets[first : first + length]
+                found = extent.targets[first : first + length]
+                if found.max() > 1:
+                    wrong = f"holds {found.max()} for token {first + int(found.argmax())}"
+                    right = "1 for a token that is learned and 0 for any other"
+                    raise DataError(f"{extent.name}: the .targets.npy beside it {wrong}; it must hold {right}")
+                targets[place - start : place - start + length] = found
         return targets
 
     def begins(self, start: int, tokens: np.ndarray, separator_id: int) -> np.ndarray:

@@ -16,14 +16,13 @@ from typing import Any
 from etils import epath
 
 from hybridnorm_jax.data.files.manifest import (
-    FileRecord,
     Manifest,
     ShardRecord,
     SplitCounts,
     TokenizerRecord,
     checked_manifest,
 )
-from hybridnorm_jax.data.tokens.token_files import OpenFiles, TokenFile, open_token_file
+from hybridnorm_jax.data.tokens.token_files import OpenFiles, open_token_file
 from hybridnorm_jax.data.tokens.token_shards import SplitState
 from hybridnorm_jax.data.tokens.token_stream import Extent, TokenStream
 from hybridnorm_jax.data.tokens.tokenizers import Tokenizer
@@ -47,18 +46,9 @@ class TokenizedDirectory:
 
 
 def _extent(directory: pathlib.Path, shard: ShardRecord, files: OpenFiles) -> Extent:
-    def opened(file: FileRecord) -> TokenFile:
-        return open_token_file(epath.Path(directory / file.name), "uint16", files)
-
-    array, path = opened(shard.file), directory / shard.file.name
-    return Extent(
-        array,
-        os.fspath(path),
-        0,
-        len(array),
-        ends=array.ends,
-        targets=None if shard.targets is None else opened(shard.targets),
-    )
+    path = directory / shard.file.name
+    array = open_token_file(epath.Path(path), "uint16", files)
+    return Extent(array, os.fspath(path), 0, len(array), ends=array.ends, targets=array.targets)
 
 
 def open_tokenized(directory: str | os.PathLike[str]) -> TokenizedDirectory:

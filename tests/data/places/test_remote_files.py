@@ -81,11 +81,12 @@ def test_moving_token_files_to_a_bucket_changes_nothing(bucket, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["bucket", "bucket, one by one", "server"])
-def test_the_index_of_documents_comes_with_remote_tokens(web, bucket, tmp_path, place):
+def test_documents_and_targets_come_with_remote_tokens(web, bucket, tmp_path, place):
     (tmp_path / "data").mkdir()
     for number in range(2):
         np.save(tmp_path / f"data/{number}.npy", np.arange(60, dtype="<u2"))
         np.save(tmp_path / f"data/{number}.ends.npy", np.arange(5 - number, 61, 5 - number, dtype="<u8"))
+        np.save(tmp_path / f"data/{number}.targets.npy", (np.arange(60) % 3 == number).astype("u1"))
     for file in (tmp_path / "data").iterdir():
         put(bucket, f"bucket/ends/{file.name}", file.read_bytes())
         web.put(f"ends/{file.name}", file.read_bytes())
@@ -103,10 +104,17 @@ def test_the_index_of_documents_comes_with_remote_tokens(web, bucket, tmp_path, 
     }[place]
     moved = dataclasses.replace(local, files=files)
     rows = [
-        [row["tokens"].tolist() for row in open_data(each, seq_len=8, vocab_size=60, progress=False).train]
+        [
+            (row["tokens"].tolist(), row["weights"].tolist())
+            for row in open_data(each, seq_len=8, vocab_size=60, progress=False).train
+        ]
         for each in (local, moved)
     ]
     assert len(rows[0]) == 12 + 15
+    # The first token of a document is no target.
+    first, second = (range(0, 60, 3), 5), (range(1, 60, 3), 4)
+    expected = sum(token % length > 0 for learned, length in (first, second) for token in learned)
+    assert sum(sum(weights) for _, weights in rows[0]) == expected
     assert rows[0] == rows[1]
 
 
