@@ -41,10 +41,11 @@ class _Header(NamedTuple):
 
 
 def read_megatron_index(tokens: Place) -> MegatronIndex | None:
-    """The index beside a file NAME.bin; None where there is no NAME.idx of Megatron's.
+    """The index beside a file NAME.bin; None where there is no NAME.idx.
 
     Raises:
-      DataError: it is damaged, of another version, or its tokens are no integers; or the .bin file has another size.
+      DataError: it is no index of Megatron's, damaged, of another version, or its tokens are no integers; or the .bin
+        file has another size.
     """
     index = file_beside(tokens, RAW, INDEX) if tokens.name.endswith(RAW) else None
     if index is None:
@@ -53,18 +54,21 @@ def read_megatron_index(tokens: Place) -> MegatronIndex | None:
     try:
         with open(readable(index), "rb") as stream:
             header = _header(stream, index)
-            if header is None:
-                return None
             count = _count(stream, index, size, header, tokens)
     except OSError as error:
         raise DataError(f"{index}: cannot be read ({error.strerror or error})") from error
     return MegatronIndex(header.dtype, count, DocumentEnds(readable(index), _read_ends, readable(index), count))
 
 
-def _header(stream: BinaryIO, index: Place) -> _Header | None:
+def _header(stream: BinaryIO, index: Place) -> _Header:
     start = stream.read(HEADER.size)
-    if not start.startswith(MAGIC):
-        return None
+    if start.startswith(OLD_MAGIC):
+        right = "write both files again with a newer Megatron, or the tokens with np.save"
+        raise DataError(f"{index}: an index of Megatron's older format TNTIDX, which is not read; {right}")
+    if not MAGIC.startswith(start[: len(MAGIC)]):
+        bin_name = index.name.removesuffix(INDEX) + RAW
+        right = f"get it again; or, if {bin_name} holds raw numbers, move {index.name} away"
+        raise DataError(f"{index}: no index of Megatron's, so nothing says what {bin_name} holds; {right}")
     if len(start) < HEADER.size:
         raise DataError(f"{index}: truncated: Megatron's index begins with {HEADER.size} bytes; get the whole file")
     _, version, code, sequences, marks = HEADER.unpack(start)

@@ -4,7 +4,6 @@ import struct
 
 import numpy as np
 import pytest
-from etils import epath
 from written_tokens import CODES, megatron
 
 from hybridnorm_jax.config.data_section import DataSection
@@ -79,11 +78,25 @@ def test_an_index_whose_documents_do_not_follow_each_other_is_refused_where_they
         np.asarray(file.ends)
 
 
-def test_the_index_itself_and_other_idx_files_are_no_tokens(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "truncated"),  # as a download that was cut off leaves it
+        (b"MMID", "truncated"),
+        (b"TNTIDX\x00\x00" + bytes(40), "older format TNTIDX"),
+        (b"<html>404</html>", r"no index of Megatron's.* if a\.bin holds raw numbers, move a\.idx away"),
+    ],
+    ids=["empty", "cut off", "older", "foreign"],
+)
+def test_without_its_index_a_bin_file_is_not_taken_for_raw_numbers(tmp_path, content, message):
+    """As uint16, every second id of the int32 tokens would be 0."""
+    path = megatron(tmp_path, DOCUMENTS)
+    path.with_suffix(".idx").write_bytes(content)
+    with pytest.raises(DataError, match=rf"^\S*a\.idx: [^\n]*{message}"):
+        open_token_file(path, "uint16")
+
+
+def test_the_index_itself_is_no_tokens(tmp_path):
     path = megatron(tmp_path, DOCUMENTS)
     with pytest.raises(DataError, match=r"name its \.bin file only"):
         open_token_file(path.with_suffix(".idx"), "uint16")
-    raw = epath.Path(tmp_path / "b.bin")
-    raw.write_bytes(np.arange(1000, dtype="<u2").tobytes())
-    (tmp_path / "b.idx").write_bytes(b"something else")
-    assert open_token_file(raw, "uint16").is_raw
