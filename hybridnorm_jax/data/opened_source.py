@@ -94,6 +94,7 @@ class SourceOpener:
         self._progress = progress
         self._descriptors = OpenFiles()
         self._copies = copies_of(data, progress=progress)
+        self._directory: TokenizedDirectory | None = None  # the first one, of whatever source
         if data.reads_tokens:
             _check_is_id(data.separator_id, vocab_size)
         needed = data.reads_text or data.has_tokenizer_file
@@ -119,7 +120,7 @@ class SourceOpener:
         if section.kind_of_set(patterns) == "tokens":
             directories = tokenized_source.directories_of(key, patterns)
             if directories:
-                separator_id = self._separator_of(directories, section)
+                separator_id = self._separator_of(directories, section, key)
                 return self._directories_split(directories, tokenized_source.BOTH, separator_id)
             paths = find_files(key, patterns)
             if is_of_records(paths, key):
@@ -245,7 +246,7 @@ class SourceOpener:
     def _directories_source(
         self, directories: Sequence[TokenizedDirectory], section: DataSection, key: str
     ) -> OpenedSource:
-        separator_id = self._separator_of(directories, section)
+        separator_id = self._separator_of(directories, section, key)
         own, held = tokenized_source.splits_of(directories, section.validation_fraction)
         train, held_out = (self._directories_split(directories, names, separator_id) for names in (own, held))
         files = identities(find_files(key, section.files), pattern_root(section.files))
@@ -266,12 +267,18 @@ class SourceOpener:
             is_split_by_hash=all(directory.manifest.is_split_by_hash for directory in directories),
         )
 
-    def _separator_of(self, directories: Sequence[TokenizedDirectory], section: DataSection) -> int:
-        made_by = directories[0].manifest.tokenizer.fingerprint
+    def _separator_of(self, directories: Sequence[TokenizedDirectory], section: DataSection, key: str) -> int:
+        """The id that ends the documents of directories, which belong to all others of the run."""
+        self._directory = self._directory or directories[0]
+        made_by = self._directory.manifest.tokenizer.fingerprint
         if self.tokenizer is None and self._data.tokenizer == made_by == ByteTokenizer.fingerprint:
             self.tokenizer = ByteTokenizer()
         return tokenized_source.check_belongs(
-            directories, self.tokenizer, separator_id=section.separator_id, vocab_size=self._vocab_size
+            (self._directory, *directories),
+            self.tokenizer,
+            key=key,
+            separator_id=section.separator_id,
+            vocab_size=self._vocab_size,
         )
 
     def _directories_split(

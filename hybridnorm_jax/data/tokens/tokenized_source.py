@@ -74,7 +74,12 @@ def splits_of(directories: Sequence[TokenizedDirectory], fraction: float) -> tup
 
 
 def check_belongs(
-    directories: Sequence[TokenizedDirectory], tokenizer: Tokenizer | None, *, separator_id: int | None, vocab_size: int
+    directories: Sequence[TokenizedDirectory],
+    tokenizer: Tokenizer | None,
+    *,
+    key: str,
+    separator_id: int | None,
+    vocab_size: int,
 ) -> int:
     """The id that ends the documents of directories, which one tokenizer has made: the run's, where that is known.
 
@@ -86,7 +91,7 @@ def check_belongs(
         made_by = directory.manifest.tokenizer
         if made_by.fingerprint != (other := first.manifest.tokenizer).fingerprint:
             wrong = f"{directory.path} was made by the tokenizer {made_by.name}, {first.path} by {other.name}"
-            raise DataError(f"data.files: {wrong}; ids of two tokenizers have nothing in common")
+            raise DataError(f"{key}: {wrong}; ids of two tokenizers have nothing in common")
         if tokenizer is not None and tokenizer.fingerprint != made_by.fingerprint:
             wrong = f"the tokens of {directory.path} were made by another one, {made_by.name}"
             raise DataError(f"data.tokenizer={tokenizer.name}: {wrong}; name that one")
@@ -96,7 +101,7 @@ def check_belongs(
             raise DataError(f"data.separator_id={separator_id}: {wrong}; {right}")
         if made_by.separator_id != first.manifest.tokenizer.separator_id:
             wrong = f"other ids end the documents of {directory.path} and of {first.path}"
-            raise DataError(f"data.files: {wrong}; tokenize them with the same data.separator")
+            raise DataError(f"{key}: {wrong}; tokenize them with the same data.separator")
         if directory.manifest.max_id >= vocab_size:
             right = f"set model.vocab_size to at least {made_by.vocab_size}"
             wrong = f"its largest id {directory.manifest.max_id} does not fit model.vocab_size={vocab_size}"

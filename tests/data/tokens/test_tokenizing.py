@@ -12,6 +12,7 @@ import pytest
 from processes import REPOSITORY
 
 from hybridnorm_jax.config.data_section import DataSection
+from hybridnorm_jax.config.mixture_section import SourceSection
 from hybridnorm_jax.data import DataError, open_data
 from hybridnorm_jax.data.text.sources import text_corpus
 from hybridnorm_jax.data.tokens import token_workers, tokenizing
@@ -301,6 +302,16 @@ def test_another_tokenizer_and_other_directories_are_refused(corpus, tokenizer, 
     both = (str(tmp_path / "out"), str(tmp_path / "two"))
     with pytest.raises(DataError, match="ids of two tokenizers have nothing in common"):
         open_data(section_of(tmp_path, files=both), seq_len=8, vocab_size=300)
+    # Also where they are different sources, or one is a validation set; in either order.
+    for first, second in (both, both[::-1]):
+        parts = {name: SourceSection(files=(path,)) for name, path in (("a", first), ("b", second))}
+        for named in (
+            {"mixture": parts, "files": (), "source": "stdlib"},
+            {"files": (first,), "validation": {"b": (second,)}},
+        ):
+            section = section_of(tmp_path, **{"validation_fraction": 0.0} | named)
+            with pytest.raises(DataError, match=r"^data\.\w+\.b\S*: .* ids of two tokenizers have nothing in common$"):
+                open_data(section, seq_len=8, vocab_size=300)
     np.save(tmp_path / "ids.npy", np.arange(100, dtype=np.uint16))
     with pytest.raises(DataError, match="name directories only, or files only"):
         open_data(section_of(tmp_path, files=(both[0], str(tmp_path / "ids.npy"))), seq_len=8, vocab_size=300)
