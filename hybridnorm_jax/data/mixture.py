@@ -8,15 +8,21 @@ from hybridnorm_jax.config.mixture_section import Stage as WeightedStage
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data.dataset import HELD_OUT, Data, Source
 from hybridnorm_jax.data.rows.allotment import Allotment, Stage
+from hybridnorm_jax.data.rows.dealt_tokens import DealtTokens
 from hybridnorm_jax.data.rows.order import EpochOrder, MixtureOrder, Order, seed_of_source
 from hybridnorm_jax.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)
 class Amount:
-    """What of a source was read: tokens, and how often that is the whole source."""
+    """What of a source is read.
 
-    tokens: int
+    Attributes:
+      mean_tokens: of so many rows, if each had the mean number of tokens; Mixture.tokens_until has the exact number.
+      epochs: how often that is the whole source.
+    """
+
+    mean_tokens: int
     epochs: float
 
 
@@ -49,20 +55,33 @@ class Mixture:
         self._batch_size = config.train.batch_size
         stages = config.data.mixture_stages(self._steps)
         self._stages = [Stage(stage.step * self._batch_size, self._rows_by_weight(stage)) for stage in stages]
-        self._allotment = Allotment(self._stages, config.train.order_seed)
+        seed, rounds = config.train.order_seed, config.train.shuffle_rounds
+        self._allotment = Allotment(self._stages, seed)
+        self._epochs = [
+            EpochOrder(sources[name].train, seed_of_source(seed, name), rounds=rounds) for name in self._names
+        ]
+        self._dealt = [DealtTokens(order, seq_len=config.train.seq_len) for order in self._epochs]
 
     def order(self) -> Order:
         """The rows of the run, one after the other."""
-        seed, rounds = self._config.train.order_seed, self._config.train.shuffle_rounds
-        epochs = [
-            EpochOrder(self._sources[name].train, seed_of_source(seed, name), rounds=rounds) for name in self._names
-        ]
-        return MixtureOrder(epochs, self._allotment)
+        return MixtureOrder(self._epochs, self._allotment)
 
     def read_until(self, step: int) -> dict[str, Amount]:
         """What of each source the first `step` steps read, by the source's name, in the order of data.mixture."""
+        return {name: self._amount(name, rows) for name, rows in self._rows_until(step).items()}
+
+    def tokens_until(self, step: int) -> dict[str, int]:
+        """How many tokens of each source the first `step` steps read, to the last one; padding is none.
+
+        It takes long where `step` is far from that of the last question: up to 0.7 s for ten million rows that are not
+        full. Nothing is read, and no process needs to ask another one.
+        """
+        dealt = dict(zip(self._names, self._dealt, strict=True))
+        return {name: dealt[name].of_first(rows) for name, rows in self._rows_until(step).items()}
+
+    def _rows_until(self, step: int) -> dict[str, int]:
         rows = dict(zip(self._names, self._allotment.taken(step * self._batch_size).tolist(), strict=True))
-        return {name: self._amount(name, rows[name]) for name in self._sources}
+        return {name: rows[name] for name in self._sources}
 
     @property
     def shares_of_sets(self) -> dict[str, float] | None:
@@ -73,7 +92,7 @@ class Mixture:
         data = self._config.data
         if not data.validation_fraction or HELD_OUT in data.validation:
             return None
-        tokens = {name: amount.tokens for name, amount in self.read_until(self._steps).items()}
+        tokens = {name: amount.mean_tokens for name, amount in self.read_until(self._steps).items()}
         return {name: count / sum(tokens.values()) for name, count in tokens.items()}
 
     def stage_shares(self) -> list[StageShares]:
@@ -82,7 +101,7 @@ class Mixture:
         found = []
         for first, last in itertools.pairwise(steps):
             before, after = self.read_until(first), self.read_until(last)
-            tokens = {name: after[name].tokens - before[name].tokens for name in self._sources}
+            tokens = {name: after[name].mean_tokens - before[name].mean_tokens for name in self._sources}
             total = sum(tokens.values())
             found.append(StageShares(first + 1, last, {name: count / total for name, count in tokens.items()}))
         return found

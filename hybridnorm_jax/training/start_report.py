@@ -168,7 +168,7 @@ def _padding(config: RunConfig, data: Data, mixture: Mixture | None) -> float:
     """The share of the run's positions that hold no token."""
     if mixture is None:
         return data.train.padding
-    tokens = sum(amount.tokens for amount in mixture.read_until(config.train.steps).values())
+    tokens = sum(amount.mean_tokens for amount in mixture.read_until(config.train.steps).values())
     return 1 - tokens / (config.train.steps * config.tokens_per_step)
 
 

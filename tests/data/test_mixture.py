@@ -139,7 +139,7 @@ def test_what_is_read_until_a_step_is_what_was_counted(mixed):
     config = mixed(STAGES)
     mixture, steps = mixture_of(config, opened(config)), read(config, 100)
     for step in (0, 1, 17, 40, 63, 80, 100):
-        found = {name: amount.tokens // SEQ_LEN for name, amount in mixture.read_until(step).items()}
+        found = {name: tokens // SEQ_LEN for name, tokens in mixture.tokens_until(step).items()}
         assert found == (counts(steps[:step]) if step else dict.fromkeys(ROWS, 0))
     epochs = {name: amount.epochs for name, amount in mixture.read_until(100).items()}
     assert epochs == {"books": 360 / 40, "code": 336 / 25, "web": 504 / 60}

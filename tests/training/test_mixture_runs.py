@@ -9,6 +9,8 @@ from etils import epath
 from lettered_texts import TINY
 
 from hybridnorm_jax.config.arguments import parse
+from hybridnorm_jax.data import open_data
+from hybridnorm_jax.data.mixture import mixture_of, order_of
 from hybridnorm_jax.training import loop
 from hybridnorm_jax.training.checkpoints import Checkpoints
 from hybridnorm_jax.training.metrics_file import read_records
@@ -65,6 +67,27 @@ def test_a_run_resumed_in_the_middle_of_a_stage_is_the_one_that_was_never_stoppe
     assert [(record["step"], set(record) - {"step"}) for record in scores] == [(8, sets)]
     mean = (28 * scores[0]["eval/a/loss"] + 36 * scores[0]["eval/b/loss"]) / 64
     assert scores[0]["eval/validation/loss"] == pytest.approx(mean, rel=1e-12)
+
+
+def test_tokens_of_each_source_are_exact_where_rows_are_not_full(run):
+    """In every line, also after the run went on with other devices."""
+    padded = ["data.packing=padded", "train.seq_len=24", "train.log_every=1"]
+    assert run("run.name=padded", "train.steps=5", *padded) is None
+    assert run("run.name=padded", "mesh.data=2", "mesh.fsdp=4", *padded) is None
+    config = parse([*MIXTURE, *padded, "run.name=padded"])
+    data = open_data(config.data, seq_len=24, vocab_size=config.model.vocab_size, progress=False)
+    mixture, order = mixture_of(config, data), order_of(config, data)
+    held = {"a": 0, "b": 0}
+    expected = []
+    for step in range(8):
+        for place in order.places(step * 8, step * 8 + 8, range(8)):
+            name = "a" if place.rows is data.sources["a"].train else "b"
+            held[name] += int((place.rows[place.index]["weights"] > 0).sum())
+        expected.append((step + 1, held["a"], held["b"]))
+    lines = [record for record in read_records(epath.Path("runs/padded")) if "data/a/tokens" in record]
+    assert [(line["step"], line["data/a/tokens"], line["data/b/tokens"]) for line in lines] == expected
+    means = [mixture.read_until(step)["a"].mean_tokens for step in range(1, 9)]
+    assert means != [tokens for _, tokens, _ in expected]
 
 
 def test_other_meshes_and_microbatches_read_the_same_rows(run):

@@ -37,8 +37,8 @@ class EpochOrder:
 
     def __init__(self, rows: Rows, seed: int, *, rounds: int):
         """`rounds` of the cipher that is an epoch's permutation; train.shuffle_rounds."""
-        self._rounds = rounds
-        self._rows = rows
+        self.rounds = rounds
+        self.rows = rows
         self._count = len(rows)
         # The seed of an epoch is this one + the epoch: hashed, seeds 0 and 1 do not share their epochs.
         self._seed = seed
@@ -53,9 +53,12 @@ class EpochOrder:
         nothing.
         """
         epoch, place = divmod(row, self._count)
-        seed = (self._shuffle_seed + epoch) % 2**32
-        index = index_shuffle(place, max_index=self._count - 1, seed=seed, rounds=self._rounds)
-        return Place(self._rows, index, self._seed, epoch)
+        index = index_shuffle(place, max_index=self._count - 1, seed=self.shuffle_seed(epoch), rounds=self.rounds)
+        return Place(self.rows, index, self._seed, epoch)
+
+    def shuffle_seed(self, epoch: int) -> int:
+        """The seed of an epoch's permutation."""
+        return (self._shuffle_seed + epoch) % 2**32
 
     def places(self, start: int, stop: int, wanted: Sequence[int]) -> list[Place]:
         """See Order."""

@@ -1,6 +1,7 @@
 """Rows of whole documents: where these stand is computed once and kept; a row is read when it is asked for."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -25,6 +26,8 @@ from hybridnorm_jax.streams import can_redraw
 FORMAT = 1
 # The rows of shorter streams are computed in less time than it takes to read a line that says so.
 MOST_IN_MEMORY = 1 << 24
+# Of so many rows the tokens are counted at a time.
+COUNTED_ROWS = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,18 @@ class PackedRows:
         self._pieces, self._row_ends = _placed(stream, packing, stride or packing.seq_len)
         positions = len(self._row_ends) * packing.seq_len
         self.padding = 1 - int(self._pieces["length"].sum(dtype=np.int64)) / max(positions, 1)
+
+    @functools.cached_property
+    def tokens_of_rows(self) -> Int[np.ndarray, " rows"]:
+        """See Rows. Of ten million rows it is 20 or 40 MB."""
+        lengths = np.zeros(len(self), np.min_scalar_type(self._packing.seq_len))
+        for first in range(0, len(self), COUNTED_ROWS):
+            ends = self._row_ends[first : first + COUNTED_ROWS]
+            begin = int(self._row_ends[first - 1]) if first else 0
+            pieces = self._pieces["length"][begin : int(ends[-1])]
+            # Every row has a piece, without which `reduceat` would give the next row's.
+            lengths[first : first + len(ends)] = np.add.reduceat(pieces, np.concatenate([[0], ends[:-1] - begin]))
+        return lengths
 
     def with_stride(self, stride: int | None) -> Self:
         """The same documents; those that are cut are cut into pieces that overlap. None: that do not."""

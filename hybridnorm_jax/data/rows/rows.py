@@ -18,11 +18,14 @@ class Rows(Protocol):
     Attributes:
       num_tokens: of all documents, separators included.
       padding: the share of all positions that hold no token.
+      tokens_of_rows: how many positions of each row hold a token; None: all of them, in every row. The three special
+        tokens of a document that is rearranged (fill_in_the_middle.py) are left out.
       bytes_per_token, words_per_token: of text, per token of the documents; None where unknown.
     """
 
     num_tokens: int
     padding: float
+    tokens_of_rows: Int[np.ndarray, " rows"] | None
     bytes_per_token: float | None
     words_per_token: float | None
 

@@ -27,12 +27,13 @@ class Windows:
 
     Attributes:
       num_tokens: tokens of the stream, separators included.
-      padding: the share of positions that hold no token, where there is no tail.
+      padding, tokens_of_rows: as those of Rows, where there is no tail.
       bytes_per_token: bytes of text per token of the stream; None where unknown.
       words_per_token: words, which whitespace separates, per token of the stream; None where unknown.
     """
 
     padding = 0.0
+    tokens_of_rows = None
 
     def __init__(
         self,

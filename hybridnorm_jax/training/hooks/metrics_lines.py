@@ -26,7 +26,8 @@ class MetricsLines(Hook):
         return super().is_due(run, step) or run.was_skipped(step)
 
     def start(self, run: Run) -> None:
-        """Count the time from now on."""
+        """Count the time from now on, and the tokens of a mixture until now: that can take half a second."""
+        _read(run.mixture, run.first)
         here = [device for device in run.program.mesh.devices.flat if device.process_index == jax.process_index()]
         self._times = TimeMetrics(run.ledger, run.clock, here)
 
@@ -47,9 +48,9 @@ def _read(mixture: Mixture | None, step: int) -> dict[str, float]:
     """What of each source of a mixture was trained on so far."""
     if mixture is None:
         return {}
-    amounts = mixture.read_until(step)
-    tokens = {f"data/{name}/tokens": amount.tokens for name, amount in amounts.items()}
-    return tokens | {f"data/{name}/epochs": round(amount.epochs, 6) for name, amount in amounts.items()}
+    tokens = {f"data/{name}/tokens": count for name, count in mixture.tokens_until(step).items()}
+    epochs = {f"data/{name}/epochs": round(amount.epochs, 6) for name, amount in mixture.read_until(step).items()}
+    return tokens | epochs
 
 
 def _mfu(run: Run) -> float | None:
