@@ -77,6 +77,8 @@ def first_parts(device: Mapping[str, Any], *, small: bool, torch: bool) -> Itera
     if device["platform"] == "gpu":
         yield Part("speed", (timing, *ONE_MODEL, "model.attention=flash"))
     yield Part("speed", (timing, *LARGER))
+    if device["platform"] == "tpu":
+        yield Part("speed", (timing, *LARGER, "train.loss_kernel=pallas"))
     if torch:
         yield Part("torch", (timing, *LARGER))
     yield Part("speed", (timing, *EXPERTS))

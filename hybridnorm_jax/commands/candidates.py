@@ -26,7 +26,7 @@ from hybridnorm_jax.config.optimizer_section import (
 from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.config.run_config import EQUIVALENT_FORMS, RunSection
 from hybridnorm_jax.evaluation.paper_tasks import PAPER, PAPER_TASKS
-from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS, EXPERT_DISPATCHES
+from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS, EXPERT_DISPATCHES, LOSS_KERNELS
 from hybridnorm_jax.lab.claims.claim import read_claims
 from hybridnorm_jax.model import config as model
 from hybridnorm_jax.model.config_attention import POSITIONS, ROPE_SCALINGS
@@ -58,6 +58,7 @@ CHOICES = {
     "data.packing": PACKINGS,
     "data.records": RECORDS,
     "data.mixture_unit": UNITS,
+    "train.loss_kernel": LOSS_KERNELS,
     "train.equivalent_form": EQUIVALENT_FORMS,
     "optimizer.schedule": SCHEDULES,
     "optimizer.wsd_decay": FALLS,

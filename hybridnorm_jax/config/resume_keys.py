@@ -23,6 +23,7 @@ FREE_KEYS = {
     "train.equivalent_form",
     "train.equivalent_pad_to",
     "train.log_every",
+    "train.loss_kernel",
     "train.max_bad_steps",
     "train.max_device_sequences",
     "train.profile",

@@ -17,6 +17,7 @@ from hybridnorm_jax.config.optimizer_kinds import OPTIMIZERS, averaging_settings
 from hybridnorm_jax.config.optimizer_section import OptimizerSection
 from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
 from hybridnorm_jax.errors import ConfigError
+from hybridnorm_jax.kernels.backend_names import LOSS_KERNELS
 from hybridnorm_jax.loggers.logger_kinds import LOGGERS
 from hybridnorm_jax.mesh.cluster import DistributedSection
 from hybridnorm_jax.mesh.sharding_rules import MESH_AXES, resolve_rules
@@ -106,6 +107,10 @@ class TrainSection:
         at_least=1,
         at_most=LONGEST_SEQUENCE,
     )
+    loss_kernel: str = key(
+        "xla",
+        f"what computes the logits and the loss: {' | '.join(LOSS_KERNELS)}; pallas, for TPUs, reads the logits once",
+    )
     z_loss: float = key(
         0.0, "weight of the squared log-partition, added to the training loss", at_least=0, at_most=LARGEST_WEIGHT
     )
@@ -156,6 +161,7 @@ class TrainSection:
 
     def __post_init__(self) -> None:
         check_fields("train", self)
+        check_choice("train.loss_kernel", self.loss_kernel, LOSS_KERNELS)
         check_choice("train.equivalent_form", self.equivalent_form, EQUIVALENT_FORMS)
         needs = not self.stall_exit or self.stall_seconds is not None
         check(needs, "train.stall_exit", "true", "needs train.stall_seconds")

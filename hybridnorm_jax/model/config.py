@@ -256,6 +256,18 @@ class ModelConfig(NormKeys):
         return runs(self.layers)
 
     @property
+    def more_than_head_product(self) -> str | None:
+        """`key=value` of what makes logits of the head's product; None where they are that product."""
+        if self.scheme_rule.sphere:
+            return f"model.scheme={self.scheme}"
+        if self.head_bias:
+            return "model.head_bias=true"
+        for name in ("logit_scale", "logit_cap"):
+            if getattr(self, name) is not None:
+                return f"model.{name}={getattr(self, name)}"
+        return None
+
+    @property
     def pre_layernorm_obstacle(self) -> str | None:
         """`key=value` of what keeps this from being a Pre-LN model, to which the equivalences apply; None if it is one.
 

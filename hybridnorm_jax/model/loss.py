@@ -11,8 +11,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Shaped
 
 from hybridnorm_jax.kernels.precision import wide_dtype
-from hybridnorm_jax.kernels.token_logits import token_logits
+from hybridnorm_jax.kernels.token_logits import TokenLogits, token_logits
 from hybridnorm_jax.model.config import ModelConfig
+from hybridnorm_jax.model.decoder import Decoder
 
 
 @flax.struct.dataclass
@@ -39,15 +40,37 @@ class LossSums:
         return cls(nll=zero, z=zero, weight=zero)
 
 
-def cross_entropy(
-    logits: Float[Array, "batch seq vocab"],
-    targets: Int[Array, "batch seq"],
-    weights: Float[Array, "batch seq"],
-) -> LossSums:
-    """Sums of weights * (log Z - logits[target]) and weights * (log Z)^2, Z = sum exp(logits), in float32 at least."""
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    log_z, chosen = token_logits(logits, targets)
-    weights = weights.astype(logits.dtype)
+# (the head's parameters, what the head reads, targets) -> what the loss reads of each token's logits.
+TokenLogitsOf = Callable[[Any, Float[Array, "batch seq embed"], Int[Array, "batch seq"]], TokenLogits]
+
+
+def token_logits_of(model: Decoder, kernel: str = "xla") -> TokenLogitsOf:
+    """What computes it for this model, in float32 at least.
+
+    The function closes over no array. The head's parameters are those of `gathered_head`.
+
+    Args:
+      kernel: one of backend_names.LOSS_KERNELS. pallas is for a head that is a product and no more, see
+        model.config.more_than_head_product, and for devices that do not split the vocabulary.
+    """
+
+    def from_logits(head: Any, hidden: Array, targets: Array) -> TokenLogits:
+        logits = model.apply({"params": head}, hidden, method="logits")
+        return token_logits(logits.astype(wide_dtype(logits.dtype)), targets)
+
+    def from_hidden(head: Any, hidden: Array, targets: Array) -> TokenLogits:
+        from hybridnorm_jax.kernels.tpu_head import head_token_logits  # imports Pallas, which takes a while
+
+        module, name, axes = _table(model.config)
+        return head_token_logits(hidden, head[module][name], targets, vocab_first=axes[0] == "vocab")
+
+    return from_logits if kernel == "xla" else from_hidden
+
+
+def cross_entropy(found: TokenLogits, weights: Float[Array, "batch seq"]) -> LossSums:
+    """Sums of weights * (log Z - logits[target]) and weights * (log Z)^2, Z = sum exp(logits), in the dtype of Z."""
+    log_z, chosen = found
+    weights = weights.astype(log_z.dtype)
     return LossSums(
         nll=jnp.sum(weights * (log_z - chosen)),
         z=jnp.sum(weights * jnp.square(log_z)),
@@ -56,7 +79,7 @@ def cross_entropy(
 
 
 def chunked_cross_entropy(
-    logits_of: Callable[[Any, Float[Array, "batch chunk embed"]], Float[Array, "batch chunk vocab"]],
+    logits_of: TokenLogitsOf,
     head: Any,
     hidden: Float[Array, "batch seq embed"],
     targets: Int[Array, "batch seq"],
@@ -66,15 +89,15 @@ def chunked_cross_entropy(
     stretches: int = 1,
     z_loss: float = 0.0,
 ) -> tuple[Float[Array, ""], LossSums]:
-    """(nll + z_loss * z, sums) of cross_entropy(logits_of(head, hidden), ...), whose logits are held a chunk at a time.
+    """(nll + z_loss * z, sums) of cross_entropy(logits_of(head, hidden, targets), weights), a chunk at a time.
 
-    With 100,000 tokens of vocabulary, 4 sequences of 4096 would otherwise hold 6.6 GB of float32 logits, and their
+    With 100,000 tokens of vocabulary, 4 sequences of 4096 would at once hold 6.6 GB of float32 logits, and their
     gradient. The gradient of a chunk is formed where its logits are, in the forward pass: so they are computed once.
 
     Only the first result has a gradient, with respect to head and hidden.
 
     Args:
-      logits_of: of the head's parameters and a chunk; closes over no array that depends on a parameter.
+      logits_of: as of token_logits_of; closes over no array that depends on a parameter.
       head: its parameters.
       chunk: positions per chunk; divides seq.
       stretches: into how many stretches devices split the sequence; every chunk takes an equal piece of each, so that
@@ -88,7 +111,7 @@ def chunked_cross_entropy(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sum_of_chunks(
-    logits_of: Callable[[Any, Array], Array],
+    logits_of: TokenLogitsOf,
     z_loss: float,
     head: Any,
     hidden: Float[Array, "chunks batch chunk embed"],
@@ -97,7 +120,7 @@ def _sum_of_chunks(
 ) -> tuple[Float[Array, ""], LossSums]:
     def add(sums: LossSums, piece: tuple[Array, Array, Array]) -> tuple[LossSums, None]:
         hidden, targets, weights = piece
-        return sums + cross_entropy(logits_of(head, hidden), targets, weights), None
+        return sums + cross_entropy(logits_of(head, hidden, targets), weights), None
 
     zero = LossSums.zero(wide_dtype(hidden.dtype))
     sums, _ = jax.lax.scan(add, zero, (hidden, targets, weights))
@@ -105,7 +128,7 @@ def _sum_of_chunks(
 
 
 def _with_gradient(
-    logits_of: Callable[[Any, Array], Array],
+    logits_of: TokenLogitsOf,
     z_loss: float,
     head: Any,
     hidden: Float[Array, "chunks batch chunk embed"],
@@ -115,7 +138,7 @@ def _with_gradient(
     """_sum_of_chunks, and its gradient with respect to head and hidden, with the weights."""
 
     def total_of(head: Any, hidden: Array, targets: Array, weights: Array) -> tuple[Array, LossSums]:
-        sums = cross_entropy(logits_of(head, hidden), targets, weights)
+        sums = cross_entropy(logits_of(head, hidden, targets), weights)
         return sums.nll + z_loss * sums.z, sums
 
     def add(carry: tuple[LossSums, Any], piece: tuple[Array, Array, Array]) -> tuple[tuple[LossSums, Any], Array]:
@@ -129,7 +152,7 @@ def _with_gradient(
 
 
 def _pull_back(
-    logits_of: Callable[[Any, Array], Array], z_loss: float, kept: tuple[Any, Array, Array], cotangents: Any
+    logits_of: TokenLogitsOf, z_loss: float, kept: tuple[Any, Array, Array], cotangents: Any
 ) -> tuple[Any, Array, None, Array]:
     of_head, of_hidden, weights = kept
     times, _ = cotangents
@@ -156,8 +179,14 @@ def gathered_head(config: ModelConfig, params: Any) -> Any:
 
     The large one is gathered (and its gradient reduced) once, and not in each chunk.
     """
-    module, name = ("token_embedding", "embedding") if config.tie_embeddings else ("head", "kernel")
-    axes = ("vocab", None) if config.tie_embeddings else (None, "vocab")
+    module, name, axes = _table(config)
     head = {part: params[part] for part in ("token_embedding", "head") if part in (module, "head") and part in params}
     gathered = nn.with_logical_constraint(params[module][name], axes)
     return head | {module: params[module] | {name: gathered}}
+
+
+def _table(config: ModelConfig) -> tuple[str, str, tuple[str | None, str | None]]:
+    """The module and the name of the parameter that the head multiplies with, and its logical axes when gathered."""
+    if config.tie_embeddings:
+        return "token_embedding", "embedding", ("vocab", None)
+    return "head", "kernel", (None, "vocab")

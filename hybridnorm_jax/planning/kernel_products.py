@@ -38,6 +38,8 @@ def kernel_flops(call: Instruction, computation: Computation) -> int | None:
     match call.target:
         case "tpu_custom_call" if own is not None:
             return _causal_attention(own, call, operands)
+        case "tpu_custom_call" if "head_forward" in kernel or "head_backward" in kernel:
+            return _head(operands, results, products=1 if "head_forward" in kernel else 2)
         case "tpu_custom_call" if kernel.startswith("splash_m"):
             return _splash(kernel, call, operands)
         case "tpu_custom_call" if kernel in ("gmm", "tgmm"):
@@ -82,6 +84,12 @@ def _causal_attention(kernel: str, call: Instruction, operands: list[Array]) -> 
     query = operands[0].sizes
     blocks = query[-1] // block.rows
     return 2 * _CAUSAL_ATTENTION[kernel] * math.prod(query[:-1]) * block.rows**2 * blocks * (blocks + 1) // 2
+
+
+def _head(operands: list[Array], results: list[Array], *, products: int) -> int:
+    """Of the head's kernels (kernels/tpu_head.py): every token with the whole table, which is their second operand."""
+    logits = next(each for each in (*operands, *results) if len(each.sizes) == 3 and each.sizes[0] == 1)
+    return 2 * products * logits.sizes[-1] * math.prod(operands[1].sizes)
 
 
 class _Block:

@@ -22,10 +22,11 @@ from hybridnorm_jax.equivalence.measurements import Measured
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.kernels.attention_backends import capability_of, resolve_backend, sequence_multiple
 from hybridnorm_jax.kernels.expert_dispatch import ExpertSize, resolve_dispatch
+from hybridnorm_jax.kernels.loss_kernels import check_loss_kernel
 from hybridnorm_jax.mesh.batch_shares import BatchShare, batch_parts, batch_sharding, batch_share
-from hybridnorm_jax.mesh.device_mesh import make_mesh, use_mesh
+from hybridnorm_jax.mesh.device_mesh import make_mesh, parts_of, use_mesh
 from hybridnorm_jax.mesh.fit_checks import check_experts, check_sequence
-from hybridnorm_jax.mesh.sharding_rules import resolve_rules
+from hybridnorm_jax.mesh.sharding_rules import first_entry, resolve_rules
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.config_feed_forward import CLAMPED
 from hybridnorm_jax.model.decoder import Decoder
@@ -116,8 +117,8 @@ class Program:
       grouped: the steps of several runs that share these, for lab/together.py; nothing of them is compiled before use.
 
     Raises:
-      ConfigError: the mesh does not fit the devices or the experts, or the attention backend or the dispatch of the
-        experts cannot do what is asked.
+      ConfigError: the mesh does not fit the devices or the experts, or the attention backend, the dispatch of the
+        experts or the kernel of the loss cannot do what is asked.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh | None = None, *, remat: str | None = None):
@@ -144,6 +145,7 @@ class Program:
         model = dataclasses.replace(config.model, **resolved)
         self.conversion = _conversion(model, config.train)
         self.model = Decoder(model if self.conversion is None else self.conversion.config)
+        self._check_loss_kernel()
         self._optimizer_of = partial(
             make_optimizer,
             config.optimizer,
@@ -207,6 +209,21 @@ class Program:
         train, tile = self.config.train, sequence_multiple(self.backend)
         check_sequence(train.seq_len, train.loss_chunk, self.mesh, tile, self.rules)
 
+    def _check_loss_kernel(self) -> None:
+        """Raise ConfigError where train.loss_kernel cannot compute this loss on these devices."""
+        name, model = self.config.train.loss_kernel, self.model.config
+        axes = first_entry(self.rules, "vocab")
+        divided = model.vocab_size % parts_of(axes, self.mesh) == 0
+        with use_mesh(self.mesh, self.rules):
+            check_loss_kernel(
+                name,
+                platform=self.platform,
+                dtype=model.dtype,
+                width=model.whole_width,
+                more_than_product=model.more_than_head_product,
+                split_by=tuple(axis for axis in axes if divided and self.mesh.shape[axis] > 1),
+            )
+
     def _check_watch(self) -> None:
         """Raise ConfigError where a device has fewer sequences than are to be watched."""
         train, share = self.config.train, self.microbatches.size // batch_parts(self.mesh, self.rules)
@@ -247,6 +264,7 @@ class Program:
         options = StepOptions(
             optimizer=self.config.optimizer,
             chunk=train.loss_chunk,
+            kernel=train.loss_kernel,
             z_loss=train.z_loss,
             balance_loss=train.balance_loss,
             router_z_loss=train.router_z_loss,
@@ -272,7 +290,8 @@ class Program:
 
     def _pure_eval_step(self) -> Callable:
         """(parameters, batch, step) -> loss sums."""
-        return make_eval_step(self.model, chunk=self.config.train.loss_chunk, convert=self._convert)
+        train = self.config.train
+        return make_eval_step(self.model, chunk=train.loss_chunk, kernel=train.loss_kernel, convert=self._convert)
 
     def _pure_watch(self) -> Callable:
         """(state, batch, numbers) -> measures of every layer."""

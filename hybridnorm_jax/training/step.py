@@ -16,7 +16,7 @@ from hybridnorm_jax.equivalence.forward_pass import collected
 from hybridnorm_jax.equivalence.measurements import Measured
 from hybridnorm_jax.mesh.split_axes import parts, split_axes
 from hybridnorm_jax.model.decoder import Decoder
-from hybridnorm_jax.model.loss import LossSums, chunked_cross_entropy, cross_entropy, gathered_head
+from hybridnorm_jax.model.loss import LossSums, chunked_cross_entropy, cross_entropy, gathered_head, token_logits_of
 from hybridnorm_jax.model.moe import RouterStatistics
 from hybridnorm_jax.model.watched_streams import DEFECT, ROUTER
 from hybridnorm_jax.training import router_balance
@@ -41,6 +41,7 @@ class StepOptions:
     Attributes:
       optimizer: of the run; what of it is in the step's numbers is taken from there.
       chunk: positions whose logits are held at a time; None: all.
+      kernel: what computes the loss from what the head reads, see model.loss.token_logits_of.
       z_loss: weight of log(Z)^2 of every target.
       balance_loss, router_z_loss: weights of the routers' losses, summed over the layers.
       skip_spikes_sigma: see anomalies.judge; None: only what is not finite is skipped.
@@ -48,6 +49,7 @@ class StepOptions:
 
     optimizer: OptimizerSection
     chunk: int | None = None
+    kernel: str = "xla"
     z_loss: float = 0.0
     balance_loss: float = 0.0
     router_z_loss: float = 0.0
@@ -85,6 +87,7 @@ def batch_loss(
     batch: Batch,
     *,
     chunk: int | None,
+    kernel: str = "xla",
     z_loss: float = 0.0,
     dropout_key: Array | None = None,
     step: Array | None = None,
@@ -95,6 +98,7 @@ def batch_loss(
     Args:
       variables: of the model: "params", and maybe PROBE of signal_measures.py, to take gradients with respect to.
       chunk: positions whose logits are held at a time; None: all.
+      kernel: see model.loss.token_logits_of.
       z_loss: weight of the sum z in the total.
       dropout_key: None switches dropout off.
       step: of training; needed where the model's branches grow with it, and else not read.
@@ -110,12 +114,12 @@ def batch_loss(
     variables = {**variables, "params": {**variables["params"], **head}}
     hidden, sown = model.apply(variables, batch["tokens"], method="hidden", **inputs)
     with jax.named_scope(LOSS_SCOPE):
+        logits_of = token_logits_of(model, kernel)
         if chunk is None:
-            logits = model.apply({"params": head}, hidden, method="logits")
-            sums = cross_entropy(logits, batch["targets"], batch["weights"])
+            sums = cross_entropy(logits_of(head, hidden, batch["targets"]), batch["weights"])
             return BatchLoss(total=sums.nll + z_loss * sums.z, sums=sums, sown=sown)
         total, sums = chunked_cross_entropy(
-            lambda head, piece: model.apply({"params": head}, piece, method="logits"),
+            logits_of,
             head,
             hidden,
             batch["targets"],
@@ -226,6 +230,7 @@ def _make_objective(model: Decoder, options: StepOptions, *, defects: bool) -> C
             variables,
             microbatch,
             chunk=options.chunk,
+            kernel=options.kernel,
             z_loss=options.z_loss,
             dropout_key=key,
             step=step,
@@ -292,12 +297,17 @@ def _accumulate(objective: Objective, params: Any, batch: Batch, key: Array) -> 
 
 
 def make_eval_step(
-    model: Decoder, *, chunk: int | None = None, convert: Convert | None = None
+    model: Decoder, *, chunk: int | None = None, kernel: str = "xla", convert: Convert | None = None
 ) -> Callable[[Any, Batch, Array | None], LossSums]:
-    """(params, batch, step) -> loss sums of that batch, without dropout; `convert` as in make_train_step."""
+    """(params, batch, step) -> loss sums of that batch, without dropout.
+
+    Args:
+      chunk, kernel: as in batch_loss.
+      convert: as in make_train_step.
+    """
 
     def eval_step(params, batch, step=None):
         computed = params if convert is None else convert(params)
-        return batch_loss(model, {"params": computed}, batch, chunk=chunk, step=step).sums
+        return batch_loss(model, {"params": computed}, batch, chunk=chunk, kernel=kernel, step=step).sums
 
     return eval_step

@@ -1,0 +1,273 @@
+"""What the loss reads of the logits on a TPU, as one kernel forward and one backward.
+
+    z = hidden table^T,   log_z = log sum exp(z),   chosen = z[target]
+
+The forward kernel writes z to memory once, in float32, and finds log_z and chosen while z is in the core. The backward
+kernel reads z once, forms its gradient there, and multiplies that with the table and with `hidden`. No product is
+computed twice. XLA by itself reads z three times.
+
+Not measured on a TPU. Counted in the compiled step, see docs/tpus.md.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from hybridnorm_jax.kernels.token_logits import TokenLogits
+from hybridnorm_jax.kernels.tpu_head_kernels import BackwardInputs, Head, backward_kernel, forward_kernel
+from hybridnorm_jax.mesh.split_axes import Axes, split_axes
+
+LANES = 128
+# Rows of the table that are taken at a time.
+TILE = 256
+# Of the memory beside the arithmetic units; XLA uses the rest for its own.
+SHARE_OF_MEMORY = 0.75
+# Where no TPU says how much it has: three quarters of a v5p's.
+MEMORY = 48 * 2**20
+# Products in full float32 take this much of it for parts of their operands, and others less.
+PRODUCTS = {4: 16 * 2**20, 2: 4 * 2**20}
+_interpret = False  # tests set it
+
+
+class _Places(NamedTuple):
+    """The table's layout, and the mesh axes that split sequences and positions.
+
+    Attributes:
+      vocab_first: the table is (vocab, embed), and not (embed, vocab).
+      rows, columns: axes that split the sequences of a batch, and positions.
+    """
+
+    vocab_first: bool
+    rows: Axes
+    columns: Axes
+
+    @property
+    def axes(self) -> Axes:
+        """All that split tokens."""
+        return (*self.rows, *self.columns)
+
+
+def head_token_logits(
+    hidden: Float[Array, "batch seq embed"],
+    table: Float[Array, "..."],
+    targets: Int[Array, "batch seq"],
+    *,
+    vocab_first: bool,
+) -> TokenLogits:
+    """token_logits of the product of `hidden` and the table rounded to the dtype of `hidden`, in float32.
+
+    The gradient of the logits is rounded to that dtype as well, as operand of its two products. On a mesh each device
+    takes its share of the tokens and the whole table, whose gradient is summed over the devices.
+
+    Args:
+      hidden: in bfloat16 or float32.
+      table: (vocab, embed) or (embed, vocab); its gradient has its dtype.
+      vocab_first: the table is (vocab, embed).
+    """
+    batch, seq, _ = hidden.shape
+    places = _Places(vocab_first, split_axes("batch", batch), split_axes("seq", seq))
+    return _token_logits(hidden, table, targets, places)
+
+
+def token_block(tokens: int, embed: int, dtype: Any) -> int:
+    """How many tokens the backward kernel, the larger one, takes at a time; 0: no LANES of them fit into the core.
+
+    What it reads and what it writes of these tokens stays there, while the table passes by.
+    """
+    narrow, channels = jnp.dtype(dtype).itemsize, -(-embed // LANES) * LANES
+    per_token = channels * (narrow + 4) + TILE * (2 * 4 + narrow) + 5 * 2 * 8 * 4
+    # The table's tile and that of its gradient, each twice, the gradient's once more as the result of a product.
+    fixed = TILE * channels * (2 * narrow + narrow + 3 * 4) + PRODUCTS[narrow] + 4 * channels * TILE
+    most = int(_memory() - fixed) // per_token // LANES
+    needed = -(-tokens // LANES)
+    if most < 1:
+        return 0
+    # Blocks of one length, so that little is filled up.
+    return -(-needed // -(-needed // most)) * LANES
+
+
+def _memory() -> float:
+    return SHARE_OF_MEMORY * pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else MEMORY
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _token_logits(hidden: Array, table: Array, targets: Array, places: _Places) -> TokenLogits:
+    found, _ = _forward(hidden, table, targets, places)
+    return found
+
+
+def _forward(hidden: Array, table: Array, targets: Array, places: _Places) -> tuple[TokenLogits, tuple[Array, ...]]:
+    tokens, everywhere = PartitionSpec(places.rows, places.columns), PartitionSpec()
+    mapped = _on_mesh(
+        functools.partial(_call_forward, places.vocab_first),
+        in_specs=(tokens, everywhere, tokens),
+        out_specs=(TokenLogits(tokens, tokens), PartitionSpec(places.axes)),
+    )
+    narrow = table.astype(hidden.dtype)
+    found, logits = mapped(hidden, narrow, targets)
+    return found, (hidden, narrow, targets, found.log_z, logits, jnp.zeros((), table.dtype))
+
+
+def _backward(places: _Places, kept: tuple[Array, ...], gradient: TokenLogits) -> tuple[Array, Array, None]:
+    *arrays, like_table = kept
+    tokens, everywhere = PartitionSpec(places.rows, places.columns), PartitionSpec()
+    mapped = _on_mesh(
+        functools.partial(_call_backward, places.vocab_first),
+        in_specs=(tokens, everywhere, tokens, tokens, PartitionSpec(places.axes), TokenLogits(tokens, tokens)),
+        out_specs=(tokens, PartitionSpec(places.axes)),
+    )
+    d_hidden, d_tables = mapped(*arrays, gradient)
+    return d_hidden, d_tables.sum(0).astype(like_table.dtype), None
+
+
+_token_logits.defvjp(_forward, _backward)
+
+
+def _on_mesh(local: Any, *, in_specs: Any, out_specs: Any) -> Any:
+    if jax.sharding.get_abstract_mesh().empty:
+        return local
+    # check_vma: kernels do not say over which axes their results vary.
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+class _Blocks:
+    """How one device's arrays are cut.
+
+    Attributes:
+      tokens, filled: of the device, and filled up to a multiple of `block`, the tokens that are taken at a time.
+      grid: blocks of tokens, and tiles of the vocabulary, the last of which may be a part of one.
+    """
+
+    def __init__(self, hidden: Array, table: Array, *, vocab_first: bool):
+        batch, seq, self.embed = hidden.shape
+        self.vocab = table.shape[0 if vocab_first else 1]
+        self.vocab_first = vocab_first
+        self.tokens = batch * seq
+        self.block = token_block(self.tokens, self.embed, hidden.dtype)
+        blocks = -(-self.tokens // self.block)
+        self.filled = blocks * self.block
+        self.grid = (blocks, -(-self.vocab // TILE))
+
+    def row(self, of_tokens: Array) -> Float[Array, "1 filled"]:
+        """One number of each token."""
+        return jnp.pad(of_tokens.reshape(1, -1), ((0, 0), (0, self.filled - self.tokens)))
+
+    def matrix(self, hidden: Array) -> Float[Array, "filled embed"]:
+        """One row of each token, zeros behind them."""
+        return jnp.pad(hidden.reshape(-1, self.embed), ((0, self.filled - self.tokens), (0, 0)))
+
+    @property
+    def of_row(self) -> pl.BlockSpec:
+        return pl.BlockSpec((1, self.block), lambda block, tile: (0, block))
+
+    @property
+    def of_matrix(self) -> pl.BlockSpec:
+        """Of (filled, embed). There is one copy of it, because it changes with the block of tokens alone."""
+        return pl.BlockSpec((self.block, self.embed), lambda block, tile: (block, 0), pipeline_mode=pl.Buffered(1))
+
+    @property
+    def of_columns(self) -> pl.BlockSpec:
+        """As of_matrix, of (embed, filled)."""
+        return pl.BlockSpec((self.embed, self.block), lambda block, tile: (0, block), pipeline_mode=pl.Buffered(1))
+
+    @property
+    def of_logits(self) -> pl.BlockSpec:
+        return pl.BlockSpec((None, TILE, self.block), lambda block, tile: (0, tile, block))
+
+    @property
+    def of_table(self) -> pl.BlockSpec:
+        if self.vocab_first:
+            return pl.BlockSpec((TILE, self.embed), lambda block, tile: (tile, 0))
+        return pl.BlockSpec((self.embed, TILE), lambda block, tile: (0, tile))
+
+    @property
+    def of_tables(self) -> pl.BlockSpec:
+        """Of a table for each block of tokens."""
+        if self.vocab_first:
+            return pl.BlockSpec((None, TILE, self.embed), lambda block, tile: (block, tile, 0))
+        return pl.BlockSpec((None, self.embed, TILE), lambda block, tile: (block, 0, tile))
+
+    @property
+    def head(self) -> Head:
+        return Head(vocab=self.vocab, tile=TILE, vocab_first=self.vocab_first)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        return {
+            "grid": self.grid,
+            "compiler_params": pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=int(_memory())
+            ),
+            "interpret": _interpret,
+        }
+
+
+def _call_forward(vocab_first: bool, hidden: Array, table: Array, targets: Array) -> tuple[TokenLogits, Array]:
+    """(log_z and chosen as the targets are, logits (1, vocab, filled)) of one device."""
+    blocks = _Blocks(hidden, table, vocab_first=vocab_first)
+    row = jax.ShapeDtypeStruct((1, blocks.filled), jnp.float32)
+    logits, log_z, chosen = pl.pallas_call(
+        functools.partial(forward_kernel, blocks.head),
+        in_specs=(blocks.of_columns, blocks.of_table, blocks.of_row),
+        out_specs=(blocks.of_logits, blocks.of_row, blocks.of_row),
+        out_shape=(jax.ShapeDtypeStruct((1, blocks.vocab, blocks.filled), jnp.float32), row, row),
+        scratch_shapes=(pltpu.VMEM((1, blocks.block), jnp.float32), pltpu.VMEM((1, blocks.block), jnp.float32)),
+        name="head_forward",
+        **blocks.how,
+    )(blocks.matrix(hidden).T, table, blocks.row(targets))
+    found = TokenLogits(*(x[0, : blocks.tokens].reshape(targets.shape) for x in (log_z, chosen)))
+    return found, logits
+
+
+def _call_backward(
+    vocab_first: bool,
+    hidden: Array,
+    table: Array,
+    targets: Array,
+    log_z: Array,
+    logits: Array,
+    gradient: TokenLogits,
+) -> tuple[Array, Array]:
+    """(gradient of hidden, gradients of the table in float32 by each block of tokens) of one device."""
+    blocks = _Blocks(hidden, table, vocab_first=vocab_first)
+    row = blocks.of_row
+    d_columns, d_tables = pl.pallas_call(
+        functools.partial(backward_kernel, blocks.head),
+        in_specs=(
+            BackwardInputs(
+                hidden=blocks.of_matrix,
+                table=blocks.of_table,
+                logits=blocks.of_logits,
+                targets=row,
+                log_z=row,
+                d_log_z=row,
+                d_chosen=row,
+            ),
+        ),
+        out_specs=(blocks.of_columns, blocks.of_tables),
+        out_shape=(
+            jax.ShapeDtypeStruct((blocks.embed, blocks.filled), jnp.float32),
+            jax.ShapeDtypeStruct((blocks.grid[0], *table.shape), jnp.float32),
+        ),
+        scratch_shapes=(pltpu.VMEM((TILE, blocks.block), hidden.dtype),),
+        name="head_backward",
+        **blocks.how,
+    )(
+        BackwardInputs(
+            hidden=blocks.matrix(hidden),
+            table=table,
+            logits=logits,
+            targets=blocks.row(targets),
+            log_z=blocks.row(log_z),
+            d_log_z=blocks.row(gradient.log_z),
+            d_chosen=blocks.row(gradient.chosen),
+        )
+    )
+    d_hidden = d_columns.T[: blocks.tokens].reshape(hidden.shape).astype(hidden.dtype)
+    return d_hidden, d_tables

@@ -1,0 +1,153 @@
+"""The two kernels of tpu_head.py: one tile of the vocabulary with one block of tokens.
+
+Tokens lie along the lanes, so that log_z and all that is known of a token is a row.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from hybridnorm_jax.kernels.tpu_attention_blocks import dot, each_block, positions
+
+
+class Head(NamedTuple):
+    """What a kernel knows when it is compiled.
+
+    Attributes:
+      vocab: rows of the table.
+      tile: how many are taken at a time; the last tile may reach beyond the table, where what is read is undefined.
+      vocab_first: the table's tiles are (tile, embed), and not (embed, tile).
+    """
+
+    vocab: int
+    tile: int
+    vocab_first: bool
+
+    def rows(self) -> "_Rows":
+        """Those of the tile that this run of a kernel takes."""
+        return _Rows(self, pl.program_id(1) * self.tile)
+
+
+class _Rows(NamedTuple):
+    """One tile of the table, from row `first`."""
+
+    head: Head
+    first: Any
+
+    def ids(self, count: int) -> Int[Array, "tile count"]:
+        """The token of each row, in every column."""
+        return self.first + jax.lax.broadcasted_iota(jnp.int32, (self.head.tile, count), 0)
+
+    def inside(self, x: Float[Array, "tile count"], outside: float) -> Float[Array, "tile count"]:
+        """x, with another value in rows beyond the table."""
+        if self.head.vocab % self.head.tile == 0:
+            return x
+        return jnp.where(self.ids(x.shape[1]) < self.head.vocab, x, jnp.asarray(outside, x.dtype))
+
+    def whole(self, table: Any) -> Float[Array, "tile embed"]:
+        """What a reference to this tile holds."""
+        return table[...] if self.head.vocab_first else table[...].T
+
+
+def forward_kernel(
+    head: Head, hidden: Any, table: Any, targets: Any, logits: Any, log_z: Any, chosen: Any, largest: Any, total: Any
+) -> None:
+    """One tile with one block of tokens; the tiles follow each other.
+
+    Args:
+      hidden: reference to (embed, block).
+      table: to a tile.
+      targets: to (1, block).
+      logits: takes the products, (tile, block).
+      log_z, chosen: take the results, (1, block).
+      largest, total: keep the largest logit of a token and the sum of exp(logit - largest), (1, block).
+    """
+    tile, last = pl.program_id(1), pl.num_programs(1) - 1
+
+    @pl.when(tile == 0)
+    def _() -> None:
+        largest[...] = jnp.full_like(largest, jnp.finfo(jnp.float32).min)
+        total[...] = jnp.zeros_like(total)
+        chosen[...] = jnp.zeros_like(chosen)
+
+    rows = head.rows()
+    kernel = rows.whole(table)
+
+    def add(index: Any) -> None:
+        here = positions(index, _width(hidden))
+        products = dot(kernel, hidden[:, here])
+        logits[:, here] = products
+        is_target = rows.ids(products.shape[1]) == targets[:, here]
+        chosen[:, here] += jnp.where(is_target, products, 0.0).sum(axis=0, keepdims=True)
+        products = rows.inside(products, -jnp.inf)
+        before = largest[:, here]
+        now = jnp.maximum(before, products.max(axis=0, keepdims=True))
+        total[:, here] = total[:, here] * jnp.exp(before - now) + jnp.exp(products - now).sum(axis=0, keepdims=True)
+        largest[:, here] = now
+
+    each_block(hidden.shape[1], _width(hidden), add)
+
+    @pl.when(tile == last)
+    def _() -> None:
+        log_z[...] = largest[...] + jnp.log(total[...])
+
+
+class BackwardInputs(NamedTuple):
+    """Arrays of one device; in the kernel references to what one run of it reads.
+
+    Attributes:
+      hidden: (block, embed).
+      table: a tile.
+      logits: (tile, block), as the forward kernel wrote them.
+      targets, log_z: (1, block).
+      d_log_z, d_chosen: their gradients, and that of the target's logit, (1, block).
+    """
+
+    hidden: Any
+    table: Any
+    logits: Any
+    targets: Any
+    log_z: Any
+    d_log_z: Any
+    d_chosen: Any
+
+
+def backward_kernel(head: Head, inputs: BackwardInputs, d_hidden: Any, d_table: Any, d_logits: Any) -> None:
+    """One tile with one block of tokens; the tiles follow each other, and add to the gradient of hidden.
+
+    Args:
+      inputs: references.
+      d_hidden: takes the gradient of hidden in float32, (embed, block).
+      d_table: takes this block's part of the gradient of the table's tile, in float32.
+      d_logits: keeps the gradient of the logits, rounded to the dtype of hidden, (tile, block).
+    """
+    block, width = d_hidden.shape[1], _width(d_hidden)
+
+    @pl.when(pl.program_id(1) == 0)
+    def _() -> None:
+        d_hidden[...] = jnp.zeros_like(d_hidden)
+
+    # Rows beyond the table would not be 0 times what is undefined.
+    rows = head.rows()
+    columns = rows.inside(rows.whole(inputs.table), 0.0).T
+
+    def add(index: Any) -> None:
+        here = positions(index, width)
+        softmax = jnp.exp(inputs.logits[:, here] - inputs.log_z[:, here])
+        is_target = rows.ids(width) == inputs.targets[:, here]
+        gradient = inputs.d_log_z[:, here] * softmax + jnp.where(is_target, inputs.d_chosen[:, here], 0.0)
+        gradient = rows.inside(gradient, 0.0).astype(d_logits.dtype)
+        d_logits[:, here] = gradient
+        d_hidden[:, here] += dot(columns, gradient)
+
+    each_block(block, width, add)
+    of_tile = dot(d_logits[...], inputs.hidden[...])
+    d_table[...] = of_tile if head.vocab_first else of_tile.T
+
+
+def _width(columns: Any) -> int:
+    """How many of a reference's columns are taken at a time."""
+    return next(size for size in (512, 256, 128) if columns.shape[1] % size == 0)
