@@ -103,7 +103,7 @@ def open_data(data: DataSection, *, seq_len: int, vocab_size: int, progress: boo
         name: opener.validation_set(patterns, key=f"data.validation.{name}")
         for name, patterns in data.validation.items()
     }
-    _check_lengths(data, seq_len, opened, sets)
+    _check_streams(data, seq_len, opened, sets)
 
     separator_id = next(iter(opened.values())).train.separator_id
     fim = fill_in_the_middle(data, opener.tokenizer, separator_id=separator_id, vocab_size=vocab_size, seq_len=seq_len)
@@ -154,8 +154,8 @@ def _opened(opener: SourceOpener, name: str, section: DataSection) -> OpenedSour
         raise DataError(f"{where}: {error}") from error.__cause__
 
 
-def _check_lengths(data: DataSection, seq_len: int, opened: dict[str, OpenedSource], sets: dict[str, Split]) -> None:
-    """Raise DataError for splits from which no window, or no target, can be made."""
+def _check_streams(data: DataSection, seq_len: int, opened: dict[str, OpenedSource], sets: dict[str, Split]) -> None:
+    """Raise DataError for splits from which no window, or no target, can be made, or not as data.fim_rate asks."""
     # One token has no target.
     for name, source in opened.items():
         where = f"data.mixture.{name}: " if name else ""
@@ -168,6 +168,9 @@ def _check_lengths(data: DataSection, seq_len: int, opened: dict[str, OpenedSour
             raise DataError(f"data.validation.{name}: one token is too few to predict any; give more data")
     for name, source in opened.items():
         where = f"data.mixture.{name}: " if name else ""
+        if data.fim_rate and source.train.stream.has_targets:
+            right = "not with token files of which only a part is learned; leave it out"
+            raise DataError(f"{where}data.fim_rate={data.fim_rate}: {right}")
         train = len(source.train.stream)
         if data.packing == "windows" and train < seq_len + 1:
             fraction = ", or lower data.validation_fraction" if data.validation_fraction else ""

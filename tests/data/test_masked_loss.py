@@ -111,6 +111,23 @@ def test_what_does_not_say_which_tokens_are_learned_is_refused(tmp_path, mask):
         opened(DataSection(source="tokens", files=(str(tmp_path / "a.npy"),), validation_fraction=0.0))
 
 
+def test_tokens_of_which_only_a_part_is_learned_are_not_rearranged(tmp_path):
+    """Their mask would be of the tokens in another order; it is said before a row is read."""
+    for name in ("a.npy", "a.targets.npy"):
+        np.save(tmp_path / name, np.ones(100, "u1"))
+    section = DataSection(
+        source="tokens",
+        files=(str(tmp_path / "a.npy"),),
+        validation_fraction=0.0,
+        packing="padded",
+        separator_id=0,
+        fim_rate=0.5,
+        fim_tokens=("257", "258", "259"),
+    )
+    with pytest.raises(DataError, match=r"^data\.fim_rate=0\.5: not with token files of which only a part is learned"):
+        opened(section, vocab_size=260)
+
+
 def test_a_token_is_learned_or_not_and_nothing_else(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(100, dtype="<u2"))
     np.save(tmp_path / "a.targets.npy", np.where(np.arange(100) == 70, 2, 1).astype("u1"))
