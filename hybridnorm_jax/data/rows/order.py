@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from grain.experimental import index_shuffle
 
 from hybridnorm_jax.data.rows.allotment import Allotment
+from hybridnorm_jax.data.rows.permutation import permuted_place
 from hybridnorm_jax.data.rows.rows import Rows
 
 
@@ -53,7 +53,7 @@ class EpochOrder:
         nothing.
         """
         epoch, place = divmod(row, self._count)
-        index = index_shuffle(place, max_index=self._count - 1, seed=self.shuffle_seed(epoch), rounds=self.rounds)
+        index = permuted_place(place, count=self._count, seed=self.shuffle_seed(epoch), rounds=self.rounds)
         return Place(self.rows, index, self._seed, epoch)
 
     def shuffle_seed(self, epoch: int) -> int:

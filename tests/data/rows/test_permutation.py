@@ -5,7 +5,7 @@ import pytest
 from grain.experimental import index_shuffle
 
 from hybridnorm_jax.data.rows import permutation
-from hybridnorm_jax.data.rows.permutation import leaves_one_out, permuted
+from hybridnorm_jax.data.rows.permutation import leaves_one_out, permuted, permuted_place
 
 # Around the counts for which the cipher's blocks become longer, where a block has far more numbers than there are
 # places, so that they are encrypted several times, and where a half no longer fits a table.
@@ -21,6 +21,8 @@ def test_places_are_those_of_grain(count, rounds, monkeypatch):
     for seed in (1, 2**32 - 1):
         expected = [index_shuffle(place, max_index=count - 1, seed=seed, rounds=rounds) for place in places.tolist()]
         assert permuted(places, count=count, seed=seed, rounds=rounds).tolist() == expected
+        one_by_one = [permuted_place(place, count=count, seed=seed, rounds=rounds) for place in places.tolist()]
+        assert one_by_one == expected
 
 
 def test_the_last_places_of_a_walk_are_grains():
@@ -28,6 +30,7 @@ def test_the_last_places_of_a_walk_are_grains():
     expected = [index_shuffle(place, max_index=10**7, seed=3, rounds=16) for place in range(1000)]
     assert permuted(places, count=10**7 + 1, seed=3, rounds=16).tolist() == expected
     assert permuted(np.zeros(3, int), count=1, seed=3, rounds=16).tolist() == [0, 0, 0]
+    assert permuted_place(0, count=1, seed=3, rounds=16) == 0
 
 
 @pytest.mark.parametrize("count", [65_536, 65_537, 65_538, 131_073, 262_144, 262_145])
