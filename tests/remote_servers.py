@@ -28,6 +28,7 @@ class WebFiles:
         after half of the body the file holds zeros, and so does the rest of the body; a URL: a redirect.
       requests: (method, path) -> how often it was asked for.
       has_ranges, has_versions, has_head: what the server can do.
+      absent: the HTTP status of a file that is not there; 403 of a bucket whose files nobody may list.
       digest: whether it states a digest; a wrong one is "wrong".
     """
 
@@ -38,6 +39,7 @@ class WebFiles:
     has_ranges: bool = True
     has_versions: bool = True
     has_head: bool = True
+    absent: int = 404
     digest: str = ""
     url: str = ""
 
@@ -83,7 +85,7 @@ def _handler(files: WebFiles) -> type[http.server.BaseHTTPRequestHandler]:
                 return self._status(302, [("Location", fault)])
             content = files.content.get(path)
             if content is None:
-                return self._status(404)
+                return self._status(files.absent)
             self._send(content, fault, with_body)
 
         def _send(self, content, fault, with_body):

@@ -8,8 +8,10 @@ import concurrent.futures
 import dataclasses
 import fnmatch
 import pathlib
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 
+from hybridnorm_jax.data.places.patience import AccessRefusedError
 from hybridnorm_jax.data.places.remote_file import HTTP, Place, RemoteFile, plain_url, scheme_of
 from hybridnorm_jax.data.places.store import store_of
 from hybridnorm_jax.errors import DataError
@@ -64,20 +66,33 @@ def with_companions(files: Sequence[Place], names: Iterable[str]) -> tuple[Place
     Raises:
       DataError: one of them is no file of tokens, but belongs to one; or a place cannot be asked.
     """
-    names = tuple(names)
+    names, unknown = tuple(names), list[str]()
     with concurrent.futures.ThreadPoolExecutor(ASKERS) as pool:
-        return tuple(pool.map(lambda file: _with_companions(file, names), files))
+        found = tuple(pool.map(lambda file: _with_companions(file, names, unknown), files))
+    if unknown:
+        more = f"; the same holds for {len(unknown) - 1} more files" if len(unknown) > 1 else ""
+        print(f"note: {min(unknown)}{more}", file=sys.stderr, flush=True)
+    return found
 
 
-def _with_companions(file: Place, names: Sequence[str]) -> Place:
+def _with_companions(file: Place, names: Sequence[str], unknown: list[str]) -> Place:
+    """As with_companions; `unknown` gets a line for each companion that a store does not show."""
     _refuse_companion(file)
     if not isinstance(file, RemoteFile):
         return file
     own_end = next((end for end in COMPANIONS if file.name.endswith(end)), None)
     if own_end is None or (own_end == NUMPY and any(_lists_companions(name, file) for name in names)):
         return file
-    asked = [_url_beside(file, own_end, end) for end in COMPANIONS[own_end]]
-    return dataclasses.replace(file, beside=tuple(one for url in asked for one in store_of(url).find(url)))
+    beside: list[RemoteFile] = []
+    for end in COMPANIONS[own_end]:
+        url = _url_beside(file, own_end, end)
+        try:
+            beside += store_of(url).find(url)
+        except AccessRefusedError:  # a bucket that lists no files says so of those that are not there
+            asked = RemoteFile(url, 0, "")
+            wrong = "access is refused, which may mean that it is not there"
+            unknown.append(f"{asked}: {wrong}; {file.name} is read without it")
+    return dataclasses.replace(file, beside=tuple(beside))
 
 
 def _lists_companions(pattern: str, file: RemoteFile) -> bool:

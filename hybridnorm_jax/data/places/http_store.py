@@ -96,19 +96,26 @@ class HttpStore:
 
     def _ask(self, url: str) -> list[RemoteFile]:
         try:
-            answer = self._request(url, "HEAD", {})
+            answer = self._head(url)
         except ServerError as error:
             if error.status in ABSENT:
                 return []
-            if error.status not in NO_HEAD:
-                raise
-            answer = self._request(url, "GET", {"Range": "bytes=0-0"})
+            raise
         with answer:
             size = _size(answer)
             if size is None:
                 right = "copy it to a local disk, and name that"
                 raise DataError(f"{RemoteFile(url, 0, '')}: its server does not say how long the file is; {right}")
             return [RemoteFile(url, size, _version(answer), _checksum(answer))]
+
+    def _head(self, url: str) -> http.client.HTTPResponse:
+        """What a server says of a file; one that does not answer HEAD is asked for the first byte."""
+        try:
+            return self._request(url, "HEAD", {})
+        except ServerError as error:
+            if error.status not in NO_HEAD:
+                raise
+        return self._request(url, "GET", {"Range": "bytes=0-0"})
 
     def _open(self, file: RemoteFile, start: int, stop: int) -> http.client.HTTPResponse:
         """The answer with the file's content from `start` on."""

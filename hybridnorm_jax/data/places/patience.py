@@ -37,9 +37,14 @@ CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or ~/.aws; of a public bucket FSSPEC_S3_ANON=true",
     "gs": "run gcloud auth application-default login; of a public bucket set FSSPEC_GS_TOKEN=anon",
     "hf": "run hf auth login, or set HF_TOKEN",
+    "https": "some servers say so of a file that is not there: is the address right?",
 }
 
 T = TypeVar("T")
+
+
+class AccessRefusedError(DataError):
+    """A store does not show a file. Some say so too of a file that is not there, if they may not list their files."""
 
 
 class ServerError(OSError):
@@ -58,7 +63,8 @@ def patiently(place: object, request: Callable[[], T]) -> T:
       request: takes REQUEST_SECONDS at most, or counts as failed.
 
     Raises:
-      DataError: names the file and the cause.
+      AccessRefusedError: the store does not show the file.
+      DataError: anything else. Both name the file and the cause.
     """
     for number in range(1, TRIES + 1):
         try:
@@ -67,7 +73,7 @@ def patiently(place: object, request: Callable[[], T]) -> T:
             raise
         except Exception as error:  # every library of a store has errors of its own
             if final := _final(place, error):
-                raise DataError(final) from error
+                raise final from error
             if number == TRIES:
                 right = "is the place reachable and well? The same command goes on where it can"
                 raise DataError(f"{place}: cannot be read after {TRIES} tries ({cause_of(error)}); {right}") from error
@@ -106,23 +112,23 @@ def cause_of(error: BaseException) -> str:
     return line if isinstance(error, OSError) and line != kind else f"{kind}: {line}" if line != kind else kind
 
 
-def _final(place: object, error: Exception) -> str:
-    """What is said of an error that trying again cannot mend; "" of one that it may."""
+def _final(place: object, error: Exception) -> DataError | None:
+    """What is said of an error that trying again cannot mend; None of one that it may."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     status = status_of(error)
     right = CREDENTIALS.get(str(place).partition("://")[0], "")
     right = f"; {right}" if right else ""
     if kinds & set(_NO_CREDENTIALS):
-        return f"{place}: no credentials ({cause_of(error)}){right}"
+        return DataError(f"{place}: no credentials ({cause_of(error)}){right}")
     if kinds & set(_REFUSED) or status in (401, 403):
-        return f"{place}: access is refused ({cause_of(error)}){right}"
+        return AccessRefusedError(f"{place}: access is refused ({cause_of(error)}){right}")
     if kinds & set(_ABSENT_KINDS) or status in ABSENT:
-        return f"{place}: no such file; it was removed, or its name is another"
+        return DataError(f"{place}: no such file; it was removed, or its name is another")
     if status is not None and 300 <= status < 400:
-        return f"{place}: its server leads to where nobody should follow ({cause_of(error)})"
+        return DataError(f"{place}: its server leads to where nobody should follow ({cause_of(error)})")
     if status is not None and 400 <= status < 500 and status not in FLEETING_STATUS:
-        return f"{place}: the request is refused ({cause_of(error)})"
-    return ""
+        return DataError(f"{place}: the request is refused ({cause_of(error)})")
+    return None
 
 
 def status_of(error: BaseException) -> int | None:

@@ -6,8 +6,10 @@ import urllib.request
 import numpy as np
 import pytest
 from fetched_files import MIB, cached, content_of, random_bytes, refused
+from written_tokens import megatron
 
-from hybridnorm_jax.data import DataError
+from hybridnorm_jax.config.data_section import DataSection
+from hybridnorm_jax.data import DataError, open_data
 from hybridnorm_jax.data.files.patterns import find_files
 from hybridnorm_jax.data.places import patience
 from hybridnorm_jax.data.places.http_store import _Redirects
@@ -181,6 +183,44 @@ def test_redirects_are_followed_but_not_to_other_protocols(web, copies):
     asked = urllib.request.Request("https://example.org/a.txt")
     message = refused(_Redirects().redirect_request, asked, None, 302, "Found", {}, "http://example.org/a.txt")
     assert message == "https://example.org/a.txt: its server leads from https:// to http://; refused"
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+@pytest.mark.parametrize("absent", [404, 403])
+def test_what_only_may_lie_beside_a_file_stops_nobody_from_reading_it(web, tmp_path, capsys, has_head, absent):
+    """A server that refuses HEAD, and a public bucket that says 403 of what is not there."""
+    web.has_head, web.absent = has_head, absent
+    urls = [web.put(f"{name}.bin", np.full(1000, name, "<u2").tobytes()) for name in range(3)]
+    section = DataSection(
+        source="tokens", files=(*urls,), cache_dir=str(tmp_path), validation_fraction=0.0, token_dtype="uint16"
+    )
+    data = open_data(section, seq_len=8, vocab_size=257, progress=False)
+    assert data.train_tokens == 3000
+    said = capsys.readouterr().err
+    if absent == 404:
+        assert said == ""
+    else:
+        assert said == (
+            f"note: {web.url}/0.idx: access is refused, which may mean that it is not there; 0.bin is read without it; "
+            "the same holds for 2 more files\n"
+        )
+    # The file itself must be there.
+    if absent == 404:
+        assert "no such file" in refused(find_files, "data.files", [f"{web.url}/9.bin"])
+    else:
+        assert "9.bin: access is refused (HTTP 403" in refused(find_files, "data.files", [f"{web.url}/9.bin"])
+
+
+@pytest.mark.parametrize("dtype", ["<i4", "<i8"])
+def test_tokens_whose_index_is_forbidden_are_not_taken_for_numbers_of_another_width(web, tmp_path, dtype):
+    """Megatron's tokens without their index: what is seen in them says that they are no uint16."""
+    path = megatron(tmp_path, [[[*range(1, 200), 0]]] * 10, dtype)
+    url = web.put("a.bin", path.read_bytes())
+    web.faults["/a.idx"] = [403] * 2
+    section = DataSection(source="tokens", files=(url,), cache_dir=str(tmp_path), validation_fraction=0.0)
+    message = refused(open_data, section, seq_len=8, vocab_size=257, progress=False)
+    assert message.startswith(f"{url}: ")
+    assert "its numbers look like" in message or "data.token_dtype" in message
 
 
 def test_servers_that_can_do_little_serve_too(web, tmp_path):
