@@ -22,8 +22,11 @@ import numpy as np
 import hybridnorm_jax as hn
 from hybridnorm_jax.interop.huggingface import load_huggingface
 from hybridnorm_jax.kernels.attention_backends import capability_of, resolve_backend, softmax_attention
+from hybridnorm_jax.kernels.dense_products import head_product
 from hybridnorm_jax.kernels.expert_dispatch import apply_experts, resolve_dispatch
+from hybridnorm_jax.kernels.loss_kernels import check_loss_kernel
 from hybridnorm_jax.kernels.swiglu import ExpertKernels
+from hybridnorm_jax.kernels.token_logits import TokenLogits, token_logits
 
 GOLDENS = Path(__file__).parents[1] / "tests" / "goldens"
 SCHEME, SIZES = "hybrid_star", {"d_model": 32, "num_layers": 3, "num_heads": 4, "mlp_dim": 48, "vocab_size": 61}
@@ -67,12 +70,21 @@ class ExpertShape(NamedTuple):
     k: int
 
 
+class HeadShape(NamedTuple):
+    """Of a check of the head and the loss."""
+
+    tokens: int
+    embed: int
+    vocab: int
+
+
 SMALL_ATTENTION = (AttentionShape(batch=1, seq=48, heads=4, kv_heads=2, head_dim=16),)
 ATTENTION = (
     AttentionShape(batch=2, seq=1024, heads=8, kv_heads=2, head_dim=64),
     AttentionShape(batch=1, seq=1000, heads=4, kv_heads=4, head_dim=128),
 )
 SMALL_EXPERTS = ExpertShape(tokens=64, embed=16, mlp=24, experts=4, k=2)
+SMALL_HEAD, HEAD = HeadShape(tokens=24, embed=16, vocab=61), HeadShape(tokens=1000, embed=512, vocab=5003)
 EXPERTS = ExpertShape(tokens=4096, embed=512, mlp=256, experts=16, k=4)
 
 
@@ -93,6 +105,11 @@ def expert_checks(dispatch: str, dtype: str, *, small: bool) -> Iterator[Check]:
         yield from _layer_checks(dispatch, dtype, shape, skewed)
 
 
+def loss_checks(kernel: str, dtype: str, *, small: bool) -> Iterator[Check]:
+    """What the loss reads of logits, and its gradients, against float64."""
+    yield from _loss_checks(kernel, dtype, SMALL_HEAD if small else HEAD)
+
+
 def attention_obstacle(backend: str, dtype: str) -> str | None:
     """Why this device cannot compute attention of the goldens' model so; None: it can."""
     return _attention_obstacle(backend, dtype, SIZES["d_model"] // SIZES["num_heads"], False)
@@ -101,6 +118,12 @@ def attention_obstacle(backend: str, dtype: str) -> str | None:
 def dispatch_obstacle(dispatch: str, dtype: str) -> str | None:
     """Why this device cannot compute experts so; None: it can."""
     return _refusal(resolve_dispatch, dispatch, platform=jax.default_backend(), dtype=dtype)
+
+
+def loss_obstacle(kernel: str, dtype: str) -> str | None:
+    """Why this device cannot compute the loss so; None: it can."""
+    asked = {"width": HEAD.embed, "more_than_product": None, "split_by": ()}
+    return _refusal(check_loss_kernel, kernel, platform=jax.default_backend(), dtype=dtype, **asked)
 
 
 def _attention_obstacle(backend: str, dtype: str, head_dim: int, segment_ids: bool) -> str | None:
@@ -115,7 +138,7 @@ def _attention_obstacle(backend: str, dtype: str, head_dim: int, segment_ids: bo
     )
 
 
-def _refusal(resolve: Callable[..., str], name: str, **asked: Any) -> str | None:
+def _refusal(resolve: Callable[..., Any], name: str, **asked: Any) -> str | None:
     try:
         resolve(name, **asked)
     except hn.UserError as error:
@@ -254,3 +277,35 @@ def _layer_checks(dispatch: str, dtype: str, shape: ExpertShape, skewed: bool) -
     name = f"experts {'x'.join(map(str, shape))}{', one in every token' if skewed else ''}"
     yield Check(f"{name}, result", errors[0], RESULT[dtype])
     yield Check(f"{name}, gradients", max(errors[1:]), KERNEL_GRADIENTS[dtype])
+
+
+def _loss_checks(kernel: str, dtype: str, shape: HeadShape) -> Iterator[Check]:
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.standard_normal((1, shape.tokens, shape.embed)) * shape.embed**-0.5, dtype)
+    table = jnp.asarray(rng.standard_normal((shape.vocab, shape.embed)), dtype)
+    targets = rng.integers(0, shape.vocab, (1, shape.tokens)).astype(np.int32)
+    gradient = TokenLogits(*np.float32(rng.standard_normal((2, 1, shape.tokens))))
+
+    def read(hidden: Any, table: Any) -> TokenLogits:
+        if kernel == "xla":
+            return token_logits(head_product(hidden, table, (((2,), (1,)), ((), ()))), targets)
+        from hybridnorm_jax.kernels.tpu_head import head_table, head_token_logits
+
+        head = head_table(table, targets, dtype=hidden.dtype)
+        return head_token_logits(hidden, head, targets, vocab_first=True)
+
+    def both(hidden: Any, table: Any) -> Any:
+        found, pull = jax.vjp(read, hidden, table)
+        return *found, *pull(gradient)
+
+    got = _precise(both, dtype)(hidden, table.astype(jnp.float32))
+    wide, rows = np.asarray(hidden, np.float64), np.asarray(table, np.float64)
+    logits = wide @ rows.T
+    log_z = np.log(np.exp(logits).sum(-1))  # of logits near 0
+    one_hot = np.eye(shape.vocab)[targets]
+    d_logits = gradient.log_z[..., None] * np.exp(logits - log_z[..., None]) + gradient.chosen[..., None] * one_hot
+    expected = (log_z, (logits * one_hot).sum(-1), d_logits @ rows, d_logits[0].T @ wide[0])
+    errors = [_error(array, reference) for array, reference in zip(got, expected, strict=True)]
+    name = f"loss {'x'.join(map(str, shape))}"
+    yield Check(f"{name}, log Z and the target's logit", max(errors[:2]), RESULT[dtype])
+    yield Check(f"{name}, gradients", max(errors[2:]), KERNEL_GRADIENTS[dtype])

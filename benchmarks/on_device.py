@@ -1,7 +1,7 @@
 """Run once by whoever has a GPU or a TPU: is what it computes right, and how fast: python benchmarks/on_device.py
 
-First every backend of attention and of experts that the device has is checked in float32 and bfloat16: models against
-their authors' tensors, kernels against float64 (device_checks.py). Then a training step of real sizes is timed,
+First every backend of attention, experts and loss that the device has is checked in float32 and bfloat16: models
+against their authors' tensors, kernels against float64 (device_checks.py). Then a training step of real sizes is timed,
 beside PyTorch (transformers' Olmo2, SDPA, torch.compile) where torch finds a GPU. Each part runs in a process of its
 own with a time limit, all of them within --minutes. After each part the file --out has what is known by then, and
 beside it a Markdown file with the same in a row. Data and a network are not needed. The status is 1 where a check
@@ -61,7 +61,7 @@ class Part(NamedTuple):
 def first_parts(device: Mapping[str, Any], *, small: bool, torch: bool) -> Iterator[Part]:
     """All parts but the one that says what the device is, the most important ones first."""
     flag = ("--small",) if small else ()
-    for what in ("attention", "experts"):
+    for what in ("attention", "experts", "loss"):
         for name, dtypes in device[what].items():
             if name not in UNCHECKED:
                 yield Part("check", (what, name, *dtypes, *flag))

@@ -19,7 +19,7 @@ from command_line import machine
 from hybridnorm_jax.commands.main import exit_status
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import UserError
-from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS, EXPERT_DISPATCHES
+from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS, EXPERT_DISPATCHES, LOSS_KERNELS
 from hybridnorm_jax.planning.compilation import read_config
 from hybridnorm_jax.training.throughput import mfu, model_flops_per_token
 
@@ -29,12 +29,13 @@ CONVENTION = "causal attention by half, no rematerialization, over the bfloat16 
 
 
 def device(_: Sequence[str]) -> dict[str, Any]:
-    """What is here, and which backends of attention and experts it has, with the dtypes that each computes in."""
+    """What is here, and which backends of attention, experts and loss it has, with the dtypes that each computes in."""
     found = machine() | {"platform": jax.default_backend()}
     found["memory"] = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     for key, names, obstacle in (
         ("attention", ATTENTION_BACKENDS, device_checks.attention_obstacle),
         ("experts", EXPERT_DISPATCHES, device_checks.dispatch_obstacle),
+        ("loss", LOSS_KERNELS, device_checks.loss_obstacle),
     ):
         usable = {name: [dtype for dtype in DTYPES if obstacle(name, dtype) is None] for name in names}
         found[key] = {name: dtypes for name, dtypes in usable.items() if dtypes and name != "auto"}
@@ -42,9 +43,13 @@ def device(_: Sequence[str]) -> dict[str, Any]:
 
 
 def check(arguments: Sequence[str]) -> dict[str, Any]:
-    """The checks of one backend: attention | experts, its name, dtypes."""
+    """The checks of one backend: attention | experts | loss, its name, dtypes."""
     what, name, *dtypes = [each for each in arguments if each != SMALL]
-    checks = {"attention": device_checks.attention_checks, "experts": device_checks.expert_checks}[what]
+    checks = {
+        "attention": device_checks.attention_checks,
+        "experts": device_checks.expert_checks,
+        "loss": device_checks.loss_checks,
+    }[what]
     found = [
         {"dtype": dtype, **each._asdict(), "passed": each.passed}
         for dtype in dtypes

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.kernels.token_logits import TokenLogits
 from hybridnorm_jax.kernels.tpu_head_kernels import BackwardInputs, Head, backward_kernel, forward_kernel
-from hybridnorm_jax.mesh.split_axes import Axes, split_axes
+from hybridnorm_jax.mesh.split_axes import Axes, parts, split_axes
 
 LANES = 128
 # Rows of the table that are taken at a time.
@@ -35,44 +35,119 @@ PRODUCTS = {4: 16 * 2**20, 2: 4 * 2**20}
 _interpret = False  # tests set it
 
 
-class _Places(NamedTuple):
-    """The table's layout, and the mesh axes that split sequences and positions.
+class HeadTable(NamedTuple):
+    """What the head multiplies with, as a kernel takes it.
 
     Attributes:
-      vocab_first: the table is (vocab, embed), and not (embed, vocab).
-      rows, columns: axes that split the sequences of a batch, and positions.
+      table: (vocab, embed) or (embed, vocab), in the dtype of the products. It has no gradient of its own.
+      sums: zeros that nobody reads, in float32, (devices, *table): their gradient is that of the table by the tokens of
+        each device. So it is summed over the devices once, after everything else has been added to it.
     """
 
-    vocab_first: bool
+    table: Float[Array, "..."]
+    sums: Float[Array, "devices ..."]
+
+
+def head_table(table: Float[Array, "..."], ids: Int[Array, "batch seq"], *, dtype: Any) -> HeadTable:
+    """Of the head's parameter; `ids` are the tokens of the batch."""
+    return HeadTable(jax.lax.stop_gradient(table.astype(dtype)), _sums(table, _places(*ids.shape)))
+
+
+def head_table_and_rows(
+    table: Float[Array, "vocab embed"], ids: Int[Array, "batch seq"], *, dtype: Any
+) -> tuple[HeadTable, Float[Array, "batch seq embed"]]:
+    """Of a table that is the token embedding as well: also its rows of these tokens, NaN for an id outside of it.
+
+    The gradient of the rows is added where the head's gradient of the table is. XLA by itself would add it to a table
+    of zeros, and then add up both tables.
+    """
+    narrow = jax.lax.stop_gradient(table.astype(dtype))
+    rows, sums = _rows_and_sums(table, narrow, jnp.where(ids < 0, len(table), ids), _places(*ids.shape))
+    return HeadTable(narrow, sums), rows
+
+
+class _Places(NamedTuple):
+    """The mesh axes that split the sequences of a batch, and their positions."""
+
     rows: Axes
     columns: Axes
 
     @property
-    def axes(self) -> Axes:
-        """All that split tokens."""
-        return (*self.rows, *self.columns)
+    def tokens(self) -> PartitionSpec:
+        return PartitionSpec(self.rows, self.columns)
+
+    @property
+    def devices(self) -> PartitionSpec:
+        """Of an array whose first dimension counts the devices that have tokens of their own."""
+        return PartitionSpec((*self.rows, *self.columns))
+
+
+def _places(batch: int, seq: int) -> _Places:
+    return _Places(split_axes("batch", batch), split_axes("seq", seq))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _sums(table: Array, places: _Places) -> Array:
+    return jnp.zeros((parts((*places.rows, *places.columns)), *table.shape), jnp.float32)
+
+
+def _sums_forward(table: Array, places: _Places) -> tuple[Array, Array]:
+    return _sums(table, places), jnp.zeros((), table.dtype)
+
+
+def _sums_backward(places: _Places, like_table: Array, d_sums: Array) -> tuple[Array]:
+    return (d_sums.sum(0).astype(like_table.dtype),)
+
+
+_sums.defvjp(_sums_forward, _sums_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _rows_and_sums(table: Array, narrow: Array, ids: Array, places: _Places) -> tuple[Array, Array]:
+    return jnp.take(narrow, ids, axis=0), _sums(table, places)
+
+
+def _rows_forward(
+    table: Array, narrow: Array, ids: Array, places: _Places
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    return _rows_and_sums(table, narrow, ids, places), (ids, jnp.zeros((), table.dtype))
+
+
+def _rows_backward(
+    places: _Places, kept: tuple[Array, Array], gradients: tuple[Array, Array]
+) -> tuple[Array, None, None]:
+    ids, like_table = kept
+
+    def add(sums: Array, ids: Array, d_rows: Array) -> Array:
+        return sums.at[0, ids].add(d_rows.astype(sums.dtype))
+
+    mapped = _on_mesh(add, in_specs=(places.devices, places.tokens, places.tokens), out_specs=places.devices)
+    d_rows, d_sums = gradients
+    (d_table,) = _sums_backward(places, like_table, mapped(d_sums, ids, d_rows))
+    return d_table, None, None
+
+
+_rows_and_sums.defvjp(_rows_forward, _rows_backward)
 
 
 def head_token_logits(
     hidden: Float[Array, "batch seq embed"],
-    table: Float[Array, "..."],
+    head: HeadTable,
     targets: Int[Array, "batch seq"],
     *,
     vocab_first: bool,
 ) -> TokenLogits:
-    """token_logits of the product of `hidden` and the table rounded to the dtype of `hidden`, in float32.
+    """token_logits of the product of `hidden` and the table, in float32.
 
-    The gradient of the logits is rounded to that dtype as well, as operand of its two products. On a mesh each device
-    takes its share of the tokens and the whole table, whose gradient is summed over the devices.
+    The gradient of the logits is rounded to the dtype of both, as operand of its two products. On a mesh each device
+    takes its share of the tokens and the whole table.
 
     Args:
-      hidden: in bfloat16 or float32.
-      table: (vocab, embed) or (embed, vocab); its gradient has its dtype.
-      vocab_first: the table is (vocab, embed).
+      hidden: in bfloat16 or float32; of the same sequences, and of positions that are split in the same way, as the
+        tokens that `head` was made for.
+      vocab_first: the table is (vocab, embed), and not (embed, vocab).
     """
-    batch, seq, _ = hidden.shape
-    places = _Places(vocab_first, split_axes("batch", batch), split_axes("seq", seq))
-    return _token_logits(hidden, table, targets, places)
+    return _token_logits(hidden, head.table, head.sums, targets, (_places(*targets.shape), vocab_first))
 
 
 def token_block(tokens: int, embed: int, dtype: Any) -> int:
@@ -96,34 +171,40 @@ def _memory() -> float:
     return SHARE_OF_MEMORY * pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else MEMORY
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _token_logits(hidden: Array, table: Array, targets: Array, places: _Places) -> TokenLogits:
-    found, _ = _forward(hidden, table, targets, places)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _token_logits(
+    hidden: Array, table: Array, sums: Array, targets: Array, layout: tuple[_Places, bool]
+) -> TokenLogits:
+    found, _ = _forward(hidden, table, sums, targets, layout)
     return found
 
 
-def _forward(hidden: Array, table: Array, targets: Array, places: _Places) -> tuple[TokenLogits, tuple[Array, ...]]:
-    tokens, everywhere = PartitionSpec(places.rows, places.columns), PartitionSpec()
+def _forward(
+    hidden: Array, table: Array, sums: Array, targets: Array, layout: tuple[_Places, bool]
+) -> tuple[TokenLogits, tuple[Array, ...]]:
+    places, vocab_first = layout
+    tokens, everywhere = places.tokens, PartitionSpec()
     mapped = _on_mesh(
-        functools.partial(_call_forward, places.vocab_first),
+        functools.partial(_call_forward, vocab_first),
         in_specs=(tokens, everywhere, tokens),
-        out_specs=(TokenLogits(tokens, tokens), PartitionSpec(places.axes)),
+        out_specs=(TokenLogits(tokens, tokens), places.devices),
     )
-    narrow = table.astype(hidden.dtype)
-    found, logits = mapped(hidden, narrow, targets)
-    return found, (hidden, narrow, targets, found.log_z, logits, jnp.zeros((), table.dtype))
+    found, logits = mapped(hidden, table, targets)
+    return found, (hidden, table, targets, found.log_z, logits)
 
 
-def _backward(places: _Places, kept: tuple[Array, ...], gradient: TokenLogits) -> tuple[Array, Array, None]:
-    *arrays, like_table = kept
-    tokens, everywhere = PartitionSpec(places.rows, places.columns), PartitionSpec()
+def _backward(
+    layout: tuple[_Places, bool], kept: tuple[Array, ...], gradient: TokenLogits
+) -> tuple[Array, None, Array, None]:
+    places, vocab_first = layout
+    tokens, everywhere, devices = places.tokens, PartitionSpec(), places.devices
     mapped = _on_mesh(
-        functools.partial(_call_backward, places.vocab_first),
-        in_specs=(tokens, everywhere, tokens, tokens, PartitionSpec(places.axes), TokenLogits(tokens, tokens)),
-        out_specs=(tokens, PartitionSpec(places.axes)),
+        functools.partial(_call_backward, vocab_first),
+        in_specs=(tokens, everywhere, tokens, tokens, devices, TokenLogits(tokens, tokens)),
+        out_specs=(tokens, devices),
     )
-    d_hidden, d_tables = mapped(*arrays, gradient)
-    return d_hidden, d_tables.sum(0).astype(like_table.dtype), None
+    d_hidden, d_sums = mapped(*kept, gradient)
+    return d_hidden, None, d_sums, None
 
 
 _token_logits.defvjp(_forward, _backward)
@@ -234,7 +315,7 @@ def _call_backward(
     logits: Array,
     gradient: TokenLogits,
 ) -> tuple[Array, Array]:
-    """(gradient of hidden, gradients of the table in float32 by each block of tokens) of one device."""
+    """(gradient of hidden, that of the table in float32 as (1, *table)) of one device."""
     blocks = _Blocks(hidden, table, vocab_first=vocab_first)
     row = blocks.of_row
     d_columns, d_tables = pl.pallas_call(
@@ -270,4 +351,4 @@ def _call_backward(
         )
     )
     d_hidden = d_columns.T[: blocks.tokens].reshape(hidden.shape).astype(hidden.dtype)
-    return d_hidden, d_tables
+    return d_hidden, d_tables if len(d_tables) == 1 else d_tables.sum(0, keepdims=True)

@@ -114,8 +114,13 @@ class Decoder(nn.Module):
         deterministic: bool = True,
         step: Int[Array, ""] | int | None = None,
         slots: Slots | None = None,
+        rows: Stream | None = None,
     ) -> Stream:
-        """What the head reads, in the compute dtype; arguments as in `__call__`."""
+        """What the head reads, in the compute dtype; arguments as in `__call__`.
+
+        Args:
+          rows: of the token embedding, where they are looked up already.
+        """
         config = self.config
         if slots is not None and not self.unrolled:
             raise ValueError("slots: a model with a loop over its layers keeps nothing; build it with unrolled=True")
@@ -124,7 +129,7 @@ class Decoder(nn.Module):
             check_per_token(name, array, batch=tokens.shape[0], seq=tokens.shape[1])
         if positions is None:
             positions = default_positions(tokens.shape[1])
-        stream = self.token_embedding(tokens)
+        stream = self.token_embedding(tokens, rows)
         if config.max_positions is not None:
             if slots is None:  # whose padding has positions, too
                 self._check_length(tokens.shape[1])

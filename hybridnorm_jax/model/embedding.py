@@ -38,14 +38,24 @@ class Embedding(nn.Module):
         init = matrix_init(self.initializer, self.std, writes=True)
         self.embedding = self.param("embedding", init, (self.rows, self.width), jnp.dtype(self.param_dtype))
 
-    def __call__(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
-        """Look the rows up; an id outside the table gives NaN. The gradient is summed in the parameters' dtype."""
+    def __call__(
+        self, ids: Int[Array, "batch seq"], rows: Float[Array, "batch seq embed"] | None = None
+    ) -> Float[Array, "batch seq embed"]:
+        """Look the rows up; an id outside the table gives NaN. The gradient is summed in the parameters' dtype.
+
+        Args:
+          rows: those of the table, in `dtype`, where they are looked up already.
+        """
+        if rows is None:
+            rows = self._rows(ids)
+        return rows if self.scale is None else rows * jnp.asarray(self.scale, rows.dtype)
+
+    def _rows(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
         # JAX would count a negative id from the table's end.
         ids = jnp.where(ids < 0, self.rows, ids)
         # Gathered along embed before the lookup: XLA cannot get from a result sharded by embed to one sharded by batch.
         table = nn.with_logical_constraint(self.embedding, ("vocab", None))
-        rows = jnp.take(table, ids, axis=0).astype(self.dtype)
-        return rows if self.scale is None else rows * jnp.asarray(self.scale, rows.dtype)
+        return jnp.take(table, ids, axis=0).astype(self.dtype)
 
 
 class EmbeddingScale(nn.Module):

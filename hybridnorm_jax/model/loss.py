@@ -47,7 +47,8 @@ TokenLogitsOf = Callable[[Any, Float[Array, "batch seq embed"], Int[Array, "batc
 def token_logits_of(model: Decoder, kernel: str = "xla") -> TokenLogitsOf:
     """What computes it for this model, in float32 at least.
 
-    The function closes over no array. The head's parameters are those of `gathered_head`.
+    The function closes over no array. The head's parameters are those of `gathered_head`, or for another kernel than
+    xla those of `kernel_head`.
 
     Args:
       kernel: one of backend_names.LOSS_KERNELS. pallas is for a head that is a product and no more, see
@@ -61,8 +62,7 @@ def token_logits_of(model: Decoder, kernel: str = "xla") -> TokenLogitsOf:
     def from_hidden(head: Any, hidden: Array, targets: Array) -> TokenLogits:
         from hybridnorm_jax.kernels.tpu_head import head_token_logits  # imports Pallas, which takes a while
 
-        module, name, axes = _table(model.config)
-        return head_token_logits(hidden, head[module][name], targets, vocab_first=axes[0] == "vocab")
+        return head_token_logits(hidden, head, targets, vocab_first=model.config.tie_embeddings)
 
     return from_logits if kernel == "xla" else from_hidden
 
@@ -183,6 +183,16 @@ def gathered_head(config: ModelConfig, params: Any) -> Any:
     head = {part: params[part] for part in ("token_embedding", "head") if part in (module, "head") and part in params}
     gathered = nn.with_logical_constraint(params[module][name], axes)
     return head | {module: params[module] | {name: gathered}}
+
+
+def kernel_head(config: ModelConfig, head: Any, tokens: Int[Array, "batch seq"]) -> tuple[Any, Array | None]:
+    """Of gathered_head's parameters what the kernels take, and where the table is tied the embedding's rows of it."""
+    from hybridnorm_jax.kernels.tpu_head import head_table, head_table_and_rows  # imports Pallas
+
+    module, name, _ = _table(config)
+    if config.tie_embeddings:
+        return head_table_and_rows(head[module][name], tokens, dtype=config.dtype)
+    return head_table(head[module][name], tokens, dtype=config.dtype), None
 
 
 def _table(config: ModelConfig) -> tuple[str, str, tuple[str | None, str | None]]:

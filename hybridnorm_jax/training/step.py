@@ -16,7 +16,14 @@ from hybridnorm_jax.equivalence.forward_pass import collected
 from hybridnorm_jax.equivalence.measurements import Measured
 from hybridnorm_jax.mesh.split_axes import parts, split_axes
 from hybridnorm_jax.model.decoder import Decoder
-from hybridnorm_jax.model.loss import LossSums, chunked_cross_entropy, cross_entropy, gathered_head, token_logits_of
+from hybridnorm_jax.model.loss import (
+    LossSums,
+    chunked_cross_entropy,
+    cross_entropy,
+    gathered_head,
+    kernel_head,
+    token_logits_of,
+)
 from hybridnorm_jax.model.moe import RouterStatistics
 from hybridnorm_jax.model.watched_streams import DEFECT, ROUTER
 from hybridnorm_jax.training import router_balance
@@ -112,6 +119,9 @@ def batch_loss(
     with jax.named_scope(LOSS_SCOPE):
         head = gathered_head(model.config, variables["params"])
     variables = {**variables, "params": {**variables["params"], **head}}
+    if kernel != "xla":
+        with jax.named_scope(LOSS_SCOPE):
+            head, inputs["rows"] = kernel_head(model.config, head, batch["tokens"])
     hidden, sown = model.apply(variables, batch["tokens"], method="hidden", **inputs)
     with jax.named_scope(LOSS_SCOPE):
         logits_of = token_logits_of(model, kernel)

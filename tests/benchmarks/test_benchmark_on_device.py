@@ -19,6 +19,7 @@ CHECK = {"dtype": "float32", "name": "context", "error": 1e-7, "bound": 1e-5, "p
 SPEED = {"tokens per second": 1234.0, "MFU": 0.5}
 DEVICE = {"devices": 1, "device": "NVIDIA H100 80GB HBM3", "jax": "0.10.2", "platform": "gpu"}
 DEVICE |= {"attention": {"flash": ["float32"]}, "experts": {"dense": ["float32"], "grouped": ["bfloat16"]}}
+DEVICE |= {"loss": {"xla": ["float32"]}}
 
 
 def result_of(*parts):
@@ -61,11 +62,19 @@ def test_every_backend_of_a_device_is_checked_before_anything_is_timed():
     parts = list(on_device.first_parts(DEVICE, small=False, torch=True))
     items = [part.item for part in parts]
     assert items == sorted(items, key=lambda item: item != "check")
-    assert [part.arguments for part in parts[:2]] == [
+    assert [part.arguments for part in parts[:3]] == [
         ("attention", "flash", "float32"),
         ("experts", "grouped", "bfloat16"),
+        ("loss", "xla", "float32"),
     ]
     assert sum(item == "torch" for item in items) == 2
+
+
+def test_on_a_tpu_both_ways_of_the_loss_are_timed():
+    parts = on_device.first_parts(DEVICE | {"platform": "tpu"}, small=False, torch=False)
+    speeds = [part.arguments[1:] for part in parts if part.item == "speed"]
+    assert on_device.LARGER in speeds
+    assert (*on_device.LARGER, "train.loss_kernel=pallas") in speeds
 
 
 def test_a_part_that_takes_too_long_is_ended_and_said(monkeypatch, tmp_path):
@@ -98,7 +107,7 @@ def test_what_is_known_is_written_after_each_part(monkeypatch, tmp_path):
 
     monkeypatch.setattr(on_device, "run_part", run)
     result = on_device.measure(out, minutes=8, small=True, torch=False)
-    assert written == [1, 2, 3]
+    assert written == [1, 2, 3, 4]
     assert json.loads(out.read_text()) == result
     assert out.with_suffix(".md").read_text() == on_device.markdown(result) + "\n"
 

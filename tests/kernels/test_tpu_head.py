@@ -13,7 +13,7 @@ from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.kernels import tpu_head
 from hybridnorm_jax.kernels.loss_kernels import check_loss_kernel
 from hybridnorm_jax.kernels.token_logits import TokenLogits
-from hybridnorm_jax.kernels.tpu_head import head_token_logits
+from hybridnorm_jax.kernels.tpu_head import head_table, head_table_and_rows, head_token_logits
 from hybridnorm_jax.mesh.device_mesh import use_mesh
 from hybridnorm_jax.planning.collectives import read_collectives
 from hybridnorm_jax.planning.matrix_products import matrix_products, total_flops
@@ -27,6 +27,12 @@ ROUNDING = {jnp.float32: 2.0**-24, jnp.bfloat16: 2.0**-8}
 @pytest.fixture
 def interpreted(monkeypatch):
     monkeypatch.setattr(tpu_head, "_interpret", True)
+
+
+def read_tokens(hidden, table, targets, vocab_first):
+    """head_token_logits of a table in any dtype."""
+    head = head_table(table, targets, dtype=hidden.dtype)
+    return head_token_logits(hidden, head, targets, vocab_first=vocab_first)
 
 
 class Textbook:
@@ -83,7 +89,7 @@ def compare(dtype, *, batch=2, seq=65, embed=24, vocab=300, vocab_first=True, si
 
     @jax.jit
     def both(hidden, table):
-        read = functools.partial(head_token_logits, targets=jnp.asarray(targets, jnp.int32), vocab_first=vocab_first)
+        read = functools.partial(read_tokens, targets=jnp.asarray(targets, jnp.int32), vocab_first=vocab_first)
         found, pull = jax.vjp(read, hidden, table)
         return *found, *pull(TokenLogits(*map(jnp.asarray, gradient)))
 
@@ -126,7 +132,9 @@ def test_on_a_mesh_each_device_takes_its_tokens(interpreted, shape):
         compare(jnp.float32, batch=8, seq=20)
 
 
-def test_on_a_mesh_nothing_is_sent_but_the_gradient_of_the_table(interpreted):
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_on_a_mesh_the_gradient_of_the_table_is_summed_once_and_nothing_else_is_sent(interpreted, tied):
+    """Also where it is the sum of what the head and the lookup of rows give."""
     mesh = jax.make_mesh((1, 2, 4, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 6)
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     hidden = jax.ShapeDtypeStruct((8, 20, 24), jnp.float32, sharding=rows)
@@ -134,7 +142,13 @@ def test_on_a_mesh_nothing_is_sent_but_the_gradient_of_the_table(interpreted):
     table = jax.ShapeDtypeStruct((300, 24), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
 
     def gradients(hidden, table, targets):
-        found, pull = jax.vjp(lambda *x: head_token_logits(*x, targets, vocab_first=True), hidden, table)
+        def read(hidden, table):
+            if not tied:
+                return read_tokens(hidden, table, targets, vocab_first=True)
+            head, rows = head_table_and_rows(table, targets, dtype=hidden.dtype)
+            return head_token_logits(hidden + rows, head, targets, vocab_first=True)
+
+        found, pull = jax.vjp(read, hidden, table)
         return pull(found)
 
     places = rows, NamedSharding(mesh, PartitionSpec())
@@ -142,6 +156,14 @@ def test_on_a_mesh_nothing_is_sent_but_the_gradient_of_the_table(interpreted):
         text = jax.jit(gradients, out_shardings=places).lower(hidden, table, targets).compile().as_text()
     assert read_collectives(text).kinds.keys() == {"all-reduce"}
     assert read_collectives(text).kinds["all-reduce"].bytes == 300 * 24 * 4
+
+
+def test_rows_of_tokens_that_are_not_there_are_no_numbers():
+    table = jnp.arange(12.0).reshape(4, 3)
+    _, rows = head_table_and_rows(table, jnp.asarray([[3, -1, 4, 0]]), dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(rows[0, [0, 3]], table[jnp.asarray([3, 0])])
+    assert jnp.isnan(rows[0, 1:3]).all()
+    assert rows.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -217,7 +239,7 @@ def compiled(topology, *, tokens, embed, vocab, dtype=jnp.bfloat16, vocab_first=
     table = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
 
     def loss(hidden, table, targets):
-        found = head_token_logits(hidden, table, targets, vocab_first=vocab_first)
+        found = read_tokens(hidden, table, targets, vocab_first=vocab_first)
         return jnp.sum(found.log_z - found.chosen)
 
     with use_mesh(mesh):

@@ -150,6 +150,27 @@ def test_fused_experts_count_a_product_for_each_kernel_and_each_gradient_of_one(
     assert total_flops(matrix_products(gradient)) == 2 * 2 * 512 * 128 * 128
 
 
+HEAD = """HloModule m
+
+ENTRY %main (h: bf16[256,128], w: bf16[300,256], t: s32[1,128]) -> f32[1,300,128] {
+  %h = bf16[256,128]{1,0} parameter(0)
+  %w = bf16[300,256]{1,0} parameter(1)
+  %t = s32[1,128]{1,0} parameter(2)
+  %f = (f32[1,300,128]{2,1,0}, f32[1,128]{1,0}, f32[1,128]{1,0}) custom-call(%h, %w, %t), \
+custom_call_target="tpu_custom_call"
+  %z = f32[1,300,128]{2,1,0} get-tuple-element(%f), index=0
+  %x = bf16[128,256]{1,0} reshape(%h)
+  %jvp_head_backward_.1 = (f32[256,128]{1,0}, f32[1,300,256]{2,1,0}) custom-call(%x, %w, %z, %t, %t, %t, %t), \
+custom_call_target="tpu_custom_call"
+}
+""".replace("%f", "%head_forward.2")
+
+
+def test_the_kernels_of_the_head_count_the_product_and_its_two_gradients():
+    forward, backward = matrix_products(HEAD)
+    assert (forward.flops, backward.flops) == (2 * 128 * 300 * 256, 2 * 2 * 128 * 300 * 256)
+
+
 def test_a_kernel_that_nobody_knows_is_named_and_not_counted():
     (found,) = matrix_products(GROUPED.replace("%gmm.1", "%mine.1"))
     assert (found.name, found.flops, found.times) == ("mine.1", None, 1)
