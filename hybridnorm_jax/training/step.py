@@ -120,8 +120,7 @@ def batch_loss(
         head = gathered_head(model.config, variables["params"])
     variables = {**variables, "params": {**variables["params"], **head}}
     if kernel != "xla":
-        with jax.named_scope(LOSS_SCOPE):
-            head, inputs["rows"] = kernel_head(model.config, head, batch["tokens"])
+        head, inputs["rows"] = kernel_head(model.config, head, batch["tokens"])
     hidden, sown = model.apply(variables, batch["tokens"], method="hidden", **inputs)
     with jax.named_scope(LOSS_SCOPE):
         logits_of = token_logits_of(model, kernel)

@@ -166,8 +166,12 @@ def test_rows_of_tokens_that_are_not_there_are_no_numbers():
     assert rows.dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_the_loss_of_a_model_is_the_one_that_xla_computes(interpreted, small_config, random_params, tied):
+@pytest.mark.parametrize(
+    ("tied", "shape"),
+    [(True, (1, 1, 4, 1, 1, 1)), (False, (1, 1, 4, 1, 1, 1)), (True, (1, 1, 2, 1, 1, 2))],
+    ids=["tied", "untied", "split sequences"],
+)
+def test_the_loss_of_a_model_is_the_one_that_xla_computes(interpreted, small_config, random_params, tied, shape):
     """Whole and in chunks, with a z-loss and weights of zero, on a mesh: the same loss and the same gradients."""
     config = small_config(num_layers=1, tie_embeddings=tied)
     rng = np.random.default_rng(2)
@@ -182,7 +186,7 @@ def test_the_loss_of_a_model_is_the_one_that_xla_computes(interpreted, small_con
 
         return jax.jit(jax.value_and_grad(total, has_aux=True))(params)
 
-    with use_mesh(jax.make_mesh((1, 1, 4, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 6, devices=jax.devices()[:4])):
+    with use_mesh(jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 6, devices=jax.devices()[:4])):
         expected = gradients("xla", None)
         for chunk in (None, 6):
             for reference, found in zip(
