@@ -187,11 +187,12 @@ class SourceOpener:
         if is_of_records(paths, key):
             return self._id_records_source(section, key)
         paths = self._fetched(paths, section.files, key)
+        # In this order: a file that is changed after it was opened is refused when it is read.
+        arrays, names = self._opened(paths, section), relative_names(paths, root)
         files = identities(paths, root)
         fraction = section.validation_fraction
         if fraction:
             _check_no_copies(files, key)
-        arrays, names = self._opened(paths, section), relative_names(paths, root)
         _check_separator_id(self._data, have_ends=all(array.ends is not None for array in arrays.values()))
         own = split_extents(arrays, names, fraction)
         train, held_out = self._tokens(own.train), self._tokens(own.held_out)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 
@@ -269,6 +270,25 @@ def test_a_named_set_must_be_good_too(text, tokens, tmp_path):
 def test_a_separator_outside_the_vocabulary_is_refused(tokens, separator_id):
     message = refused(tokens(segment_ids=True, separator_id=separator_id), vocab_size=600)
     assert message.startswith(f"data.separator_id={separator_id}: ")
+
+
+def test_tokens_are_those_whose_identity_was_taken(tmp_path, monkeypatch):
+    """A shard that is overwritten right after its identity was taken is not read as the shard that it was."""
+    shard = tmp_path / "a.npy"
+    np.save(shard, np.arange(100_000, dtype=np.uint16))
+    os.utime(shard, ns=(1, 10**18))
+    take = opened_source.identities
+
+    def take_and_overwrite(*arguments):
+        taken = take(*arguments)
+        np.save(shard, np.arange(100_000, dtype=np.uint16)[::-1])
+        return taken
+
+    monkeypatch.setattr(opened_source, "identities", take_and_overwrite)
+    with pytest.raises(DataError, match=r"a\.npy: was changed while it was in use"):
+        open_quietly(
+            DataSection(source="tokens", files=(str(shard),), validation_fraction=0.0), vocab_size=100_000
+        ).train[0]
 
 
 def test_moving_all_token_files_changes_nothing(tmp_path, monkeypatch):

@@ -12,12 +12,12 @@ Megatron's files have an index of their own, which says the same (megatron_index
 """
 
 import functools
-import os
 from collections.abc import Callable
 
 import numpy as np
 
 from hybridnorm_jax.data.files.companions import ENDS, NUMPY, file_beside
+from hybridnorm_jax.data.files.file_state import FileState
 from hybridnorm_jax.data.places.remote_file import Place, readable
 from hybridnorm_jax.errors import DataError, first_line
 
@@ -37,18 +37,24 @@ class DocumentEnds:
 
     dtype = DTYPE
 
-    def __init__(self, path: str | os.PathLike[str], read: Callable[..., np.ndarray], *arguments: str | int):
+    def __init__(self, index: Place, read: Callable[..., np.ndarray], *arguments: str | int):
         """Say who reads it.
 
         Args:
-          path: of the index.
-          read: a function of a module; of the `arguments`, which say of which file.
+          index: the file.
+          read: a function of a module; of the name that the index has on this machine, and of the `arguments`.
         """
-        self.path = os.fspath(path)
+        self.path = readable(index)
+        self._name, self._state = str(index), FileState.of(index)
         self._read, self._arguments = read, arguments
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(_loaded(self._read, *self._arguments), dtype)
+        """All ends.
+
+        Raises:
+          DataError: it is no index, that of other tokens, or another one than when the file of tokens was opened.
+        """
+        return np.asarray(_loaded(self._read, self.path, self._name, self._state, *self._arguments), dtype)
 
     def __len__(self) -> int:
         return len(np.asarray(self))
@@ -58,8 +64,14 @@ class DocumentEnds:
 
 
 @functools.lru_cache(maxsize=MOST_LOADED)
-def _loaded(read: Callable[..., np.ndarray], *arguments: str | int) -> np.ndarray:
-    return read(*arguments)
+def _loaded(
+    read: Callable[..., np.ndarray], path: str, name: str, state: FileState, *arguments: str | int
+) -> np.ndarray:
+    try:
+        state.check(FileState.read(path), name)
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror or error})") from error
+    return read(path, *arguments)
 
 
 def document_ends(tokens: Place, count: int) -> DocumentEnds | None:
@@ -70,7 +82,7 @@ def document_ends(tokens: Place, count: int) -> DocumentEnds | None:
     index = file_beside(tokens, NUMPY, ENDS)
     if index is None:
         return None
-    return DocumentEnds(readable(index), _read, readable(index), str(index), str(tokens), count)
+    return DocumentEnds(index, _read, str(index), str(tokens), count)
 
 
 def _read(path: str, index: str, tokens: str, count: int) -> np.ndarray:

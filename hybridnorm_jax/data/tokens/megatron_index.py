@@ -57,7 +57,7 @@ def read_megatron_index(tokens: Place) -> MegatronIndex | None:
             count = _count(stream, index, size, header, tokens)
     except OSError as error:
         raise DataError(f"{index}: cannot be read ({error.strerror or error})") from error
-    return MegatronIndex(header.dtype, count, DocumentEnds(readable(index), _read_ends, readable(index), count))
+    return MegatronIndex(header.dtype, count, DocumentEnds(index, _read_ends, count))
 
 
 def _header(stream: BinaryIO, index: Place) -> _Header:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hybridnorm_jax.data.files.file_state import UNCHANGED, FileState
 from hybridnorm_jax.data.places.remote_file import Place, readable
 from hybridnorm_jax.data.text.blocks import blocks, held_out
 from hybridnorm_jax.data.tokens.token_formats import Layout, read_layout
@@ -19,7 +20,6 @@ from hybridnorm_jax.data.tokens.token_stream import Extent
 from hybridnorm_jax.errors import DataError
 
 MOST_OPEN = 256
-UNCHANGED = "start again with files that nobody writes to"
 
 
 class OpenFiles:
@@ -41,12 +41,6 @@ class _Descriptor:
         self.number = -1  # for __del__, if os.open raises
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    @property
-    def state(self) -> tuple[int, int]:
-        """The file's size now, and the time of its last change in nanoseconds."""
-        found = os.fstat(self.number)
-        return found.st_size, found.st_mtime_ns
-
     def __del__(self):
         if self.number >= 0:
             os.close(self.number)
@@ -61,13 +55,15 @@ class TokenFile:
       local_path: of the file, or of its copy on this machine.
 
     Raises:
-      DataError: on reading, if the file was changed since it was read first, ends too early, or cannot be read.
+      DataError: on reading, if the file is not in `state` any more, ends too early, or cannot be read.
     """
 
-    def __init__(self, path: Place, layout: Layout, files: OpenFiles, targets: "TokenFile | None" = None):
+    def __init__(
+        self, path: Place, layout: Layout, files: OpenFiles, *, state: FileState, targets: "TokenFile | None" = None
+    ):
         self._path = str(path)
         self.local_path = readable(path)
-        self._state: tuple[int, int] | None = None
+        self._state = state
         self._layout = layout
         self._files = files
         self.dtype = layout.dtype
@@ -84,23 +80,13 @@ class TokenFile:
         wanted = max(stop - start, 0) * dtype.itemsize
         try:
             file = self._files.open(self.local_path)
-            self._check_unchanged(file)
+            self._state.check(FileState.read(file.number), self._path)
             content = _read(file, wanted, offset + start * dtype.itemsize)
         except OSError as error:
             raise DataError(f"{self._path}: cannot be read ({error.strerror or error})") from error
         if len(content) != wanted:
             raise DataError(f"{self._path}: became shorter while it was in use; {UNCHANGED}")
         return np.frombuffer(content, dtype)
-
-    def _check_unchanged(self, file: _Descriptor) -> None:
-        size, changed = state = file.state
-        if self._state is None:
-            self._state = state
-        before, changed_before = self._state
-        if size != before:
-            raise DataError(f"{self._path}: has {size:,} bytes now, but had {before:,}; {UNCHANGED}")
-        if changed != changed_before:
-            raise DataError(f"{self._path}: was changed while it was in use; {UNCHANGED}")
 
 
 def _read(file: _Descriptor, count: int, offset: int) -> bytes:
@@ -117,6 +103,8 @@ def _read(file: _Descriptor, count: int, offset: int) -> bytes:
 def open_token_file(path: Place, raw_dtype: str, files: OpenFiles | None = None) -> TokenFile:
     """A file of integers: NumPy's, llm.c's, or raw numbers of `raw_dtype`.
 
+    Whoever asks for its identity asks after this: what is changed then or later is not read as what it was.
+
     Args:
       path: of the file.
       raw_dtype: of a file without a header, "uint16" or "uint32".
@@ -125,14 +113,18 @@ def open_token_file(path: Place, raw_dtype: str, files: OpenFiles | None = None)
     Raises:
       DataError: as read_layout; or what lies beside the file as NAME.targets.npy is no mask of its tokens.
     """
-    files, layout = files or OpenFiles(), read_layout(path, raw_dtype)
+    files = files or OpenFiles()
+    # Before anything else is known of the file, so that all of it is of this state or of a later one.
+    state = FileState.of(path)
+    layout = read_layout(path, raw_dtype)
     if layout.targets is None:
-        return TokenFile(path, layout, files)
-    mask = TokenFile(layout.targets, read_layout(layout.targets, raw_dtype), files)
+        return TokenFile(path, layout, files, state=state)
+    mask_state = FileState.of(layout.targets)
+    mask = TokenFile(layout.targets, read_layout(layout.targets, raw_dtype), files, state=mask_state)
     if mask.dtype != TARGETS_DTYPE or len(mask) != layout.count:
         right = f"{layout.count:,} numbers of uint8, 1 for each token that is learned and 0 for the others"
         raise DataError(f"{layout.targets}: does not say which tokens of {path} are learned: it must hold {right}")
-    return TokenFile(path, layout, files, mask)
+    return TokenFile(path, layout, files, state=state, targets=mask)
 
 
 class SplitExtents(NamedTuple):

@@ -272,9 +272,48 @@ def test_a_file_that_changes_or_vanishes_in_the_middle_of_a_run(tmp_path, how, i
         tokens[3:5]
 
 
-def test_a_file_that_becomes_shorter_is_an_error(tmp_path):
-    array = open_token_file(write(tmp_path, "a.bin", bytes(80)), "uint16")
-    write(tmp_path, "a.bin", bytes(8))
+@pytest.mark.parametrize("how", ["written again", "replaced", "removed"])
+def test_a_file_that_changes_before_its_first_read(tmp_path, how):
+    """Its identity was taken when the run began, which may be days before its turn in a mixture."""
+    path = write(tmp_path, "a.bin", np.arange(500, dtype=np.uint16).tobytes())
+    os.utime(path, ns=(1, 10**18))
+    tokens = open_token_file(path, "uint16")
+    if how != "written again":
+        path.unlink()
+    if how != "removed":
+        path.write_bytes(np.arange(500, dtype=np.uint16)[::-1].tobytes())
+    words = "cannot be read \\(No such file" if how == "removed" else "was changed while it was in use; start again"
+    with pytest.raises(DataError, match=rf"a\.bin: {words}"):
+        tokens[3:5]
+
+
+@pytest.mark.parametrize("which", ["targets", "ends"])
+@pytest.mark.parametrize("how", ["written again", "removed"])
+def test_what_lies_beside_a_file_may_not_change_before_its_first_read_either(tmp_path, which, how):
+    path = write(tmp_path, "a.npy", npy(np.arange(6, dtype=np.uint16)))
+    write(tmp_path, "a.targets.npy", npy(np.array([0, 1, 1, 0, 0, 1], np.uint8)))
+    write(tmp_path, "a.ends.npy", npy(np.array([2, 6], np.uint64)))
+    beside = tmp_path / f"a.{which}.npy"
+    os.utime(beside, ns=(1, 10**18))
+    other = {"targets": np.ones(6, np.uint8), "ends": np.array([3, 6], np.uint64)}[which]
+    tokens = open_token_file(path, "uint16")
+    beside.unlink() if how == "removed" else beside.write_bytes(npy(other))
+    words = "cannot be read \\(No such file" if how == "removed" else "was changed while it was in use; start again"
+    with pytest.raises(DataError, match=rf"a\.{which}\.npy: {words}"):
+        getattr(tokens, which)[0:2]
+    if how != "removed":  # who opens it now has the one of now, also in the same process
+        np.testing.assert_array_equal(getattr(open_token_file(path, "uint16"), which)[0:2], other[:2])
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path, monkeypatch):
+    path = write(tmp_path, "a.bin", bytes(80))
+    array, read = open_token_file(path, "uint16"), token_files._read
+
+    def read_when_cut(*arguments):
+        os.truncate(path, 8)
+        return read(*arguments)
+
+    monkeypatch.setattr(token_files, "_read", read_when_cut)
     with pytest.raises(DataError, match=r"a\.bin: became shorter"):
         array[0:40]
 
