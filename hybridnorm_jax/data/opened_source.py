@@ -5,7 +5,7 @@ dataset.py puts them together. A validation set of data.validation is opened her
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -126,6 +126,7 @@ class SourceOpener:
             if is_of_records(paths, key):
                 return self._tokens(self._id_records(section, patterns, key, fraction=1.0).extents(["validation"]))
             arrays = self._opened(self._fetched(paths, patterns, key), section)
+            _check_separator_id(section, key, arrays.values())
             return self._tokens(split_extents(arrays, relative_names(paths), 1.0).held_out)
         corpus = patterns_corpus(section, patterns, key)
         return self._text_split(self._cached(corpus, fraction=1.0), "validation")
@@ -193,7 +194,7 @@ class SourceOpener:
         fraction = section.validation_fraction
         if fraction:
             _check_no_copies(files, key)
-        _check_separator_id(self._data, have_ends=all(array.ends is not None for array in arrays.values()))
+        _check_separator_id(self._data, key, arrays.values())
         own = split_extents(arrays, names, fraction)
         train, held_out = self._tokens(own.train), self._tokens(own.held_out)
         named = ", ".join(section.files) if len(section.files) <= SHOWN_FILES else f"{len(section.files)} paths"
@@ -226,7 +227,6 @@ class SourceOpener:
         )
 
     def _id_records_source(self, section: DataSection, key: str) -> OpenedSource:
-        _check_separator_id(self._data, have_ends=True)
         cache = self._id_records(section, section.files, key, fraction=section.validation_fraction)
         train, held_out = (self._tokens(cache.extents([split], self._descriptors)) for split in SPLITS)
         share = _share(len(held_out.stream), len(train.stream), section.validation_fraction)
@@ -307,13 +307,13 @@ class SourceOpener:
         return Split(stream, self._data.separator_id, *_measure_text_per_token(stream, self.tokenizer, separator))
 
 
-def _check_separator_id(data: DataSection, *, have_ends: bool) -> None:
-    """Raise DataError where documents matter and nothing says where they end. Windows look for separators."""
-    needed = data.segment_ids if data.packing == "windows" else not have_ends
-    if needed and data.separator_id is None:
+def _check_separator_id(data: DataSection, key: str, arrays: Iterable[TokenFile]) -> None:
+    """Raise DataError where documents matter and nothing says where they end."""
+    matter = data.segment_ids or data.packing != "windows"
+    if matter and data.separator_id is None and any(array.ends is None for array in arrays):
         asks = "data.segment_ids=true" if data.segment_ids else f"data.packing={data.packing}"
-        right = "the id that ends a document must be given"
-        raise DataError(f"data.separator_id=null: {asks} with data.source=tokens: {right}")
+        right = "the id that ends a document must be given, or an index beside every file"
+        raise DataError(f"data.separator_id=null: {asks} with token files ({key}): {right}")
 
 
 def _check_is_id(separator_id: int | None, vocab_size: int) -> None:

@@ -14,7 +14,7 @@ IDS = np.array([token for text in TEXTS for token in [*text.encode(), 256]])
 
 def windows(seq_len, *, separator_id=256, tail=True):
     stream = TokenStream((Extent(IDS, "ids", 0, len(IDS)),), 257)
-    return Windows(stream, seq_len=seq_len, tail=tail, separator_id=separator_id)
+    return Windows(stream, seq_len=seq_len, tail=tail, segment_ids=separator_id is not None, separator_id=separator_id)
 
 
 def test_a_row_is_described_by_its_segments():

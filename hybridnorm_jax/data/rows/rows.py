@@ -70,7 +70,8 @@ def make_rows(
             stream,
             seq_len=seq_len,
             tail=not training,
-            separator_id=separator_id if data.segment_ids else None,
+            segment_ids=data.segment_ids,
+            separator_id=separator_id,
             bytes_per_token=bytes_per_token,
             words_per_token=words_per_token,
         )

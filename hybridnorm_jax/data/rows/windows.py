@@ -12,11 +12,11 @@ class Windows:
 
     Row i covers tokens [i seq_len, i seq_len + seq_len] and runs across documents. So every token but the very first is
     a target once. A row is a dict of arrays (seq_len,): `tokens` int32, `targets` int32 (the following token) and
-    `weights` float32. With a `separator_id` it also has `segment_ids` int32, which count the row's documents from 1,
-    and `positions` int32, which restart at 0 in each document. A separator belongs to the document it ends. Where
-    a file has an index of its documents, that says where they end, and not separators. A file ends a document, also
-    without a separator, and so does a held-out part. A target in another document than its input
-    has weight 0, and so has one that is not learned (Extent.targets).
+    `weights` float32. With `segment_ids` it also has `segment_ids` int32, which count the row's documents from 1,
+    and `positions` int32, which restart at 0 in each document. A token `separator_id` ends the document it belongs to.
+    Where a file has an index of its documents, that says where they end, and not separators. A file ends a document,
+    also without a separator, and so does a held-out part. A target in another document than its input has weight 0, and
+    so has one that is not learned (Extent.targets).
 
     Without `tail` the tokens after the last full row are dropped; with it they make one more row, filled up with
     zeros (weight 0, segment 0).
@@ -41,6 +41,7 @@ class Windows:
         *,
         seq_len: int,
         tail: bool,
+        segment_ids: bool = False,
         separator_id: int | None = None,
         bytes_per_token: float | None = None,
         words_per_token: float | None = None,
@@ -50,6 +51,7 @@ class Windows:
         self._seq_len = seq_len
         self._tail = tail
         self._stride = seq_len if stride is None else stride
+        self._segment_ids = segment_ids
         self._separator_id = separator_id
         self.num_tokens = len(stream)
         self.bytes_per_token = bytes_per_token
@@ -68,6 +70,7 @@ class Windows:
             self._stream,
             seq_len=self._seq_len,
             tail=self._tail,
+            segment_ids=self._segment_ids,
             separator_id=self._separator_id,
             bytes_per_token=self.bytes_per_token,
             words_per_token=self.words_per_token,
@@ -95,7 +98,7 @@ class Windows:
             "targets": tokens[1:],
             "weights": np.ones(len(tokens) - 1, np.float32),
         }
-        if self._separator_id is not None:
+        if self._segment_ids:
             row |= _documents(self._stream.begins(start, tokens, self._separator_id))
         if self._stream.has_targets:
             row["weights"] = row["weights"] * self._stream.targets(start + 1, start + len(tokens))

@@ -89,14 +89,16 @@ class TokenStream:
                 targets[place - start : place - start + length] = found
         return targets
 
-    def begins(self, start: int, tokens: np.ndarray, separator_id: int) -> np.ndarray:
+    def begins(self, start: int, tokens: np.ndarray, separator_id: int | None) -> np.ndarray:
         """Which of the tokens from `start` on begin a document, as bool; of the first one nothing is said.
 
         An extent's index says where its documents end; without one, separators do. An extent begins a document too.
         """
         begins = np.zeros(len(tokens) + 1, bool)
         for extent, first, place, length in self._stretches(start, start + len(tokens)):
-            if extent.ends is None:
+            if extent.ends is None and separator_id is None:
+                ends = np.empty(0, np.int64)
+            elif extent.ends is None:
                 here = tokens[place - start : place - start + length]
                 ends = 1 + np.flatnonzero(here == separator_id)
             else:

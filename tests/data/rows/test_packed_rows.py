@@ -225,7 +225,7 @@ def test_token_files_need_the_separator_to_be_packed(tmp_path):
     for kind in ("documents", "padded"):
         section = DataSection(source="tokens", files=(str(tmp_path / "t.npy"),), packing=kind)
         with pytest.raises(
-            DataError, match=rf"^data\.separator_id=null: data\.packing={kind} with data\.source=tokens"
+            DataError, match=rf"^data\.separator_id=null: data\.packing={kind} with token files \(data\.files\)"
         ):
             opened(section)
 

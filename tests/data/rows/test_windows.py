@@ -17,7 +17,7 @@ def stream(*parts, vocab_size=100):
 def test_a_hand_written_row_with_segments():
     # Documents: the end of one, a whole one of two tokens, an empty one (only its separator), the begin of one.
     tokens = [5, 6, END, 7, 8, END, END, 9, 10, 11]
-    (row,) = Windows(stream(tokens), seq_len=9, tail=False, separator_id=END)
+    (row,) = Windows(stream(tokens), seq_len=9, tail=False, segment_ids=True, separator_id=END)
     assert {name: values.tolist() for name, values in row.items()} == {
         "tokens": [5, 6, END, 7, 8, END, END, 9, 10],
         "targets": [6, END, 7, 8, END, END, 9, 10, 11],
@@ -30,13 +30,13 @@ def test_a_hand_written_row_with_segments():
 
 
 def test_segments_count_anew_in_every_row():
-    rows = list(Windows(stream([1, END, 2, 3, 4, END, 5]), seq_len=3, tail=False, separator_id=END))
+    rows = list(Windows(stream([1, END, 2, 3, 4, END, 5]), seq_len=3, tail=False, segment_ids=True, separator_id=END))
     assert [row["segment_ids"].tolist() for row in rows] == [[1, 1, 2], [1, 1, 1]]
     assert [row["positions"].tolist() for row in rows] == [[0, 1, 0], [0, 1, 2]]
 
 
 def test_a_row_that_begins_after_a_separator_begins_a_document():
-    rows = list(Windows(stream([1, 2, END, 3, 4, 5, 6]), seq_len=3, tail=False, separator_id=END))
+    rows = list(Windows(stream([1, 2, END, 3, 4, 5, 6]), seq_len=3, tail=False, segment_ids=True, separator_id=END))
     assert rows[0]["weights"].tolist() == [1, 1, 0]
     assert rows[1]["positions"].tolist() == [0, 1, 2]
     assert rows[1]["weights"].tolist() == [1, 1, 1]
@@ -75,7 +75,9 @@ def test_rows_that_overlap_have_every_token_but_the_first_as_a_target_once(count
 
 
 def test_rows_that_overlap_keep_documents_apart():
-    windows = Windows(stream([1, 2, END, 3, 4, 5, 6, 7]), seq_len=4, tail=True, separator_id=END).with_stride(2)
+    windows = Windows(
+        stream([1, 2, END, 3, 4, 5, 6, 7]), seq_len=4, tail=True, segment_ids=True, separator_id=END
+    ).with_stride(2)
     assert [row["weights"].tolist() for row in windows] == [[1, 1, 0, 1], [0, 0, 1, 1], [0, 0, 1, 0]]
     assert windows.with_stride(None)[0]["weights"].tolist() == [1, 1, 0, 1]
     assert len(windows.with_stride(None)) == 2
@@ -88,7 +90,7 @@ def test_training_drops_the_tail():
 
 
 def test_the_filled_part_of_a_tail_is_nobodys():
-    last = Windows(stream([1, 2, 3, END, 4]), seq_len=3, tail=True, separator_id=END)[1]
+    last = Windows(stream([1, 2, 3, END, 4]), seq_len=3, tail=True, segment_ids=True, separator_id=END)[1]
     assert last["weights"].tolist() == [0, 0, 0]  # separator -> 4 is another document
     assert last["segment_ids"].tolist() == [1, 0, 0]
 
@@ -130,7 +132,7 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_place(tokens, dtype, wro
 
 
 def test_a_document_does_not_run_into_the_next_file():
-    (row,) = Windows(stream([1, 2], [3, END], [4, 5]), seq_len=5, tail=False, separator_id=END)
+    (row,) = Windows(stream([1, 2], [3, END], [4, 5]), seq_len=5, tail=False, segment_ids=True, separator_id=END)
     assert row["weights"].tolist() == [1, 0, 1, 0, 1]
     assert row["segment_ids"].tolist() == [1, 1, 2, 2, 3]
     assert row["positions"].tolist() == [0, 1, 0, 1, 0]
@@ -140,7 +142,7 @@ def test_an_index_says_where_documents_end_and_separators_inside_do_not():
     tokens = np.array([1, END, 2, END, 3, 4, END, 5], np.uint16)
     for start, ends in ((0, [4, 7, 8]), (1, [4, 7, 8])):
         extent = Extent(tokens, "indexed", start, 8, ends=np.array(ends, "<u8"))
-        (row,) = Windows(TokenStream((extent,), 100), seq_len=7 - start, tail=False, separator_id=END)
+        (row,) = Windows(TokenStream((extent,), 100), seq_len=7 - start, tail=False, segment_ids=True, separator_id=END)
         assert row["segment_ids"].tolist() == [1, 1, 1, 1, 2, 2, 2][start:]
         assert row["weights"].tolist() == [1, 1, 1, 0, 1, 1, 0][start:]
         assert row["positions"].tolist() == [*range(4 - start), 0, 1, 2]

@@ -45,6 +45,41 @@ def test_a_run_reads_it_without_being_told_the_type(tmp_path):
     assert row["segment_ids"].tolist() == [1] * 40 + [2] * 20
 
 
+@pytest.mark.parametrize("separator_id", [None, 1])
+def test_documents_are_kept_apart_where_the_index_says_without_any_separator(tmp_path, separator_id):
+    """An id that is no separator here ends nothing either."""
+    path = str(megatron(tmp_path, [[[1, 2, 3]], [[1, 5]], [[6, 1, 8]]] * 3))
+    section = DataSection(
+        source="tokens",
+        files=(path,),
+        separator_id=separator_id,
+        segment_ids=True,
+        validation_fraction=0.0,
+        validation={"train": (path,)},
+    )
+    data = open_data(section, seq_len=8, vocab_size=50, progress=False)
+    for rows in (data.train, data.validation["train"]):
+        assert rows[0]["segment_ids"].tolist() == [1, 1, 1, 2, 2, 3, 3, 3]
+        assert rows[0]["positions"].tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
+        assert rows[0]["weights"].tolist() == [1, 1, 0, 1, 0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("packing", ["windows", "documents"])
+def test_tokens_of_a_validation_set_need_a_separator_too_where_documents_matter(tmp_path, packing):
+    path = str(megatron(tmp_path, DOCUMENTS))
+    np.save(tmp_path / "bare.npy", np.arange(20, dtype="<u2"))
+    section = DataSection(
+        source="tokens",
+        files=(path,),
+        segment_ids=True,
+        packing=packing,
+        validation_fraction=0.0,
+        validation={"other": (str(tmp_path / "bare.npy"),)},
+    )
+    with pytest.raises(DataError, match=r"^data\.separator_id=null: .* \(data\.validation\.other\): the id that ends"):
+        open_data(section, seq_len=8, vocab_size=50, progress=False)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
