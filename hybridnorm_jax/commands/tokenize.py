@@ -33,6 +33,12 @@ where a run reads the text itself. The files in DIR do not depend on the number
 of processes. After a kill the same command goes on. DIR/manifest.json says what
 the tokens were made of; beside each file of tokens lies the index of its
 document ends."""
+# How a whole directory gets to a remote place, from which runs read it.
+COPY = {
+    "s3": "aws s3 sync DIR {url}",
+    "gs": "gcloud storage rsync --recursive DIR {url}",
+    "hf": "hf upload OWNER/NAME DIR PATH --repo-type dataset",
+}
 # Fewer would make millions of files of what a run reads.
 SMALLEST_SHARD, LARGEST_SHARD = 1 << 10, 1 << 40
 MOST_PROCESSES = 1024
@@ -80,7 +86,9 @@ def _check(options: argparse.Namespace) -> None:
     if not options.out:
         raise UserError("--out '': an empty name; name a directory")
     if not is_local(options.out):
-        raise UserError(f"--out {options.out}: must be on a local disk; copy the directory to the bucket afterwards")
+        copy = COPY.get(options.out.partition("://")[0])
+        right = "name a directory of this machine" + (f", and copy it when it is whole: {copy}" if copy else "")
+        raise UserError(f"--out {options.out}: tokens are written to a local disk; {right.format(url=options.out)}")
     out = pathlib.Path(expanded(options.out))
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {options.out}: is a file; name a directory")

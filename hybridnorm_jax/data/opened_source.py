@@ -118,7 +118,7 @@ class SourceOpener:
         """All tokens of the files of a validation set."""
         section = self._data
         if section.kind_of_set(patterns) == "tokens":
-            directories = tokenized_source.directories_of(key, patterns)
+            directories = tokenized_source.directories_of(key, patterns, self._copies)
             if directories:
                 separator_id = self._separator_of(directories, section, key)
                 return self._directories_split(directories, tokenized_source.BOTH, separator_id)
@@ -180,7 +180,7 @@ class SourceOpener:
         return Split(stream, separator_id, counts.bytes / counts.tokens, counts.words / counts.tokens)
 
     def _token_source(self, section: DataSection, key: str) -> OpenedSource:
-        directories = tokenized_source.directories_of(key, section.files)
+        directories = tokenized_source.directories_of(key, section.files, self._copies)
         if directories:
             return self._directories_source(directories, section, key)
         paths = find_files(key, section.files)
@@ -250,7 +250,8 @@ class SourceOpener:
         separator_id = self._separator_of(directories, section, key)
         own, held = tokenized_source.splits_of(directories, section.validation_fraction)
         train, held_out = (self._directories_split(directories, names, separator_id) for names in (own, held))
-        files = identities(find_files(key, section.files), pattern_root(section.files))
+        shards = [shard for directory in directories for shard in directory.shards()]
+        files = identities(shards, pattern_root(section.files))
         if held:
             _check_no_copies(files, key)
         share = _share(len(held_out.stream), len(train.stream), section.validation_fraction)

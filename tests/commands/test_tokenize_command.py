@@ -96,7 +96,15 @@ def test_inspect_says_the_shares_of_a_mixture_and_whose_a_row_is(folder, capsys)
         ([*TOKENIZE, "--shard-tokens", "3"], "--shard-tokens 3: must be from 1,024"),
         ([*TOKENIZE, "--out", "a.jsonl"], "--out a.jsonl: is a file"),
         ([*TOKENIZE, "--out", "."], "--out .: holds other files"),
-        ([*TOKENIZE, "--out", "gs://bucket/x"], "--out gs://bucket/x: must be on a local disk"),
+        (
+            [*TOKENIZE, "--out", "gs://bucket/x"],
+            "--out gs://bucket/x: tokens are written to a local disk; name a directory of this machine, and copy it "
+            "when it is whole: gcloud storage rsync --recursive DIR gs://bucket/x",
+        ),
+        (
+            [*TOKENIZE, "--out", "https://server/x"],
+            "--out https://server/x: tokens are written to a local disk; name a directory of this machine",
+        ),
         ([*TOKENIZE, "nowhere.txt"], "FILE: no such file: nowhere.txt"),
         ([*TOKENIZE, "stdlib"], "stdlib: stands alone"),
         ([*TOKENIZE, "--tokenizer", "nowhere.json"], "data.tokenizer=nowhere.json: nowhere.json: cannot be read"),

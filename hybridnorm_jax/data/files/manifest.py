@@ -11,11 +11,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from etils import epath
-
-from hybridnorm_jax.config.data_file_names import MANIFEST, UNFINISHED
-from hybridnorm_jax.data.files.identity import FileIdentity, identities
-from hybridnorm_jax.errors import DataError
+from hybridnorm_jax.config.data_file_names import MANIFEST
 from hybridnorm_jax.whole_files import write_whole
 
 FORMAT = 1
@@ -94,22 +90,21 @@ class Manifest:
         write_whole(directory / MANIFEST, json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=1))
 
     @classmethod
-    def read(cls, directory: str | os.PathLike[str]) -> Self:
-        """The manifest of a directory.
+    def parse(cls, content: bytes) -> Self:
+        """The manifest that these bytes hold.
 
         Raises:
-          FileNotFoundError: there is none.
           ValueError: it is damaged, or of a format that is not known.
         """
-        content = json.loads((pathlib.Path(directory) / MANIFEST).read_text(encoding="utf-8"))
         try:
-            if content.pop("format") != FORMAT:
+            fields = json.loads(content)
+            if fields.pop("format") != FORMAT:
                 raise ValueError("of another version of this program")
-            tokenizer = TokenizerRecord(**content.pop("tokenizer"))
-            splits = {split: SplitCounts(**counts) for split, counts in content.pop("splits").items()}
-            shards = {split: [_shard(one) for one in found] for split, found in content.pop("shards").items()}
-            return cls(tokenizer=tokenizer, splits=splits, shards=shards, **content)
-        except (AttributeError, KeyError, TypeError) as error:
+            tokenizer = TokenizerRecord(**fields.pop("tokenizer"))
+            splits = {split: SplitCounts(**counts) for split, counts in fields.pop("splits").items()}
+            shards = {split: [_shard(one) for one in found] for split, found in fields.pop("shards").items()}
+            return cls(tokenizer=tokenizer, splits=splits, shards=shards, **fields)
+        except (AttributeError, KeyError, TypeError, RecursionError) as error:
             raise ValueError("damaged") from error
 
     @property
@@ -121,41 +116,8 @@ class Manifest:
 
 def _shard(content: dict[str, Any]) -> ShardRecord:
     names = [name for name in ("file", "ends", "targets") if content.get(name) is not None]
-    return ShardRecord(**content | {name: FileRecord(**content[name]) for name in names})
-
-
-def checked_manifest(directory: str | os.PathLike[str]) -> Manifest:
-    """The manifest of a directory, after a look at the sizes and sampled content of its files.
-
-    Raises:
-      DataError: the directory is not whole, or its files are no longer what they were.
-    """
-    path = pathlib.Path(directory)
-    try:
-        manifest = Manifest.read(path)
-    except FileNotFoundError as error:
-        if (path / UNFINISHED).is_file():
-            right = "`hybridnorm tokenize` with the same arguments goes on"
-            raise DataError(f"{path}: is not whole: it was stopped while it was written; {right}") from error
-        raise DataError(f"{path}: no directory of tokens: it has no {MANIFEST}") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path / MANIFEST}: cannot be read ({error}); make the directory again") from error
-    _check_files(path, manifest.files)
-    return manifest
-
-
-def shards_of(directory: str | os.PathLike[str]) -> list[epath.Path]:
-    """The files of tokens of a directory, those of "train" first, after a look at all of its files."""
-    manifest = checked_manifest(directory)
-    return [epath.Path(directory) / one.file.name for shards in manifest.shards.values() for one in shards]
-
-
-def _check_files(path: pathlib.Path, files: Sequence[FileRecord]) -> None:
-    paths = [path / file.name for file in files]
-    for one in paths:
-        if not one.is_file():
-            raise DataError(f"{one}: is missing, but {path / MANIFEST} names it; copy the whole directory again")
-    for found, file in zip(identities(paths, path), files, strict=True):
-        if found != FileIdentity(file.name, file.size, file.digest):
-            wrong = f"is not the file that {path / MANIFEST} names: it has changed, or was not copied whole"
-            raise DataError(f"{path / file.name}: {wrong}; make or copy the directory again")
+    files = {name: FileRecord(**content[name]) for name in names}
+    for file in files.values():
+        if not file.name or file.name != os.path.basename(file.name):
+            raise ValueError(f"it names {file.name!r}, which is no file of its directory")
+    return ShardRecord(**content | files)

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from etils import epath
 
-from hybridnorm_jax.config.data_file_names import is_tokenized
+from hybridnorm_jax.config.data_file_names import MANIFEST
 from hybridnorm_jax.data.files.companions import joined
-from hybridnorm_jax.data.files.manifest import shards_of
+from hybridnorm_jax.data.files.tokenized_files import could_be_directory, holds_tokens, refuse_manifest, tokenized_files
 from hybridnorm_jax.data.places.remote_file import HTTP, Place, RemoteFile, plain_url, scheme_of
 from hybridnorm_jax.data.places.store import store_of
 from hybridnorm_jax.errors import DataError, first_line
@@ -33,7 +33,7 @@ def find_files(key: str, patterns: Iterable[str]) -> tuple[Place, ...]:
 
     What belongs to one of them, such as the index NAME.ends.npy of NAME.npy, is none of them (companions.py).
     A pattern `@FILE` stands for the paths and patterns in a file. A directory that `datasets` has saved stands for its
-    shards, in the order that it states, and so does a directory of tokenized text (manifest.py).
+    shards, in the order that it states, and so does a directory of tokenized text (tokenized_files.py).
 
     Raises:
       DataError: another directory, a name without a file, or a place that cannot be asked; the message names `key`, or
@@ -43,22 +43,32 @@ def find_files(key: str, patterns: Iterable[str]) -> tuple[Place, ...]:
     names = tuple(listed(key, patterns))
     pool = concurrent.futures.ThreadPoolExecutor(FINDERS)
     try:
-        asked = {name: pool.submit(_remote_matches, key, name) for name in names if not is_local(name)}
+        asked = {name: pool.submit(_matches, key, name) for name in names if not is_local(name)}
         for name in names:
-            for match in asked[name].result() if name in asked else _local_matches(key, name):
+            for match in asked[name].result() if name in asked else _matches(key, name):
                 found.setdefault(_plain(os.fspath(match)), match)
     finally:
         pool.shutdown(cancel_futures=True)
     return joined(found)
 
 
+def _matches(key: str, name: str) -> Sequence[Place]:
+    if directory := tokenized_files(name):
+        return directory.shards()
+    refuse_manifest(name)
+    return _local_matches(key, name) if is_local(name) else _remote_matches(key, name)
+
+
 def _remote_matches(key: str, pattern: str) -> Sequence[Place]:
-    store = store_of(pattern)
+    store, shown = store_of(pattern), RemoteFile(pattern, 0, "")
     matches = store.find(pattern)
     if not matches:
         if store.is_directory(pattern):
-            raise DataError(f"{key}: {pattern} is a directory; name its files, such as {pattern.rstrip('/')}/*.parquet")
-        raise DataError(f"{key}: no such file: {RemoteFile(pattern, 0, '')}")
+            example = "" if scheme_of(pattern) in HTTP else f", such as {pattern.rstrip('/')}/*.parquet"
+            wrong = f"{shown} is a directory without {MANIFEST}, which a whole one of `hybridnorm tokenize` has"
+            raise DataError(f"{key}: {wrong}; name its files{example}")
+        manifest = f", nor is there {shown}/{MANIFEST}" if could_be_directory(pattern) else ""
+        raise DataError(f"{key}: no such file: {shown}{manifest}")
     return matches
 
 
@@ -67,8 +77,6 @@ def _local_matches(key: str, pattern: str) -> Sequence[Place]:
     if _is_directory(path):
         if _is_dataset(path):
             return _shards(key, path)
-        if is_tokenized(path):
-            return shards_of(path)
         raise DataError(f"{key}: {pattern} is a directory; name its files, such as {path / '*.txt'}")
     matches = [path] if _exists(path) else _glob(os.fspath(path))
     if not matches:
@@ -192,7 +200,8 @@ def pattern_root(patterns: Iterable[str]) -> str:
     for pattern in listed("data.files", patterns):
         path = _plain(plain_url(expanded(pattern))).rstrip("/")
         parts = path.split("/")[:-1]
-        if is_local(path) and _is_directory(epath.Path(path)):  # of a dataset, whose shards are in it
+        # Of a dataset, or of tokens: the shards are in it.
+        if _is_directory(epath.Path(path)) if is_local(path) else holds_tokens(pattern):
             parts = path.split("/")
         elif scheme_of(path) not in HTTP and not (is_local(path) and _exists(epath.Path(path))):
             parts = parts[: next((place for place, part in enumerate(parts) if glob.has_magic(part)), len(parts))]

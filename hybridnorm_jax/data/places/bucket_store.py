@@ -1,11 +1,11 @@
 """Buckets and repositories through fsspec: s3://, gs:// and hf://."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hybridnorm_jax.data.places.patience import PIECE_BYTES, patiently
-from hybridnorm_jax.data.places.remote_file import RemoteFile
+from hybridnorm_jax.data.places.remote_file import RemoteFile, url_in
 from hybridnorm_jax.errors import MissingExtraError
 
 # boto would try again by itself, without a word.
@@ -16,6 +16,9 @@ SCHEMES = {
     "gs": {"use_listings_cache": False},
     "hf": {"use_listings_cache": False},
 }
+
+# How their URLs are written.
+FORMS = {"s3": "s3://BUCKET/PATH", "gs": "gs://BUCKET/PATH", "hf": "hf://datasets/OWNER/NAME/PATH"}
 
 
 class BucketStore:
@@ -53,6 +56,11 @@ class BucketStore:
 
         found = [self._file(info) for info in patiently(url, ask).values() if info["type"] == "file"]
         return sorted(found, key=lambda file: file.url)
+
+    def find_in(self, directory: str, names: Sequence[str]) -> dict[str, RemoteFile]:
+        """As Store: in one listing."""
+        wanted = set(names)
+        return {file.name: file for file in self.find(url_in(directory, "*")) if file.name in wanted}
 
     def is_directory(self, url: str) -> bool:
         """As Store."""

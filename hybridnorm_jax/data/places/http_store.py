@@ -5,22 +5,24 @@ its begin again after a connection has failed.
 """
 
 import base64
+import concurrent.futures
 import http.client
 import re
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hybridnorm_jax.data.places.patience import ABSENT, PIECE_BYTES, ServerError, patiently
-from hybridnorm_jax.data.places.remote_file import RemoteFile, plain_url
+from hybridnorm_jax.data.places.remote_file import RemoteFile, plain_url, url_in
 from hybridnorm_jax.errors import DataError, first_line
 
 # Without a byte; the whole request has a limit of its own (patience.py).
 SILENT_SECONDS = 60.0
 # Content as it lies on the server. Packed for the way, it would have another length.
 HEADERS = {"Accept-Encoding": "identity", "User-Agent": "hybridnorm-jax"}
+ASKERS = 16  # files that are asked for at once
 NO_HEAD = (403, 405, 501)  # what servers that do not answer HEAD say
 CHANGED = "was changed while it was read; start again with files that nobody writes to"
 
@@ -56,11 +58,19 @@ class HttpStore:
     def find(self, url: str) -> list[RemoteFile]:
         """As Store: the one file, if it is there."""
         _check(url)
+        if self.is_directory(url):
+            return []
         return patiently(RemoteFile(url, 0, ""), lambda: self._ask(url))
 
+    def find_in(self, directory: str, names: Sequence[str]) -> dict[str, RemoteFile]:
+        """As Store: one request for each."""
+        with concurrent.futures.ThreadPoolExecutor(ASKERS) as pool:
+            found = pool.map(lambda name: self.find(url_in(directory, name)), names)
+            return {name: files[0] for name, files in zip(names, found, strict=True) if files}
+
     def is_directory(self, url: str) -> bool:
-        """As Store: a server has no directories, only pages that list files."""
-        return False
+        """As Store: a server has no directories, but an address with `/` at its end is meant to be one."""
+        return _path(url).endswith("/") or not _path(url)
 
     def read(self, file: RemoteFile, start: int, stop: int) -> bytes:
         """As Store."""
@@ -102,6 +112,8 @@ class HttpStore:
                 return []
             raise
         with answer:
+            if _path(answer.geturl()) == _path(url) + "/":
+                return []  # the page of a directory, to which its server leads from its name
             size = _size(answer)
             if size is None:
                 right = "copy it to a local disk, and name that"
@@ -164,8 +176,10 @@ def _check(url: str) -> None:
         raise DataError(f"{shown}: an address has no spaces and only ASCII; write others as %20 and the like")
     if "*" in parts.path:
         raise DataError(f"{shown}: a server lists no files; name each of them, in a list: data.files=[@list.txt]")
-    if parts.path.endswith("/") or not parts.path:
-        raise DataError(f"{shown}: names a directory; name its files")
+
+
+def _path(url: str) -> str:
+    return urllib.parse.urlsplit(url).path
 
 
 def _exactly(answer: http.client.HTTPResponse, count: int) -> bytes:

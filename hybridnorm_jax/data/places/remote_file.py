@@ -61,6 +61,14 @@ def scheme_of(url: str) -> str:
     return scheme.lower() if separator else ""
 
 
+def url_in(directory: str, name: str) -> str:
+    """The URL of a file in a directory; at a web address with the query of the directory, which may be a signature."""
+    if scheme_of(directory) not in HTTP:
+        return f"{directory.rstrip('/')}/{name}"
+    path, mark, query = directory.partition("?")
+    return f"{path.rstrip('/')}/{urllib.parse.quote(name)}{mark}{query}"
+
+
 def plain_url(url: str) -> str:
     """The URL as a path: of http:// and https:// without query and fragment, and with `%20` as the space it stands for.
 

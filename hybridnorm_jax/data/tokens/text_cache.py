@@ -13,6 +13,9 @@ import pathlib
 import shutil
 import sys
 
+from etils import epath
+
+from hybridnorm_jax.config.data_file_names import MANIFEST
 from hybridnorm_jax.data.files.manifest import Manifest
 from hybridnorm_jax.data.places.cache_directory import cache_root, refusals_of_cache
 from hybridnorm_jax.data.places.whole_directories import whole_directory
@@ -69,8 +72,9 @@ def open_text_cache(
 def _open(directory: pathlib.Path) -> TokenizedDirectory | None:
     """The cache in a directory; None where there is none, or where its files no longer have the sizes they had."""
     try:
-        manifest = Manifest.read(directory)
+        manifest = Manifest.parse((directory / MANIFEST).read_bytes())
         is_whole = all((directory / file.name).stat().st_size == file.size for file in manifest.files)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
-    return TokenizedDirectory(directory, manifest) if is_whole else None
+    places = {file.name: epath.Path(directory) / file.name for file in manifest.files}
+    return TokenizedDirectory(epath.Path(directory), manifest, places) if is_whole else None

@@ -9,31 +9,23 @@
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from etils import epath
-
-from hybridnorm_jax.data.files.manifest import (
-    Manifest,
-    ShardRecord,
-    SplitCounts,
-    TokenizerRecord,
-    checked_manifest,
-)
+from hybridnorm_jax.config.data_file_names import MANIFEST
+from hybridnorm_jax.data.files.manifest import Manifest, ShardRecord, SplitCounts, TokenizerRecord
+from hybridnorm_jax.data.files.tokenized_files import TokenizedFiles, tokenized_files
+from hybridnorm_jax.data.places.remote_file import Place
 from hybridnorm_jax.data.tokens.token_files import OpenFiles, open_token_file
 from hybridnorm_jax.data.tokens.token_shards import SplitState
 from hybridnorm_jax.data.tokens.token_stream import Extent, TokenStream
 from hybridnorm_jax.data.tokens.tokenizers import Tokenizer
+from hybridnorm_jax.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizedDirectory:
-    """A whole directory of tokenized text."""
-
-    path: pathlib.Path
-    manifest: Manifest
+class TokenizedDirectory(TokenizedFiles):
+    """A whole directory of tokenized text, whose files are on this machine."""
 
     def stream(self, splits: Sequence[str], vocab_size: int, files: OpenFiles | None = None) -> TokenStream:
         """The tokens of splits, such as ["train"], one after the other."""
@@ -42,22 +34,34 @@ class TokenizedDirectory:
     def extents(self, splits: Sequence[str], files: OpenFiles | None = None) -> tuple[Extent, ...]:
         """The shards of splits; `files`: those that are open at once."""
         files = files or OpenFiles()
-        return tuple(_extent(self.path, shard, files) for split in splits for shard in self.manifest.shards[split])
+        return tuple(_extent(shard, files) for shard in self.shards(splits))
 
 
-def _extent(directory: pathlib.Path, shard: ShardRecord, files: OpenFiles) -> Extent:
-    path = directory / shard.file.name
-    array = open_token_file(epath.Path(path), "uint16", files)
-    return Extent(array, os.fspath(path), 0, len(array), ends=array.ends, targets=array.targets)
+def _extent(shard: Place, files: OpenFiles) -> Extent:
+    array = open_token_file(shard, "uint16", files)
+    return Extent(array, str(shard), 0, len(array), ends=array.ends, targets=array.targets)
+
+
+def opened(found: TokenizedFiles) -> TokenizedDirectory:
+    """A directory whose files are on this machine, after a look at their sampled content.
+
+    Raises:
+      DataError: its files are no longer what they were.
+    """
+    found.check_content()
+    return TokenizedDirectory(found.path, found.manifest, found.places)
 
 
 def open_tokenized(directory: str | os.PathLike[str]) -> TokenizedDirectory:
-    """A directory that `hybridnorm tokenize` has written, after a look at the sizes and sampled content of its files.
+    """A directory that `hybridnorm tokenize` has written to a disk, after a look at the content of its files.
 
     Raises:
       DataError: it is not whole, or its files are no longer what they were.
     """
-    return TokenizedDirectory(pathlib.Path(directory), checked_manifest(directory))
+    found = tokenized_files(os.fspath(directory))
+    if found is None:
+        raise DataError(f"{directory}: no directory of tokens: it has no {MANIFEST}")
+    return opened(found)
 
 
 def manifest_of(

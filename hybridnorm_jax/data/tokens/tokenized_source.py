@@ -3,18 +3,19 @@ the run's tokenizer and vocabulary.
 """
 
 import dataclasses
+import os
 from collections.abc import Iterable, Sequence
 
-from etils import epath
-
-from hybridnorm_jax.config.data_file_names import is_tokenized
 from hybridnorm_jax.data.files.patterns import listed
+from hybridnorm_jax.data.files.tokenized_files import TokenizedFiles, fetched, tokenized_files
+from hybridnorm_jax.data.places.local_copies import LocalCopies
+from hybridnorm_jax.data.places.remote_file import RemoteFile
 from hybridnorm_jax.data.tokens.token_files import OpenFiles
 from hybridnorm_jax.data.tokens.token_stream import TokenStream
-from hybridnorm_jax.data.tokens.tokenized_directory import TokenizedDirectory, open_tokenized
+from hybridnorm_jax.data.tokens.tokenized_directory import TokenizedDirectory, opened
 from hybridnorm_jax.data.tokens.tokenizers import Tokenizer
 from hybridnorm_jax.errors import DataError
-from hybridnorm_jax.whole_files import expanded, is_local
+from hybridnorm_jax.whole_files import is_local
 
 BOTH = ("train", "validation")
 NONE = ()
@@ -29,21 +30,35 @@ class Part:
     words: int
 
 
-def directories_of(key: str, patterns: Iterable[str]) -> tuple[TokenizedDirectory, ...]:
-    """The directories of tokenized text that paths name, opened; none where all paths name other things.
+def directories_of(key: str, patterns: Iterable[str], copies: LocalCopies) -> tuple[TokenizedDirectory, ...]:
+    """The directories of tokenized text that paths and URLs name, opened; none where all of them name other things.
+
+    Args:
+      key: names the patterns in messages.
+      patterns: paths and URLs.
+      copies: of the files of remote directories, which are fetched.
 
     Raises:
-      DataError: a directory is not whole, or was changed; some paths are such directories and others are not.
+      DataError: a directory is not whole, or was changed; some paths are such directories and others are not; there is
+        no room for the copies.
     """
-    patterns = tuple(listed(key, patterns))
-    named = [path for path in patterns if is_local(path) and is_tokenized(expanded(path))]
-    if not named:
+    names = tuple(dict.fromkeys(listed(key, patterns)))
+    found = {name: directory for name in names if (directory := tokenized_files(name))}
+    if not found:
         return ()
-    if len(named) < len(patterns):
-        other = next(path for path in patterns if path not in named)
-        wrong = f"{named[0]} is a directory of tokenized text, whose manifest says what is held out, and {other} is not"
+    if len(found) < len(names):
+        first, other = next(iter(found.values())).path, next(name for name in names if name not in found)
+        shown = other if is_local(other) else RemoteFile(other, 0, "")
+        wrong = f"{first} is a directory of tokenized text, whose manifest says what is held out, and {shown} is not"
         raise DataError(f"{key}: {wrong}; name directories only, or files only")
-    return tuple(open_tokenized(epath.Path(expanded(path))) for path in dict.fromkeys(named))
+    distinct = {_identity(directory): directory for directory in found.values()}
+    return tuple(opened(directory) for directory in fetched(distinct.values(), copies))
+
+
+def _identity(directory: TokenizedFiles) -> str:
+    """The place of its first file: a directory may be named in several ways."""
+    first = os.fspath(next(iter(directory.places.values()), directory.path))
+    return os.path.realpath(first) if is_local(first) else first
 
 
 def part(

@@ -18,9 +18,12 @@ def web(monkeypatch):
         yield files
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def bucket():
-    """The address of a server of S3, and its credentials in the environment."""
+    """The address of a server of S3, and its credentials in the environment.
+
+    One for all modules: the client that a process has keeps the address that it has met first.
+    """
     pytest.importorskip("s3fs")
     before = dict(os.environ)
     with s3_server() as url:

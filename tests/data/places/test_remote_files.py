@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from fetched_files import MIB, random_bytes, refused
+from fetched_files import MIB, random_bytes, refused, written
 from remote_servers import hub_server, put, remove
 
 from hybridnorm_jax.config.data_section import DataSection
@@ -153,7 +153,8 @@ def test_patterns_of_a_bucket(bucket):
     assert found == ["s3://bucket/p/a.txt", "s3://bucket/p/b.txt"]
     assert len(find_files("data.files", ["s3://bucket/p/**/*.txt"])) == 3
     assert refused(find_files, "data.files", ["s3://bucket/p"]) == (
-        "data.files: s3://bucket/p is a directory; name its files, such as s3://bucket/p/*.parquet"
+        "data.files: s3://bucket/p is a directory without manifest.json, which a whole one of `hybridnorm tokenize` "
+        "has; name its files, such as s3://bucket/p/*.parquet"
     )
     for absent in ("s3://bucket/p/none.txt", "s3://bucket/p/*.zip", "s3://no-such-bucket/a.txt"):
         assert refused(find_files, "data.files", [absent]) == f"data.files: no such file: {absent}"
@@ -217,25 +218,33 @@ def test_a_dataset_of_the_hub_is_read_by_name(tmp_path):
         parquet.write_table(part, tmp_path / f"{number}.parquet")
     contents = [(tmp_path / f"{number}.parquet").read_bytes() for number in range(2)]
     files = {f"data/train-{number}.parquet": content for number, content in enumerate(contents)} | {"README.md": b"Hi"}
+    tokens = written(tmp_path / "tokens")
+    files |= {f"tokens/{path.name}": path.read_bytes() for path in tokens.iterdir()}
     program = """
 import json, sys
 from hybridnorm_jax.data import DataError
 from hybridnorm_jax.data.places import patience
 from hybridnorm_jax.data.places.local_copies import LocalCopies
 from hybridnorm_jax.data.text.sources import text_corpus
+from hybridnorm_jax.data.tokens.tokenized_source import directories_of
+
+copies = LocalCopies(sys.argv[1], 1 << 30)
 
 def outcome(pattern):
     try:
-        corpus = text_corpus("data.files", [pattern], "text", copies=LocalCopies(sys.argv[1], 1 << 30))
+        corpus = text_corpus("data.files", [pattern], "text", copies=copies)
         return [document.text for file in corpus.files for document in corpus.documents(file)]
     except DataError as error:
         return str(error)
 
 patience.FIRST_WAIT = 0.01
-print(json.dumps([outcome(pattern) for pattern in sys.argv[2:]]))
+(tokens,) = directories_of("data.files", [sys.argv[2]], copies)
+found = tokens.stream(["train"], 257).read(0, 100).tolist()
+print(json.dumps([found] + [outcome(pattern) for pattern in sys.argv[3:]]))
 """
     name = "hf://datasets/owner/name"
     patterns = [
+        f"{name}/tokens",
         f"{name}/data/*.parquet",
         f"{name}/README.md",
         name,
@@ -258,11 +267,13 @@ print(json.dumps([outcome(pattern) for pattern in sys.argv[2:]]))
             timeout=120,
         )
     assert result.returncode == 0, result.stderr
-    rows, readme, *refusals = json.loads(result.stdout)
+    ids, rows, readme, *refusals = json.loads(result.stdout)
     assert rows == [f"text {part} {row}" for part in range(2) for row in range(3)]
     assert readme == ["Hi"]
+    assert ids == np.load(tokens / "train-00000.npy")[:100].tolist()
     assert refusals == [
-        f"data.files: {name} is a directory; name its files, such as {name}/*.parquet",
+        f"data.files: {name} is a directory without manifest.json, which a whole one of `hybridnorm tokenize` has; "
+        f"name its files, such as {name}/*.parquet",
         f"data.files: no such file: {name}/none.txt",
         "hf://datasets/owner/none/a.txt: no such file; it was removed, or its name is another",
     ]

@@ -152,7 +152,7 @@ def test_addresses_that_cannot_be_right_are_refused(web):
     for url, words in (
         ("https://user:secret@example.org/a.txt", "a user or password"),
         ("https://example.org/*.txt", "@list.txt"),
-        ("https://example.org/", "a directory"),
+        (f"{web.url}/", "a directory"),
         ("https:///a.txt", "no address"),
         ("https://example.org/ä b.txt", "%20"),
         ("ftp://example.org/a.txt", "files of ftp:// cannot be read"),
