@@ -1,16 +1,24 @@
 """Fields of the configuration's dataclasses: each documents itself, and its value is checked when it is set."""
 
 import dataclasses
+import io
+import json
 import numbers
 import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import yaml
 
 from hybridnorm_jax.errors import ConfigError, did_you_mean, one_line
 
 # Of one text, such as a path (Linux allows 4,096 bytes), and of one list, such as data.files.
 LONGEST_TEXT = 4096
 MOST_ITEMS = 100_000
+# How YAML writes null.
+NULLS = ("", "~", "null", "Null", "NULL")
+# What it says of a text decides whether quotes are needed.
+_YAML = yaml.emitter.Emitter(io.StringIO(), allow_unicode=True)
 
 Value = TypeVar("Value")
 
@@ -95,7 +103,7 @@ def check_fields(prefix: str, config: Any) -> None:
         problem = fault(value, field) if "meaning" in field.metadata else None
         if problem is not None:
             name = f"{prefix}.{field.name}" if prefix else field.name
-            raise ConfigError(f"{name}={shortened(value)}: {problem}")
+            raise ConfigError(f"{name}={shortened(spelled(value))}: {problem}")
 
 
 def fault(value: Any, field: dataclasses.Field) -> str | None:
@@ -142,21 +150,59 @@ def _fault_of_text(text: str) -> str | None:
     return None
 
 
-def shortened(value: Any) -> str:
-    """A value as an error shows it: on one line, and of a long one the beginning."""
+def spelled(value: Any) -> str:
+    """A value as it may be written after `key=`, on a command line whose shell leaves it as it is, and in YAML."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_spelled_inside(name)}: {_spelled_inside(item)}' for name, item in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_spelled_inside, value))}]"
+    if isinstance(value, str):
+        # A key that holds a text takes what is typed, but for spaces at its ends, quotes at its beginning and null.
+        is_as_typed = value == value.strip() and value[:1] not in ("", "'", '"') and value.isprintable()
+        return value if is_as_typed and value not in NULLS else _quoted(value)
     if isinstance(value, int) and abs(value) >= 10**100:
         return f"{'-' if value < 0 else ''}a number of more than 100 digits"
-    text = one_line(str(value))
-    return text if len(text) <= 200 else f"{text[:100]}... ({len(text):,} characters)"
+    return str(value)
+
+
+def _spelled_inside(value: Any) -> str:
+    """A value in a list or a map, where YAML gives more characters a meaning."""
+    if not isinstance(value, str):
+        return spelled(value)
+    is_plain = value.isprintable() and _YAML.analyze_scalar(value).allow_flow_plain and value not in NULLS
+    return value if is_plain else _quoted(value)
+
+
+def _quoted(text: str) -> str:
+    """In quotes of YAML; what cannot be seen is written as JSON has it, which YAML reads."""
+    if text.isprintable():
+        return "'" + text.replace("'", "''") + "'"
+    return json.dumps(text, ensure_ascii=False)
+
+
+def shortened(text: Any) -> str:
+    """A text as an error shows it: on one line, and of a long one the beginning; anything else as `spelled` has it."""
+    line = one_line(text if isinstance(text, str) else spelled(text))
+    return line if len(line) <= 200 else f"{line[:100]}... ({len(line):,} characters)"
 
 
 def check(condition: bool, key_name: str, value: Any, right: str) -> None:
-    """Raise ConfigError(`key_name=value: right`) unless the condition holds."""
+    """Raise ConfigError(`key_name=value: right`) unless the condition holds.
+
+    Args:
+      value: of the key, as the configuration has it; the error shows it as it would be typed.
+    """
     if not condition:
-        raise ConfigError(f"{key_name}={shortened(value)}: {right}")
+        raise ConfigError(f"{key_name}={shortened(spelled(value))}: {right}")
 
 
 def check_choice(key_name: str, value: Any, known: Iterable[str]) -> None:
     """Raise ConfigError unless value is one of the known words."""
     if value not in known:
-        raise ConfigError(f"{key_name}={shortened(value)}: not known{did_you_mean(value, known)}")
+        raise ConfigError(f"{key_name}={shortened(spelled(value))}: not known{did_you_mean(value, known)}")

@@ -85,7 +85,7 @@ def test_functions_under_jit_grad_and_vmap():
         ({"num_heads": 12, "num_kv_heads": 5}, r"model\.num_kv_heads=5: must divide model\.num_heads=12"),
         ({"d_model": 30, "num_heads": 2}, r"model\.head_dim=15"),
         ({"activation": "swish"}, r"model\.activation=swish"),
-        ({"positions": "learned"}, r"model\.max_positions=None: positions=learned needs a number"),
+        ({"positions": "learned"}, r"model\.max_positions=null: positions=learned needs a number"),
         ({"dropout": 1.0}, r"model\.dropout=1\.0"),
         ({"num_layers": 0}, r"model\.num_layers=0: must be at least 1"),
         ({"dtype": "float16"}, r"model\.dtype=float16"),

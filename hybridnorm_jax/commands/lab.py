@@ -10,10 +10,10 @@ from hybridnorm_jax.commands.program import again, subcommand, wants_help
 from hybridnorm_jax.commands.program_cache import keep_programs
 from hybridnorm_jax.commands.syntax import check_syntax
 from hybridnorm_jax.config.key_lookup import default
-from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.plugins import KEY as PLUGINS
 from hybridnorm_jax.config.plugins import as_arguments, import_plugins
 from hybridnorm_jax.config.yaml_files import named_plugins
+from hybridnorm_jax.config_fields import spelled
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.mesh.processes import Processes, check_alike
 from hybridnorm_jax.streams import sturdy_streams
@@ -237,6 +237,6 @@ def _keys(options: type) -> str:
     """The fields of a dataclass of options as key=value with their meanings, in at most 80 columns."""
     lines = []
     for field in dataclasses.fields(options):
-        lines.append(f"\n  {field.name}={show(default(field))}")
+        lines.append(f"\n  {field.name}={spelled(default(field))}")
         lines += textwrap.wrap(field.metadata["meaning"], 80, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)

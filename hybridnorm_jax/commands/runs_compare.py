@@ -9,8 +9,8 @@ from typing import Any
 from hybridnorm_jax.commands.program import ArgumentParser
 from hybridnorm_jax.commands.runs import loss_text, table
 from hybridnorm_jax.commands.syntax import check_syntax
-from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.resume_keys import decides_trajectory
+from hybridnorm_jax.config_fields import spelled
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.training.run_differences import (
     ComparedRun,
@@ -93,7 +93,7 @@ def _marked(name: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = show(value)
+    text = spelled(value)
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 4]} ..."
 
 

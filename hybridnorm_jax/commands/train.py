@@ -9,9 +9,9 @@ from hybridnorm_jax.commands.syntax import HELP, check_syntax
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.key_help import key_table
 from hybridnorm_jax.config.key_lookup import FIELDS
-from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.plugins import as_arguments
 from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.config_fields import spelled
 from hybridnorm_jax.mesh.processes import Processes, check_alike
 from hybridnorm_jax.streams import sturdy_streams
 
@@ -89,7 +89,7 @@ def _help(settings: Sequence[str]) -> str:
 def _same_in_all_processes(config: RunConfig) -> dict[str, str]:
     """Every key that must be, with its value as text; a cache may be a host's own."""
     kept = [path for path in FIELDS if not path.startswith("distributed.") and path != "data.cache_dir"]
-    return {path: show(operator.attrgetter(path)(config)) for path in kept}
+    return {path: spelled(operator.attrgetter(path)(config)) for path in kept}
 
 
 def _say_next(arguments: Sequence[str], config: RunConfig) -> None:

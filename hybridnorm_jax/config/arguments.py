@@ -15,6 +15,7 @@ from hybridnorm_jax.config.plugins import check_started_with_plugins, import_plu
 from hybridnorm_jax.config.resume_keys import MIXTURE, decides_trajectory
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import PLUGINS, build, gather, read_file
+from hybridnorm_jax.config_fields import spelled
 from hybridnorm_jax.errors import ConfigError
 
 LONGEST_NAME = 120
@@ -117,7 +118,7 @@ def _choose_source(settings: dict[str, Any], overrides: Sequence[str]) -> None:
     sources = {name: source_of(name) for name in names}
     known = sorted({source for source in sources.values() if source is not None})
     if len(known) > 1:
-        raise ConfigError(f"data.files={list(names)}: names of text and of token files; a run reads one kind")
+        raise ConfigError(f"data.files={spelled(list(names))}: names of text and of token files; a run reads one kind")
     if known:
         settings["data.source"] = known[0]
 

@@ -96,13 +96,13 @@ class DataSection:
         check_choice("data.mixture_unit", self.mixture_unit, UNITS)
         self._check_mixture()
         needs = self.source == "stdlib" or bool(self.files)
-        check(needs, "data.files", list(self.files), f"data.source={self.source} needs at least one file")
+        check(needs, "data.files", self.files, f"data.source={self.source} needs at least one file")
         only = self.source != "stdlib" or not self.files
-        check(only, "data.files", list(self.files), "data.source=stdlib reads no files; use data.source=text")
+        check(only, "data.files", self.files, "data.source=stdlib reads no files; use data.source=text")
         only = self.separator_id is None or self.reads_tokens
         check(only, "data.separator_id", self.separator_id, "only for data.source=tokens; text has data.separator")
         only = not self.filter or self.source == "text" or bool(self.mixture)
-        check(only, "data.filter", list(self.filter), "only for data.source=text, whose records have fields")
+        check(only, "data.filter", self.filter, "only for data.source=text, whose records have fields")
         parse_conditions(self.filter)
         self._check_fim()
         check_choice("data.records", self.records, RECORDS)
@@ -118,21 +118,21 @@ class DataSection:
 
     def _check_fim(self) -> None:
         if not self.fim_rate:
-            check(not self.fim_tokens, "data.fim_tokens", list(self.fim_tokens), "needs data.fim_rate")
+            check(not self.fim_tokens, "data.fim_tokens", self.fim_tokens, "needs data.fim_rate")
             return
         right = "needs data.packing=documents or padded, whose rows have room for three more tokens in every document"
         check(self.packing != "windows", "data.fim_rate", self.fim_rate, right)
         right = "must be three that differ: what stands before the prefix, the suffix and the middle"
-        check(len(set(self.fim_tokens)) == len(self.fim_tokens) == 3, "data.fim_tokens", list(self.fim_tokens), right)
+        check(len(set(self.fim_tokens)) == len(self.fim_tokens) == 3, "data.fim_tokens", self.fim_tokens, right)
         right = f"not with data.records={self.records}, of which only a part is learned"
         check(self.records == "text", "data.fim_rate", self.fim_rate, right)
 
     def _check_mixture(self) -> None:
         if not self.mixture:
-            check(not self.stages, "data.stages", f"{len(self.stages)} stages", "needs data.mixture, the sources")
+            check(not self.stages, "data.stages", self.stages, "needs data.mixture, the sources")
             return
         right = "with data.mixture each source names its own files; leave it out"
-        check(not self.files, "data.files", list(self.files), right)
+        check(not self.files, "data.files", self.files, right)
         check(self.source == "stdlib", "data.source", self.source, right)
         check_mixture(self.mixture, self.stages, sources=SOURCES)
         for name, one in self.mixture.items():
@@ -144,12 +144,12 @@ class DataSection:
                 check(one.records == "text" or not self.fim_rate, where, one.records, right)
             if one.filter:
                 parse_conditions(one.filter)
-                check(one.kind == "text", f"data.mixture.{name}.filter", list(one.filter), "only for a source of text")
+                check(one.kind == "text", f"data.mixture.{name}.filter", one.filter, "only for a source of text")
             if one.token_dtype is not None:
                 check_choice(f"data.mixture.{name}.token_dtype", one.token_dtype, TOKEN_DTYPES)
             both = self.validation_fraction > 0 and name in self.validation
             right = "the held-out part of the source has that name; choose another"
-            check(not both, f"data.validation.{name}", list(self.validation.get(name, ())), right)
+            check(not both, f"data.validation.{name}", self.validation.get(name, ()), right)
 
     def mixture_stages(self, steps: int) -> tuple[Stage, ...]:
         """The stages of a run of so many steps; without a mixture none.

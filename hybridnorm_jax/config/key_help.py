@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from hybridnorm_jax.config.arguments import read, sort
 from hybridnorm_jax.config.key_lookup import FIELDS, RECORDS, SECTIONS, default
-from hybridnorm_jax.config.key_values import show, type_name
+from hybridnorm_jax.config.key_values import type_name
+from hybridnorm_jax.config_fields import spelled
 
 WIDTH = 80
 INDENT = " " * 6
@@ -32,7 +33,7 @@ def key_table(arguments: Sequence[str] = ()) -> str:
     files, overrides = sort(arguments)
     settings = read(files, overrides)
     rows = {
-        path: Row(f"{path}={show(settings.get(path, default(field)))}", type_name(field.type), meaning(field))
+        path: Row(f"{path}={spelled(settings.get(path, default(field)))}", type_name(field.type), meaning(field))
         for path, field in FIELDS.items()
     }
     lines = _lines(Row("key=value" if arguments else "key=default", "type", "meaning"))
@@ -42,7 +43,7 @@ def key_table(arguments: Sequence[str] = ()) -> str:
             if path.startswith(f"{section}."):
                 lines += _lines(row)
                 for name, field in RECORDS.get(path, {}).items():
-                    setting = f"{path}.NAME.{name}={show(default(field))}"
+                    setting = f"{path}.NAME.{name}={spelled(default(field))}"
                     lines += _lines(Row(setting, type_name(field.type), meaning(field)))
     lines += ["", "outside the sections"]
     for path, row in rows.items():

@@ -1,4 +1,4 @@
-"""Values of keys: from what YAML or the command line gives to the type of the field, and back to text.
+"""Values of keys: from what YAML or the command line gives to the type of the field. The way back is `spelled`.
 
 The type of a key decides how its text is read. There is one spelling of each value:
 
@@ -196,16 +196,3 @@ def _hint(node: Node, kind: Any) -> str:
         return ", written in digits"
     is_octal_or_hex = re.fullmatch(r"[-+]?0[0-9_xob][0-9a-fA-F_]*", node.text)
     return ", in decimal without leading zeros" if is_octal_or_hex and kind is not bool else ""
-
-
-def show(value: Any) -> str:
-    """A value as it may be written after `key=`."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(show(item) for item in value)}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{name}: {show(item)}' for name, item in value.items())}}}"
-    return "''" if value == "" else str(value)

@@ -118,14 +118,14 @@ def _check_source(name: str, one: SourceSection, sources: Sequence[str], *, othe
     check_fields(path, one)
     check_choice(f"{path}.source", one.source, (AUTO, *sources))
     if one.source == "stdlib":
-        check(not one.files, f"{path}.files", list(one.files), "source: stdlib reads no files; use source: text")
+        check(not one.files, f"{path}.files", one.files, "source: stdlib reads no files; use source: text")
         return
     # One that was only mistyped in key=value has no files.
     near = did_you_mean(name, others) if others else ""
     right = f"needs at least one file, or source: stdlib{near.replace('; known:', '; other sources:')}"
     check(bool(one.files), f"{path}.files", "[]", right)
     right = "their names do not say whether they hold text or tokens, or say both; set source: text or source: tokens"
-    check(one.kind is not None, f"{path}.files", list(one.files), right)
+    check(one.kind is not None, f"{path}.files", one.files, right)
 
 
 def _check_weights(where: str, weights: Mapping[str, float]) -> None:

@@ -161,7 +161,7 @@ class OptimizerSection:
         name, asked = "optimizer.piecewise", self.schedule == "piecewise"
         check(asked or not self.piecewise, name, self.piecewise, "needs optimizer.schedule=piecewise")
         right = "optimizer.schedule=piecewise needs steps, such as {3000: 0.3, 4000: 0.1}"
-        check(not asked or bool(self.piecewise), name, "{}", right)
+        check(not asked or bool(self.piecewise), name, self.piecewise, right)
         most = len(str(MOST_STEPS))
         for steps, factor in self.piecewise.items():
             is_number = steps.isascii() and steps.isdigit() and len(steps) <= most and steps == str(int(steps))

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.plugin_files import contents, place, read, with_neighbours
+from hybridnorm_jax.config_fields import spelled
 from hybridnorm_jax.errors import ConfigError, RunStopped, first_line
 
 KEY = "run.plugins"
@@ -69,7 +69,7 @@ def check_started_with_plugins(names: Sequence[str], origin: str) -> None:
 
 def as_arguments(names: Sequence[str]) -> list[str]:
     """What names these plugins to any command that reads their run: one key=value, or nothing where there are none."""
-    return [f"{KEY}={show(names)}"] if names else []
+    return [f"{KEY}={spelled(names)}"] if names else []
 
 
 def plugins_of(names: Iterable[str]) -> tuple[Plugin, ...]:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hybridnorm_jax.config_fields import spelled
 from hybridnorm_jax.errors import ConfigError, DataError
 
 _EQUALS: dict[str, Callable[[Any, Any], bool]] = {
@@ -55,7 +56,7 @@ class Condition:
         found = field_value(record, self.field)
         if found is not None and not isinstance(found, str | int | float):
             wrong = "the field holds no string, number, true, false or null"
-            raise DataError(f"{place}: data.filter={self.text!r}: {wrong}")
+            raise DataError(f"{place}: data.filter={spelled([self.text])}: {wrong}")
         if self.operator in _EQUALS:
             asked = tuple(map(_comparable, self.value)) if isinstance(self.value, tuple) else _comparable(self.value)
             return _EQUALS[self.operator](_comparable(found), asked)
@@ -63,7 +64,7 @@ class Condition:
             return False
         if isinstance(found, str) != isinstance(self.value, str):
             wrong = "compares a string with a number" if isinstance(found, str) else "compares a number with a string"
-            raise DataError(f"{place}: data.filter={self.text!r}: {wrong}, {str(found)[:50]!r}")
+            raise DataError(f"{place}: data.filter={spelled([self.text])}: {wrong}, {str(found)[:50]!r}")
         return _ORDERS[self.operator](found, self.value)
 
 
@@ -85,22 +86,22 @@ def _parse(text: str) -> Condition:
     match = _CONDITION.fullmatch(text)
     if match is None:
         right = f"a condition is FIELD OPERATOR VALUE with one of {', '.join(OPERATORS)}, such as 'language == en'"
-        raise ConfigError(f"data.filter={text!r}: {right}")
+        raise ConfigError(f"data.filter={spelled([text])}: {right}")
     name = " ".join(match["operator"].split())
     try:
         value = _value(match["value"])
     except ValueError as error:
         right = "put a string into double quotes, or leave it as it is: 'language == en'"
-        raise ConfigError(f"data.filter={text!r}: {match['value']!r} is no value; {right}") from error
+        raise ConfigError(f"data.filter={spelled([text])}: {match['value']!r} is no value; {right}") from error
     several = isinstance(value, list)
     if several != (name in ("in", "not in")):
         right = "`in` and `not in` need a list, such as 'language in [en, de]', and others none"
-        raise ConfigError(f"data.filter={text!r}: {right}")
+        raise ConfigError(f"data.filter={spelled([text])}: {right}")
     for one in value if several else (value,):
         if one is not None and not isinstance(one, str | int | float):
-            raise ConfigError(f"data.filter={text!r}: a value is a string, a number, true, false or null")
+            raise ConfigError(f"data.filter={spelled([text])}: a value is a string, a number, true, false or null")
         if name in _ORDERS and (one is None or isinstance(one, bool)):
-            raise ConfigError(f"data.filter={text!r}: {name} needs a number or a string")
+            raise ConfigError(f"data.filter={spelled([text])}: {name} needs a number or a string")
     return Condition(text, match["field"], name, tuple(value) if several else value)
 
 

@@ -4,9 +4,9 @@ import dataclasses
 import math
 
 from hybridnorm_jax.config.key_lookup import entry_key, flatten
-from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.optimizer_section import OptimizerSection
 from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.config_fields import spelled
 
 # Keys that may change between two stretches of one run: they decide where it runs and what is reported, not
 # which parameters it arrives at.
@@ -199,7 +199,7 @@ def _differing(saved: RunConfig, asked: RunConfig) -> dict[str, str]:
         values.pop(MIXTURE, None)
     # An encoder has keys that a decoder has not.
     return {
-        path: f"{path}: saved {show(before.get(path))}, asked {show(after.get(path))}"
+        path: f"{path}: saved {spelled(before.get(path))}, asked {spelled(after.get(path))}"
         for path in before | after
         if before.get(path) != after.get(path)
     }

@@ -63,7 +63,7 @@ class RunSection:
         check(bool(self.project), "run.project", self.project, "must not be empty")
         for name in self.loggers:
             check_choice("run.loggers", name, LOGGERS)
-            check(self.loggers.count(name) == 1, "run.loggers", list(self.loggers), f"names {name} twice")
+            check(self.loggers.count(name) == 1, "run.loggers", self.loggers, f"names {name} twice")
         # It would be shown to everyone who sees the run.
         right = "must not hold a password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         check("@" not in self.mlflow_uri.partition("://")[2].partition("/")[0], "run.mlflow_uri", "...", right)
@@ -164,7 +164,7 @@ class TrainSection:
         check_choice("train.loss_kernel", self.loss_kernel, LOSS_KERNELS)
         check_choice("train.equivalent_form", self.equivalent_form, EQUIVALENT_FORMS)
         needs = not self.stall_exit or self.stall_seconds is not None
-        check(needs, "train.stall_exit", "true", "needs train.stall_seconds")
+        check(needs, "train.stall_exit", True, "needs train.stall_seconds")
         check(self.shuffle_rounds % 2 == 0, "train.shuffle_rounds", self.shuffle_rounds, "must be even")
         divides = self.batch_size % self.grad_accumulation == 0
         right = f"must divide train.batch_size={self.batch_size}"
@@ -173,9 +173,7 @@ class TrainSection:
             right = f"must divide train.seq_len={self.seq_len}"
             check(self.seq_len % self.loss_chunk == 0, "train.loss_chunk", self.loss_chunk, right)
         needs = self.sample_prompt is None or self.sample_tokens > 0
-        check(
-            needs, "train.sample_prompt", repr(self.sample_prompt), "needs train.sample_tokens, how long the sample is"
-        )
+        check(needs, "train.sample_prompt", self.sample_prompt, "needs train.sample_tokens, how long the sample is")
 
     @property
     def order_seed(self) -> int:
@@ -242,7 +240,7 @@ class CheckpointSection:
         check(
             needs,
             "checkpoint.local_dir",
-            self.local_dir or "null",
+            self.local_dir,
             "goes with checkpoint.local_every; give both or neither",
         )
         local = self.local_dir is None or (bool(self.local_dir) and "://" not in self.local_dir)
@@ -306,7 +304,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_fields("", self)
         needs = not self.init_optimizer or self.init_from is not None
-        check(needs, "init_optimizer", "true", "needs init_from=RUN@STEP, the checkpoint to branch from")
+        check(needs, "init_optimizer", True, "needs init_from=RUN@STEP, the checkpoint to branch from")
         self._check_average()
         self._check_widths()
         for name, size in (("train.batch_size", self.train.batch_size), ("eval.batch_size", self.eval.batch_size or 1)):
@@ -344,15 +342,15 @@ class RunConfig:
             check(model.dropout == 0, "train.equivalent_form", form, f"model.dropout={model.dropout}: {right}")
         elif self.train.check_invariants and model.norm != "crmsnorm":
             right = "there are invariants of Pre-LN models and of model.norm=crmsnorm only"
-            check(obstacle is None, "train.check_invariants", "true", f"{obstacle}; {right}")
+            check(obstacle is None, "train.check_invariants", True, f"{obstacle}; {right}")
 
     def _check_average(self) -> None:
         decay = self.optimizer.ema_decay
         needs = not self.init_plain or (self.init_from is not None and not self.init_optimizer)
         right = "needs init_from without init_optimizer: a branch takes all that the run has"
-        check(needs, "init_plain", "true", right)
+        check(needs, "init_plain", True, right)
         right = f"needs {averaging_settings()}"
-        check(not self.eval.plain or self.optimizer.averages, "eval.plain", "true", right)
+        check(not self.eval.plain or self.optimizer.averages, "eval.plain", True, right)
         right = f"model.scheme={self.model.scheme} keeps its matrices at unit length, and averages of them have another"
         check(decay is None or not self.model.scheme_rule.sphere, "optimizer.ema_decay", decay, right)
         name, averages = self.optimizer.name, self.optimizer.kind.averages_steps

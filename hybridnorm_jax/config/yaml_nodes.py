@@ -10,6 +10,7 @@ from typing import NamedTuple
 import yaml
 from yaml import events
 
+from hybridnorm_jax.config_fields import NULLS
 from hybridnorm_jax.errors import ConfigError, first_line
 
 MOST_CHARACTERS = 1_000_000
@@ -27,7 +28,7 @@ class Scalar(NamedTuple):
     @property
     def is_null(self) -> bool:
         """Whether this is YAML's null."""
-        return self.plain and self.text in ("", "~", "null", "Null", "NULL")
+        return self.plain and self.text in NULLS
 
 
 Node = Scalar | list["Node"] | dict[str, "Node"]

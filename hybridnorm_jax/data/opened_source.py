@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from hybridnorm_jax.config.data_section import DataSection
+from hybridnorm_jax.config_fields import spelled
 from hybridnorm_jax.data.files.companions import with_companions
 from hybridnorm_jax.data.files.identity import FileIdentity, identities, relative_names
 from hybridnorm_jax.data.files.patterns import find_files, listed, pattern_root
@@ -136,7 +137,7 @@ class SourceOpener:
         cache = self._cached(corpus, section.validation_fraction)
         found = cache.manifest
         if section.filter and not found.documents:
-            raise DataError(f"data.filter={list(section.filter)}: no record of {key} meets it")
+            raise DataError(f"data.filter={spelled(section.filter)}: no record of {key} meets it")
         train, held_out = found.splits["train"], found.splits["validation"]
         share = _share(held_out.tokens, train.tokens, section.validation_fraction)
         description = (

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Int
 
 from hybridnorm_jax.config.run_config import LARGEST_SEED, RunConfig
+from hybridnorm_jax.config_fields import spelled
 from hybridnorm_jax.data import Data, Rows, Tokenizer
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.generation.generate import generate
@@ -45,13 +46,13 @@ def check_prompt(config: RunConfig, data: Data) -> None:
         return
     if data.tokenizer is None:
         right = "data.tokenizer names no tokenizer for these token files; name its tokenizer.json"
-        raise ConfigError(f"train.sample_prompt={text!r}: {right}")
+        raise ConfigError(f"train.sample_prompt={spelled(text)}: {right}")
     ids = _own_prompt(text, data.tokenizer, config.data.follows_separator).ids
     if not len(ids):
-        raise ConfigError(f"train.sample_prompt={text!r}: {NO_TOKEN[config.data.follows_separator]}")
+        raise ConfigError(f"train.sample_prompt={spelled(text)}: {NO_TOKEN[config.data.follows_separator]}")
     if ids.max() >= config.model.vocab_size:
         right = f"does not fit model.vocab_size={config.model.vocab_size}; data.tokenizer is not that of these tokens"
-        raise ConfigError(f"train.sample_prompt={text!r}: its token {ids.max()} {right}")
+        raise ConfigError(f"train.sample_prompt={spelled(text)}: its token {ids.max()} {right}")
 
 
 def text_sample(config: RunConfig, data: Data, params: Any) -> str:

@@ -6,12 +6,11 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from hybridnorm_jax.config.arguments import parse
-from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.limits import LARGEST_RATE, LARGEST_SEED, SMALLEST
 from hybridnorm_jax.config.resume_keys import warmup_steps
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import take
-from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
+from hybridnorm_jax.config_fields import check, check_choice, check_fields, key, spelled
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.lab.labels import measured_otherwise, settings
 from hybridnorm_jax.model.schemes import SCHEMES
@@ -77,12 +76,12 @@ class CompareOptions:
             if isinstance(values, tuple):
                 may_be_empty = name in ("learning_rates", "variants", "sweep")
                 check(bool(values) or may_be_empty, name, "[]", "at least one is needed")
-                check(len(set(values)) == len(values), name, show(values), "one of them is named twice")
-        check(len(self.sweep) != 1, "sweep", show(self.sweep), "a grid needs at least two rates")
+                check(len(set(values)) == len(values), name, values, "one of them is named twice")
+        check(len(self.sweep) != 1, "sweep", self.sweep, "a grid needs at least two rates")
         both = bool(self.sweep) and bool(self.learning_rates)
-        check(not both, "learning_rates", show(self.learning_rates), "sweep looks for the rates; name one of the two")
+        check(not both, "learning_rates", self.learning_rates, "sweep looks for the rates; name one of the two")
         shared = sorted(set(self.seeds) & set(self.sweep_seeds)) if self.sweep else []
-        check(not shared, "sweep_seeds", show(self.sweep_seeds), f"must have none of seeds, and has {show(shared)}")
+        check(not shared, "sweep_seeds", self.sweep_seeds, f"must have none of seeds, and has {spelled(shared)}")
         both = self.tokens is not None and self.flops is not None
         check(not both, "flops", self.flops, "cannot be set together with tokens")
 
@@ -223,7 +222,7 @@ def _check_validated(asked: Comparison) -> None:
     section = asked.contestants[0].config.data
     right = "needs a validation set to choose by: data.validation_fraction or data.validation"
     has_set = bool(section.validation_fraction or section.validation)
-    check(not asked.options.sweep or has_set, "sweep", show(asked.options.sweep), right)
+    check(not asked.options.sweep or has_set, "sweep", asked.options.sweep, right)
 
 
 def _check_comparable(contestants: Sequence[Contestant], may_differ: Sequence[str]) -> None:
@@ -233,7 +232,7 @@ def _check_comparable(contestants: Sequence[Contestant], may_differ: Sequence[st
         different = measured_otherwise(first.config, other.config, may_differ)
         seeds = [each.config.train.data_seed for each in (first, other)]
         if seeds[0] != seeds[1]:
-            different.append(f"train.data_seed ({show(seeds[0])} and {show(seeds[1])})")
+            different.append(f"train.data_seed ({spelled(seeds[0])} and {spelled(seeds[1])})")
         if different:
             pair = f"{first.name} and {other.name}"
             raise ConfigError(f"variants: {pair} differ in {different[0]}: such runs cannot be compared")

@@ -6,9 +6,9 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from hybridnorm_jax.config.key_lookup import flatten
-from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.resume_keys import decides_trajectory
 from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.config_fields import spelled
 
 # The axes of a comparison, which no label names.
 AXES = ("train.seed", "optimizer.learning_rate")
@@ -30,7 +30,7 @@ def labels(configs: Sequence[RunConfig], unnamed: Collection[str] = ()) -> list[
     made = []
     for config in configs:
         values = settings(config)
-        parts = [f"{_short(key, keys)}={show(values.get(key))}" for key in keys]
+        parts = [f"{_short(key, keys)}={spelled(values.get(key))}" for key in keys]
         made.append(", ".join([config.model.scheme, *parts]))
     return made
 
@@ -62,7 +62,7 @@ def measured_otherwise(one: RunConfig, other: RunConfig, may_differ: Collection[
     ours = dict(flatten(dataclasses.asdict(one)))
     theirs = dict(flatten(dataclasses.asdict(other)))
     return [
-        f"{key} ({show(ours.get(key))} and {show(theirs.get(key))})"
+        f"{key} ({spelled(ours.get(key))} and {spelled(theirs.get(key))})"
         for key in ours | theirs  # a mixture has keys for each of its sources
         if _must_be_same(key) and key not in may_differ and ours.get(key) != theirs.get(key)
     ]

@@ -16,7 +16,6 @@ import jaxlib
 import numpy as np
 
 from hybridnorm_jax.config.arguments import parse
-from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import take
 from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
@@ -54,11 +53,11 @@ class SignalOptions:
 
     def __post_init__(self) -> None:
         check_fields("", self)
-        check(bool(self.out), "out", "''", "must name a directory")
+        check(bool(self.out), "out", self.out, "must name a directory")
         for name in ("schemes", "depths", "initializers"):
             values = getattr(self, name)
             check(bool(values), name, "[]", "at least one is needed")
-            check(len(set(values)) == len(values), name, show(values), "one of them is named twice")
+            check(len(set(values)) == len(values), name, values, "one of them is named twice")
         for initializer in self.initializers:
             check_choice("initializers", initializer, ("auto", *INITIALIZERS))
 

@@ -62,9 +62,9 @@ def check_can_be_together(config: RunConfig, together: int) -> None:
     right = f"not with together={together}; leave one of the two out"
     check(config.init_from is None, "init_from", config.init_from, right)
     check(not config.eval.tasks, "eval.tasks", "[...]", right)
-    check(not config.eval.plain, "eval.plain", "true", right)
-    check(not train.profile, "train.profile", "true", right)
-    check(not train.check_invariants, "train.check_invariants", "true", right)
+    check(not config.eval.plain, "eval.plain", True, right)
+    check(not train.profile, "train.profile", True, right)
+    check(not train.check_invariants, "train.check_invariants", True, right)
     check(WANDB not in config.run.loggers, "run.loggers", WANDB, right)
     check(not train.sample_tokens, "train.sample_tokens", train.sample_tokens, right)
     named = f"needs a policy that is named with together={together}: it is chosen for a single run"

@@ -19,7 +19,6 @@ import numpy as np
 from jaxtyping import Float
 
 from hybridnorm_jax.config.arguments import parse
-from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import take
 from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
@@ -66,11 +65,11 @@ class WidthOptions:
 
     def __post_init__(self) -> None:
         check_fields("", self)
-        check(bool(self.out), "out", "''", "must name a directory")
+        check(bool(self.out), "out", self.out, "must name a directory")
         check(bool(self.schemes), "schemes", "[]", "at least one is needed")
-        check(len(set(self.schemes)) == len(self.schemes), "schemes", show(self.schemes), "one of them is named twice")
+        check(len(set(self.schemes)) == len(self.schemes), "schemes", self.schemes, "one of them is named twice")
         right = "at least two are needed, none of them twice"
-        check(len(set(self.widths)) == len(self.widths) > 1, "widths", show(self.widths), right)
+        check(len(set(self.widths)) == len(self.widths) > 1, "widths", self.widths, right)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from hybridnorm_jax.config_fields import spelled
 from hybridnorm_jax.errors import ConfigError, did_you_mean
 
 # Outermost first: devices that differ in the last axis alone are nearest to each other.
@@ -38,7 +39,9 @@ def resolve_rules(changes: Mapping[str, tuple[str, ...]] | None = None) -> Rules
     entries_by_axis = DEFAULT_RULES | dict(changes)
     rules = {name: tuple(_entry(name, entry) for entry in entries) for name, entries in entries_by_axis.items()}
     if len(rules["batch"]) != 1:
-        raise ConfigError(f"mesh.rules.batch={list(changes['batch'])}: must be one entry; a batch is always split so")
+        raise ConfigError(
+            f"mesh.rules.batch={spelled(changes['batch'])}: must be one entry; a batch is always split so"
+        )
     return rules
 
 

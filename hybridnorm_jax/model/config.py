@@ -8,7 +8,7 @@ import dataclasses
 import math
 from typing import Any, Self
 
-from hybridnorm_jax.config_fields import Filled, check_choice, check_fields, key
+from hybridnorm_jax.config_fields import Filled, check_choice, check_fields, key, spelled
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS, EXPERT_DISPATCHES
 from hybridnorm_jax.model.config_norms import NormKeys
@@ -264,7 +264,7 @@ class ModelConfig(NormKeys):
             return "model.head_bias=true"
         for name in ("logit_scale", "logit_cap"):
             if getattr(self, name) is not None:
-                return f"model.{name}={getattr(self, name)}"
+                return f"model.{name}={spelled(getattr(self, name))}"
         return None
 
     @property
@@ -278,7 +278,7 @@ class ModelConfig(NormKeys):
             return f"model.scheme={self.scheme}, whose branches grow with the training step (model.ramp_at=null)"
         found = [] if self.norm_kind.is_layer_norm else [f"model.norm={self.norm}"]
         if self.learned_embedding_scale:
-            found.append("model.learned_embedding_scale=True")
+            found.append("model.learned_embedding_scale=true")
         if misplaced := self._misplaced_norm:
             found.append(misplaced)
         return ", and ".join(found) or None

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from hybridnorm_jax.config_fields import check_choice, key
+from hybridnorm_jax.config_fields import check_choice, key, spelled
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.config_sizes import LONGEST_CONTEXT, WIDEST
@@ -170,7 +170,7 @@ class EncoderConfig(ModelConfig):
                 self._check(name, getattr(self, name) == defaults[name], only)
             return
         self._check("vocab_size", self.vocab_size == defaults["vocab_size"], "only for model.input=tokens")
-        self._check("patch_size", self.num_patches > 0, f"larger than model.image_size={list(self.image_size)}")
+        self._check("patch_size", self.num_patches > 0, f"larger than model.image_size={spelled(self.image_size)}")
         self._check("image_size", self.num_patches <= LONGEST_CONTEXT, f"makes {self.num_patches} patches")
         numbers = self.d_model * self.num_channels * self.patch_size[0] * self.patch_size[1]
         self._check("patch_size", numbers <= WIDEST**2, f"makes a patch embedding of {numbers:.1e} parameters")

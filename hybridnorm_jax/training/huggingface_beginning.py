@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from hybridnorm_jax.config.run_config import RunConfig
-from hybridnorm_jax.config_fields import present
+from hybridnorm_jax.config_fields import present, spelled
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.interop.architectures import mathematics
 from hybridnorm_jax.interop.huggingface import huggingface_config, load_huggingface
@@ -46,6 +46,6 @@ def _check_same_model(path: str, found: ModelConfig, asked: ModelConfig) -> None
         return
     # One scheme places other norms in models of other sizes: then its name is the same, and a size is what differs.
     key = next((key for key in differing if getattr(found, key) != getattr(asked, key)), differing[0])
-    wrong = f"model.{key}: {path} has {getattr(found, key)}, asked {getattr(asked, key)}"
+    wrong = f"model.{key}: {path} has {spelled(getattr(found, key))}, asked {spelled(getattr(asked, key))}"
     right = "ask for the model that it is"
     raise ConfigError(f"init_from={path}: its parameters belong to another model ({wrong}); {right}")

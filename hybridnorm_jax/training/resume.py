@@ -16,7 +16,7 @@ from hybridnorm_jax.config.resume_keys import (
 )
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.config.yaml_files import from_yaml
-from hybridnorm_jax.config_fields import present
+from hybridnorm_jax.config_fields import present, spelled
 from hybridnorm_jax.data import Data, train_iterator
 from hybridnorm_jax.data.mixture import order_of
 from hybridnorm_jax.errors import ConfigError
@@ -246,7 +246,7 @@ def _check_branch(source: _Source, config: RunConfig) -> None:
     if before.shuffle_rounds != now.shuffle_rounds:
         fixed.append(f"train.shuffle_rounds: saved {before.shuffle_rounds}, asked {now.shuffle_rounds}")
     if (saved.optimizer.clip is None) != (config.optimizer.clip is None):
-        fixed.append(f"optimizer.clip: saved {saved.optimizer.clip}, asked {config.optimizer.clip}")
+        fixed.append(f"optimizer.clip: saved {spelled(saved.optimizer.clip)}, asked {spelled(config.optimizer.clip)}")
     if fixed:
         right = "leave it as it was, or start without init_optimizer"
         raise ConfigError(f"init_optimizer=true: a branch of {config.init_from} needs the same {fixed[0]}; {right}")

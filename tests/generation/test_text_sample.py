@@ -129,13 +129,13 @@ def test_prompts_that_cannot_be_are_refused_before_training():
     check_prompt(config(), Data({"": Source(windows("x"))}, {}, None))
     with pytest.raises(ConfigError, match=r"^train.sample_prompt=' ': it has no token, and the tokenizer has no sep"):
         check_prompt(config(sample_prompt=" "), data(tokenizer=LettersOnly()))
-    with pytest.raises(ConfigError, match=r"^train.sample_prompt='a': data.tokenizer names no tokenizer"):
+    with pytest.raises(ConfigError, match=r"^train.sample_prompt=a: data.tokenizer names no tokenizer"):
         check_prompt(config(sample_prompt="a"), Data({"": Source(windows("x"))}, {}, None))
     small = config(sample_prompt="z")
     small = dataclasses.replace(small, model=dataclasses.replace(small.model, vocab_size=100))
     with pytest.raises(ConfigError, match=r"its token 122 does not fit model.vocab_size=100"):
         check_prompt(small, data(tokenizer=LettersOnly()))
-    with pytest.raises(ConfigError, match=r"^train.sample_prompt='a': needs train.sample_tokens"):
+    with pytest.raises(ConfigError, match=r"^train.sample_prompt=a: needs train.sample_tokens"):
         dataclasses.replace(config().train, sample_prompt="a", sample_tokens=0)
 
 

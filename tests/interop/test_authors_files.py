@@ -39,7 +39,7 @@ def test_a_project_knows_what_its_models_have():
     assert (config.norm, config.position_offset, config.embedding_scale) == ("layernorm", 2, 8.0)
     assert hn.PROJECTS["fairseq"].config(embedding_scale=None, max_positions=512).embedding_scale is None
     assert hn.PROJECTS["b2t"].config(activation="gelu", max_positions=512).activation == "gelu"
-    with pytest.raises(hn.ConfigError, match=r"^model\.max_positions=None"):
+    with pytest.raises(hn.ConfigError, match=r"^model\.max_positions=null"):
         hn.PROJECTS["fairseq"].config(scheme="normformer")
 
 

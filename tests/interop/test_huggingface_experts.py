@@ -241,9 +241,9 @@ MOE = {"scheme": "pre_qk_projection", "num_experts": 4, "experts_per_token": 2}
     [
         ("olmoe", {"scheme": "hybrid_star"}, "olmoe cannot express model.scheme=hybrid_star"),
         ("olmoe", {"shared_experts": 2}, "olmoe cannot express model.shared_experts=2"),
-        ("olmoe", {"balance_bias": True}, "olmoe cannot express model.balance_bias=True"),
-        ("olmoe", {"mlp_bias": True}, "olmoe cannot express model.mlp_bias=True"),
-        ("olmoe", {"head_bias": True}, "olmoe cannot express model.head_bias=True"),
+        ("olmoe", {"balance_bias": True}, "olmoe cannot express model.balance_bias=true"),
+        ("olmoe", {"mlp_bias": True}, "olmoe cannot express model.mlp_bias=true"),
+        ("olmoe", {"head_bias": True}, "olmoe cannot express model.head_bias=true"),
         ("olmoe", {"norm": "crmsnorm"}, "olmoe cannot express model.norm=crmsnorm"),
         # What a dense architecture would express, were it not for the experts.
         ("llama", {"scheme": "pre"}, "llama cannot express model.num_experts=4"),

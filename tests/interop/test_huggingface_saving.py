@@ -38,9 +38,9 @@ BIASED = {"norm": "layernorm", "norm_bias": True, "num_kv_heads": 4, "mlp_bias":
     [
         ("llama", {"scheme": "hybrid_star"}, "^llama cannot express model.scheme=hybrid_star$"),
         ("llama", {"scheme": "pre", "norm": "crmsnorm"}, "llama cannot express model.norm=crmsnorm"),
-        ("llama", {"scheme": "pre", "norm_bias": True}, "llama cannot express model.norm_bias=True"),
-        ("llama", {"scheme": "pre", "norm_scale": False}, "llama cannot express model.norm_scale=False"),
-        ("llama", {"scheme": "pre", "head_bias": True}, "llama cannot express model.head_bias=True"),
+        ("llama", {"scheme": "pre", "norm_bias": True}, "llama cannot express model.norm_bias=true"),
+        ("llama", {"scheme": "pre", "norm_scale": False}, "llama cannot express model.norm_scale=false"),
+        ("llama", {"scheme": "pre", "head_bias": True}, "llama cannot express model.head_bias=true"),
         ("llama", {"scheme": "pre", "embedding_norm": "true"}, "llama cannot express model.embedding_norm=true"),
         ("llama", {"scheme": "pre", "rotary_dim": 4}, "llama cannot express model.rotary_dim=4"),
         (
@@ -48,8 +48,8 @@ BIASED = {"norm": "layernorm", "norm_bias": True, "num_kv_heads": 4, "mlp_bias":
             {"scheme": "pre_qk_pre", "attention_norm_bias": True},
             "qwen3 cannot express model.attention_norm_bias=",
         ),
-        ("olmo2", {"scheme": "reordered", "mlp_bias": True}, "olmo2 cannot express model.mlp_bias=True"),
-        ("gpt_neox", {"scheme": "pre", **BIASED, "norm_bias": False}, "gpt_neox cannot express model.norm_bias=False"),
+        ("olmo2", {"scheme": "reordered", "mlp_bias": True}, "olmo2 cannot express model.mlp_bias=true"),
+        ("gpt_neox", {"scheme": "pre", **BIASED, "norm_bias": False}, "gpt_neox cannot express model.norm_bias=false"),
         ("llama", {"scheme": "reordered"}, "^llama cannot express model.scheme=reordered"),
         ("qwen3", {"scheme": "pre"}, "^qwen3 cannot express model.scheme=pre$"),
         (

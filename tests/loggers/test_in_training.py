@@ -84,8 +84,8 @@ def test_what_is_no_logger_is_refused_at_once(words):
     ("word", "message"),
     [
         ("run.loggers=[tensorbord]", "run.loggers=tensorbord: not known; did you mean 'tensorboard'?"),
-        ("run.loggers=[csv, csv]", "run.loggers=['csv', 'csv']: names csv twice"),
-        ("run.project=", "run.project=: must not be empty"),
+        ("run.loggers=[csv, csv]", "run.loggers=[csv, csv]: names csv twice"),
+        ("run.project=", "run.project='': must not be empty"),
         ("run.mlflow_uri=http://me:secret@host", "run.mlflow_uri=...: must not hold a password; set MLFLOW_TRACKING"),
     ],
 )

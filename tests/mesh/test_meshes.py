@@ -167,7 +167,7 @@ def test_parameters_that_are_not_experts_are_split_over_the_expert_axis_too():
         ({"vocabulary": ("tensor",)}, r"mesh\.rules\.vocabulary: not a logical axis; did you mean 'vocab'"),
         ({"vocab": ("tensors",)}, r"mesh\.rules\.vocab: 'tensors' is not a mesh axis; did you mean 'tensor'"),
         ({"vocab": ("tensor+tensor",)}, r"mesh\.rules\.vocab: tensor\+tensor names an axis twice"),
-        ({"batch": ("data", "fsdp")}, r"mesh\.rules\.batch=\['data', 'fsdp'\]: must be one entry"),
+        ({"batch": ("data", "fsdp")}, r"mesh\.rules\.batch=\[data, fsdp\]: must be one entry"),
         ({"batch": ()}, r"mesh\.rules\.batch=\[\]: must be one entry"),
     ],
     ids=str,

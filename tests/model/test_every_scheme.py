@@ -179,7 +179,7 @@ def test_experts_have_no_norm_inside(scheme):
 
 
 def test_two_learned_scales_behind_a_branch_are_refused():
-    with pytest.raises(hn.ConfigError, match=r"model.layer_scale=True: model.scheme=hybrid_rezero has a learned scale"):
+    with pytest.raises(hn.ConfigError, match=r"model.layer_scale=true: model.scheme=hybrid_rezero has a learned scale"):
         _config("hybrid_rezero", layer_scale=True)
 
 

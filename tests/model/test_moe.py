@@ -264,7 +264,7 @@ def test_the_router_computes_in_float32_whatever_the_layer_does():
     [
         ({"experts_per_token": 9}, r"model\.experts_per_token=9: must be between 1 and model\.num_experts=8"),
         ({"experts_per_token": 0}, r"model\.experts_per_token=0: must be at least 1"),
-        ({"experts_per_token": None}, r"model\.experts_per_token=None: must be between 1"),
+        ({"experts_per_token": None}, r"model\.experts_per_token=null: must be between 1"),
         ({"num_experts": -1}, r"model\.num_experts=-1: must be at least 0"),
         ({"num_experts": 0}, r"model\.experts_per_token=3: there are no experts; set model\.num_experts"),
         ({"num_experts": 0, "experts_per_token": None, "shared_experts": 1}, r"model\.shared_experts=1: there are no"),

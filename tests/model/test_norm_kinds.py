@@ -204,11 +204,11 @@ def test_conversion_names_the_kind_it_refuses(kind, form):
 
 def test_a_learned_embedding_scale_is_refused_where_it_cannot_be():
     config = hn.ModelConfig(scheme="pre", norm="layernorm", learned_embedding_scale=True, **SIZES)
-    with pytest.raises(hn.ConfigError, match=r"^model\.learned_embedding_scale=True: only LayerNorm at the entrance"):
+    with pytest.raises(hn.ConfigError, match=r"^model\.learned_embedding_scale=true: only LayerNorm at the entrance"):
         hn.equivalence.to_pre_rmsnorm(config, {})
-    with pytest.raises(hn.ConfigError, match=r"^model\.learned_embedding_scale=True: an Encoder does not have it"):
+    with pytest.raises(hn.ConfigError, match=r"^model\.learned_embedding_scale=true: an Encoder does not have it"):
         hn.EncoderConfig(learned_embedding_scale=True)
-    with pytest.raises(hn.UserError, match=r"llama cannot express model\.learned_embedding_scale=True"):
+    with pytest.raises(hn.UserError, match=r"llama cannot express model\.learned_embedding_scale=true"):
         config_to_json(dataclasses.replace(config, norm="rmsnorm"), "llama")
 
 
@@ -257,7 +257,7 @@ def test_matrices_of_a_kind_are_one_for_all_heads():
     hn.norm_kind("mixing", parameters=[hn.NormParameter("m", ("width", 3), start=None)])(lambda x, m: x + (x @ m).sum())
     config = hn.ModelConfig(scheme="hybrid", norm="mixing", mlp_dim=48, **SIZES)
     assert abstract_params(config)["run_0"]["attention"]["q_norm"]["m"].shape == (3, 8, 3)
-    right = r"^model\.attention_norm_per_head=True: norms of the kind mixing have matrices"
+    right = r"^model\.attention_norm_per_head=true: norms of the kind mixing have matrices"
     with pytest.raises(hn.ConfigError, match=right):
         dataclasses.replace(config, attention_norm_per_head=True)
 

@@ -108,11 +108,11 @@ def test_outside_the_blocks_vectors_are_whole(small_config):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"whole_outside": True}, r"model\.whole_outside=True: only for model\.norm=crmsnorm"),
-        ({"whole_outside": True, "norm": "layernorm"}, r"model\.whole_outside=True: only for model\.norm=crmsnorm"),
+        ({"whole_outside": True}, r"model\.whole_outside=true: only for model\.norm=crmsnorm"),
+        ({"whole_outside": True, "norm": "layernorm"}, r"model\.whole_outside=true: only for model\.norm=crmsnorm"),
         (
             {"embedding_centring": True, "norm": "crmsnorm"},
-            r"model\.embedding_centring=True: model\.norm=crmsnorm needs model\.whole_outside: what is stored",
+            r"model\.embedding_centring=true: model\.norm=crmsnorm needs model\.whole_outside: what is stored",
         ),
     ],
 )

@@ -308,7 +308,7 @@ def test_moments_in_bfloat16_move_where_the_nearest_number_would_stand_still():
     [
         (["name=adam"], "optimizer.name=adam: not known; did you mean 'adamw'?"),
         (["muon_steps=6"], "optimizer.muon_steps=6: only for optimizer.name=muon"),
-        (["name=muon", "adafactor_scale=false"], "optimizer.adafactor_scale=False: only for optimizer.name=adafactor"),
+        (["name=muon", "adafactor_scale=false"], "optimizer.adafactor_scale=false: only for optimizer.name=adafactor"),
         (["name=muon", "muon_scale=keller"], "optimizer.muon_scale=keller: not known"),
         (["name=muon", "muon_dtype=float16"], "optimizer.muon_dtype=float16: not known; did you mean"),
         (["moment_dtype=int8"], "optimizer.moment_dtype=int8: not known; known: bfloat16, float32"),

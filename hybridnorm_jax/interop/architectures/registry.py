@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from hybridnorm_jax.config_fields import spelled
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.interop.architectures import (
     alibi,
@@ -113,4 +114,4 @@ def _lost(config: ModelConfig, architecture: Architecture, document: Json) -> li
     ours = mathematics(config)
     # A key with an effect in one of the two only follows from another that differs: the scheme, or the positions.
     lost = [name for name in ours if name in back and ours[name] != back[name]]
-    return [f"model.{name}={getattr(config, name)}" for name in lost]
+    return [f"model.{name}={spelled(getattr(config, name))}" for name in lost]

@@ -29,7 +29,7 @@ class ClaimOptions:
 
     def __post_init__(self) -> None:
         check_fields("", self)
-        check(bool(self.out), "out", "''", "must name a directory")
+        check(bool(self.out), "out", self.out, "must name a directory")
 
 
 def run(arguments: Sequence[str]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from hybridnorm_jax.config.key_values import show
+from hybridnorm_jax.config_fields import spelled
 from hybridnorm_jax.lab.report.formats import digits_text, duration_text, operations_text
 from hybridnorm_jax.lab.report.statistics import ComparedRuns, median
 from hybridnorm_jax.lab.runs import Run
@@ -136,5 +136,5 @@ def _values(runs: Iterable[Run], section: str, names: Iterable[str]) -> str:
     parts = []
     for name in names:
         values = distinct(getattr(values_of_run, name) for values_of_run in sections)
-        parts.append(f"{name}={' or '.join(map(show, values))}")
+        parts.append(f"{name}={' or '.join(map(spelled, values))}")
     return ", ".join(parts)

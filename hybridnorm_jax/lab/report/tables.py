@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from hybridnorm_jax.config.key_values import show
 from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.config_fields import spelled
 from hybridnorm_jax.lab.groups import RunGroup
 from hybridnorm_jax.lab.labels import differing, settings
 from hybridnorm_jax.lab.report.blocks import Cell, Column, Table
@@ -62,7 +62,7 @@ def _yes_or_no(value: bool) -> str:
 
 def _differences(before: RunConfig, after: RunConfig) -> str:
     old, new = settings(before), settings(after)
-    return "; ".join(f"{key}: {show(old[key])} → {show(new[key])}" for key in differing([before, after]))
+    return "; ".join(f"{key}: {spelled(old[key])} → {spelled(new[key])}" for key in differing([before, after]))
 
 
 # ---- Final losses

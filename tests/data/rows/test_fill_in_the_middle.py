@@ -192,7 +192,7 @@ def test_tokens_that_there_are_not(section):
     ("keys", "wrong"),
     [
         ({"packing": "windows"}, r"data\.fim_rate=1\.0: needs data\.packing=documents or padded"),
-        ({"fim_tokens": ("1", "2")}, r"data\.fim_tokens=\['1', '2'\]: must be three"),
+        ({"fim_tokens": ("1", "2")}, r"data\.fim_tokens=\[1, 2\]: must be three"),
         ({"fim_tokens": ("1", "2", "2")}, r"data\.fim_tokens=.*: must be three"),
         ({"fim_rate": 0.0}, r"data\.fim_tokens=.*: needs data\.fim_rate"),
         ({"fim_rate": 1.5}, r"data\.fim_rate=1\.5: must be at least 0 and at most 1"),

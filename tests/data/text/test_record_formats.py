@@ -209,9 +209,9 @@ def test_a_filter_compares_as_json_does(tmp_path):
     assert texts(tmp_path / "a.jsonl", "v == true") == ["true"]
     assert texts(tmp_path / "a.jsonl", 'v == "1"') == ["string"]
     wrong = refused(tmp_path / "a.jsonl", "v > 0")
-    assert wrong.endswith("a.jsonl:3: data.filter='v > 0': compares a string with a number, '1'")
+    assert wrong.endswith("a.jsonl:3: data.filter=[v > 0]: compares a string with a number, '1'")
     (tmp_path / "a.jsonl").write_text('{"text": "a", "v": [1]}\n')
-    assert "a.jsonl:1: data.filter='v == 1': the field holds no string, number" in refused(
+    assert "a.jsonl:1: data.filter=[v == 1]: the field holds no string, number" in refused(
         tmp_path / "a.jsonl", "v == 1"
     )
 
@@ -247,7 +247,7 @@ def test_a_filter_that_no_record_meets_is_named(tmp_path):
     section = DataSection(
         source="text", files=(_write(tmp_path, "jsonl"),), cache_dir=str(tmp_path / "cache"), filter=("language == fr",)
     )
-    with pytest.raises(DataError, match=r"data\.filter=\['language == fr'\]: no record of data\.files meets it"):
+    with pytest.raises(DataError, match=r"data\.filter=\[language == fr\]: no record of data\.files meets it"):
         windows(section)
 
 
