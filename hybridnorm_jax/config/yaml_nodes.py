@@ -55,7 +55,9 @@ def read_yaml(text: str, origin: str, *, lines: bool = True) -> Node:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = None if mark is None else mark.line
-        raise ConfigError(f"{_where(origin, line, lines)}: not valid YAML: {error.problem}") from error
+        is_list = mark is not None and text[mark.index : mark.index + 1] == "@"
+        right = '; a value that begins with @ needs quotes, such as "@list.txt"' if is_list else ""
+        raise ConfigError(f"{_where(origin, line, lines)}: not valid YAML: {error.problem}{right}") from error
     except (yaml.YAMLError, UnicodeError) as error:  # a character that YAML does not allow, or bytes that are no UTF-8
         raise ConfigError(f"{origin}: not valid YAML: {first_line(error)}") from error
     return Scalar("", plain=True) if builder.document is None else builder.document

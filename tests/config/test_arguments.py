@@ -120,6 +120,11 @@ def test_embedding_norm_may_be_a_boolean_in_yaml(write):
         ("--steps=3", "--steps=3: no such key; did you mean 'train.steps'?"),
         ("nonsense={}", "nonsense={}: no such key; --help lists every key"),
         ("data.files=[a", "data.files=[a: not valid YAML"),
+        (
+            "data.files=[ä, @l]",
+            "data.files=[ä, @l]: not valid YAML: found character that cannot start any token; "
+            'a value that begins with @ needs quotes, such as "@list.txt"',
+        ),
         ("data.cache_dir=${oc.env:HOME}", "data.cache_dir=${oc.env:HOME}: interpolation"),
         ("data.cache_dir=${oc", "data.cache_dir=${oc: interpolation"),
         ("no_such_file", "no_such_file: no such configuration"),

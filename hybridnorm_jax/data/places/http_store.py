@@ -175,7 +175,8 @@ def _check(url: str) -> None:
     if not url.isascii() or re.search(r"[\x00-\x20\x7f]", url):
         raise DataError(f"{shown}: an address has no spaces and only ASCII; write others as %20 and the like")
     if "*" in parts.path:
-        raise DataError(f"{shown}: a server lists no files; name each of them, in a list: data.files=[@list.txt]")
+        right = """name each of them, in a list: 'data.files=["@list.txt"]'"""
+        raise DataError(f"{shown}: a server lists no files; {right}")
 
 
 def _path(url: str) -> str:

@@ -1,5 +1,6 @@
 """Files on servers that fail, change or mislead: fetched whole or not at all, and one line for a fault."""
 
+import shlex
 import time
 import urllib.request
 
@@ -8,6 +9,7 @@ import pytest
 from fetched_files import MIB, cached, content_of, random_bytes, refused
 from written_tokens import megatron
 
+from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.data import DataError, open_data
 from hybridnorm_jax.data.files.patterns import find_files
@@ -149,9 +151,10 @@ def test_content_is_checked_against_the_digest_that_a_server_states(web, copies)
 
 
 def test_addresses_that_cannot_be_right_are_refused(web):
+    words_of_list = """'data.files=["@list.txt"]'"""
     for url, words in (
         ("https://user:secret@example.org/a.txt", "a user or password"),
-        ("https://example.org/*.txt", "@list.txt"),
+        ("https://example.org/*.txt", words_of_list),
         (f"{web.url}/", "a directory"),
         ("https:///a.txt", "no address"),
         ("https://example.org/ä b.txt", "%20"),
@@ -160,6 +163,8 @@ def test_addresses_that_cannot_be_right_are_refused(web):
         message = refused(find_files, "data.files", [url])
         assert words in message
         assert "secret" not in message
+    # What the message says can be typed.
+    assert parse(shlex.split(words_of_list)).data.files == ("@list.txt",)
 
 
 def test_a_signature_in_an_address_is_not_shown(web):
