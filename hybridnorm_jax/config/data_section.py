@@ -114,7 +114,8 @@ class DataSection:
         )
         check(only, "data.chat_template", self.chat_template, "only for data.records=messages")
         for name in self.validation:
-            check(bool(name.strip()), "data.validation", self.validation, "a validation set needs a name")
+            right = "a validation set needs a name in printable characters: it stands in lines of the log and of tables"
+            check(bool(name.strip()) and name.isprintable(), "data.validation", [name], right)
 
     def _check_fim(self) -> None:
         if not self.fim_rate:
