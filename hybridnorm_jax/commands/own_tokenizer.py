@@ -29,7 +29,7 @@ def own_tokenizer(
         return None
     try:
         tokenizer = load_tokenizer(data, needs_separator=False)
-        check_tokenizer_alone(known, data, where=where)
+        check_tokenizer_alone(known, data, tokenizer, where=where)
         if tokenizer.vocab_size > vocab_size:
             wrong = f"has {tokenizer.vocab_size:,} tokens, but the model knows {vocab_size:,}"
             raise UserError(f"data.tokenizer={data.tokenizer}: {wrong}; name the tokenizer that it was trained with")

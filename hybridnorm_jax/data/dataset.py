@@ -45,11 +45,13 @@ class Data:
       validation: name -> rows. Without a mixture "validation" is the held-out split; with one, each source's
         held-out split has the name of the source. The others are data.validation's sets.
       tokenizer: None where token files are read and data.tokenizer names no file.
+      made_by: the fingerprint of the tokenizer that made all ids, which tokenized directories say too; None: unknown.
     """
 
     sources: dict[str, Source]
     validation: dict[str, Rows]
     tokenizer: Tokenizer | None
+    made_by: str | None = None
 
     @property
     def train_tokens(self) -> int:
@@ -140,7 +142,7 @@ def open_data(data: DataSection, *, seq_len: int, vocab_size: int, progress: boo
             for name, found in opened.items()
         }
         validation = held_out | validation
-    return Data(sources=sources, validation=validation, tokenizer=opener.tokenizer)
+    return Data(sources=sources, validation=validation, tokenizer=opener.tokenizer, made_by=opener.made_by)
 
 
 def _opened(opener: SourceOpener, name: str, section: DataSection) -> OpenedSource:

@@ -155,6 +155,13 @@ class SourceOpener:
         )
 
     @property
+    def made_by(self) -> str | None:
+        """The fingerprint of the tokenizer that made the ids of all that was opened; None: nothing says which."""
+        if self.tokenizer is not None:
+            return self.tokenizer.fingerprint
+        return None if self._directory is None else self._directory.manifest.tokenizer.fingerprint
+
+    @property
     def _known_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise AssertionError("text is read with a tokenizer")

@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybridnorm_jax.config.data_section import DataSection
-from hybridnorm_jax.data import Data, DataError
-from hybridnorm_jax.data.files.identity import identities
+from hybridnorm_jax.data import Data, DataError, Tokenizer
+from hybridnorm_jax.data.files.identity import WHOLE_BYTES, identities
 from hybridnorm_jax.data.files.patterns import find_files
 from hybridnorm_jax.data.text.sources import holds_whole_files_out
+from hybridnorm_jax.data.tokens.tokenizers import ByteTokenizer
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.evaluation.held_out import TRAINING_SET
 from hybridnorm_jax.mesh.processes import say
@@ -26,6 +27,9 @@ from hybridnorm_jax.training.trained_sources import SOURCES, selection, sources_
 Files = Sequence[dict[str, Any]]
 # In the data state of a checkpoint: what other runs trained the parameters on, and Data.is_split_by_hash of its own.
 TRAINED_BEFORE, SPLIT_BY_HASH = "trained_before", "is_split_by_hash"
+# There too: Data.made_by.
+MADE_BY = "tokenizer_fingerprint"
+BYTES = ByteTokenizer.fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Trained:
       is_split_by_hash: as in dataset.Source.
       name: of the source in data.mixture; empty without a mixture.
       selects: which part of a record is its text, see trained_sources.selection; None: unknown, or there is no text.
+      tokenizer: the fingerprint of the one that made the ids; None: unknown, or saved by a version that did not say it.
     """
 
     source: str
@@ -46,6 +51,7 @@ class Trained:
     is_split_by_hash: bool = True
     name: str = ""
     selects: str | None = None
+    tokenizer: str | None = None
 
 
 def training_data(section: DataSection, data: Data) -> list[Trained]:
@@ -62,7 +68,8 @@ def own_data(section: DataSection, data: Data) -> dict[str, Any]:
     """What the data state of a checkpoint says of the data of its own run, besides its files."""
     if section.mixture:
         return {SOURCES: sources_as_json(section, data)}
-    return {SPLIT_BY_HASH: data.first.is_split_by_hash}
+    made_by = {} if data.made_by is None else {MADE_BY: data.made_by}
+    return {SPLIT_BY_HASH: data.first.is_split_by_hash, **made_by}
 
 
 def trained_before(data_state: Mapping[str, Any]) -> list[Trained]:
@@ -80,7 +87,8 @@ def trained_on(data_state: Mapping[str, Any], saved: DataSection) -> list[Traine
     if was_trained(data_state):
         by_hash = data_state.get(SPLIT_BY_HASH, True)
         fraction, selects = saved.validation_fraction, selection(saved)
-        own = [Trained(saved.source, fraction, data_state["files"], by_hash, selects=selects)]
+        made_by = data_state.get(MADE_BY)
+        own = [Trained(saved.source, fraction, data_state["files"], by_hash, selects=selects, tokenizer=made_by)]
         if SOURCES in data_state:
             own = [_of_source(source) for source in data_state[SOURCES]]
         known = [one for one in known if one not in own] + own
@@ -94,7 +102,7 @@ def was_trained(data_state: Mapping[str, Any]) -> bool:
 
 def as_json(known: Sequence[Trained]) -> list[dict[str, Any]]:
     """As the data state of a checkpoint has it under TRAINED_BEFORE."""
-    optional = ("name", "selects")
+    optional = ("name", "selects", "tokenizer")
     return [
         {name: value for name, value in dataclasses.asdict(one).items() if name not in optional or value}
         for one in known
@@ -131,8 +139,8 @@ def check_beginning(
 def check_tokenizer(known: Sequence[Trained], asked: DataSection, now: Sequence[Trained], *, where: str) -> None:
     """Refuse another tokenizer than the parameters were trained with, wherever its file lies.
 
-    Whoever reads token files need not name their tokenizer. So the last run that says its tokenizer is asked, and if
-    none does, or `now` does not, there is nothing to compare.
+    Whoever reads token files need not name their tokenizer; directories of `hybridnorm tokenize` say it themselves. So
+    the last run that says its tokenizer is asked, and if none does, or `now` does not, there is nothing to compare.
 
     Args:
       known: what they were trained on.
@@ -145,25 +153,29 @@ def check_tokenizer(known: Sequence[Trained], asked: DataSection, now: Sequence[
     saying, saying_now = ([one for one in each if _says_tokenizer(one)] for each in (known, now))
     if not saying or not saying_now:
         return
-    before, after = (_content_of_tokenizer(one.files) for one in (saying[-1], saying_now[-1]))
-    if before == after:
+    before, after = saying[-1], saying_now[-1]
+    if _may_be_of_one_tokenizer(before, after):
         return
-    if before is None or after is None:
-        kinds = {True: "bytes", False: "a tokenizer.json"}
-        wrong = f"{where} was trained with {kinds[before is None]}, not with {kinds[after is None]}"
-    else:
-        wrong = f"{asked.tokenizer} has another content than the tokenizer that {where} was trained with"
+    kinds = {True: "bytes", False: "a tokenizer.json"}
+    was_bytes, is_bytes = (_fingerprint(one) == BYTES for one in (before, after))
+    if not _names_tokenizer(after):
+        wrong = f"its tokens were made by another tokenizer than those that {where} was trained on"
+        raise ConfigError(f"data: {wrong}; name tokens that the same one has made")
+    wrong = f"{asked.tokenizer} has another content than the tokenizer that {where} was trained with"
+    if was_bytes or is_bytes:
+        wrong = f"{where} was trained with {kinds[was_bytes]}, not with {kinds[is_bytes]}"
     raise ConfigError(f"data.tokenizer: {wrong}; name the tokenizer that it was trained with")
 
 
-def check_tokenizer_alone(known: Sequence[Trained], asked: DataSection, *, where: str) -> None:
-    """`check_tokenizer` for a program that reads a tokenizer and no data."""
-    check_tokenizer(known, asked, _tokenizer_alone(asked), where=where)
+def check_tokenizer_alone(known: Sequence[Trained], asked: DataSection, tokenizer: Tokenizer, *, where: str) -> None:
+    """`check_tokenizer` for a program that reads the tokenizer that `asked` names, and no data."""
+    check_tokenizer(known, asked, _tokenizer_alone(asked, tokenizer.fingerprint), where=where)
 
 
-def _tokenizer_alone(section: DataSection) -> list[Trained]:
+def _tokenizer_alone(section: DataSection, fingerprint: str | None = None) -> list[Trained]:
     source = "text" if section.reads_text else "tokens"
-    return [Trained(source, section.validation_fraction, data_files(section, {}))]
+    files = data_files(section, {})
+    return [Trained(source, section.validation_fraction, files, tokenizer=fingerprint)]
 
 
 def check_validation(known: Sequence[Trained], asked: DataSection, now: Sequence[Trained], *, where: str) -> None:
@@ -292,8 +304,32 @@ def _check_tokenizer_file(saved: DataSection, asked: DataSection, now: Sequence[
 
 
 def _says_tokenizer(trained: Trained) -> bool:
+    return trained.tokenizer is not None or _names_tokenizer(trained)
+
+
+def _names_tokenizer(trained: Trained) -> bool:
     """The tokenizer of bytes is no file, so that token files without one do not say which theirs is."""
     return trained.source != "tokens" or _content_of_tokenizer(trained.files) is not None
+
+
+def _may_be_of_one_tokenizer(before: Trained, after: Trained) -> bool:
+    """Whether nothing shows that the ids of two mean other things. Both say their tokenizer, maybe in other ways."""
+    fingerprints = _fingerprint(before), _fingerprint(after)
+    if None not in fingerprints:
+        return fingerprints[0] == fingerprints[1]
+    contents = _content_of_tokenizer(before.files), _content_of_tokenizer(after.files)
+    return BYTES not in fingerprints and (None in contents or contents[0] == contents[1])
+
+
+def _fingerprint(trained: Trained) -> str | None:
+    """Of its tokenizer. Where a version saved it that kept the file's identity alone: of a large file it is unknown."""
+    if trained.tokenizer is not None or not _names_tokenizer(trained):
+        return trained.tokenizer
+    content = _content_of_tokenizer(trained.files)
+    if content is None:
+        return BYTES
+    size, digest = content
+    return digest if size <= WHOLE_BYTES else None
 
 
 def _data(files: Files) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ def sources_as_json(section: DataSection, data: Data) -> list[dict[str, Any]]:
             "is_split_by_hash": source.is_split_by_hash,
             "train_tokens": source.train.num_tokens,
             "selects": selection(section.sources[name]),
+            "tokenizer": data.made_by,
         }
         for name, source in data.sources.items()
     ]

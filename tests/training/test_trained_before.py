@@ -76,6 +76,38 @@ def test_another_tokenizer_is_refused_wherever_it_lies(train, command, tmp_path)
     assert "data.tokenizer: tok.json has another content than the tokenizer that runs/own was trained with" in line
 
 
+def test_another_tokenizer_of_tokenized_directories_is_refused_though_nobody_named_it(train, command, tmp_path):
+    """Their manifests say it, the run keeps it, and whoever begins with it or asks it is compared."""
+    for name, *extra in (("own",), ("other", "<|another|>")):
+        byte_tokenizer_json(tmp_path / f"{name}.json", *extra)
+        for text in "ab":
+            out = ["--out", f"{name}_{text}"]
+            assert command("tokenize", f"{text}.txt", "--tokenizer", f"{name}.json", *out) is None
+    size = "model.vocab_size=300"
+    assert train("run.name=run", "data.files=[own_a]", size, source="tokens") is None
+    begun = (size, "init_from=runs/run")
+    wrong = "error: data: its tokens were made by another tokenizer than those that init_from=runs/run was trained on"
+    assert train("run.name=x", "data.files=[other_b]", *begun, source="tokens").startswith(wrong)
+    mixture = "data.mixture={one: {source: tokens, files: [%s]}}"
+    assert command("train", *ONE_STEP, "run.name=x", mixture % "other_b", *begun).startswith(wrong)
+    assert command("train", *ONE_STEP, "run.name=mixed", mixture % "own_a", size) is None
+    line = train("run.name=x", "data.files=[other_b]", size, "init_from=runs/mixed", source="tokens")
+    assert line.startswith(wrong.replace("runs/run", "runs/mixed"))
+    line = train("run.name=x", "data.files=[b.txt]", "data.tokenizer=other.json", *begun)
+    assert "other.json has another content than the tokenizer that init_from=runs/run was trained with" in line
+    assert "was trained with a tokenizer.json, not with bytes" in train("run.name=x", "data.files=[b.txt]", *begun)
+    assert train("run.name=next", "data.files=[own_b]", *begun, source="tokens") is None
+    assert train("run.name=text", "data.files=[b.txt]", "data.tokenizer=own.json", *begun) is None
+
+    # Numbers in a file say nothing of themselves: what the run knows is compared with the set.
+    np.save(tmp_path / "raw.npy", np.arange(1000, dtype=np.uint16) % 250)
+    raw = ("data.files=[raw.npy]", "data.validation_fraction=0", "data.validation.set=[other_b]")
+    line = command("eval", "runs/run", *raw).replace(f"{tmp_path}/", "")
+    assert line.startswith("error: data: its tokens were made by another tokenizer than those that runs/run was")
+    line = command("generate", "runs/run", "--tokenizer", "other.json", "--prompt", "a").replace(f"{tmp_path}/", "")
+    assert "other.json has another content than the tokenizer that runs/run was trained with" in line
+
+
 def test_documents_that_are_chosen_in_another_way_are_refused(train, command, tmp_path):
     """20 files are held out whole at 0.5, and 4 of them are not: in blocks of lines."""
     (tmp_path / "many").mkdir()
