@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from hybridnorm_jax.commands.program import ArgumentParser
 from hybridnorm_jax.commands.syntax import check_syntax
 from hybridnorm_jax.config.run_config import RunSection
+from hybridnorm_jax.errors import one_line
 from hybridnorm_jax.streams import duration
 from hybridnorm_jax.training.run_listing import SORTS, Listed, RunGroup, list_runs, validation_loss
 from hybridnorm_jax.training.run_status import RunStatus
@@ -54,6 +55,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, right: set[str]) -> str:
     """Rows in columns of equal width; those of the headings in `right` end at their right side."""
+    rows = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in [headings, *rows]) for column in range(len(headings))]
     lines = []
     for row in [headings, *rows]:

@@ -16,6 +16,7 @@ from etils import epath
 
 from hybridnorm_jax.append_only import existing_parts
 from hybridnorm_jax.config.key_lookup import FIELDS, default
+from hybridnorm_jax.config.key_values import typed
 from hybridnorm_jax.config.yaml_nodes import Scalar, read_yaml
 from hybridnorm_jax.errors import ConfigError, first_line
 from hybridnorm_jax.loggers.logger import FAILED, FINISHED, STOPPED
@@ -101,8 +102,14 @@ def run_status(directory: epath.Path) -> RunStatus:
         ending = _ending(directory, newest, steps, result, known.written)
         return dataclasses.replace(known, status=ending.status, why=ending.why, newest=newest)
     except (OSError, ValueError) as error:  # ConfigError is a ValueError
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-        return dataclasses.replace(known, why=reason.removeprefix(f"{directory}/"))
+        return dataclasses.replace(known, why=_reason(error).removeprefix(f"{directory}/"))
+
+
+def _reason(error: Exception) -> str:
+    """What cannot be read, and why."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{os.fsdecode(error.filename)}: cannot be read ({error.strerror})"
+    return first_line(error)
 
 
 def _ending(directory: epath.Path, newest: Newest, steps: int, result: dict[str, Any], written: float) -> _Ending:
@@ -148,10 +155,13 @@ def _scheme_and_steps(file: epath.Path) -> tuple[str, int]:
     """Two keys of a configuration. As the program writes it, two lines say them, and a thousand are read at once."""
     if size_of(file) > LARGEST_FILE:
         raise ConfigError(f"{file}: too large for a configuration")
-    text = file.read_text(encoding="utf-8")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: no text in UTF-8 (byte {error.start})") from error
     sections = {match[1]: match[2] for match in re.finditer(r"^(\w+):\n((?:  .*\n)*)", text, re.MULTILINE)}
     scheme = re.search(r"^  scheme: (\w+)$", sections.get("model", ""), re.MULTILINE)
-    steps = re.search(r"^  steps: (\d+)$", sections.get("train", ""), re.MULTILINE)
+    steps = re.search(r"^  steps: (\d{1,9})$", sections.get("train", ""), re.MULTILINE)
     if scheme is not None and steps is not None:
         return scheme[1], int(steps[1])
     tree = read_yaml(text, str(file))
@@ -160,8 +170,9 @@ def _scheme_and_steps(file: epath.Path) -> tuple[str, int]:
         section, _, name = path.partition(".")
         node = tree.get(section) if isinstance(tree, dict) else None
         value = node.get(name) if isinstance(node, dict) else None
-        found.append(value.text if isinstance(value, Scalar) else default(FIELDS[path]))
-    return str(found[0]), int(found[1])
+        where = f"{file}: {path}={value.text}" if isinstance(value, Scalar) else f"{file}: {path}"
+        found.append(default(FIELDS[path]) if value is None else typed(value, FIELDS[path], where))
+    return found[0], found[1]
 
 
 def _result(file: epath.Path) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def test_embedding_norm_may_be_a_boolean_in_yaml(write):
         ("model.seq_len=3", "model.seq_len=3: no such key; did you mean 'train.seq_len'?"),
         ("--steps=3", "--steps=3: no such key; did you mean 'train.steps'?"),
         ("nonsense={}", "nonsense={}: no such key; --help lists every key"),
-        ('data.validation={"a\\nb": [a.txt]}', r"data.validation=['a\nb']: a validation set needs a name in printable"),
+        ('data.validation={"a\\nb": [a.txt]}', r'data.validation=["a\nb"]: a validation set needs a name in printable'),
         ("data.files=[a", "data.files=[a: not valid YAML"),
         (
             "data.files=[ä, @l]",

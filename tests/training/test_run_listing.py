@@ -14,6 +14,7 @@ from etils.epath.backend import fsspec_backend
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
+from hybridnorm_jax.commands.runs import run as show_runs
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.yaml_files import to_yaml
 from hybridnorm_jax.errors import UserError
@@ -144,6 +145,7 @@ def test_folders_comparisons_and_what_is_damaged_or_foreign(tmp_path):
     assert listed["bad yaml"].why.startswith("config.yaml, line 2: not valid YAML")
     assert (listed["bad result"].status, listed["bad result"].why) == ("damaged", "result.json: cannot be read as JSON")
     assert (listed["config is a folder"].status, listed["foreign"].status) == ("damaged", "no run")
+    assert listed["config is a folder"].why == "config.yaml: cannot be read (Is a directory)"
     group = listed["lab"]
     assert isinstance(group, RunGroup)
     assert group.is_comparison
@@ -153,6 +155,44 @@ def test_folders_comparisons_and_what_is_damaged_or_foreign(tmp_path):
     json.dumps([one.as_json() for one in listed.values()], allow_nan=False)
     with pytest.raises(UserError, match="nowhere: no such directory; name one with runs"):
         list_runs(str(tmp_path / "nowhere"))
+
+
+def make_config_binary(run):
+    (run / "config.yaml").write_bytes(b"run:\n  name: \xdd\xff\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda run: (run / "metrics.jsonl").mkdir(), "metrics.jsonl: cannot be read (Is a directory)"),
+        (lambda run: (run / "log.txt").mkdir(), "log.txt: cannot be read (Is a directory)"),
+        (lambda run: (run / "lock").mkdir(), "lock: cannot be read (Is a directory)"),
+        (lambda run: (run / "result.json").mkdir(), "result.json: cannot be read (Is a directory)"),
+        (lambda run: (run / "checkpoints").touch(), "checkpoints: cannot be read (Not a directory)"),
+        (make_config_binary, "config.yaml: no text in UTF-8 (byte 13)"),
+        (
+            lambda run: (run / "config.yaml").write_text("train:\n  steps: abc\n"),
+            "config.yaml: train.steps=abc: expected an integer",
+        ),
+        (
+            lambda run: (run / "config.yaml").write_text(f"model:\n  scheme: pre\ntrain:\n  steps: {10**30}\n"),
+            f"config.yaml: train.steps={10**30}: must be at least 1 and at most 1,000,000,000",
+        ),
+    ],
+    ids=["metrics", "log", "lock", "result", "checkpoints", "binary", "steps", "many steps"],
+)
+def test_what_is_damaged_names_the_file(tmp_path, damage, why):
+    run = make_run(tmp_path / "run")
+    damage(run)
+    found = run_status(run)
+    assert (found.status, found.why) == ("damaged", why)
+
+
+def test_a_name_with_a_line_break_is_in_one_row(tmp_path, capsys):
+    make_run(tmp_path / "a\nb")
+    show_runs([str(tmp_path)])
+    _, row = capsys.readouterr().out.splitlines()
+    assert row.startswith("a\\nb ")
 
 
 @pytest.fixture
