@@ -122,7 +122,7 @@ def dispatch_obstacle(dispatch: str, dtype: str) -> str | None:
 
 def loss_obstacle(kernel: str, dtype: str) -> str | None:
     """Why this device cannot compute the loss so; None: it can."""
-    asked = {"width": HEAD.embed, "more_than_product": None, "split_by": ()}
+    asked = {"width": HEAD.embed, "more_than_table": None, "split_by": ()}
     return _refusal(check_loss_kernel, kernel, platform=jax.default_backend(), dtype=dtype, **asked)
 
 
@@ -289,10 +289,10 @@ def _loss_checks(kernel: str, dtype: str, shape: HeadShape) -> Iterator[Check]:
     def read(hidden: Any, table: Any) -> TokenLogits:
         if kernel == "xla":
             return token_logits(head_product(hidden, table, (((2,), (1,)), ((), ()))), targets)
-        from hybridnorm_jax.kernels.tpu_head import head_table, head_token_logits
+        from hybridnorm_jax.kernels.tpu_head import Form, head_table, head_token_logits
 
         head = head_table(table, targets, dtype=hidden.dtype)
-        return head_token_logits(hidden, head, targets, vocab_first=True)
+        return head_token_logits(hidden, head, targets, form=Form(vocab_first=True))
 
     def both(hidden: Any, table: Any) -> Any:
         found, pull = jax.vjp(read, hidden, table)

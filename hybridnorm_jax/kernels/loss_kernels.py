@@ -14,7 +14,7 @@ def check_loss_kernel(
     platform: str,
     dtype: Any,
     width: int,
-    more_than_product: str | None,
+    more_than_table: str | None,
     split_by: tuple[str, ...],
 ) -> None:
     """Raise ConfigError where train.loss_kernel cannot compute this on the devices of the mesh in force.
@@ -22,7 +22,7 @@ def check_loss_kernel(
     Args:
       platform: of the devices.
       dtype, width: of what the head reads.
-      more_than_product: `key=value` of what makes logits of the head's product; None where they are that product.
+      more_than_table: `key=value` of what gives the head parameters besides its table; None where it has no others.
       split_by: the mesh axes that split the vocabulary.
     """
     check_choice("train.loss_kernel", name, LOSS_KERNELS)
@@ -33,8 +33,8 @@ def check_loss_kernel(
         reason = f"needs platform tpu, this is {platform}"
     elif jnp.dtype(dtype).name not in ("bfloat16", "float32"):
         reason = f"needs model.dtype bfloat16 or float32, not {jnp.dtype(dtype).name}"
-    elif more_than_product is not None:
-        reason = f"has a product for the head and nothing behind it, not {more_than_product}"
+    elif more_than_table is not None:
+        reason = f"has no parameters of the head besides its table, which {more_than_table} needs"
     elif split_by:
         reason = f"needs the whole vocabulary on every device, and mesh axis {' x '.join(split_by)} splits it"
     else:

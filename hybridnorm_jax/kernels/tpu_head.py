@@ -1,6 +1,6 @@
 """What the loss reads of the logits on a TPU, as one kernel forward and one backward.
 
-    z = hidden table^T,   log_z = log sum exp(z),   chosen = z[target]
+    z = cap tanh(scale hidden table^T / cap),   log_z = log sum exp(z),   chosen = z[target]
 
 The forward kernel writes z to memory once, in float32, and finds log_z and chosen while z is in the core. The backward
 kernel reads z once, forms its gradient there, and multiplies that with the table and with `hidden`. No product is
@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.kernels.token_logits import TokenLogits
-from hybridnorm_jax.kernels.tpu_head_kernels import BackwardInputs, Head, backward_kernel, forward_kernel
+from hybridnorm_jax.kernels.tpu_head_kernels import BackwardInputs, Form, Head, backward_kernel, forward_kernel
 from hybridnorm_jax.mesh.split_axes import Axes, parts, split_axes
 
 LANES = 128
@@ -135,19 +135,19 @@ def head_token_logits(
     head: HeadTable,
     targets: Int[Array, "batch seq"],
     *,
-    vocab_first: bool,
+    form: Form,
 ) -> TokenLogits:
-    """token_logits of the product of `hidden` and the table, in float32.
+    """token_logits of what `form` makes of the product of `hidden` and the table, in float32.
 
-    The gradient of the logits is rounded to the dtype of both, as operand of its two products. On a mesh each device
+    The gradient of the product is rounded to the dtype of both, as operand of its two products. On a mesh each device
     takes its share of the tokens and the whole table.
 
     Args:
       hidden: in bfloat16 or float32; of the same sequences, and of positions that are split in the same way, as the
         tokens that `head` was made for.
-      vocab_first: the table is (vocab, embed), and not (embed, vocab).
+      form: of the table and the logits.
     """
-    return _token_logits(hidden, head.table, head.sums, targets, (_places(*targets.shape), vocab_first))
+    return _token_logits(hidden, head.table, head.sums, targets, (_places(*targets.shape), form))
 
 
 def token_block(tokens: int, embed: int, dtype: Any) -> int:
@@ -173,19 +173,19 @@ def _memory() -> float:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _token_logits(
-    hidden: Array, table: Array, sums: Array, targets: Array, layout: tuple[_Places, bool]
+    hidden: Array, table: Array, sums: Array, targets: Array, layout: tuple[_Places, Form]
 ) -> TokenLogits:
     found, _ = _forward(hidden, table, sums, targets, layout)
     return found
 
 
 def _forward(
-    hidden: Array, table: Array, sums: Array, targets: Array, layout: tuple[_Places, bool]
+    hidden: Array, table: Array, sums: Array, targets: Array, layout: tuple[_Places, Form]
 ) -> tuple[TokenLogits, tuple[Array, ...]]:
-    places, vocab_first = layout
+    places, form = layout
     tokens, everywhere = places.tokens, PartitionSpec()
     mapped = _on_mesh(
-        functools.partial(_call_forward, vocab_first),
+        functools.partial(_call_forward, form),
         in_specs=(tokens, everywhere, tokens),
         out_specs=(TokenLogits(tokens, tokens), places.devices),
     )
@@ -194,12 +194,12 @@ def _forward(
 
 
 def _backward(
-    layout: tuple[_Places, bool], kept: tuple[Array, ...], gradient: TokenLogits
+    layout: tuple[_Places, Form], kept: tuple[Array, ...], gradient: TokenLogits
 ) -> tuple[Array, None, Array, None]:
-    places, vocab_first = layout
+    places, form = layout
     tokens, everywhere, devices = places.tokens, PartitionSpec(), places.devices
     mapped = _on_mesh(
-        functools.partial(_call_backward, vocab_first),
+        functools.partial(_call_backward, form),
         in_specs=(tokens, everywhere, tokens, tokens, devices, TokenLogits(tokens, tokens)),
         out_specs=(tokens, devices),
     )
@@ -225,10 +225,10 @@ class _Blocks:
       grid: blocks of tokens, and tiles of the vocabulary, the last of which may be a part of one.
     """
 
-    def __init__(self, hidden: Array, table: Array, *, vocab_first: bool):
+    def __init__(self, hidden: Array, table: Array, form: Form):
         batch, seq, self.embed = hidden.shape
-        self.vocab = table.shape[0 if vocab_first else 1]
-        self.vocab_first = vocab_first
+        self.vocab = table.shape[0 if form.vocab_first else 1]
+        self.form = form
         self.tokens = batch * seq
         self.block = token_block(self.tokens, self.embed, hidden.dtype)
         blocks = -(-self.tokens // self.block)
@@ -263,20 +263,20 @@ class _Blocks:
 
     @property
     def of_table(self) -> pl.BlockSpec:
-        if self.vocab_first:
+        if self.form.vocab_first:
             return pl.BlockSpec((TILE, self.embed), lambda block, tile: (tile, 0))
         return pl.BlockSpec((self.embed, TILE), lambda block, tile: (0, tile))
 
     @property
     def of_tables(self) -> pl.BlockSpec:
         """Of a table for each block of tokens."""
-        if self.vocab_first:
+        if self.form.vocab_first:
             return pl.BlockSpec((None, TILE, self.embed), lambda block, tile: (block, tile, 0))
         return pl.BlockSpec((None, self.embed, TILE), lambda block, tile: (block, 0, tile))
 
     @property
     def head(self) -> Head:
-        return Head(vocab=self.vocab, tile=TILE, vocab_first=self.vocab_first)
+        return Head(vocab=self.vocab, tile=TILE, form=self.form)
 
     @property
     def how(self) -> dict[str, Any]:
@@ -289,9 +289,9 @@ class _Blocks:
         }
 
 
-def _call_forward(vocab_first: bool, hidden: Array, table: Array, targets: Array) -> tuple[TokenLogits, Array]:
+def _call_forward(form: Form, hidden: Array, table: Array, targets: Array) -> tuple[TokenLogits, Array]:
     """(log_z and chosen as the targets are, logits (1, vocab, filled)) of one device."""
-    blocks = _Blocks(hidden, table, vocab_first=vocab_first)
+    blocks = _Blocks(hidden, table, form)
     row = jax.ShapeDtypeStruct((1, blocks.filled), jnp.float32)
     logits, log_z, chosen = pl.pallas_call(
         functools.partial(forward_kernel, blocks.head),
@@ -307,7 +307,7 @@ def _call_forward(vocab_first: bool, hidden: Array, table: Array, targets: Array
 
 
 def _call_backward(
-    vocab_first: bool,
+    form: Form,
     hidden: Array,
     table: Array,
     targets: Array,
@@ -316,7 +316,7 @@ def _call_backward(
     gradient: TokenLogits,
 ) -> tuple[Array, Array]:
     """(gradient of hidden, that of the table in float32 as (1, *table)) of one device."""
-    blocks = _Blocks(hidden, table, vocab_first=vocab_first)
+    blocks = _Blocks(hidden, table, form)
     row = blocks.of_row
     d_columns, d_tables = pl.pallas_call(
         functools.partial(backward_kernel, blocks.head),
@@ -351,4 +351,5 @@ def _call_backward(
         )
     )
     d_hidden = d_columns.T[: blocks.tokens].reshape(hidden.shape).astype(hidden.dtype)
-    return d_hidden, d_tables if len(d_tables) == 1 else d_tables.sum(0, keepdims=True)
+    # Sums of two, and not jnp.sum, which XLA would not fuse with what is done to the result.
+    return d_hidden, functools.reduce(jnp.add, list(d_tables))[None]

@@ -13,18 +13,43 @@ from jaxtyping import Array, Float, Int
 from hybridnorm_jax.kernels.tpu_attention_blocks import dot, each_block, positions
 
 
+class Form(NamedTuple):
+    """Logits are cap * tanh(scale * product / cap).
+
+    Attributes:
+      vocab_first: the table is (vocab, embed), and not (embed, vocab).
+      scale: None: 1.
+      cap: None: there is none, and logits are scale * product.
+    """
+
+    vocab_first: bool
+    scale: float | None = None
+    cap: float | None = None
+
+    def logits(self, products: Array) -> Array:
+        if self.scale is not None:
+            products = self.scale * products
+        return products if self.cap is None else self.cap * jnp.tanh(products / self.cap)
+
+    def through(self, gradient: Array, logits: Array) -> Array:
+        """The gradient of products, from that of logits."""
+        if self.cap is not None:
+            gradient = gradient * (1.0 - jnp.square(logits / self.cap))
+        return gradient if self.scale is None else self.scale * gradient
+
+
 class Head(NamedTuple):
     """What a kernel knows when it is compiled.
 
     Attributes:
       vocab: rows of the table.
       tile: how many are taken at a time; the last tile may reach beyond the table, where what is read is undefined.
-      vocab_first: the table's tiles are (tile, embed), and not (embed, tile).
+      form: of the table and the logits.
     """
 
     vocab: int
     tile: int
-    vocab_first: bool
+    form: Form
 
     def rows(self) -> "_Rows":
         """Those of the tile that this run of a kernel takes."""
@@ -49,7 +74,7 @@ class _Rows(NamedTuple):
 
     def whole(self, table: Any) -> Float[Array, "tile embed"]:
         """What a reference to this tile holds."""
-        return table[...] if self.head.vocab_first else table[...].T
+        return table[...] if self.head.form.vocab_first else table[...].T
 
 
 def forward_kernel(
@@ -61,7 +86,7 @@ def forward_kernel(
       hidden: reference to (embed, block).
       table: to a tile.
       targets: to (1, block).
-      logits: takes the products, (tile, block).
+      logits: takes them, (tile, block).
       log_z, chosen: take the results, (1, block).
       largest, total: keep the largest logit of a token and the sum of exp(logit - largest), (1, block).
     """
@@ -78,7 +103,7 @@ def forward_kernel(
 
     def add(index: Any) -> None:
         here = positions(index, _width(hidden))
-        products = dot(kernel, hidden[:, here])
+        products = head.form.logits(dot(kernel, hidden[:, here]))
         logits[:, here] = products
         is_target = rows.ids(products.shape[1]) == targets[:, here]
         chosen[:, here] += jnp.where(is_target, products, 0.0).sum(axis=0, keepdims=True)
@@ -122,7 +147,7 @@ def backward_kernel(head: Head, inputs: BackwardInputs, d_hidden: Any, d_table: 
       inputs: references.
       d_hidden: takes the gradient of hidden in float32, (embed, block).
       d_table: takes this block's part of the gradient of the table's tile, in float32.
-      d_logits: keeps the gradient of the logits, rounded to the dtype of hidden, (tile, block).
+      d_logits: keeps the gradient of the products, rounded to the dtype of hidden, (tile, block).
     """
     block, width = d_hidden.shape[1], _width(d_hidden)
 
@@ -136,16 +161,17 @@ def backward_kernel(head: Head, inputs: BackwardInputs, d_hidden: Any, d_table: 
 
     def add(index: Any) -> None:
         here = positions(index, width)
-        softmax = jnp.exp(inputs.logits[:, here] - inputs.log_z[:, here])
+        logits = inputs.logits[:, here]
+        softmax = jnp.exp(logits - inputs.log_z[:, here])
         is_target = rows.ids(width) == inputs.targets[:, here]
         gradient = inputs.d_log_z[:, here] * softmax + jnp.where(is_target, inputs.d_chosen[:, here], 0.0)
-        gradient = rows.inside(gradient, 0.0).astype(d_logits.dtype)
+        gradient = rows.inside(head.form.through(gradient, logits), 0.0).astype(d_logits.dtype)
         d_logits[:, here] = gradient
         d_hidden[:, here] += dot(columns, gradient)
 
     each_block(block, width, add)
     of_tile = dot(d_logits[...], inputs.hidden[...])
-    d_table[...] = of_tile if head.vocab_first else of_tile.T
+    d_table[...] = of_tile if head.form.vocab_first else of_tile.T
 
 
 def _width(columns: Any) -> int:

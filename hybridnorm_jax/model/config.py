@@ -8,7 +8,7 @@ import dataclasses
 import math
 from typing import Any, Self
 
-from hybridnorm_jax.config_fields import Filled, check_choice, check_fields, key, spelled
+from hybridnorm_jax.config_fields import Filled, check_choice, check_fields, key
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.kernels.backend_names import ATTENTION_BACKENDS, EXPERT_DISPATCHES
 from hybridnorm_jax.model.config_norms import NormKeys
@@ -256,16 +256,11 @@ class ModelConfig(NormKeys):
         return runs(self.layers)
 
     @property
-    def more_than_head_product(self) -> str | None:
-        """`key=value` of what makes logits of the head's product; None where they are that product."""
+    def more_than_head_table(self) -> str | None:
+        """`key=value` of what gives the head parameters besides its table; None where it has no others."""
         if self.scheme_rule.sphere:
             return f"model.scheme={self.scheme}"
-        if self.head_bias:
-            return "model.head_bias=true"
-        for name in ("logit_scale", "logit_cap"):
-            if getattr(self, name) is not None:
-                return f"model.{name}={spelled(getattr(self, name))}"
-        return None
+        return "model.head_bias=true" if self.head_bias else None
 
     @property
     def pre_layernorm_obstacle(self) -> str | None:

@@ -51,8 +51,8 @@ def token_logits_of(model: Decoder, kernel: str = "xla") -> TokenLogitsOf:
     xla those of `kernel_head`.
 
     Args:
-      kernel: one of backend_names.LOSS_KERNELS. pallas is for a head that is a product and no more, see
-        model.config.more_than_head_product, and for devices that do not split the vocabulary.
+      kernel: one of backend_names.LOSS_KERNELS. pallas is for a head without parameters besides its table, see
+        model.config.more_than_head_table, and for devices that do not split the vocabulary.
     """
 
     def from_logits(head: Any, hidden: Array, targets: Array) -> TokenLogits:
@@ -60,9 +60,11 @@ def token_logits_of(model: Decoder, kernel: str = "xla") -> TokenLogitsOf:
         return token_logits(widened(logits), targets)
 
     def from_hidden(head: Any, hidden: Array, targets: Array) -> TokenLogits:
-        from hybridnorm_jax.kernels.tpu_head import head_token_logits  # imports Pallas, which takes a while
+        from hybridnorm_jax.kernels.tpu_head import Form, head_token_logits  # imports Pallas, which takes a while
 
-        return head_token_logits(hidden, head, targets, vocab_first=model.config.tie_embeddings)
+        config = model.config
+        form = Form(vocab_first=config.tie_embeddings, scale=config.logit_scale, cap=config.logit_cap)
+        return head_token_logits(hidden, head, targets, form=form)
 
     return from_logits if kernel == "xla" else from_hidden
 

@@ -220,7 +220,7 @@ class Program:
                 platform=self.platform,
                 dtype=model.dtype,
                 width=model.whole_width,
-                more_than_product=model.more_than_head_product,
+                more_than_table=model.more_than_head_table,
                 split_by=tuple(axis for axis in axes if divided and self.mesh.shape[axis] > 1),
             )
 

@@ -13,7 +13,7 @@ from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.kernels import tpu_head
 from hybridnorm_jax.kernels.loss_kernels import check_loss_kernel
 from hybridnorm_jax.kernels.token_logits import TokenLogits
-from hybridnorm_jax.kernels.tpu_head import head_table, head_table_and_rows, head_token_logits
+from hybridnorm_jax.kernels.tpu_head import Form, head_table, head_table_and_rows, head_token_logits
 from hybridnorm_jax.mesh.device_mesh import use_mesh
 from hybridnorm_jax.planning.collectives import read_collectives
 from hybridnorm_jax.planning.matrix_products import matrix_products, total_flops
@@ -29,10 +29,10 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(tpu_head, "_interpret", True)
 
 
-def read_tokens(hidden, table, targets, vocab_first):
+def read_tokens(hidden, table, targets, vocab_first, **form):
     """head_token_logits of a table in any dtype."""
     head = head_table(table, targets, dtype=hidden.dtype)
-    return head_token_logits(hidden, head, targets, vocab_first=vocab_first)
+    return head_token_logits(hidden, head, targets, form=Form(vocab_first, **form))
 
 
 class Textbook:
@@ -43,15 +43,18 @@ class Textbook:
       bounds: of their errors. A float32 sum of n terms errs by n 2^-24 of the sum of magnitudes.
     """
 
-    def __init__(self, hidden, rows, targets, gradient, *, rounding):
+    def __init__(self, hidden, rows, targets, gradient, *, rounding, scale=1.0, cap=None):
         """All in float64: hidden (batch, seq, embed), rows (vocab, embed); `rounding` is that of the operands."""
-        logits = np.einsum("bse,ve->bsv", hidden, rows)
+        scaled = scale * np.einsum("bse,ve->bsv", hidden, rows)
+        logits = scaled if cap is None else cap * np.tanh(scaled / cap)
         highest = logits.max(-1, keepdims=True)
         weights = np.exp(logits - highest)
         total = weights.sum(-1, keepdims=True)
         one_hot = np.eye(len(rows))[targets]
         of_log_z, of_chosen = gradient.log_z[..., None] * weights / total, gradient.chosen[..., None] * one_hot
-        d_logits, size = of_log_z + of_chosen, np.abs(of_log_z) + np.abs(of_chosen)
+        # d_logits is the gradient of the products; slope that of the logits by them.
+        slope = scale * (1 if cap is None else 1 - (logits / cap) ** 2)
+        d_logits, size = slope * (of_log_z + of_chosen), np.abs(of_log_z) + np.abs(of_chosen)
         d_hidden = np.einsum("bsv,ve->bse", d_logits, rows)
         self.results = [
             (np.log(total) + highest)[..., 0],
@@ -61,12 +64,19 @@ class Textbook:
         ]
         single, (vocab, embed), tokens = 2.0**-24, rows.shape, targets.size
         # Of a logit: its sum. Of log_z besides: a sum of exponentials, each of an argument that is rounded, exp, log.
-        of_logit = (embed + 1) * single * np.einsum("bse,ve->bsv", np.abs(hidden), np.abs(rows)).max(-1)
+        of_logit = (embed + 2) * single * scale * np.einsum("bse,ve->bsv", np.abs(hidden), np.abs(rows)).max(-1)
+        of_slope = 0.0
+        if cap is not None:  # tanh, two products around it, and its slope from it
+            of_logit += 4 * single * cap
+            of_slope = scale * (2 * of_logit[..., None] / cap + 4 * single)
         of_log_z = of_logit + single * (vocab + 8 + 4 * np.abs(logits).max(-1))
         # Of an entry of d_logits: both in the argument of exp, that argument, exp, and a product. Then it is rounded.
         of_exp = np.expm1((of_logit + of_log_z)[..., None] + single * (8 + 2 * np.abs(logits)))
         # Below the least number of float32 exp is 0.
-        moved = (of_exp + 2 * single) * size + rounding * np.abs(d_logits) * (1 + of_exp) + 2.0**-126
+        steepest = slope + of_slope
+        moved = ((of_exp + 4 * single) * steepest + of_slope) * size
+        moved += rounding * (np.abs(d_logits) + moved) + 2.0**-126
+        size = steepest * size
         of_hidden = np.einsum("bsv,ve->bse", moved + vocab * single * size, np.abs(rows))
         self.bounds = [
             of_log_z,
@@ -76,7 +86,7 @@ class Textbook:
         ]
 
 
-def compare(dtype, *, batch=2, seq=65, embed=24, vocab=300, vocab_first=True, size=1.0):
+def compare(dtype, *, batch=2, seq=65, embed=24, vocab=300, vocab_first=True, size=1.0, **form):
     """The kernels against the textbook with the same inputs; `size` of the logits."""
     rng = np.random.default_rng(0)
     hidden = size * rng.standard_normal((batch, seq, embed)) / np.sqrt(embed)
@@ -85,11 +95,11 @@ def compare(dtype, *, batch=2, seq=65, embed=24, vocab=300, vocab_first=True, si
     gradient = TokenLogits(*np.float32(rng.standard_normal((2, batch, seq))))
     gradient.log_z[0, :3] = gradient.chosen[0, :3] = 0  # tokens of weight 0
     wide = [np.float64(x) for x in (hidden, rows)]
-    expected = Textbook(*wide, targets, TokenLogits(*map(np.float64, gradient)), rounding=ROUNDING[dtype])
+    expected = Textbook(*wide, targets, TokenLogits(*map(np.float64, gradient)), rounding=ROUNDING[dtype], **form)
 
     @jax.jit
     def both(hidden, table):
-        read = functools.partial(read_tokens, targets=jnp.asarray(targets, jnp.int32), vocab_first=vocab_first)
+        read = functools.partial(read_tokens, targets=jnp.asarray(targets, jnp.int32), vocab_first=vocab_first, **form)
         found, pull = jax.vjp(read, hidden, table)
         return *found, *pull(TokenLogits(*map(jnp.asarray, gradient)))
 
@@ -122,6 +132,11 @@ def test_a_core_without_room_for_all_tokens_takes_them_in_blocks(interpreted, mo
     compare(jnp.float32, batch=3, seq=100)
 
 
+@pytest.mark.parametrize("form", [{"scale": 0.3}, {"cap": 2.0}, {"scale": 3.0, "cap": 4.0}], ids=str)
+def test_logits_that_are_scaled_and_capped(interpreted, form):
+    compare(jnp.float32, **form)
+
+
 def test_logits_far_beyond_the_range_of_exp(interpreted):
     compare(jnp.float32, size=1e4)
 
@@ -146,7 +161,7 @@ def test_on_a_mesh_the_gradient_of_the_table_is_summed_once_and_nothing_else_is_
             if not tied:
                 return read_tokens(hidden, table, targets, vocab_first=True)
             head, rows = head_table_and_rows(table, targets, dtype=hidden.dtype)
-            return head_token_logits(hidden + rows, head, targets, vocab_first=True)
+            return head_token_logits(hidden + rows, head, targets, form=Form(vocab_first=True))
 
         found, pull = jax.vjp(read, hidden, table)
         return pull(found)
@@ -173,7 +188,7 @@ def test_rows_of_tokens_that_are_not_there_are_no_numbers():
 )
 def test_the_loss_of_a_model_is_the_one_that_xla_computes(interpreted, small_config, random_params, tied, shape):
     """Whole and in chunks, with a z-loss and weights of zero, on a mesh: the same loss and the same gradients."""
-    config = small_config(num_layers=1, tie_embeddings=tied)
+    config = small_config(num_layers=1, tie_embeddings=tied, logit_scale=0.7, logit_cap=9.0)
     rng = np.random.default_rng(2)
     batch = {name: rng.integers(0, 61, (4, 12)).astype(np.int32) for name in ("tokens", "targets")}
     batch["weights"] = (rng.random((4, 12)) < 0.7).astype(np.float32)
@@ -201,14 +216,14 @@ def test_the_loss_of_a_model_is_the_one_that_xla_computes(interpreted, small_con
     [
         ({"platform": "cpu"}, "needs platform tpu, this is cpu"),
         ({"dtype": "float64"}, "needs model.dtype bfloat16 or float32, not float64"),
-        ({"more_than_product": "model.logit_cap=30.0"}, "nothing behind it, not model.logit_cap=30.0"),
+        ({"more_than_table": "model.head_bias=true"}, "besides its table, which model.head_bias=true needs"),
         ({"split_by": ("tensor",)}, "mesh axis tensor splits it"),
         ({"width": 65536}, "model.d_model=65536"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 def test_what_the_kernel_cannot_do_is_said_in_one_line(arguments, message):
-    possible = {"platform": "tpu", "dtype": "bfloat16", "width": 64, "more_than_product": None, "split_by": ()}
+    possible = {"platform": "tpu", "dtype": "bfloat16", "width": 64, "more_than_table": None, "split_by": ()}
     check_loss_kernel("pallas", **possible)
     check_loss_kernel("xla", **possible | arguments)
     with pytest.raises(ConfigError) as refusal:
@@ -219,12 +234,16 @@ def test_what_the_kernel_cannot_do_is_said_in_one_line(arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("head_bias", True), ("logit_cap", 30.0), ("logit_scale", 0.5), ("scheme", "ngpt"), (None, None)]
+    ("keys", "found"),
+    [
+        ({"head_bias": True}, "model.head_bias=true"),
+        ({"scheme": "ngpt"}, "model.scheme=ngpt"),
+        ({"logit_cap": 30.0, "logit_scale": 0.5}, None),
+    ],
+    ids=str,
 )
-def test_a_model_says_what_comes_behind_its_heads_product(small_config, key, value):
-    config = small_config(**({} if key is None else {key: value}))
-    found = config.more_than_head_product
-    assert found is None if key is None else found.startswith(f"model.{key}=")
+def test_a_model_says_what_else_its_head_has(small_config, keys, found):
+    assert small_config(**keys).more_than_head_table == found
 
 
 # ---- The TPU compiler works without a TPU.
