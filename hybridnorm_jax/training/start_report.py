@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 
+from hybridnorm_jax.config.resume_keys import warmup_steps
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.data import Data
 from hybridnorm_jax.data.mixture import Mixture
@@ -192,7 +193,18 @@ def _optimizer(config: RunConfig) -> str:
     """Its name, and how the learning rate goes."""
     section = config.optimizer
     moments = "" if section.moment_dtype == "float32" else f", moments in {section.moment_dtype}"
-    return f"{section.name}{moments}, learning rate {section.learning_rate:g}, {section.schedule}"
+    return f"{section.name}{moments}, learning rate {section.learning_rate:g}, {section.schedule}{_unreached(config)}"
+
+
+def _unreached(config: RunConfig) -> str:
+    """What of the learning rate's course the run is too short for."""
+    section, steps = config.optimizer, config.train.steps
+    warmup = warmup_steps(section, config.tokens_per_step)
+    found = f"; note: the run ends within the warm-up of {count_text(warmup, 'step')}" if warmup > steps else ""
+    behind = [step for step, _ in section.pieces if step >= steps] if section.schedule == "piecewise" else []
+    if behind:
+        found += f"; note: the run ends before the change after {count_text(behind[0], 'step')}"
+    return found
 
 
 def _average(config: RunConfig) -> str:
