@@ -134,12 +134,19 @@ def _handler(files: WebFiles) -> type[http.server.BaseHTTPRequestHandler]:
     return Handler
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    """A server of a thread for each request."""
+
+    daemon_threads = True
+    # Connections that may wait. With the 5 of socketserver, the system drops some of 16 at once for a second.
+    request_queue_size = 64
+
+
 @contextlib.contextmanager
 def web_server() -> Iterator[WebFiles]:
     """A web server on this machine, with nothing on it."""
     files = WebFiles()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(files))
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), _handler(files))
     files.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
@@ -210,8 +217,7 @@ def s3_environment(url: str) -> dict[str, str]:
 @contextlib.contextmanager
 def hub_server(files: dict[str, bytes]) -> Iterator[str]:
     """A server with the part of Hugging Face's interface that reading the dataset `owner/name` takes."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _hub_handler(files))
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), _hub_handler(files))
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"
