@@ -313,6 +313,9 @@ class RunConfig:
                 f"{tokens:,} tokens with train.seq_len={self.train.seq_len}; must be at most {MOST_TOKENS_PER_STEP:,}"
             )
             check(tokens <= MOST_TOKENS_PER_STEP, name, size, right)
+        warmup, most = self.optimizer.warmup_tokens, MOST_STEPS * self.tokens_per_step
+        right = f"must be at most {most:,}, which are {MOST_STEPS:,} steps of {self.tokens_per_step:,} tokens"
+        check(warmup is None or warmup <= most, "optimizer.warmup_tokens", warmup, right)
         separator, rows = self.data.separator_id, self.model.vocab_size
         right = f"must be below model.vocab_size={rows}"
         check(separator is None or separator < rows, "data.separator_id", separator, right)

@@ -92,6 +92,8 @@ def test_the_limits_leave_room_for_the_largest_models_trained():
         ("eval.batch_size=1000000 train.seq_len=16000000 train.batch_size=1", ("eval.batch_size", "tokens")),
         ("data.separator_id=257 data.source=tokens data.files=[a.npy]", ("data.separator_id", "model.vocab_size")),
         ("mesh.fsdp=0", ("mesh.fsdp", "-1")),
+        # More steps of warm-up than a step's counter can hold.
+        (f"optimizer.warmup_tokens={10**18} optimizer.warmup_steps=0", ("warmup_tokens", "1,000,000,000 steps of")),
     ],
 )
 def test_values_that_are_absurd_together_are_refused(keys, names):
