@@ -46,6 +46,15 @@ def test_it_names_all_gpus_of_a_process_that_has_the_node_to_itself(stand_ins, t
     assert stand_ins.run(SCRIPT, **alone).returncode == 2
 
 
+def test_a_node_without_gpus_is_refused_in_one_line(stand_ins):
+    stand_ins.add("srun")
+    alone = {name: value for name, value in ALLOCATION.items() if name != "SLURM_GPUS_ON_NODE"}
+    ended = stand_ins.run(SCRIPT, "550m", **alone | {"SLURM_NTASKS_PER_NODE": "1"})
+    wrong = "error: SLURM gave this job no GPUs; ask for them, such as sbatch --gpus-per-node=8\n"
+    assert (ended.returncode, ended.stderr) == (2, wrong)
+    assert not stand_ins.calls()
+
+
 CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
