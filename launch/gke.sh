@@ -50,7 +50,8 @@ check() {
     [[ $RUN_NAME =~ ^[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
         fail "RUN_NAME=$RUN_NAME: must be at most 40 small letters, digits and '-'"
     [[ $RUN_DIR == gs://?* ]] || fail "RUN_DIR=$RUN_DIR: all pods must see it: gs://BUCKET/runs"
-    [[ $TOPOLOGY =~ ^[0-9]+(x[0-9]+){1,2}$ ]] || fail "TOPOLOGY=$TOPOLOGY: must be such as 8x8 or 4x4x8"
+    # A number that begins with 0 would be octal for bash, and one of 20 digits another one.
+    [[ $TOPOLOGY =~ ^[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}$ ]] || fail "TOPOLOGY=$TOPOLOGY: must be such as 8x8 or 4x4x8"
     [[ $SLICES =~ ^[1-9][0-9]*$ ]] || fail "SLICES=$SLICES: must be a number from 1"
     [[ $CHIPS_PER_HOST =~ ^[1-9][0-9]*$ ]] || fail "CHIPS_PER_HOST=$CHIPS_PER_HOST: must be a number from 1"
     local chips=$((${TOPOLOGY//x/*}))
@@ -78,6 +79,8 @@ start() {
     if [ -n "$FILES" ]; then
         kubectl create configmap "$RUN_NAME-files" --from-file="$FILES" --dry-run=client --output=yaml |
             kubectl apply --filename=-
+    else # those of a start before would be mounted
+        kubectl delete configmap "$RUN_NAME-files" --ignore-not-found
     fi
     render "$@" | kubectl apply --filename=-
 }
@@ -110,5 +113,8 @@ case $action in
             --selector="$selector,batch.kubernetes.io/job-completion-index=0"
         ;;
     # All pods get SIGTERM: the processes agree on a step and save within the grace period.
-    stop) kubectl delete jobset "$RUN_NAME" ;;
+    stop)
+        kubectl delete jobset "$RUN_NAME"
+        kubectl delete configmap "$RUN_NAME-files" --ignore-not-found
+        ;;
 esac

@@ -127,6 +127,15 @@ def test_start_applies_the_users_files_and_then_the_jobset(stand_ins, tmp_path):
     assert volumes["files"]["configMap"]["name"] == create[3]
 
 
+def test_a_start_without_files_does_not_mount_those_of_the_start_before(stand_ins):
+    stand_ins.add("kubectl", script="[ $1 = apply ] && cat > /dev/null")
+    assert stand_ins.run(SCRIPT, "start", "550m", **ASKED).returncode == 0
+    assert [call[1:] for call in stand_ins.calls()][1:] == [
+        ["delete", "configmap", "big-files", "--ignore-not-found"],
+        ["apply", "--filename=-"],
+    ]
+
+
 def test_a_jobset_of_that_name_is_not_applied_over(stand_ins):
     stand_ins.add("kubectl", script="[ $1 = get ] && echo jobset.jobset.x-k8s.io/big")
     refused = stand_ins.run(SCRIPT, "start", "550m", **ASKED)
@@ -139,11 +148,12 @@ def test_status_log_and_stop_name_the_run(stand_ins):
     stand_ins.add("kubectl")
     for action in ("status", "log", "stop"):
         assert stand_ins.run(SCRIPT, action, RUN_NAME="big").returncode == 0
-    jobset, pods, log, stop = stand_ins.calls()
+    jobset, pods, log, stop, files = stand_ins.calls()
     assert jobset[1:] == ["get", "jobset", "big"]
     assert pods[1:] == ["get", "pods", "--selector=jobset.sigs.k8s.io/jobset-name=big"]
     assert log[1] == "logs"
     assert stop[1:] == ["delete", "jobset", "big"]
+    assert files[1:] == ["delete", "configmap", "big-files", "--ignore-not-found"]
 
 
 @pytest.mark.parametrize(
@@ -153,6 +163,8 @@ def test_status_log_and_stop_name_the_run(stand_ins):
         ({"RUN_NAME": "Big_run"}, "RUN_NAME=Big_run: must be at most 40 small letters, digits and '-'"),
         ({"RUN_DIR": "runs"}, "RUN_DIR=runs: all pods must see it: gs://BUCKET/runs"),
         ({"TOPOLOGY": "v6e-64"}, "TOPOLOGY=v6e-64: must be such as 8x8 or 4x4x8"),
+        ({"TOPOLOGY": "08x8"}, "TOPOLOGY=08x8: must be such as 8x8 or 4x4x8"),
+        ({"TOPOLOGY": f"8x{10**20}"}, f"TOPOLOGY=8x{10**20}: must be such as 8x8 or 4x4x8"),
         ({"SLICES": "0"}, "SLICES=0: must be a number from 1"),
         ({"CHIPS_PER_HOST": "5"}, "CHIPS_PER_HOST=5: must divide the 64 chips of TOPOLOGY"),
         ({"FILES": "/nowhere"}, "FILES=/nowhere: must be a directory"),
