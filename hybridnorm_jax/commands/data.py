@@ -72,6 +72,7 @@ def _inspect(config: RunConfig, *, rows: int, seconds: float) -> None:
     mixture = mixture_of(config, data)
     if mixture is not None:
         print(f"\n{mixture_table(config, data, mixture)}")
+        mixture.check_epochs()
     order = order_of(config, data)
 
     def batches():

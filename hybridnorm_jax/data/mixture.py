@@ -122,11 +122,9 @@ class Mixture:
                 epochs * len(self._sources[name].train) / (self._steps * self._batch_size)
                 for epochs in (most, amount.epochs)
             )
-            right = (
-                f"lower its weights (it has {asked:.2%} of the run and may have {share:.2%}), "
-                f"make at most {step:,} steps (train.steps), or give it more files"
-            )
-            raise DataError(f"data.mixture.{name}.epochs={most:g}: {wrong}; {right}")
+            fewer = f"make at most {step:,} steps (train.steps), " if step else ""
+            lower = f"lower its weights (it has {asked:.2%} of the run and may have {share:.2%})"
+            raise DataError(f"data.mixture.{name}.epochs={most:g}: {wrong}; {lower}, {fewer}or give it more files")
 
     def _last_step_within(self, name: str, epochs: float) -> int:
         """The last step after which a source is read at most so often."""

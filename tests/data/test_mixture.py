@@ -169,6 +169,9 @@ def test_a_source_that_runs_out_is_refused_with_what_would_be_right(mixed):
         "weights (it has 20.00% of the run and may have 8.33%), make at most 41 steps (train.steps), or give it more "
         "files"
     )
+    never = mixed("data.mixture.code.epochs=0.001")
+    with pytest.raises(DataError, match=r"may have 0\.00%\), or give it more files$"):  # no steps are no advice
+        mixture_of(never, opened(never)).check_epochs()
     within = mixed("data.mixture.code.epochs=4", "train.steps=41")
     mixture_of(within, opened(within)).check_epochs()
     beyond = mixed("data.mixture.code.epochs=4", "train.steps=42")
