@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 import pathlib
+import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
@@ -111,8 +112,10 @@ def _tokenize(options: argparse.Namespace, section: DataSection) -> None:
         check_same_inputs(options.out, manifest.inputs, job.inputs())
         print(f"{options.out}: is whole already; nothing is done")
     else:
-        options.out.mkdir(parents=True, exist_ok=True)
-        with Processes(tokenizer, section.separator, options.processes) as processes:
+        with (
+            _kept_unless_empty(options.out),
+            Processes(tokenizer, section.separator, options.processes) as processes,
+        ):
             manifest = write_tokens(options.out, job, processes, shown=True)
     train, held_out = (manifest.splits[split] for split in ("train", "validation"))
     total = train.tokens + held_out.tokens
@@ -122,6 +125,22 @@ def _tokenize(options: argparse.Namespace, section: DataSection) -> None:
         share = f"{counts.tokens / max(total, 1):.2%}"
         print(f"  {name:<8} {counts.tokens:>16,} tokens ({share}), {counts.bytes:,} bytes of text, {shards} files")
     _say_next(options, section, tokenizer.vocab_size)
+
+
+@contextlib.contextmanager
+def _kept_unless_empty(out: pathlib.Path) -> Iterator[None]:
+    """Make the directory. If the text is refused before any of its tokens are there, one that is new goes again."""
+    try:
+        out.mkdir(parents=True)
+        is_new = True
+    except FileExistsError:
+        is_new = False
+    try:
+        yield
+    except DataError:
+        if is_new and not any(out.glob("*.npy")):
+            shutil.rmtree(out)
+        raise
 
 
 def _say_next(options: argparse.Namespace, section: DataSection, vocab_size: int) -> None:

@@ -41,6 +41,27 @@ def ended(capsys, *arguments):
     return status, captured.out, captured.err
 
 
+def test_inspect_refuses_a_source_that_is_read_too_often_as_train_does(folder, capsys):
+    mixture = "data.mixture={a: {files: [a.jsonl], epochs: 0.5}, b: {files: [b.jsonl]}}"
+    asked = [mixture, "data.text_field=body", "train.steps=200", "train.seq_len=32", "data.cache_dir=cache"]
+    status, out, line = ended(capsys, "data", "inspect", *asked)
+    assert status == 2
+    assert " of at most 0.5" in out
+    assert line.startswith("error: data.mixture.a.epochs=0.5: at the end of training, step 200, the source is read ")
+    assert ended(capsys, "train", *asked, "run.dir=runs")[::2] == (status, line)
+
+
+def test_nothing_is_left_of_a_directory_that_never_had_a_token(folder, capsys):
+    (folder / "empty.jsonl").write_text("")
+    command = ["tokenize", "empty.jsonl", "--tokenizer", "bytes", "--out", "new", "--processes", "1"]
+    status, _, line = ended(capsys, *command)
+    assert (status, "empty.jsonl" in line) == (2, True)
+    assert not (folder / "new").exists()
+    (folder / "new").mkdir()  # the user's own stays
+    assert ended(capsys, *command)[0] == 2
+    assert (folder / "new").is_dir()
+
+
 def test_from_text_to_the_windows_of_a_run(folder, capsys):
     assert ended(capsys, *TRAIN, "--out", "t.json")[0] == 0
     assert ended(capsys, *TRAIN, "--out", "again.json")[0] == 0

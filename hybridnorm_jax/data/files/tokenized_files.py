@@ -92,7 +92,9 @@ def tokenized_files(name: str) -> TokenizedFiles | None:
     content = _manifest_content(name)
     if content is None:
         right = "`hybridnorm tokenize` with the same arguments goes on"
-        if not is_local(name):
+        if is_local(name):
+            right += ", unless its text has changed: then remove the directory and begin again"
+        else:
             right += " where it was begun; copy the directory when it is whole"
         raise DataError(f"{path}: is not whole: it was stopped while it was written; {right}")
     try:
