@@ -5,6 +5,7 @@ The message of each is one line. It names the key or the file and says what woul
 
 import difflib
 import signal
+import textwrap
 from collections.abc import Iterable
 
 # EX_TEMPFAIL of sysexits.h: "the user is invited to retry". Not 143, which a second SIGTERM gives: nothing saved then.
@@ -25,6 +26,8 @@ CAUSES = {
 LONGEST_WORD = 100
 # Of a message. What is longer came with the input, such as a line of a file that is quoted.
 LONGEST_LINE = 1000
+# Of what an error of a service says.
+REASON_CHARACTERS = 300
 
 
 def one_line(text: str) -> str:
@@ -35,6 +38,16 @@ def one_line(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what an error says; the name of its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def reason_of(error: BaseException) -> str:
+    """In one line, what went wrong and with which file; the name of the error's kind where it says nothing.
+
+    Lines of a long message follow each other, and its end is left out.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return textwrap.shorten(str(error), REASON_CHARACTERS, placeholder=" ...") or type(error).__name__
 
 
 class UserError(ValueError):

@@ -12,7 +12,6 @@ from hybridnorm_jax.whole_files import is_local, write_whole
 # Weights & Biases may take so long to answer when a run begins.
 START_SECONDS = 60
 ID_FILE = "wandb_id"
-REASON_CHARACTERS = 300
 TO_LOG_IN = "log in with `wandb login` or WANDB_API_KEY, or set WANDB_MODE=offline"
 WITHOUT_SERVER = ("offline", "disabled")
 

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import math
 import sys
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from etils import epath
 from tqdm import tqdm
 
 from hybridnorm_jax.config.run_config import RunConfig
-from hybridnorm_jax.errors import RunStopped, UserError
+from hybridnorm_jax.errors import RunStopped, UserError, reason_of
 from hybridnorm_jax.loggers.logger import FAILED, FINISHED, STOPPED, LoggedRun, Logger, Point
 from hybridnorm_jax.training.courier import Courier, DispensableCourier
 from hybridnorm_jax.training.metrics_file import NAME, Metrics, MetricsFile, single_values
@@ -28,7 +27,6 @@ RECORD_SECONDS = 600.0
 LOGGER_SECONDS, LOGGER_WAIT_SECONDS = 120.0, 600.0
 # The history is handed to a logger in pieces, each of which may take LOGGER_SECONDS.
 LINES_OF_HISTORY = 100
-REASON_CHARACTERS = 300
 
 
 class MetricsWriter:
@@ -153,7 +151,7 @@ class _GuardedLogger:
         with contextlib.suppress(Exception):
             self._logger.abandon()
         went_on = f"the run goes on without it, {NAME} has every number"
-        _print_above_bar(f"{self._name}: {_reason(error)}; {went_on}", is_warning=True)
+        _print_above_bar(f"{self._name}: {reason_of(error)}; {went_on}", is_warning=True)
 
 
 def _logged_run(directory: epath.Path, config: RunConfig, resume_step: int | None, before: Metrics) -> LoggedRun:
@@ -180,13 +178,6 @@ def _print_above_bar(line: str, *, is_warning: bool = False) -> None:
     stream = sys.stderr if is_warning else sys.stdout
     with tqdm.external_write_mode(file=stream):
         print(line, file=stream, flush=True)
-
-
-def _reason(error: BaseException) -> str:
-    """One line."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return textwrap.shorten(str(error), REASON_CHARACTERS, placeholder=" ...") or type(error).__name__
 
 
 def _finite_or_none(value: float | np.ndarray | None) -> float | list | None:

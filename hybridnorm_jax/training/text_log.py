@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from etils import epath
 
 from hybridnorm_jax.append_only import AppendOnlyFile
-from hybridnorm_jax.errors import RunStopped, UserError, first_line
+from hybridnorm_jax.errors import RunStopped, UserError, first_line, reason_of
 from hybridnorm_jax.loggers.logger import FAILED, FINISHED, STOPPED
 from hybridnorm_jax.training.courier import DispensableCourier
 from hybridnorm_jax.whole_files import is_local
@@ -102,9 +102,8 @@ class TextLog:
             self._courier.send(lambda: file.append(data))
 
     def _failed(self, error: Exception) -> None:
-        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
         if self._streams[1] is not None:
-            print(f"{NAME}: {reason}; the run goes on without it", file=self._streams[1], flush=True)
+            print(f"{NAME}: {reason_of(error)}; the run goes on without it", file=self._streams[1], flush=True)
 
 
 class _CopiedStream:

@@ -161,3 +161,17 @@ def test_a_run_that_is_stopped_and_goes_on_has_one_log(tmp_path, small_config, c
     for line in ("devices      ", "Evaluation after step 4", "throughput"):
         assert any(one.startswith(line) for one in found) == any(one.startswith(line) for one in printed)
     assert any("goes on after step 2 of 4" in line for line in found)
+
+
+def test_of_a_service_that_says_much_the_log_gives_one_line(tmp_path, capsys, monkeypatch):
+    def refuses(*_):
+        raise RuntimeError("the bucket\nanswers " + "at length " * 100)
+
+    monkeypatch.setattr(text_log.AppendOnlyFile, "append", refuses)
+    with TextLog() as log:
+        log.open(epath.Path(tmp_path), about={})
+        print("a line")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("log.txt: the bucket answers at length at length")
+    assert line.endswith(" ...; the run goes on without it")
+    assert len(line) < 350
