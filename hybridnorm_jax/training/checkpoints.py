@@ -133,10 +133,8 @@ class Checkpoints(SavedSteps):
         path, index = self._path(step), jax.process_index()
         with quiet, self._saving(step):
             pending.result()  # after Orbax's barrier, so that all processes see one and the same list of files
-            manifest.write_part(path, index=index, count=jax.process_count())
-            # Otherwise this process might take for a leftover what another one has yet to finish.
-            manifest.wait_for_parts(path, count=jax.process_count())
-            manifest.finish(path, index=index)
+            # Until all parts are there: this process might take for a leftover what another one has yet to finish.
+            manifest.write_all_parts(path, index=index, count=jax.process_count())
             if index == 0:
                 self._rotate(step, last_made)
 

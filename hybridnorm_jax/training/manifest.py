@@ -1,8 +1,10 @@
 """A manifest of digests: the last thing written into a checkpoint, and what its files are compared with before use.
 
 DIRECTORY/manifest/P-of-N.json is the part of process P of N: size and SHA-256 of every N-th file of the sorted list,
-from the P-th on, and a digest of the part itself. The manifest is complete once all N parts are there; no process
-waits for another to write its own. Restoring may divide the files differently. Nothing here knows Orbax.
+from the P-th on, and a digest of the part itself. The manifest is complete once all N parts are there. Process 0 looks
+for the parts of all others before it writes its own, and so the others need to look for that one alone: what they ask a
+bucket grows with their number and not with its square. Restoring may divide the files differently. Nothing here knows
+Orbax.
 
 While process P writes its part, and until all parts are there, it keeps a mark P.unfinished beside them: so a save that
 was killed is told from a checkpoint that has lost a part. Files that no part names are of no concern: file systems and
@@ -15,7 +17,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -41,14 +43,33 @@ PARTS_TIMEOUT_SECONDS = 1800
 LINE_BYTES = 512
 
 
-def write_part(directory: epath.PathLike, *, index: int, count: int) -> None:
+def write_all_parts(
+    directory: epath.PathLike, *, index: int, count: int, seconds: float = PARTS_TIMEOUT_SECONDS
+) -> None:
+    """Write the part of process `index`, and return once the parts of all `count` processes are there.
+
+    Raises:
+      OSError: as write_part.
+      TimeoutError: a part of another process is not there after so many seconds; names the first such process.
+    """
+    if index == 0:
+        others = functools.partial(_wait_for_parts, directory, range(1, count), count=count, seconds=seconds)
+        write_part(directory, index=index, count=count, first=others)
+    else:
+        write_part(directory, index=index, count=count)
+        _wait_for_parts(directory, [0], count=count, seconds=seconds)
+    _mark(epath.Path(directory), index).unlink(missing_ok=True)
+
+
+def write_part(directory: epath.PathLike, *, index: int, count: int, first: Callable[[], None] = lambda: None) -> None:
     """Hash process `index`'s share of all files in `directory` and write its part, whole or not at all.
 
-    Its mark stays until `finish`.
+    Its mark stays.
 
     Args:
       directory: what is in it must not change any more, apart from its manifest.
       index, count: this process's number and how many there are.
+      first: called when all is hashed, before the part is written.
 
     Raises:
       OSError: a file cannot be read, or the part cannot be written.
@@ -60,6 +81,7 @@ def write_part(directory: epath.PathLike, *, index: int, count: int) -> None:
     with ThreadPoolExecutor(THREADS) as pool:
         entries = dict(zip(names, pool.map(lambda name: _entry(directory / name), names), strict=True))
     part = {"digest": _digest_of(entries), "files": entries}
+    first()
     write_whole(part_path(directory, index, count), json.dumps(part))
 
 
@@ -68,20 +90,19 @@ def part_path(directory: epath.PathLike, index: int, count: int) -> epath.Path:
     return epath.Path(directory) / FOLDER / f"{index}-of-{count}.json"
 
 
-def wait_for_parts(directory: epath.PathLike, *, count: int, seconds: float = PARTS_TIMEOUT_SECONDS) -> None:
-    """Until the parts of all `count` processes are there; TimeoutError names the first that is not."""
+def _wait_for_parts(directory: epath.PathLike, missing: Sequence[int], *, count: int, seconds: float) -> None:
+    """Until the parts of these of `count` processes are there; TimeoutError names the first that is not."""
     pause, give_up = 0.01, time.monotonic() + seconds
-    missing = list(range(count))
-    while missing := [index for index in missing if not part_path(directory, index, count).exists()]:
-        if time.monotonic() > give_up:
-            raise TimeoutError(f"process {missing[0]} wrote no digests within {seconds} seconds")
-        time.sleep(pause)
-        pause = min(2 * pause, 1.0)
 
+    def exists(index: int) -> bool:
+        return part_path(directory, index, count).exists()
 
-def finish(directory: epath.PathLike, *, index: int) -> None:
-    """Take process `index`'s mark away, once all parts are there."""
-    _mark(epath.Path(directory), index).unlink(missing_ok=True)
+    with ThreadPoolExecutor(THREADS) as pool:
+        while missing := [index for index, there in zip(missing, pool.map(exists, missing), strict=True) if not there]:
+            if time.monotonic() > give_up:
+                raise TimeoutError(f"process {missing[0]} wrote no digests within {seconds} seconds")
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
 
 
 def remove(directory: epath.PathLike) -> None:

@@ -1,17 +1,18 @@
 """A checkpoint that is not as it was written is named before it is used, whichever of its files was damaged."""
 
 import errno
-import functools
 import json
 import os
 import re
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from test_checkpoints import abstract, assert_same, make_state, save
 
 from hybridnorm_jax.training import manifest
@@ -174,15 +175,40 @@ def test_a_part_is_written_whole_or_not_at_all(tree, monkeypatch):
     assert manifest.find_damage(tree, index=0, count=1) is None
 
 
-def test_processes_wait_for_each_others_parts_but_not_for_ever(tree):
-    manifest.write_part(tree, index=0, count=2)
-    with pytest.raises(TimeoutError, match=r"^process 1 wrote no digests within 0\.05 seconds$"):
-        manifest.wait_for_parts(tree, count=2, seconds=0.05)
-    later = threading.Timer(0.05, functools.partial(manifest.write_part, tree, index=1, count=2))
-    later.start()
-    manifest.wait_for_parts(tree, count=2)
+@pytest.mark.parametrize(("index", "missing"), [(0, 1), (1, 0), (2, 0)])
+def test_processes_wait_for_each_others_parts_but_not_for_ever(tree, index, missing):
+    with pytest.raises(TimeoutError, match=rf"^process {missing} wrote no digests within 0\.05 seconds$"):
+        manifest.write_all_parts(tree, index=index, count=3, seconds=0.05)
+    assert manifest.is_unfinished(tree)
+    assert not manifest.is_complete(tree)
+    with ThreadPoolExecutor(3) as pool:  # which start one after the other
+        for other in (2, 0, 1):
+            pool.submit(manifest.write_all_parts, tree, index=other, count=3)
+            time.sleep(0.03)
     assert manifest.is_complete(tree)
-    later.join()
+    assert not manifest.is_unfinished(tree)
+    assert manifest.find_damage(tree, index=0, count=1) is None
+
+
+def test_requests_grow_with_the_processes_and_not_with_their_square(tree, monkeypatch):
+    """Each of the others asks for one part again and again until it is there, and process 0 for all of theirs."""
+    count, asked, lock = 40, [], threading.Lock()
+    exists = epath.Path("/").__class__.exists
+
+    def counted(path):
+        with lock:
+            asked.append(path.name)
+        return exists(path)
+
+    for index in range(1, count):
+        manifest.write_part(tree, index=index, count=count)
+    monkeypatch.setattr(epath.Path("/").__class__, "exists", counted)
+    assert not manifest.is_complete(tree)
+    asked.clear()
+    for index in range(count):
+        manifest.write_all_parts(tree, index=index, count=count)
+    assert manifest.is_complete(tree)
+    assert sorted(asked) == sorted([f"{index}-of-{count}.json" for index in range(1, count)] + ["0-of-40.json"] * 39)
 
 
 def test_all_processes_say_what_the_first_of_them_found(monkeypatch):
@@ -344,9 +370,9 @@ def test_where_all_are_damaged_no_run_starts_from_nothing(saved):
 def test_a_save_that_failed_is_told_without_waiting_for_one_that_runs(saved, monkeypatch):
     finish, write_part = threading.Event(), manifest.write_part
 
-    def slow(directory, *, index, count):
+    def slow(directory, **keys):
         assert finish.wait(60)
-        write_part(directory, index=index, count=count)
+        write_part(directory, **keys)
         if str(directory).endswith("4"):
             raise OSError(errno.EIO, "Input/output error")
 
