@@ -6,7 +6,17 @@ from hybridnorm_jax.config.limits import LARGEST_RATE, MOST_STEPS, SMALLEST
 from hybridnorm_jax.config.optimizer_kinds import OPTIMIZERS, OptimizerKind
 from hybridnorm_jax.config_fields import check, check_choice, check_fields, key
 
-SCHEDULES = ("cosine", "linear", "wsd", "inverse_sqrt", "piecewise", "constant")
+_OF_WSD = ("wsd_decay_fraction", "wsd_decay")
+# Every schedule, and the keys of this section that others read and it does not.
+UNREAD_BY_SCHEDULE: dict[str, tuple[str, ...]] = {
+    "cosine": _OF_WSD,
+    "linear": _OF_WSD,
+    "wsd": (),
+    "inverse_sqrt": ("final_ratio", *_OF_WSD),
+    "piecewise": ("final_ratio", *_OF_WSD),
+    "constant": ("final_ratio", *_OF_WSD),
+}
+SCHEDULES = tuple(UNREAD_BY_SCHEDULE)
 # The forms in which the schedule `wsd` falls.
 FALLS = ("linear", "cosine", "1-sqrt", "exponential")
 MOMENT_DTYPES = ("float32", "bfloat16")

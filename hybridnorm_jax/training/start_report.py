@@ -8,6 +8,7 @@ import jax
 
 from hybridnorm_jax.config.resume_keys import warmup_steps
 from hybridnorm_jax.config.run_config import RunConfig
+from hybridnorm_jax.config.unread_keys import unread_keys
 from hybridnorm_jax.data import Data
 from hybridnorm_jax.data.mixture import Mixture
 from hybridnorm_jax.mesh.shardings import undivided
@@ -112,6 +113,7 @@ def run_rows(config: RunConfig, program: Program, run: str, data: str) -> list[t
         ("step", _step(program)),
         ("data", data),
     ]
+    rows += [("note", line) for line in unread_keys(config)]
     compiler = described(program.compiler_options)
     if compiler is not None:
         rows.append(("compiler", compiler))

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 
 from hybridnorm_jax.config.arguments import parse
 from hybridnorm_jax.config.optimizer_kinds import OPTIMIZERS, OptimizerKind, averaging_settings
-from hybridnorm_jax.config.optimizer_section import OptimizerSection
+from hybridnorm_jax.config.optimizer_section import UNREAD_BY_SCHEDULE, OptimizerSection
 from hybridnorm_jax.config.run_config import RunConfig
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.mesh.device_mesh import make_mesh
@@ -27,6 +27,7 @@ from hybridnorm_jax.training.optimizers.directions import Places
 from hybridnorm_jax.training.optimizers.groups import path_text
 from hybridnorm_jax.training.optimizers.moments import round_at_random
 from hybridnorm_jax.training.optimizers.muon import is_muon_matrix, orthogonalized
+from hybridnorm_jax.training.optimizers.rates import schedule_of
 from hybridnorm_jax.training.optimizers.schedule_free import averaged_params
 from hybridnorm_jax.training.optimizers.schedules import step_numbers
 
@@ -90,6 +91,42 @@ def test_steps_are_those_of_the_reference_implementation(case):
     wrong = {path: array + 1e-5 for path, array in expected.items()}
     with pytest.raises(AssertionError):
         _assert_close(_flat(params), wrong, 1e-6)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_reads_all_common_keys_but_those_of_its_row(name):
+    read = set()
+
+    class Watched(OptimizerSection):
+        def __getattribute__(self, attribute):
+            read.add(attribute)
+            return super().__getattribute__(attribute)
+
+    config = Watched(name=name, schedule="constant")
+    numbers = step_numbers(config, steps=20, tokens_per_step=1, seed=0)
+    read.clear()
+    optimizer = make_optimizer(config, numbers)
+    params = problem.nested({path: jnp.asarray(array) for path, array in problem.start().items()})
+    state = jax.eval_shape(optimizer.init, params)
+    jax.eval_shape(optimizer.update, params, state, params)
+    common = {"b1", "b2", "eps"}
+    assert common - read == set(OPTIMIZERS[name].unread)
+
+
+@pytest.mark.parametrize("schedule", UNREAD_BY_SCHEDULE)
+def test_a_schedule_reads_all_keys_but_those_of_its_row(schedule):
+    pieces = {"5": 0.3} if schedule == "piecewise" else {}
+
+    def rates(**keys):
+        config = OptimizerSection(schedule=schedule, piecewise=pieces, **keys)
+        rate = schedule_of(config, step_numbers(config, steps=20, tokens_per_step=1, seed=0))
+        return [float(rate(step)) for step in range(20)]
+
+    others = {"final_ratio": 0.5, "wsd_decay_fraction": 0.6, "wsd_decay": "1-sqrt"}
+    usual = {"wsd_decay_fraction": 0.3}
+    # final + (peak - final) is the peak but for rounding, 1e-7 of it; what is read changes a rate by a hundredth.
+    same = {key for key, value in others.items() if np.allclose(rates(**usual | {key: value}), rates(**usual), 1e-6, 0)}
+    assert same == set(UNREAD_BY_SCHEDULE[schedule])
 
 
 def test_every_optimizer_has_a_direction_and_a_reference():
