@@ -41,6 +41,7 @@ OPTIONS = {
     "kubectl annotate serviceaccount": set(),
     "kubectl apply": {"--filename"},
     "kubectl create serviceaccount": set(),
+    "kubectl delete configmap": {"--ignore-not-found"},
     "kubectl delete jobset": set(),
     "kubectl get": {"--ignore-not-found", "--output", "--selector"},
     "kubectl logs": {"--follow", "--container", "--tail", "--selector"},
