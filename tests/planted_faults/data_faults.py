@@ -13,9 +13,23 @@ DATA_ORDER = (
     Fault(
         name="every_epoch_has_the_same_order",
         file="data/rows/order.py",
-        right="seed = (self._shuffle_seed + epoch) % 2**32",
-        wrong="seed = self._shuffle_seed",
+        right="return (self._shuffle_seed + epoch) % 2**32",
+        wrong="return self._shuffle_seed",
         tests=("data/test_pipeline.py",),
+    ),
+    Fault(
+        name="tokens_of_a_source_are_those_of_its_first_rows",
+        file="data/rows/dealt_tokens.py",
+        right="tokens[permuted(places, **keys)]",
+        wrong="tokens[places]",
+        tests=("data/rows/test_dealt_tokens.py", "data/test_tokens_of_sources.py"),
+    ),
+    Fault(
+        name="tokens_of_a_source_are_a_mean_in_the_metrics",
+        file="training/hooks/metrics_lines.py",
+        right="mixture.tokens_until(step).items()",
+        wrong="((name, amount.mean_tokens) for name, amount in mixture.read_until(step).items())",
+        tests=("training/test_mixture_runs.py::test_tokens_of_each_source_are_exact_where_rows_are_not_full",),
     ),
     Fault(
         name="a_later_stage_reads_a_source_from_its_beginning",
