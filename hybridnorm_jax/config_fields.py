@@ -166,6 +166,11 @@ def spelled(value: Any) -> str:
         # A key that holds a text takes what is typed, but for spaces at its ends, quotes at its beginning and null.
         is_as_typed = value == value.strip() and value[:1] not in ("", "'", '"') and value.isprintable()
         return value if is_as_typed and value not in NULLS else _quoted(value)
+    return _in_python(value)
+
+
+def _in_python(value: Any) -> str:
+    """A value as Python writes it; of more than 4,300 digits it writes none."""
     if isinstance(value, int) and abs(value) >= 10**100:
         return f"{'-' if value < 0 else ''}a number of more than 100 digits"
     return str(value)
@@ -186,9 +191,9 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def shortened(text: Any) -> str:
-    """A text as an error shows it: on one line, and of a long one the beginning; anything else as `spelled` has it."""
-    line = one_line(text if isinstance(text, str) else spelled(text))
+def shortened(value: Any) -> str:
+    """A text, or an argument of a function, as an error shows it: on one line, and of a long one the beginning."""
+    line = one_line(_in_python(value))
     return line if len(line) <= 200 else f"{line[:100]}... ({len(line):,} characters)"
 
 
