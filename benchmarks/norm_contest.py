@@ -16,6 +16,8 @@ from vit import LAYOUT, PATCH
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.equivalence import decoder_layout, decompress
+from hybridnorm_jax.kernels.precision import widened
+from hybridnorm_jax.kernels.token_logits import token_logits
 from hybridnorm_jax.model.loss import cross_entropy
 
 # Share of the largest logit, in float32. Forms that are right differ by 1e-6; a bias left out makes 1e-2.
@@ -183,7 +185,8 @@ def train_step(
     """(state after one update, mean loss); the gradient is taken through the conversion."""
 
     def objective(params: Any) -> jax.Array:
-        sums = cross_entropy(form.logits(params, inputs), targets, jnp.ones(targets.shape, jnp.float32))
+        found = token_logits(widened(form.logits(params, inputs)), targets)
+        sums = cross_entropy(found, jnp.ones(targets.shape, jnp.float32))
         return sums.nll / sums.weight
 
     if form.convert is None:

@@ -13,6 +13,7 @@ import hybridnorm_jax as hn
 from hybridnorm_jax.config.data_section import DataSection
 from hybridnorm_jax.config.run_config import EvalSection, RunConfig, TrainSection
 from hybridnorm_jax.data.tokens.tokenizers import load_tokenizer
+from hybridnorm_jax.kernels.token_logits import token_logits
 from hybridnorm_jax.mesh.device_mesh import make_mesh
 from hybridnorm_jax.model.loss import cross_entropy
 from hybridnorm_jax.training.program import Program
@@ -83,7 +84,8 @@ def parameters(config: RunConfig, *, steps: int = 40):
 
     def loss(params):
         logits = model.apply({"params": params}, rows[:, :-1])
-        return cross_entropy(logits, rows[:, 1:], np.ones(rows[:, 1:].shape, np.float32)).nll / rows[:, 1:].size
+        found = token_logits(logits, rows[:, 1:])
+        return cross_entropy(found, np.ones(rows[:, 1:].shape, np.float32)).nll / rows[:, 1:].size
 
     @jax.jit
     def train(params):

@@ -26,14 +26,15 @@ from hybridnorm_jax.kernels import split_sequence
 from hybridnorm_jax.kernels import tpu_splash as attention_splash
 from hybridnorm_jax.kernels.attention_backends import softmax_attention
 from hybridnorm_jax.kernels.attention_on_mesh import sequence_axes
+from hybridnorm_jax.kernels.token_logits import token_logits
 from hybridnorm_jax.kernels.zigzag import zigzag
 from hybridnorm_jax.mesh.device_mesh import make_mesh, use_mesh
 from hybridnorm_jax.model.loss import chunked_cross_entropy, cross_entropy
 from hybridnorm_jax.training.program import Program
 
 
-def times(kernel, hidden):
-    return hidden @ kernel
+def times(kernel, hidden, targets):
+    return token_logits(hidden @ kernel, targets)
 
 
 def _mesh(**sizes):
@@ -135,7 +136,7 @@ def test_chunks_of_the_loss_take_a_piece_of_every_stretch():
     hidden, kernel = rng.standard_normal((2, 48, 8)), rng.standard_normal((8, 11))
     targets, weights = rng.integers(0, 11, (2, 48)), rng.random((2, 48))
     with jax.enable_x64(True):
-        whole = cross_entropy(jnp.asarray(hidden @ kernel), targets, jnp.asarray(weights))
+        whole = cross_entropy(token_logits(jnp.asarray(hidden @ kernel), targets), jnp.asarray(weights))
         _, got = chunked_cross_entropy(times, kernel, jnp.asarray(hidden), targets, weights, chunk=12, stretches=4)
     for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-12)

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hybridnorm_jax.kernels.precision import widened
+from hybridnorm_jax.kernels.token_logits import token_logits
 from hybridnorm_jax.model.loss import chunked_cross_entropy, cross_entropy
 
 RNG = np.random.default_rng(0)
@@ -12,8 +14,8 @@ HIDDEN, KERNEL = RNG.normal(size=(2, 12, 8)), RNG.normal(size=(8, 31))
 TARGETS, WEIGHTS = RNG.integers(0, 31, (2, 12)), RNG.integers(0, 2, (2, 12)).astype(float)
 
 
-def times(kernel, hidden):
-    return hidden @ kernel
+def times(kernel, hidden, targets):
+    return token_logits(hidden @ kernel, targets)
 
 
 def test_definition():
@@ -21,7 +23,7 @@ def test_definition():
     log_z = np.log(np.exp(logits).sum(-1))
     nll = log_z - np.take_along_axis(logits, TARGETS[..., None], -1)[..., 0]
     with jax.enable_x64(True):
-        sums = cross_entropy(jnp.asarray(logits), jnp.asarray(TARGETS), jnp.asarray(WEIGHTS))
+        sums = cross_entropy(token_logits(jnp.asarray(logits), jnp.asarray(TARGETS)), jnp.asarray(WEIGHTS))
     np.testing.assert_allclose(sums.nll, (WEIGHTS * nll).sum(), rtol=1e-13)
     np.testing.assert_allclose(sums.z, (WEIGHTS * log_z**2).sum(), rtol=1e-13)
     assert float(sums.weight) == WEIGHTS.sum()
@@ -38,7 +40,7 @@ def test_the_z_loss_adds_its_own_gradient(chunk):
 
     def total(logits):
         if chunk is None:
-            sums = cross_entropy(logits, jnp.asarray(TARGETS), jnp.asarray(WEIGHTS))
+            sums = cross_entropy(token_logits(logits, jnp.asarray(TARGETS)), jnp.asarray(WEIGHTS))
             return sums.nll + 0.25 * sums.z
         head = jnp.eye(31, dtype=logits.dtype)
         return chunked_cross_entropy(times, head, logits, TARGETS, WEIGHTS, chunk=chunk, z_loss=0.25)[0]
@@ -49,8 +51,8 @@ def test_the_z_loss_adds_its_own_gradient(chunk):
 
 def test_narrow_logits_have_a_loss_in_float32():
     logits = jnp.asarray(HIDDEN @ KERNEL, jnp.bfloat16)
-    ours = cross_entropy(logits, TARGETS, WEIGHTS)
-    wide = cross_entropy(logits.astype(jnp.float32), TARGETS, WEIGHTS)
+    ours = cross_entropy(token_logits(widened(logits), TARGETS), WEIGHTS)
+    wide = cross_entropy(token_logits(logits.astype(jnp.float32), TARGETS), WEIGHTS)
     assert {field.dtype for field in jax.tree.leaves(ours)} == {jnp.dtype(jnp.float32)}
     jax.tree.map(np.testing.assert_array_equal, ours, wide)
 
@@ -58,7 +60,7 @@ def test_narrow_logits_have_a_loss_in_float32():
 @pytest.mark.parametrize("chunk", [1, 4, 12])
 def test_chunks_equal_the_whole_in_value_and_gradient(chunk):
     def whole(hidden, kernel):
-        sums = cross_entropy(hidden @ kernel, TARGETS, WEIGHTS)
+        sums = cross_entropy(token_logits(hidden @ kernel, TARGETS), WEIGHTS)
         return sums.nll + 0.1 * sums.z, sums
 
     def chunked(hidden, kernel):
