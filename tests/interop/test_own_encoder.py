@@ -108,7 +108,7 @@ def test_architecture_hybridnorm_is_our_own_code_of_any_model():
         ({"max_position_embeddings": 4}, "max_positions=4: must be 5"),
         ({"logits_cap": 3.0}, "logits_cap=3.0 is not known for hybridnorm_image_encoder"),
         ({"num_labels": 2, "id2label": {"0": "a"}}, "num_labels=2, but id2label has 1"),
-        ({"distillation_head": True}, "distillation_head=True: needs model.distillation_token"),
+        ({"distillation_head": True}, "distillation_head=true: needs model.distillation_token"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings=True is not implemented"),
     ],
 )
