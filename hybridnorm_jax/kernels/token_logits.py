@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.kernels.dense_products import traced_platform
+from hybridnorm_jax.kernels.precision import widened
 from hybridnorm_jax.mesh.split_axes import split_axes
 
 Logits = Float[Array, "batch seq vocab"]
@@ -26,13 +27,14 @@ class TokenLogits(NamedTuple):
 
 
 def token_logits(logits: Logits, targets: Int[Array, "batch seq"]) -> TokenLogits:
-    """Both, in the dtype of the logits.
+    """Both, in float32 at least, whatever the dtype of the logits.
 
     On a GPU they are read from memory once for it, and not three times: one reduction keeps the highest logit and the
     sum of exponentials together, and the target's logit is gathered. A TPU sums faster than it gathers, and XLA for
     TPUs makes few passes of the plain formula by itself. Where devices split the vocabulary, the plain formula lets
     XLA reduce over them.
     """
+    logits = widened(logits)
     if traced_platform() == "gpu" and not split_axes("vocab", logits.shape[-1]):
         return _in_one_pass(logits, targets)
     log_z = jax.nn.logsumexp(logits, axis=-1)

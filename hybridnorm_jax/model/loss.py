@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Shaped
 
-from hybridnorm_jax.kernels.precision import wide_dtype, widened
+from hybridnorm_jax.kernels.precision import wide_dtype
 from hybridnorm_jax.kernels.token_logits import TokenLogits, token_logits
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.decoder import Decoder
@@ -56,8 +56,8 @@ def token_logits_of(model: Decoder, kernel: str = "xla") -> TokenLogitsOf:
     """
 
     def from_logits(head: Any, hidden: Array, targets: Array) -> TokenLogits:
-        logits = model.apply({"params": head}, hidden, method="logits")
-        return token_logits(widened(logits), targets)
+        logits: Any = model.apply({"params": head}, hidden, method="logits")
+        return token_logits(logits, targets)
 
     def from_hidden(head: Any, hidden: Array, targets: Array) -> TokenLogits:
         from hybridnorm_jax.kernels.tpu_head import Form, head_token_logits  # imports Pallas, which takes a while

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridnorm_jax.kernels.precision import widened
 from hybridnorm_jax.kernels.token_logits import token_logits
 from hybridnorm_jax.model.loss import chunked_cross_entropy, cross_entropy
 
@@ -51,7 +50,7 @@ def test_the_z_loss_adds_its_own_gradient(chunk):
 
 def test_narrow_logits_have_a_loss_in_float32():
     logits = jnp.asarray(HIDDEN @ KERNEL, jnp.bfloat16)
-    ours = cross_entropy(token_logits(widened(logits), TARGETS), WEIGHTS)
+    ours = cross_entropy(token_logits(logits, TARGETS), WEIGHTS)
     wide = cross_entropy(token_logits(logits.astype(jnp.float32), TARGETS), WEIGHTS)
     assert {field.dtype for field in jax.tree.leaves(ours)} == {jnp.dtype(jnp.float32)}
     jax.tree.map(np.testing.assert_array_equal, ours, wide)

@@ -129,10 +129,9 @@ LOSS = (
     ),
     Fault(
         name="loss_in_the_compute_dtype",
-        file="model/loss.py",
-        right="""    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    log_z""",
-        wrong="    log_z",
+        file="kernels/token_logits.py",
+        right="    logits = widened(logits)\n",
+        wrong="",
         tests=("model/test_loss.py",),
     ),
     Fault(
