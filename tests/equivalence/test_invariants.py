@@ -59,7 +59,9 @@ def test_nan_is_measured_as_nan_everywhere(small_config, random_params, tokens):
     config, params = layernorm_model(small_config, random_params, {"scheme": "pre"}, "float32")
     assert np.isnan(zero_mean_defect(jnp.array([np.nan, 1.0, 2.0])))
     assert np.isnan(padding_defect(jnp.array([1.0, 2.0, np.nan]), 3))
-    params["run_0"]["attention"]["out"]["kernel"][1, 0, 0, 0] = np.nan
+    kernel = params["run_0"]["attention"]["out"]["kernel"].copy()
+    kernel[1, 0, 0, 0] = np.nan
+    params["run_0"]["attention"]["out"]["kernel"] = kernel
     measured = compare_forms(config, params, tokens)
     with pytest.raises(InvariantError, match=r"step 1: run_0/attention/out/kernel is not centred: .* is nan"):
         assert_measured(1, measured, tolerances(config))

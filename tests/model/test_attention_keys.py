@@ -197,5 +197,5 @@ def test_windows_as_wide_as_the_sequences_keep_no_kernel_away(small_config):
 def test_a_norm_for_each_head_needs_a_norm_over_heads():
     assert hn.ModelConfig(**TINY, scheme="hybrid", attention_norm_per_head=True)
     for scheme in ("pre", "pre_qk_projection"):
-        with pytest.raises(ConfigError, match=r"attention_norm_per_head=True.*over a head"):
+        with pytest.raises(ConfigError, match=r"attention_norm_per_head=true.*over a head"):
             hn.ModelConfig(**TINY, scheme=scheme, attention_norm_per_head=True)
