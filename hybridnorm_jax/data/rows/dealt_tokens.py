@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Int
 
 from hybridnorm_jax.data.rows.order import EpochOrder
-from hybridnorm_jax.data.rows.permutation import leaves_one_out, permuted
+from hybridnorm_jax.data.rows.permutation import permuted
 
 # Places that are permuted at a time: what they need stays in a core's cache.
 STRETCH = 1 << 16
@@ -32,26 +32,14 @@ class DealtTokens:
         if tokens is None:
             return rows * self._seq_len
         epoch, place = divmod(rows, len(tokens))
-        return self._of_epochs(tokens, epoch) + self._within(tokens, epoch, place)
-
-    def _of_epochs(self, tokens: Int[np.ndarray, " rows"], epochs: int) -> int:
-        """The tokens of the first epochs: in each of them every row comes once."""
         if self._all is None:
             self._all = int(tokens.sum(dtype=np.int64))
-        found = epochs * self._all
-        if leaves_one_out(len(tokens)):
-            found += sum(self._row_instead_of_last(tokens, epoch) for epoch in range(epochs))
-        return found
-
-    def _row_instead_of_last(self, tokens: Int[np.ndarray, " rows"], epoch: int) -> int:
-        """By how much longer the row is that comes twice than the last one, which does not come (leaves_one_out)."""
-        return int(tokens[self._order.place(epoch * len(tokens)).index]) - int(tokens[-1])
-
-    def _within(self, tokens: Int[np.ndarray, " rows"], epoch: int, place: int) -> int:
-        """The tokens of the first rows of an epoch."""
         if epoch != self._epoch:
-            whole = self._of_epochs(tokens, epoch + 1) - self._of_epochs(tokens, epoch)
-            self._epoch, self._known = epoch, {0: 0, len(tokens): whole}
+            self._epoch, self._known = epoch, {0: 0, len(tokens): self._all}
+        return epoch * self._all + self._within(tokens, place)
+
+    def _within(self, tokens: Int[np.ndarray, " rows"], place: int) -> int:
+        """The tokens of the first rows of the epoch."""
         nearest = min(self._known, key=lambda known: abs(known - place))
         before = self._known[nearest]
         if nearest <= place:

@@ -47,7 +47,8 @@ class EpochOrder:
     def place(self, row: int) -> Place:
         """Where a row is; they are counted from 0 over all epochs.
 
-        With 4 rounds it is what grain.MapDataset.range(count).shuffle(seed).repeat() gives, in half of its time. But
+        With 4 rounds it is what grain.MapDataset.range(count).shuffle(seed).repeat() gives, in half of its time (for
+        some counts Grain leaves a row out: permutation.py). But
         so few rounds leave batches of more than about 30,000 rows with neighbours from the same part of the data, and
         two epochs of 250 million rows alike. From 8 rounds on nearly nothing of this can be measured, and with 16
         nothing.

@@ -1,8 +1,11 @@
-"""The permutation of grain.experimental.index_shuffle, of many places at once.
+"""The permutation of grain.experimental.index_shuffle, of one place or of many at once.
 
 Grain computes one place at a time, in 3 to 10 µs, and so order.py finds the rows of a batch. To count what millions of
-rows hold takes 0.02 to 0.1 µs a place here. Of up to 65,537 places Grain needs longer, the longer the fewer there are:
+rows hold takes 0.02 to 0.1 µs a place here. Of up to 65,536 places Grain needs longer, the longer the fewer there are:
 9 ms a place of ten. Here all of them take 1 to 4 ms together. A test compares the two.
+
+They differ for 4^8 + 1, 4^9 + 1, ... places. Grain's cipher has too few bits for them: its last place gets what place 0
+gets, and nothing is put last. Here one place more is permuted, and whoever is put there is permuted again.
 
 A place is encrypted by a block cipher with as many bits as places need: Simon (Beaulieu et al. 2013, IACR eprint
 2013/404), with as many rounds as asked. Where the result is no place, it is encrypted again until it is one (Black and
@@ -20,6 +23,7 @@ from jaxtyping import Int, UInt16
 FEW = 8
 # Half a block has at least so many bits.
 LEAST_BITS = 8
+LEAST_BLOCK = 1 << 2 * LEAST_BITS
 # Of halves with up to so many bits a round is looked up in a table.
 TABLE_BITS = 16
 _WORD = 0xFFFFFFFF
@@ -28,7 +32,7 @@ Places = Int[np.ndarray, " places"]
 
 
 def permuted(places: Places, *, count: int, seed: int, rounds: int) -> Places:
-    """index_shuffle(place, max_index=count - 1, seed=seed, rounds=rounds) of every place.
+    """Where every place is put; no two of 0 to count - 1 are put in the same one.
 
     Args:
       places: from 0 to count - 1.
@@ -39,44 +43,46 @@ def permuted(places: Places, *, count: int, seed: int, rounds: int) -> Places:
     last = count - 1
     if last == 0:
         return np.zeros_like(places)
-    bits = -(-(last - 1).bit_length() // 2)  # of half a block
-    if bits <= LEAST_BITS:
-        return _whole(last, seed, rounds)[places & (1 << 2 * LEAST_BITS) - 1].astype(np.int64)
+    if last < LEAST_BLOCK:
+        return _whole(last, seed, rounds)[places].astype(np.int64)
+    bits = -(-(_highest(last) - 1).bit_length() // 2)  # of half a block
     found, outside = places.copy(), np.arange(len(places))
     while len(outside) > FEW:
         again = _encrypted(found[outside], bits, seed, rounds)
         found[outside] = again
         outside = outside[again > last]
-    rest = places[outside].tolist()
-    found[outside] = [index_shuffle(place, max_index=last, seed=seed, rounds=rounds) for place in rest]
+    found[outside] = [_by_grain(place, last, seed, rounds) for place in places[outside].tolist()]
     return found
 
 
 def permuted_place(place: int, *, count: int, seed: int, rounds: int) -> int:
     """`permuted` of one place. Grain needs 10 ms and more for one of a few places."""
     last = count - 1
-    if 0 < last <= 1 << 2 * LEAST_BITS:
-        return int(_whole(last, seed, rounds)[place & (1 << 2 * LEAST_BITS) - 1])
-    return index_shuffle(place, max_index=last, seed=seed, rounds=rounds)
+    if 0 < last < LEAST_BLOCK:
+        return int(_whole(last, seed, rounds)[place])
+    return _by_grain(place, last, seed, rounds)
 
 
-def leaves_one_out(count: int) -> bool:
-    """Whether the permutation of so many places is none: where `count` is one more than 4^8, 4^9, ...
+def _by_grain(place: int, last: int, seed: int, rounds: int) -> int:
+    found = index_shuffle(place, max_index=_highest(last), seed=seed, rounds=rounds)
+    # Only one place is put behind the last one, and it is not the one that is behind it.
+    return found if found <= last else index_shuffle(found, max_index=_highest(last), seed=seed, rounds=rounds)
 
-    Grain's cipher has a bit too few then. The last place gets what place 0 gets, and nothing is put last.
-    """
-    last = count - 1
-    return last >= 1 << 2 * LEAST_BITS and last.bit_count() == 1 and last.bit_length() % 2 == 1
+
+def _highest(last: int) -> int:
+    """The last place that Grain is asked to permute: where `last` is 4^8, 4^9, ..., one more."""
+    is_power_of_4 = last.bit_count() == 1 and last.bit_length() % 2 == 1
+    return last + 1 if last >= LEAST_BLOCK and is_power_of_4 else last
 
 
 @functools.lru_cache(maxsize=512)
 def _whole(last: int, seed: int, rounds: int) -> UInt16[np.ndarray, " places"]:
-    """The permutation of all places up to `last`, which fit the smallest block; for 2^16 itself place 0 stands in.
+    """The permutation of all places up to `last`, which fit the smallest block.
 
     Of few places almost every result is none. So all numbers take two steps at once, then four, and so on. All of
     this takes 1 to 4 ms, and what is kept up to 64 MB.
     """
-    found = _encrypted(np.arange(1 << 2 * LEAST_BITS), LEAST_BITS, seed, rounds).astype(np.uint16)
+    found = _encrypted(np.arange(LEAST_BLOCK), LEAST_BITS, seed, rounds).astype(np.uint16)
     while (found[: last + 1] > last).any():
         found = np.where(found > last, found[found], found)
     return found[: last + 1].copy()
