@@ -5,12 +5,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from hybridnorm_jax.kernels.attention_arrays import AttentionInputs, Heads
 from hybridnorm_jax.kernels.score_rules import ScoreRules
+from hybridnorm_jax.mesh.each_device import on_each_device
 from hybridnorm_jax.mesh.split_axes import Axes, parts, split_axes
 
 
@@ -61,8 +61,6 @@ def on_mesh(
     inputs = AttentionInputs(query, jnp.repeat(key, copies, axis=2), jnp.repeat(value, copies, axis=2), segment_ids)
     heads_spec = PartitionSpec(rows, sequence, columns)
     specs = AttentionInputs(heads_spec, heads_spec, heads_spec, PartitionSpec(rows, sequence))
-    # check_vma: kernels, and loops with a gradient of their own, do not say over which axes their results vary.
     if kernel is None:
-        return jax.shard_map(local, in_specs=(specs,), out_specs=heads_spec, check_vma=False)(inputs)
-    mapped = jax.shard_map(local, in_specs=(kernel_specs, specs), out_specs=heads_spec, check_vma=False)
-    return mapped(kernel, inputs)
+        return on_each_device(local, in_specs=(specs,), out_specs=heads_spec)(inputs)
+    return on_each_device(local, in_specs=(kernel_specs, specs), out_specs=heads_spec)(kernel, inputs)

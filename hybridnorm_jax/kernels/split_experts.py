@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from hybridnorm_jax.kernels.exchanged_experts import apply_exchanged_experts
 from hybridnorm_jax.kernels.expert_dispatch import apply_experts
 from hybridnorm_jax.kernels.swiglu import ExpertKernels
+from hybridnorm_jax.mesh.each_device import on_each_device
 from hybridnorm_jax.mesh.gathered import gather
 from hybridnorm_jax.mesh.split_axes import Axes, split_axes
 
@@ -51,7 +52,7 @@ def apply_experts_on_mesh(
     inputs = PartitionSpec(split.experts, split.embed, split.mlp)
     outputs = PartitionSpec(split.experts, split.mlp, split.embed)
     specs = (tokens, kernels.replace(gate=inputs, up=inputs, down=outputs), tokens, tokens)
-    return jax.shard_map(local, in_specs=specs, out_specs=tokens, check_vma=False)(x, kernels, weights, chosen)
+    return on_each_device(local, in_specs=specs, out_specs=tokens)(x, kernels, weights, chosen)
 
 
 def _split(x: Float[Array, "batch seq embed"], kernels: ExpertKernels) -> _Split:

@@ -26,6 +26,7 @@ from hybridnorm_jax.kernels.head_preparation import HeadNorm, Preparation
 from hybridnorm_jax.kernels.tpu_attention_backward import Gradients, Kept, Results, backward_kernel
 from hybridnorm_jax.kernels.tpu_attention_blocks import LANES, KernelInputs
 from hybridnorm_jax.kernels.tpu_attention_forward import forward_kernel
+from hybridnorm_jax.mesh.each_device import on_each_device
 from hybridnorm_jax.mesh.split_axes import Axes, parts, split_axes
 
 # Of the 128 MiB (v5e, v6e) or 64 MiB (v5p, v7x) of memory beside the arithmetic units; XLA uses the rest for its own.
@@ -108,7 +109,9 @@ def _forward(
     inputs: KernelInputs, rows: Axes, columns: Axes, scale: float, saved_as: str
 ) -> tuple[Array, tuple[Any, ...]]:
     heads = PartitionSpec(rows, columns)
-    mapped = _on_mesh(functools.partial(_call_forward, scale), (_specs(inputs, rows, columns),), (heads, heads))
+    mapped = on_each_device(
+        functools.partial(_call_forward, scale), in_specs=(_specs(inputs, rows, columns),), out_specs=(heads, heads)
+    )
     context, log_total = (checkpoint_name(array, saved_as) for array in mapped(inputs))
     return context, (inputs, context, log_total)
 
@@ -120,7 +123,11 @@ def _backward(
     heads, specs = PartitionSpec(rows, columns), _specs(inputs, rows, columns)
     norms = jax.tree.map(lambda _: heads, (inputs.query_norm, inputs.key_norm, inputs.value_norm))
     local = functools.partial(_call_backward, scale)
-    mapped = _on_mesh(local, (specs, Results(heads, heads, heads)), Gradients(heads, heads, heads, *norms))
+    mapped = on_each_device(
+        local,
+        in_specs=(specs, Results(heads, heads, heads)),
+        out_specs=Gradients(heads, heads, heads, *norms),
+    )
     gradients = mapped(inputs, Results(context, log_total, d_context))
 
     def total(norm: HeadNorm | None) -> HeadNorm | None:
@@ -142,13 +149,6 @@ def _backward(
 
 
 _attention.defvjp(_forward, _backward)
-
-
-def _on_mesh(local: Any, in_specs: Any, out_specs: Any) -> Any:
-    if jax.sharding.get_abstract_mesh().empty:
-        return local
-    # check_vma: kernels do not say over which axes their results vary.
-    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def _specs(inputs: KernelInputs, rows: Axes, columns: Axes) -> KernelInputs:

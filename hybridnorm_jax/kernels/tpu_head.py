@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.kernels.token_logits import TokenLogits
 from hybridnorm_jax.kernels.tpu_head_kernels import BackwardInputs, Form, Head, backward_kernel, forward_kernel
+from hybridnorm_jax.mesh.each_device import on_each_device
 from hybridnorm_jax.mesh.split_axes import Axes, parts, split_axes
 
 LANES = 128
@@ -121,7 +122,7 @@ def _rows_backward(
     def add(sums: Array, ids: Array, d_rows: Array) -> Array:
         return sums.at[0, ids].add(d_rows.astype(sums.dtype))
 
-    mapped = _on_mesh(add, in_specs=(places.devices, places.tokens, places.tokens), out_specs=places.devices)
+    mapped = on_each_device(add, in_specs=(places.devices, places.tokens, places.tokens), out_specs=places.devices)
     d_rows, d_sums = gradients
     (d_table,) = _sums_backward(places, like_table, mapped(d_sums, ids, d_rows))
     return d_table, None, None
@@ -184,7 +185,7 @@ def _forward(
 ) -> tuple[TokenLogits, tuple[Array, ...]]:
     places, form = layout
     tokens, everywhere = places.tokens, PartitionSpec()
-    mapped = _on_mesh(
+    mapped = on_each_device(
         functools.partial(_call_forward, form),
         in_specs=(tokens, everywhere, tokens),
         out_specs=(TokenLogits(tokens, tokens), places.devices),
@@ -198,7 +199,7 @@ def _backward(
 ) -> tuple[Array, None, Array, None]:
     places, form = layout
     tokens, everywhere, devices = places.tokens, PartitionSpec(), places.devices
-    mapped = _on_mesh(
+    mapped = on_each_device(
         functools.partial(_call_backward, form),
         in_specs=(tokens, everywhere, tokens, tokens, devices, TokenLogits(tokens, tokens)),
         out_specs=(tokens, devices),
@@ -208,13 +209,6 @@ def _backward(
 
 
 _token_logits.defvjp(_forward, _backward)
-
-
-def _on_mesh(local: Any, *, in_specs: Any, out_specs: Any) -> Any:
-    if jax.sharding.get_abstract_mesh().empty:
-        return local
-    # check_vma: kernels do not say over which axes their results vary.
-    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 class _Blocks:

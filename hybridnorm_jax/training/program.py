@@ -24,9 +24,10 @@ from hybridnorm_jax.kernels.attention_backends import capability_of, resolve_bac
 from hybridnorm_jax.kernels.expert_dispatch import ExpertSize, resolve_dispatch
 from hybridnorm_jax.kernels.loss_kernels import check_loss_kernel
 from hybridnorm_jax.mesh.batch_shares import BatchShare, batch_parts, batch_sharding, batch_share
-from hybridnorm_jax.mesh.device_mesh import make_mesh, parts_of, use_mesh
+from hybridnorm_jax.mesh.device_mesh import make_mesh, use_mesh
 from hybridnorm_jax.mesh.fit_checks import check_experts, check_sequence
-from hybridnorm_jax.mesh.sharding_rules import first_entry, resolve_rules
+from hybridnorm_jax.mesh.sharding_rules import resolve_rules
+from hybridnorm_jax.mesh.split_axes import split_axes
 from hybridnorm_jax.model.config import ModelConfig
 from hybridnorm_jax.model.config_feed_forward import CLAMPED
 from hybridnorm_jax.model.decoder import Decoder
@@ -212,8 +213,6 @@ class Program:
     def _check_loss_kernel(self) -> None:
         """Raise ConfigError where train.loss_kernel cannot compute this loss on these devices."""
         name, model = self.config.train.loss_kernel, self.model.config
-        axes = first_entry(self.rules, "vocab")
-        divided = model.vocab_size % parts_of(axes, self.mesh) == 0
         with use_mesh(self.mesh, self.rules):
             check_loss_kernel(
                 name,
@@ -221,7 +220,7 @@ class Program:
                 dtype=model.dtype,
                 width=model.whole_width,
                 more_than_table=model.more_than_head_table,
-                split_by=tuple(axis for axis in axes if divided and self.mesh.shape[axis] > 1),
+                split_by=split_axes("vocab", model.vocab_size),
             )
 
     def _check_watch(self) -> None:
