@@ -8,6 +8,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from hybridnorm_jax.model.decoder import Decoder
 from hybridnorm_jax.model.schemes import SCHEMES
 from hybridnorm_jax.training.layer_measures import measure_signal
 from hybridnorm_jax.training.program import check_precision
+from hybridnorm_jax.training.state import init_params
 from hybridnorm_jax.whole_files import expanded
 
 # Key of a run that is set here -> what sets it.
@@ -171,8 +173,8 @@ def measure(
     step = _jit(lambda params, batch: measure_signal(decoder, params, batch, step=first)[0])
     signals = []
     for initializer in initializers:
-        init = _jit(Decoder(_model(model, scheme, depth, initializer)).init)
-        params = init(jax.random.key(seed), batch["tokens"][:1, :2])["params"]
+        init = _jit(partial(init_params, _model(model, scheme, depth, initializer)))
+        params = init(jax.random.key(seed))
         measures = {name: np.asarray(values) for name, values in step(params, batch).items()}
         signals.append(Signal(scheme=scheme, depth=depth, initializer=initializer, measures=measures))
     return signals

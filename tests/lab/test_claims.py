@@ -23,7 +23,7 @@ from hybridnorm_jax.model.attention import Attention
 
 REPOSITORY = Path(__file__).parents[2]
 # A model of two narrow blocks, and three short sequences of random tokens to train it on.
-TINY = ("model.d_model=16", "model.num_heads=2", "model.mlp_dim=32", "model.vocab_size=61")
+TINY = ("model.d_model=16", "model.num_heads=2", "model.mlp_dim=32", "model.vocab_size=61", "model.scan_unroll=1")
 ENTRY = "- {id: one, paper: SpanNorm, source: abstract, statement: It holds., scale: none, cheap: true}\n"
 
 
@@ -147,7 +147,10 @@ def test_a_claim_about_two_schemes_turns_with_them():
 @pytest.fixture
 def uncentred(monkeypatch):
     """A conversion that leaves the mean in."""
+    forms.measured.cache_clear()
     monkeypatch.setattr(decoder_forms, "recenter", lambda params, layout: params)
+    yield
+    forms.measured.cache_clear()
 
 
 SMALL = {"d_model": 16, "num_heads": 2, "num_layers": 2, "mlp_dim": 32, "vocab_size": 61}

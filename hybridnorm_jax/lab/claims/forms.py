@@ -1,6 +1,7 @@
 """Claims about Pre-LN, Pre-RMSNorm and Pre-CRMSNorm without training: the conversions change nothing."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -44,12 +45,12 @@ LARGEST_MEAN = 2**-8
 
 def lossless(form: str, *, model: ModelConfig = MODEL) -> Finding:
     """Whether the logits of the converted model are those of the Pre-LN model, in float64."""
-    return _below(_measured(model).logits[form], LARGEST_RELATIVE, "largest difference of logits, over the largest")
+    return _below(measured(model).logits[form], LARGEST_RELATIVE, "largest difference of logits, over the largest")
 
 
 def norm_formula(*, model: ModelConfig = MODEL) -> Finding:
     """Whether CRMSNorm of the stored d - 1 elements is RMSNorm of all d, after the embedding and every block."""
-    return _below(np.max(_measured(model).norm), LARGEST_RELATIVE, "largest difference of normalized streams")
+    return _below(np.max(measured(model).norm), LARGEST_RELATIVE, "largest difference of normalized streams")
 
 
 def from_scratch(*, model: ModelConfig = MODEL) -> Finding:
@@ -78,10 +79,12 @@ def mean_in_bfloat16(*, model: ModelConfig = MODEL) -> Finding:
     return Finding(number=number, holds=mean <= LARGEST_MEAN)
 
 
-def _measured(model: ModelConfig) -> Measured:
+@functools.cache
+def measured(model: ModelConfig | EncoderConfig) -> Measured:
+    """What compare_forms finds for drawn parameters; several claims are about the same model."""
     with jax.enable_x64(True):
         inputs = random_images(model) if isinstance(model, EncoderConfig) else random_tokens(model)
-        return jax.device_get(compare_forms(model, drawn(model), inputs))
+        return jax.device_get(jax.jit(functools.partial(compare_forms, model))(drawn(model), inputs))
 
 
 def drawn(config: ModelConfig, seed: int = 0) -> Any:
