@@ -18,7 +18,15 @@ def test_a_text_may_begin_like_a_format(text):
     assert format_of(text.encode()) is None
 
 
-@pytest.mark.parametrize(("dtype", "vocabulary"), [("<u2", 257), ("<u2", 50_257), ("<u2", 65_536), ("<u4", 150_000)])
+@pytest.mark.parametrize(
+    ("dtype", "vocabulary"),
+    [
+        pytest.param("<u2", 257, marks=pytest.mark.long),
+        pytest.param("<u2", 50_257, marks=pytest.mark.long),
+        ("<u2", 65_536),  # every pair of bytes
+        ("<u4", 150_000),  # whose last byte is always 0
+    ],
+)
 def test_token_ids_are_of_no_format_and_no_text(dtype, vocabulary):
     """A million beginnings; the rarest magic number, three bytes, would be hit by 0.06 of them."""
     ids = np.random.default_rng(0).integers(0, vocabulary, (10_000, 100)).astype(dtype)

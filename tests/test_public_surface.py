@@ -120,7 +120,7 @@ def test_importing_brings_nothing_heavy(use):
 
 
 def test_importing_and_first_uses_take_hardly_longer_than_importing_flax(tmp_path):
-    """CPU seconds of one process, which other processes hardly lengthen: the least ratio of five processes.
+    """CPU seconds of one process, which other processes hardly lengthen: the ratio of one process of five.
 
     All read bytecode, as installed packages do. A checkout has none where PYTHONDONTWRITEBYTECODE is set, and half of
     the time would then be compilation of our sources beside Flax's bytecode: the first process writes it for the rest.
@@ -138,7 +138,7 @@ print(time.process_time() / before)
     environment = dict(os.environ, PYTHONPYCACHEPREFIX=str(tmp_path))
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     _child(code, environment)
-    assert min(float(_child(code, environment)[0]) for _ in range(5)) < 1.10
+    assert any(float(_child(code, environment)[0]) < 1.10 for _ in range(5))
 
 
 def test_a_name_that_is_not_there():

@@ -35,7 +35,7 @@ def config(tmp_path, small_config):
     files, runs = (str(tmp_path / "tokens.npy"),), str(tmp_path / "runs")
     return RunConfig(
         run=dataclasses.replace(default.run, name="run", dir=runs),
-        model=small_config(num_layers=1, dropout=0.1),
+        model=small_config(scheme="pre", num_layers=1, dropout=0.1),
         data=dataclasses.replace(
             default.data, source="tokens", files=files, validation=validation, validation_fraction=0.0
         ),

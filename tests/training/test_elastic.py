@@ -50,7 +50,7 @@ def config(tmp_path, small_config):
     return document_run(
         tmp_path,
         "elastic",
-        small_config(vocab_size=257),
+        small_config(scheme="pre", vocab_size=257),
         data={"segment_ids": True},
         train={"batch_size": 16, "max_device_sequences": 2},
         mesh={"data": 1, "fsdp": -1},

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("shared_programs")
 
 @pytest.fixture
 def config(tmp_path, small_config):
-    """Four steps, after which the last layer has half its branches."""
+    """Four steps at a constant rate, after which the last layer has half its branches."""
     tokens = np.random.default_rng(0).integers(0, 61, 2000).astype(np.uint16)
     np.save(tmp_path / "tokens.npy", tokens)
     default = RunConfig()
@@ -29,6 +29,7 @@ def config(tmp_path, small_config):
             default.data, source="tokens", files=(str(tmp_path / "tokens.npy"),), validation_fraction=0.2
         ),
         train=dataclasses.replace(default.train, steps=4, batch_size=8, seq_len=16, log_every=1, watch_every=2),
+        optimizer=dataclasses.replace(default.optimizer, schedule="constant"),
         checkpoint=dataclasses.replace(default.checkpoint, every=2, keep=10),
         eval=dataclasses.replace(default.eval, every=2, batches=1),
     )
@@ -65,12 +66,10 @@ def test_training_takes_the_scales_of_each_step(config):
 
 
 def test_training_goes_on_where_the_branches_were(config, tmp_path):
-    """A constant rate, so that the first two steps are those of the longer run."""
-    optimizer = dataclasses.replace(config.optimizer, schedule="constant")
-    whole = dataclasses.replace(config, optimizer=optimizer)
-    loop.train(dataclasses.replace(whole, train=dataclasses.replace(config.train, steps=2)))
-    loop.train(whole)
-    loop.train(dataclasses.replace(whole, run=dataclasses.replace(config.run, name="at_once")))
+    """At a constant rate the first two steps are those of the longer run."""
+    loop.train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2)))
+    loop.train(config)
+    loop.train(dataclasses.replace(config, run=dataclasses.replace(config.run, name="at_once")))
     (_, resumed), (_, at_once) = (hn.load_run(str(tmp_path / "runs" / name)) for name in ("growing", "at_once"))
     for left, right in zip(jax.tree.leaves(resumed), jax.tree.leaves(at_once), strict=True):
         np.testing.assert_array_equal(left, right)

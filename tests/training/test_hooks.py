@@ -74,7 +74,7 @@ def config(tmp_path, small_config):
     default, files = RunConfig(), (str(tmp_path / "tokens.npy"),)
     return RunConfig(
         run=dataclasses.replace(default.run, name="run", dir=str(tmp_path)),
-        model=small_config(num_layers=1),
+        model=small_config(scheme="pre", num_layers=1),
         data=dataclasses.replace(
             default.data, source="tokens", files=files, validation={"train_same": files}, validation_fraction=0.0
         ),

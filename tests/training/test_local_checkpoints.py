@@ -26,7 +26,7 @@ def config(tmp_path, small_config):
     return document_run(
         tmp_path,
         "killed",
-        small_config(vocab_size=257, num_layers=1),
+        small_config(scheme="pre", vocab_size=257, num_layers=1),
         train={"batch_size": 8},
         mesh={"data": 2, "fsdp": 4},
         checkpoint={"local_dir": str(tmp_path / "disk"), "local_every": 2},

@@ -26,7 +26,7 @@ def config(tmp_path, small_config):
     default = RunConfig()
     return RunConfig(
         run=dataclasses.replace(default.run, name="trunk", dir=str(tmp_path / "runs")),
-        model=small_config(num_layers=1),
+        model=small_config(scheme="pre", num_layers=1),
         data=dataclasses.replace(
             default.data, source="tokens", files=(str(tmp_path / "shard_*.npy"),), validation_fraction=0
         ),

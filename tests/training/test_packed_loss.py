@@ -85,7 +85,7 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_each_document_alone(small
 def test_a_document_that_is_cut_has_the_loss_of_its_pieces(small_config, random_params):
     """Here in chunks of the loss, too."""
     with jax.enable_x64(True):
-        config = small_config(**EXACT, num_layers=2)
+        config = small_config(**EXACT, scheme="pre", num_layers=2)
         params, rows = random_params(config), _rows(seq_len=6)
         (batch,) = validation_batches(rows, batch_size=len(rows))
         pieces = [document[begin : begin + 7] for document in _documents() for begin in range(0, len(document) - 1, 6)]
@@ -116,7 +116,7 @@ def _first_losses(model, mesh, **keys):
 def test_training_on_packed_rows_is_the_same_in_microbatches_and_on_meshes(small_config):
     """Rows have different numbers of targets, so a mean of microbatches' means would be another loss."""
     with jax.enable_x64(True):
-        model = small_config(**EXACT, num_layers=2)
+        model = small_config(**EXACT, scheme="pre", num_layers=2)
         batch = next(train_iterator(EpochOrder(_rows(), 3, rounds=16), batch_size=4, read_threads=1))
         assert len(set(batch["weights"].sum(-1).ravel().tolist())) > 1
         expected = _first_losses(model, {"data": 1})

@@ -139,7 +139,7 @@ def test_a_run_that_is_stopped_and_goes_on_has_one_log(tmp_path, small_config, c
     default, files = RunConfig(), (str(tmp_path / "tokens.npy"),)
     config = RunConfig(
         run=dataclasses.replace(default.run, name="run", dir=str(tmp_path)),
-        model=small_config(num_layers=1),
+        model=small_config(scheme="pre", num_layers=1),
         data=dataclasses.replace(
             default.data, source="tokens", files=files, validation={"train_same": files}, validation_fraction=0.0
         ),
