@@ -115,7 +115,7 @@ def train(options):
         num_classes=int(labels.max()) + 1,
     )
     model = hn.Encoder(config)
-    params = model.init(jax.random.key(0), images[:1])["params"]
+    params = jax.jit(model.init)(jax.random.key(0), images[:1])["params"]
     schedule = optax.warmup_cosine_decay_schedule(0, options.rate, options.steps // 10, options.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.05))
     state = optimizer.init(params)

@@ -21,16 +21,19 @@ def test_it_is_short():
     assert len(FILE.read_text().splitlines()) < 150
 
 
+@pytest.mark.long
 def test_it_learns_what_it_makes(example):
     assert example.main(["--steps", "120", "--batch", "32"]) > 0.5  # of four classes
 
 
-@pytest.mark.parametrize("keys", [{"dtype": np.uint8, "shape": (8, 8)}, {"dtype": np.float32, "shape": (8, 12, 2)}])
-def test_an_array_file_is_read(example, tmp_path, keys):
+@pytest.mark.parametrize(
+    ("dtype", "shape", "scheme"), [(np.uint8, (8, 8), "hybrid_star"), (np.float32, (8, 12, 2), "pre")]
+)
+def test_an_array_file_is_read(example, tmp_path, dtype, shape, scheme):
     random = np.random.default_rng(0)
-    images = (random.random((40, *keys["shape"])) * 255).astype(keys["dtype"])
+    images = (random.random((40, *shape)) * 255).astype(dtype)
     np.savez(tmp_path / "images.npz", images=images, labels=np.arange(40) % 3)
-    arguments = ["--data", str(tmp_path / "images.npz"), "--steps", "2", "--batch", "8", "--scheme", "hybrid_star"]
+    arguments = ["--data", str(tmp_path / "images.npz"), "--steps", "2", "--batch", "8", "--scheme", scheme]
     assert 0 <= example.main(arguments) <= 1
 
 

@@ -104,6 +104,14 @@ def test_a_text_for_an_encoder_is_not_passed_over(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """The directory of a converted encoder."""
+    out = tmp_path_factory.mktemp("encoder") / "out"
+    convert.run([str(GOLDENS / "hf_vit"), str(out), "--form", "pre_rmsnorm"])
+    return out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -113,11 +121,8 @@ def test_a_text_for_an_encoder_is_not_passed_over(tmp_path):
         (["generate", "RUN", "--prompt", "hello"], "an encoder, which does not generate text"),
     ],
 )
-def test_other_commands_refuse_it_in_one_line(arguments, message, tmp_path, capsys):
-    out = tmp_path / "out"
-    convert.run([str(GOLDENS / "hf_vit"), str(out), "--form", "pre_rmsnorm"])
-    capsys.readouterr()
-    given = [each.replace("RUN", str(out)).replace("DIR", str(tmp_path)) for each in arguments]
+def test_other_commands_refuse_it_in_one_line(arguments, message, encoder, tmp_path, capsys):
+    given = [each.replace("RUN", str(encoder)).replace("DIR", str(tmp_path)) for each in arguments]
     assert main.main(given) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in line

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -29,8 +30,18 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def fresh(folder):
+    """The directory of a run that nobody asks for answers."""
+    config = run_config(folder / "tokenizer.json")
+    params = jax.jit(hn.Decoder(config.model).init)(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+    hn.save_run(str(folder / "fresh"), config, params, tokenizer_file=folder / "tokenizer.json")
+    return str(folder / "fresh")
+
+
+@pytest.fixture(scope="module")
 def run(folder):
-    """The directory of a run of `hybrid_star`, saved with its tokenizer."""
+    """The directory of a run of `hybrid_star` that has learned the tasks, saved with its tokenizer."""
+    _with_lm_eval()  # without which nobody needs it
     config = run_config(folder / "tokenizer.json", scheme="hybrid_star")
     hn.save_run(str(folder / "saved"), config, parameters(config), tokenizer_file=folder / "tokenizer.json")
     return str(folder / "saved")
@@ -173,15 +184,15 @@ def test_nothing_but_json_is_printed_also_where_a_metric_is_resampled(run, tmp_p
     ],
     ids=str,
 )
-def test_options_that_cannot_be_end_in_one_line(words, message, run, capsys):
-    assert _error(capsys, run, *words) == message
+def test_options_that_cannot_be_end_in_one_line(words, message, fresh, capsys):
+    assert _error(capsys, fresh, *words) == message
 
 
-def test_without_the_harness(run, capsys, monkeypatch):
+def test_without_the_harness(fresh, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
     right = "--tasks: needs the extra `eval`: pip install 'hybridnorm-jax[eval]'"
-    assert _error(capsys, run, "--tasks", "hellaswag") == right
+    assert _error(capsys, fresh, "--tasks", "hellaswag") == right
 
 
 def test_token_files_must_name_their_tokenizer(folder, capsys):

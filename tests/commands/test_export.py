@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from covering import others_are_long
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file
 
@@ -105,7 +106,11 @@ def test_what_transformers_has_needs_no_code(saved, capsys):
     assert "`LlamaForCausalLM` of transformers" in (out / "README.md").read_text()
 
 
-@pytest.mark.parametrize("kind", [name for name, kind in hn.NORM_KINDS.items() if kind.parameters])
+# Two numbers; two matrices. The others take as long.
+KINDS = others_are_long([name for name, kind in hn.NORM_KINDS.items() if kind.parameters], ["derf", "gated"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_of_norm_with_parameters_of_its_own_is_written_and_read(saved, kind):
     config, params = saved(scheme="pre", norm=kind, learned_embedding_scale=True)
     out = exported("runs/mine", "out")

@@ -20,8 +20,9 @@ from hybridnorm_jax.generation.text import write_text
 
 GPT2 = str(Path(__file__).parents[1] / "goldens" / "hf_gpt2")
 TINY = [
-    *("model.d_model=16", "model.num_layers=1", "model.num_heads=2", "model.mlp_dim=16", "train.batch_size=8"),
-    *("train.seq_len=16", "train.steps=2", "train.sample_tokens=0", "eval.batches=1", "data.source=text"),
+    *("model.scheme=pre", "model.d_model=16", "model.num_layers=1", "model.num_heads=2", "model.mlp_dim=16"),
+    *("train.batch_size=8", "train.seq_len=16", "train.steps=2", "train.sample_tokens=0", "eval.batches=1"),
+    "data.source=text",
 ]
 
 
@@ -32,7 +33,7 @@ def runs(tmp_path_factory):
     (directory / "a.txt").write_text("abc def\n" * 400)
     keys = [f"data.files=[{directory}/a.txt]", f"run.dir={directory}", f"data.cache_dir={directory}/cache"]
     assert main(["train", *TINY, *keys, "run.name=rope"]) == 0
-    learned = ("model.positions=learned", "model.max_positions=20", "model.scheme=pre")
+    learned = ("model.positions=learned", "model.max_positions=20")
     assert main(["train", *TINY, *keys, *learned, "run.name=learned"]) == 0
     return directory
 

@@ -55,7 +55,15 @@ def test_the_pages_have_python():
     assert len(WITH_PYTHON) >= 4
 
 
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
+# Ten seconds and more each: a tour of everything that test_public_surface.py has, and a run of test_hooks.py's kind.
+LONG = ("docs/library.md", "docs/training.md")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.long if name(page) in LONG else ()) for page in WITH_PYTHON],
+    ids=name,
+)
 def test_python_blocks_run(page, readers_files, capsys, request):
     readers_files(page)
     if "checkpoint_best.pt" in page.read_text():

@@ -113,7 +113,13 @@ def test_greedy_means_that_every_token_is_the_likeliest(config, params):
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"fsdp": 8}, {"data": 2, "tensor": 2, "context": 2}, {"tensor": 2, "fsdp": 4}], ids=str
+    "sizes",
+    [
+        pytest.param({"fsdp": 8}, marks=pytest.mark.long),
+        {"data": 2, "tensor": 2, "context": 2},
+        pytest.param({"tensor": 2, "fsdp": 4}, marks=pytest.mark.long),
+    ],
+    ids=str,
 )
 def test_a_mesh_gives_the_same(config, params, sizes):
     requests = _requests()

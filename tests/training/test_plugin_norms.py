@@ -46,42 +46,56 @@ def new_start(monkeypatch):
     return forget
 
 
-@pytest.fixture
-def file(tmp_path):
-    """The plugin."""
-    file = tmp_path / "my_norms.py"
-    file.write_text(SOURCE)
-    return file
-
-
-@pytest.fixture
-def arguments(tmp_path, file):
-    """Of a run with the plugin."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the plugin, the tokens and the runs lie."""
+    folder = tmp_path_factory.mktemp("norms")
     for seed, name in enumerate(("tokens", "held")):
-        np.save(tmp_path / f"{name}.npy", np.random.default_rng(seed).integers(0, 61, 600).astype(np.uint16))
+        np.save(folder / f"{name}.npy", np.random.default_rng(seed).integers(0, 61, 600).astype(np.uint16))
+    (folder / "my_norms.py").write_text(SOURCE)
+    return folder
+
+
+@pytest.fixture
+def file(folder):
+    """The plugin, which is what it was after the test."""
+    yield folder / "my_norms.py"
+    (folder / "my_norms.py").write_text(SOURCE)
+
+
+@pytest.fixture(scope="module")
+def arguments(folder):
+    """Of a run with the plugin."""
     return [
         *TINY,
-        f"run.plugins=[{file}]",
-        f"run.dir={tmp_path}/runs",
+        f"run.plugins=[{folder}/my_norms.py]",
+        f"run.dir={folder}/runs",
         "data.source=tokens",
         "data.validation_fraction=0",
-        f"data.files=[{tmp_path}/tokens.npy]",
-        f"data.validation.held=[{tmp_path}/held.npy]",
+        f"data.files=[{folder}/tokens.npy]",
+        f"data.validation.held=[{folder}/held.npy]",
     ]
 
 
-def test_a_kind_of_a_plugin_is_trained_scored_and_resumed_bit_for_bit(arguments, new_start, file, tmp_path):
+@pytest.fixture(scope="module")
+def trained(folder, arguments):
+    """The directory of a run of two steps."""
+    loop.train(parse([*arguments, "run.name=run", "train.steps=2"]))
+    return f"{folder}/runs/run"
+
+
+def test_a_kind_of_a_plugin_is_trained_scored_and_resumed_bit_for_bit(arguments, new_start, file, folder):
     loop.train(parse([*arguments, "run.name=whole", "train.steps=4"]))
     for steps in (2, 4):
         new_start()
         scores = loop.train(parse([*arguments, "run.name=parts", f"train.steps={steps}"]))
-    losses = [record["train/loss"] for record in read_records(tmp_path / "runs/parts") if "train/loss" in record]
+    losses = [record["train/loss"] for record in read_records(folder / "runs/parts") if "train/loss" in record]
     assert len(losses) == 4
     assert np.isfinite(losses).all()
 
     new_start()
-    _, whole = hn.load_run(f"{tmp_path}/runs/whole", plugins=[str(file)])
-    config, parts = hn.load_run(f"{tmp_path}/runs/parts", plugins=[str(file)])
+    _, whole = hn.load_run(f"{folder}/runs/whole", plugins=[str(file)])
+    config, parts = hn.load_run(f"{folder}/runs/parts", plugins=[str(file)])
     jax.tree.map(np.testing.assert_array_equal, parts, whole)
     norm = parts["run_0"]["attention_pre_norm"]
     assert {name: leaf.shape for name, leaf in norm.items()} == {"scale": (1, 16), "alpha": (1, 1), "v": (1, 16)}
@@ -89,7 +103,7 @@ def test_a_kind_of_a_plugin_is_trained_scored_and_resumed_bit_for_bit(arguments,
 
     # What alpha started at is no part of the function.
     words = [f"run.plugins=[{file}]", "model.norm_alpha=[0.1]"]
-    scored = evaluate_run(f"{tmp_path}/runs/parts", words, progress=False).scores
+    scored = evaluate_run(f"{folder}/runs/parts", words, progress=False).scores
     assert scored["held"].loss == pytest.approx(scores["held"].loss, rel=1e-6)
     (text,) = hn.generate(config.model, parts, [[1, 2, 3]], max_new_tokens=4)
     by_hand = [1, 2, 3]
@@ -99,20 +113,15 @@ def test_a_kind_of_a_plugin_is_trained_scored_and_resumed_bit_for_bit(arguments,
     assert text.tolist() == by_hand[3:]
 
 
-def test_what_a_saved_configuration_names_is_not_imported(arguments, new_start, tmp_path):
-    loop.train(parse([*arguments, "run.name=run", "train.steps=2"]))
-    new_start()
+def test_what_a_saved_configuration_names_is_not_imported(trained, new_start):
     for read in (hn.load_run, evaluate_run):
         with pytest.raises(hn.ConfigError, match=r"my_norms\.py\]: a saved configuration runs no code; "):
-            read(f"{tmp_path}/runs/run")
+            read(trained)
     assert "mine" not in hn.NORM_KINDS
 
 
-def test_it_is_exported_to_jax_alone(arguments, new_start, file, tmp_path, capsys):
-    config = parse([*arguments, "run.name=run", "train.steps=2"])
-    loop.train(config)
-    capsys.readouterr()
-    words = ["export", f"{tmp_path}/runs/run", f"{tmp_path}/out", f"run.plugins=[{file}]"]
+def test_it_is_exported_to_jax_alone(trained, new_start, file, tmp_path, capsys):
+    words = ["export", trained, f"{tmp_path}/out", f"run.plugins=[{file}]"]
     assert main(words) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: model.norm=mine: a kind of a plugin's, which the PyTorch code")
@@ -127,10 +136,9 @@ def test_without_its_plugin_the_kind_is_not_known(arguments, new_start):
         parse([word for word in arguments if not word.startswith("run.plugins")])
 
 
+@pytest.mark.usefixtures("trained")
 def test_an_edited_kind_is_another_run(arguments, new_start, file):
-    loop.train(parse([*arguments, "run.name=run", "train.steps=2"]))
     file.write_text(SOURCE.replace("1 +", "2 +"))
-    new_start()
     config = parse([*arguments, "run.name=run", "train.steps=2"])
     with pytest.raises(hn.ConfigError, match=r"my_norms\.py is not the file that .* was trained with; name that file"):
         loop.train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4)))

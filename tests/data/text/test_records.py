@@ -13,6 +13,7 @@ RECORDS = [{"text": f"text {number} ä", "url": 'a{["\\'} for number in range(7)
 EXPECTED = [record["text"] for record in RECORDS]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
 BOM = b"\xef\xbb\xbf"
+NESTED = 20_000  # Python's own parser ends at a thousand
 
 
 def texts(path):
@@ -68,7 +69,7 @@ def test_a_broken_array_is_named_with_the_place(tmp_path, content, right):
     assert right in refused(tmp_path / "a.json")
 
 
-@pytest.mark.parametrize("other", ["9" * 5000, "[" * 100_000 + "]" * 100_000, '{"a":' * 99_999 + "1" + "}" * 99_999])
+@pytest.mark.parametrize("other", ["9" * 5000, "[" * NESTED + "]" * NESTED, '{"a":' * NESTED + "1" + "}" * NESTED])
 def test_an_unused_field_may_hold_what_python_does_not_parse(tmp_path, other):
     (tmp_path / "a.jsonl").write_text(f'{{"id": {other}, "text": "one \\u00e4"}}\n{{"text": "two", "id": {other}}}\n')
     assert texts(tmp_path / "a.jsonl") == ["one ä", "two"]
@@ -79,8 +80,8 @@ def test_an_unused_field_may_hold_what_python_does_not_parse(tmp_path, other):
     [
         ("9" * 5000, "a number"),
         ("3", "a number"),
-        ("[" * 100_000 + "]" * 100_000, "a list"),
-        ('{"a":' * 99_999 + "1" + "}" * 99_999, "an object"),
+        ("[" * NESTED + "]" * NESTED, "a list"),
+        ('{"a":' * NESTED + "1" + "}" * NESTED, "an object"),
         ("null", "null"),
         ("true", "true"),
         ("[]", "a list"),
