@@ -95,23 +95,27 @@ def config_to_json(config: ModelConfig, architecture: str | None = None) -> tupl
     asked = [entry for entry in of_this_kind if architecture in (None, entry.name, entry.family)]
     if not asked:
         raise UserError(f"architecture={architecture} is not of models with an {type(config).__name__}")
+    ours = mathematics(config)
     for entry in asked:
         document = entry.write(config)
-        lost = _lost(config, entry, document)
+        lost = _lost(config, ours, entry, document)
         if not lost:
             return entry.name, document
     raise UserError(f"{asked[-1].name} cannot express {' or '.join(lost[:3])}")
 
 
-def _lost(config: ModelConfig, architecture: Architecture, document: Json) -> list[str]:
-    """`model.key=value` of everything that this config.json does not say as the config does."""
+def _lost(config: ModelConfig, ours: Mapping[str, Any], architecture: Architecture, document: Json) -> list[str]:
+    """`model.key=value` of everything that this config.json does not say as the config does.
+
+    Args:
+      ours: the mathematics of the config.
+    """
     try:
         back = mathematics(architecture.read(document, "config.json"))
     except UserError as error:
         # A compressed stream has sizes that no other norm's has, which would be named instead.
         other_norm = config.norm != architecture.constants.get("norm", config.norm)
         return [f"model.norm={config.norm}" if other_norm else f"the model ({error})"]
-    ours = mathematics(config)
     # A key with an effect in one of the two only follows from another that differs: the scheme, or the positions.
     lost = [name for name in ours if name in back and ours[name] != back[name]]
     return [f"model.{name}={spelled(getattr(config, name))}" for name in lost]
