@@ -21,6 +21,7 @@ def config(small_config):
     return RunConfig(model=small_config(**SMALL, num_kv_heads=4), optimizer=optimizer)
 
 
+@pytest.mark.long
 def test_a_block_of_width_256_is_as_large_as_one_of_32_with_the_rules_and_ten_times_as_large_without(config):
     """Pre-Norm's stream shows it best: no norm stands behind its blocks.
 

@@ -13,6 +13,7 @@ from hybridnorm_jax.loggers import logger_kinds
 
 TINY = [
     *("model.d_model=16", "model.num_heads=2", "model.num_layers=1", "model.mlp_dim=16", "model.vocab_size=61"),
+    "model.scheme=pre",
     *("train.batch_size=8", "train.seq_len=8", "train.log_every=1", "train.sample_tokens=0", "eval.batches=1"),
     *("data.source=tokens", "data.validation_fraction=0"),
 ]

@@ -65,14 +65,15 @@ def _run(config, steps, batch, change=lambda state: state):
     return state, history
 
 
-# hybrid_star trains in the tests of balance; these two stand for the other residuals, the rest are slow.
-SCHEMES = ("span", "parallel")
+# hybrid_star trains in the tests of balance; these two stand for the other residuals, the rest are slow. span, whose
+# layers differ, is long: mix_ln's do, too.
+SCHEMES = {"span": pytest.mark.long, "parallel": ()}
 
 
 @pytest.mark.parametrize(
     "scheme",
     [
-        name if name in SCHEMES else pytest.param(name, marks=pytest.mark.slow)
+        pytest.param(name, marks=SCHEMES.get(name, pytest.mark.slow))
         for name in sorted(hn.SCHEMES)
         if not (hn.SCHEMES[name].block(1, 4).normalizes_hidden or hn.SCHEMES[name].sphere)
     ],

@@ -23,7 +23,7 @@ def config(tmp_path, small_config):
     return document_run(
         tmp_path,
         "resumed",
-        small_config(vocab_size=257, dropout=0.1),
+        small_config(scheme="pre", vocab_size=257, dropout=0.1),
         data={"segment_ids": True},
         train={"batch_size": 4, "grad_accumulation": 2},
         mesh={"data": 2, "fsdp": 1, "tensor": 4},
@@ -102,7 +102,7 @@ def test_a_finished_run_is_evaluated_again_and_left_as_it_is(config, tmp_path, c
     earlier = evaluate_run(str(tmp_path / "runs/resumed/checkpoints/000002"), ["eval.batches=1"], progress=False)
     assert earlier.step == 2
     assert earlier.scores["validation"].loss > once["validation"].loss
-    with pytest.raises(ConfigError, match=r"model\.scheme: saved hybrid_star, asked hybrid\b"):
+    with pytest.raises(ConfigError, match=r"model\.scheme: saved pre, asked hybrid\b"):
         evaluate_run(str(tmp_path / "runs/resumed"), ["model.scheme=hybrid"])
 
     # A run may start from these parameters.

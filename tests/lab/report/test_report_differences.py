@@ -10,6 +10,8 @@ from planted_runs import Planted, plant
 from hybridnorm_jax.errors import UserError
 from hybridnorm_jax.lab.report import significance, write_report
 
+pytestmark = pytest.mark.usefixtures("tables_alone")
+
 MINUS = "\N{MINUS SIGN}"
 
 

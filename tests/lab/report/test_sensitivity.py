@@ -10,6 +10,8 @@ from hybridnorm_jax.lab.groups import RunGroup
 from hybridnorm_jax.lab.report import write_report
 from hybridnorm_jax.lab.report.sensitivity import near, off_best, worst_within
 
+pytestmark = pytest.mark.usefixtures("tables_alone")
+
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
