@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.model.placement import HIDDEN_NORMS
+from tests.model.fresh_leaves import fresh_leaves
 from tests.model.numpy_decoder import forward
 from tests.schemes import keys_of
 
@@ -109,12 +110,11 @@ def test_a_documents_tokens_do_not_see_another_document(random_params, tokens):
 # ---- Where learned scales start, and how matrices do.
 
 
-def _starts(scheme, **keys):
-    """Leaves that are drawn, by layer: path -> (layers, ...)."""
+def _starts(scheme, pattern="scale$", **keys):
+    """Leaves with this in their paths as they are drawn, by layer: path in the block -> (layers, ...)."""
     config = _config(scheme, dtype="float32", param_dtype="float32", **keys)
     (_,) = config.runs
-    params = jax.jit(hn.Decoder(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    return flatten_dict(params["run_0"], sep="/")
+    return {path.removeprefix("run_0/"): leaf for path, leaf in fresh_leaves(config, f"^run_0/.*{pattern}").items()}
 
 
 def test_scales_that_start_at_another_number_in_each_layer_share_one_loop():
@@ -141,8 +141,8 @@ def test_learned_scales_behind_branches_start_small_or_at_zero():
 def test_a_block_alone_starts_where_its_placement_says():
     config = _config("layernorm_scaling_learned", dtype="float32", param_dtype="float32")
     block = hn.Block(config=config, placement=config.placements[3], layer=3)
-    params = block.init(jax.random.key(0), jnp.zeros((1, 2, 16)))["params"]
-    np.testing.assert_array_equal(params["attention_pre_norm"]["scale"], np.full(16, 0.5))
+    norm = jax.jit(lambda x: block.init(jax.random.key(0), x)["params"]["attention_pre_norm"])(jnp.zeros((1, 2, 16)))
+    np.testing.assert_array_equal(norm["scale"], np.full(16, 0.5))
 
 
 def test_residual_vectors_and_scales_of_heads_start_at_1():
@@ -155,15 +155,14 @@ def test_residual_vectors_and_scales_of_heads_start_at_1():
 @pytest.mark.parametrize("scheme", ["sub_ln", "simple_norm", "deepnorm", "b2t"])
 def test_matrices_start_as_their_authors_say(scheme):
     """The standard deviation over init_std, of layer l of 4: torchscale, SimpleGPT, B2T read off and measured."""
-    found, normal = _starts(scheme, init_std=0.1), _starts(scheme, initializer="normal", init_std=0.1)
+    found, normal = (_starts(scheme, "kernel$", init_std=0.1, **keys) for keys in ({}, {"initializer": "normal"}))
     gain = {"sub_ln": np.log(8) ** 0.5, "deepnorm": 32**-0.25, "b2t": 0.5, "simple_norm": (2 * np.arange(1, 5)) ** -0.5}
     untouched = {
         **{"sub_ln": {"query", "key"}, "deepnorm": {"query", "key"}},
         **{"simple_norm": {"query", "key", "value", "gate"}, "b2t": set()},
     }
+    assert len(found) == 7
     for path, matrix in found.items():
-        if not path.endswith("kernel"):
-            continue
         expected = np.ones(4) * (1 if path.split("/")[-2] in untouched[scheme] else gain[scheme])
         ratio = np.array([a.ravel()[0] / b.ravel()[0] for a, b in zip(matrix, normal[path], strict=True)])
         np.testing.assert_allclose(ratio, expected, rtol=1e-5, err_msg=path)

@@ -9,6 +9,7 @@ import pytest
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.model.initializers import truncated_normal
+from tests.model.fresh_leaves import fresh_leaves
 
 L = 4
 KEPT = 0.98658  # standard deviation of a standard normal cut at 3, not rescaled: from its density, not from our code
@@ -33,7 +34,7 @@ EXPECTED = {
 
 
 @pytest.fixture(scope="module")
-def params_of():
+def leaves_of():
     drawn = {}
 
     def draw(initializer):
@@ -41,31 +42,28 @@ def params_of():
             config = hn.ModelConfig(
                 scheme="hybrid_star", d_model=128, num_layers=L, num_heads=4, vocab_size=997, initializer=initializer
             )
-            drawn[initializer] = (
-                config,
-                jax.jit(hn.Decoder(config).init)(jax.random.key(0), np.zeros((1, 2), np.int32))["params"],
-            )
+            asked = {path for name, path in EXPECTED if name == initializer} | {"embedding", "head", "attention/query"}
+            drawn[initializer] = config, fresh_leaves(config, "|".join(asked))
         return drawn[initializer]
 
     return draw
 
 
 @pytest.mark.parametrize(("initializer", "path"), EXPECTED)
-def test_standard_deviation_of_every_layer(initializer, path, params_of):
-    config, params = params_of(initializer)
-    sublayer, name = path.split("/")
-    kernels = np.concatenate([params[f"run_{run}"][sublayer][name]["kernel"] for run in (0, 1)])
+def test_standard_deviation_of_every_layer(initializer, path, leaves_of):
+    config, leaves = leaves_of(initializer)
+    kernels = np.concatenate([leaves[f"run_{run}/{path}/kernel"] for run in (0, 1)])
     for kernel, factor in zip(kernels, EXPECTED[initializer, path], strict=True):
         # 16384 samples: the standard deviation is known to 0.55 %; four of those.
         np.testing.assert_allclose(kernel.std(), KEPT * factor * config.init_std, rtol=0.022)
         assert np.abs(kernel).max() <= 3 * factor * config.init_std * 1.0001
 
 
-def test_embedding_and_head(params_of):
+def test_embedding_and_head(leaves_of):
     for initializer in ("megatron", "b2t"):
-        config, params = params_of(initializer)
-        for leaf in (params["token_embedding"]["embedding"], params["head"]["kernel"]):
-            np.testing.assert_allclose(leaf.std(), KEPT * config.init_std, rtol=0.01)
+        config, leaves = leaves_of(initializer)
+        for path in ("token_embedding/embedding", "head/kernel"):
+            np.testing.assert_allclose(leaves[path].std(), KEPT * config.init_std, rtol=0.01)
     assert config.init_std == pytest.approx((2.5 * 128) ** -0.5)
 
 
@@ -74,13 +72,13 @@ def test_simple_gpt_starts_as_its_authors_code_does():
     sizes = {"d_model": 128, "num_layers": L, "num_heads": 4, "vocab_size": 997}
     for tied, of_embedding in ((False, 1.0), (True, 128**-0.5)):
         config = hn.ModelConfig(scheme="simple_norm", tie_embeddings=tied, **sizes)
-        params = jax.jit(hn.Decoder(config).init)(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
-        np.testing.assert_allclose(params["token_embedding"]["embedding"].std(), KEPT * of_embedding, rtol=0.01)
-        query, out = (params["run_0"]["attention"][name]["kernel"] for name in ("query", "out"))
+        leaves = fresh_leaves(config, "embedding|head|(query|out)/kernel")
+        np.testing.assert_allclose(leaves["token_embedding/embedding"].std(), KEPT * of_embedding, rtol=0.01)
+        query, out = (leaves[f"run_0/attention/{name}/kernel"] for name in ("query", "out"))
         np.testing.assert_allclose(query[0].std(), KEPT * 0.02, rtol=0.022)
         np.testing.assert_allclose(out[1].std(), KEPT * 0.01, rtol=0.022)
         if not tied:
-            np.testing.assert_allclose(params["head"]["kernel"].std(), KEPT * 128**-0.5, rtol=0.01)
+            np.testing.assert_allclose(leaves["head/kernel"].std(), KEPT * 128**-0.5, rtol=0.01)
 
 
 def test_the_standard_deviation_follows_the_initializer_unless_it_is_set():
@@ -95,16 +93,16 @@ def test_the_standard_deviation_follows_the_initializer_unless_it_is_set():
     assert dataclasses.replace(base, init_std=0.5).with_scheme("simple_norm").init_std == 0.5
 
 
-def test_layers_differ_from_each_other(params_of):
-    kernels = params_of("normal")[1]["run_1"]["attention"]["query"]["kernel"]
+def test_layers_differ_from_each_other(leaves_of):
+    kernels = leaves_of("normal")[1]["run_1/attention/query/kernel"]
     assert not np.array_equal(kernels[0], kernels[1])
 
 
 def test_the_branch_norm_of_the_7b_model_starts_small():
     config = hn.ModelConfig(scheme="hybrid_output_norm", d_model=16, num_layers=8, num_heads=2, vocab_size=7)
-    params = jax.jit(hn.Decoder(config).init)(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
-    np.testing.assert_allclose(params["run_1"]["attention_branch_norm"]["scale"], 0.25)
-    np.testing.assert_allclose(params["run_1"]["attention_post_norm"]["scale"], 1.0)
+    leaves = fresh_leaves(config, "_norm/scale")
+    np.testing.assert_allclose(leaves["run_1/attention_branch_norm/scale"], 0.25)
+    np.testing.assert_allclose(leaves["run_1/attention_post_norm/scale"], 1.0)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

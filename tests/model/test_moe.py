@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import others_are_long
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.errors import ConfigError
 from hybridnorm_jax.model.moe import MoE, RouterStatistics, choose_experts, router_statistics
 from hybridnorm_jax.model.watched_streams import CHOSEN, ROUTER
 from hybridnorm_jax.training.router_balance import all_layers
+from tests.model.fresh_leaves import fresh_leaves
 
 EMBED, MLP, EXPERTS, K = 12, 20, 6, 2
 MOE = {"num_experts": 8, "experts_per_token": 3}
@@ -208,16 +210,17 @@ def test_a_bias_may_choose_experts_of_no_probability():
 
 def test_sizes_and_starting_values_of_a_model(small_config):
     config = small_config(**MOE, shared_experts=2, initializer="megatron", init_std=0.02, d_model=64, mlp_dim=32)
-    params = jax.jit(hn.Decoder(config).init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-    layer = params["run_1"]["feed_forward"]
-    assert layer["shared"]["up"]["kernel"].shape == (2, 64, 64)
-    assert layer["shared"]["down"]["kernel"].shape == (2, 64, 64)
+    layer = fresh_leaves(config, "run_1/feed_forward")
+    assert layer["run_1/feed_forward/shared/up/kernel"].shape == (2, 64, 64)
+    assert layer["run_1/feed_forward/shared/down/kernel"].shape == (2, 64, 64)
     for name, std in (("router", 0.02), ("expert_gate", 0.02), ("expert_up", 0.02), ("expert_down", 0.02 / 6**0.5)):
         # Cut at 3 standard deviations, a normal's is 0.9866.
-        np.testing.assert_allclose(layer[name]["kernel"].std(), 0.9866 * std, rtol=0.06, err_msg=name)
+        np.testing.assert_allclose(
+            layer[f"run_1/feed_forward/{name}/kernel"].std(), 0.9866 * std, rtol=0.06, err_msg=name
+        )
 
 
-@pytest.mark.parametrize("scheme", ["hybrid_star", "span", "parallel", "deepnorm"])
+@pytest.mark.parametrize("scheme", others_are_long(["hybrid_star", "span", "parallel", "deepnorm"], ["hybrid_star"]))
 def test_causal(scheme, small_config, random_params, tokens):
     config = small_config(**MOE, scheme=scheme, balance_bias=True, shared_experts=1)
     params, apply = random_params(config), jax.jit(hn.Decoder(config).apply)

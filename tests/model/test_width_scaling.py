@@ -18,6 +18,7 @@ from hybridnorm_jax.model.width_scaling import kind_of
 from hybridnorm_jax.training.optimizers.chain import make_optimizer
 from hybridnorm_jax.training.optimizers.schedules import step_numbers
 from hybridnorm_jax.training.state import init_params
+from tests.model.fresh_leaves import fresh_leaves
 
 BASE, WIDTH = 32, 128
 RATIO = WIDTH / BASE
@@ -131,18 +132,18 @@ def test_a_tied_head_divides_logits_and_heads_that_grow_divide_scores():
     # The same configuration again, as a file holds it.
     assert dataclasses.replace(tied) == tied
     assert hn.ModelConfig(**dataclasses.asdict(tied)) == tied
-    params = _drawn(tied)
-    assert np.std(params["token_embedding"]["embedding"]) == pytest.approx((2.5 * BASE) ** -0.5, rel=0.03)
-    assert "kernel" not in params.get("head", {})
+    params = fresh_leaves(tied, "token_embedding|head/")
+    assert np.std(params["token_embedding/embedding"]) == pytest.approx((2.5 * BASE) ** -0.5, rel=0.03)
+    assert "head/kernel" not in params
 
 
 def test_the_scale_of_the_embedding_and_simple_gpt_start_as_at_the_base_width():
     dyt = _model(WIDTH, base_width=BASE, norm="dyt", learned_embedding_scale=True)
-    np.testing.assert_allclose(_drawn(dyt)["embedding_scale"]["scale"], math.sqrt(BASE), 1e-6)
-    simple = _drawn(_model(WIDTH, base_width=BASE, scheme="simple_norm"))
-    assert np.std(simple["token_embedding"]["embedding"]) == pytest.approx(1, rel=0.03)
-    assert np.std(simple["head"]["kernel"]) == pytest.approx(BASE**-0.5 / RATIO, rel=0.03)
-    assert np.std(simple["run_0"]["attention"]["query"]["kernel"]) == pytest.approx(0.02 / RATIO**0.5, rel=0.03)
+    np.testing.assert_allclose(fresh_leaves(dyt, "scale")["embedding_scale/scale"], math.sqrt(BASE), 1e-6)
+    simple = fresh_leaves(_model(WIDTH, base_width=BASE, scheme="simple_norm"), "embedding|(head|query)/kernel")
+    assert np.std(simple["token_embedding/embedding"]) == pytest.approx(1, rel=0.03)
+    assert np.std(simple["head/kernel"]) == pytest.approx(BASE**-0.5 / RATIO, rel=0.03)
+    assert np.std(simple["run_0/attention/query/kernel"]) == pytest.approx(0.02 / RATIO**0.5, rel=0.03)
 
 
 # Their parameters are of every kind there is; all others are the long tests'.
