@@ -137,24 +137,38 @@ QUICK = (
 )
 
 
-@pytest.mark.parametrize("name", others_are_long(MODELS, QUICK))
-def test_all_forms_compute_the_same_logits(name, small_config, random_params, tokens):
+# With what each has to be: (form, pad_to) -> (norm, width).
+FORMS = {
+    ("pre_rmsnorm", 1): ("rmsnorm", 32),
+    ("pre_crmsnorm", 1): ("crmsnorm", 31),
+    ("pre_crmsnorm", 24): ("crmsnorm", 48),
+}
+# A form without the mean takes all steps of the one with it, so `make test` has the others for one of both.
+IN_ALL_FORMS = ("gpt2", "sinks_windows_and_clips")
+CASES = [(name, *form) for name in MODELS for form in FORMS]
+QUICK_CASES = [
+    (name, form, pad_to)
+    for number, name in enumerate(QUICK)
+    for form, pad_to in (FORMS if name in IN_ALL_FORMS else list(FORMS)[1 + number % 2 : 2 + number % 2])
+]
+
+
+@pytest.mark.parametrize("case", others_are_long(CASES, QUICK_CASES), ids=lambda case: "-".join(map(str, case)))
+def test_all_forms_compute_the_same_logits(case, small_config, random_params, tokens):
+    name, form, pad_to = case
     with jax.enable_x64(True):
         config, params = layernorm_model(small_config, random_params, MODELS[name])
         expected = logits(config, params, tokens)
-        converted = (
-            hn.equivalence.to_pre_rmsnorm(config, params),
-            hn.equivalence.to_pre_crmsnorm(config, params),
-            hn.equivalence.to_pre_crmsnorm(config, params, pad_to=24),
-        )
-        for (form, theirs), (norm, width) in zip(
-            converted, (("rmsnorm", 32), ("crmsnorm", 31), ("crmsnorm", 48)), strict=True
-        ):
-            assert form.embedding_centring == (name in CENTRED)
-            assert (form.norm, form.d_model, form.norm_scale, form.norm_bias) == (norm, width, False, False)
-            found = logits(form, theirs, tokens)
-            assert float(abs(found - expected).max() / abs(expected).max()) < 1e-12
-            assert_params(form, theirs)
+        if form == "pre_rmsnorm":
+            converted, theirs = eq.to_pre_rmsnorm(config, params)
+        else:
+            converted, theirs = eq.to_pre_crmsnorm(config, params, pad_to=pad_to)
+        assert converted.embedding_centring == (name in CENTRED)
+        assert (converted.norm, converted.d_model) == FORMS[form, pad_to]
+        assert (converted.norm_scale, converted.norm_bias) == (False, False)
+        found = logits(converted, theirs, tokens)
+        assert float(abs(found - expected).max() / abs(expected).max()) < 1e-12
+        assert_params(converted, theirs)
 
 
 @pytest.mark.parametrize("name", CHANGED)
@@ -165,7 +179,10 @@ def test_what_else_has_changed_is_named(name, small_config):
         assert eq.conversion_of(config, form).centrings == ((EMBEDDING_CENTRING,) if name in CENTRED else ())
 
 
-@pytest.mark.parametrize("name", ["norm_of_tokens_and_positions", "norm_of_tokens_and_sinusoids"])
+NEEDED = ["norm_of_tokens_and_positions", "norm_of_tokens_and_sinusoids"]
+
+
+@pytest.mark.parametrize("name", others_are_long(NEEDED, NEEDED[:1]))
 def test_without_the_centring_it_is_another_model(name, small_config, random_params, tokens):
     """The centring is needed: a norm's scale and bias give what it normalized a mean."""
     with jax.enable_x64(True):
@@ -244,8 +261,15 @@ GRADIENTS = (
 )
 
 
-@pytest.mark.parametrize("name", others_are_long(GRADIENTS, ["one_norm_for_both", "norm_of_tokens_and_positions"]))
-def test_gradients_with_respect_to_theta_are_equal(name, small_config, random_params, tokens):
+GRADIENT_CASES = [(name, *form) for name in GRADIENTS for form in FORMS]
+QUICK_GRADIENTS = [("one_norm_for_both", "pre_rmsnorm", 1), ("norm_of_tokens_and_positions", "pre_crmsnorm", 24)]
+
+
+@pytest.mark.parametrize(
+    "case", others_are_long(GRADIENT_CASES, QUICK_GRADIENTS), ids=lambda case: "-".join(map(str, case))
+)
+def test_gradients_with_respect_to_theta_are_equal(case, small_config, random_params, tokens):
+    name, form, pad_to = case
     with jax.enable_x64(True):
         config, params = layernorm_model(small_config, random_params, MODELS[name])
         direction = np.random.default_rng(3).standard_normal((2, 12, 61))
@@ -254,13 +278,12 @@ def test_gradients_with_respect_to_theta_are_equal(name, small_config, random_pa
             return lambda theta: (hn.Decoder(config).apply({"params": convert(theta)}, tokens) * direction).sum()
 
         expected = jax.jit(jax.grad(loss(config, lambda theta: theta)))(params)
-        for form, pad_to in (("pre_rmsnorm", 1), ("pre_crmsnorm", 1), ("pre_crmsnorm", 16)):
-            conversion = eq.conversion_of(config, form, pad_to=pad_to)
-            found = jax.jit(jax.grad(loss(conversion.config, conversion.convert)))(params)
-            for (path, ours), theirs in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
-                # A key's bias cancels in the softmax: its gradient is zero, and rounding in both; others are above 1.
-                size = max(np.linalg.norm(theirs), 1.0)
-                assert np.linalg.norm(ours - theirs) / size < 1e-11, jax.tree_util.keystr(path)
+        conversion = eq.conversion_of(config, form, pad_to=pad_to)
+        found = jax.jit(jax.grad(loss(conversion.config, conversion.convert)))(params)
+        for (path, ours), theirs in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+            # A key's bias cancels in the softmax: its gradient is zero, and rounding in both; others are above 1.
+            size = max(np.linalg.norm(theirs), 1.0)
+            assert np.linalg.norm(ours - theirs) / size < 1e-11, jax.tree_util.keystr(path)
 
 
 @pytest.mark.parametrize("pad_to", [1, 16])

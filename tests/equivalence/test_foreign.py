@@ -101,7 +101,7 @@ def _linen(model):
     def shapes(inputs):
         return jax.eval_shape(lambda: model().init(jax.random.key(0), inputs))["params"]
 
-    return apply, shapes
+    return jax.jit(apply, static_argnums=0), shapes
 
 
 def _nnx_changes(form):
@@ -125,6 +125,7 @@ def _shapes(tree):
     return {path: leaf.shape for path, leaf in flatten_dict(tree).items()}
 
 
+@partial(jax.jit, static_argnums=0)
 def _nnx_apply(form, params, inputs):
     # nnx.Embed casts to the dtype it was made with, whatever is put into it.
     changes = _nnx_changes(form) | {"param_dtype": jnp.float64}
@@ -187,6 +188,10 @@ def _convert(params, layout, form):
     return centred if form == "rms" else compress(centred, layout, pad_to=8 if form == "crms_padded" else 1)
 
 
+# One program for each model and form, instead of one for each operation.
+_converted = jax.jit(_convert, static_argnums=(1, 2))
+
+
 def _error(ours, expected):
     return np.linalg.norm(ours - expected) / np.linalg.norm(expected)
 
@@ -198,7 +203,7 @@ def _gpt_params():
 @pytest.mark.parametrize("form", FORMS)
 def test_the_converted_model_computes_what_the_original_computes(foreign, form):
     params, inputs = _draw(foreign)
-    converted = _convert(params, foreign.layout, form)
+    converted = _converted(params, foreign.layout, form)
     assert not [path for path in flatten_dict(converted) if "norm" in str(path[-2:])]
     original = foreign.apply("pre_ln", params, inputs)
     assert original.dtype == np.float64
@@ -213,7 +218,7 @@ def test_every_step_is_needed(foreign):
     scales = {path: np.ones_like(leaf) if path[-1] == "scale" else leaf for path, leaf in flatten_dict(params).items()}
     faulty = {
         "not recentred": foreign.apply("rms", folded, inputs),
-        "scales not folded": foreign.apply("rms", _convert(unflatten_dict(scales), layout, "rms"), inputs),
+        "scales not folded": foreign.apply("rms", _converted(unflatten_dict(scales), layout, "rms"), inputs),
         "not recentred, compressed": foreign.apply("crms", compress(folded, layout), inputs),
     }
     for fault, outputs in faulty.items():
@@ -365,6 +370,7 @@ def _run_document():
     return names, outputs
 
 
+@pytest.mark.long
 def test_the_document_prints_what_it_says_and_shows_the_layouts_tested_here():
     (names, outputs), text = _run_document(), DOCUMENT.read_text()
     assert len(outputs) == text.count("```python"), "a block of the document was not found"

@@ -22,7 +22,7 @@ def scaled_residual():
 
 
 def logits_of(config, params, tokens):
-    return hn.Decoder(config).apply({"params": params}, tokens)
+    return jax.jit(hn.Decoder(config).apply)({"params": params}, tokens)
 
 
 @pytest.mark.parametrize("name", CASES)

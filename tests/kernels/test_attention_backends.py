@@ -44,13 +44,19 @@ def textbook(query, key, value, segment_ids=None):
     return jnp.einsum("bhqk,bkhd->bqhd", weights, jnp.repeat(value, readers, axis=2))
 
 
-def context_and_gradients(attention, query, key, value, d_context):
+def with_gradients(attention):
+    """(query, key, value, d_context) -> context and gradients; for several inputs of one shape it compiles once."""
+
     @jax.jit
-    def both(*qkv):
-        context, pull = jax.vjp(attention, *qkv)
+    def both(query, key, value, d_context):
+        context, pull = jax.vjp(attention, query, key, value)
         return context, *pull(d_context)
 
-    return both(query, key, value)
+    return both
+
+
+def context_and_gradients(attention, query, key, value, d_context):
+    return with_gradients(attention)(query, key, value, d_context)
 
 
 def assert_equal_to(expected, got, tolerance):

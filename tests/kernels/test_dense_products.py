@@ -8,6 +8,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import others_are_long
 from flax import linen as nn
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
@@ -170,7 +171,9 @@ def test_a_dense_layer_whose_input_is_split_over_eight_devices():
     np.testing.assert_allclose(found, x @ kernel, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", others_are_long([jnp.float32, jnp.bfloat16], [jnp.float32]), ids=["float32", "bfloat16"]
+)
 def test_on_a_tpu_the_order_of_the_gradients_changes_none_of_them(monkeypatch, dtype):
     x = jax.random.normal(jax.random.key(0), (3, 4, 6), dtype)
     feed_forward = FeedForward(mlp_dim=8, dtype=dtype)

@@ -102,9 +102,15 @@ def _in_rounds(sizes, length, k):
         return _both(_on_mesh("blocked")).lower(*_arguments(routing)).compile()
 
 
-@pytest.mark.parametrize("length", [1, 3, 8])
+# A program serves all routings of as many experts to a token, so programs are what `make test` takes fewer of.
+PROGRAMS = [({"expert": 8}, 1), ({"expert": 8}, 3), ({"fsdp": 2, "expert": 2, "tensor": 2}, 8)]
+RARE = [({"expert": 8}, 8), *(({"fsdp": 2, "expert": 2, "tensor": 2}, length) for length in (1, 3))]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "length"), [*PROGRAMS, *(pytest.param(*case, marks=pytest.mark.long) for case in RARE)], ids=str
+)
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("mesh", [{"expert": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=str)
 def test_any_number_of_rounds_gives_what_one_device_computes(mesh, routing, length):
     with jax.enable_x64(True):
         got = _in_rounds(tuple(mesh.items()), length, ROUTINGS[routing].shape[1])(*_arguments(routing))

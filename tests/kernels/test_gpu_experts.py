@@ -97,7 +97,9 @@ def test_segments_may_leave_rows_between_them_and_an_expert_may_have_several():
     assert_rows_of_experts_are_right(Segments(*(jnp.asarray(array) for array in (starts, ends, experts))), expert)
 
 
-@pytest.mark.parametrize("routing", [np.zeros(6), np.array([0, 0, 9, 0.3, -9, 0.1])])
+@pytest.mark.parametrize(
+    "routing", [pytest.param(np.zeros(6), marks=pytest.mark.long), np.array([0, 0, 9, 0.3, -9, 0.1])]
+)
 def test_experts_by_it_are_dense_ones(routing):
     chosen = choose(70, 6, 2, scores=routing)
     with jax.enable_x64(True):
@@ -108,7 +110,9 @@ def test_experts_by_it_are_dense_ones(routing):
 
 
 # As many roundings of 4e-3 as there are in test_expert_dispatch, in float16 of 5e-4.
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 2e-2), (jnp.float16, 2.5e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(jnp.bfloat16, 2e-2), pytest.param(jnp.float16, 2.5e-3, marks=pytest.mark.long)]
+)
 def test_narrow_dtypes_stay_within_their_rounding(dtype, tolerance):
     chosen = choose(70, 6, 2, scores=np.array([0, 0, 2, 0.3, -2, 0.1]))
     with jax.enable_x64(True):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import diagonal
 from jax.ad_checkpoint import checkpoint_policies
 from jax.sharding import AxisType
 
@@ -25,6 +26,7 @@ from tests.kernels.test_attention_backends import (
     draw,
     many_far_keys,
     textbook,
+    with_gradients,
 )
 
 # Small ones, of unequal sides, so that a sequence of 100 has many.
@@ -48,7 +50,7 @@ def flash(query, key, value, segment_ids=None, scale=None):
 
 @pytest.mark.parametrize(
     ("seq", "kv_heads", "head_dim", "segmented"),
-    [(1, 4, 16, False), (64, 2, 16, False), (100, 1, 24, True), (96, 4, 8, True)],
+    [(1, 4, 16, False), pytest.param(64, 2, 16, False, marks=pytest.mark.long), (100, 1, 24, True), (96, 4, 8, True)],
 )
 @pytest.mark.usefixtures("small_tiles")
 def test_flash_is_softmax_attention_in_value_and_gradient(seq, kv_heads, head_dim, segmented):
@@ -70,7 +72,14 @@ def test_another_scale_of_the_scores_is_that_of_longer_queries():
     assert_equal_to(expected, got, 1e-12)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2), (jnp.float16, 2e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        pytest.param(jnp.float32, 2e-6, marks=pytest.mark.long),  # the tests of meshes are in float32, too
+        (jnp.bfloat16, 2e-2),
+        pytest.param(jnp.float16, 2e-3, marks=pytest.mark.long),
+    ],
+)
 def test_narrow_dtypes_stay_within_their_rounding(dtype, tolerance):
     with jax.enable_x64(True):
         rounded = draw(1, 200, 4, 2, 16, dtype)
@@ -97,12 +106,13 @@ def test_tiles_beyond_the_diagonal_are_not_visited():
     # A NaN in a tile that is visited would reach every query of it, because 0 * NaN is NaN.
     query, key, value, d_context = draw(1, 96, 1, 1, 16)
     poisoned = value.at[:, 64:].set(jnp.nan)
-    context, d_query, d_key, _ = context_and_gradients(flash, query, key, poisoned, d_context)
+    both = with_gradients(flash)
+    context, d_query, _, _ = both(query, key, poisoned, d_context)
     assert np.isfinite(context[:, :64]).all()
     assert np.isfinite(d_query[:, :64]).all()
     # And no key is visited by the queries before it.
     d_context = d_context.at[:, :32].set(jnp.nan)
-    _, _, d_key, d_value = context_and_gradients(flash, query, key, value, d_context)
+    _, _, d_key, d_value = both(query, key, value, d_context)
     assert np.isfinite(d_key[:, 32:]).all()
     assert np.isfinite(d_value[:, 32:]).all()
 
@@ -111,13 +121,13 @@ def test_tiles_beyond_the_diagonal_are_not_visited():
 def test_tiles_of_other_segments_are_not_visited():
     query, key, value, d_context = draw(1, 128, 1, 1, 16)
     segment_ids = jnp.asarray(np.arange(128) >= 64, jnp.int32)[None]
-    attention = functools.partial(flash, segment_ids=segment_ids)
+    both = with_gradients(functools.partial(flash, segment_ids=segment_ids))
     first = value.at[:, :64].set(jnp.nan)
-    context, d_query, _, _ = context_and_gradients(attention, query, key, first, d_context)
+    context, d_query, _, _ = both(query, key, first, d_context)
     assert np.isfinite(context[:, 64:]).all()
     assert np.isfinite(d_query[:, 64:]).all()
     second = d_context.at[:, 64:].set(jnp.nan)
-    _, _, d_key, d_value = context_and_gradients(attention, query, key, value, second)
+    _, _, d_key, d_value = both(query, key, value, second)
     assert np.isfinite(d_key[:, :64]).all()
     assert np.isfinite(d_value[:, :64]).all()
 
@@ -138,12 +148,14 @@ def test_a_policy_that_saves_its_name_keeps_context_and_denominators():
     assert sizes == [2 * 64, *[query.size] * 4]  # log_total; query, key, value and context
 
 
-@pytest.mark.parametrize(("names", "shape"), [(("data", "fsdp", "tensor"), (2, 2, 2)), (("data", "context"), (2, 4))])
-@pytest.mark.parametrize("segmented", [False, True])
-def test_on_a_mesh_it_is_the_same(names, shape, segmented):
+MESHES = {("data", "fsdp", "tensor"): (2, 2, 2), ("data", "context"): (2, 4)}
+
+
+@pytest.mark.parametrize(("names", "segmented"), diagonal(MESHES, [True, False], apart=2))
+def test_on_a_mesh_it_is_the_same(names, segmented):
     inputs, ids = draw(4, 80, 4, 1, 8), documents(4, 80) if segmented else None
     expected = context_and_gradients(functools.partial(textbook, segment_ids=ids), *inputs)
-    with use_mesh(jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))):
+    with use_mesh(jax.make_mesh(MESHES[names], names, axis_types=(AxisType.Auto,) * len(names))):
         got = context_and_gradients(functools.partial(flash, segment_ids=ids), *inputs)
     assert_equal_to(expected, got, 5e-6)
 

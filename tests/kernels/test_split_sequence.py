@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import diagonal
 from test_attention_backends import (
     ROUNDED_WEIGHTS,
     as_written,
@@ -111,8 +112,9 @@ def test_scores_far_beyond_the_range_of_exp_do_no_harm():
             assert np.isfinite(array).all()
 
 
-@pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize("sizes", [{"context": 2}, {"data": 2, "context": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "segmented"), diagonal([{"context": 2}, {"data": 2, "context": 2, "tensor": 2}], [False, True], apart=2)
+)
 def test_splash_in_shares_equals_xla(sizes, segmented, monkeypatch):
     interpreted = functools.partial(attention_splash.splash.make_splash_mha, interpret=True)
     monkeypatch.setattr(attention_splash.splash, "make_splash_mha", interpreted)

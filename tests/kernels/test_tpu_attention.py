@@ -173,7 +173,7 @@ def test_in_bfloat16_only_operands_of_products_are_rounded(interpreted, case):
     compare(jnp.bfloat16, 8 * 2.0**-9, **arguments(case))
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize("shape", [(2, 2, 2), pytest.param((1, 2, 4), marks=pytest.mark.long)])
 def test_on_a_mesh_each_device_computes_its_share(interpreted, shape):
     case = arguments("normalized with bias, without the values") | {"shape": (4, 130, 4, 1, 8), "segmented": True}
     with use_mesh(jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)):

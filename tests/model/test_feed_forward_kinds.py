@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from covering import diagonal, others_are_long
+from covering import others_are_long
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.config.run_config import MeshSection, OptimizerSection, RunConfig, TrainSection
@@ -22,6 +22,7 @@ from hybridnorm_jax.model.moe import MoE, choose_experts
 from hybridnorm_jax.training.layer_measures import layer_norms
 from hybridnorm_jax.training.program import Program
 from hybridnorm_jax.training.throughput import model_flops_per_token
+from tests.model.fresh_leaves import fresh_leaves
 from tests.model.numpy_decoder import FUNCTIONS, GATES, forward
 
 EXPERTS = {"scheme": "pre", "num_experts": 4, "experts_per_token": 2}
@@ -151,7 +152,7 @@ def test_dense_layers_are_runs_of_their_own(small_config):
     params = hn.model.abstract_params.abstract_params(config)
     assert params["run_0"]["feed_forward"]["up"]["kernel"].shape == (1, 32, 40)
     assert params["run_1"]["feed_forward"]["expert_up"]["kernel"].shape == (2, 4, 32, 48)
-    norms = layer_norms(jax.tree.map(lambda leaf: jnp.ones(leaf.shape), params))
+    norms = layer_norms(jax.tree.map(lambda leaf: np.ones(leaf.shape), params))
     assert list(np.isnan(norms["feed_forward/up"])) == [False, True, True, False, True]
     assert list(np.isnan(norms["feed_forward/router"])) == [True, False, False, True, False]
 
@@ -209,13 +210,16 @@ def _one_step(keys, mesh, start=None, **changes):
 
 
 MESHES = [{"fsdp": 2, "expert": 4}, {"fsdp": 2, "expert": 2, "tensor": 2}]
+DENSE_AMONG_EXPERTS = {
+    **EXPERTS,
+    **{"num_layers": 4, "dense_layers": (2,), "dense_mlp_dim": 40, "balance_bias": True},
+    **{"shared_experts": 1, "shared_mlp_dim": 24, "shared_expert_gate": True, "shared_expert_gate_bias": True},
+}
+GPT_OSS = {**KINDS["gpt-oss"], "layer_scale": True, "logit_cap": 5.0, "norm_scale_plus_one": True}
 TRAINED = {
-    "dense among experts, gated and balanced": {
-        **EXPERTS,
-        **{"num_layers": 4, "dense_layers": (2,), "dense_mlp_dim": 40, "balance_bias": True},
-        **{"shared_experts": 1, "shared_mlp_dim": 24, "shared_expert_gate": True, "shared_expert_gate_bias": True},
-    },
-    "gpt-oss": {**KINDS["gpt-oss"], "layer_scale": True, "logit_cap": 5.0, "norm_scale_plus_one": True},
+    "everything": DENSE_AMONG_EXPERTS | GPT_OSS | {"num_layers": 2, "dense_layers": (0,)},
+    "dense among experts, gated and balanced": DENSE_AMONG_EXPERTS,
+    "gpt-oss": GPT_OSS,
 }
 
 
@@ -224,8 +228,12 @@ def _on_one_device(name):
     return _one_step(TRAINED[name], {})
 
 
-@pytest.mark.parametrize(("name", "mesh"), diagonal(TRAINED, MESHES, apart=2))
-def test_a_step_on_eight_devices_is_that_of_one(name, mesh):
+CASES = [(name, number) for name in TRAINED for number in range(len(MESHES))]
+
+
+@pytest.mark.parametrize("case", others_are_long(CASES, [("everything", 1)]), ids=lambda case: f"{case[0]}-{case[1]}")
+def test_a_step_on_eight_devices_is_that_of_one(case):
+    name, mesh = case[0], MESHES[case[1]]
     start, metrics, state = _on_one_device(name)
     _, sharded_metrics, sharded = _one_step(TRAINED[name], mesh, start)
     for key in ("loss", "grad_norm", "balance_loss", "router_balance", "largest_load"):
@@ -244,14 +252,20 @@ def _first_moments(opt_state):
     return has_moments[0].mu
 
 
-def test_router_metrics_are_of_the_layers_with_experts():
-    start, metrics, state = _on_one_device("dense among experts, gated and balanced")
-    assert metrics["expert_fraction"].shape == (3, 4)
-    for number, fractions in (("run_0", metrics["expert_fraction"][:2]), ("run_2", metrics["expert_fraction"][2:])):
-        moved = (
-            state.params[number]["feed_forward"]["balance_bias"] - start.params[number]["feed_forward"]["balance_bias"]
-        )
+@pytest.mark.parametrize(
+    "name", others_are_long(["everything", "dense among experts, gated and balanced"], ["everything"])
+)
+def test_router_metrics_are_of_the_layers_with_experts(name, small_config):
+    start, metrics, state = _on_one_device(name)
+    runs = [(number, run) for number, run in enumerate(small_config(**TRAINED[name]).runs) if run.has_experts]
+    assert metrics["expert_fraction"].shape == (sum(run.length for _, run in runs), 4)
+    first = 0
+    for number, run in runs:
+        fractions = metrics["expert_fraction"][first : first + run.length]
+        before, after = (each.params[f"run_{number}"]["feed_forward"]["balance_bias"] for each in (start, state))
+        moved = after - before
         np.testing.assert_allclose(moved, 0.01 * np.sign(fractions.mean(1, keepdims=True) - fractions), rtol=1e-5)
+        first += run.length
 
 
 @pytest.mark.long  # every run of layers is computed again alike: test_decoder.py, and with experts test_moe.py
@@ -276,10 +290,7 @@ def test_a_block_alone_knows_from_its_layer_whether_it_has_experts(small_config)
 def test_layers_draw_the_same_numbers_whatever_stands_before_them(small_config):
     """A layer of experts starts the same whether the layer before it is dense or not."""
     mixed, all_experts = small_config(**MIXED), small_config(**{**EXPERTS, "num_layers": 5})
-    init = [
-        jax.jit(hn.Decoder(each).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-        for each in (mixed, all_experts)
-    ]
-    ours = init[0]["run_1"]["feed_forward"]["expert_up"]["kernel"]
-    theirs = init[1]["run_0"]["feed_forward"]["expert_up"]["kernel"][1:3]
-    np.testing.assert_array_equal(ours, theirs)
+    ours, theirs = (fresh_leaves(each, "expert_up/kernel") for each in (mixed, all_experts))
+    np.testing.assert_array_equal(
+        ours["run_1/feed_forward/expert_up/kernel"], theirs["run_0/feed_forward/expert_up/kernel"][1:3]
+    )

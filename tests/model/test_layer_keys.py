@@ -77,7 +77,7 @@ def _assert_same_matrices_as_pre(scheme):
     assert len(expected) == LAYERS * len(MATRICES) + 2
 
 
-@pytest.mark.parametrize("scheme", _groupings())
+@pytest.mark.parametrize("scheme", others_are_long(_groupings(), ["pre", "hybrid_star", "mix_ln"]))
 def test_schemes_of_every_grouping_start_from_the_same_matrices(scheme):
     _assert_same_matrices_as_pre(scheme)
 
@@ -103,7 +103,7 @@ def _matrix_paths(scheme):
     return {name.partition("/")[2] if name.startswith("run_") else name for name in matrices}
 
 
-@pytest.mark.parametrize("scheme", ["mix_ln", "hybrid_star", "b2t"])
+@pytest.mark.parametrize("scheme", others_are_long(["mix_ln", "hybrid_star", "b2t"], ["hybrid_star", "b2t"]))
 def test_with_its_own_initializer_a_scheme_has_the_same_matrices_times_a_factor(scheme):
     normal = _config("pre", initializer="normal")
     config = _config(scheme)
@@ -183,7 +183,7 @@ def test_every_layer_and_every_branch_has_a_dropout_mask_of_its_own():
     assert len({mask.tobytes() for mask in masks.values()}) == len(masks)
 
 
-@pytest.mark.parametrize("scheme", ["hybrid_star", "mix_ln"])
+@pytest.mark.parametrize("scheme", others_are_long(["hybrid_star", "mix_ln"], ["mix_ln"]))
 def test_a_layers_dropout_mask_does_not_depend_on_the_scheme(scheme):
     _assert_equal(_masks(scheme), _masks("pre"))
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from covering import others_are_long
+from covering import diagonal, others_are_long
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.errors import ConfigError
@@ -17,6 +17,7 @@ from hybridnorm_jax.training.router_balance import all_layers
 from tests.model.fresh_leaves import fresh_leaves
 
 EMBED, MLP, EXPERTS, K = 12, 20, 6, 2
+DISPATCHES = ("dense", "blocked", "ragged")
 MOE = {"num_experts": 8, "experts_per_token": 3}
 
 
@@ -67,24 +68,29 @@ def _by_hand(params, x, *, normalize=False):
     return y
 
 
-@pytest.mark.parametrize("dispatch", ["dense", "blocked", "ragged"])
+LAYERS = {
+    "plain": {},
+    "normalize_weights": {"normalize_weights": True},
+    "shared_experts": {"shared_experts": 2},
+    "balance_bias": {"balance_bias": True},
+    "use_bias": {"use_bias": True},
+    "all": {"use_bias": True, "shared_experts": 1, "balance_bias": True, "normalize_weights": True},
+}
+# Each dispatch with the most and with the least, and every key once: they are on both sides of the dispatch.
+QUICK = [("plain", "dense"), ("all", "dense"), ("plain", "blocked"), ("all", "blocked"), ("plain", "ragged")]
+QUICK += [("all", "ragged"), ("normalize_weights", "dense"), ("shared_experts", "dense"), ("balance_bias", "dense")]
+QUICK += [("use_bias", "dense")]
+
+
 @pytest.mark.parametrize(
-    "keys",
-    [
-        {},
-        {"normalize_weights": True},
-        {"shared_experts": 2},
-        {"balance_bias": True},
-        {"use_bias": True},
-        {"use_bias": True, "shared_experts": 1, "balance_bias": True, "normalize_weights": True},
-    ],
-    ids=lambda keys: "+".join(keys) or "plain",
+    "case", others_are_long([(name, each) for name in LAYERS for each in DISPATCHES], QUICK), ids="-".join
 )
-def test_the_layer_is_its_formula(keys, dispatch):
+def test_the_layer_is_its_formula(case):
+    keys, dispatch = LAYERS[case[0]], case[1]
     layer = _layer(dispatch=dispatch, dtype=jnp.float64, param_dtype=jnp.float64, **keys)
     with jax.enable_x64(True):
         x, params = _draw(layer)
-        y = layer.apply({"params": params}, x)
+        y = jax.jit(layer.apply)({"params": params}, x)
     expected = _by_hand(params, x, normalize=keys.get("normalize_weights", False))
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
 
@@ -143,7 +149,7 @@ def test_statistics_at_the_two_ends():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(collapsed))
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize("remat", others_are_long(["none", "full", "dots"], ["none", "full"]))
 def test_nothing_sown_is_lost_under_scan_and_remat(remat, small_config, random_params, tokens):
     """Every layer's statistics are there, and they are those of the choices it made."""
     config = small_config(**MOE, remat=remat, scan_unroll=2 if remat == "dots" else 1)
@@ -233,20 +239,23 @@ def test_causal(scheme, small_config, random_params, tokens):
     assert np.abs(after[:, 7:] - logits[:, 7:]).max() > 0.01 * np.abs(logits).max()
 
 
-@pytest.mark.parametrize("dispatch", ["dense", "blocked", "ragged"])
-@pytest.mark.parametrize("case", ["a single token", "all to one expert", "every expert"])
+@pytest.mark.parametrize(
+    ("case", "dispatch"), diagonal(["a single token", "all to one expert", "every expert"], DISPATCHES[1:], apart=2)
+)
 def test_edges_give_right_numbers(case, dispatch):
     shape = (1, 1) if case == "a single token" else (2, 7)
     layer = _layer(dispatch=dispatch, use_bias=True, experts_per_token=EXPERTS if case == "every expert" else K)
     x, params = _draw(layer, shape, dtype=np.float32)
     if case == "all to one expert":  # and to a second one, with nothing for the other four
         params["router"]["bias"] = jnp.asarray([-50.0, 30.0, -50.0, 20.0, -50.0, -50.0])
-    y = layer.apply({"params": params}, x)
-    reference = dataclasses.replace(layer, dispatch="dense").apply({"params": params}, x)
+    y, reference = (
+        jax.jit(each.apply)({"params": params}, x) for each in (layer, dataclasses.replace(layer, dispatch="dense"))
+    )
     np.testing.assert_allclose(y, reference, rtol=0, atol=1e-5 * np.abs(reference).max())
     if case != "every expert":
         expected = _by_hand(jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params), np.asarray(x, np.float64))
-        np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        for found in (y, reference):
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_the_router_computes_in_float32_whatever_the_layer_does():

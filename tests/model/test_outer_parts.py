@@ -77,7 +77,10 @@ def test_the_decoder_is_the_one_in_numpy(name, small_config, random_params, toke
 
 @pytest.mark.parametrize("name", [name for name in PARTS if not PARTS[name].get("whole_outside")])
 def test_the_part_is_there(name, small_config, random_params, tokens):
-    """Without its keys, or with the scheme that lacks it, the model gives other logits for the same numbers."""
+    """Without its keys, or with the scheme that lacks it, the model gives other logits for the same numbers.
+
+    The model in NumPy, which the test above finds to be ours.
+    """
     without = {"parallel_one_norm": "parallel", "parallel_one_norm_qk": "parallel_qk", "parallel_qk": "parallel"}
     without |= {"sandwich_qk": "sandwich"}
     keys = PARTS[name]
@@ -88,10 +91,7 @@ def test_the_part_is_there(name, small_config, random_params, tokens):
     assert config != other
     params = random_params(config)
     left = _filled(random_params(other, seed=1), params)
-    there, absent = (
-        jax.jit(hn.Decoder(each).apply)({"params": leaves}, tokens)
-        for each, leaves in ((config, params), (other, left))
-    )
+    there, absent = (forward(each, leaves, tokens) for each, leaves in ((config, params), (other, left)))
     assert np.abs(there - absent).max() > 1e-3 * np.abs(there).max()
 
 
@@ -130,7 +130,10 @@ def _filled(tree, by):
     return by if hasattr(by, "shape") else tree
 
 
-@pytest.mark.parametrize("name", ["norm_scale_plus_one", "layer_scale behind a branch norm", "parallel_one_norm_qk"])
+LEARNED = ["norm_scale_plus_one", "layer_scale behind a branch norm", "parallel_one_norm_qk"]
+
+
+@pytest.mark.parametrize("name", LEARNED)
 def test_gradients_are_finite_differences(name, small_config, random_params, tokens):
     config = small_config(**PARTS[name], dtype="float64", param_dtype="float64")
     with jax.enable_x64(True):
@@ -147,7 +150,10 @@ def test_gradients_are_finite_differences(name, small_config, random_params, tok
     np.testing.assert_allclose((ends[0] - ends[1]) / (2 * step), slope, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["logit_scale and logit_cap", "logit_cap", "logit_scale"])
+SCALED = ["logit_scale and logit_cap", "logit_cap", "logit_scale"]
+
+
+@pytest.mark.parametrize("name", others_are_long(SCALED, SCALED[:1]))
 def test_the_loss_in_chunks_and_its_gradient_are_those_of_whole_logits(name, small_config, random_params, tokens):
     config = small_config(**PARTS[name], dtype="float64", param_dtype="float64")
     batch = {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "weights": np.ones(tokens.shape, np.float32)}
@@ -168,12 +174,7 @@ def test_the_loss_in_chunks_and_its_gradient_are_those_of_whole_logits(name, sma
 
 
 @pytest.mark.parametrize("remat", others_are_long(["full", "all_but_attention"], ["full"]))
-@pytest.mark.parametrize(
-    "name",
-    others_are_long(
-        ["layer_scale behind a branch norm", "parallel_one_norm_qk", "norm_scale_plus_one"], ["parallel_one_norm_qk"]
-    ),
-)
+@pytest.mark.parametrize("name", others_are_long(LEARNED, ["parallel_one_norm_qk"]))
 def test_what_is_computed_again_is_the_same(name, remat, small_config, random_params, tokens):
     config = small_config(**PARTS[name])
     params = random_params(config)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import others_are_long
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.interop.architectures import config_to_json
@@ -38,7 +39,7 @@ def test_deeper_layers_grow_for_longer():
     assert ramp_lengths("together", 3, 10) == (10, 10, 10)
 
 
-@pytest.mark.parametrize("scheme", GROWING)
+@pytest.mark.parametrize("scheme", others_are_long(GROWING, ["prores_pre", "prores_post", "branch_norm"]))
 def test_a_step_is_one_more_factor_of_every_branch(scheme, random_params, tokens):
     """Given with the call it makes what the configuration of that step makes, whose placements have plain numbers."""
     config = _config(scheme, ramp_steps=10, branch_multiplier=0.5)

@@ -1,5 +1,6 @@
 """The planner: what a plan knows, and plans that agree with docs/planning.md."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -59,24 +60,32 @@ def test_a_plan_for_gpus_knows_shares_and_says_what_it_does_not_know(simulated):
     assert (whole.roofline, whole.most_mfu) == (None, None)  # nobody knows which GPU it is
 
 
-def test_the_parameters_of_norms_are_counted(simulated):
+@pytest.mark.usefixtures("simulated")
+def test_the_parameters_of_norms_are_counted(monkeypatch):
+    # They are counted before anything is compiled, so this compiler gives up at once.
+    monkeypatch.setattr(compilation, "compile_within_memory", lambda lowered, **options: (None, "no room"))
     keys = ("model.scheme=pre", "model.tie_embeddings=true")
-    plain, gated = simulated(80, *keys), simulated(80, *keys, "model.norm=gated", "model.learned_embedding_scale=true")
+    plain, gated = (
+        plan(read_config([QUICKSTART, *TINY, *keys, *more]), parse_topology("gpu:8x80GB"))
+        for more in ((), ("model.norm=gated", "model.learned_embedding_scale=true"))
+    )
     # Of the seven norms of three layers two matrices each, which no mesh splits, and the scale of the embedding.
     assert gated.parameters - plain.parameters == 7 * 2 * 64 * 16 + 1
 
 
 def test_what_does_not_hold_the_state_does_not_fit(simulated):
-    small = simulated(0.0001)
+    small = dataclasses.replace(simulated(80), topology=parse_topology("gpu:8x0.0001GB"))
     assert small.fits is False
     assert "no: the state alone needs" in report.text(small)
 
 
-def test_layers_send_what_their_number_says(simulated):
-    sent = [
-        simulated(80, "mesh.data=1", "mesh.fsdp=8", "model.scheme=pre", f"model.num_layers={layers}").collectives
-        for layers in (3, 5, 7)
-    ]
+SPLIT = ("mesh.data=1", "mesh.fsdp=8", "model.scheme=pre")
+IN_A_LOOP = ("model.scan_unroll=1",)
+
+
+@pytest.mark.parametrize("setting", [IN_A_LOOP, pytest.param((), marks=pytest.mark.long)], ids=["loop", "as usual"])
+def test_layers_send_what_their_number_says(setting, simulated):
+    sent = [simulated(80, *SPLIT, *setting, f"model.num_layers={layers}").collectives for layers in (3, 5, 7)]
     gathered = [found.kinds["all-gather"].bytes for found in sent]
     assert gathered[1] - gathered[0] == gathered[2] - gathered[1] > 0
     assert [found.unknown_loops for found in sent] == [0, 0, 0]
@@ -87,8 +96,7 @@ def test_layers_compute_what_their_number_says(simulated):
 
     In a loop: XLA for CPUs leaves some products without a name, and there the loop says whose they are.
     """
-    setting = ("mesh.data=1", "mesh.fsdp=8", "model.scheme=pre", "model.scan_unroll=1")
-    counts = [simulated(80, *setting, f"model.num_layers={layers}").counts for layers in (3, 5, 7)]
+    counts = [simulated(80, *SPLIT, *IN_A_LOOP, f"model.num_layers={layers}").counts for layers in (3, 5, 7)]
     for part, each in (("layers forward", 1), ("layers backward", 1), ("loss", 0), ("optimizer", 0), ("rest", 0)):
         flops = [found.product_flops[part] for found in counts]
         assert flops[1] - flops[0] == flops[2] - flops[1]
@@ -131,6 +139,7 @@ def run(*arguments):
     return subprocess.run(line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.long
 def test_the_command_simulates_gpus():
     done = run(QUICKSTART, *TINY, "mesh.tensor=2", "--topology", "2xgpu:2x80GB", "--json")
     assert done.returncode == command.UNKNOWN, done.stderr
