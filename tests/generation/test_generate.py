@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from covering import SCHEMES_WITH_EACH_PLACE, others_are_long
+from covering import SCHEMES_OF_EACH_KIND, others_are_long
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.equivalence.forms import conversion_of
@@ -130,18 +130,23 @@ def assert_cached_is_whole(config, params, *, read, first):
         np.testing.assert_allclose(ours[row], expected, rtol=CLOSE, atol=CLOSE * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("kind", others_are_long(SCHEMES, [f"scheme {name}" for name in SCHEMES_WITH_EACH_PLACE]))
+# Besides one of each kind of model: norms of keys, which stand before the cache, and norms and scales in the branches.
+QUICK = [f"scheme {name}" for name in (*SCHEMES_OF_EACH_KIND, "qkc_post", "normformer_residual", "siamese_hybrid_pre")]
+
+
+@pytest.mark.parametrize("kind", others_are_long(SCHEMES, QUICK))
 def test_logits_with_the_cache_are_those_of_the_whole_text(kind, random_params):
     """Token by token from the first one on, so that the whole text and one step are all that is compiled."""
     assert_cached_is_whole(*_kind(kind, random_params), read=1, first=np.array([0, 0]))
 
 
-# What norms and experts do to each token alone is the same in any cache: one of them.
-OF_TOKENS = ["experts hybrid_star", "a kv head for each head", "norm dyt", "norm derf", "norm bhyt"]
+# What norms and experts do to each token alone is the same with any cache, and what others have besides is there alone.
+ALIKE = ["experts hybrid_star", "a kv head for each head", "norm dyt", "norm derf", "norm bhyt"]
+ALIKE += ["learned positions", "yarn", "alibi"]
 
 
 @pytest.mark.parametrize(
-    "kind", others_are_long(["scheme hybrid_star", *KINDS], [kind for kind in KINDS if kind not in OF_TOKENS])
+    "kind", others_are_long(["scheme hybrid_star", *KINDS], [kind for kind in KINDS if kind not in ALIKE])
 )
 def test_rows_of_unequal_prompts_do_not_see_the_padding(kind, random_params):
     """Six tokens are read at once. The second row has three; its positions begin after the padding on its left."""

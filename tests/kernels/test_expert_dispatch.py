@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from covering import others_are_long
+from covering import diagonal, others_are_long
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
@@ -111,8 +111,7 @@ ROUTINGS = {
 }
 
 
-@pytest.mark.parametrize("dispatch", SORTED)
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(("routing", "dispatch"), diagonal(ROUTINGS, SORTED, apart=2))
 def test_sorted_dispatches_equal_dense_in_value_and_gradient(dispatch, routing):
     with jax.enable_x64(True):
         chosen, experts = ROUTINGS[routing]

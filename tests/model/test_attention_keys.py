@@ -145,7 +145,7 @@ TRAINED = [
 ]
 
 
-@pytest.mark.parametrize(("keys", "sizes"), diagonal(TRAINED, MESHES, apart=2))
+@pytest.mark.parametrize(("keys", "sizes"), diagonal(TRAINED, MESHES, apart=3))
 def test_gradients_of_a_model_are_those_of_one_device_on_a_mesh(sizes, keys):
     with jax.enable_x64(True):
         config = hn.ModelConfig(**TINY, **WIDE, **RULES, **keys, scheme="pre", windows=(5, 0), remat="full")

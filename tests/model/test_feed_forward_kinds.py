@@ -49,7 +49,11 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
+# Of the activations, which the next test has all, one with a gate and one without.
+QUICK = [name for name in KINDS if not name.startswith("activation ")] + ["activation geglu", "activation relu_squared"]
+
+
+@pytest.mark.parametrize("name", others_are_long(KINDS, QUICK))
 def test_the_decoder_is_the_one_in_numpy(name, small_config, random_params, tokens):
     config = small_config(**KINDS[name], dtype="float64", param_dtype="float64")
     with jax.enable_x64(True):
@@ -57,6 +61,24 @@ def test_the_decoder_is_the_one_in_numpy(name, small_config, random_params, toke
         logits = jax.jit(hn.Decoder(config).apply)({"params": params}, tokens)
     expected = forward(config, params, tokens)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-12 * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != CLAMPED])
+def test_a_layer_is_the_one_in_numpy(activation):
+    rng = np.random.default_rng(0)
+    x, names = rng.standard_normal((3, 5)), ("gate", "up") if activation in GATED else ("up",)
+    params = {name: {"kernel": rng.standard_normal((5, 7))} for name in names}
+    params |= {"down": {"kernel": rng.standard_normal((7, 5))}}
+    layer = hn.FeedForward(mlp_dim=7, activation=activation, dtype=jnp.float64, param_dtype=jnp.float64)
+    with jax.enable_x64(True):
+        y = jax.jit(layer.apply)({"params": params}, x)
+    up = x @ params["up"]["kernel"]
+    if activation in GATED:
+        hidden = FUNCTIONS[GATES[activation]](x @ params["gate"]["kernel"]) * up
+    else:
+        hidden = FUNCTIONS[activation](up)
+    expected = hidden @ params["down"]["kernel"]
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
 
 
 def test_the_tables_agree():

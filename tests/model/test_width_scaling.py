@@ -114,7 +114,9 @@ def test_the_decay_of_a_step_does_not_depend_on_the_width():
         np.testing.assert_allclose(kernel, -1e-2 * 0.5 * 3.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("keys", [{"scheme": "simple_norm", "tie_embeddings": True}, EXPERTS])
+@pytest.mark.parametrize(
+    "keys", [{"scheme": "simple_norm", "tie_embeddings": True}, pytest.param(EXPERTS, marks=pytest.mark.long)]
+)
 def test_at_the_base_width_nothing_changes(keys):
     plain, based = (_model(BASE, **keys), _model(BASE, base_width=BASE, base_head_dim=BASE // 4, **keys))
     assert based.logit_scale == (1.0 if keys.get("tie_embeddings") else None)
