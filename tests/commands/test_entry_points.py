@@ -330,6 +330,7 @@ def test_every_configuration_is_one(config):
         assert parsed.model.scheme == scheme
 
 
+@pytest.mark.long  # test_huge_pages.py starts one of them
 def test_the_scripts_are_the_package(tmp_path):
     """The two files at the top run from anywhere and return the status."""
     for script, words in (("train.py", ["model.scheme=hybird"]), ("eval.py", [str(tmp_path)])):

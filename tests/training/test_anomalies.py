@@ -52,8 +52,12 @@ def _planted(batch, microbatch=-1):
 
 @pytest.mark.parametrize(
     ("model", "train", "microbatches"),
-    [({}, {}, 1), ({}, {"grad_accumulation": 4}, 4), (EXPERTS, {}, 1), ({}, {"loss_chunk": 4}, 1)],
-    ids=["plain", "accumulated", "experts", "chunked"],
+    [
+        pytest.param({}, {}, 1, id="plain"),
+        pytest.param({}, {"grad_accumulation": 4}, 4, id="accumulated"),
+        pytest.param(EXPERTS, {}, 1, id="experts"),
+        pytest.param({}, {"loss_chunk": 4}, 1, id="chunked", marks=pytest.mark.long),
+    ],
 )
 def test_nan_in_one_place_leaves_everything_as_it_is_and_the_step_counts(model, train, microbatches, small_config):
     optimizer = {"schedule": "linear", "warmup_steps": 5}

@@ -105,12 +105,9 @@ def test_training_the_cheaper_parameters_themselves_is_another_trajectory(small_
 
 @pytest.mark.parametrize(
     ("form", "pad_to", "model"),
-    [
-        pytest.param("pre_crmsnorm", 1, {}, marks=pytest.mark.long),
-        pytest.param("pre_crmsnorm", 16, {}, marks=pytest.mark.long),
-        ("pre_crmsnorm", 1, NORM_OF_TOKENS_AND_POSITIONS),
-    ],
+    [("pre_crmsnorm", 1, {}), ("pre_crmsnorm", 16, {}), ("pre_crmsnorm", 1, NORM_OF_TOKENS_AND_POSITIONS)],
 )
+@pytest.mark.long
 def test_forms_train_the_same_sharded_and_accumulated(form, pad_to, model, small_config):
     """Width 31 is divided by no mesh axis. Invariants are checked on the way."""
     _, losses = _run(_config(small_config, model=model), 3)

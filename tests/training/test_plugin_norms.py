@@ -86,9 +86,9 @@ def trained(folder, arguments):
 
 def test_a_kind_of_a_plugin_is_trained_scored_and_resumed_bit_for_bit(arguments, new_start, file, folder):
     loop.train(parse([*arguments, "run.name=whole", "train.steps=4"]))
-    for steps in (2, 4):
-        new_start()
-        scores = loop.train(parse([*arguments, "run.name=parts", f"train.steps={steps}"]))
+    loop.train(parse([*arguments, "run.name=parts", "train.steps=2"]))
+    new_start()
+    scores = loop.train(parse([*arguments, "run.name=parts", "train.steps=4"]))
     losses = [record["train/loss"] for record in read_records(folder / "runs/parts") if "train/loss" in record]
     assert len(losses) == 4
     assert np.isfinite(losses).all()
@@ -106,11 +106,10 @@ def test_a_kind_of_a_plugin_is_trained_scored_and_resumed_bit_for_bit(arguments,
     scored = evaluate_run(f"{folder}/runs/parts", words, progress=False).scores
     assert scored["held"].loss == pytest.approx(scores["held"].loss, rel=1e-6)
     (text,) = hn.generate(config.model, parts, [[1, 2, 3]], max_new_tokens=4)
-    by_hand = [1, 2, 3]
-    for _ in range(4):
-        logits = jax.jit(hn.Decoder(config.model).apply)({"params": parts}, np.asarray([by_hand]))
-        by_hand.append(int(logits[0, -1].argmax()))
-    assert text.tolist() == by_hand[3:]
+    by_hand, apply = np.array([1, 2, 3, 0, 0, 0, 0]), jax.jit(hn.Decoder(config.model).apply)
+    for place in range(3, 7):  # no token sees those that follow
+        by_hand[place] = apply({"params": parts}, by_hand[None])[0, place - 1].argmax()
+    assert text.tolist() == by_hand[3:].tolist()
 
 
 def test_what_a_saved_configuration_names_is_not_imported(trained, new_start):

@@ -31,7 +31,7 @@ STRUCTURE = (
 @pytest.fixture
 def config(small_config):
     return RunConfig(
-        model=small_config(num_layers=1, dropout=0.2, scheme="hybrid"),
+        model=small_config(num_layers=1, dropout=0.2, scheme="pre"),
         train=TrainSection(batch_size=8, seq_len=8, steps=20),
         optimizer=OptimizerSection(learning_rate=3e-3, warmup_steps=2),
     )

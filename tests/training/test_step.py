@@ -98,6 +98,7 @@ def test_eight_devices_equal_one(sizes, small_config):
     assert query.addressable_shards[0].data.shape == (3, 32 // sizes[1], 4 // sizes[2], 8)
 
 
+@pytest.mark.long  # test_packed_loss.py trains documents on another mesh
 def test_documents_kept_apart_train_the_same_on_eight_devices(small_config):
     config = _config(small_config, mesh=MeshSection(2, 2, 2))
     batch = _batch()
@@ -127,7 +128,7 @@ def test_four_microbatches_equal_one_large_batch(small_config):
 
 
 def test_the_chunked_loss_trains_the_same(small_config):
-    config = _config(small_config, train={"z_loss": 1e-3})
+    config = _config(small_config, model={"scheme": "hybrid_star"}, train={"z_loss": 1e-3})
     chunked = dataclasses.replace(config, train=dataclasses.replace(config.train, loss_chunk=4))
     _, losses, metrics = _run(config, _one_device(), 2, _batch())
     _, losses_chunked, metrics_chunked = _run(chunked, _one_device(), 2, _batch())

@@ -88,7 +88,8 @@ def test_watching_does_not_change_the_trajectory_and_a_stopped_run_writes_the_sa
 
 
 def test_percentiles_are_those_of_the_steps_of_a_line(config, tmp_path):
-    loop.train(dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=100)))
+    checkpoint = dataclasses.replace(config.checkpoint, every=100)
+    loop.train(dataclasses.replace(config, checkpoint=checkpoint, model=config.model.with_scheme("pre")))
     lines = _records(config, tmp_path)
     assert [record["step"] for record in lines] == [3, 6, 7]
     for line in lines:
