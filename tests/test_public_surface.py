@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import diagonal
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.errors import UserError
@@ -34,7 +35,7 @@ def test_a_decoder_from_its_config():
         embedding_norm=True,
         dtype="bfloat16",
     )
-    params = hn.Decoder(config).init(jax.random.key(0), TOKENS)["params"]
+    params = jax.jit(hn.Decoder(config).init)(jax.random.key(0), TOKENS)["params"]
     logits = hn.Decoder(config).apply({"params": params}, TOKENS)
     assert logits.shape == (2, 5, 50)
     assert params["embedding_norm"]["scale"].shape == (32,)
@@ -169,9 +170,11 @@ def test_a_block_is_built_and_applied_from_public_names():
     np.testing.assert_allclose(apart[:, 3:], block.apply(variables, x[:, 3:]), atol=1e-5)
 
 
-@pytest.mark.parametrize("scheme", ["deepnorm", "layernorm_scaling", "hybrid_depth_scaled", "keel"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_block_honours_the_scales_of_its_placement(scheme, dtype, small_config, random_params, tokens):
+@pytest.mark.parametrize(
+    ("dtype", "scheme"),
+    diagonal(["float32", "bfloat16"], ["deepnorm", "layernorm_scaling", "hybrid_depth_scaled", "keel"], apart=2),
+)
+def test_a_block_honours_the_scales_of_its_placement(dtype, scheme, small_config, random_params, tokens):
     """Blocks one after the other are the decoder, whose scan takes the scales as inputs."""
     config = small_config(scheme=scheme, dtype=dtype)
     params = random_params(config)

@@ -101,7 +101,7 @@ def test_an_axis_that_no_mesh_has_is_named():
 
 
 def _params():
-    return hn.Decoder(MODEL).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return jax.jit(hn.Decoder(MODEL).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import optimizer_problem as problem
 import pytest
+from covering import others_are_long
 from jax.sharding import NamedSharding
 
 from hybridnorm_jax.config.arguments import parse
@@ -134,7 +135,8 @@ def test_every_optimizer_has_a_direction_and_a_reference():
     assert {section.get("name", "adamw") for section in CASES.values()} == set(OPTIMIZERS)
 
 
-@pytest.mark.parametrize("like", OPTIMIZERS)
+# One that treats matrices otherwise, and one with an average; the others take as long.
+@pytest.mark.parametrize("like", others_are_long(OPTIMIZERS, ["muon", "schedule_free"]))
 def test_a_new_optimizer_is_one_row_of_the_table(like, monkeypatch):
     monkeypatch.setitem(OPTIMIZERS, "novel", OPTIMIZERS[like])
     expected, trained = (_trained({"name": name}, steps=1, dtype=np.float32) for name in (like, "novel"))
