@@ -27,7 +27,8 @@ def test_it_learns_what_it_makes(example):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shape", "scheme"), [(np.uint8, (8, 8), "hybrid_star"), (np.float32, (8, 12, 2), "pre")]
+    ("dtype", "shape", "scheme"),
+    [pytest.param(np.uint8, (8, 8), "hybrid_star", marks=pytest.mark.long), (np.float32, (8, 12, 2), "pre")],
 )
 def test_an_array_file_is_read(example, tmp_path, dtype, shape, scheme):
     random = np.random.default_rng(0)

@@ -116,6 +116,7 @@ def test_a_run_with_a_plugin_is_converted_where_it_is_named(tmp_path, monkeypatc
     assert main(command[command.index("eval") :]) == 0
 
 
+@pytest.mark.long  # test_entry_points.py closes the output of other commands
 def test_nobody_need_read_what_is_said(tmp_path):
     """As of `hybridnorm convert ... | head`: what was asked for is the directory."""
     words = ["convert", str(GOLDENS / "hf_gpt2"), str(tmp_path / "out"), "--form", "pre_rmsnorm"]

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from bitwise import assert_bitwise
+from covering import others_are_long
 
 import hybridnorm_jax as hn
 from hybridnorm_jax.config.arguments import parse
@@ -49,8 +50,8 @@ def _trained(program, state, steps):
     return state, metrics
 
 
-# Two whose states are built unlike AdamW's, one of them with moments in bfloat16; the others take as long to compile.
-EACH = [pytest.param(name, marks=() if name in ("muon", "schedule_free") else pytest.mark.long) for name in NAMES]
+# One whose state is built unlike AdamW's; the others take as long to compile.
+EACH = others_are_long(NAMES, ["schedule_free"])
 
 
 @pytest.mark.parametrize("name", EACH)

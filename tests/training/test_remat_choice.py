@@ -50,7 +50,13 @@ def compile_all_but_dots(policies):
 
 
 @pytest.mark.parametrize(
-    ("room", "chosen"), [(1053, "none"), (1052, "dots_no_batch"), (632, "dots_no_batch"), (631, "all_but_attention")]
+    ("room", "chosen"),
+    [
+        pytest.param(1053, "none", marks=pytest.mark.long),
+        (1052, "dots_no_batch"),
+        pytest.param(632, "dots_no_batch", marks=pytest.mark.long),
+        (631, "all_but_attention"),
+    ],
 )
 def test_the_first_policy_that_fits_is_taken(small_config, tried, room, chosen):
     config = run_config(small_config, "auto")

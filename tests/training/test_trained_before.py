@@ -171,6 +171,7 @@ def test_what_was_trained_on_before_is_known_along_a_chain_of_runs(train, comman
     assert line == f"error: data.validation.x: init_from=runs/second {end}"
 
 
+@pytest.mark.long  # test_export.py asks a converted run for its data, too
 def test_a_converted_run_knows_what_it_was_trained_on(train, command, tmp_path):
     kind = ("model.scheme=pre", "model.norm=layernorm")
     assert train("run.name=run", "data.files=[a.txt]", *kind) is None
