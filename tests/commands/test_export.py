@@ -195,6 +195,7 @@ def test_a_scheme_of_a_plugin_is_exported_where_the_plugin_is_named(saved, capsy
     assert "in_a_file" in capsys.readouterr().err
 
 
+@pytest.mark.long  # test_huggingface_beginning.py begins with an export
 def test_a_run_trains_on_from_an_export_and_no_other_scheme_is_suggested_for_it(saved, capsys):
     """The parameters of another scheme are those of another model."""
     saved()

@@ -167,6 +167,7 @@ def test_a_run_that_diverges_disturbs_no_other(files, programs, grouped, tmp_pat
         assert _series(configs[index]) == _series(grouped[0][index])
 
 
+@pytest.mark.long
 def test_a_group_that_is_stopped_begins_again_and_one_that_ended_stays(files, programs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "SharedPrograms", lambda: programs)
     arguments = [*SMALL, *files, f"run.dir={tmp_path}", "run.name=lab", "seeds=[0,1,2]", "together=3"]

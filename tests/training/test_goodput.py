@@ -128,6 +128,7 @@ def test_other_work_leaves_the_throughput_alone(config, tmp_path, monkeypatch):
     assert min(rate for rate in rates.values() if rate is not None) > 8 * 8 / 0.4
 
 
+@pytest.mark.long  # the median of the steps is tested above
 def test_what_slows_every_step_down_shows(config, tmp_path, monkeypatch):
     original = loop._next_batch
 

@@ -75,6 +75,7 @@ def test_training_goes_on_where_the_branches_were(config, tmp_path):
         np.testing.assert_array_equal(left, right)
 
 
+@pytest.mark.long  # another program is compiled
 def test_a_run_may_begin_with_branches_that_have_grown(config, tmp_path):
     """A run starts again at step 0, where branches that grow add nothing: whoever goes on says where they stand."""
     loop.train(config)

@@ -225,6 +225,7 @@ def test_who_begins_with_such_a_run_takes_the_average_and_a_branch_takes_both(co
     assert_bitwise(begun["branch_without"], dataclasses.replace(ended, average=None))
 
 
+@pytest.mark.long  # another program is compiled
 def test_a_branch_of_a_run_without_an_average_begins_one(config, monkeypatch):
     plain = _with(config, optimizer={"ema_decay": None}, eval={"plain": False})
     loop.train(plain)

@@ -120,6 +120,7 @@ def test_every_policy_is_tried():
     assert sorted(ORDER) == sorted(REMAT_POLICIES)
 
 
+@pytest.mark.long  # four steps are compiled
 def test_what_the_compiler_says_decides(small_config):
     """Really compiled: the step that keeps everything needs more than the one that keeps a block's input."""
     config = run_config(small_config, "auto", num_layers=8)

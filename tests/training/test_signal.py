@@ -209,7 +209,10 @@ def test_a_group_that_a_layer_lacks_is_nan_there(small_config, random_params):
     assert single == {"token_embedding", "final_norm", "head"}
 
 
-@pytest.mark.parametrize("keys", [{}, {"num_experts": 4, "experts_per_token": 2, "shared_experts": 1}])
+EXPERTS = {"num_experts": 4, "experts_per_token": 2, "shared_experts": 1}
+
+
+@pytest.mark.parametrize("keys", [{}, pytest.param(EXPERTS, marks=pytest.mark.long)])
 def test_watch_takes_sequences_of_every_share_and_the_optimizers_own_update(keys, small_config, random_params):
     config = small_config(scheme="pre", **keys)
     model, params, optimizer = hn.Decoder(config), random_params(config), optax.adamw(1e-2)
