@@ -1,6 +1,7 @@
 """Generation with a cache of keys and values against the plain forward pass over the whole text."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -12,10 +13,10 @@ from covering import SCHEMES_OF_EACH_KIND, others_are_long
 import hybridnorm_jax as hn
 from hybridnorm_jax.equivalence.forms import conversion_of
 from hybridnorm_jax.generation import decoding
-from hybridnorm_jax.generation import generate as generate_module
 from hybridnorm_jax.generation import generate as module
 from hybridnorm_jax.generation.generate import least_rows
 from hybridnorm_jax.generation.ready_parameters import ready
+from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.cache import CACHE, Slots, empty_cache
 from hybridnorm_jax.model.program_lengths import rounded_up
 from tests.schemes import keys_of
@@ -66,20 +67,23 @@ def _kind(name, random_params):
     return config, random_params(config)
 
 
-def _uncached(config, params, prompt, count, penalty=1.0):
+@functools.cache
+def _forward(config):
+    return jax.jit(hn.Decoder(config).apply)
+
+
+def _uncached(config, params, prompt, count, penalty=1.0, *, is_padded=True):
     """The likeliest token after the text so far, again and again, from whole forward passes.
 
     Args:
       penalty: of logits of tokens that came before, in the prompt or after it.
+      is_padded: whether every pass is over as many tokens, with padding behind the text, so that one program does.
     """
     text = [int(token) for token in prompt]
-    width = len(text) + count
-    model = hn.Decoder(config)
-    forward = jax.jit(lambda tokens: model.apply({"params": params}, tokens))
     for _ in range(count):
-        padded = np.zeros((1, width), np.int32)
-        padded[0, : len(text)] = text
-        logits = np.array(forward(padded)[0, len(text) - 1])
+        row = np.zeros((1, len(prompt) + count if is_padded else len(text)), np.int32)
+        row[0, : len(text)] = text
+        logits = np.array(_forward(config)({"params": params}, row)[0, len(text) - 1])
         came = np.unique(text)
         logits[came] = np.where(logits[came] > 0, logits[came] / penalty, logits[came] * penalty)
         text.append(int(np.argmax(logits)))
@@ -124,7 +128,7 @@ def assert_cached_is_whole(config, params, *, read, first):
     tokens = np.random.default_rng(0).integers(0, 61, (2, 11)).astype(np.int32)
     ours = _cached_logits(config, params, tokens, read=read, first=first)
     moved = np.stack([np.roll(row, -start) for row, start in zip(tokens, first, strict=True)])
-    whole = np.asarray(jax.jit(hn.Decoder(config).apply)({"params": params}, moved))
+    whole = np.asarray(_forward(config)({"params": params}, moved))
     for row, start in enumerate(first):
         expected = whole[row, read - 1 - start : 11 - start]
         np.testing.assert_allclose(ours[row], expected, rtol=CLOSE, atol=CLOSE * np.abs(expected).max())
@@ -181,18 +185,9 @@ def test_longrope_is_exact_on_both_sides_of_its_length_and_refused_across_it(ran
     # The last new token is not read, so that 16 tokens are.
     ours = hn.generate(config, params, [short, long], max_new_tokens=4)
     for prompt, text in zip((short, long), ours, strict=True):
-        assert text.tolist() == _uncached_by_length(config, params, prompt, 4)
+        assert text.tolist() == _uncached(config, params, prompt, 4, is_padded=False)  # padding makes a text long
     with pytest.raises(hn.UserError, match=r"a prompt of 13 tokens and max_new_tokens=5: the text grows beyond 16"):
         hn.generate(config, params, [long, short], max_new_tokens=5)
-
-
-def _uncached_by_length(config, params, prompt, count):
-    """As _uncached, but from passes over the text alone: with padding behind it, it would be a longer one."""
-    text = [int(token) for token in prompt]
-    forward = jax.jit(lambda tokens: hn.Decoder(config).apply({"params": params}, tokens))
-    for _ in range(count):
-        text.append(int(np.argmax(forward(np.asarray([text]))[0, -1])))
-    return text[len(prompt) :]
 
 
 def test_a_penalty_counts_the_prompt_and_what_was_written(random_params):
@@ -209,7 +204,7 @@ def test_bfloat16_is_as_near_to_its_forward_pass_as_rounding_allows(random_param
     config = dataclasses.replace(config, dtype="bfloat16")
     tokens = np.random.default_rng(0).integers(0, 61, (1, 11)).astype(np.int32)
     ours = _cached_logits(config, params, tokens, read=6, first=np.array([0])).astype(np.float32)
-    whole = np.asarray(jax.jit(hn.Decoder(config).apply)({"params": params}, tokens)[0, 5:], np.float32)
+    whole = np.asarray(_forward(config)({"params": params}, tokens)[0, 5:], np.float32)
     # 8 bits: each of a few roundings a layer is off by 2^-9 of its number, and they add up like random numbers.
     deviation = np.linalg.norm(ours[0] - whole) / np.linalg.norm(whole)
     assert deviation < np.sqrt(10 * config.num_layers) * 2**-9
@@ -227,11 +222,13 @@ def test_float64_writes_what_its_forward_pass_says(random_params):
 def counting_model():
     """Parameters with which token t is followed by t + 1 with near certainty: no branch writes, the head is shifted."""
     config = hn.ModelConfig(scheme="pre", d_model=16, num_layers=1, num_heads=2, mlp_dim=8, vocab_size=16)
-    params = jax.jit(hn.Decoder(config).init)(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), abstract_params(config))
     for branch, name in (("attention", "out"), ("feed_forward", "down")):
         params["run_0"][branch][name]["kernel"] *= 0
-    params["token_embedding"]["embedding"] = jnp.eye(16)
-    params["head"]["kernel"] = 40 * jnp.roll(jnp.eye(16), 1, axis=1)
+    params["final_norm"]["scale"] = np.ones(16, np.float32)
+    params["token_embedding"]["embedding"] = np.eye(16, dtype=np.float32)
+    params["head"]["kernel"] = 40 * np.roll(np.eye(16, dtype=np.float32), 1, axis=1)
     return config, params
 
 
@@ -372,7 +369,7 @@ def test_prompts_for_which_there_is_no_memory_are_refused_in_one_line(reason, co
     def read_prompts(*_, **keys):
         raise jax.errors.JaxRuntimeError(reason)
 
-    monkeypatch.setattr(generate_module, "read_prompts", read_prompts)
+    monkeypatch.setattr(module, "read_prompts", read_prompts)
     refused = (hn.UserError, "prompts: 2 of up to 5 tokens need more memory than a device has; shorten them")
     error, message = refused if "RESOURCE" in reason else (jax.errors.JaxRuntimeError, "INTERNAL: x")
     with pytest.raises(error, match=message):

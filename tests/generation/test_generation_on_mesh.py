@@ -1,7 +1,6 @@
 """Generation with parameters on a mesh of eight devices against one device."""
 
 import contextlib
-import functools
 import re
 
 import jax
@@ -33,12 +32,12 @@ def lists(rows):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Of every call of `write`: what lowers its program, and what it returned."""
+    """Of every call of `write`: the lowered program, and what it returned."""
     made = []
     original = module.write
 
     def write(*arguments, **keys):
-        made.append((functools.partial(original.lower, *arguments, **keys), original(*arguments, **keys)))
+        made.append((original.lower(*arguments, **keys), original(*arguments, **keys)))
         return made[-1][1]
 
     monkeypatch.setattr(module, "write", write)
@@ -98,9 +97,9 @@ def test_rows_that_are_added_do_not_keep_the_others_waiting(small_config, random
 def test_no_device_holds_or_fetches_the_whole_cache(small_config, random_params, calls):
     config = small_config(num_layers=2)
     generate(config, on_mesh(random_params(config), **MESH), prompts(7), max_new_tokens=NEW)
-    lower, (writing, _, _) = calls[-1]
+    lowered, (writing, _, _) = calls[-1]
     (cached, *_) = jax.tree.leaves(writing.cache)
-    text = lower().compile().as_text()
+    text = lowered.compile().as_text()
     rows, heads, width, slots = cached.shape
     assert (rows, heads) == (8, 2)
     shapes = {tuple(map(int, each)) for each in re.findall(rf"f32\[(\d+),(\d+),{width},{slots}\]", text)}
