@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from types import SimpleNamespace
 
 import jax
@@ -180,8 +181,7 @@ def test_the_likeliest_text_is_that_without_a_cache(kind, random_params):
 
 def test_longrope_is_exact_on_both_sides_of_its_length_and_refused_across_it(random_params):
     config, params = _kind("longrope", random_params)
-    rng = np.random.default_rng(1)
-    short, long = rng.integers(0, 61, 13), rng.integers(0, 61, 17)
+    short, long = (np.random.default_rng(1).integers(0, 61, length) for length in (13, 17))
     # The last new token is not read, so that 16 tokens are.
     ours = hn.generate(config, params, [short, long], max_new_tokens=4)
     for prompt, text in zip((short, long), ours, strict=True):
@@ -240,9 +240,8 @@ def test_each_row_goes_on_from_its_own_prompt_and_ends_with_its_stop_id(counting
 
 def test_whole_numbers_of_any_type_are_taken(counting_model):
     config, params = counting_model
-    (row,) = hn.generate(
-        config, params, jnp.asarray([[3]]), max_new_tokens=np.int64(5), stop_ids={6, 9}, seeds=jnp.asarray(2)
-    )
+    numbers = {"max_new_tokens": np.int64(5), "stop_ids": {6, 9}, "seeds": jnp.asarray(2)}
+    (row,) = hn.generate(config, params, jnp.asarray([[3]]), **numbers)
     assert row.tolist() == [4, 5, 6]
 
 
@@ -271,10 +270,8 @@ def test_seeds_decide_what_is_drawn(counting_model):
     drawn = hn.Sampling(temperature=100.0)
 
     def draw(seeds):
-        return [
-            row.tolist()
-            for row in hn.generate(config, params, [[0], [0]], max_new_tokens=9, sampling=drawn, seeds=seeds)
-        ]
+        rows = hn.generate(config, params, [[0], [0]], max_new_tokens=9, sampling=drawn, seeds=seeds)
+        return [row.tolist() for row in rows]
 
     assert draw(3) == draw(3)
     assert draw(3) != draw(4)
@@ -325,9 +322,8 @@ def test_a_rounded_length_is_at_most_a_quarter_more():
 def test_the_cache_has_the_numbers_of_its_formula_and_no_more():
     config = hn.ModelConfig(**TINY | {"scheme": "hybrid_star", "dtype": "bfloat16"})
     leaves = jax.tree.leaves(jax.eval_shape(lambda: empty_cache(config, batch=3, slots=40)))
-    assert (
-        sum(leaf.size for leaf in leaves) == 3 * 40 * 2 * 4 * 2 * 3
-    )  # batch, slots, kv heads, head_dim, k and v, layers
+    sizes = {"batch": 3, "slots": 40, "kv heads": 2, "head_dim": 4, "k and v": 2, "layers": 3}
+    assert sum(leaf.size for leaf in leaves) == math.prod(sizes.values())
     assert {leaf.dtype.name for leaf in leaves} == {"bfloat16"}
 
 
