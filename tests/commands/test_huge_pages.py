@@ -89,6 +89,7 @@ def test_signals_and_the_exit_status_are_as_they_were(environment):
     assert run.stderr.count("\n") == 1
 
 
+@pytest.mark.long  # the next test asks this of the function
 @on_this_system
 def test_other_tunables_are_kept(environment):
     given = "glibc.malloc.check=0:glibc.malloc.arena_max=3"
