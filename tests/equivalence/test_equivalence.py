@@ -134,6 +134,7 @@ QUICK = (
     ),
     *("bloom", "norm_of_tokens_and_positions_with_head_bias", "bare_norm_of_tokens_and_positions_tied"),
     *("other_norms_inside", "sinks_windows_and_clips", "gated_shared_expert_behind_a_biased_norm", "sinusoids"),
+    "bare_norm_of_the_table",
 )
 
 
