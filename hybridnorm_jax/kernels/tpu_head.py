@@ -2,9 +2,9 @@
 
     z = cap tanh(scale hidden table^T / cap),   log_z = log sum exp(z),   chosen = z[target]
 
-The forward kernel writes z to memory once, in float32, and finds log_z and chosen while z is in the core. The backward
-kernel reads z once, forms its gradient there, and multiplies that with the table and with `hidden`. No product is
-computed twice. XLA by itself reads z three times.
+The forward kernel finds log_z and chosen while z is in the core, and writes exp(z - largest z so far) to memory once,
+in the dtype of `hidden`. The backward kernel reads that once, forms the gradient of z, and multiplies it with the table
+and with `hidden`. No product is computed twice. XLA by itself writes z in float32 and reads it three times.
 
 Not measured on a TPU. Counted in the compiled step, see docs/tpus.md.
 """
@@ -20,7 +20,14 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.kernels.token_logits import TokenLogits
-from hybridnorm_jax.kernels.tpu_head_kernels import BackwardInputs, Form, Head, backward_kernel, forward_kernel
+from hybridnorm_jax.kernels.tpu_head_kernels import (
+    BackwardInputs,
+    Exponentials,
+    Form,
+    Head,
+    backward_kernel,
+    forward_kernel,
+)
 from hybridnorm_jax.mesh.each_device import on_each_device
 from hybridnorm_jax.mesh.split_axes import Axes, parts, split_axes
 
@@ -140,8 +147,9 @@ def head_token_logits(
 ) -> TokenLogits:
     """token_logits of what `form` makes of the product of `hidden` and the table, in float32.
 
-    The gradient of the product is rounded to the dtype of both, as operand of its two products. On a mesh each device
-    takes its share of the tokens and the whole table.
+    The gradient of the product is rounded to the dtype of both, as operand of its two products. So are the exponentials
+    of the softmax that it is formed from, besides those of the targets. On a mesh each device takes its share of the
+    tokens and the whole table.
 
     Args:
       hidden: in bfloat16 or float32; of the same sequences, and of positions that are split in the same way, as the
@@ -157,7 +165,8 @@ def token_block(tokens: int, embed: int, dtype: Any) -> int:
     What it reads and what it writes of these tokens stays there, while the table passes by.
     """
     narrow, channels = jnp.dtype(dtype).itemsize, -(-embed // LANES) * LANES
-    per_token = channels * (narrow + 4) + TILE * (2 * 4 + narrow) + 5 * 2 * 8 * 4
+    # The exponentials, twice, and the gradient of the products; six rows in float32, which take tiles of eight, twice.
+    per_token = channels * (narrow + 4) + TILE * 3 * narrow + 6 * 2 * 8 * 4
     # The table's tile and that of its gradient, each twice, the gradient's once more as the result of a product.
     fixed = TILE * channels * (2 * narrow + narrow + 3 * 4) + PRODUCTS[narrow] + 4 * channels * TILE
     most = int(_memory() - fixed) // per_token // LANES
@@ -172,6 +181,10 @@ def _memory() -> float:
     return SHARE_OF_MEMORY * pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else MEMORY
 
 
+# hidden, table, targets, and what the forward kernel found and wrote.
+_Kept = tuple[Array, Array, Array, TokenLogits, Exponentials]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _token_logits(
     hidden: Array, table: Array, sums: Array, targets: Array, layout: tuple[_Places, Form]
@@ -182,26 +195,27 @@ def _token_logits(
 
 def _forward(
     hidden: Array, table: Array, sums: Array, targets: Array, layout: tuple[_Places, Form]
-) -> tuple[TokenLogits, tuple[Array, ...]]:
+) -> tuple[TokenLogits, _Kept]:
     places, form = layout
     tokens, everywhere = places.tokens, PartitionSpec()
     mapped = on_each_device(
         functools.partial(_call_forward, form),
         in_specs=(tokens, everywhere, tokens),
-        out_specs=(TokenLogits(tokens, tokens), places.devices),
+        out_specs=(TokenLogits(tokens, tokens), Exponentials(places.devices, places.devices)),
     )
-    found, logits = mapped(hidden, table, targets)
-    return found, (hidden, table, targets, found.log_z, logits)
+    found, exponentials = mapped(hidden, table, targets)
+    return found, (hidden, table, targets, found, exponentials)
 
 
-def _backward(
-    layout: tuple[_Places, Form], kept: tuple[Array, ...], gradient: TokenLogits
-) -> tuple[Array, None, Array, None]:
+def _backward(layout: tuple[_Places, Form], kept: _Kept, gradient: TokenLogits) -> tuple[Array, None, Array, None]:
     places, form = layout
     tokens, everywhere, devices = places.tokens, PartitionSpec(), places.devices
     mapped = on_each_device(
         functools.partial(_call_backward, form),
-        in_specs=(tokens, everywhere, tokens, tokens, devices, TokenLogits(tokens, tokens)),
+        in_specs=(
+            *(tokens, everywhere, tokens, TokenLogits(tokens, tokens)),
+            *(Exponentials(devices, devices), TokenLogits(tokens, tokens)),
+        ),
         out_specs=(tokens, devices),
     )
     d_hidden, d_sums = mapped(*kept, gradient)
@@ -252,8 +266,11 @@ class _Blocks:
         return pl.BlockSpec((self.embed, self.block), lambda block, tile: (0, block), pipeline_mode=pl.Buffered(1))
 
     @property
-    def of_logits(self) -> pl.BlockSpec:
-        return pl.BlockSpec((None, TILE, self.block), lambda block, tile: (0, tile, block))
+    def of_exponentials(self) -> Exponentials:
+        return Exponentials(
+            pl.BlockSpec((None, TILE, self.block), lambda block, tile: (0, tile, block)),
+            pl.BlockSpec((None, None, 1, self.block), lambda block, tile: (0, tile, 0, block)),
+        )
 
     @property
     def of_table(self) -> pl.BlockSpec:
@@ -283,21 +300,25 @@ class _Blocks:
         }
 
 
-def _call_forward(form: Form, hidden: Array, table: Array, targets: Array) -> tuple[TokenLogits, Array]:
-    """(log_z and chosen as the targets are, logits (1, vocab, filled)) of one device."""
+def _call_forward(form: Form, hidden: Array, table: Array, targets: Array) -> tuple[TokenLogits, Exponentials]:
+    """(log_z and chosen as the targets are, exponentials with a first dimension of 1) of one device."""
     blocks = _Blocks(hidden, table, form)
     row = jax.ShapeDtypeStruct((1, blocks.filled), jnp.float32)
-    logits, log_z, chosen = pl.pallas_call(
+    kept = Exponentials(
+        jax.ShapeDtypeStruct((1, blocks.vocab, blocks.filled), hidden.dtype),
+        jax.ShapeDtypeStruct((1, blocks.grid[1], 1, blocks.filled), jnp.float32),
+    )
+    exponentials, log_z, chosen = pl.pallas_call(
         functools.partial(forward_kernel, blocks.head),
         in_specs=(blocks.of_columns, blocks.of_table, blocks.of_row),
-        out_specs=(blocks.of_logits, blocks.of_row, blocks.of_row),
-        out_shape=(jax.ShapeDtypeStruct((1, blocks.vocab, blocks.filled), jnp.float32), row, row),
+        out_specs=(blocks.of_exponentials, blocks.of_row, blocks.of_row),
+        out_shape=(kept, row, row),
         scratch_shapes=(pltpu.VMEM((1, blocks.block), jnp.float32), pltpu.VMEM((1, blocks.block), jnp.float32)),
         name="head_forward",
         **blocks.how,
     )(blocks.matrix(hidden).T, table, blocks.row(targets))
     found = TokenLogits(*(x[0, : blocks.tokens].reshape(targets.shape) for x in (log_z, chosen)))
-    return found, logits
+    return found, exponentials
 
 
 def _call_backward(
@@ -305,8 +326,8 @@ def _call_backward(
     hidden: Array,
     table: Array,
     targets: Array,
-    log_z: Array,
-    logits: Array,
+    found: TokenLogits,
+    exponentials: Exponentials,
     gradient: TokenLogits,
 ) -> tuple[Array, Array]:
     """(gradient of hidden, that of the table in float32 as (1, *table)) of one device."""
@@ -318,9 +339,10 @@ def _call_backward(
             BackwardInputs(
                 hidden=blocks.of_matrix,
                 table=blocks.of_table,
-                logits=blocks.of_logits,
+                kept=blocks.of_exponentials,
                 targets=row,
                 log_z=row,
+                chosen=row,
                 d_log_z=row,
                 d_chosen=row,
             ),
@@ -337,9 +359,10 @@ def _call_backward(
         BackwardInputs(
             hidden=blocks.matrix(hidden),
             table=table,
-            logits=logits,
+            kept=exponentials,
             targets=blocks.row(targets),
-            log_z=blocks.row(log_z),
+            log_z=blocks.row(found.log_z),
+            chosen=blocks.row(found.chosen),
             d_log_z=blocks.row(gradient.log_z),
             d_chosen=blocks.row(gradient.chosen),
         )

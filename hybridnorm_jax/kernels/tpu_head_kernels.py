@@ -3,6 +3,7 @@
 Tokens lie along the lanes, so that log_z and all that is known of a token is a row.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,10 +32,10 @@ class Form(NamedTuple):
             products = self.scale * products
         return products if self.cap is None else self.cap * jnp.tanh(products / self.cap)
 
-    def through(self, gradient: Array, logits: Array) -> Array:
-        """The gradient of products, from that of logits."""
+    def through(self, gradient: Array, logits: Callable[[], Array]) -> Array:
+        """The gradient of products, from that of logits; `logits` computes them, where there is a cap."""
         if self.cap is not None:
-            gradient = gradient * (1.0 - jnp.square(logits / self.cap))
+            gradient = gradient * (1.0 - jnp.square(logits() / self.cap))
         return gradient if self.scale is None else self.scale * gradient
 
 
@@ -77,8 +78,32 @@ class _Rows(NamedTuple):
         return table[...] if self.head.form.vocab_first else table[...].T
 
 
+class Exponentials(NamedTuple):
+    """exp(logits - largest): what the backward kernel needs of the logits, in the dtype of what the head reads.
+
+    In bfloat16 each has the relative error of one rounding, however large its logit is. Logits in bfloat16 would give
+    the softmax their absolute error as its relative one.
+
+    Attributes:
+      values: (vocab, filled); in a kernel a reference to (tile, block).
+      largest: in float32, the largest logit of a token in this tile and those before it, (tiles, 1, filled); in a
+        kernel a reference to (1, block).
+    """
+
+    values: Any
+    largest: Any
+
+
 def forward_kernel(
-    head: Head, hidden: Any, table: Any, targets: Any, logits: Any, log_z: Any, chosen: Any, largest: Any, total: Any
+    head: Head,
+    hidden: Any,
+    table: Any,
+    targets: Any,
+    kept: Exponentials,
+    log_z: Any,
+    chosen: Any,
+    largest: Any,
+    total: Any,
 ) -> None:
     """One tile with one block of tokens; the tiles follow each other.
 
@@ -86,7 +111,7 @@ def forward_kernel(
       hidden: reference to (embed, block).
       table: to a tile.
       targets: to (1, block).
-      logits: takes them, (tile, block).
+      kept: takes what the backward kernel needs.
       log_z, chosen: take the results, (1, block).
       largest, total: keep the largest logit of a token and the sum of exp(logit - largest), (1, block).
     """
@@ -104,14 +129,16 @@ def forward_kernel(
     def add(index: Any) -> None:
         here = positions(index, _width(hidden))
         products = head.form.logits(dot(kernel, hidden[:, here]))
-        logits[:, here] = products
         is_target = rows.ids(products.shape[1]) == targets[:, here]
         chosen[:, here] += jnp.where(is_target, products, 0.0).sum(axis=0, keepdims=True)
         products = rows.inside(products, -jnp.inf)
         before = largest[:, here]
         now = jnp.maximum(before, products.max(axis=0, keepdims=True))
-        total[:, here] = total[:, here] * jnp.exp(before - now) + jnp.exp(products - now).sum(axis=0, keepdims=True)
+        exponentials = jnp.exp(products - now)
+        total[:, here] = total[:, here] * jnp.exp(before - now) + exponentials.sum(axis=0, keepdims=True)
         largest[:, here] = now
+        kept.values[:, here] = exponentials.astype(kept.values.dtype)
+        kept.largest[:, here] = now
 
     each_block(hidden.shape[1], _width(hidden), add)
 
@@ -126,16 +153,18 @@ class BackwardInputs(NamedTuple):
     Attributes:
       hidden: (block, embed).
       table: a tile.
-      logits: (tile, block), as the forward kernel wrote them.
-      targets, log_z: (1, block).
-      d_log_z, d_chosen: their gradients, and that of the target's logit, (1, block).
+      kept: as the forward kernel wrote it.
+      targets: (1, block).
+      log_z, chosen: what the forward kernel found, (1, block).
+      d_log_z, d_chosen: their gradients, (1, block).
     """
 
     hidden: Any
     table: Any
-    logits: Any
+    kept: Exponentials
     targets: Any
     log_z: Any
+    chosen: Any
     d_log_z: Any
     d_chosen: Any
 
@@ -159,13 +188,23 @@ def backward_kernel(head: Head, inputs: BackwardInputs, d_hidden: Any, d_table: 
     rows = head.rows()
     columns = rows.inside(rows.whole(inputs.table), 0.0).T
 
+    def of_targets(here: Any) -> Float[Array, "1 width"]:
+        """From the target's logit, which is known, and not from an exponential that was rounded, or is 0."""
+        chosen = inputs.chosen[:, here]
+        gradient = inputs.d_log_z[:, here] * jnp.exp(chosen - inputs.log_z[:, here]) + inputs.d_chosen[:, here]
+        return head.form.through(gradient, lambda: chosen)
+
+    def of_others(here: Any) -> Float[Array, "tile width"]:
+        exponentials, largest = inputs.kept.values[:, here].astype(jnp.float32), inputs.kept.largest[:, here]
+        gradient = (inputs.d_log_z[:, here] * jnp.exp(largest - inputs.log_z[:, here])) * exponentials
+        # Of an exponential that is 0 any logit will do.
+        least = jnp.finfo(jnp.float32).tiny
+        return head.form.through(gradient, lambda: jnp.log(jnp.maximum(exponentials, least)) + largest)
+
     def add(index: Any) -> None:
         here = positions(index, width)
-        logits = inputs.logits[:, here]
-        softmax = jnp.exp(logits - inputs.log_z[:, here])
-        is_target = rows.ids(width) == inputs.targets[:, here]
-        gradient = inputs.d_log_z[:, here] * softmax + jnp.where(is_target, inputs.d_chosen[:, here], 0.0)
-        gradient = rows.inside(head.form.through(gradient, logits), 0.0).astype(d_logits.dtype)
+        gradient = jnp.where(rows.ids(width) == inputs.targets[:, here], of_targets(here), of_others(here))
+        gradient = rows.inside(gradient, 0.0).astype(d_logits.dtype)
         d_logits[:, here] = gradient
         d_hidden[:, here] += dot(columns, gradient)
 

@@ -61,9 +61,9 @@ def memory_traffic(text: str, *, of_loop: bool = False, unknown_trips: int = 1) 
     """What one execution of a compiled module moves between memory and cores, most first.
 
     Every instruction that runs by itself reads its operands from memory and writes its result there; what happens
-    inside a fusion stays in registers. Of what is sliced the slice is read, also inside a fusion, and of what is
-    updated in place the tiles of the update are read and written. What a TPU keeps beside its cores (S(1) in the text)
-    does not count. Nothing is found in a cache. All branches of a conditional count.
+    inside a fusion stays in registers. Of what is sliced the slice is read, also inside a fusion. Of what is updated in
+    place, or scattered into, the tiles that the updates touch are read and written. What a TPU keeps beside its cores
+    (S(1) in the text) does not count. Nothing is found in a cache. All branches of a conditional count.
 
     Args:
       text: of the module after optimization.
@@ -153,7 +153,9 @@ def _bytes(instruction: Instruction, caller: Computation, module: Module) -> int
         case opcode if opcode.removesuffix("-start") in KINDS:
             return sum(map(memory_bytes, operands)) + memory_bytes(result_shape(instruction))
         case "dynamic-update-slice":
-            return _updated(instruction.shape, operands[1])
+            return _updated(instruction, instruction.shape, caller)
+        case "scatter" if _is_in_place(instruction):
+            return sum(map(memory_bytes, operands[1:])) + _updated(instruction, instruction.shape, caller)
         case opcode if opcode in _SLICES:
             return 2 * memory_bytes(instruction.shape)
         case "custom-call" if instruction.target in _PLACES:
@@ -202,7 +204,7 @@ def _share_read(value: Instruction, inside: Computation, module: Module) -> floa
             elif user.opcode == "fusion":
                 within = module.computations[user.attribute("calls")]
                 share += _share_read(_parameter(within, place), within, module)
-            elif user.opcode != "dynamic-update-slice" or place != 0:
+            elif not _is_in_place(user) or place != 0:
                 share += 1.0
     return min(share, 1.0)
 
@@ -217,13 +219,33 @@ def _written(shape: str, value: Instruction, inside: Computation, module: Module
         return _written(shape, root_of(within), within, module)
     if value.opcode in _PASSED and value.operand_names[0] in inside and shape.startswith(value.shape[:2]):
         return _written(shape, inside[value.operand_names[0]], inside, module)
-    if value.opcode != "dynamic-update-slice":
-        return memory_bytes(shape)
-    return _updated(shape, inside[value.operand_names[1]].shape)
+    return _updated(value, shape, inside) if _is_in_place(value) else memory_bytes(shape)
 
 
-def _updated(shape: str, update: str) -> int:
+def _is_in_place(instruction: Instruction) -> bool:
+    """It changes parts of its first operand, which its result takes the place of."""
+    if instruction.opcode == "scatter":
+        # One into several arrays at once has more operands, and counts as if it read and wrote them all.
+        return len(instruction.operand_names) == 3
+    return instruction.opcode == "dynamic-update-slice"
+
+
+def _updated(update: Instruction, shape: str, inside: Computation) -> int:
     """What an update in place of an array of this shape reads and writes: the tiles that it touches."""
-    sizes, layout = _ARRAY.search(update)[3], _ARRAY.search(shape)[4]
-    letters = shape[: shape.index("[")]
-    return 2 * memory_bytes(f"{letters}[{sizes}]{{{layout or ''}}}")
+    if update.opcode == "scatter":
+        values = inside[update.operand_names[2]].shape
+        window = _window(update, _ARRAY.search(shape), _ARRAY.search(values))
+    else:
+        values = inside[update.operand_names[1]].shape
+        window = _ARRAY.search(values)[3]
+    letters, layout = shape[: shape.index("[")], _ARRAY.search(shape)[4]
+    tiles = memory_bytes(f"{letters}[{window}]{{{layout or ''}}}") * (_size(values) // max(_size(f"f[{window}]"), 1))
+    return 2 * min(tiles, memory_bytes(shape))
+
+
+def _window(scatter: Instruction, array: re.Match, updates: re.Match) -> str:
+    """The sizes of what a scatter changes of its array in each place, as text."""
+    sizes = updates[3].split(",")
+    of_windows = [sizes[dim] for dim in scatter.numbers("update_window_dims")]
+    single = {*scatter.numbers("inserted_window_dims"), *scatter.numbers("input_batching_dims")}
+    return ",".join("1" if dim in single else of_windows.pop(0) for dim in range(len(array[3].split(","))))

@@ -71,6 +71,60 @@ def test_a_copy_of_the_cache_is_seen():
     )
 
 
+SCATTER = """HloModule m
+
+%rows (p0: f32[1000,256], p1: s32[40,1], p2: bf16[40,256]) -> f32[1000,256] {
+  %p0 = f32[1000,256]{1,0} parameter(0)
+  %p1 = s32[40,1]{1,0} parameter(1)
+  %p2 = bf16[40,256]{1,0} parameter(2)
+  %wide = f32[40,256]{1,0} convert(%p2)
+  ROOT %scatter = f32[1000,256]{1,0} scatter(%p0, %p1, %wide), WHERE, to_apply=%add
+}
+
+ENTRY %main (table: f32[1000,256], ids: s32[40,1], rows: bf16[40,256]) -> f32[1000,256] {
+  %table = f32[1000,256]{1,0} parameter(0)
+  %ids = s32[40,1]{1,0} parameter(1)
+  %rows = bf16[40,256]{1,0} parameter(2)
+  ROOT %sum = f32[1000,256]{1,0} fusion(%table, %ids, %rows), kind=kLoop, calls=%rows
+}
+""".replace(
+    "WHERE", "update_window_dims={1}, inserted_window_dims={0}, scatter_dims_to_operand_dims={0}, index_vector_dim=1"
+)
+
+
+def test_of_a_scatter_in_place_the_rows_that_it_touches_count():
+    indices, updates = 40 * 4, 40 * 256 * 2
+    assert total_bytes(memory_traffic(SCATTER)) == indices + updates + 2 * 40 * 256 * 4
+    # In tiles of eight rows each row may touch another tile, but all of them no more than all there are.
+    tiled = SCATTER.replace("f32[1000,256]{1,0}", "f32[1000,256]{1,0:T(8,128)}")
+    assert total_bytes(memory_traffic(tiled)) == indices + updates + 2 * 8 * 40 * 256 * 4
+    dense = tiled.replace("40,", "400,")
+    assert total_bytes(memory_traffic(dense)) == 10 * (indices + updates) + 2 * 1000 * 256 * 4
+
+
+def test_a_scatter_outside_of_fusions_reads_what_it_adds():
+    alone = """HloModule m
+
+ENTRY %main (table: f32[9,4,6], ids: s32[5,2], parts: f32[4,5]) -> f32[9,4,6] {
+  %table = f32[9,4,6]{2,1,0} parameter(0)
+  %ids = s32[5,2]{1,0} parameter(1)
+  %parts = f32[4,5]{1,0} parameter(2)
+  ROOT %sum = f32[9,4,6]{2,1,0} scatter(%table, %ids, %parts), update_window_dims={0}, inserted_window_dims={0,2}
+}
+"""
+    assert total_bytes(memory_traffic(alone)) == 5 * 2 * 4 + 3 * 4 * 5 * 4
+    assert (
+        total_bytes(
+            memory_traffic(
+                alone.replace("inserted_window_dims={0,2}", "inserted_window_dims={2}, input_batching_dims={0}")
+            )
+        )
+        == 5 * 2 * 4 + 3 * 4 * 5 * 4
+    )
+    several = alone.replace("scatter(%table, %ids, %parts)", "scatter(%table, %table, %ids, %parts, %parts)")
+    assert total_bytes(memory_traffic(several)) == 5 * 2 * 4 + 2 * 4 * 5 * 4 + 3 * 9 * 4 * 6 * 4
+
+
 def test_what_is_fetched_in_advance_is_read_once():
     """From memory to beside the cores: all of an array, or the slice alone."""
     fetched = """HloModule m
