@@ -33,11 +33,11 @@ class ForwardPass:
 
 
 def forward(config: ModelConfig, params: Any, tokens: Int[Array, "batch seq"], **inputs: Any) -> ForwardPass:
-    """The forward pass of build_model(config) in config.dtype, without dropout.
+    """The forward pass of build_model(config) in config.dtype, without dropout if `inputs` ask for none.
 
     Args:
       tokens: what the model reads; of an Encoder perhaps pixels (batch, height, width, channels).
-      inputs: further arguments of the model, such as segment_ids.
+      inputs: further arguments of the model and of its `apply`, such as segment_ids, or deterministic=False and rngs.
     """
     plain = dataclasses.replace(config, attention="xla", expert_dispatch="blocked", remat="none")
     collections = [STREAM]

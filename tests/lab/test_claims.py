@@ -172,6 +172,15 @@ def test_forms_are_lossless(small_model):
     assert forms.mean_in_bfloat16(model=small_model).holds
 
 
+def test_with_dropout_forms_are_equal_where_the_mean_is_taken_out_behind_the_mask(small_model, monkeypatch):
+    finding = forms.equal_under_dropout(model=small_model)
+    assert finding.holds, finding.number
+    # With nothing dropped both ways are equal; and without the mean taken out neither is.
+    assert not forms.equal_under_dropout(model=small_model, rate=0.0).holds
+    monkeypatch.setattr(forms.nn, "Dropout", forms.nn.Dense)
+    assert not forms.equal_under_dropout(model=small_model).holds
+
+
 def test_forms_with_a_mean_are_not(small_model, uncentred):
     assert not forms.lossless("pre_rmsnorm", model=small_model).holds
     assert not forms.lossless("pre_crmsnorm", model=small_model).holds

@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
+from flax.linen.module import InterceptorContext
 from jaxtyping import Array, Float, Int
 
 from hybridnorm_jax.config_fields import present
@@ -16,7 +19,7 @@ from hybridnorm_jax.equivalence.forms import conversion_of
 from hybridnorm_jax.equivalence.forward_pass import forward
 from hybridnorm_jax.equivalence.measurements import Measured, relative_difference
 from hybridnorm_jax.equivalence.proof import LARGEST_RELATIVE, prove
-from hybridnorm_jax.equivalence.transforms import decompress
+from hybridnorm_jax.equivalence.transforms import decompress, recenter
 from hybridnorm_jax.lab.claims.claim import Finding
 from hybridnorm_jax.model.abstract_params import abstract_params
 from hybridnorm_jax.model.config import ModelConfig
@@ -77,6 +80,31 @@ def mean_in_bfloat16(*, model: ModelConfig = MODEL) -> Finding:
     mean, before = float(proof.means["bfloat16"].max()), float(proof.means["Pre-LN"].max())
     number = f"largest |mean| / RMS in bfloat16: {mean:.1e}; of the Pre-LN model: {before:.1e}"
     return Finding(number=number, holds=mean <= LARGEST_MEAN)
+
+
+def equal_under_dropout(*, model: ModelConfig = MODEL, rate: float = 0.1) -> Finding:
+    """Whether Pre-RMSNorm has the logits of Pre-LN with the same masks, if the mean is taken out behind each mask.
+
+    What is written to the stream is x - mean(x), x = mask * branch / (1 - rate); the weights stay those of Pre-LN. Taken
+    out in front of the mask, by recentered weights, the mean comes back with what the mask drops.
+    """
+    model = dataclasses.replace(model, dropout=rate)
+    form = dataclasses.replace(model, norm="rmsnorm")
+
+    def without_mean(call: Callable[..., Array], args: Any, keywords: Any, context: InterceptorContext) -> Array:
+        result = call(*args, **keywords)
+        return result - result.mean(-1, keepdims=True) if isinstance(context.module, nn.Dropout) else result
+
+    with jax.enable_x64(True):
+        params, tokens = drawn(model), random_tokens(model)
+        masks: dict[str, Any] = {"deterministic": False, "rngs": {"dropout": jax.random.key(0)}}
+        expected = forward(model, params, tokens, **masks).output
+        recentered = recenter(params, decoder_layout(model))
+        before = float(relative_difference(forward(form, recentered, tokens, **masks).output, expected))
+        with nn.intercept_methods(without_mean):
+            behind = float(relative_difference(forward(form, params, tokens, **masks).output, expected))
+    number = f"largest difference of logits, over the largest: {behind:.1e}; with the mean taken out first: {before:.1e}"
+    return Finding(number=number, holds=behind <= LARGEST_RELATIVE < before)
 
 
 @functools.cache

@@ -34,6 +34,7 @@ MEASURES: dict[str, Callable[[], Finding]] = {
     "training-rmsnorm-float32": partial(training.equal_curves, RMSNORM, dtype="float32"),
     "training-crmsnorm-float32": partial(training.equal_curves, CRMSNORM, dtype="float32"),
     "training-converted": partial(training.another_trajectory, RMSNORM),
+    "training-dropout": forms.equal_under_dropout,
     "bfloat16-mean": forms.mean_in_bfloat16,
     "training-bfloat16": partial(training.equal_curves, CRMSNORM, dtype="bfloat16"),
     "speed-training-rmsnorm": partial(speed.training_faster, RMSNORM),
