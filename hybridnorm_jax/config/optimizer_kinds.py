@@ -22,8 +22,6 @@ class OptimizerKind:
         the keys optimizer.muon_except and optimizer.muon_rate_factor.
       averages_steps: whether the learning rate stays constant and the optimizer averages the steps instead. This
         average is then what is evaluated and exported.
-      bounded: whether no number of its direction is larger than the largest of all gradients over optimizer.eps, or
-        than 1 where it does not read that key.
       unread: keys of the section `optimizer` that other optimizers read and this one does not.
     """
 
@@ -32,15 +30,14 @@ class OptimizerKind:
     narrow_moments: bool = True
     splits_matrices: bool = False
     averages_steps: bool = False
-    bounded: bool = False
     unread: tuple[str, ...] = ()
 
 
 OPTIMIZERS: dict[str, OptimizerKind] = {
-    "adamw": OptimizerKind(direction="adam", follows_width=True, bounded=True),
+    "adamw": OptimizerKind(direction="adam", follows_width=True),
     # A few means of squares, which need float32 and hardly any memory.
     "adafactor": OptimizerKind(direction="adafactor", narrow_moments=False, unread=("b1", "b2", "eps")),
-    "lion": OptimizerKind(direction="lion", follows_width=True, bounded=True, unread=("eps",)),
+    "lion": OptimizerKind(direction="lion", follows_width=True, unread=("eps",)),
     "muon": OptimizerKind(direction="muon", splits_matrices=True),
     "schedule_free": OptimizerKind(direction="root_mean_square", averages_steps=True),
 }

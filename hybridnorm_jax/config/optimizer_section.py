@@ -133,16 +133,6 @@ class OptimizerSection:
         return OPTIMIZERS[self.name]
 
     @property
-    def steps_stay_finite(self) -> bool:
-        """Whether parameters below 1e28 stay finite in every step whose gradient has a finite norm in float32.
-
-        The numbers of such gradients are below 2^64, the root of what float32 holds, and a bounded direction is below
-        2^64 / eps. With eps >= 1e-12, a rate of at most 10^6 (the keys allow a peak and its factor of 1000 each) and a
-        weight decay of at most 1000 a step is below 2e37 + 1e37.
-        """
-        return self.kind.bounded and ("eps" in self.kind.unread or self.eps >= 1e-12)
-
-    @property
     def averages(self) -> bool:
         """Whether other parameters are evaluated and exported than those that are trained: their average."""
         return self.ema_decay is not None or self.kind.averages_steps

@@ -164,9 +164,7 @@ def make_train_step(
     microbatches', so accumulation changes it.
 
     Where the loss, the gradient (whichever microbatch it came from) or the update is NaN or infinite, or the loss is a
-    spike (anomalies.judge), parameters, moments and balance biases stay bit for bit as they are; the step counts. An
-    update that follows from a finite gradient to be finite is not looked at: XLA would compute it twice, once to know
-    whether it may replace the state and once to replace it.
+    spike (anomalies.judge), parameters, moments and balance biases stay bit for bit as they are; the step counts.
 
     Metrics: loss (nats per target, without any other term), grad_norm (before clipping), learning_rate, z_loss (its
     weighted term) where there is one, those of anomalies.anomaly_metrics, and with experts those of
@@ -179,7 +177,6 @@ def make_train_step(
     """
     objective = _make_objective(model, options, defects=measure is not None and convert is not None)
     section = options.optimizer
-    known_to_be_finite = section.steps_stay_finite and not model.config.scheme_rule.sphere  # that divides by lengths
 
     def train_step(state, batch, numbers):
         key = jax.random.fold_in(jax.random.wrap_key_data(numbers.dropout_seed), state.step)
@@ -201,7 +198,7 @@ def make_train_step(
                 state.anomalies,
                 metrics["loss"],
                 metrics["grad_norm"],
-                update_is_finite=jnp.ones((), bool) if known_to_be_finite else all_finite(params),
+                update_is_finite=all_finite(params),
                 sigma=options.skip_spikes_sigma,
             )
             before = state.params, state.opt_state, state.average

@@ -180,37 +180,6 @@ def test_settings_that_average_are_those_of_the_table(monkeypatch):
     assert (section.averages, section.average_setting) == (True, "optimizer.name=novel")
 
 
-BOUNDED = [name for name, kind in OPTIMIZERS.items() if kind.bounded]
-
-
-@pytest.mark.parametrize("name", BOUNDED)
-@pytest.mark.parametrize("b1", [0.0, 0.999])
-@pytest.mark.parametrize("b2", [0.0, 0.999])
-def test_what_is_said_to_stay_finite_does_at_the_ends_of_all_ranges(name, b1, b2):
-    """Gradients up to the root of the largest float32 and down to 0, one after the other, in several orders."""
-    extreme = {"learning_rate": 1000.0, "schedule": "piecewise", "piecewise": {"0": 1000.0}, "weight_decay": 1000.0}
-    section = OptimizerSection(**COMMON | extreme | {"name": name, "b1": b1, "b2": b2, "eps": 1e-12})
-    assert section.steps_stay_finite
-    optimizer = make_optimizer(section, step_numbers(section, steps=40, tokens_per_step=1, seed=0))
-    sizes = np.float32([1.8e19, 1.0, 1e-12, 1e-19, 1e-30, 1e-38, 0.0, 0.0])
-    orders = np.stack([np.roll(order, shift) for order in (sizes, sizes[::-1], -sizes) for shift in range(len(sizes))])
-    # The matrix of a head, of which each row sees its order of gradients.
-    params = {"head": {"kernel": np.full((len(orders), 1), 1e28, np.float32)}}
-    update, state = jax.jit(optimizer.update), optimizer.init(params)
-    for step in range(3 * len(sizes)):
-        gradient = {"head": {"kernel": orders[:, step % len(sizes), None]}}
-        updates, state = update(gradient, state, params)
-        assert np.isfinite(optax.apply_updates(params, updates)["head"]["kernel"]).all(), (step, updates)
-
-
-def test_a_step_is_known_to_stay_finite_where_the_row_and_eps_say_so():
-    assert set(BOUNDED) == {"adamw", "lion"}
-    assert OptimizerSection(eps=1e-12).steps_stay_finite
-    assert not OptimizerSection(eps=1e-13).steps_stay_finite
-    assert OptimizerSection(name="lion", eps=1e-8).steps_stay_finite
-    assert not OptimizerSection(name="muon").steps_stay_finite
-
-
 def test_adafactor_is_that_of_optax_where_an_array_is_one_matrix():
     """A further reference: with the paper's epsilon, and without the weight decay."""
     rng = np.random.default_rng(0)
