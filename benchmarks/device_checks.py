@@ -122,7 +122,7 @@ def dispatch_obstacle(dispatch: str, dtype: str) -> str | None:
 
 def loss_obstacle(kernel: str, dtype: str) -> str | None:
     """Why this device cannot compute the loss so; None: it can."""
-    asked = {"width": HEAD.embed, "more_than_table": None, "split_by": ()}
+    asked = {"width": HEAD.embed, "capped": False, "more_than_table": None, "split_by": ()}
     return _refusal(check_loss_kernel, kernel, platform=jax.default_backend(), dtype=dtype, **asked)
 
 

@@ -109,7 +109,7 @@ class TrainSection:
     )
     loss_kernel: str = key(
         "xla",
-        f"what computes the logits and the loss: {' | '.join(LOSS_KERNELS)}; pallas, for TPUs, keeps logits in the cores",
+        f"what computes the logits and the loss: {' | '.join(LOSS_KERNELS)}; pallas, for TPUs, keeps logits in a core",
     )
     z_loss: float = key(
         0.0, "weight of the squared log-partition, added to the training loss", at_least=0, at_most=LARGEST_WEIGHT

@@ -14,6 +14,7 @@ def check_loss_kernel(
     platform: str,
     dtype: Any,
     width: int,
+    capped: bool,
     more_than_table: str | None,
     split_by: tuple[str, ...],
 ) -> None:
@@ -22,6 +23,7 @@ def check_loss_kernel(
     Args:
       platform: of the devices.
       dtype, width: of what the head reads.
+      capped: there is a model.logit_cap.
       more_than_table: `key=value` of what gives the head parameters besides its table; None where it has no others.
       split_by: the mesh axes that split the vocabulary.
     """
@@ -40,6 +42,6 @@ def check_loss_kernel(
     else:
         from hybridnorm_jax.kernels.tpu_head import LANES, token_block  # imports Pallas, which takes a while
 
-        if not token_block(LANES, width, dtype):
+        if not token_block(LANES, width, dtype, capped=capped):
             reason = f"does not fit into the memory of a core of this TPU with model.d_model={width}"
     check(reason is None, "train.loss_kernel", name, f"{reason}; use xla")

@@ -3,8 +3,9 @@
     z = cap tanh(scale hidden table^T / cap),   log_z = log sum exp(z),   chosen = z[target]
 
 The forward kernel finds log_z and chosen while z is in the core, and writes exp(z - largest z so far) to memory once,
-in the dtype of `hidden`. The backward kernel reads that once, forms the gradient of z, and multiplies it with the table
-and with `hidden`. No product is computed twice. XLA by itself writes z in float32 and reads it three times.
+in the dtype of `hidden`; with a cap it writes z, in float32. The backward kernel reads that once, forms the gradient of
+z, and multiplies it with the table and with `hidden`. No product is computed twice. XLA by itself writes z in float32
+and reads it three times.
 
 Not measured on a TPU. Counted in the compiled step, see docs/tpus.md.
 """
@@ -22,9 +23,9 @@ from jaxtyping import Array, Float, Int
 from hybridnorm_jax.kernels.token_logits import TokenLogits
 from hybridnorm_jax.kernels.tpu_head_kernels import (
     BackwardInputs,
-    Exponentials,
     Form,
     Head,
+    Kept,
     backward_kernel,
     forward_kernel,
 )
@@ -147,9 +148,9 @@ def head_token_logits(
 ) -> TokenLogits:
     """token_logits of what `form` makes of the product of `hidden` and the table, in float32.
 
-    The gradient of the product is rounded to the dtype of both, as operand of its two products. So are the exponentials
-    of the softmax that it is formed from, besides those of the targets. On a mesh each device takes its share of the
-    tokens and the whole table.
+    The gradient of the product is rounded to the dtype of both, as operand of its two products. Where there is no cap,
+    so are the exponentials of the softmax that it is formed from, but for those of the targets. On a mesh each device
+    takes its share of the tokens and the whole table.
 
     Args:
       hidden: in bfloat16 or float32; of the same sequences, and of positions that are split in the same way, as the
@@ -159,14 +160,15 @@ def head_token_logits(
     return _token_logits(hidden, head.table, head.sums, targets, (_places(*targets.shape), form))
 
 
-def token_block(tokens: int, embed: int, dtype: Any) -> int:
+def token_block(tokens: int, embed: int, dtype: Any, *, capped: bool) -> int:
     """How many tokens the backward kernel, the larger one, takes at a time; 0: no LANES of them fit into the core.
 
     What it reads and what it writes of these tokens stays there, while the table passes by.
     """
     narrow, channels = jnp.dtype(dtype).itemsize, -(-embed // LANES) * LANES
-    # The exponentials, twice, and the gradient of the products; six rows in float32, which take tiles of eight, twice.
-    per_token = channels * (narrow + 4) + TILE * 3 * narrow + 6 * 2 * 8 * 4
+    # What is kept of the logits, twice, and the gradient of the products; six rows in float32, of eight each, twice.
+    kept = 4 if capped else narrow
+    per_token = channels * (narrow + 4) + TILE * (2 * kept + narrow) + 6 * 2 * 8 * 4
     # The table's tile and that of its gradient, each twice, the gradient's once more as the result of a product.
     fixed = TILE * channels * (2 * narrow + narrow + 3 * 4) + PRODUCTS[narrow] + 4 * channels * TILE
     most = int(_memory() - fixed) // per_token // LANES
@@ -182,7 +184,7 @@ def _memory() -> float:
 
 
 # hidden, table, targets, and what the forward kernel found and wrote.
-_Kept = tuple[Array, Array, Array, TokenLogits, Exponentials]
+_Residuals = tuple[Array, Array, Array, TokenLogits, Kept]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -195,26 +197,26 @@ def _token_logits(
 
 def _forward(
     hidden: Array, table: Array, sums: Array, targets: Array, layout: tuple[_Places, Form]
-) -> tuple[TokenLogits, _Kept]:
+) -> tuple[TokenLogits, _Residuals]:
     places, form = layout
     tokens, everywhere = places.tokens, PartitionSpec()
     mapped = on_each_device(
         functools.partial(_call_forward, form),
         in_specs=(tokens, everywhere, tokens),
-        out_specs=(TokenLogits(tokens, tokens), Exponentials(places.devices, places.devices)),
+        out_specs=(TokenLogits(tokens, tokens), Kept(places.devices, places.devices)),
     )
-    found, exponentials = mapped(hidden, table, targets)
-    return found, (hidden, table, targets, found, exponentials)
+    found, kept = mapped(hidden, table, targets)
+    return found, (hidden, table, targets, found, kept)
 
 
-def _backward(layout: tuple[_Places, Form], kept: _Kept, gradient: TokenLogits) -> tuple[Array, None, Array, None]:
+def _backward(layout: tuple[_Places, Form], kept: _Residuals, gradient: TokenLogits) -> tuple[Array, None, Array, None]:
     places, form = layout
     tokens, everywhere, devices = places.tokens, PartitionSpec(), places.devices
     mapped = on_each_device(
         functools.partial(_call_backward, form),
         in_specs=(
             *(tokens, everywhere, tokens, TokenLogits(tokens, tokens)),
-            *(Exponentials(devices, devices), TokenLogits(tokens, tokens)),
+            *(Kept(devices, devices), TokenLogits(tokens, tokens)),
         ),
         out_specs=(tokens, devices),
     )
@@ -238,7 +240,7 @@ class _Blocks:
         self.vocab = table.shape[0 if form.vocab_first else 1]
         self.form = form
         self.tokens = batch * seq
-        self.block = token_block(self.tokens, self.embed, hidden.dtype)
+        self.block = token_block(self.tokens, self.embed, hidden.dtype, capped=form.cap is not None)
         blocks = -(-self.tokens // self.block)
         self.filled = blocks * self.block
         self.grid = (blocks, -(-self.vocab // TILE))
@@ -266,8 +268,8 @@ class _Blocks:
         return pl.BlockSpec((self.embed, self.block), lambda block, tile: (0, block), pipeline_mode=pl.Buffered(1))
 
     @property
-    def of_exponentials(self) -> Exponentials:
-        return Exponentials(
+    def of_kept(self) -> Kept:
+        return Kept(
             pl.BlockSpec((None, TILE, self.block), lambda block, tile: (0, tile, block)),
             pl.BlockSpec((None, None, 1, self.block), lambda block, tile: (0, tile, 0, block)),
         )
@@ -300,25 +302,25 @@ class _Blocks:
         }
 
 
-def _call_forward(form: Form, hidden: Array, table: Array, targets: Array) -> tuple[TokenLogits, Exponentials]:
-    """(log_z and chosen as the targets are, exponentials with a first dimension of 1) of one device."""
+def _call_forward(form: Form, hidden: Array, table: Array, targets: Array) -> tuple[TokenLogits, Kept]:
+    """(log_z and chosen as the targets are, what is kept, with a first dimension of 1) of one device."""
     blocks = _Blocks(hidden, table, form)
     row = jax.ShapeDtypeStruct((1, blocks.filled), jnp.float32)
-    kept = Exponentials(
-        jax.ShapeDtypeStruct((1, blocks.vocab, blocks.filled), hidden.dtype),
+    shapes = Kept(
+        jax.ShapeDtypeStruct((1, blocks.vocab, blocks.filled), hidden.dtype if form.cap is None else jnp.float32),
         jax.ShapeDtypeStruct((1, blocks.grid[1], 1, blocks.filled), jnp.float32),
     )
-    exponentials, log_z, chosen = pl.pallas_call(
+    kept, log_z, chosen = pl.pallas_call(
         functools.partial(forward_kernel, blocks.head),
         in_specs=(blocks.of_columns, blocks.of_table, blocks.of_row),
-        out_specs=(blocks.of_exponentials, blocks.of_row, blocks.of_row),
-        out_shape=(kept, row, row),
+        out_specs=(blocks.of_kept, blocks.of_row, blocks.of_row),
+        out_shape=(shapes, row, row),
         scratch_shapes=(pltpu.VMEM((1, blocks.block), jnp.float32), pltpu.VMEM((1, blocks.block), jnp.float32)),
         name="head_forward",
         **blocks.how,
     )(blocks.matrix(hidden).T, table, blocks.row(targets))
     found = TokenLogits(*(x[0, : blocks.tokens].reshape(targets.shape) for x in (log_z, chosen)))
-    return found, exponentials
+    return found, kept
 
 
 def _call_backward(
@@ -327,7 +329,7 @@ def _call_backward(
     table: Array,
     targets: Array,
     found: TokenLogits,
-    exponentials: Exponentials,
+    kept: Kept,
     gradient: TokenLogits,
 ) -> tuple[Array, Array]:
     """(gradient of hidden, that of the table in float32 as (1, *table)) of one device."""
@@ -339,7 +341,7 @@ def _call_backward(
             BackwardInputs(
                 hidden=blocks.of_matrix,
                 table=blocks.of_table,
-                kept=blocks.of_exponentials,
+                kept=blocks.of_kept,
                 targets=row,
                 log_z=row,
                 chosen=row,
@@ -359,7 +361,7 @@ def _call_backward(
         BackwardInputs(
             hidden=blocks.matrix(hidden),
             table=table,
-            kept=exponentials,
+            kept=kept,
             targets=blocks.row(targets),
             log_z=blocks.row(found.log_z),
             chosen=blocks.row(found.chosen),

@@ -3,7 +3,6 @@
 Tokens lie along the lanes, so that log_z and all that is known of a token is a row.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from hybridnorm_jax.config_fields import present
 from hybridnorm_jax.kernels.tpu_attention_blocks import dot, each_block, positions
 
 
@@ -32,10 +32,10 @@ class Form(NamedTuple):
             products = self.scale * products
         return products if self.cap is None else self.cap * jnp.tanh(products / self.cap)
 
-    def through(self, gradient: Array, logits: Callable[[], Array]) -> Array:
-        """The gradient of products, from that of logits; `logits` computes them, where there is a cap."""
+    def through(self, gradient: Array, logits: Array | None) -> Array:
+        """The gradient of products, from that of logits; `logits` is asked for where there is a cap."""
         if self.cap is not None:
-            gradient = gradient * (1.0 - jnp.square(logits() / self.cap))
+            gradient = gradient * (1.0 - jnp.square(present(logits) / self.cap))
         return gradient if self.scale is None else self.scale * gradient
 
 
@@ -78,11 +78,12 @@ class _Rows(NamedTuple):
         return table[...] if self.head.form.vocab_first else table[...].T
 
 
-class Exponentials(NamedTuple):
-    """exp(logits - largest): what the backward kernel needs of the logits, in the dtype of what the head reads.
+class Kept(NamedTuple):
+    """What the backward kernel needs of the logits: exp(logits - largest), in the dtype of what the head reads.
 
     In bfloat16 each has the relative error of one rounding, however large its logit is. Logits in bfloat16 would give
-    the softmax their absolute error as its relative one.
+    the softmax their absolute error as its relative one. Where there is a cap, whose slope needs the logits, the values
+    are the logits, in float32.
 
     Attributes:
       values: (vocab, filled); in a kernel a reference to (tile, block).
@@ -99,7 +100,7 @@ def forward_kernel(
     hidden: Any,
     table: Any,
     targets: Any,
-    kept: Exponentials,
+    kept: Kept,
     log_z: Any,
     chosen: Any,
     largest: Any,
@@ -128,16 +129,16 @@ def forward_kernel(
 
     def add(index: Any) -> None:
         here = positions(index, _width(hidden))
-        products = head.form.logits(dot(kernel, hidden[:, here]))
-        is_target = rows.ids(products.shape[1]) == targets[:, here]
-        chosen[:, here] += jnp.where(is_target, products, 0.0).sum(axis=0, keepdims=True)
-        products = rows.inside(products, -jnp.inf)
+        logits = head.form.logits(dot(kernel, hidden[:, here]))
+        is_target = rows.ids(logits.shape[1]) == targets[:, here]
+        chosen[:, here] += jnp.where(is_target, logits, 0.0).sum(axis=0, keepdims=True)
+        logits = rows.inside(logits, -jnp.inf)
         before = largest[:, here]
-        now = jnp.maximum(before, products.max(axis=0, keepdims=True))
-        exponentials = jnp.exp(products - now)
+        now = jnp.maximum(before, logits.max(axis=0, keepdims=True))
+        exponentials = jnp.exp(logits - now)
         total[:, here] = total[:, here] * jnp.exp(before - now) + exponentials.sum(axis=0, keepdims=True)
         largest[:, here] = now
-        kept.values[:, here] = exponentials.astype(kept.values.dtype)
+        kept.values[:, here] = (exponentials if head.form.cap is None else logits).astype(kept.values.dtype)
         kept.largest[:, here] = now
 
     each_block(hidden.shape[1], _width(hidden), add)
@@ -161,7 +162,7 @@ class BackwardInputs(NamedTuple):
 
     hidden: Any
     table: Any
-    kept: Exponentials
+    kept: Kept
     targets: Any
     log_z: Any
     chosen: Any
@@ -192,14 +193,13 @@ def backward_kernel(head: Head, inputs: BackwardInputs, d_hidden: Any, d_table: 
         """From the target's logit, which is known, and not from an exponential that was rounded, or is 0."""
         chosen = inputs.chosen[:, here]
         gradient = inputs.d_log_z[:, here] * jnp.exp(chosen - inputs.log_z[:, here]) + inputs.d_chosen[:, here]
-        return head.form.through(gradient, lambda: chosen)
+        return head.form.through(gradient, chosen)
 
     def of_others(here: Any) -> Float[Array, "tile width"]:
-        exponentials, largest = inputs.kept.values[:, here].astype(jnp.float32), inputs.kept.largest[:, here]
+        values, largest = inputs.kept.values[:, here].astype(jnp.float32), inputs.kept.largest[:, here]
+        exponentials = values if head.form.cap is None else jnp.exp(values - largest)
         gradient = (inputs.d_log_z[:, here] * jnp.exp(largest - inputs.log_z[:, here])) * exponentials
-        # Of an exponential that is 0 any logit will do.
-        least = jnp.finfo(jnp.float32).tiny
-        return head.form.through(gradient, lambda: jnp.log(jnp.maximum(exponentials, least)) + largest)
+        return head.form.through(gradient, values)
 
     def add(index: Any) -> None:
         here = positions(index, width)

@@ -154,7 +154,7 @@ def _bytes(instruction: Instruction, caller: Computation, module: Module) -> int
             return sum(map(memory_bytes, operands)) + memory_bytes(result_shape(instruction))
         case "dynamic-update-slice":
             return _updated(instruction, instruction.shape, caller)
-        case "scatter" if _is_in_place(instruction):
+        case "scatter" if len(operands) == 3:
             return sum(map(memory_bytes, operands[1:])) + _updated(instruction, instruction.shape, caller)
         case opcode if opcode in _SLICES:
             return 2 * memory_bytes(instruction.shape)
@@ -204,7 +204,7 @@ def _share_read(value: Instruction, inside: Computation, module: Module) -> floa
             elif user.opcode == "fusion":
                 within = module.computations[user.attribute("calls")]
                 share += _share_read(_parameter(within, place), within, module)
-            elif not _is_in_place(user) or place != 0:
+            elif not _is_in_place(user, inside) or place != 0:
                 share += 1.0
     return min(share, 1.0)
 
@@ -219,15 +219,21 @@ def _written(shape: str, value: Instruction, inside: Computation, module: Module
         return _written(shape, root_of(within), within, module)
     if value.opcode in _PASSED and value.operand_names[0] in inside and shape.startswith(value.shape[:2]):
         return _written(shape, inside[value.operand_names[0]], inside, module)
-    return _updated(value, shape, inside) if _is_in_place(value) else memory_bytes(shape)
+    return _updated(value, shape, inside) if _is_in_place(value, inside) else memory_bytes(shape)
 
 
-def _is_in_place(instruction: Instruction) -> bool:
-    """It changes parts of its first operand, which its result takes the place of."""
-    if instruction.opcode == "scatter":
-        # One into several arrays at once has more operands, and counts as if it read and wrote them all.
-        return len(instruction.operand_names) == 3
-    return instruction.opcode == "dynamic-update-slice"
+def _is_in_place(value: Instruction, inside: Computation) -> bool:
+    """A fusion changes parts of its first operand to compute this value, and leaves the rest where it is.
+
+    Of scatters only those of one array that the fusion is given, and gives back as the scatter leaves it. Others count
+    as if they read and wrote all of it.
+    """
+    if value.opcode != "scatter":
+        return value.opcode == "dynamic-update-slice"
+    root = root_of(inside)
+    given = inside[value.operand_names[0]].opcode == "parameter"
+    given_back = value.is_root or (root.opcode == "tuple" and value.name in root.operand_names)
+    return given and given_back and len(value.operand_names) == 3
 
 
 def _updated(update: Instruction, shape: str, inside: Computation) -> int:

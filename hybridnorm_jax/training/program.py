@@ -219,6 +219,7 @@ class Program:
                 platform=self.platform,
                 dtype=model.dtype,
                 width=model.whole_width,
+                capped=model.logit_cap is not None,
                 more_than_table=model.more_than_head_table,
                 split_by=split_axes("vocab", model.vocab_size),
             )

@@ -65,17 +65,16 @@ class Textbook:
         single, (vocab, embed), tokens = 2.0**-24, rows.shape, targets.size
         # Of a logit: its sum. Of log_z besides: a sum of exponentials, each of an argument that is rounded, exp, log.
         of_logit = (embed + 2) * single * scale * np.einsum("bse,ve->bsv", np.abs(hidden), np.abs(rows)).max(-1)
-        of_slope, of_others = 0.0, 1 - one_hot
+        # Exponentials of others than the targets are kept in the dtype of the operands, but with a cap logits are.
+        of_slope, of_kept = 0.0, rounding * (1 - one_hot)
         if cap is not None:  # tanh, two products around it, and its slope from it
             of_logit += 4 * single * cap
-            # The logits of others are found again from rounded exponentials: a logarithm, and a sum of two below cap.
-            of_recovered = of_others * (1.01 * rounding + 8 * single * (1 + cap))
-            of_slope = scale * (2 * (of_logit[..., None] + of_recovered) / cap + 4 * single)
+            of_slope, of_kept = scale * (2 * of_logit[..., None] / cap + 4 * single), 0.0
         of_log_z = of_logit + single * (vocab + 8 + 4 * np.abs(logits).max(-1))
         # Of an entry of d_logits: both in the arguments of two exp, whose distance to the largest logit and from there
-        # to log_z is rounded, the two exp, and their products. The exponentials of others are rounded, and then it is.
+        # to log_z is rounded, the two exp, and their products. Then it is rounded.
         distances = 2 * (highest - logits) + np.log(vocab)
-        of_exp = np.expm1((of_logit + of_log_z)[..., None] + single * (16 + distances)) + rounding * of_others
+        of_exp = np.expm1((of_logit + of_log_z)[..., None] + single * (16 + distances)) + of_kept
         # Below the least number of float32 exp is 0.
         steepest = slope + of_slope
         moved = ((of_exp + 5 * single) * steepest + of_slope) * size
@@ -132,7 +131,7 @@ def test_sizes_below_a_tile_and_whole_tiles(interpreted, shape):
 
 
 def test_a_core_without_room_for_all_tokens_takes_them_in_blocks(interpreted, monkeypatch):
-    monkeypatch.setattr(tpu_head, "token_block", lambda tokens, embed, dtype: 128)
+    monkeypatch.setattr(tpu_head, "token_block", lambda tokens, embed, dtype, capped: 128)
     compare(jnp.float32, batch=3, seq=100)
 
 
@@ -141,8 +140,8 @@ def test_logits_that_are_scaled_and_capped(interpreted, form):
     compare(jnp.float32, **form)
 
 
-@pytest.mark.parametrize("form", [{"size": 20.0}, {"size": 20.0, "cap": 40.0}], ids=str)
-def test_exponentials_in_bfloat16_lose_no_more_where_logits_are_large(interpreted, form):
+@pytest.mark.parametrize("form", [{"size": 20.0}, {"size": 20.0, "cap": 40.0}, {"cap": 0.01}], ids=str)
+def test_bfloat16_loses_no_more_where_logits_are_large_or_the_cap_is_small(interpreted, form):
     compare(jnp.bfloat16, seq=300, **form)
 
 
@@ -234,7 +233,14 @@ def test_the_loss_of_a_model_is_the_one_that_xla_computes(interpreted, small_con
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 def test_what_the_kernel_cannot_do_is_said_in_one_line(arguments, message):
-    possible = {"platform": "tpu", "dtype": "bfloat16", "width": 64, "more_than_table": None, "split_by": ()}
+    possible = {
+        "platform": "tpu",
+        "dtype": "bfloat16",
+        "width": 64,
+        "capped": False,
+        "more_than_table": None,
+        "split_by": (),
+    }
     check_loss_kernel("pallas", **possible)
     check_loss_kernel("xla", **possible | arguments)
     with pytest.raises(ConfigError) as refusal:

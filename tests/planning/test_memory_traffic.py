@@ -102,6 +102,23 @@ def test_of_a_scatter_in_place_the_rows_that_it_touches_count():
     assert total_bytes(memory_traffic(dense)) == 10 * (indices + updates) + 2 * 1000 * 256 * 4
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "read_and_written"),
+    [
+        # Into zeros that the fusion makes, all of which it writes.
+        ("scatter(%p0,", "scatter(%zeros,", 1000 * 256 * 4),
+        # Something is done with the whole result.
+        ("ROOT %scatter =", "ROOT %negated = f32[1000,256]{1,0} negate(%scatter)\n  %scatter =", 2 * 1000 * 256 * 4),
+        ("ROOT %scatter =", "ROOT %flat = f32[256000]{0} bitcast(%scatter)\n  %scatter =", 2 * 1000 * 256 * 4),
+    ],
+    ids=["zeros", "negated", "flat"],
+)
+def test_a_scatter_that_is_not_in_place_counts_whole(old, new, read_and_written):
+    made = "  %wide =", "  %zeros = f32[1000,256]{1,0} broadcast(%p1)\n  %wide ="
+    text = SCATTER.replace(*made).replace(old, new)
+    assert total_bytes(memory_traffic(text)) == 40 * 4 + 40 * 256 * 2 + read_and_written
+
+
 def test_a_scatter_outside_of_fusions_reads_what_it_adds():
     alone = """HloModule m
 

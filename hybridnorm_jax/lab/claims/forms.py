@@ -85,8 +85,8 @@ def mean_in_bfloat16(*, model: ModelConfig = MODEL) -> Finding:
 def equal_under_dropout(*, model: ModelConfig = MODEL, rate: float = 0.1) -> Finding:
     """Whether Pre-RMSNorm has the logits of Pre-LN with the same masks, if the mean is taken out behind each mask.
 
-    What is written to the stream is x - mean(x), x = mask * branch / (1 - rate); the weights stay those of Pre-LN. Taken
-    out in front of the mask, by recentered weights, the mean comes back with what the mask drops.
+    What is written to the stream is x - mean(x), x = mask * branch / (1 - rate); the weights stay those of Pre-LN.
+    Taken out in front of the mask, by recentered weights, the mean comes back with what the mask drops.
     """
     model = dataclasses.replace(model, dropout=rate)
     form = dataclasses.replace(model, norm="rmsnorm")
@@ -103,7 +103,10 @@ def equal_under_dropout(*, model: ModelConfig = MODEL, rate: float = 0.1) -> Fin
         before = float(relative_difference(forward(form, recentered, tokens, **masks).output, expected))
         with nn.intercept_methods(without_mean):
             behind = float(relative_difference(forward(form, params, tokens, **masks).output, expected))
-    number = f"largest difference of logits, over the largest: {behind:.1e}; with the mean taken out first: {before:.1e}"
+    number = (
+        f"largest difference of Pre-RMSNorm's logits, over the largest: {behind:.1e}; "
+        f"with the mean taken out first: {before:.1e}"
+    )
     return Finding(number=number, holds=behind <= LARGEST_RELATIVE < before)
 
 
