@@ -33,7 +33,7 @@ class ForwardPass:
 
 
 def forward(config: ModelConfig, params: Any, tokens: Int[Array, "batch seq"], **inputs: Any) -> ForwardPass:
-    """The forward pass of build_model(config) in config.dtype, without dropout if `inputs` ask for none.
+    """The forward pass of build_model(config) in config.dtype, without dropout unless `inputs` ask for it.
 
     Args:
       tokens: what the model reads; of an Encoder perhaps pixels (batch, height, width, channels).

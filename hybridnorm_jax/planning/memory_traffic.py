@@ -238,20 +238,22 @@ def _is_in_place(value: Instruction, inside: Computation) -> bool:
 
 def _updated(update: Instruction, shape: str, inside: Computation) -> int:
     """What an update in place of an array of this shape reads and writes: the tiles that it touches."""
-    if update.opcode == "scatter":
-        values = inside[update.operand_names[2]].shape
-        window = _window(update, _ARRAY.search(shape), _ARRAY.search(values))
-    else:
-        values = inside[update.operand_names[1]].shape
-        window = _ARRAY.search(values)[3]
-    letters, layout = shape[: shape.index("[")], _ARRAY.search(shape)[4]
-    tiles = memory_bytes(f"{letters}[{window}]{{{layout or ''}}}") * (_size(values) // max(_size(f"f[{window}]"), 1))
-    return 2 * min(tiles, memory_bytes(shape))
+    array = _ARRAY.search(shape)
+    values = _ARRAY.search(inside[update.operand_names[2 if update.opcode == "scatter" else 1]].shape)
+    sizes = [int(size) for size in values[3].split(",") if size]
+    window = _window(update, sizes, len(array[3].split(","))) if update.opcode == "scatter" else sizes
+    letters, layout = shape[: shape.index("[")], array[4] or ""
+    tiles = memory_bytes(f"{letters}[{','.join(map(str, window))}]{{{layout}}}")
+    return 2 * min(tiles * (math.prod(sizes) // max(math.prod(window), 1)), memory_bytes(shape))
 
 
-def _window(scatter: Instruction, array: re.Match, updates: re.Match) -> str:
-    """The sizes of what a scatter changes of its array in each place, as text."""
-    sizes = updates[3].split(",")
-    of_windows = [sizes[dim] for dim in scatter.numbers("update_window_dims")]
+def _window(scatter: Instruction, updates: list[int], dims: int) -> list[int]:
+    """The sizes of what a scatter changes of its array in each place.
+
+    Args:
+      updates: the sizes of its updates.
+      dims: how many dimensions the array has.
+    """
+    of_windows = [updates[dim] for dim in scatter.numbers("update_window_dims")]
     single = {*scatter.numbers("inserted_window_dims"), *scatter.numbers("input_batching_dims")}
-    return ",".join("1" if dim in single else of_windows.pop(0) for dim in range(len(array[3].split(","))))
+    return [1 if dim in single else of_windows.pop(0) for dim in range(dims)]
